@@ -1,0 +1,43 @@
+"""One YAML file = one experiment = one frozen tree of sections.
+
+    sections   every setting: type, default, unit, effect
+    files      load, override, save; faults with their place and the way out
+"""
+
+from raylm.config.files import BUILT_IN, SAMPLERS, dump, get, load, override, save
+from raylm.config.sections import (
+    BlocksConfig,
+    ClusterConfig,
+    CorpusConfig,
+    EvalConfig,
+    Experiment,
+    ModelConfig,
+    ObjectiveConfig,
+    TokenizerConfig,
+    TrackingConfig,
+    TrainConfig,
+    TrainedTokenizer,
+    TuneConfig,
+)
+
+__all__ = [
+    "BUILT_IN",
+    "SAMPLERS",
+    "BlocksConfig",
+    "ClusterConfig",
+    "CorpusConfig",
+    "EvalConfig",
+    "Experiment",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "TokenizerConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "TrainedTokenizer",
+    "TuneConfig",
+    "dump",
+    "get",
+    "load",
+    "override",
+    "save",
+]

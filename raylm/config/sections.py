@@ -1,0 +1,214 @@
+"""Every setting of an experiment: its type, default, unit and effect.
+
+A section is named like the module that reads it. This file knows nothing of YAML or command lines.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Count = Annotated[int, BeforeValidator(_whole)]  # 1e6 is a float in YAML and a fine number of tokens
+Strings = Annotated[tuple[str, ...], BeforeValidator(_listed), Strict(False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    exclusive: ClassVar[tuple[str, ...]] = ()
+    """Settings of which at most one may be given; a later layer's choice replaces an earlier one's."""
+
+    @model_validator(mode="after")
+    def _one_of_exclusive(self) -> Section:
+        given = [name for name in self.exclusive if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        return self
+
+
+class CorpusConfig(Section):
+    paths: Strings = ()
+    """Files, directories and globs of text; python://stdlib is the standard library's source."""
+    text: str = "text"
+    """The column that holds the text, in files that have columns (.jsonl, .parquet)."""
+    validation_paths: Strings = ()
+    """Sources held out for validation, instead of a fraction of `paths`."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Part of the documents held out, chosen by a hash of their content. Not used with validation_paths."""
+    keep_any: Strings = ()
+    """Keep only documents that contain at least one of these strings; empty keeps all."""
+    max_documents: Annotated[Count, Field(ge=1)] | None = None
+    """Stop after this many kept documents, in the order of the sources."""
+
+
+class TrainedTokenizer(Section):
+    kind: Literal["byte_bpe"] = "byte_bpe"
+    """byte_bpe: byte-level byte-pair encoding, as GPT-2's."""
+    vocab_size: Annotated[Count, Field(ge=257)] = 8192
+    """Entries of the vocabulary, special tokens included."""
+    min_frequency: Annotated[Count, Field(ge=1)] = 2
+    """A pair of tokens is merged only if the corpus has it at least this often."""
+    special_tokens: Strings = ("<|endoftext|>",)
+    """The first one is the end-of-text token."""
+
+
+class TokenizerConfig(Section):
+    exclusive: ClassVar = ("path", "train")
+    path: str | None = None
+    """A directory or Hub id. Default: the model's own tokenizer, from model.path."""
+    train: TrainedTokenizer | None = None
+    """Train a tokenizer on the corpus instead; `{}` for one with defaults."""
+
+
+class BlocksConfig(Section):
+    block_size: Annotated[Count, Field(ge=2)] = 512
+    """Tokens of a training example, the model's context during training."""
+    packing: Literal["packed"] = "packed"
+    """packed: documents joined by the end-of-text token and cut across."""
+
+
+class ModelConfig(Section):
+    exclusive: ClassVar = ("path", "config")
+    path: str | None = None
+    """A pretrained model: a directory or Hub id."""
+    config: dict[str, Any] | None = None
+    """A new model: {model_type: gpt2, n_layer: 4, ...}, the fields of that model's configuration."""
+
+
+class ObjectiveConfig(Section):
+    kind: Literal["causal"] = "causal"
+    """causal: predict each next token."""
+
+
+class TrainConfig(Section):
+    exclusive: ClassVar = ("max_tokens", "num_epochs")
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    """Peak of the schedule."""
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.05
+    """Optimizer steps of linear warmup; below 1 a fraction of all steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's decay; not applied to biases and norms."""
+    lr_scheduler_type: str = "cosine"
+    """The schedule after warmup, by its name in transformers: linear, cosine, constant_with_warmup, ..."""
+    batch_tokens: Annotated[Count, Field(ge=2)] = 32768
+    """Tokens of one optimizer step over all workers: a multiple of block_size x num_workers."""
+    micro_batch_tokens: Annotated[Count, Field(ge=1)] = 8192
+    """Most tokens a worker holds in one forward pass. Memory only: the rest of a step is accumulated."""
+    max_tokens: Annotated[Count, Field(ge=1)] | None = None
+    """Training budget in tokens, rounded down to whole steps. Default: one epoch."""
+    num_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Training budget in passes over the training split, instead of max_tokens."""
+    seed: Annotated[Count, Field(ge=0)] = 0
+    """Seed of the weights, dropout, the order of examples and the sweep's draws."""
+    eval_every_tokens: Annotated[Count, Field(ge=1)] | None = None
+    """Training tokens between evaluations. Default: a tenth of the budget."""
+    save_every_tokens: Annotated[Count, Field(ge=1)] | None = None
+    """Training tokens between checkpoints. Default: one at each evaluation that is the best so far, and the last."""
+    arguments: dict[str, Any] = {}
+    """Any other field of transformers' TrainingArguments, by its own name."""
+
+
+class EvalConfig(Section):
+    paths: Strings = ()
+    """Files to score instead of the validation split."""
+    stride: Annotated[Count, Field(ge=1)] | None = None
+    """New tokens scored in each window. Default: the model's context, windows that do not overlap."""
+    batch_tokens: Annotated[Count, Field(ge=1)] = 16384
+    """Tokens in one forward pass. Memory only: the result does not depend on it."""
+    max_tokens: Annotated[Count, Field(ge=1)] | None = None
+    """During training, score only the first validation documents up to this many tokens (at least one document)."""
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """A Ray cluster. Default: RAY_ADDRESS if set (as in a submitted job), else Ray is started on this machine."""
+    num_workers: Annotated[Count, Field(ge=1)] = 1
+    """Processes that train one model together."""
+    use_gpu: bool | None = None
+    """Whether a worker takes GPUs. Default: if the cluster has any."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    """CPUs reserved for a worker; its torch threads."""
+    gpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    """GPUs reserved for a worker that takes GPUs; a fraction lets trials share one."""
+
+
+class TrackingConfig(Section):
+    uri: str | None = "sqlite:///mlflow.db"
+    """MLflow's tracking store or server; null tracks nothing."""
+    experiment: str | None = None
+    """MLflow experiment. Default: the experiment's name."""
+
+
+class SchedulerConfig(Section):
+    kind: Literal["none", "asha"] = "asha"
+    """none: every trial runs to its end. asha: stop the worse trials early (Li et al. 2018, arXiv:1810.05934)."""
+    grace_tokens: Annotated[Count, Field(ge=1)] | None = None
+    """asha: no trial is stopped before this many training tokens. Default: an eighth of the budget."""
+    reduction_factor: Annotated[float, Field(gt=1)] = 2.0
+    """asha: one of this many trials goes on at each rung, and rungs are this factor apart."""
+
+
+def _scheduler(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class TuneConfig(Section):
+    space: dict[str, dict[str, Any]] = {}
+    """What to sweep: dotted key -> {one of ray.tune's samplers: its arguments}, e.g. {loguniform: [1e-4, 1e-2]}."""
+    num_samples: Annotated[Count, Field(ge=1)] = 8
+    """Trials drawn from the space; each point of a grid is drawn this often."""
+    scheduler: Annotated[SchedulerConfig, BeforeValidator(_scheduler)] = SchedulerConfig()
+    """Early stopping: none or asha, or its settings."""
+    searcher: Literal["random"] = "random"
+    """How points are drawn: random (and grid where the space has one)."""
+    metric: Literal["perplexity", "bits_per_byte"] = "perplexity"
+    """What trials are ranked and stopped by; less is better. bits_per_byte where tokenizers differ."""
+    max_concurrent_trials: Annotated[Count, Field(ge=1)] | None = None
+    """Trials at a time. Default: as many as the cluster's resources hold."""
+
+
+class Experiment(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "experiment"
+    """Names the runs' directory and the MLflow experiment: letters, digits, dot, dash, underscore."""
+    storage: str = "runs"
+    """Where token stores, runs and checkpoints go: a directory that every node sees."""
+    corpus: CorpusConfig = CorpusConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    blocks: BlocksConfig = BlocksConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    tune: TuneConfig = TuneConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Experiment:
+        """Settings of different sections that cannot go together; each message starts with its dotted key."""
+        step = self.blocks.block_size * self.cluster.num_workers
+        if self.train.batch_tokens % step:
+            nearest = max(1, round(self.train.batch_tokens / step)) * step
+            raise ValueError(
+                f"train.batch_tokens must be a multiple of blocks.block_size x cluster.num_workers = "
+                f"{self.blocks.block_size} x {self.cluster.num_workers}, got {self.train.batch_tokens}; "
+                f"nearest: {nearest}"
+            )
+        if self.train.max_tokens is not None and self.train.max_tokens < self.train.batch_tokens:
+            raise ValueError(
+                f"train.max_tokens must be at least one optimizer step, train.batch_tokens = "
+                f"{self.train.batch_tokens}, got {self.train.max_tokens}"
+            )
+        return self

@@ -1,0 +1,51 @@
+"""The errors a user can cause and fix.
+
+    RaylmError
+        ConfigError           exit 2    a setting, a file of settings or the command line
+        DataError             exit 3    the corpus, the tokenizer or the token store
+        TrainingError         exit 4    the training itself
+        StorageError          exit 5    storage or a checkpoint
+        Interrupted           exit 75   stopped from outside; the same command goes on
+
+Every message names the setting or file as the user wrote it, the value, and the way out.
+"""
+
+
+class RaylmError(Exception):
+    """A message for the user, and where it points: a dotted key, a file, a checkpoint."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, where: str | None = None):
+        super().__init__(message, where)  # both in args, so that it unpickles in another process
+
+    @property
+    def message(self) -> str:
+        return self.args[0]
+
+    @property
+    def where(self) -> str | None:
+        return self.args[1]
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ConfigError(RaylmError):
+    exit_code = 2
+
+
+class DataError(RaylmError):
+    exit_code = 3
+
+
+class TrainingError(RaylmError):
+    exit_code = 4
+
+
+class StorageError(RaylmError):
+    exit_code = 5
+
+
+class Interrupted(RaylmError):
+    exit_code = 75
