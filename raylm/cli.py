@@ -29,7 +29,7 @@ Settings = Annotated[
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings over those of the file; see --print-config."),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="The experiment. [default: the built-in one]")
+    Path | None, typer.Option("--config", metavar="FILE", help="The experiment; the built-in one if not given.")
 ]
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved experiment with every setting explained, and stop.")
@@ -39,7 +39,9 @@ DryRun = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout; all else on stderr.")]
 
-console = Console(stderr=True, highlight=False)
+INTERRUPTED = 130  # by Ctrl-C, as shells say it
+
+console = Console(stderr=True, highlight=False, emoji=False)  # or ":100:" of file.yaml:100:3 becomes a picture
 """Where progress and errors go. Results go to stdout."""
 
 
@@ -48,7 +50,7 @@ class Answer:
     """What a verb found: one record for programs, one view for people."""
 
     record: dict[str, Any]
-    view: RenderableType
+    view: RenderableType | tuple[RenderableType, ...]
 
 
 def experiment(config: Path | None, settings: list[str] | None, print_config: bool = False) -> experiments.Experiment:
@@ -83,25 +85,39 @@ def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
         return exit_code
 
     try:
-        answer = typer.main.get_command(app)(standalone_mode=False)
-    except _Done as done:
-        answer = done.answer
+        answer = _called(app)
+        record = json.dumps(answer.record, allow_nan=False) if as_json and isinstance(answer, Answer) else ""
     except RaylmError as error:
         cause = getattr(error, "cause", error)  # Ray wraps what a task raises, with the task's traceback as its text
         return fail(cause.message, cause.where, cause.exit_code)
     except KeyboardInterrupt:
-        return fail("interrupted", None, 130)
+        return fail("interrupted", None, INTERRUPTED)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
             return fail(error.format_message(), None, ConfigError.exit_code)
         traceback.print_exc()
         return fail(f"{type(error).__name__}: {error}", None, 1)
-    if isinstance(answer, Answer):
-        if as_json:
-            print(json.dumps(answer.record, allow_nan=False), file=stdout)
-        else:
-            Console(file=stdout, highlight=False).print(answer.view, soft_wrap=isinstance(answer.view, str))
+    if answer == INTERRUPTED:  # typer's own answer to Ctrl-C
+        return fail("interrupted", None, INTERRUPTED)
+    if isinstance(answer, Answer) and as_json:
+        print(record, file=stdout)
+    elif isinstance(answer, Answer):
+        _show(answer.view, stdout)
     return answer if isinstance(answer, int) else 0
+
+
+def _called(app: typer.Typer) -> Any:
+    try:
+        return typer.main.get_command(app)(standalone_mode=False)
+    except _Done as done:
+        return done.answer
+
+
+def _show(view: RenderableType | tuple[RenderableType, ...], stdout: Any) -> None:
+    """Texts are never folded, so that a command or path can be copied whole; a table in a file is as wide as it is."""
+    screen = Console(file=stdout, highlight=False, markup=False, emoji=False, width=None if stdout.isatty() else 200)
+    for part in view if isinstance(view, tuple) else (view,):
+        screen.print(part, soft_wrap=isinstance(part, str))
 
 
 class _Done(Exception):

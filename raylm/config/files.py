@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import io
+import json
 import os
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from raylm.config.sections import Experiment
+from raylm.config.sections import Experiment, Section
 from raylm.errors import ConfigError
 
 BUILT_IN = Path(__file__).parents[1] / "tiny.yaml"  # configs/tiny.yaml itself
@@ -48,27 +49,24 @@ def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) ->
     Local paths are absolute afterwards, since Ray's workers run in directories of their own.
     """
     tree, lines = _read(Path(path) if path is not None else BUILT_IN)
-    places = dict(lines)
-    for setting in settings:
-        key, value = _parse_setting(setting)
-        _put(tree, key, value)
-        places[key] = "command line:"
+    layer = dict(_parse_setting(setting) for setting in settings)
+    _put(tree, layer)
+    places = lines | dict.fromkeys(layer, "command line:")
     experiment = _validate(tree, places)
     faults = [
-        _placed(f"tune.space.{key}", fault, places)
+        (f"tune.space.{key}", text)
         for key, sampler in experiment.tune.space.items()
-        for fault in _space_faults(experiment, key, sampler)
+        for text in _space_faults(experiment, key, sampler)
     ]
     if faults:
-        raise ConfigError("\n".join(faults), where=f"tune.space.{next(iter(experiment.tune.space))}")
+        raise _error(faults, places)
     return _absolute(experiment)
 
 
 def override(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
     """A copy with the dotted settings replaced, checked as a whole."""
     tree = experiment.model_dump()
-    for key, value in settings.items():
-        _put(tree, key, value)
+    _put(tree, settings)
     return _validate(tree, {})
 
 
@@ -112,7 +110,10 @@ def _read(path: Path) -> tuple[Tree, dict[str, str]]:
         problem = str(error.problem).split("\n")[0]
         raise ConfigError(f"{path}:{mark.line + 1}:{mark.column + 1} {problem}", where=str(path)) from None
     except YAMLError as error:
-        raise ConfigError(f"{path}: {error}", where=str(path)) from None
+        problem = str(error).split("\n")[0]
+        raise ConfigError(f"{path}: {problem}", where=str(path)) from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply; is an alias inside of its own anchor?", str(path)) from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -162,20 +163,23 @@ def _parts(key: str) -> list[str]:
     return key.split(".")
 
 
-def _put(tree: Tree, key: str, value: Any) -> None:
-    """Set a dotted key in a tree; what it excludes is cleared."""
-    *parents, last = _parts(key)
-    section: Any = Experiment
-    for part in parents:
-        if not isinstance(tree.get(part), dict):
-            tree[part] = {}
-        tree = tree[part]
-        section = _section_of(section, part)
-    exclusive = section.exclusive if section else ()
-    if last in exclusive and value is not None:
-        for other in exclusive:
-            tree.pop(other, None)
-    tree[last] = value
+def _put(root: Tree, layer: Mapping[str, Any]) -> None:
+    """Set one layer's dotted keys in a tree. What they exclude is cleared, unless this layer gave it too."""
+    for key, value in layer.items():
+        *parents, last = _parts(key)
+        tree = root
+        section: Any = Experiment
+        for part in parents:
+            if not isinstance(tree.get(part), dict):
+                tree[part] = {}
+            tree = tree[part]
+            section = _section_of(section, part)
+        exclusive = section.exclusive if section else ()
+        if last in exclusive and value is not None:
+            for other in exclusive:
+                if ".".join([*parents, other]) not in layer:
+                    tree.pop(other, None)
+        tree[last] = value
 
 
 def _section_of(section: type[BaseModel] | None, name: str) -> Any:
@@ -193,15 +197,44 @@ def _validate(tree: Tree, places: Mapping[str, str]) -> Experiment:
         return Experiment.model_validate(tree)
     except ValidationError as error:
         faults = [_fault(details) for details in error.errors(include_url=False)]
-    raise ConfigError("\n".join(_placed(key, text, places) for key, text in faults), where=faults[0][0])
+    raise _error(faults + [fault for fault in _early_faults(tree) if fault not in faults], places)
+
+
+def _error(faults: list[tuple[str, str]], places: Mapping[str, str]) -> ConfigError:
+    return ConfigError("\n".join(_placed(key, text, places) for key, text in faults), where=faults[0][0])
+
+
+def _early_faults(tree: Tree) -> Iterator[tuple[str, str]]:
+    """The faults that are looked for only in a sound section, told already when something in it is not sound."""
+    yield from _exclusive_faults(tree, Experiment)
+    tune = tree.get("tune")
+    space = tune.get("space") if isinstance(tune, dict) else None
+    for key, sampler in space.items() if isinstance(space, dict) else ():
+        if isinstance(sampler, dict) and (text := _sampler_fault(key, sampler)):
+            yield f"tune.space.{key}", text
+
+
+def _exclusive_faults(tree: Any, section: type[Section], key: str = "") -> Iterator[tuple[str, str]]:
+    if not isinstance(tree, dict):
+        return
+    if names := section.conflict(tree):
+        yield _exclusive_fault(key, names)
+    for name, value in tree.items():
+        if inner := _section_of(section, name):
+            yield from _exclusive_faults(value, inner, f"{key}.{name}".lstrip("."))
+
+
+def _exclusive_fault(key: str, names: Sequence[str]) -> tuple[str, str]:
+    *others, last = names
+    return f"{key}.{last}", f"excludes {' and '.join(others)}; give one of them"
 
 
 def _placed(key: str, text: str, places: Mapping[str, str]) -> str:
     """`file.yaml:4:3 train.seed: text`, with the place of the nearest key that was written down."""
     parts = key.split(".")
-    near = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-    place = next((places[prefix] for prefix in near if prefix in places), None)
-    place = place or next((where for written, where in places.items() if written.startswith(f"{key}.")), "")
+    inside = [written for written in places if written.startswith(f"{key}.")]
+    around = [".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
+    place = next((places[near] for near in (key, *inside, *around) if near in places), "")
     return f"{place} {key}: {text}".strip()
 
 
@@ -209,6 +242,8 @@ def _fault(details: Any) -> tuple[str, str]:
     """(dotted key, what is wrong and what is accepted) for one of pydantic's errors."""
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     key = ".".join(str(part) for part in details["loc"])
+    if kind == "exclusive":
+        return _exclusive_fault(key, context["names"])
     if kind == "value_error" and not key:  # Experiment's own checks: "dotted.key must ..."
         key, _, text = str(context["error"]).partition(" ")
         return key, text
@@ -259,38 +294,50 @@ def _unknown(key: str) -> str:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # as YAML says it
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _space_faults(experiment: Experiment, key: str, sampler: dict[str, Any]) -> list[str]:
     """What is wrong with one entry of tune.space; every value it can give is tried on the experiment."""
-    if key.split(".")[0] in NOT_SWEPT:
-        return [f"{key.split('.')[0]} is one for a whole sweep; sweep model, blocks, objective, train or eval settings"]
-    known = ", ".join(f"{name} {arguments}" for name, arguments in SAMPLERS.items())
-    if len(sampler) != 1:
-        return [f"takes one sampler, got {_show(sampler)}; samplers: {known}"]
+    if fault := _sampler_fault(key, sampler):
+        return [fault]
     ((name, values),) = sampler.items()
-    if name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1)
-        return [f"unknown sampler {name}{f', did you mean {near[0]}?' if near else ';'} samplers: {known}"]
-    if not isinstance(values, list) or not values:
-        return [f"{name} takes {SAMPLERS[name]}, got {_show(values)}"]
     if name not in ("choice", "grid"):
-        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-        count = 3 if name == "quniform" else 2
-        if not numbers or len(values) != count or values[0] >= values[1]:
-            return [f"{name} takes {SAMPLERS[name]} with low < high, got {_show(values)}"]
-        if name.startswith("log") and values[0] <= 0:
-            return [f"{name} needs low > 0, got {values[0]}"]
         values = [values[0], values[1] - 1 if name.endswith("randint") else values[1]]
-    faults = []
+    faults: dict[str, str] = {}  # fault -> the first value that has it: an unknown key is one fault, not one a value
     for value in values:
         try:
             override(experiment, {key: value})
         except ConfigError as error:
-            faults += [f"value {_show(value)}: {line}" for line in error.message.split("\n")]
-    return faults
+            for line in error.message.split("\n"):
+                faults.setdefault(line, f"value {_show(value)}: {line}")
+    return list(faults.values())
+
+
+def _sampler_fault(key: str, sampler: dict[str, Any]) -> str | None:
+    """What is wrong with one entry of tune.space whatever the experiment."""
+    section = str(key).split(".")[0]
+    if section in NOT_SWEPT:
+        return f"{section} is one for a whole sweep; sweep model, blocks, objective, train or eval settings"
+    known = ", ".join(f"{name} {arguments}" for name, arguments in SAMPLERS.items())
+    if len(sampler) != 1:
+        return f"takes one sampler, got {_show(sampler)}; samplers: {known}"
+    ((name, values),) = sampler.items()
+    if name not in SAMPLERS:
+        near = difflib.get_close_matches(str(name), SAMPLERS, n=1)
+        return f"unknown sampler {name}{f', did you mean {near[0]}?' if near else ';'} samplers: {known}"
+    if not isinstance(values, list) or not values:
+        return f"{name} takes {SAMPLERS[name]}, got {_show(values)}"
+    if name in ("choice", "grid"):
+        return None
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    count = 3 if name == "quniform" else 2
+    if not numbers or len(values) != count or values[0] >= values[1]:
+        return f"{name} takes {SAMPLERS[name]} with low < high, got {_show(values)}"
+    if name.startswith("log") and values[0] <= 0:
+        return f"{name} needs low > 0, got {values[0]}"
+    return None
 
 
 # Paths and comments ------------------------------------------------------------------------------------------------

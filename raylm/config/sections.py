@@ -5,9 +5,11 @@ A section is named like the module that reads it. This file knows nothing of YAM
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic_core import PydanticCustomError
 
 
 def _whole(value: Any) -> Any:
@@ -30,11 +32,16 @@ class Section(BaseModel):
     exclusive: ClassVar[tuple[str, ...]] = ()
     """Settings of which at most one may be given; a later layer's choice replaces an earlier one's."""
 
+    @classmethod
+    def conflict(cls, values: Mapping[str, Any]) -> list[str]:
+        """The exclusive settings among the values, if they are more than one."""
+        given = [name for name in cls.exclusive if values.get(name) is not None]
+        return given if len(given) > 1 else []
+
     @model_validator(mode="after")
     def _one_of_exclusive(self) -> Section:
-        given = [name for name in self.exclusive if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        if names := self.conflict(self.__dict__):
+            raise PydanticCustomError("exclusive", "exclude each other", {"names": names})
         return self
 
 
@@ -60,7 +67,7 @@ class TrainedTokenizer(Section):
     """Entries of the vocabulary, special tokens included."""
     min_frequency: Annotated[Count, Field(ge=1)] = 2
     """A pair of tokens is merged only if the corpus has it at least this often."""
-    special_tokens: Strings = ("<|endoftext|>",)
+    special_tokens: Annotated[Strings, Field(min_length=1)] = ("<|endoftext|>",)
     """The first one is the end-of-text token."""
 
 

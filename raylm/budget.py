@@ -1,0 +1,71 @@
+"""Tokens -> optimizer steps. Budgets are said in tokens, so that runs with other block sizes or workers stay comparable.
+
+    batch_tokens 2048, block_size 128, 2 workers, micro_batch_tokens 512:
+    16 examples a step = 2 workers x 4 examples at once x 2 accumulated
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raylm.config import TrainConfig
+from raylm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Budget:
+    steps: int
+    """Optimizer steps of the whole run."""
+    batch_tokens: int
+    """Tokens of one step, over all workers."""
+    examples: int
+    """Examples of one step, over all workers: micro_batch x accumulation x workers."""
+    micro_batch: int
+    """Examples a worker holds at once."""
+    accumulation: int
+    """Micro-batches a worker adds up to a step."""
+    eval_every: int
+    """Steps between evaluations; there is one at the last step as well."""
+    save_every: int | None
+    """Steps between checkpoints; None: only the best evaluations and the last step."""
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_tokens
+
+
+def plan(section: TrainConfig, *, block_size: int, num_workers: int, epoch_examples: int | None) -> Budget | None:
+    """The budget of a run; None if it is a number of epochs and `epoch_examples` is not known yet.
+
+    Steps are whole: the budget is rounded down, to at least one step.
+    """
+    if section.max_tokens is not None:
+        steps = section.max_tokens // section.batch_tokens
+    elif epoch_examples is None:
+        return None
+    elif epoch_examples == 0:
+        raise DataError(
+            f"the training split has less than one block of blocks.block_size={block_size} tokens; "
+            "give corpus.paths more text or lower blocks.block_size",
+            where="blocks.block_size",
+        )
+    else:
+        epochs = section.num_epochs if section.num_epochs is not None else 1.0
+        steps = max(1, int(epochs * epoch_examples * block_size / section.batch_tokens))
+    examples = section.batch_tokens // block_size
+    a_worker = examples // num_workers
+    most = max(1, section.micro_batch_tokens // block_size)
+    micro_batch = max(size for size in range(1, a_worker + 1) if a_worker % size == 0 and size <= most)
+
+    def in_steps(tokens: int) -> int:
+        return max(1, round(tokens / section.batch_tokens))
+
+    return Budget(
+        steps=steps,
+        batch_tokens=section.batch_tokens,
+        examples=examples,
+        micro_batch=micro_batch,
+        accumulation=a_worker // micro_batch,
+        eval_every=in_steps(section.eval_every_tokens) if section.eval_every_tokens else max(1, steps // 10),
+        save_every=in_steps(section.save_every_tokens) if section.save_every_tokens else None,
+    )

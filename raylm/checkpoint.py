@@ -1,0 +1,88 @@
+"""What a trained model looks like on disk.
+
+    model.safetensors, config.json, generation_config.json, tokenizer files     a plain Hugging Face directory
+    optimizer.pt, scheduler.pt, rng_state*.pth, trainer_state.json              what the Trainer needs to go on
+    experiment.yaml    the resolved experiment: `python -m raylm.train --config` repeats the run
+    raylm.json         the score of these weights, the tokens they have seen, the token store they come from
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raylm import config, model
+from raylm.config import Experiment
+from raylm.errors import StorageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EXPERIMENT = "experiment.yaml"
+RECORD = "raylm.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    experiment: Experiment | None
+    """None for a model that raylm did not train."""
+    record: dict[str, Any]
+    """raylm.json, or empty."""
+
+    @property
+    def context(self) -> int:
+        """The window in which the model is scored: its positions, or the block size if it has no such limit."""
+        limit = model.context(self.model.config)
+        return limit or (self.experiment or Experiment()).blocks.block_size
+
+
+def describe(directory: str | Path, experiment: Experiment, record: dict[str, Any]) -> None:
+    """Write what raylm knows of a model beside it."""
+    config.save(experiment, Path(directory) / EXPERIMENT)
+    (Path(directory) / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    path = Path(directory) / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def experiment_file(directory: str | Path) -> Path | None:
+    """The experiment's file beside a model; None if raylm did not train it."""
+    path = Path(directory) / EXPERIMENT
+    return path if path.exists() else None
+
+
+def read_experiment(directory: str | Path) -> Experiment | None:
+    path = experiment_file(directory)
+    return config.load(path) if path is not None else None
+
+
+def check(directory: str | Path) -> Path:
+    """The directory, if it can hold a model at all."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise StorageError(f"{directory} is not a directory; give one that holds a model", where=str(directory))
+    if not (path / "config.json").exists():
+        inside = sorted(found.parent for found in path.glob("*/config.json"))
+        hint = f"; did you mean {inside[-1]}?" if inside else ""
+        raise StorageError(f"{directory} holds no model: it has no config.json{hint}", where=str(directory))
+    return path
+
+
+def load(directory: str | Path) -> Trained:
+    """Model (float32, on the CPU) and tokenizer of a checkpoint or any Hugging Face model directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = check(directory)
+    try:
+        network = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # safetensors and tokenizers have errors of their own
+        problem = str(error).strip().split("\n")[0]
+        raise StorageError(f"{directory} cannot be loaded: {type(error).__name__}: {problem}", str(directory)) from error
+    return Trained(network, tokenizer, read_experiment(path), read_record(path))

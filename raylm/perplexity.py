@@ -1,0 +1,171 @@
+"""Summed negative log-likelihood -> perplexity, bits per byte.
+
+Per document, with one end-of-text token in front; every token of every document is scored exactly once, in windows of
+the model's context. Context 4, stride 4, a document of tokens a to f (E: end of text):
+
+    reads   E a b c         scores  a b c d
+    reads   b c d e         scores        e f     the last window slides back, so that its context is full
+
+The definition of lm-evaluation-harness' rolling log-likelihood; a smaller stride gives every token more context.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Documents(Protocol):
+    """What is scored: token ids of each document and the UTF-8 bytes of its text. A token store's split is one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    def document_bytes(self, index: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums, so that scores of parts add up to the score of the whole."""
+
+    # Sums, not means: batches hold different numbers of tokens, and the mean of their
+    # perplexities is not the perplexity of the whole (10 at 2 and 90 at 8 give 6.96, not 5).
+    nll: float = 0.0
+    """Negative log-likelihood in nats."""
+    tokens: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nll + other.nll, self.tokens + other.tokens, self.bytes + other.bytes)
+
+    @property
+    def perplexity(self) -> float:
+        """Per token; infinite where it exceeds what a float holds."""
+        return _exp(self.nll / self.tokens) if self.tokens else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, as perplexity is not."""
+        return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 709 else math.inf
+
+
+class Window(NamedTuple):
+    """Positions in a document with the end-of-text token put in front (position 0)."""
+
+    start: int
+    """First token read."""
+    end: int
+    """One after the last token read; the model's output at `end - 1` scores the token at `end`."""
+    scored: int
+    """How many of its last outputs are scored."""
+
+
+def windows(num_tokens: int, context: int, stride: int) -> Iterator[Window]:
+    """Windows that score each of `num_tokens` tokens once: the first scores up to `context`, the others `stride`."""
+    done = 0
+    while done < num_tokens:
+        end = min(num_tokens, done + (stride if done else context))
+        yield Window(max(0, end - context), end, end - done)
+        done = end
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel,
+    documents: Documents,
+    *,
+    eos_id: int,
+    context: int,
+    stride: int | None = None,
+    batch_tokens: int = 16384,
+    max_tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[float, float | None], None] | None = None,
+) -> Score:
+    """The score of all documents, or of the first ones up to `max_tokens` tokens (at least one document).
+
+    With several workers each takes every world_size-th document and the sums are added up over
+    torch.distributed, so that all of them return the same score.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    chosen = range(first_documents(documents, max_tokens))[rank::world_size]
+    nll = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = sum_bytes = 0
+
+    def read() -> Iterator[tuple[np.ndarray, int]]:
+        nonlocal tokens, sum_bytes
+        for done, index in enumerate(chosen):
+            ids = np.concatenate(([eos_id], documents[index])).astype(np.int64)
+            tokens += len(ids) - 1
+            sum_bytes += documents.document_bytes(index)
+            for window in windows(len(ids) - 1, context, stride or context):
+                yield ids[window.start : window.end + 1], window.scored
+            if progress is not None:
+                progress(done + 1, len(chosen))
+
+    for batch in _batches(read(), context, batch_tokens):
+        nll += _nll(model, batch, eos_id, device)
+    model.train(was_training)
+    if world_size > 1:
+        sums = torch.stack([nll, nll.new_tensor(tokens), nll.new_tensor(sum_bytes)])
+        torch.distributed.all_reduce(sums)
+        return Score(sums[0].item(), int(sums[1].item()), int(sums[2].item()))
+    return Score(nll.item(), tokens, sum_bytes)
+
+
+def first_documents(documents: Documents, max_tokens: int | None) -> int:
+    """How many documents come before `max_tokens` tokens are exceeded; at least one, if there is one."""
+    if max_tokens is None:
+        return len(documents)
+    total = 0
+    for index in range(len(documents)):
+        total += len(documents[index])
+        if total > max_tokens:
+            return max(1, index)
+    return len(documents)
+
+
+def _batches(
+    parts: Iterable[tuple[np.ndarray, int]], context: int, batch_tokens: int
+) -> Iterator[Sequence[tuple[np.ndarray, int]]]:
+    """Batches of windows of about equal length: a few batches' worth are sorted at a time, so little is padding."""
+    size = max(1, batch_tokens // context)
+    parts = iter(parts)
+    while pool := sorted(itertools.islice(parts, 16 * size), key=lambda part: len(part[0])):
+        while pool:
+            longest = len(pool[-1][0]) - 1
+            count = max(1, batch_tokens // longest)
+            yield pool[-count:]
+            del pool[-count:]
+
+
+def _nll(
+    model: PreTrainedModel, batch: Sequence[tuple[np.ndarray, int]], eos_id: int, device: torch.device
+) -> torch.Tensor:
+    """Summed nll of the scored tokens, a float64 scalar. Padding is on the right, where causal models do not look."""
+    longest = max(len(ids) for ids, _ in batch) - 1
+    inputs = torch.full((len(batch), longest), eos_id)
+    targets = torch.full((len(batch), longest), -100)
+    for row, (ids, scored) in enumerate(batch):
+        end = len(ids) - 1
+        inputs[row, :end] = torch.from_numpy(ids[:-1])
+        targets[row, end - scored : end] = torch.from_numpy(ids[end - scored + 1 :])
+    logits = model(input_ids=inputs.to(device), use_cache=False).logits
+    each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().to(device), reduction="none")
+    return each.double().sum()

@@ -1,0 +1,91 @@
+"""Corpus -> token store, once: `python -m raylm.prepare`. The other verbs do it by themselves where it is missing."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from raylm import cli
+from raylm.config import Experiment
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from raylm.tokens import Store
+
+
+def prepare(
+    settings: cli.Settings = None,
+    config: cli.ConfigFile = None,
+    print_config: cli.PrintConfig = False,
+    dry_run: cli.DryRun = False,
+    json: cli.Json = False,
+) -> cli.Answer:
+    """Turn the corpus into a token store, once for all runs that share corpus and tokenizer."""
+    experiment = cli.experiment(config, settings, print_config)
+    if dry_run:
+        return plan(experiment)
+    from raylm import cluster, tokenizer, tokens
+
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
+    if tokens.is_store(tokens.store_path(experiment.storage, experiment.corpus, chosen)):
+        store, reused = prepared(experiment)  # without Ray
+    else:
+        with cluster.connect(experiment.cluster):
+            store, reused = prepared(experiment)
+    record = {"store": store.path, "fingerprint": store.fingerprint, "reused": reused}
+    for name in tokens.SPLITS:
+        record[name] = {what: store.manifest[name][what] for what in ("documents", "tokens", "bytes")}
+    return cli.Answer(record, summary(store, reused))
+
+
+def prepared(experiment: Experiment) -> tuple[Store, bool]:
+    """The experiment's token store, and whether it was there already. Ray is connected, progress is shown."""
+    from raylm import tokenizer, tokens
+
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
+    with cli.task("Preparing tokens", "bytes") as progress:
+        return tokens.prepare(experiment.corpus, chosen, storage=experiment.storage, progress=progress)
+
+
+def plan(experiment: Experiment) -> cli.Answer:
+    """What prepare would do: the sources, and where the store lies."""
+    from raylm import corpus, tokenizer, tokens
+
+    sources = corpus.check(experiment.corpus)
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
+    path = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
+    exists = tokens.is_store(path)
+    lines = [f"{source.name}: {len(source.files):,} files, {source.num_bytes:,} bytes" for source in sources]
+    lines.append(f"store: {path} ({'there already' if exists else 'to be written'})")
+    record = {
+        "store": path,
+        "fingerprint": os.path.basename(path),
+        "reused": exists,
+        "sources": [{"name": source.name, "files": len(source.files), "bytes": source.num_bytes} for source in sources],
+    }
+    return cli.Answer(record, "\n".join(lines))
+
+
+def summary(store: Store, reused: bool) -> Table:
+    """The splits in numbers, and what became of the documents that were read."""
+    from rich.table import Table
+
+    table = Table("split", "documents", "tokens", "bytes", "bytes a token", title=store.path)
+    for name in ("train", "validation"):
+        split = store.manifest[name]
+        each = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else "-"
+        table.add_row(name, *(f"{split[what]:,}" for what in ("documents", "tokens", "bytes")), each)
+    ledger = ", ".join(f"{what} {count:,}" for what, count in store.manifest["ledger"].items())
+    table.caption = f"{'reused' if reused else 'written'}; read: {ledger}"
+    return table
+
+
+def main() -> None:
+    cli.run(prepare)
+
+
+if __name__ == "__main__":
+    from raylm.prepare import main  # by its real name, so that Ray ships functions by reference
+
+    main()

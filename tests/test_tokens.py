@@ -1,0 +1,196 @@
+import json
+import os
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from raylm import tokens
+from raylm.blocks import Packed
+from raylm.config import BlocksConfig, CorpusConfig, TokenizerConfig, TrainedTokenizer
+from raylm.errors import DataError
+
+TOKENIZER = TokenizerConfig(train=TrainedTokenizer(vocab_size=300))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster():
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    for number in range(40):
+        (directory / f"{number:02}.txt").write_text(f"Document {number} says hello hello, naïve. " * (number + 1))
+    return CorpusConfig(paths=str(directory), validation_fraction=0.2)
+
+
+def contents(path):
+    return {
+        os.path.relpath(os.path.join(parent, file), path): open(os.path.join(parent, file), "rb").read()
+        for parent, _, files in os.walk(path)
+        for file in files
+    }
+
+
+def small_shards(monkeypatch, corpus, num_bytes):
+    """Make shards of few bytes, so that a small corpus has several."""
+    whole = tokens.shards
+
+    def cut(sources):
+        pieces = [piece for shard in whole(sources) for piece in shard.pieces]
+        made, some, size = [], [], 0
+        for piece in pieces:
+            some.append(piece)
+            size += piece.file.size
+            if size >= num_bytes:
+                made.append(tokens.Shard(tuple(some), size))
+                some, size = [], 0
+        return [*made, tokens.Shard(tuple(some), size)] if some else made
+
+    monkeypatch.setattr(tokens, "shards", cut)
+
+
+def test_a_store_gives_back_every_document(corpus, tmp_path):
+    seen = []
+    store, reused = tokens.prepare(
+        corpus, TOKENIZER, storage=str(tmp_path), progress=lambda done, total: seen.append((done, total))
+    )
+    assert not reused
+    texts = sorted(store.tokenizer.decode(ids) for split in (store.train, store.validation) for ids in split)
+    files = sorted(path.read_text() for path in (tmp_path / "corpus").iterdir())
+    assert texts == files
+    assert len(store.train) + len(store.validation) == 40
+    assert 0 < len(store.validation) < 20
+    assert store.train.num_tokens == sum(len(ids) for ids in store.train)
+    assert store.train.num_bytes == sum(len(store.tokenizer.decode(ids).encode()) for ids in store.train)
+    assert store.train.document_bytes(3) == len(store.tokenizer.decode(store.train[3]).encode())
+    total = sum(len(text.encode()) for text in files)
+    assert seen[0] == (0, total)
+    assert seen[-1] == (total, total)
+    assert store.manifest["ledger"] == {"documents": 40, "bytes": total}
+
+
+def test_documents_are_views_of_the_file(corpus, tmp_path):
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    assert store.train[0].dtype == np.uint16
+    assert not store.train[0].flags.owndata
+    assert np.shares_memory(store.train[0], store.train.arrays(0)[0])
+
+
+def test_shards_are_plain_arrow(corpus, tmp_path):
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    table = pa.ipc.open_file(os.path.join(store.path, "train", "shard-00000.arrow")).read_all()
+    assert table.schema.names == ["tokens", "num_bytes", "doc_id", "source"]
+    assert table.num_rows == len(store.train)
+    assert table["doc_id"][0].as_py() == store.train.document_id(0)
+
+
+def test_the_second_time_it_is_there_already(corpus, tmp_path):
+    first, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    again, reused = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    assert reused
+    assert again.path == first.path == tokens.store_path(str(tmp_path), corpus, TOKENIZER)
+
+
+def test_a_changed_file_or_setting_is_another_store(corpus, tmp_path):
+    first = tokens.fingerprint(corpus, TOKENIZER)
+    assert tokens.fingerprint(corpus, TOKENIZER) == first
+    assert tokens.fingerprint(corpus.model_copy(update={"keep_any": ("hello",)}), TOKENIZER) != first
+    (tmp_path / "corpus" / "00.txt").write_text("changed")
+    assert tokens.fingerprint(corpus, TOKENIZER) != first
+
+
+def test_the_same_bytes_from_one_task_and_from_two(corpus, tmp_path, monkeypatch):
+    small_shards(monkeypatch, corpus, 2000)
+    in_parallel, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "two"))
+    assert len(in_parallel.train.shards) > 5
+    monkeypatch.setattr(tokens, "_each", lambda function, numbered: (function(*item) for item in numbered))
+    one_by_one, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "one"))
+    assert contents(in_parallel.path) == contents(one_by_one.path)
+
+
+def test_a_killed_run_goes_on_where_it_stopped(corpus, tmp_path, monkeypatch):
+    small_shards(monkeypatch, corpus, 2000)
+    whole, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "whole"))
+
+    each, done = tokens._each, []
+
+    def killed(function, numbered):
+        for found in each(function, list(numbered)[:3]):
+            done.append(found)
+            yield found
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokens, "_each", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "torn"))
+    path = tokens.store_path(str(tmp_path / "torn"), corpus, TOKENIZER)
+    assert not tokens.is_store(path)
+    assert len(done) == 3
+
+    redone = []
+    monkeypatch.setattr(
+        tokens, "_each", lambda function, numbered: (redone.append(item[0]) or function(*item) for item in numbered)
+    )
+    again, reused = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "torn"))
+    assert not reused
+    assert min(redone) == 3
+    assert contents(again.path) == contents(whole.path)
+
+
+def test_the_first_documents_are_the_same_ones_however_they_are_cut(corpus, tmp_path, monkeypatch):
+    few = corpus.model_copy(update={"max_documents": 7})
+    first, _ = tokens.prepare(few, TOKENIZER, storage=str(tmp_path / "one"))
+    assert len(first.train) + len(first.validation) == 7
+    small_shards(monkeypatch, corpus, 500)
+    second, _ = tokens.prepare(few, TOKENIZER, storage=str(tmp_path / "many"))
+    assert [ids.tolist() for ids in first.train] == [ids.tolist() for ids in second.train]
+
+
+def test_blocks_of_a_store_are_its_joined_documents(corpus, tmp_path, monkeypatch):
+    small_shards(monkeypatch, corpus, 2000)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    joined = [token for ids in store.train for token in (*ids.tolist(), store.eos_id)]
+    blocks = Packed(store.train, BlocksConfig(block_size=32), store.eos_id)
+    assert len(blocks) == len(joined) // 32
+    assert np.concatenate(list(blocks)).tolist() == joined[: len(blocks) * 32]
+
+
+def test_a_store_travels_by_its_path(corpus, tmp_path):
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    blocks = Packed(store.train, BlocksConfig(block_size=32), store.eos_id)
+    blocks[0]
+    sent = pickle.dumps(blocks)
+    assert len(sent) < 1000
+    assert pickle.loads(sent)[1].tolist() == blocks[1].tolist()
+    assert len(pickle.loads(pickle.dumps(store)).train) == len(store.train)
+
+
+def test_a_bad_file_fails_by_name_and_leaves_no_store(corpus, tmp_path):
+    (tmp_path / "corpus" / "05.txt").write_bytes(b"abc\xff")
+    with pytest.raises(DataError, match=r"05\.txt: byte 3: invalid UTF-8"):
+        tokens.prepare(corpus, TokenizerConfig(path=str(_tokenizer(tmp_path))), storage=str(tmp_path))
+    assert not list(tmp_path.glob("tokens/*/manifest.json"))
+
+
+def _tokenizer(tmp_path):
+    from raylm import tokenizer
+
+    tokenizer.train(["hello"] * 10, TOKENIZER.train).save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def test_no_manifest_no_store(tmp_path):
+    with pytest.raises(DataError, match=r"no token store there"):
+        tokens.open_store(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(DataError, match=r"format 99"):
+        tokens.open_store(tmp_path)
