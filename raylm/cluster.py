@@ -24,6 +24,12 @@ WORKER_ENVIRONMENT = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
 }
 
+DRIVER_ENVIRONMENT = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; unset it warns
+    # A report of a worker group waits for the controller's next look at it: 2 s unless told.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -101,7 +107,8 @@ def connect(section: ClusterConfig) -> Iterator[Resources]:
     local = is_local(section)
     if local:
         resources(section, _this_machine())  # refuse before anything starts
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; unset it warns
+    for name, value in DRIVER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     ray.init(
         address="local" if local else (section.address or os.environ["RAY_ADDRESS"]),
         include_dashboard=False if local else None,

@@ -277,6 +277,7 @@ class _Trainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation split, decide whether the weights are kept, and report."""
         step = self.state.global_step
+        self.control.should_evaluate = False  # or the end of the data would evaluate the last step again
         score = self._score()
         self.latest = {
             "step": step,

@@ -37,26 +37,26 @@ class Run:
     run_id: str | None = None
 
     def parameters(self, values: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
         if self.uri is not None:
+            from mlflow.entities import Param
+
             pairs = [Param(key, str(value)[:6000]) for key, value in values.items()]  # MLflow's limits: 6000 characters,
             for start in range(0, len(pairs), 100):  # 100 a call
                 _client(self.uri).log_batch(self.run_id, params=pairs[start : start + 100])
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Finite values only: MLflow stores infinity as 1.8e308, which no chart survives."""
-        from mlflow.entities import Metric
-
         if self.uri is not None:
+            from mlflow.entities import Metric
+
             now = int(time.time() * 1000)
             points = [Metric(key, float(value), now, step) for key, value in values.items() if math.isfinite(value)]
             _client(self.uri).log_batch(self.run_id, metrics=points)
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        from mlflow.entities import RunTag
-
         if self.uri is not None:
+            from mlflow.entities import RunTag
+
             _client(self.uri).log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in values.items()])
 
     def text(self, text: str, name: str) -> None:

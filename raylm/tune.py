@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,7 @@ def sweep(
 
     from raylm import loop, train
 
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer console output of Tune talks even at verbose=0
     budget = train.budget_of(experiment, store)
     swept = {key: _shown(sampler) for key, sampler in experiment.tune.space.items()}
     parent.parameters({**train.parameters(experiment, store, budget), **swept})

@@ -233,8 +233,9 @@ def _placed(key: str, text: str, places: Mapping[str, str]) -> str:
     """`file.yaml:4:3 train.seed: text`, with the place of the nearest key that was written down."""
     parts = key.split(".")
     inside = [written for written in places if written.startswith(f"{key}.")]
+    told = [word for word in text.split() if "." in word]  # the keys that a default does not go together with
     around = [".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
-    place = next((places[near] for near in (key, *inside, *around) if near in places), "")
+    place = next((places[near] for near in (key, *inside, *told, *around) if near in places), "")
     return f"{place} {key}: {text}".strip()
 
 

@@ -1,0 +1,193 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raylm import config
+
+RAYLM = Path(config.__file__).parents[1]
+VERBS = [
+    verb
+    for verb in ("prepare", "train", "tune", "evaluate", "generate", "inspect", "push")
+    if (RAYLM / f"{verb}.py").exists()
+]
+HEAVY = {"torch", "ray", "mlflow", "transformers", "datasets", "accelerate", "pyarrow", "pandas", "matplotlib"}
+
+VERB = '''
+"""A verb that does what the experiment's name says, among libraries that print."""
+
+import os, subprocess, sys
+import typer
+from raylm import cli
+from raylm.errors import DataError
+
+def verb(settings: cli.Settings = None, config: cli.ConfigFile = None, print_config: cli.PrintConfig = False,
+         json: cli.Json = False) -> cli.Answer:
+    """Do it."""
+    experiment = cli.experiment(config, settings, print_config)
+    print("noise of Python")
+    os.write(1, b"noise of a C library\\n")
+    subprocess.run(["echo", "noise of a subprocess"], check=True)
+    match experiment.name:
+        case "fails":
+            raise DataError("nothing in /data/[ab] at x.yaml:100:3\\ntwo lines", where="corpus.paths")
+        case "breaks":
+            raise ZeroDivisionError("division by zero")
+        case "interrupted":
+            raise KeyboardInterrupt
+        case "nan":
+            return cli.Answer({"perplexity": float("nan")}, "nan")
+    with cli.task("Working", "things") as advance:
+        advance(1, 2)
+    return cli.Answer({"texts": ["é [bold] :100:"]}, "é [bold] :100: " + "long " * 60)
+
+if __name__ == "__main__":
+    cli.run(verb)
+'''
+
+
+@pytest.fixture
+def verb(tmp_path):
+    """Run the verb above in a process of its own."""
+    (tmp_path / "verb.py").write_text(VERB)
+    return lambda *argv: run(tmp_path / "verb.py", *argv)
+
+
+def run(*command):
+    forced = {"COLUMNS", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"}  # each makes rich write otherwise
+    environment = {key: value for key, value in os.environ.items() if key not in forced}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment | {"PYTHONIOENCODING": "utf-8"},
+        timeout=60,
+    )
+
+
+# One result on stdout ----------------------------------------------------------------------------------------------
+
+
+def test_json_is_all_of_stdout(verb):
+    done = verb("--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"texts": ["é [bold] :100:"]})
+    assert done.stdout.count("\n") == 1
+    for noise in ("noise of Python", "noise of a C library", "noise of a subprocess", "Working …"):
+        assert noise in done.stderr
+
+
+def test_without_json_the_view_is_on_stdout_as_it_is(verb):
+    """Neither folded nor taken for markup: it may be a command to copy."""
+    done = verb()
+    assert done.stdout.endswith("é [bold] :100: " + "long " * 60 + "\n")
+    assert "Working …" in done.stderr
+
+
+FAILURES = {
+    "fails": {"error": "nothing in /data/[ab] at x.yaml:100:3\ntwo lines", "where": "corpus.paths", "exit_code": 3},
+    "breaks": {"error": "ZeroDivisionError: division by zero", "where": None, "exit_code": 1},
+    "interrupted": {"error": "interrupted", "where": None, "exit_code": 130},
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_is_one_json_object_too(verb, name):
+    done = verb(f"name={name}", "--json")
+    assert json.loads(done.stdout) == FAILURES[name]
+    assert done.returncode == FAILURES[name]["exit_code"]
+
+
+def test_a_result_that_is_no_json_is_a_failure(verb):
+    done = verb("name=nan", "--json")
+    assert json.loads(done.stdout)["error"].startswith("ValueError: Out of range float")
+    assert done.returncode == 1
+
+
+def test_a_failure_for_people(verb):
+    done = verb("name=fails")
+    assert done.returncode == 3
+    assert "error: nothing in /data/[ab] at x.yaml:100:3\nerror: two lines\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "error" not in done.stdout
+
+
+def test_a_bug_shows_its_traceback(verb):
+    assert "Traceback" in verb("name=breaks").stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["--nope"], "No such option: --nope"),
+        (["--config"], "Option '--config' requires an argument."),
+        (["train.seed"], "'train.seed' is not a setting; write section.key=value"),
+        (["train.seed=x"], "command line: train.seed: must be a whole number, got 'x'"),
+        (["--config", "/no/such.yaml"], "--config /no/such.yaml: No such file or directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line(verb, argv, error):
+    done = verb("--json", *argv)
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"] == error
+    assert json.loads(done.stdout)["exit_code"] == 2
+    assert f"error: {error}" in done.stderr
+
+
+def test_print_config_loads_again(verb, tmp_path):
+    done = verb("--print-config", "train.seed=7", "corpus.paths=['a/[ab].txt', ':100:']", f"storage={tmp_path}")
+    assert done.returncode == 0
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    printed = config.load(tmp_path / "printed.yaml")
+    assert (printed.train.seed, printed.storage) == (7, str(tmp_path))
+    assert printed.corpus.paths == (os.path.abspath("a/[ab].txt"), os.path.abspath(":100:"))
+    assert verb("--print-config", "--config", tmp_path / "printed.yaml").stdout == done.stdout
+
+
+def test_print_config_as_json(verb):
+    assert json.loads(verb("--print-config", "--json").stdout) == config.load().model_dump(mode="json")
+
+
+# The verbs themselves ----------------------------------------------------------------------------------------------
+
+COMMANDS = [("-m", "raylm"), *[("-m", "raylm", verb) for verb in VERBS], *[("-m", f"raylm.{verb}") for verb in VERBS]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_imports_nothing_heavy(command):
+    """That is what keeps it under half a second."""
+    done = run("-X", "importtime", *command, "--help")
+    assert done.returncode == 0
+    assert "Usage:" in done.stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "typer" in imported
+    assert imported & HEAVY == set()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_what_every_option_does(verb):
+    text = run("-m", f"raylm.{verb}", "--help").stdout
+    of_an_experiment = ("--config", "--print-config", "--dry-run") if "SECTION.KEY=VALUE" in text else ()
+    for option in ("--json", *of_an_experiment):
+        assert re.search(rf"{option} .*\w\w\w", text), option
+
+
+@pytest.mark.parametrize("command", [("raylm.train",), ("raylm", "train"), ("raylm.tune",), ("raylm", "tune")])
+def test_a_verb_refuses_a_wrong_setting_before_anything_starts(command, tmp_path):
+    done = run("-X", "importtime", "-m", *command, "train.sed=1", f"storage={tmp_path}/runs", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["where"] == "train.sed"
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert imported & HEAVY == set()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("verb", [verb for verb in ("prepare", "train", "tune") if verb in VERBS])
+def test_a_verb_prints_its_config(verb):
+    printed = run("-m", f"raylm.{verb}", "--print-config", "--json", "train.seed=7")
+    assert json.loads(printed.stdout) == config.load(settings=["train.seed=7"]).model_dump(mode="json")

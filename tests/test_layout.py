@@ -1,0 +1,277 @@
+"""The layout is flat and ordered: a module imports only from those above it; each outside library has one home."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+PARTS = """
+    errors config cli cluster corpus tokenizer tokens blocks model objective perplexity checkpoint tracking budget loop
+    report
+""".split()
+VERBS = "prepare train tune evaluate generate inspect push".split()
+ORDER = [*PARTS, *VERBS, "__main__"]
+
+HOMES = {  # the pattern of a dotted name -> the modules that may use it
+    "mlflow": {"tracking"},
+    "ray.tune": {"tune"},
+    "ray.data": {"corpus", "tokens"},
+    "transformers.*TrainingArguments": {"loop"},
+    "ruamel": {"config"},
+}
+
+LIGHT = {"errors", "config", "cli", *VERBS}
+"""What a verb may import at its top: `--help` runs it."""
+
+HEAVY = {
+    "ray", "torch", "transformers", "tokenizers", "datasets", "accelerate", "mlflow", "pyarrow", "numpy", "pandas",
+    "matplotlib",
+}  # fmt: skip
+
+
+def sources(package: Path) -> list[tuple[str, Path]]:
+    """(module, file) of each file but `__init__.py`; config/files.py is of the module config."""
+    files = sorted(package.rglob("*.py"))
+    modules = [(file.relative_to(package).parts[0].removesuffix(".py"), file) for file in files]
+    return [(module, file) for module, file in modules if module != "__init__"]
+
+
+def imported(node: ast.AST) -> list[str]:
+    """The dotted names an import statement may load: a.b.c of `from a.b import c`; relative ones start with raylm."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = ".".join(filter(None, ["raylm" if node.level else "", node.module or ""]))
+        return [f"{base}.{alias.name}" for alias in node.names]
+    return []
+
+
+def mentioned(tree: ast.AST) -> list[str]:
+    """Every dotted name that is imported anywhere or written out, as in `ray.data.read_text(...)`."""
+    names = []
+    for node in ast.walk(tree):
+        names += imported(node)
+        if isinstance(node, ast.Attribute):
+            names.append(ast.unparse(node))
+    return names
+
+
+def inner(name: str) -> str | None:
+    """blocks of raylm.blocks.cut; None of any other name."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "raylm" and len(parts) > 1 else None
+
+
+def order_faults(module: str, source: str) -> list[str]:
+    """What a module imports, at its top or in a function, that does not stand above it."""
+    if module not in ORDER:
+        return [f"{module} has no place in the order"]
+    allowed = ORDER[: ORDER.index(module) + 1]
+    names = {inner(name) for node in ast.walk(ast.parse(source)) for name in imported(node)}
+    return [f"{module} imports {name}, which stands below it" for name in ORDER if name in names - set(allowed)]
+
+
+def home_faults(module: str, source: str) -> list[str]:
+    names = mentioned(ast.parse(source))
+    return [
+        f"{module} uses {library}, whose home is {' and '.join(sorted(homes))}"
+        for library, homes in HOMES.items()
+        if module not in homes and any(re.match(rf"{library}\b", name) for name in names)
+    ]
+
+
+def weight_faults(module: str, source: str) -> list[str]:
+    """What a verb imports at its top, outside of `if TYPE_CHECKING`, that takes long to load."""
+    top = []
+    nodes: list[ast.AST] = [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        top += imported(node)
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        if not for_types and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            nodes += ast.iter_child_nodes(node)
+    return [
+        f"{module} imports {name} at its top"
+        for name in sorted(top)
+        if name.split(".")[0] in HEAVY or (inner(name) in set(ORDER) - LIGHT)
+    ]
+
+
+def tree_of(readme: str) -> list[str]:
+    """The files of the fenced block that starts with `raylm/`, as paths inside of it; each line has a gloss."""
+    block = re.search(r"^```\w*\nraylm/\s*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert block, "README.md shows no tree: a fenced block whose first line is raylm/"
+    files, folders = [], []
+    for line in block[1].splitlines():
+        match = re.fullmatch(r"( +)(\S+)( +\S.*)?", line)
+        assert match, f"not `    file      gloss`: {line!r}"
+        indent, name, gloss = match.groups()
+        assert gloss, f"{name} has no gloss"
+        while folders and len(folders[-1][0]) >= len(indent):
+            folders.pop()
+        path = "".join(folder for _, folder in folders) + name
+        if name.endswith("/"):
+            folders.append((indent, name))
+        else:
+            files.append(path)
+    return files
+
+
+# This package ------------------------------------------------------------------------------------------------------
+
+FILES = pytest.mark.parametrize(
+    ("module", "file"),
+    sources(ROOT / "raylm"),
+    ids=[str(file.relative_to(ROOT)) for _, file in sources(ROOT / "raylm")],
+)
+
+
+@FILES
+def test_modules_import_only_from_those_above(module, file):
+    assert order_faults(module, file.read_text(encoding="utf-8")) == []
+
+
+@FILES
+def test_each_outside_library_has_one_home(module, file):
+    assert home_faults(module, file.read_text(encoding="utf-8")) == []
+
+
+@FILES
+def test_verbs_import_nothing_heavy_at_their_top(module, file):
+    if module in (*VERBS, "__main__"):
+        assert weight_faults(module, file.read_text(encoding="utf-8")) == []
+
+
+def test_the_package_itself_imports_nothing():
+    assert mentioned(ast.parse((ROOT / "raylm" / "__init__.py").read_text(encoding="utf-8"))) == []
+
+
+def test_no_module_is_a_drawer():
+    drawers = {"utils", "util", "helpers", "helper", "common", "misc", "lib", "tools"}
+    assert [str(file) for file in (ROOT / "raylm").rglob("*") if file.stem.strip("_") in drawers] == []
+
+
+def test_the_readme_shows_every_file_in_reading_order():
+    shown = tree_of((ROOT / "README.md").read_text(encoding="utf-8"))
+    on_disk = {
+        str(file.relative_to(ROOT / "raylm"))
+        for file in (ROOT / "raylm").rglob("*")
+        if file.is_file() and file.name != "__init__.py" and file.suffix != ".pyc"
+    }
+    assert set(shown) == on_disk
+    assert len(shown) == len(on_disk)
+    modules = [
+        name for name in dict.fromkeys(file.split("/")[0].removesuffix(".py") for file in shown) if name in ORDER
+    ]
+    assert modules == sorted(modules, key=ORDER.index)
+
+
+# The rules themselves, on modules that break them ------------------------------------------------------------------
+
+IMPORTS_BELOW = [
+    ("blocks", "from raylm import loop", "blocks imports loop, which stands below it"),
+    ("blocks", "import raylm.loop as l", "blocks imports loop, which stands below it"),
+    ("blocks", "from raylm.loop import Job", "blocks imports loop, which stands below it"),
+    ("blocks", "from . import loop", "blocks imports loop, which stands below it"),
+    ("blocks", "from .loop import Job", "blocks imports loop, which stands below it"),
+    ("blocks", "def f():\n    from raylm import loop", "blocks imports loop, which stands below it"),
+    ("blocks", "class A:\n    def f(self):\n        import raylm.loop", "blocks imports loop, which stands below it"),
+    ("report", "from raylm.train import train", "report imports train, which stands below it"),
+    ("train", "from raylm.tune import sweep", "train imports tune, which stands below it"),
+    ("helpers", "", "helpers has no place in the order"),
+]
+
+
+@pytest.mark.parametrize(("module", "source", "fault"), IMPORTS_BELOW)
+def test_an_import_from_below_is_found(module, source, fault):
+    assert order_faults(module, source) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("loop", "from raylm import blocks, checkpoint\nfrom raylm.tracking import Run"),
+        ("tune", "from raylm.train import train\nfrom raylm import loop"),
+        ("tune", "from raylm.tune import main"),
+        ("config", "from raylm.config.sections import Experiment"),
+        ("blocks", "import loop\nfrom other.loop import Job\nfrom raylm import __version__"),
+    ],
+)
+def test_an_import_from_above_is_none_of_its_business(module, source):
+    assert order_faults(module, source) == []
+
+
+ARGUMENTS = "train uses transformers.*TrainingArguments, whose home is loop"
+AWAY_FROM_HOME = [
+    ("loop", "import mlflow", "loop uses mlflow, whose home is tracking"),
+    ("loop", "def f():\n    from mlflow.entities import Param", "loop uses mlflow, whose home is tracking"),
+    ("train", "from ray import tune", "train uses ray.tune, whose home is tune"),
+    ("train", "from ray.tune.integration.ray_train import X", "train uses ray.tune, whose home is tune"),
+    ("blocks", "import ray\nray.data.read_text('a')", "blocks uses ray.data, whose home is corpus and tokens"),
+    ("train", "from transformers import TrainingArguments", ARGUMENTS),
+    ("train", "from transformers.training_args import TrainingArguments as A", ARGUMENTS),
+    ("train", "import transformers\ntransformers.TrainingArguments()", ARGUMENTS),
+    ("checkpoint", "from ruamel.yaml import YAML", "checkpoint uses ruamel, whose home is config"),
+]
+
+
+@pytest.mark.parametrize(("module", "source", "fault"), AWAY_FROM_HOME)
+def test_a_library_away_from_home_is_found(module, source, fault):
+    assert home_faults(module, source) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("tracking", "import mlflow"),
+        ("tune", "from ray import tune"),
+        ("tokens", "import ray.data"),
+        ("loop", "from transformers import TrainingArguments"),
+        ("loop", "import ray.train\nfrom raylm import tracking\nself.mlflow.run\nray.database"),
+        ("config", "from ruamel.yaml import YAML"),
+    ],
+)
+def test_a_library_at_home_is_welcome(module, source):
+    assert home_faults(module, source) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "faults"),
+    [
+        ("import torch", ["tune imports torch at its top"]),
+        ("from ray import tune", ["tune imports ray.tune at its top"]),
+        ("from raylm import loop", ["tune imports raylm.loop at its top"]),
+        ("try:\n    import torch\nexcept ImportError:\n    pass", ["tune imports torch at its top"]),
+        ("class A:\n    import torch", ["tune imports torch at its top"]),
+        ("def f():\n    import torch", []),
+        ("if TYPE_CHECKING:\n    from raylm.loop import Job", []),
+        ("from raylm import cli\nfrom raylm.train import run_name\nimport typer", []),
+    ],
+)
+def test_a_heavy_import_at_the_top_of_a_verb_is_found(source, faults):
+    assert weight_faults("tune", source) == faults
+
+
+def test_the_tree_of_a_readme():
+    readme = """\
+```bash
+make demo
+```
+
+```
+raylm/
+    errors.py        what a user can cause and fix
+    config/          one YAML file = one experiment
+        sections.py  every setting
+        files.py     load, override, save
+    cli.py           argv → experiment
+```
+"""
+    assert tree_of(readme) == ["errors.py", "config/sections.py", "config/files.py", "cli.py"]
+    with pytest.raises(AssertionError, match=r"cli.py has no gloss"):
+        tree_of("```\nraylm/\n    cli.py\n```\n")
+    with pytest.raises(AssertionError, match=r"README.md shows no tree"):
+        tree_of("# raylm\n")

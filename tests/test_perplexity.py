@@ -1,0 +1,109 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from raylm.perplexity import Score, Window, first_documents, score, windows
+
+CONTEXT = 8
+EOS = 0
+
+
+class Documents(list):
+    def document_bytes(self, index):
+        return 3 * len(self[index])
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 23, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": CONTEXT}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=EOS, eos_token_id=EOS, initializer_range=0.5)).eval()
+
+
+@pytest.fixture(scope="module")
+def documents():
+    random = np.random.default_rng(2)
+    return Documents(random.integers(1, 23, length).astype(np.uint16) for length in [1, 5, 7, 8, 9, 16, 17, 40, 3, 25])
+
+
+def reference(network, documents, context, stride):
+    """Straight from the definition, a token at a time, in float64: (nll, tokens)."""
+    precise = GPT2LMHeadModel(network.config).double().eval()
+    precise.load_state_dict(network.state_dict())
+    nll, tokens = 0.0, 0
+    for document in documents:
+        text = [EOS, *document.tolist()]
+        done = 0  # tokens of the document scored so far
+        while done < len(document):
+            end = min(len(document), context if done == 0 else done + stride)
+            window = text[max(0, end - context) : end]
+            with torch.no_grad():
+                chance = precise(torch.tensor([window])).logits[0].log_softmax(-1)
+            for token in range(done, end):
+                position = token - (end - len(window))
+                nll -= chance[position, document[token]].item()
+                tokens += 1
+            done = end
+    return nll, tokens
+
+
+def test_windows_of_a_document_of_six_tokens():
+    assert list(windows(6, context=4, stride=4)) == [Window(0, 4, 4), Window(2, 6, 2)]
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 40])
+def test_every_token_is_scored_exactly_once(length, stride):
+    scored = [t for w in windows(length, CONTEXT, stride) for t in range(w.end - w.scored, w.end)]
+    assert scored == list(range(length))
+    assert all(w.end - w.start <= CONTEXT for w in windows(length, CONTEXT, stride))
+
+
+@pytest.mark.parametrize("stride", [1, 3, CONTEXT])
+def test_equals_a_naive_float64_reference(network, documents, stride):
+    nll, tokens = reference(network, documents, CONTEXT, stride)
+    found = score(network, documents, eos_id=EOS, context=CONTEXT, stride=stride)
+    assert found.tokens == tokens == sum(map(len, documents))
+    assert found.nll == pytest.approx(nll, rel=1e-6)
+    assert found.bytes == 3 * tokens
+    assert found.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(nll / math.log(2) / (3 * tokens), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 64, 100_000])
+def test_does_not_depend_on_the_batch(network, documents, batch_tokens):
+    found = score(network, documents, eos_id=EOS, context=CONTEXT, batch_tokens=batch_tokens)
+    expected = score(network, documents, eos_id=EOS, context=CONTEXT)
+    assert (found.tokens, found.bytes) == (expected.tokens, expected.bytes)
+    assert found.nll == pytest.approx(expected.nll, rel=1e-6)
+
+
+def test_parts_add_up_to_the_whole():
+    whole = Score(math.log(2) * 10, 10, 20) + Score(math.log(8) * 90, 90, 180)
+    assert whole.perplexity == pytest.approx(6.96, abs=0.01)
+    assert whole.bytes == 200
+
+
+def test_nothing_scored_is_not_a_perplexity_of_one():
+    assert math.isnan(Score().perplexity)
+
+
+def test_an_overflow_is_infinite():
+    assert Score(1e6, 1, 1).perplexity == math.inf
+
+
+def test_the_same_first_documents_for_every_trial(documents):
+    assert first_documents(documents, None) == 10
+    assert first_documents(documents, 1 + 5 + 7) == 3
+    assert first_documents(documents, 1 + 5 + 7 + 7) == 3, "a document that does not fit is left out"
+    assert first_documents(documents[1:], 1) == 1, "at least one"
+
+
+def test_leaves_the_model_training_if_it_was(network, documents):
+    network.train()
+    score(network, Documents(documents[:1]), eos_id=EOS, context=CONTEXT)
+    assert network.training
+    network.eval()

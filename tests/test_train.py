@@ -1,0 +1,137 @@
+"""Training runs on real worker groups; a model of one layer, some seconds each."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raylm import checkpoint, cluster, loop, prepare, tokens, tracking, train
+from raylm.config import override
+from raylm.errors import ConfigError, DataError, TrainingError
+
+
+def run(experiment, *, name):
+    """(metrics of the best evaluation, its checkpoint, the store, the tracked run)"""
+    import ray
+
+    resources = cluster.resources(experiment.cluster, ray.cluster_resources())
+    store, _ = prepare.prepared(experiment)
+    tracked = tracking.start(experiment.tracking, name=name, tags={})
+    job = loop.Job(experiment, store.path, train.budget_of(experiment, store), tracked)
+    best, saved = train.fit(job, resources, storage=train.runs(experiment), name=name)
+    return best, saved, store, tracked
+
+
+@pytest.fixture(scope="module")
+def one_worker(ray_cluster, tiny, tmp_path_factory):
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    experiment = tiny(f"tracking.uri={uri}")
+    return experiment, *run(experiment, name="one-worker")
+
+
+def test_a_checkpoint_is_a_plain_model_directory_that_knows_its_experiment(one_worker):
+    experiment, best, saved, store, _ = one_worker
+    assert AutoModelForCausalLM.from_pretrained(saved).config.n_positions == 32
+    assert len(AutoTokenizer.from_pretrained(saved)) == len(store.tokenizer)
+    assert checkpoint.read_experiment(saved) == experiment
+    assert checkpoint.read_record(saved)["perplexity"] == best["perplexity"]
+    assert not list(Path(saved).glob("*.bin")), "no pickles"
+
+
+def test_it_learned_something(one_worker):
+    _, best, _, store, _ = one_worker
+    assert best["perplexity"] < len(store.tokenizer) / 2
+
+
+def test_each_step_is_evaluated_and_reported_once(one_worker):
+    """The Trainer evaluates again at the end of the data unless told; the checkpoint would be written over itself."""
+    *_, tracked = one_worker
+    history = MlflowClient(tracked.uri).get_metric_history(tracked.run_id, "eval/perplexity")
+    assert [point.step for point in history] == [2, 4, 6, 8, 10]
+
+
+def test_every_figure_is_in_mlflow_by_step(one_worker):
+    experiment, best, _, _, tracked = one_worker
+    client = MlflowClient(tracked.uri)
+    names = {"train/loss", "train/learning_rate", "train/grad_norm", "train/tokens", "eval/perplexity"}
+    assert names | {"eval/bits_per_byte"} <= set(client.get_run(tracked.run_id).data.metrics)
+    history = client.get_metric_history(tracked.run_id, "eval/perplexity")
+    assert min(point.value for point in history) == best["perplexity"]
+    assert all(math.isfinite(point.value) for name in names for point in client.get_metric_history(tracked.run_id, name))
+    assert client.get_metric_history(tracked.run_id, "train/tokens")[-1].value == experiment.train.max_tokens
+
+
+def test_two_workers_train_on_the_same_examples_to_the_same_perplexity(one_worker, ray_cluster):
+    """Dropout off, since each worker draws its own; what is left is the rounding of sums."""
+    experiment, *_ = one_worker
+    still = {f"model.config.{name}": 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    one = override(experiment, {**still, "tracking.uri": None, "cluster.cpus_per_worker": 0.5})
+    two = override(one, {"cluster.num_workers": 2})
+    alone, *_ = run(one, name="alone")
+    together, *_ = run(two, name="together")
+    assert together["step"] == alone["step"]
+    assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4)
+
+
+def test_the_same_score_from_one_process_and_from_two_workers(one_worker, ray_cluster):
+    import ray
+
+    experiment, best, saved, store, _ = one_worker
+    alone = train.score(saved, store.validation, experiment, None)
+    assert alone.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
+    two = override(experiment, {"cluster.num_workers": 2, "eval.batch_tokens": 64})
+    shared = train.score(saved, store.validation, two, cluster.resources(two.cluster, ray.cluster_resources()))
+    assert (shared.tokens, shared.bytes) == (alone.tokens, alone.bytes)
+    assert shared.nll == pytest.approx(alone.nll, rel=1e-6)
+
+
+def test_divergence_is_an_error_that_names_step_and_setting(ray_cluster, tiny):
+    experiment = tiny("train.learning_rate=1e30", "train.warmup_steps=0", "train.arguments.max_grad_norm=1e30")
+    with pytest.raises(TrainingError, match=r"diverged: the gradient is .* at step \d+; lower train.learning_rate=1e\+30"):
+        run(experiment, name="diverged")
+
+
+def test_arguments_of_the_trainer_are_checked(tiny):
+    with pytest.raises(ConfigError, match=r"train.arguments.optimm: not a field .* did you mean optim\?"):
+        loop.check(tiny("train.arguments.optimm=sgd").train)
+    with pytest.raises(ConfigError, match=r"train.arguments.learning_rate is derived.*set train.learning_rate"):
+        loop.check(tiny("train.arguments.learning_rate=1").train)
+    with pytest.raises(ConfigError, match=r"train.arguments: .*adamww"):
+        loop.check(tiny("train.arguments.optim=adamww").train)
+    with pytest.raises(ConfigError, match=r"train.lr_scheduler_type must be one of .*cosine.*, got 'cosinus'"):
+        loop.check(tiny("train.lr_scheduler_type=cosinus").train)
+
+
+def test_no_validation_text_is_an_error(ray_cluster, tiny, tmp_path):
+    (tmp_path / "one.txt").write_text("the only document, which is long enough for a block or two of tokens " * 20)
+    experiment = tiny(f"corpus.paths={tmp_path}", "corpus.validation_fraction=0")
+    store, _ = prepare.prepared(experiment)
+    with pytest.raises(DataError, match="validation split is empty.*corpus.validation_fraction=0"):
+        train.budget_of(experiment, store)
+
+
+def test_a_plan_starts_no_ray_and_writes_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = train.plan(tiny(f"storage={tmp_path}/runs"))
+    assert plan.record["steps"] == 10
+    assert plan.record["tokens"] == 2560
+    assert plan.record["parameters"] == 300 * 16 + 32 * 16 + 12 * 16 * 16 + 13 * 16 + 2 * 16
+    assert json.dumps(plan.record)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_refuses_what_ray_would_find_out_late(tiny):
+    with pytest.raises(ConfigError, match="cluster.num_workers"):
+        train.plan(tiny("cluster.num_workers=1024", "train.batch_tokens=32768", "train.max_tokens=32768"))
+    with pytest.raises(ConfigError, match="blocks.block_size must be at most 16"):
+        train.plan(tiny("model.config.n_positions=16"))
+    with pytest.raises(DataError, match=r"corpus.paths.*nowhere"):
+        train.plan(tiny("corpus.paths=/nowhere/*.txt"))
+
+
+def test_the_store_outlives_its_process(one_worker):
+    *_, store, _ = one_worker
+    assert tokens.open_store(store.path).fingerprint == store.fingerprint

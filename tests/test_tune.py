@@ -1,0 +1,171 @@
+"""Sweeps on real Tune: trials in their own processes, and one with a worker group in each."""
+
+import math
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from raylm import checkpoint, cluster, prepare, tracking, train, tune
+from raylm.config import override
+from raylm.errors import ConfigError
+
+SPACE = {
+    "train.learning_rate": {"choice": [2e-2, 1e-2]},
+    "blocks.block_size": {"grid": [16, 32]},
+    "train.warmup_steps": {"uniform": [0.0, 0.2]},
+}
+
+
+def run(experiment, name):
+    """(rows, best row, parent run)"""
+    import ray
+
+    resources = cluster.resources(experiment.cluster, ray.cluster_resources())
+    store, _ = prepare.prepared(experiment)
+    parent = tracking.start(experiment.tracking, name="sweep", tags={})
+    rows = tune.sweep(experiment, store, parent, resources, name=name)
+    best = tune.finish(experiment, store, parent, resources, rows)
+    parent.end()
+    return rows, best, parent
+
+
+@pytest.fixture(scope="module")
+def sweep(ray_cluster, tiny, tmp_path_factory):
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    experiment = override(
+        tiny(f"tracking.uri={uri}"), {"tune.space": SPACE, "tune.num_samples": 2, "tune.scheduler": "none"}
+    )
+    return experiment, *run(experiment, "sweep")
+
+
+def test_every_point_of_the_grid_is_a_ranked_trial(sweep):
+    _, rows, *_ = sweep
+    assert sorted(row["settings"]["blocks.block_size"] for row in rows) == [16, 16, 32, 32]
+    assert {row["status"] for row in rows} == {"completed"}
+    assert {row["tokens"] for row in rows} == {2560}, "the same tokens whatever the block size"
+    scores = [row["perplexity"] for row in rows]
+    assert scores == sorted(scores)
+
+
+def test_the_best_checkpoint_has_the_score_that_the_sweep_tells(sweep):
+    experiment, rows, best, _ = sweep
+    store, _ = prepare.prepared(experiment)
+    assert best["perplexity"] == rows[0]["perplexity"]
+    score = train.score(best["checkpoint"], store.validation, experiment, None)
+    assert score.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
+
+
+def test_the_experiment_beside_the_best_checkpoint_repeats_the_trial(sweep):
+    import ray
+
+    _, _, best, _ = sweep
+    experiment = checkpoint.read_experiment(best["checkpoint"])
+    store, reused = prepare.prepared(experiment)
+    assert reused
+    from raylm import loop
+
+    job = loop.Job(experiment, store.path, train.budget_of(experiment, store), tracking.Run())
+    resources = cluster.resources(experiment.cluster, ray.cluster_resources())
+    again, _ = train.fit(job, resources, storage=train.runs(experiment), name="again")
+    assert again["perplexity"] == best["perplexity"], "to the last bit"
+
+
+def test_mlflow_has_a_parent_and_a_closed_child_for_every_trial(sweep):
+    experiment, rows, best, parent = sweep
+    client = MlflowClient(parent.uri)
+    runs = client.search_runs([parent.experiment_id])
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.run_id]
+    assert len(runs) == 5
+    assert {run.data.tags["raylm.trial"] for run in children} == {row["trial_id"] for row in rows}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len({frozenset(run.data.params) for run in runs}) == 1, "the same keys, or the runs cannot be compared"
+    assert set(experiment.tune.space) <= set(runs[0].data.params)
+    for run in children:
+        assert {"train/loss", "train/tokens", "eval/perplexity", "best/eval_perplexity"} <= set(run.data.metrics)
+        assert all(math.isfinite(value) for value in run.data.metrics.values())
+    by_trial = {run.data.tags["raylm.trial"]: run.data.metrics["best/eval_perplexity"] for run in children}
+    assert by_trial == {row["trial_id"]: row["perplexity"] for row in rows}
+    assert client.get_run(parent.run_id).data.metrics["best/eval_perplexity"] == best["perplexity"]
+
+
+def test_a_trial_that_diverges_or_cannot_be_built_is_a_row_and_the_others_go_on(ray_cluster, tiny, tmp_path):
+    experiment = override(
+        tiny(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "train.arguments.max_grad_norm=1e30"),
+        {
+            "tune.space": {
+                "train.learning_rate": {"grid": [1e-2, 1e30]},
+                "model.config.n_head": {"grid": [2, 3]},  # 16 wide: three heads do not fit
+            },
+            "tune.num_samples": 1,
+        },
+    )
+    rows, best, parent = run(experiment, "faults")
+    failures = {(row["settings"]["train.learning_rate"], row["settings"]["model.config.n_head"]): row for row in rows}
+    assert failures[1e-2, 2]["status"] == "completed"
+    assert "diverged" in failures[1e30, 2]["failure"]
+    assert failures[1e-2, 3]["status"] == "failed"
+    assert [row["perplexity"] is None for row in rows] == [False, True, True, True], "failures rank last"
+    assert best["settings"] == {"train.learning_rate": 1e-2, "model.config.n_head": 2}
+    statuses = {run.data.tags["raylm.trial"]: run.info.status for run in children_of(parent)}
+    assert statuses == {row["trial_id"]: "FAILED" if row["failure"] else "FINISHED" for row in rows}
+
+
+def test_asha_stops_the_worse_trials_early_at_a_rung_of_tokens(ray_cluster, tiny):
+    experiment = override(
+        tiny("train.max_tokens=5120"),
+        {
+            "tune.space": {"train.learning_rate": {"grid": [2e-2, 1e-6, 2e-6, 3e-6]}},
+            "tune.num_samples": 1,
+            "tune.max_concurrent_trials": 1,
+            "tune.scheduler": {"kind": "asha", "grace_tokens": 1024, "reduction_factor": 4.0},
+        },
+    )
+    rows, best, _ = run(experiment, "asha")
+    assert best["settings"] == {"train.learning_rate": 2e-2}
+    assert rows[0]["tokens"] == 5120
+    assert [(row["status"], row["tokens"]) for row in rows[1:]] == [("stopped early", 1024)] * 3
+
+
+def test_trials_of_two_workers_take_the_same_road(ray_cluster, tiny):
+    experiment = override(
+        tiny("cluster.num_workers=2"),
+        {"tune.space": {"blocks.block_size": {"grid": [16, 32]}}, "tune.num_samples": 1},
+    )
+    rows, best, _ = run(experiment, "groups")
+    assert [row["status"] for row in rows] == ["completed", "completed"]
+    store, _ = prepare.prepared(experiment)
+    score = train.score(best["checkpoint"], store.validation, override(experiment, {"cluster.num_workers": 1}), None)
+    assert score.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
+
+
+def test_a_plan_counts_trials_and_writes_nothing(tiny, tmp_path):
+    experiment = override(tiny(f"storage={tmp_path}"), {"tune.space": SPACE, "tune.num_samples": 3})
+    record = tune.plan(experiment).record
+    assert record["trials"] == 6, "three draws of each of two points of the grid"
+    assert record["most_tokens"] == 6 * 2560
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_a_sweep_over_nothing_is_refused(tiny):
+    with pytest.raises(ConfigError, match="tune.space is empty"):
+        tune.plan(override(tiny(), {"tune.space": {}}))
+
+
+def test_a_value_that_only_the_model_can_refuse_is_refused_before_ray_starts(tiny):
+    experiment = override(
+        tiny("model.config.n_positions=32"), {"tune.space": {"blocks.block_size": {"choice": [32, 64]}}}
+    )
+    with pytest.raises(ConfigError, match=r"tune.space.blocks.block_size: value 64: .*at most 32"):
+        tune.plan(experiment)
+
+
+def test_the_ends_of_a_range_stand_for_it():
+    space = {"a": {"randint": [1, 9]}, "b": {"quniform": [0, 1, 0.5]}, "c": {"grid": [3, 4]}}
+    assert tune.corners(space) == {"a": [1, 8], "b": [0, 1], "c": [3, 4]}
+
+
+def children_of(parent):
+    client = MlflowClient(parent.uri)
+    runs = client.search_runs([parent.experiment_id])
+    return [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.run_id]
