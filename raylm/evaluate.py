@@ -66,6 +66,8 @@ class Texts(list):
     @classmethod
     def read(cls, paths: list[str], model: Path) -> Texts:
         """The files as the tokenizer of the model has them; DataError names one that cannot be read."""
+        import numpy as np
+
         from raylm import tokenizer
 
         contents = []
@@ -76,7 +78,8 @@ class Texts(list):
                 raise DataError(f"--text {path}: {error.strerror}", where=path) from None
             except UnicodeDecodeError as error:
                 raise DataError(f"--text {path}: byte {error.start}: invalid UTF-8", where=path) from None
-        texts = cls(tokenizer.encoder(str(model), "tokenizers")(contents))
+        encoded = tokenizer.load(model)(contents, add_special_tokens=False, verbose=False)["input_ids"]
+        texts = cls(np.array(ids, np.int64) for ids in encoded)
         texts.num_bytes = [len(content.encode()) for content in contents]
         return texts
 

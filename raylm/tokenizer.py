@@ -1,15 +1,20 @@
-"""Tokenizers: load one, or train one on the corpus.
+"""Tokenizers: load one, or train one on the corpus; and encoders, that make ids of many documents fast.
 
-Both ways give a transformers tokenizer with an end-of-text token, the one that follows every document. A padding token
-is not needed.
+Either way it is a tokenizer of transformers with an end-of-text token, the one that follows every document. A padding
+token is not needed.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -34,68 +39,247 @@ def chosen(section: TokenizerConfig, model_path: str | None) -> TokenizerConfig:
     return section.model_copy(update={"path": model_path})
 
 
-def load(path: str | os.PathLike) -> PreTrainedTokenizerFast:
+def load_section(section: TokenizerConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer that a section of settings names by its path."""
+    assert section.path is not None
+    return load(section.path, revision=section.revision, gguf_file=section.gguf_file, eos_token=section.eos_token)
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    eos_token: str | None = None,
+) -> PreTrainedTokenizerFast:
     """The tokenizer of a directory or Hub id. Without an end-of-text token: DataError."""
     from transformers import AutoTokenizer
 
+    options = {"revision": revision, "gguf_file": gguf_file}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        first = str(error).split("\n")[0]
+        tokenizer = AutoTokenizer.from_pretrained(path, **{name: value for name, value in options.items() if value})
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().split("\n")[0]
         raise DataError(f"tokenizer.path: {path}: no tokenizer found there: {first}", "tokenizer.path") from None
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise DataError(
+                f"tokenizer.eos_token: {eos_token!r} is not among the {len(tokenizer)} tokens of {path}; "
+                f"its special ones: {', '.join(tokenizer.all_special_tokens) or 'none'}",
+                "tokenizer.eos_token",
+            )
+        tokenizer.eos_token = eos_token
     if tokenizer.eos_token_id is None:
         raise DataError(
-            f"tokenizer.path: {path}: it has no end-of-text token, and documents need one between them; name one as "
-            f"eos_token in its tokenizer_config.json",
-            "tokenizer.path",
+            f"tokenizer.path: {path}: it names no end-of-text token, and documents need one between them; "
+            f"name one with tokenizer.eos_token, of: {', '.join(tokenizer.all_special_tokens) or 'its vocabulary'}",
+            "tokenizer.eos_token",
         )
     return tokenizer
 
 
+def version(section: TokenizerConfig) -> dict[str, str]:
+    """What changes when the tokenizer behind a path does: checksums of a directory's files, or a Hub commit."""
+    if section.path is None:
+        return {}
+    directory = Path(section.path)
+    if directory.is_dir():
+        import hashlib
+
+        files = [file for file in directory.iterdir() if file.suffix in (".json", ".txt", ".model", ".jinja")]
+        return {
+            file.name: hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+            for file in sorted(files)
+            if file.name.startswith(("tokenizer", "vocab", "merges", "special", "added", "spiece", "sentencepiece"))
+        }
+    return {"commit": _commit(section.path, section.revision)}
+
+
+@lru_cache(maxsize=8)
+def _commit(path: str, revision: str | None) -> str:
+    """The commit that a Hub id stands for now; of the local cache if the Hub cannot be reached."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.model_info(path, revision=revision, timeout=10).sha or ""
+    except Exception:  # any of a dozen: no network, offline mode, a private repository
+        cached = huggingface_hub.try_to_load_from_cache(path, "tokenizer_config.json", revision=revision)
+        return os.path.basename(os.path.dirname(cached)) if isinstance(cached, str) else ""
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
 def train(texts: Iterable[str], section: TrainedTokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most section.vocab_size entries; fewer if the texts do not have that many pairs.
+    """A tokenizer of at most section.vocab_size entries; fewer if the texts do not have that many.
 
     The same texts in the same order give the same tokenizer.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    unknown = _named("unk", section)
+    special = list(dict.fromkeys([*section.special_tokens, *([unknown] if unknown else [])]))
+    tokenizer = {"byte_bpe": _byte_bpe, "wordpiece": _wordpiece, "unigram": _unigram}[section.kind](
+        texts, section, special, unknown
+    )
     end_of_text = section.special_tokens[0]
+    named = {f"{name}_token": token for name in ("mask", "pad", "unk") if (token := _named(name, section)) is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end_of_text, eos_token=end_of_text, **named)
+
+
+def _named(name: str, section: TrainedTokenizer) -> str | None:
+    known = [token for token in section.special_tokens if token in (f"<{name}>", f"[{name.upper()}]")]
+    if not known and name == "unk" and section.kind != "byte_bpe":  # these two have texts that they cannot spell
+        return "[UNK]" if section.kind == "wordpiece" else "<unk>"
+    return known[0] if known else None
+
+
+def _byte_bpe(texts: Iterable[str], section: TrainedTokenizer, special: list[str], unknown: str | None) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=section.vocab_size,
         min_frequency=section.min_frequency,
-        special_tokens=list(section.special_tokens),
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end_of_text, eos_token=end_of_text)
+    return tokenizer
 
 
-class Encoder:
-    """Documents -> token ids, for one core; what the tokenizer of a directory gives, without special tokens around."""
+def _wordpiece(texts: Iterable[str], section: TrainedTokenizer, special: list[str], unknown: str | None) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    def __init__(self, directory: str):
-        # Each task is one CPU of the cluster; read when the first batch is encoded.
-        os.environ.setdefault("RAYON_NUM_THREADS", "1")
-        tokenizer = load(directory)
-        self._backend: Any = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self.dtype = id_type(len(tokenizer))
+    def untrained(vocabulary: dict[str, int]) -> Any:
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        return tokenizer
 
-    def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text: 1-D, of the smallest type that holds the vocabulary."""
-        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, self.dtype) for encoding in encoded]
+    tokenizer = untrained({})
+    texts = list(texts)
+    letters = sorted({letter for text in texts for letter in tokenizer.normalizer.normalize_str(text)} - {" "})
+    # The trainer numbers ##a, ##b, … as it meets them in a hash table, in another order each time, and breaks ties by
+    # these numbers. What is special is numbered first: so they are, for the training alone.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=section.vocab_size,
+        min_frequency=section.min_frequency,
+        special_tokens=[*special, *letters, *(f"##{letter}" for letter in letters)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    trained = untrained(tokenizer.get_vocab())
+    trained.add_special_tokens(special)
+    return trained
+
+
+def _unigram(texts: Iterable[str], section: TrainedTokenizer, special: list[str], unknown: str | None) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    def untrained(*model: Any) -> Any:
+        tokenizer = Tokenizer(models.Unigram(*model))
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        return tokenizer
+
+    tokenizer = untrained()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=section.vocab_size, special_tokens=special, unk_token=unknown, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # The trainer sums in the order of a hash table: what it finds is the same but for the last digits and the order.
+    pieces = [(piece, round(score, 6)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    pieces = pieces[: len(special)] + sorted(pieces[len(special) :], key=lambda entry: (-entry[1], entry[0]))
+    trained = untrained(pieces, special.index(unknown) if unknown else None)
+    trained.add_special_tokens(special)
+    return trained
+
+
+# Encoders ------------------------------------------------------------------------------------------------------------
+
+
+class Encoder(Protocol):
+    """Documents -> token ids, without special tokens around them, on one core."""
+
+    def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all texts one after the other, of the smallest type that holds the vocabulary; ids of each text)."""
+        ...
+
+
+class _Slow:
+    """What transformers itself does, by way of tokenizers."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._dtype = id_type(len(tokenizer))
+
+    def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self._backend is not None:
+            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            ids = [np.array(encoding.ids, self._dtype) for encoding in encoded]
+        else:  # a tokenizer written in Python
+            ids = [
+                np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], self._dtype) for text in texts
+            ]
+        return np.concatenate(ids), np.array([len(part) for part in ids], np.int64)
+
+
+class _Fast:
+    """fastokens: the same ids, many times faster, handed over as one buffer."""
+
+    def __init__(self, tokenizer: Any):
+        fastokens = importlib.import_module("fastokens")
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        self._tokenizer = fastokens.Tokenizer.from_json_str(backend.to_str())
+        self._dtype = id_type(len(tokenizer))
+
+    def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = self._tokenizer.encode_batch_flat(texts)
+        lengths = np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
+        return np.frombuffer(ids, np.uint32).astype(self._dtype, copy=False), lengths
 
 
 @lru_cache(maxsize=2)  # a process of Ray runs many tasks with one tokenizer
-def encoder(directory: str) -> Encoder:
-    return Encoder(directory)
+def encoder(directory: str, name: str) -> Encoder:
+    """The encoder "fastokens" or "tokenizers" of the tokenizer in a directory."""
+    # A task is one CPU of the cluster. Read by both when they encode their first batch in a process.
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
+    kinds: dict[str, Callable[[Any], Encoder]] = {"fastokens": _Fast, "tokenizers": _Slow}
+    return kinds[name](load(directory))
+
+
+def choose_encoder(directory: str, texts: Iterable[str]) -> dict[str, Any]:
+    """The fast encoder where it is installed, reads this tokenizer and gives the slow one's ids on all the texts.
+
+    {name, version, checked_documents, checked_bytes, differs: None or how the fast one differs}
+    """
+    choice: dict[str, Any] = {"name": "tokenizers", "version": metadata.version("tokenizers"), "differs": None}
+    choice |= {"checked_documents": 0, "checked_bytes": 0}
+    if importlib.util.find_spec("fastokens") is None:
+        return choice
+    tokenizer = load(directory)
+    try:
+        fast, slow = _Fast(tokenizer), _Slow(tokenizer)
+    except Exception:  # whatever its parser says to a tokenizer that it does not know
+        return choice
+    for text in texts:
+        choice["checked_documents"] += 1
+        choice["checked_bytes"] += len(text.encode())
+        if not np.array_equal(fast([text])[0], slow([text])[0]):
+            return choice | {"differs": f"fastokens gives other ids than the tokenizer for {text[:60]!r}"}
+    return choice | {"name": "fastokens", "version": metadata.version("fastokens")}
 
 
 def id_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:

@@ -347,6 +347,13 @@ tune:
     assert {name for sampler in space.values() for name in sampler} == set(config.SAMPLERS)
 
 
+def test_the_upper_end_of_whole_numbers_is_not_drawn(load, faults):
+    """128 divides train.batch_tokens, 129 does not."""
+    load("tune: {space: {blocks.block_size: {randint: [64, 129]}}}")
+    (told,) = faults("tune: {space: {blocks.block_size: {randint: [64, 130]}}}")
+    assert "value 129: train.batch_tokens: must be a multiple" in told
+
+
 # Saving ------------------------------------------------------------------------------------------------------------
 
 AWKWARD = """\

@@ -1,11 +1,29 @@
+import bz2
+import csv
+import gzip
 import json
+import lzma
+import random
+import re
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from raylm.config import CorpusConfig
-from raylm.corpus import Ledger, check, documents, shards
+from raylm.corpus import (
+    Ledger,
+    Shard,
+    check,
+    documents,
+    formats,
+    hashes,
+    kept_fraction,
+    reader,
+    select,
+    shards,
+)
 from raylm.errors import DataError
 
 
@@ -47,17 +65,15 @@ def test_columns_of_text_by_name(tmp_path):
     assert texts(CorpusConfig(paths=str(tmp_path), text="body")) == ["one", "two", "three", "four"]
 
 
-def test_big_files_are_read_in_parts_and_every_row_once(tmp_path, monkeypatch):
+def test_big_files_are_read_in_parts_and_every_row_once(tmp_path):
     rows = [f"{number} " + "x" * (number % 97) for number in range(3000)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl")
-    from raylm import corpus as module
-
-    whole = module.Piece(check(corpus)[0].files[0], 0)
+    whole = reader._whole(check(corpus)[0].files[0], 0, check(corpus)[0])
     for most in (100, 977, 5000):
-        pieces = [piece for piece, _ in module._pieces(whole, most)]
+        pieces = [piece for piece, _ in reader._pieces(whole, most)]
         assert len(pieces) > 10
-        assert [text for piece in pieces for text in module._texts(piece, corpus, Ledger())] == rows
+        assert [text for piece in pieces for text in formats.texts(piece, corpus)] == rows
 
 
 def test_the_standard_library_is_a_source():
@@ -91,7 +107,14 @@ def test_what_is_left_out_is_counted(tmp_path):
     ledger = Ledger()
     kept = read(CorpusConfig(paths=str(tmp_path), keep_any=["pandas", "sklearn"]), ledger)
     assert [document.text for document in kept] == ["import pandas"]
-    assert ledger == {"documents": 4, "bytes": 13 + 4 + 2, "empty": 2, "filtered: keep_any": 1}
+    assert ledger == {
+        "documents": 4,
+        "bytes": 13 + 4 + 2,
+        "empty": 2,
+        "filtered: keep_any": 1,
+        "kept": 1,
+        "kept bytes": 13,
+    }
 
 
 @pytest.mark.parametrize(
@@ -128,3 +151,345 @@ def test_a_path_that_matches_nothing_is_named_as_written(tmp_path):
         check(CorpusConfig(paths=str(tmp_path)))
     with pytest.raises(DataError, match=r"corpus\.paths is empty"):
         check(CorpusConfig())
+
+
+# Formats -------------------------------------------------------------------------------------------------------------
+
+ROWS = [{"id": 1, "text": "one, two"}, {"id": 2, "text": 'naïve "three"\nfour'}]
+
+
+def write_jsonl(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_csv(path, delimiter=","):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["id", "text"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_arrow(path, new=pa.ipc.new_file):
+    table = pa.Table.from_pylist(ROWS)
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+
+
+WRITERS = {
+    "a.jsonl": write_jsonl,
+    "a.ndjson": write_jsonl,
+    "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "lines.json": write_jsonl,
+    "a.csv": write_csv,
+    "a.tsv": lambda path: write_csv(path, "\t"),
+    "a.parquet": lambda path: pa.parquet.write_table(pa.Table.from_pylist(ROWS), path),
+    "a.arrow": write_arrow,
+    "stream.arrow": lambda path: write_arrow(path, pa.ipc.new_stream),
+    "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_with_columns_gives_the_same_texts(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    assert texts(CorpusConfig(paths=f"{tmp_path}/{name}")) == [row["text"] for row in ROWS]
+
+
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pa.compress(content, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_compressed_files(tmp_path, suffix, name):
+    if name == "a.txt":
+        (tmp_path / name).write_text("one\n\ftwo\n")
+    else:
+        WRITERS[name](tmp_path / name)
+    expected = texts(CorpusConfig(paths=f"{tmp_path}/{name}"))
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    (tmp_path / (name + suffix)).write_bytes(COMPRESS[suffix](content))
+    assert texts(CorpusConfig(paths=str(tmp_path))) == expected
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_torn_compressed_file_is_named(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    lines = "".join(json.dumps({"text": random.Random(n).randbytes(90).hex()}) + "\n" for n in range(2000))
+    whole = COMPRESS[suffix](lines.encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=rf"a\.jsonl\{suffix} \(\d+ bytes\): torn, or not "):
+        read(CorpusConfig(paths=str(path)))
+    path.write_text("plain text after all")
+    with pytest.raises(DataError, match=r"begins with b'pl.*expected b"):
+        check(CorpusConfig(paths=str(path)))
+
+
+def test_torn_and_empty_tables_are_named_before_anything_starts(tmp_path):
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.Table.from_pylist(ROWS * 100), path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"a\.parquet \(\d+ bytes\): torn, or not parquet"):
+        check(CorpusConfig(paths=str(path)))
+    for name in ("b.parquet", "b.jsonl", "b.csv", "b.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(DataError, match=rf"{name}: empty file \(0 bytes\), expected"):
+            check(CorpusConfig(paths=f"{tmp_path}/{name}"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow", "saved"])
+def test_a_missing_column_is_named_with_the_ones_there_are(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name}.*no column 'txt'; columns: id, text\. Did you mean 'text'\?"):
+        check(CorpusConfig(paths=f"{tmp_path}/{name}", text="txt"))
+
+
+ELI5 = {
+    "q_id": "5lcjq6",
+    "title": "Why is the sky blue?",
+    "answers": {"a_id": ["x", "y"], "text": ["Because of scattering.", "Blue light is bent more."], "score": [5, 3]},
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "arrow"])
+def test_nested_columns_by_dotted_path_and_templates(tmp_path, suffix):
+    path = tmp_path / f"eli5.{suffix}"
+    if suffix == "parquet":
+        pa.parquet.write_table(pa.Table.from_pylist([ELI5]), path)
+    elif suffix == "arrow":
+        table = pa.Table.from_pylist([ELI5])
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        path.write_text(json.dumps(ELI5))
+    answers = "Because of scattering. Blue light is bent more."
+    assert texts(CorpusConfig(paths=str(path), text="answers.text")) == [answers]
+    joined = CorpusConfig(paths=str(path), text="Question: {title}\nAnswer: {answers.text}", join="\n\n")
+    assert texts(joined) == [
+        "Question: Why is the sky blue?\nAnswer: Because of scattering.\n\nBlue light is bent more."
+    ]
+    with pytest.raises(DataError, match=r"corpus\.text: no column 'txt in answers.txt'; columns: a_id, text, score"):
+        check(CorpusConfig(paths=str(path), text="answers.txt"))
+
+
+def test_a_list_of_objects_under_a_dotted_path(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"by": "a", "says": "hi"}, {"by": "b", "says": "ho"}]}])
+    assert texts(CorpusConfig(paths=str(tmp_path), text="messages.says", join="\n")) == ["hi\nho"]
+
+
+def test_text_files_cut_at_a_separator(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\ftwo\r\n\nthree\u2028four\n".encode())
+    lines = CorpusConfig(paths=str(tmp_path), separator="\n")
+    ledger = Ledger()
+    assert [document.text for document in read(lines, ledger)] == ["one\ftwo", "three\u2028four"]
+    assert ledger["empty"] == 1
+    (tmp_path / "a.txt").write_text("one<|end|>two\n<|end|>" + "x" * 3_000_000 + "<|end|>\n")
+    separated = CorpusConfig(paths=str(tmp_path), separator="<|end|>")
+    assert texts(separated) == ["one", "two\n", "x" * 3_000_000]
+
+
+def test_bad_rows_can_be_skipped_counted_and_listed(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n{"text": 5}\n{"te\n{"text": "b"}\n')
+    (tmp_path / "b.txt").write_bytes(b"c\xff")
+    (tmp_path / "c.parquet").write_bytes(b"")
+    corpus = CorpusConfig(paths=str(tmp_path), on_bad_row="skip")
+    ledger, rejected = Ledger(), []
+    (shard,) = shards(check(corpus))
+    found = documents(shard, corpus, ledger, lambda file, fault: rejected.append(fault.of(file)))
+    assert [document.text for document in found] == ["a", "b"]
+    assert ledger["bad rows"] == 5
+    assert [fault.removeprefix(f"{tmp_path}/") for fault in rejected] == [
+        "a.jsonl: row 2, byte 24: invalid UTF-8",
+        "a.jsonl: row 3: corpus.text: column 'text' must hold text, got 5",
+        "a.jsonl: row 4, byte 44: not JSON: Invalid control character at",
+        "b.txt: byte 1: invalid UTF-8",
+        "c.parquet: empty file (0 bytes), expected parquet",
+    ]
+
+
+def test_a_row_of_csv_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'id,text\n1,"a\nb"\n2,\xff\n')
+    with pytest.raises(DataError, match=r"a\.csv: row 2, line 4: invalid UTF-8"):
+        read(CorpusConfig(paths=str(tmp_path)))
+
+
+def test_the_row_of_a_fault_far_into_a_big_file(tmp_path):
+    rows = ['{"text": "' + "x" * (n % 50) + '"}\n' for n in range(2000)]
+    rows[1500] = '{"text": 5}\n'
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl")
+    source = check(corpus)[0]
+    pieces = [piece for piece, _ in reader._pieces(reader._whole(source.files[0], 0, source), 1000)]
+    faults = [row for piece in pieces for row in formats.texts(piece, corpus) if isinstance(row, formats.Fault)]
+    assert len(pieces) > 10
+    assert [fault.place for fault in faults] == ["row 1501"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    corpus = CorpusConfig(paths=str(tmp_path))
+    (shard,) = shards(check(corpus))
+    (tmp_path / "a.txt").write_text("another")
+    with pytest.raises(DataError, match=r"a\.txt: it has changed since the corpus was listed"):
+        list(documents(shard, corpus, Ledger()))
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_installed_package_is_a_source():
+    (source,) = check(CorpusConfig(paths="python://pytest"))
+    assert all(file.path.endswith(".py") and "/pytest/" in file.path for file in source.files)
+    with pytest.raises(DataError, match=r"corpus\.paths: python://no_such: no package 'no_such' is installed"):
+        check(CorpusConfig(paths="python://no_such"))
+
+
+def test_source_code_is_read_in_the_encoding_it_declares(tmp_path, monkeypatch):
+    package = tmp_path / "some_package"
+    package.mkdir()
+    (package / "__init__.py").write_bytes("# -*- coding: latin-1 -*-\n# naïve\n".encode("latin-1"))
+    (package / "bad.py").write_bytes(b"# \xff\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    ledger = Ledger()
+    corpus = CorpusConfig(paths="python://some_package")
+    assert [document.text for document in read(corpus, ledger)] == ["# -*- coding: latin-1 -*-\n# naïve\n"]
+    assert ledger["bad rows"] == 1
+
+
+def test_remote_files_directories_and_globs(tmp_path):
+    for name in ("a.txt", "b.jsonl", "sub/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    root = f"file://{tmp_path}"
+    assert texts(CorpusConfig(paths=f"{root}/b.jsonl")) == ["b.jsonl"]
+    assert texts(CorpusConfig(paths=f"{root}/*.jsonl")) == ["b.jsonl"]
+    assert texts(CorpusConfig(paths=f"{root}/**/*.jsonl")) == ["b.jsonl", "sub/c.jsonl"]
+    assert texts(CorpusConfig(paths=root)) == ['{"text": "a.txt"}\n', "b.jsonl", "sub/c.jsonl"]
+    with pytest.raises(DataError, match=r"corpus\.paths: file://.*/nothing: no such file"):
+        check(CorpusConfig(paths=f"{root}/nothing"))
+
+
+def test_other_schemes_go_through_fsspec():
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/a.jsonl", b'{"text": "from memory"}\n')
+    assert texts(CorpusConfig(paths="memory://corpus")) == ["from memory"]
+    with pytest.raises(DataError, match=r"corpus\.paths: nosuch://x/y: "):
+        check(CorpusConfig(paths="nosuch://x/y"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A data set as load_dataset finds it: a directory of data files, four for train and one for test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    directory = tmp_path / "data_set"
+    directory.mkdir()
+    for part in range(4):
+        write_jsonl(directory / f"train-{part}.jsonl", [{"text": f"{part} {row}", "id": row} for row in range(5)])
+    write_jsonl(directory / "test-0.jsonl", [{"text": "test", "id": 0}])
+    return f"hub://{directory}"
+
+
+def test_a_data_set_of_the_hub_and_its_slices(hub):
+    expected = [f"{part} {row}" for part in range(4) for row in range(5)]
+    assert texts(CorpusConfig(paths=hub)) == expected
+    assert texts(CorpusConfig(paths=f"{hub}?split=train[:7]")) == expected[:7]
+    assert texts(CorpusConfig(paths=f"{hub}?split=train[50%:]")) == expected[10:]
+    both = CorpusConfig(paths=hub, validation_paths=f"{hub}?split=test")
+    assert [document.text for document in read(both) if document.validation] == ["test"]
+
+
+def test_a_stream_of_the_hub_is_read_shard_by_shard(hub):
+    corpus = CorpusConfig(paths=f"{hub}?split=train&streaming=true")
+    plan = shards(check(corpus))
+    assert sum(len(shard.pieces) for shard in plan) == 4
+    assert texts(corpus) == [f"{part} {row}" for part in range(4) for row in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("?split=nothing", 'Unknown split "nothing". Should be one of'),
+        ("?slpit=train", "unknown slpit; known: split, config, revision, streaming"),
+        ("?split=train[:5]&streaming=true", "a stream has no slices"),
+        ("/nowhere", ""),
+    ],
+)
+def test_a_data_set_that_cannot_be_had(hub, query, says):
+    with pytest.raises(DataError, match=rf"hub://.*{re.escape(says)}"):
+        read(CorpusConfig(paths=hub + query))
+
+
+def test_a_saved_data_set_of_several_splits_wants_one_named(tmp_path):
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"several splits; name one: .*/saved/test"):
+        check(CorpusConfig(paths=f"{tmp_path}/saved"))
+    assert texts(CorpusConfig(paths=f"{tmp_path}/saved/test")) == [ROWS[1]["text"]]
+
+
+# Filters -------------------------------------------------------------------------------------------------------------
+
+
+def test_each_filter_keeps_and_counts(tmp_path):
+    rows = ["import pandas", "import numpy", "x", "import pandas as pd # and a long comment", "class A: import pandas"]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": row} for row in rows])
+    ledger = Ledger()
+    corpus = CorpusConfig(
+        paths=str(tmp_path), keep_any="pandas", min_chars=2, max_chars=30, keep_matching="(?m)^import"
+    )
+    assert [document.text for document in read(corpus, ledger)] == ["import pandas"]
+    counts = {what: count for what, count in ledger.items() if what.startswith("filtered")}
+    assert counts == {f"filtered: {name}": 1 for name in ("keep_any", "min_chars", "max_chars", "keep_matching")}
+    assert kept_fraction(ledger) == 1 / 5
+
+
+def chosen(plan, corpus):
+    return select(plan, (hashes(shard, corpus) for shard in plan), corpus)
+
+
+@pytest.mark.parametrize("files_a_shard", [1, 3, 10])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"deduplicate": True}, ["a", "b", "c", "d", "e"]),
+        ({"max_documents": 4}, ["a", "b", "a", "c"]),
+        ({"max_documents": 100}, ["a", "b", "a", "c", "b", "a", "d", "e", "d"]),
+        ({"deduplicate": True, "max_documents": 4}, ["a", "b", "c", "d"]),
+        ({"deduplicate": True, "max_documents": 5}, ["a", "b", "c", "d", "e"]),
+        ({"deduplicate": True, "max_documents": 6}, ["a", "b", "c", "d", "e"]),
+    ],
+)
+def test_which_documents_are_kept_does_not_depend_on_the_shards(tmp_path, settings, expected, files_a_shard):
+    for number, text in enumerate(["a", "b", "a", "", "c", "b", "a", "d", "e", "d"]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    corpus = CorpusConfig(paths=str(tmp_path), **settings)
+    (whole,) = shards(check(corpus))
+    plan = [
+        Shard(whole.pieces[first : first + files_a_shard], 1) for first in range(0, len(whole.pieces), files_a_shard)
+    ]
+    kept = [document.text for shard in chosen(plan, corpus) for document in documents(shard, corpus, Ledger())]
+    assert kept == expected
+
+
+def test_no_more_is_read_than_needed(tmp_path):
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text(f"document {number}")
+    corpus = CorpusConfig(paths=str(tmp_path), max_documents=3)
+    (whole,) = shards(check(corpus))
+    plan = [Shard((piece,), 1) for piece in whole.pieces]
+    read_shards = []
+
+    def hashed():
+        for number, shard in enumerate(plan):
+            read_shards.append(number)
+            yield hashes(shard, corpus)
+
+    assert len(select(plan, hashed(), corpus)) == 3
+    assert read_shards == [0, 1, 2]

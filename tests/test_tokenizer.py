@@ -30,16 +30,19 @@ def test_training_twice_gives_the_same_tokenizer():
 
 def test_the_encoder_gives_the_tokenizers_ids(trained):
     texts = [*TEXTS, "", "x", "<|endoftext|> inside"]
-    ids = tokenizer.encoder(str(trained))(texts)
     loaded = tokenizer.load(trained)
-    assert [row.tolist() for row in ids] == [loaded(text, add_special_tokens=False).input_ids for text in texts]
-    assert ids[0].dtype == np.uint16
+    expected = [loaded(text, add_special_tokens=False).input_ids for text in texts]
+    for name in ("tokenizers", "fastokens"):
+        ids, lengths = tokenizer.encoder(str(trained), name)(texts)
+        assert ids.dtype == np.uint16
+        assert lengths.tolist() == [len(row) for row in expected]
+        assert ids.tolist() == [token for row in expected for token in row]
 
 
 def test_a_tokenizer_without_end_of_text_is_refused_with_the_way_out(trained):
     config = (trained / "tokenizer_config.json").read_text()
     (trained / "tokenizer_config.json").write_text(config.replace('"eos_token"', '"not_eos_token"'))
-    with pytest.raises(DataError, match=r"no end-of-text token.*eos_token"):
+    with pytest.raises(DataError, match=r"no end-of-text token.*tokenizer\.eos_token"):
         tokenizer.load(trained)
 
 
@@ -53,3 +56,69 @@ def test_the_models_own_tokenizer_is_the_default():
     assert tokenizer.chosen(TokenizerConfig(path="mine"), "some/model").path == "mine"
     with pytest.raises(ConfigError, match=r"tokenizer\.path or tokenizer\.train"):
         tokenizer.chosen(TokenizerConfig(), None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "special"), [("wordpiece", ["[SEP]", "[PAD]", "[MASK]"]), ("unigram", ["</s>", "<pad>"])]
+)
+def test_other_kinds_of_tokenizers(tmp_path, kind, special):
+    section = TrainedTokenizer(kind=kind, vocab_size=300, special_tokens=special)
+    trained = tokenizer.train(TEXTS, section)
+    trained.save_pretrained(tmp_path)
+    loaded = tokenizer.load(tmp_path)
+    assert loaded.eos_token == special[0]
+    assert loaded.pad_token == special[1]
+    assert loaded.mask_token == (special[2] if kind == "wordpiece" else None)
+    assert loaded.decode(loaded("for name in names", add_special_tokens=False).input_ids) == "for name in names"
+    assert loaded.unk_token_id in loaded("\u2603", add_special_tokens=False).input_ids
+    again = tokenizer.train(iter(TEXTS), section)
+    assert again.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
+
+
+def test_an_end_of_text_token_can_be_named(trained):
+    config = (trained / "tokenizer_config.json").read_text()
+    (trained / "tokenizer_config.json").write_text(config.replace('"eos_token"', '"not_eos_token"'))
+    assert tokenizer.load(trained, eos_token="<|endoftext|>").eos_token_id == 0
+    with pytest.raises(DataError, match=r"tokenizer\.eos_token: '<eos>' is not among the 280 tokens"):
+        tokenizer.load(trained, eos_token="<eos>")
+
+
+def test_the_fast_encoder_is_chosen_where_it_gives_the_same_ids(trained):
+    chosen = tokenizer.choose_encoder(str(trained), TEXTS)
+    assert chosen["name"] == "fastokens"
+    assert chosen["checked_documents"] == len(TEXTS)
+    assert chosen["differs"] is None
+
+
+def test_a_fast_encoder_that_differs_is_not_used(trained, monkeypatch):
+    right = tokenizer._Fast.__call__
+
+    def wrong(self, texts):
+        ids, lengths = right(self, texts)
+        return (ids + 1 if "names" in texts[0] else ids), lengths
+
+    monkeypatch.setattr(tokenizer._Fast, "__call__", wrong)
+    chosen = tokenizer.choose_encoder(str(trained), TEXTS)
+    assert chosen["name"] == "tokenizers"
+    assert chosen["differs"].startswith("fastokens gives other ids than the tokenizer for 'for name in names:")
+    assert chosen["checked_documents"] == 2
+
+
+@pytest.mark.parametrize(("kind", "special"), [("wordpiece", "[SEP]"), ("unigram", "</s>")])
+def test_a_kind_that_the_fast_encoder_does_not_read_is_encoded_by_the_slow_one(tmp_path, kind, special):
+    section = TrainedTokenizer(kind=kind, vocab_size=300, special_tokens=special)
+    tokenizer.train(TEXTS, section).save_pretrained(tmp_path)
+    chosen = tokenizer.choose_encoder(str(tmp_path), TEXTS)
+    ids, _ = tokenizer.encoder(str(tmp_path), chosen["name"])(TEXTS)
+    loaded = tokenizer.load(tmp_path)
+    assert ids.tolist() == [token for text in TEXTS for token in loaded(text, add_special_tokens=False).input_ids]
+
+
+def test_the_version_of_a_tokenizer_is_that_of_its_files(trained):
+    section = TokenizerConfig(path=str(trained))
+    before = tokenizer.version(section)
+    (trained / "model.safetensors").write_text("weights are none of it")
+    assert tokenizer.version(section) == before
+    (trained / "tokenizer.json").write_text((trained / "tokenizer.json").read_text() + " ")
+    assert tokenizer.version(section) != before
+    assert tokenizer.version(TokenizerConfig(train=TrainedTokenizer())) == {}

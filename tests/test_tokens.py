@@ -5,22 +5,18 @@ import pickle
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 
+from raylm import corpus as corpora
 from raylm import tokens
 from raylm.blocks import Packed
 from raylm.config import BlocksConfig, CorpusConfig, TokenizerConfig, TrainedTokenizer
 from raylm.errors import DataError
+from raylm.tokens import write
 
 TOKENIZER = TokenizerConfig(train=TrainedTokenizer(vocab_size=300))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_cluster():
-    if not ray.is_initialized():
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture
@@ -42,7 +38,7 @@ def contents(path):
 
 def small_shards(monkeypatch, corpus, num_bytes):
     """Make shards of few bytes, so that a small corpus has several."""
-    whole = tokens.shards
+    whole = write.shards
 
     def cut(sources):
         pieces = [piece for shard in whole(sources) for piece in shard.pieces]
@@ -51,11 +47,11 @@ def small_shards(monkeypatch, corpus, num_bytes):
             some.append(piece)
             size += piece.file.size
             if size >= num_bytes:
-                made.append(tokens.Shard(tuple(some), size))
+                made.append(corpora.Shard(tuple(some), size))
                 some, size = [], 0
-        return [*made, tokens.Shard(tuple(some), size)] if some else made
+        return [*made, corpora.Shard(tuple(some), size)] if some else made
 
-    monkeypatch.setattr(tokens, "shards", cut)
+    monkeypatch.setattr(write, "shards", cut)
 
 
 def test_a_store_gives_back_every_document(corpus, tmp_path):
@@ -75,7 +71,7 @@ def test_a_store_gives_back_every_document(corpus, tmp_path):
     total = sum(len(text.encode()) for text in files)
     assert seen[0] == (0, total)
     assert seen[-1] == (total, total)
-    assert store.manifest["ledger"] == {"documents": 40, "bytes": total}
+    assert store.manifest["ledger"] == {"documents": 40, "bytes": total, "kept": 40, "kept bytes": total}
 
 
 def test_documents_are_views_of_the_file(corpus, tmp_path):
@@ -112,7 +108,7 @@ def test_the_same_bytes_from_one_task_and_from_two(corpus, tmp_path, monkeypatch
     small_shards(monkeypatch, corpus, 2000)
     in_parallel, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "two"))
     assert len(in_parallel.train.shards) > 5
-    monkeypatch.setattr(tokens, "_each", lambda function, numbered: (function(*item) for item in numbered))
+    monkeypatch.setattr(write, "_each", lambda function, numbered: (function(*item) for item in numbered))
     one_by_one, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "one"))
     assert contents(in_parallel.path) == contents(one_by_one.path)
 
@@ -121,7 +117,7 @@ def test_a_killed_run_goes_on_where_it_stopped(corpus, tmp_path, monkeypatch):
     small_shards(monkeypatch, corpus, 2000)
     whole, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "whole"))
 
-    each, done = tokens._each, []
+    each, done = write._each, []
 
     def killed(function, numbered):
         for found in each(function, list(numbered)[:3]):
@@ -129,7 +125,7 @@ def test_a_killed_run_goes_on_where_it_stopped(corpus, tmp_path, monkeypatch):
             yield found
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokens, "_each", killed)
+    monkeypatch.setattr(write, "_each", killed)
     with pytest.raises(KeyboardInterrupt):
         tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "torn"))
     path = tokens.store_path(str(tmp_path / "torn"), corpus, TOKENIZER)
@@ -138,7 +134,7 @@ def test_a_killed_run_goes_on_where_it_stopped(corpus, tmp_path, monkeypatch):
 
     redone = []
     monkeypatch.setattr(
-        tokens, "_each", lambda function, numbered: (redone.append(item[0]) or function(*item) for item in numbered)
+        write, "_each", lambda function, numbered: (redone.append(item[0]) or function(*item) for item in numbered)
     )
     again, reused = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "torn"))
     assert not reused

@@ -5,10 +5,11 @@ A section is named like the module that reads it. This file knows nothing of YAM
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -18,6 +19,14 @@ def _whole(value: Any) -> Any:
 
 def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
+
+
+def _regular_expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression, got {value!r}: {error}") from None
+    return value
 
 
 Count = Annotated[int, BeforeValidator(_whole)]  # 1e6 is a float in YAML and a fine number of tokens
@@ -47,28 +56,45 @@ class Section(BaseModel):
 
 class CorpusConfig(Section):
     paths: Strings = ()
-    """Files, directories and globs of text; python://stdlib is the standard library's source."""
+    """Where the text is: files, directories, globs, s3:// and the like; hub://ID?split=train[:5000] (also &config=,
+    &revision=, &streaming=true); python://stdlib and python://PACKAGE for source code."""
     text: str = "text"
-    """The column that holds the text, in files that have columns (.jsonl, .parquet)."""
+    """In files with columns, the one that holds the text, by a dotted path into it (answers.text), or a template of
+    several: "Question: {question}\\nAnswer: {answers.text}"."""
+    join: str = " "
+    """Put between the texts of a column that holds a list of them."""
+    separator: str | None = None
+    """In plain text files, what ends a document: "\\n" makes every line one. Default: a file is a document."""
     validation_paths: Strings = ()
     """Sources held out for validation, instead of a fraction of `paths`."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Part of the documents held out, chosen by a hash of their content. Not used with validation_paths."""
     keep_any: Strings = ()
     """Keep only documents that contain at least one of these strings; empty keeps all."""
+    keep_matching: Annotated[str, AfterValidator(_regular_expression)] | None = None
+    """Keep only documents in which this regular expression is found."""
+    min_chars: Annotated[Count, Field(ge=1)] | None = None
+    """Keep only documents of at least this many characters."""
+    max_chars: Annotated[Count, Field(ge=1)] | None = None
+    """Keep only documents of at most this many characters."""
+    deduplicate: bool = False
+    """Keep only the first of documents with exactly the same text. The corpus is read twice."""
     max_documents: Annotated[Count, Field(ge=1)] | None = None
     """Stop after this many kept documents, in the order of the sources."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A document that cannot be read (not UTF-8, not JSON, no text): stop, or leave it out, counted and listed in the
+    store's rejected.jsonl."""
 
 
 class TrainedTokenizer(Section):
-    kind: Literal["byte_bpe"] = "byte_bpe"
-    """byte_bpe: byte-level byte-pair encoding, as GPT-2's."""
+    kind: Literal["byte_bpe", "wordpiece", "unigram"] = "byte_bpe"
+    """byte_bpe: byte-level byte-pair encoding, as GPT-2's. wordpiece: as BERT's. unigram: as T5's."""
     vocab_size: Annotated[Count, Field(ge=257)] = 8192
     """Entries of the vocabulary, special tokens included."""
     min_frequency: Annotated[Count, Field(ge=1)] = 2
-    """A pair of tokens is merged only if the corpus has it at least this often."""
+    """A pair of tokens is merged only if the corpus has it at least this often. Not used by unigram."""
     special_tokens: Annotated[Strings, Field(min_length=1)] = ("<|endoftext|>",)
-    """The first one is the end-of-text token."""
+    """The first one is the end-of-text token. <mask> or [MASK] becomes the mask token, and so for pad and unk."""
 
 
 class TokenizerConfig(Section):
@@ -77,13 +103,22 @@ class TokenizerConfig(Section):
     """A directory or Hub id. Default: the model's own tokenizer, from model.path."""
     train: TrainedTokenizer | None = None
     """Train a tokenizer on the corpus instead; `{}` for one with defaults."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    gguf_file: str | None = None
+    """The GGUF file to read the tokenizer from, in the directory or repository of `path`."""
+    eos_token: str | None = None
+    """The end-of-text token, of those that the tokenizer has. Default: the one it names itself."""
 
 
 class BlocksConfig(Section):
     block_size: Annotated[Count, Field(ge=2)] = 512
     """Tokens of a training example, the model's context during training."""
-    packing: Literal["packed"] = "packed"
-    """packed: documents joined by the end-of-text token and cut across."""
+    packing: Literal["packed", "chunked", "padded"] = "packed"
+    """packed: documents joined by the end-of-text token and cut across. chunked: windows inside a document, short tails
+    dropped. padded: a document a row, truncated."""
+    isolate_documents: bool = False
+    """packed: documents in a block do not see each other; positions start again with each."""
 
 
 class ModelConfig(Section):

@@ -1,0 +1,253 @@
+"""Shards of files -> documents: hashed, filtered, counted, and on one side of the split.
+
+A document's side is decided by a hash of its content, so duplicates fall on one side, in whatever order or process they
+are read. Nothing is left out uncounted: the ledger says how many and why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from raylm.config import CorpusConfig
+from raylm.corpus.formats import Fault, Piece, arrow_batches, data_set_rows, texts
+from raylm.corpus.sources import File, Source, find, format_of
+from raylm.errors import DataError
+
+FIRST_FILES = 100  # of a source, that are opened before anything starts: well below a second
+
+Ledger = Counter  # what happened to documents -> how many; "bytes" are UTF-8 bytes of the documents that were read
+
+
+class Shard(NamedTuple):
+    """What one task reads and writes."""
+
+    pieces: tuple[Piece, ...]
+    num_bytes: int
+    """On disk."""
+    keep: bytes | None = None
+    """Which of the documents that pass the filters to keep, as bits of numpy.packbits; default all."""
+    num_bits: int = 0
+    """How many documents `keep` speaks of; under corpus.max_documents none after them is read."""
+
+
+class Document(NamedTuple):
+    text: str
+    num_bytes: int
+    """Of the text in UTF-8."""
+    hash: int
+    """64 bits of blake2b of the text: the same text has the same hash everywhere."""
+    source: int
+    validation: bool
+
+
+def check(corpus: CorpusConfig) -> list[Source]:
+    """The files of every source; DataError if one has none, or if the first ones cannot be read as they are named.
+
+    Lists directories and reads the first document of some files: no Ray, and well below a second for local files.
+    """
+    if not corpus.paths and not corpus.validation_paths:
+        raise DataError("corpus.paths is empty; give files, directories or globs of text", "corpus.paths")
+    sources = [find("corpus.paths", path) for path in corpus.paths]
+    sources += [find("corpus.validation_paths", path, validation=True) for path in corpus.validation_paths]
+    for index, source in enumerate(sources):
+        for file in source.files[:FIRST_FILES]:
+            piece = _whole(file, index, source)
+            if piece.format in ("text", "python", "hub") and not piece.compression:
+                continue
+            first = next(texts(piece, corpus), None)
+            if isinstance(first, Fault) and corpus.on_bad_row == "error":
+                raise DataError(first.of(file), file.path)
+    return sources
+
+
+# Shards --------------------------------------------------------------------------------------------------------------
+
+
+def shards(sources: list[Source]) -> list[Shard]:
+    """The work of each task, in the order of the sources: a function of the files alone, not of the cluster."""
+    total = sum(source.num_bytes for source in sources)
+    # 8 MB keep a laptop's cores busy on 30 MB of text; at most some thousand shards, since each is a memory map.
+    most = min(max(8_000_000, total // 2048), 256_000_000)
+    made: list[Shard] = []
+    pieces: list[Piece] = []
+    size = 0
+    for index, source in enumerate(sources):
+        for file in source.files:
+            for piece, num_bytes in _pieces(_whole(file, index, source), most):
+                if pieces and size + num_bytes > most:
+                    made.append(Shard(tuple(pieces), size))
+                    pieces, size = [], 0
+                pieces.append(piece)
+                size += num_bytes
+    return [*made, Shard(tuple(pieces), size)]
+
+
+def _whole(file: File, index: int, source: Source) -> Piece:
+    return Piece(file, *format_of(file.path, source.name), index, source.validation)
+
+
+def _pieces(whole: Piece, most: int) -> Iterator[tuple[Piece, int]]:
+    """The piece, or parts of about `most` bytes of it where the format has places to cut; and the bytes of each."""
+    file = whole.file
+    if whole.format == "hub" or (whole.format == "saved" and file.size > most):
+        yield from _data_set_pieces(whole, most)
+    elif file.size <= most or whole.compression or "://" in file.path:
+        yield whole, file.size
+    elif whole.format == "jsonl":
+        yield from _ranges(whole, file.size, file.size, most)
+    elif whole.format == "parquet":
+        import pyarrow.parquet
+
+        groups = pyarrow.parquet.ParquetFile(file.path).num_row_groups
+        yield from _ranges(whole, groups, file.size, most)
+    elif whole.format == "arrow":
+        import pyarrow
+
+        with pyarrow.memory_map(file.path) as source:
+            rows = sum(batch.num_rows for batch in arrow_batches(source))
+        yield from _ranges(whole, rows, file.size, most)
+    else:
+        yield whole, file.size
+
+
+def _data_set_pieces(whole: Piece, most: int) -> Iterator[tuple[Piece, int]]:
+    rows = data_set_rows(whole.file)
+    if hasattr(rows, "select"):
+        size = sum(os.path.getsize(part["filename"]) for part in rows.cache_files)
+        yield from _ranges(whole, len(rows), size, most)
+    else:
+        for shard in range(rows.num_shards):
+            yield whole._replace(start=shard, stop=shard + 1), whole.file.size // rows.num_shards
+
+
+def _ranges(whole: Piece, length: int, num_bytes: int, most: int) -> Iterator[tuple[Piece, int]]:
+    """Cut 0:length, which is num_bytes in all, into ranges of about `most` bytes."""
+    count = max(1, min(length, -(-num_bytes // most)))
+    edges = [length * part // count for part in range(count + 1)]
+    for start, stop in itertools.pairwise(edges):
+        yield whole._replace(start=start, stop=stop), num_bytes // count
+
+
+# Documents -----------------------------------------------------------------------------------------------------------
+
+
+def documents(
+    shard: Shard,
+    corpus: CorpusConfig,
+    ledger: Ledger,
+    reject: Callable[[File, Fault], None] = lambda file, fault: None,
+) -> Iterator[Document]:
+    """The kept documents of a shard, in the order of its files.
+
+    The ledger counts every document that was read. One that cannot be used is a DataError, or with
+    corpus.on_bad_row: skip it is counted and handed to `reject`.
+    """
+    keep = None
+    if shard.keep is not None:
+        keep = np.unpackbits(np.frombuffer(shard.keep, np.uint8), count=shard.num_bits).astype(bool).tolist()
+    left_out = _filters(corpus)
+    passed = 0
+    for piece in shard.pieces:
+        for text in texts(piece, corpus):
+            if keep is not None and passed == len(keep) and corpus.max_documents is not None:
+                return
+            if isinstance(text, Fault):
+                # The standard library has files of bad encodings for its own tests, and nobody to repair them.
+                if corpus.on_bad_row == "error" and piece.format != "python":
+                    raise DataError(text.of(piece.file), piece.file.path)
+                ledger["bad rows"] += 1
+                reject(piece.file, text)
+                continue
+            try:
+                encoded = text.encode()
+            except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                encoded = text.encode()
+                ledger["repaired: lone surrogates"] += 1
+            ledger["documents"] += 1
+            ledger["bytes"] += len(encoded)
+            if reason := left_out(text):
+                ledger[reason] += 1
+                continue
+            passed += 1
+            if keep is not None and not keep[passed - 1]:
+                ledger["filtered: duplicates"] += 1
+                continue
+            digest = int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big")
+            held_out = piece.validation if corpus.validation_paths else digest < corpus.validation_fraction * 2**64
+            ledger["kept"] += 1
+            ledger["kept bytes"] += len(encoded)
+            yield Document(text, len(encoded), digest, piece.source, held_out)
+
+
+def _filters(corpus: CorpusConfig) -> Callable[[str], str | None]:
+    """Text -> why it is left out, or None."""
+    pattern = re.compile(corpus.keep_matching) if corpus.keep_matching is not None else None
+
+    def left_out(text: str) -> str | None:
+        if not text or text.isspace():
+            return "empty"
+        if corpus.min_chars is not None and len(text) < corpus.min_chars:
+            return "filtered: min_chars"
+        if corpus.max_chars is not None and len(text) > corpus.max_chars:
+            return "filtered: max_chars"
+        if corpus.keep_any and not any(keyword in text for keyword in corpus.keep_any):
+            return "filtered: keep_any"
+        if pattern is not None and not pattern.search(text):
+            return "filtered: keep_matching"
+        return None
+
+    return left_out
+
+
+def selected(corpus: CorpusConfig) -> bool:
+    """Whether keeping a document depends on the ones before it, so that `select` is needed."""
+    return corpus.deduplicate or corpus.max_documents is not None
+
+
+def hashes(shard: Shard, corpus: CorpusConfig) -> bytes:
+    """The hashes of a shard's documents that pass the filters, 8 bytes each."""
+    return np.array([document.hash for document in documents(shard, corpus, Ledger())], np.uint64).tobytes()
+
+
+def select(plan: list[Shard], hashed: Iterator[bytes], corpus: CorpusConfig) -> list[Shard]:
+    """The shards with the documents to keep: the first of each content, and corpus.max_documents of them in all.
+
+    `hashed` gives the hashes of each shard in order, and is read no further than needed. Holds 8 bytes a document.
+    """
+    found: list[np.ndarray] = []
+    most = corpus.max_documents
+    total, look_at = 0, most or 0
+    for chunk in hashed:
+        found.append(np.frombuffer(chunk, np.uint64))
+        total += len(found[-1])
+        if most is not None and total >= look_at:
+            different = len(np.unique(np.concatenate(found))) if corpus.deduplicate else total
+            if different >= most:
+                break
+            look_at = total + most - different
+    joined = np.concatenate(found) if found else np.empty(0, np.uint64)
+    keep = np.ones(len(joined), bool)
+    if corpus.deduplicate:
+        keep[:] = False
+        keep[np.unique(joined, return_index=True)[1]] = True
+    ends = np.cumsum([len(part) for part in found])
+    last = len(joined) if most is None else int(np.searchsorted(np.cumsum(keep), most)) + 1
+    chosen = []
+    for shard, end, part in zip(plan, ends, found, strict=False):
+        mask = keep[end - len(part) : min(int(end), last)]
+        chosen.append(shard._replace(keep=np.packbits(mask).tobytes(), num_bits=len(mask)))
+    return chosen
+
+
+def kept_fraction(ledger: dict[str, int]) -> float:
+    """Part of the documents that were kept, as in "3.26% of data after filtering"."""
+    return ledger.get("kept", 0) / max(1, ledger.get("documents", 0))

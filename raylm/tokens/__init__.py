@@ -1,0 +1,35 @@
+"""Documents -> token store: written once, memory-mapped ever after.
+
+    store      read a store: documents as views of the memory map; verify it
+    write      write one: what it is made of, tasks that each write a shard, the manifest last
+
+    <storage>/tokens/<fingerprint>/
+        manifest.json                  written last: no manifest, no store
+        tokenizer/                     save_pretrained
+        train/shard-00000.arrow        Arrow IPC, uncompressed, one row a document:
+        validation/shard-00000.arrow       tokens: list<uint16 or uint32>, num_bytes, doc_id, source
+        rejected.jsonl                 documents that could not be read, if any were skipped
+        progress/shard-00000.json      while it is written: the shards that are done; a killed run goes on after them
+
+The store holds the tokens of the documents and nothing between them: end-of-text tokens are put in where blocks are
+cut. The same files and settings give the same bytes, however many tasks write them: what a shard holds depends on the
+files alone, and two writers of one store write the same files.
+"""
+
+from raylm.tokens.store import SPLITS, Encoded, Split, Store, changed_inputs, is_store, open_store, verify
+from raylm.tokens.write import encode_files, fingerprint, prepare, store_path
+
+__all__ = [
+    "SPLITS",
+    "Encoded",
+    "Split",
+    "Store",
+    "changed_inputs",
+    "encode_files",
+    "fingerprint",
+    "is_store",
+    "open_store",
+    "prepare",
+    "store_path",
+    "verify",
+]

@@ -1,0 +1,277 @@
+"""Read a token store: documents as views of the memory map; verify it."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from raylm import tokenizer as tokenizers
+from raylm.config import CorpusConfig
+from raylm.corpus import File, Source, check, file_system
+from raylm.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 1
+
+SPLITS = ("train", "validation")
+
+
+class Split:
+    """The documents of a split: a sequence of 1-D arrays of token ids, views of the memory map."""
+
+    def __init__(self, store: str, name: str, shards: list[dict[str, Any]]):
+        self._key = (store, name)
+        self._files = [shard["file"] for shard in shards]
+        self._first = [0, *accumulate(shard["documents"] for shard in shards)]
+        self.shards = [(shard["documents"], shard["tokens"]) for shard in shards]
+        """(documents, tokens) of each shard."""
+        self.num_tokens: int = sum(shard["tokens"] for shard in shards)
+        self.num_bytes: int = sum(shard["bytes"] for shard in shards)
+        """UTF-8 bytes of the text."""
+        self._batches: dict[int, pa.RecordBatch] = {}
+        self._arrays: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        shard, row = self._locate(index)
+        values, offsets = self.arrays(shard)
+        return values[offsets[row] : offsets[row + 1]]
+
+    def document_bytes(self, index: int) -> int:
+        """UTF-8 bytes of the document's text."""
+        shard, row = self._locate(index)
+        return self._batch(shard)["num_bytes"][row].as_py()
+
+    def document_id(self, index: int) -> int:
+        """A hash of the document's text: the same in every store that has the document."""
+        shard, row = self._locate(index)
+        return self._batch(shard)["doc_id"][row].as_py()
+
+    def arrays(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all documents of the shard one after the other, where each document begins and the last one ends)."""
+        if shard not in self._arrays:
+            tokens = self._batch(shard)["tokens"]
+            self._arrays[shard] = tokens.values.to_numpy(), tokens.offsets.to_numpy()
+        return self._arrays[shard]
+
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Tokens of each document, shard by shard."""
+        for shard in range(len(self.shards)):
+            yield np.diff(self.arrays(shard)[1])
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = bisect.bisect_right(self._first, index) - 1
+        return shard, index - self._first[shard]
+
+    def _batch(self, shard: int) -> pa.RecordBatch:
+        if shard not in self._batches:
+            path = os.path.join(local_copy(self._key[0]), self._files[shard])
+            self._batches[shard] = pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
+        return self._batches[shard]
+
+    def __reduce__(self) -> tuple:
+        return _split, self._key  # maps do not travel; the other process opens its own
+
+
+class Store:
+    """A written token store: `train` and `validation` documents, and the tokenizer they were made with."""
+
+    def __init__(self, path: str, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        self.fingerprint: str = manifest["fingerprint"]
+        self.eos_id: int = manifest["tokenizer"]["eos_id"]
+        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
+        self.train = Split(path, "train", manifest["train"]["shards"])
+        self.validation = Split(path, "validation", manifest["validation"]["shards"])
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return tokenizers.load(os.path.join(local_copy(self.path), "tokenizer"))
+
+    def __reduce__(self) -> tuple:
+        return open_store, (self.path,)
+
+
+class Encoded:
+    """Documents in memory, with a split's interface: for text that is scored once and not worth a store."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[np.ndarray, int]] = []
+
+    def append(self, ids: np.ndarray, num_bytes: int) -> None:
+        self._rows.append((ids, num_bytes))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._rows[index][0]
+
+    def document_bytes(self, index: int) -> int:
+        return self._rows[index][1]
+
+
+def open_store(path: str | os.PathLike) -> Store:
+    """The store of a directory or URI. Reads the manifest alone; shards are mapped when they are first read."""
+    path = os.fspath(path)
+    content = read(f"{path}/manifest.json")
+    if content is None:
+        raise DataError(f"{path}: no token store there (it has no manifest.json); run raylm prepare", path)
+    try:
+        manifest = json.loads(content)
+        if manifest["format"] != FORMAT:
+            raise DataError(f"{path}: a store of format {manifest['format']}, this raylm reads {FORMAT}", path)
+        return Store(path, manifest)
+    except (ValueError, KeyError):
+        raise DataError(f"{path}/manifest.json is damaged; remove {path} and run raylm prepare", path) from None
+
+
+def is_store(path: str) -> bool:
+    """Whether a store is there, entirely: then `prepare` needs no Ray."""
+    return read(f"{path}/manifest.json") is not None
+
+
+@lru_cache(maxsize=8)
+def _split(path: str, name: str) -> Split:
+    return getattr(open_store(path), name)
+
+
+def verify(store: Store) -> list[str]:
+    """What is wrong with a store's files, compared with the sizes and checksums of its manifest."""
+    faults = []
+    for name in SPLITS:
+        for shard in store.manifest[name]["shards"]:
+            content = read(f"{store.path}/{shard['file']}")
+            if content is None:
+                faults.append(f"{shard['file']}: missing")
+            elif len(content) != shard["size"]:
+                faults.append(f"{shard['file']}: {len(content)} of {shard['size']} bytes")
+            elif checksum(content) != shard["checksum"]:
+                faults.append(f"{shard['file']}: its checksum differs")
+    for file, expected in store.manifest["tokenizer"]["files"].items():
+        content = read(f"{store.path}/tokenizer/{file}")
+        if content is None or checksum(content) != expected:
+            faults.append(f"tokenizer/{file}: {'missing' if content is None else 'its checksum differs'}")
+    return faults
+
+
+def changed_inputs(store: Store, sources: list[Source] | None = None) -> list[str]:
+    """How the corpus differs from what the store was made of: "a.txt: changed", "b.txt: added", "c.txt: removed"."""
+    if sources is None:
+        sources = check(CorpusConfig.model_validate(store.manifest["corpus"]))
+    now = {file.path: file for source in sources for file in source.files}
+    then = {file[0]: File(*file) for source in store.manifest["sources"] for file in source["files"]}
+    faults = []
+    for path in sorted(now.keys() | then.keys()):
+        if path not in then:
+            faults.append(f"{path}: added")
+        elif path not in now:
+            faults.append(f"{path}: removed")
+        elif now[path] != then[path]:
+            sizes = f" ({then[path].size:,} -> {now[path].size:,} bytes)" if now[path].size != then[path].size else ""
+            faults.append(f"{path}: changed{sizes}")
+    return faults
+
+
+# Local and remote places ---------------------------------------------------------------------------------------------
+
+
+def read(path: str) -> bytes | None:
+    """A file's content, local or remote; None if it is not there."""
+    try:
+        if "://" not in path:
+            with open(path, "rb") as file:
+                return file.read()
+        system, inner = file_system(path)
+        with system.open_input_stream(inner) as stream:
+            return stream.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def write(path: str, content: Any) -> None:
+    """A file that is there entirely or not at all."""
+    if "://" in path:
+        system, inner = file_system(path)
+        if system.type_name in ("s3", "gcs"):  # an object appears when it is complete
+            with system.open_output_stream(inner) as stream:
+                stream.write(content)
+            return
+        system.create_dir(inner.rpartition("/")[0], recursive=True)
+        partial = f"{inner}.{uuid.uuid4().hex}"
+        with system.open_output_stream(partial) as stream:
+            stream.write(content)
+        system.move(partial, inner)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = f"{path}.{uuid.uuid4().hex}"
+    with open(partial, "wb") as file:
+        file.write(content)
+    os.replace(partial, path)
+
+
+def names(path: str) -> list[str]:
+    """The names in a directory, local or remote, sorted; none if it is not there."""
+    if "://" not in path:
+        return sorted(os.listdir(path)) if os.path.isdir(path) else []
+    from pyarrow.fs import FileSelector
+
+    system, inner = file_system(path)
+    found = system.get_file_info(FileSelector(inner, allow_not_found=True))
+    return sorted(info.base_name for info in found)
+
+
+def remove(path: str) -> None:
+    """A directory and what is in it."""
+    if "://" not in path:
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    system, inner = file_system(path)
+    if names(path):
+        system.delete_dir(inner)
+
+
+@lru_cache(maxsize=8)
+def local_copy(path: str) -> str:
+    """The store itself, or a copy of a remote one on this node: made once, by whichever process is first."""
+    if "://" not in path:
+        return path
+    import pyarrow.fs
+
+    home = os.path.join(tempfile.gettempdir(), f"raylm-{os.getuid()}", "tokens")
+    copy = os.path.join(home, checksum(path.encode()), path.rstrip("/").rpartition("/")[2])
+    if os.path.exists(copy):
+        return copy
+    os.makedirs(home, mode=0o700, exist_ok=True)
+    partial = f"{copy}.{uuid.uuid4().hex}"
+    system, inner = file_system(path)
+    os.makedirs(partial)
+    pyarrow.fs.copy_files(inner, partial, source_filesystem=system, destination_filesystem=pyarrow.fs.LocalFileSystem())
+    try:
+        os.rename(partial, copy)
+    except OSError:  # another process was faster
+        shutil.rmtree(partial)
+    return copy
+
+
+def checksum(content: Any) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
