@@ -1,8 +1,11 @@
 """Token store -> training examples of block_size tokens, cut when they are read.
 
     documents   [5 6 7] [8 9] [10 11 12 13]        token ids, any length
-    join        5 6 7 E 8 9 E 10 11 12 13 E        E = end-of-text id, after every document
-    cut at 4    [5 6 7 E] [8 9 E 10] [11 12 13 E]  one row = one training example
+    joined      5 6 7 E 8 9 E 10 11 12 13 E        E = end-of-text id, after every document
+
+    packed      [5 6 7 E] [8 9 E 10] [11 12 13 E]  cut at 4, across documents: one row = one training example
+    chunked     [5 6 7 E] [10 11 12 13]            cut at 4 inside each document, the shorter tails dropped
+    padded      [5 6 7 E] [8 9 E] [10 11 12 13]    a document a row, cut off at 4; padded when rows make a batch
 
 The store has no end-of-text tokens, so the joined stream is never written anywhere: a block is found by arithmetic on
 the number of tokens and documents before it, and copied out of the memory map.
@@ -12,7 +15,10 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 
@@ -40,8 +46,30 @@ def cut(values: np.ndarray, offsets: np.ndarray, start: int, stop: int, eos_id: 
     return block
 
 
+IGNORED = -100
+"""The label of a token that is not predicted, as in torch's cross entropy."""
+
+
+class Blocks(Protocol):
+    """A sequence of training examples over a split: int64 of shape (block_size,), or shorter where padded."""
+
+    split: Split
+    block_size: int
+    dropped_tokens: int
+    """Tokens of the joined stream that are in no block."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
+def of(split: Split, section: BlocksConfig, eos_id: int) -> Blocks:
+    """The blocks of a split, cut as the section says. Takes milliseconds: nothing is copied until a block is read."""
+    kinds: dict[str, type] = {"packed": Packed, "chunked": Chunked, "padded": Padded}
+    return kinds[section.packing](split, section, eos_id)
+
+
 class Packed:
-    """A sequence of blocks over a split: documents joined by end-of-text tokens and cut across.
+    """Documents joined by end-of-text tokens and cut across: the course's "concatenate and chunk".
 
     The tail that does not fill a block is dropped: at most block_size - 1 tokens of the whole split.
     """
@@ -52,12 +80,12 @@ class Packed:
         self.eos_id = eos_id
         self._first = [0, *accumulate(tokens + documents for documents, tokens in split.shards)]
         """Where each shard begins in the joined stream."""
+        self.dropped_tokens = self._first[-1] % self.block_size
 
     def __len__(self) -> int:
         return self._first[-1] // self.block_size
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """int64 of shape (block_size,)."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         start, stop = index * self.block_size, (index + 1) * self.block_size
@@ -70,6 +98,84 @@ class Packed:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+class Chunked:
+    """Windows inside a document and its end-of-text token; a tail shorter than block_size is dropped.
+
+    Holds 8 bytes a document.
+    """
+
+    def __init__(self, split: Split, section: BlocksConfig, eos_id: int):
+        self.split = split
+        self.block_size = section.block_size
+        self.eos_id = eos_id
+        self._blocks = [np.cumsum((lengths + 1) // self.block_size, dtype=np.int64) for lengths in split.lengths()]
+        """Of each shard, the blocks up to and with each document."""
+        self._first = [0, *accumulate(int(blocks[-1]) for blocks in self._blocks)]
+        self.dropped_tokens = split.num_tokens + len(split) - len(self) * self.block_size
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = bisect.bisect_right(self._first, index) - 1
+        number, blocks = index - self._first[shard], self._blocks[shard]
+        document = int(np.searchsorted(blocks, number, side="right"))
+        before = int(blocks[document - 1]) if document else 0
+        values, offsets = self.split.arrays(shard)
+        start = int(offsets[document]) + document + (number - before) * self.block_size
+        return cut(values, offsets, start, start + self.block_size, self.eos_id)
+
+
+class Padded:
+    """A document and its end-of-text token, cut off after block_size tokens."""
+
+    def __init__(self, split: Split, section: BlocksConfig, eos_id: int):
+        self.split = split
+        self.block_size = section.block_size
+        self.eos_id = eos_id
+
+    @cached_property
+    def dropped_tokens(self) -> int:
+        return sum(int(np.maximum(lengths + 1 - self.block_size, 0).sum()) for lengths in self.split.lengths())
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.append(self.split[index][: self.block_size].astype(np.int64), self.eos_id)[: self.block_size]
+
+
+def batch(rows: Sequence[np.ndarray], section: BlocksConfig, eos_id: int) -> dict[str, np.ndarray]:
+    """Rows as a model takes them, each int64 of shape (len(rows), longest row):
+
+    input_ids        shorter rows are filled with end-of-text tokens
+    labels           the same ids, and IGNORED for what is not predicted: padding, and a token with nothing before it
+    attention_mask   if padded: 0 for padding
+    position_ids     if documents are isolated: they start again at 0 with each, and where they do attention ends.
+                     There is no attention mask then, and the model must be called with use_cache=False: transformers
+                     looks for restarts only without the one and the other, and says nothing if it does not look.
+    """
+    longest = max(len(row) for row in rows)
+    input_ids = np.full((len(rows), longest), eos_id, np.int64)
+    real = np.zeros((len(rows), longest), bool)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)] = row
+        real[number, : len(row)] = True
+    first = np.zeros_like(real)
+    first[:, 0] = True
+    made = {"input_ids": input_ids}
+    if section.packing == "padded":
+        made["attention_mask"] = real.astype(np.int64)
+    elif section.isolate_documents:
+        first[:, 1:] |= input_ids[:, :-1] == eos_id
+        columns = np.arange(longest)
+        made["position_ids"] = columns - np.maximum.accumulate(np.where(first, columns, 0), axis=1)
+    made["labels"] = np.where(real & ~first, input_ids, IGNORED)
+    return made
+
+
 class Stream:
     """`length` training examples: epoch after epoch of the blocks, each epoch shuffled anew.
 
@@ -77,7 +183,7 @@ class Stream:
     permutation computes it.
     """
 
-    def __init__(self, blocks: Packed, seed: int, length: int):
+    def __init__(self, blocks: Blocks, seed: int, length: int):
         if not len(blocks):
             tokens = blocks.split.num_tokens + len(blocks.split)
             raise DataError(

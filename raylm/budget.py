@@ -1,6 +1,7 @@
-"""Tokens -> optimizer steps. Budgets are said in tokens, so that runs with other block sizes or workers stay comparable.
+"""Tokens -> optimizer steps. Budgets are in tokens, so that runs with other block sizes or workers stay comparable.
 
-    batch_tokens 2048, block_size 128, 2 workers, micro_batch_tokens 512:
+For example, batch_tokens 2048, block_size 128, 2 workers, micro_batch_tokens 512:
+
     16 examples a step = 2 workers x 4 examples at once x 2 accumulated
 """
 
@@ -39,16 +40,16 @@ def plan(section: TrainConfig, *, block_size: int, num_workers: int, epoch_examp
 
     Steps are whole: the budget is rounded down, to at least one step.
     """
-    if section.max_tokens is not None:
-        steps = section.max_tokens // section.batch_tokens
-    elif epoch_examples is None:
-        return None
-    elif epoch_examples == 0:
+    if epoch_examples == 0:
         raise DataError(
             f"the training split has less than one block of blocks.block_size={block_size} tokens; "
             "give corpus.paths more text or lower blocks.block_size",
             where="blocks.block_size",
         )
+    if section.max_tokens is not None:
+        steps = section.max_tokens // section.batch_tokens
+    elif epoch_examples is None:
+        return None
     else:
         epochs = section.num_epochs if section.num_epochs is not None else 1.0
         steps = max(1, int(epochs * epoch_examples * block_size / section.batch_tokens))

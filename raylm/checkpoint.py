@@ -1,9 +1,9 @@
 """What a trained model looks like on disk.
 
-    model.safetensors, config.json, generation_config.json, tokenizer files     a plain Hugging Face directory
-    optimizer.pt, scheduler.pt, rng_state*.pth, trainer_state.json              what the Trainer needs to go on
-    experiment.yaml    the resolved experiment: `python -m raylm.train --config` repeats the run
-    raylm.json         the score of these weights, the tokens they have seen, the token store they come from
+model.safetensors, config.json, generation_config.json, tokenizer files     a plain Hugging Face directory
+optimizer.pt, scheduler.pt, rng_state*.pth, trainer_state.json              what the Trainer needs to go on
+experiment.yaml    the resolved experiment: `python -m raylm.train --config` repeats the run
+raylm.json         the score of these weights, the tokens they have seen, the token store they come from
 """
 
 from __future__ import annotations
@@ -84,5 +84,7 @@ def load(directory: str | Path) -> Trained:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # safetensors and tokenizers have errors of their own
         problem = str(error).strip().split("\n")[0]
-        raise StorageError(f"{directory} cannot be loaded: {type(error).__name__}: {problem}", str(directory)) from error
+        raise StorageError(
+            f"{directory} cannot be loaded: {type(error).__name__}: {problem}", str(directory)
+        ) from error
     return Trained(network, tokenizer, read_experiment(path), read_record(path))

@@ -54,8 +54,7 @@ class Resources:
         return int(min(by_cpu, by_gpu) + 1e-6)
 
 
-@ray.remote(num_cpus=0)
-class Board:
+class _Board:
     """Where a worker writes how far it is, and whoever watches reads it. Nobody waits for anybody."""
 
     def __init__(self) -> None:
@@ -66,6 +65,9 @@ class Board:
 
     def get(self) -> float | None:
         return self.value
+
+
+Board = ray.remote(num_cpus=0)(_Board)
 
 
 @contextlib.contextmanager

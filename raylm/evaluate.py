@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raylm import cli
-from raylm.config import Experiment
 from raylm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -58,46 +57,19 @@ def evaluate(
     return cli.Answer(record, report.facts({"model": str(directory), "text": source, **record}))
 
 
-class Texts(list):
-    """Token ids of some files, a document each: what perplexity calls documents."""
-
-    num_bytes: list[int]
-
-    @classmethod
-    def read(cls, paths: list[str], model: Path) -> Texts:
-        """The files as the tokenizer of the model has them; DataError names one that cannot be read."""
-        import numpy as np
-
-        from raylm import tokenizer
-
-        contents = []
-        for path in paths:
-            try:
-                contents.append(Path(path).read_text(encoding="utf-8"))
-            except OSError as error:
-                raise DataError(f"--text {path}: {error.strerror}", where=path) from None
-            except UnicodeDecodeError as error:
-                raise DataError(f"--text {path}: byte {error.start}: invalid UTF-8", where=path) from None
-        encoded = tokenizer.load(model)(contents, add_special_tokens=False, verbose=False)["input_ids"]
-        texts = cls(np.array(ids, np.int64) for ids in encoded)
-        texts.num_bytes = [len(content.encode()) for content in contents]
-        return texts
-
-    def document_bytes(self, index: int) -> int:
-        return self.num_bytes[index]
-
-
 def _documents(directory: Path, paths: list[str]) -> tuple[Documents, str]:
     """What is scored, and its name."""
     from raylm import checkpoint, tokens
 
     if paths:
-        found: Documents = Texts.read(paths, directory)
+        found: Documents = tokens.encode_files(paths, str(directory))
         source = ", ".join(paths)
     else:
         store = checkpoint.read_record(directory).get("store")
         if store is None:
-            raise ConfigError(f"{directory} was not trained by raylm, so nothing says what to score; give --text FILE", "--text")
+            raise ConfigError(
+                f"{directory} was not trained by raylm, so nothing says what to score; give --text FILE", "--text"
+            )
         found = tokens.open_store(store).validation
         source = f"the validation split of {store}"
     if not len(found):

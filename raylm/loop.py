@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import shutil
 import tempfile
@@ -154,7 +155,9 @@ def train_loop_per_worker(config: dict[str, Job]) -> dict[str, Any]:
     job = config["job"]
     session = job.session()
     set_up_torch(job.experiment.cluster.cpus_per_worker)
-    scratch = tempfile.mkdtemp(prefix=f"raylm-rank{session.rank}-")  # one per rank: ranks on a node must not share files
+    scratch = tempfile.mkdtemp(
+        prefix=f"raylm-rank{session.rank}-"
+    )  # one per rank: ranks on a node must not share files
     try:
         with session.latest() as resume:
             trainer = _trainer(job, session, scratch)
@@ -199,7 +202,7 @@ def device() -> torch.device:
 def _trainer(job: Job, session: Session, scratch: str) -> _Trainer:
     experiment, budget = job.experiment, job.budget
     store = tokens.open_store(job.store)
-    cut = blocks.Packed(store.train, experiment.blocks, store.eos_id)
+    cut = blocks.of(store.train, experiment.blocks, store.eos_id)
     network = model.build(
         experiment.model,
         store.tokenizer,
@@ -214,7 +217,7 @@ def _trainer(job: Job, session: Session, scratch: str) -> _Trainer:
         model=network,
         args=_arguments(experiment, budget, scratch),
         train_dataset=examples,
-        data_collator=objective.collate,
+        data_collator=functools.partial(objective.collate, section=experiment.blocks, eos_id=store.eos_id),
         compute_loss_func=objective.causal_loss,
         processing_class=store.tokenizer,
     )
@@ -262,6 +265,10 @@ class _Trainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # a Stream is in training order already
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # No key-value cache: it is for generating, and hides where isolated documents begin.
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm, just before the optimizer's step: the last moment at which the weights are still sound."""

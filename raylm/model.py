@@ -49,9 +49,7 @@ def build(
     section: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, block_size: int, seed: int = 0
 ) -> PreTrainedModel:
     """The model in float32 on the CPU. New weights depend on `seed` alone."""
-    found = configuration(
-        section, vocab_size=len(tokenizer), block_size=block_size, eos_id=tokenizer.eos_token_id
-    )
+    found = configuration(section, vocab_size=len(tokenizer), block_size=block_size, eos_id=tokenizer.eos_token_id)
     if section.path is not None:
         return AutoModelForCausalLM.from_pretrained(section.path, config=found, dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
@@ -80,9 +78,7 @@ def _pretrained_configuration(path: str) -> PreTrainedConfig:
         ) from None
 
 
-def _new_configuration(
-    fields: dict, *, vocab_size: int, block_size: int, eos_id: int | None
-) -> PreTrainedConfig:
+def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id: int | None) -> PreTrainedConfig:
     fields = dict(fields)
     kind = fields.pop("model_type", None)
     if kind not in CONFIG_MAPPING:

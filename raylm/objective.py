@@ -12,19 +12,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100  # the label of a position that is not predicted, as in torch and transformers
+from raylm import blocks
+from raylm.blocks import IGNORED
+from raylm.config import BlocksConfig
 
 
-def collate(blocks: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    """A batch of `input_ids` and `labels`, both int64 of shape (len(blocks), block_size).
+def collate(rows: Sequence[np.ndarray], section: BlocksConfig, eos_id: int) -> dict[str, torch.Tensor]:
+    """A batch of int64 tensors of shape (len(rows), longest row): `input_ids`, `labels` and what the section asks for.
 
-    The first label of a block is IGNORED: it has nothing before it. So the Trainer, which counts labels to divide the
-    loss by, counts predictions, for every class of model. (It would count B of them for GPT-2, one too many.)
+    The first label of a row is IGNORED: it has nothing before it. So the Trainer, which counts labels to divide the
+    loss by, counts predictions, for every class of model. (It would count one too many a row for GPT-2.)
     """
-    input_ids = torch.from_numpy(np.stack(blocks).astype(np.int64, copy=False))
-    labels = input_ids.clone()
-    labels[:, 0] = IGNORED
-    return {"input_ids": input_ids, "labels": labels}
+    return {name: torch.from_numpy(values) for name, values in blocks.batch(rows, section, eos_id).items()}
 
 
 def causal_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from raylm import cli
 from raylm.config import Experiment
+from raylm.errors import DataError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,29 +17,43 @@ if TYPE_CHECKING:
     from raylm.tokens import Store
 
 
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Check the store that is there against its checksums; write nothing.")
+]
+
+
 def prepare(
     settings: cli.Settings = None,
     config: cli.ConfigFile = None,
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
+    verify: Verify = False,
     json: cli.Json = False,
 ) -> cli.Answer:
     """Turn the corpus into a token store, once for all runs that share corpus and tokenizer."""
     experiment = cli.experiment(config, settings, print_config)
     if dry_run:
         return plan(experiment)
-    from raylm import cluster, tokenizer, tokens
+    if verify:
+        return verified(experiment)
+    from raylm import tokens
 
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
-    if tokens.is_store(tokens.store_path(experiment.storage, experiment.corpus, chosen)):
-        store, reused = prepared(experiment)  # without Ray
-    else:
-        with cluster.connect(experiment.cluster):
-            store, reused = prepared(experiment)
+    store, reused = ready(experiment)
     record = {"store": store.path, "fingerprint": store.fingerprint, "reused": reused}
     for name in tokens.SPLITS:
         record[name] = {what: store.manifest[name][what] for what in ("documents", "tokens", "bytes")}
     return cli.Answer(record, summary(store, reused))
+
+
+def ready(experiment: Experiment) -> tuple[Store, bool]:
+    """`prepared`, with a Ray of its own if the store is not there yet."""
+    from raylm import cluster, tokenizer, tokens
+
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
+    if tokens.is_store(tokens.store_path(experiment.storage, experiment.corpus, chosen)):
+        return prepared(experiment)
+    with cluster.connect(experiment.cluster):
+        return prepared(experiment)
 
 
 def prepared(experiment: Experiment) -> tuple[Store, bool]:
@@ -46,6 +63,23 @@ def prepared(experiment: Experiment) -> tuple[Store, bool]:
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
     with cli.task("Preparing tokens", "bytes") as progress:
         return tokens.prepare(experiment.corpus, chosen, storage=experiment.storage, progress=progress)
+
+
+def verified(experiment: Experiment) -> cli.Answer:
+    """The answer that the experiment's store is whole; DataError naming the files of it that are not."""
+    from raylm import tokenizer, tokens
+
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
+    path = tokens.store_path(experiment.storage, experiment.corpus, chosen)
+    if not tokens.is_store(path):
+        known = tokens.changes(experiment.storage, experiment.corpus, chosen)
+        raise DataError(f"{path}: no token store there{known and f'; {known}'}; run raylm prepare", path)
+    store = tokens.open_store(path)
+    if faults := tokens.verify(store):
+        raise DataError(f"{path} is damaged: {'; '.join(faults)}; remove it and run raylm prepare", path)
+    files = sum(len(store.manifest[name]["shards"]) for name in tokens.SPLITS)
+    record = {"store": path, "fingerprint": store.fingerprint, "verified": True, "shards": files}
+    return cli.Answer(record, f"{path}: {files} shards, all as they were written")
 
 
 def plan(experiment: Experiment) -> cli.Answer:
@@ -71,13 +105,19 @@ def summary(store: Store, reused: bool) -> Table:
     """The splits in numbers, and what became of the documents that were read."""
     from rich.table import Table
 
+    from raylm import corpus
+
     table = Table("split", "documents", "tokens", "bytes", "bytes a token", title=store.path)
     for name in ("train", "validation"):
         split = store.manifest[name]
         each = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else "-"
         table.add_row(name, *(f"{split[what]:,}" for what in ("documents", "tokens", "bytes")), each)
-    ledger = ", ".join(f"{what} {count:,}" for what, count in store.manifest["ledger"].items())
-    table.caption = f"{'reused' if reused else 'written'}; read: {ledger}"
+    ledger = store.manifest["ledger"]
+    counted = ", ".join(f"{what} {count:,}" for what, count in ledger.items())
+    table.caption = (
+        f"{100 * corpus.kept_fraction(ledger):.2f}% of data after filtering; read: {counted}\n"
+        f"{'reused' if reused else 'written'}, ids by {store.manifest['tokenizer']['encoder']['name']}"
+    )
     return table
 
 

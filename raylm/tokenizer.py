@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib import metadata
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -184,7 +185,9 @@ def _unigram(texts: Iterable[str], section: TrainedTokenizer, special: list[str]
     def untrained(*model: Any) -> Any:
         tokenizer = Tokenizer(models.Unigram(*model))
         tokenizer.normalizer = normalizers.NFKC()
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        # Pieces stay inside lines and between punctuation: 20 times quicker to train on source code.
+        inside = [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation("contiguous")]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), *inside])
         tokenizer.decoder = decoders.Metaspace()
         return tokenizer
 
@@ -193,9 +196,16 @@ def _unigram(texts: Iterable[str], section: TrainedTokenizer, special: list[str]
         vocab_size=section.vocab_size, special_tokens=special, unk_token=unknown, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # The trainer sums in the order of a hash table: what it finds is the same but for the last digits and the order.
+    # The trainer sums in the order of a hash table: what it finds is the same but for the last digits and the order. In
+    # that order it also gives letters that are no pieces of their own scores one step of 0.0001 below the other.
     pieces = [(piece, round(score, 6)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
-    pieces = pieces[: len(special)] + sorted(pieces[len(special) :], key=lambda entry: (-entry[1], entry[0]))
+    pieces, found = pieces[: len(special)], pieces[len(special) :]
+    letters = sorted((entry for entry in found if len(entry[0]) == 1), key=lambda entry: -entry[1])
+    steps = [0, *accumulate(above[1] - below[1] > 0.00011 for above, below in pairwise(letters))]
+    in_order = [entry for _, entry in sorted(zip(steps, letters, strict=False), key=lambda pair: (pair[0], pair[1][0]))]
+    found = [entry for entry in found if len(entry[0]) > 1]
+    found += [(piece, score) for (piece, _), (_, score) in zip(in_order, letters, strict=True)]
+    pieces += sorted(found, key=lambda entry: (-entry[1], entry[0]))
     trained = untrained(pieces, special.index(unknown) if unknown else None)
     trained.add_special_tokens(special)
     return trained

@@ -40,7 +40,9 @@ class Run:
         if self.uri is not None:
             from mlflow.entities import Param
 
-            pairs = [Param(key, str(value)[:6000]) for key, value in values.items()]  # MLflow's limits: 6000 characters,
+            pairs = [
+                Param(key, str(value)[:6000]) for key, value in values.items()
+            ]  # MLflow's limits: 6000 characters,
             for start in range(0, len(pairs), 100):  # 100 a call
                 _client(self.uri).log_batch(self.run_id, params=pairs[start : start + 100])
 

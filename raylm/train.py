@@ -106,7 +106,7 @@ def plan(experiment: Experiment) -> cli.Answer:
 
     loop.check(experiment.train)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
-    vocab_size = chosen.train.vocab_size if chosen.train else len(tokenizer.load(chosen.path))
+    vocab_size = chosen.train.vocab_size if chosen.train else len(tokenizer.load(str(chosen.path)))
     found = model.configuration(experiment.model, vocab_size=vocab_size, block_size=experiment.blocks.block_size)
     store = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
     planned = budget.plan(
@@ -115,11 +115,10 @@ def plan(experiment: Experiment) -> cli.Answer:
         num_workers=experiment.cluster.num_workers,
         epoch_examples=None,
     )
+    num_files = sum(len(source.files) for source in sources)
+    num_bytes = sum(source.num_bytes for source in sources)
     record = {
-        "corpus": {
-            "files": sum(len(source.files) for source in sources),
-            "bytes": sum(source.num_bytes for source in sources),
-        },
+        "corpus": {"files": num_files, "bytes": num_bytes},
         "store": store,
         "parameters": model.num_parameters(found),
         "steps": planned.steps if planned else None,
@@ -133,8 +132,7 @@ def plan(experiment: Experiment) -> cli.Answer:
         "tracking": experiment.tracking.uri,
     }
     pairs = {name.replace("_", " "): value for name, value in record.items() if name != "corpus"}
-    corpus_line = f"{record['corpus']['files']:,} files, {record['corpus']['bytes'] / 1e6:.1f} MB"
-    return cli.Answer(record, report.facts({"corpus": corpus_line, **pairs}))
+    return cli.Answer(record, report.facts({"corpus": f"{num_files:,} files, {num_bytes / 1e6:.1f} MB", **pairs}))
 
 
 def budget_of(experiment: Experiment, store: Store) -> Budget:
@@ -149,20 +147,14 @@ def budget_of(experiment: Experiment, store: Store) -> Budget:
             where="corpus.validation_fraction",
         )
     section = experiment.blocks
-    examples = len(blocks.Packed(store.train, section, store.eos_id))
+    examples = len(blocks.of(store.train, section, store.eos_id))
     found = budget.plan(
         experiment.train,
         block_size=section.block_size,
         num_workers=experiment.cluster.num_workers,
         epoch_examples=examples,
     )
-    assert found is not None
-    if not examples:
-        raise DataError(
-            f"the training split has {store.train.num_tokens} tokens, less than one block of "
-            f"blocks.block_size={section.block_size}; give corpus.paths more text or lower it",
-            where="blocks.block_size",
-        )
+    assert found is not None  # the examples are known
     return found
 
 

@@ -18,7 +18,9 @@ from raylm.config import Experiment, dump, get, override
 from raylm.errors import ConfigError, RaylmError, TrainingError
 
 if TYPE_CHECKING:
+    from raylm.budget import Budget
     from raylm.cluster import Resources
+    from raylm.config import SchedulerConfig
     from raylm.loop import Job
     from raylm.tokens import Store
     from raylm.tracking import Run
@@ -145,7 +147,7 @@ def sweep(
                 search_alg=ray_tune.search.BasicVariantGenerator(
                     max_concurrent=together, random_state=experiment.train.seed
                 ),
-                scheduler=scheduler(experiment, budget.tokens),
+                scheduler=scheduler(experiment.tune.scheduler, budget),
                 reuse_actors=resources.num_workers == 1,
                 trial_name_creator=_trial_id,
                 trial_dirname_creator=_trial_id,
@@ -170,8 +172,8 @@ def trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> N
     """One trial: the template's run with these settings. What goes wrong in it is reported as its result."""
     from ray import tune as ray_tune
 
-    from raylm import checkpoint, train
     from raylm import tokens as stores
+    from raylm import train
 
     trial_id = _number(ray_tune.get_context().get_trial_id())
     run = template.run.child(trial_id)
@@ -263,17 +265,18 @@ def samplers(space: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {key: one(*next(iter(sampler.items()))) for key, sampler in space.items()}
 
 
-def scheduler(experiment: Experiment, tokens: int) -> Any:
-    """The trial scheduler; its rungs are counted in training tokens."""
+def scheduler(section: SchedulerConfig, budget: Budget) -> Any:
+    """The trial scheduler. Its rungs are counted in training tokens and lie where trials are evaluated."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-    section = experiment.tune.scheduler
     if section.kind == "none":
         return FIFOScheduler()
+    between = budget.eval_every * budget.batch_tokens
+    grace = section.grace_tokens or budget.tokens // 8
     return ASHAScheduler(
         time_attr="tokens",
-        max_t=tokens,
-        grace_period=min(section.grace_tokens or max(1, tokens // 8), tokens),
+        max_t=budget.tokens,
+        grace_period=min(max(1, round(grace / between)) * between, budget.tokens),
         reduction_factor=section.reduction_factor,
     )
 
@@ -316,8 +319,14 @@ def finish(
 
 
 def answer(
-    experiment: Experiment, name: str, parent: Run, rows: list[dict[str, Any]], best: dict[str, Any] | None, reused: bool
+    experiment: Experiment,
+    name: str,
+    parent: Run,
+    rows: list[dict[str, Any]],
+    best: dict[str, Any] | None,
+    reused: bool,
 ) -> cli.Answer:
+    """The ranked table, and what to do next; TrainingError if no trial has a result."""
     from raylm import report, tracking
 
     if best is None:

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from raylm.blocks import Packed, Stream, cut, permuted
+from raylm.blocks import Packed, Stream, batch, cut, of, permuted
 from raylm.config import BlocksConfig
 from raylm.errors import DataError
 
@@ -25,6 +25,16 @@ class Documents:
         documents = self._shards[shard]
         offsets = np.cumsum([0, *map(len, documents)]).astype(np.int32)
         return np.array([token for document in documents for token in document], np.uint16), offsets
+
+    def lengths(self):
+        return (np.diff(self.arrays(shard)[1]) for shard in range(len(self._shards)))
+
+    def __getitem__(self, index):
+        return np.array([document for shard in self._shards for document in shard][index], np.uint16)
+
+
+def blocks_of(*shards, **settings):
+    return of(Documents(*shards), BlocksConfig(**settings), eos_id=0)
 
 
 def packed(*shards, block_size):
@@ -84,3 +94,95 @@ def test_epochs_follow_each_other_each_in_its_own_order():
 def test_a_split_shorter_than_a_block_is_an_error():
     with pytest.raises(DataError, match=r"blocks\.block_size: the split has 12 tokens.*one block of 64"):
         Stream(packed(DOCUMENTS, block_size=64), seed=0, length=1)
+
+
+@pytest.mark.parametrize("shards", [[DOCUMENTS], [DOCUMENTS[:1], DOCUMENTS[1:]], [[d] for d in DOCUMENTS]])
+def test_chunked_blocks_stay_inside_a_document(shards):
+    blocks = blocks_of(*shards, block_size=4, packing="chunked")
+    assert [block.tolist() for block in blocks] == [[5, 6, 7, 0], [10, 11, 12, 13]]
+    assert blocks.dropped_tokens == 4  # 8 9 E, and E
+    assert [block.tolist() for block in blocks_of(*shards, block_size=2, packing="chunked")] == [
+        [5, 6],
+        [7, 0],
+        [8, 9],
+        [10, 11],
+        [12, 13],
+    ]
+
+
+def test_padded_blocks_are_documents_cut_off():
+    blocks = blocks_of(DOCUMENTS, block_size=4, packing="padded")
+    assert [block.tolist() for block in blocks] == [[5, 6, 7, 0], [8, 9, 0], [10, 11, 12, 13]]
+    assert blocks.dropped_tokens == 1
+
+
+def test_every_way_to_cut_accounts_for_every_token():
+    rng = np.random.default_rng(1)
+    shards = [[rng.integers(1, 99, size=n).tolist() for n in rng.integers(0, 30, size=20)] for _ in range(3)]
+    total = sum(len(document) + 1 for shard in shards for document in shard)
+    for packing in ("packed", "chunked", "padded"):
+        blocks = blocks_of(*shards, block_size=8, packing=packing)
+        assert sum(len(block) for block in blocks) + blocks.dropped_tokens == total
+
+
+def test_a_batch_of_packed_blocks():
+    section = BlocksConfig(block_size=4)
+    made = batch([np.array([5, 6, 7, 0]), np.array([8, 9, 0, 10])], section, eos_id=0)
+    assert {name: array.tolist() for name, array in made.items()} == {
+        "input_ids": [[5, 6, 7, 0], [8, 9, 0, 10]],
+        "labels": [[-100, 6, 7, 0], [-100, 9, 0, 10]],
+    }
+
+
+def test_a_batch_of_padded_rows():
+    made = batch([np.array([5, 6, 7, 0]), np.array([8, 0])], BlocksConfig(block_size=4, packing="padded"), eos_id=0)
+    assert {name: array.tolist() for name, array in made.items()} == {
+        "input_ids": [[5, 6, 7, 0], [8, 0, 0, 0]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
+        "labels": [[-100, 6, 7, 0], [-100, 0, -100, -100]],
+    }
+
+
+def test_a_batch_of_isolated_documents():
+    section = BlocksConfig(block_size=6, isolate_documents=True)
+    made = batch([np.array([5, 6, 0, 8, 9, 0]), np.array([0, 0, 7, 8, 9, 10])], section, eos_id=0)
+    assert {name: array.tolist() for name, array in made.items()} == {
+        "input_ids": [[5, 6, 0, 8, 9, 0], [0, 0, 7, 8, 9, 10]],
+        "position_ids": [[0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 2, 3]],
+        "labels": [[-100, 6, 0, -100, 9, 0], [-100, -100, -100, 8, 9, 10]],
+    }
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_isolated_documents_are_predicted_as_if_each_stood_alone(kind):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 32},
+        "llama": {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+        },
+    }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=100, bos_token_id=0, eos_token_id=0, **sizes[kind])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    documents = [[5, 6, 7, 0], [8, 9, 0], [10, 11, 12, 13, 0]]
+    block = np.concatenate(documents)
+
+    def logits(section, rows):
+        made = batch(rows, section, eos_id=0)
+        del made["labels"]
+        with torch.no_grad():
+            return model(**{name: torch.from_numpy(array) for name, array in made.items()}, use_cache=False).logits
+
+    isolated = logits(BlocksConfig(block_size=12, isolate_documents=True), [block, block])
+    joined = logits(BlocksConfig(block_size=12), [block, block])
+    alone = torch.cat([logits(BlocksConfig(block_size=12), [np.array(document)])[0] for document in documents])
+    assert torch.allclose(isolated[0], alone, atol=1e-5)
+    assert torch.allclose(isolated[1], alone, atol=1e-5)
+    assert not torch.allclose(joined[0], alone, atol=1e-3)

@@ -38,7 +38,7 @@ def test_less_than_a_step_of_text_is_still_a_step():
 
 def test_no_block_is_an_error_that_names_the_block_size():
     with pytest.raises(DataError, match="blocks.block_size=128"):
-        plan(max_tokens=None, epoch_examples=0)
+        plan(epoch_examples=0)
 
 
 def test_evaluations_are_counted_in_tokens():

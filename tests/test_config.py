@@ -76,16 +76,16 @@ def test_a_sampler_may_be_set_on_the_command_line(load):
     assert space == {"train.learning_rate": {"uniform": [1e-3, 1e-2]}}
 
 
-def test_override_leaves_the_original_alone():
-    experiment = config.load()
+def test_override_leaves_the_original_alone(load):
+    experiment = load("train: {learning_rate: 3e-3}\nblocks: {block_size: 128}")
     changed = config.override(experiment, {"blocks.block_size": 64, "train.learning_rate": 1e-3})
     assert (changed.blocks.block_size, changed.train.learning_rate) == (64, 1e-3)
     assert (experiment.blocks.block_size, experiment.train.learning_rate) == (128, 3e-3)
 
 
-def test_override_checks_the_whole():
+def test_override_checks_the_whole(load):
     with pytest.raises(ConfigError, match=r"train.batch_tokens: must be a multiple of .* = 100 x 1, got 2048"):
-        config.override(config.load(), {"blocks.block_size": 100})
+        config.override(load("train: {batch_tokens: 2048}"), {"blocks.block_size": 100})
 
 
 def test_nothing_changes_a_loaded_experiment():
@@ -132,11 +132,12 @@ def test_a_later_layer_replaces_what_its_setting_excludes(load, section):
         assert config.get(experiment, f"{section}.{second}") is not None
 
 
-def test_override_replaces_what_it_excludes():
-    train = config.override(config.load(), {"train.num_epochs": 2.0}).train
+def test_override_replaces_what_it_excludes(load):
+    experiment = load("train: {max_tokens: 400_000}")
+    train = config.override(experiment, {"train.num_epochs": 2.0}).train
     assert (train.num_epochs, train.max_tokens) == (2.0, None)
     with pytest.raises(ConfigError, match=r"train.num_epochs: excludes max_tokens"):
-        config.override(config.load(), {"train.num_epochs": 2.0, "train.max_tokens": 4096})
+        config.override(experiment, {"train.num_epochs": 2.0, "train.max_tokens": 400_000})
 
 
 # Faults ------------------------------------------------------------------------------------------------------------

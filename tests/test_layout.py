@@ -101,23 +101,13 @@ def weight_faults(module: str, source: str) -> list[str]:
 
 
 def tree_of(readme: str) -> list[str]:
-    """The files of the fenced block that starts with `raylm/`, as paths inside of it; each line has a gloss."""
-    block = re.search(r"^```\w*\nraylm/\s*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert block, "README.md shows no tree: a fenced block whose first line is raylm/"
-    files, folders = [], []
-    for line in block[1].splitlines():
-        match = re.fullmatch(r"( +)(\S+)( +\S.*)?", line)
-        assert match, f"not `    file      gloss`: {line!r}"
-        indent, name, gloss = match.groups()
-        assert gloss, f"{name} has no gloss"
-        while folders and len(folders[-1][0]) >= len(indent):
-            folders.pop()
-        path = "".join(folder for _, folder in folders) + name
-        if name.endswith("/"):
-            folders.append((indent, name))
-        else:
-            files.append(path)
-    return files
+    """The lines under `raylm/`, which are indented further: paths inside of it. A package stands as `config/`."""
+    block = re.search(r"^( *)raylm/\n((?:\1 +\S.*\n)+)", readme, re.MULTILINE)
+    assert block, "README.md shows no tree: a line raylm/ and its files, indented, under it"
+    lines = [line.split(maxsplit=1) for line in block[2].splitlines()]
+    bare = [line[0] for line in lines if len(line) == 1 and line[0].removesuffix(".py") not in VERBS]
+    assert bare == [], "each file but the verbs has a gloss"
+    return [line[0] for line in lines]
 
 
 # This package ------------------------------------------------------------------------------------------------------
@@ -156,15 +146,11 @@ def test_no_module_is_a_drawer():
 
 def test_the_readme_shows_every_file_in_reading_order():
     shown = tree_of((ROOT / "README.md").read_text(encoding="utf-8"))
-    on_disk = {
-        str(file.relative_to(ROOT / "raylm"))
-        for file in (ROOT / "raylm").rglob("*")
-        if file.is_file() and file.name != "__init__.py" and file.suffix != ".pyc"
-    }
-    assert set(shown) == on_disk
-    assert len(shown) == len(on_disk)
+    files = [file.relative_to(ROOT / "raylm") for file in (ROOT / "raylm").rglob("*") if file.is_file()]
+    on_disk = [re.sub(r"/__init__\.py$", "/", str(file)) for file in files if file.suffix != ".pyc"]
+    assert sorted(shown) == sorted(on_disk)
     modules = [
-        name for name in dict.fromkeys(file.split("/")[0].removesuffix(".py") for file in shown) if name in ORDER
+        module for module in dict.fromkeys(re.split(r"/|\.py", file)[0] for file in shown) if module in ORDER[:-1]
     ]
     assert modules == sorted(modules, key=ORDER.index)
 
@@ -255,23 +241,24 @@ def test_a_heavy_import_at_the_top_of_a_verb_is_found(source, faults):
     assert weight_faults("tune", source) == faults
 
 
-def test_the_tree_of_a_readme():
-    readme = """\
-```bash
-make demo
-```
+TREE = """\
+    raylm/
+        errors.py          the errors a user can cause and fix
+        config/            one YAML file = one experiment
+        config/files.py    load, override, save
+        train.py
 
-```
-raylm/
-    errors.py        what a user can cause and fix
-    config/          one YAML file = one experiment
-        sections.py  every setting
-        files.py     load, override, save
-    cli.py           argv → experiment
-```
+    tests/
 """
-    assert tree_of(readme) == ["errors.py", "config/sections.py", "config/files.py", "cli.py"]
-    with pytest.raises(AssertionError, match=r"cli.py has no gloss"):
-        tree_of("```\nraylm/\n    cli.py\n```\n")
+
+
+@pytest.mark.parametrize("readme", [TREE, f"```\n{TREE.replace('    ', '  ')}```\n"], ids=["indented", "fenced"])
+def test_the_tree_of_a_readme(readme):
+    assert tree_of(f"# raylm\n\n{readme}") == ["errors.py", "config/", "config/files.py", "train.py"]
+
+
+def test_a_readme_without_a_tree_or_a_gloss_is_found():
     with pytest.raises(AssertionError, match=r"README.md shows no tree"):
         tree_of("# raylm\n")
+    with pytest.raises(AssertionError, match=r"each file but the verbs has a gloss\nassert \['cli.py'\]"):
+        tree_of(TREE.replace("train.py", "cli.py"))

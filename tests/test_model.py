@@ -30,8 +30,8 @@ def test_a_block_beyond_the_positions_is_refused():
 
 
 def test_a_vocabulary_beyond_the_embedding_is_refused():
+    section = ModelConfig(config={**SMALL, "vocab_size": 20})
     with pytest.raises(ConfigError, match="30 tokens.*embedding 20 rows"):
-        section = ModelConfig(config={**SMALL, "vocab_size": 20})
         model.configuration(section, vocab_size=30, block_size=4)
 
 

@@ -3,7 +3,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from raylm.objective import IGNORED, causal_loss, collate
+from raylm import objective
+from raylm.config import BlocksConfig
+from raylm.objective import IGNORED, causal_loss
 
 
 @pytest.fixture
@@ -12,6 +14,10 @@ def network():
     sizes = {"vocab_size": 11, "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 6}
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(**sizes, **ids)).double().eval()
+
+
+def collate(rows):
+    return objective.collate(rows, BlocksConfig(), eos_id=0)
 
 
 def blocks(count):

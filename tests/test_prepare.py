@@ -1,6 +1,9 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -36,6 +39,12 @@ def test_prepare_writes_a_store_and_then_finds_it(settings, tmp_path):
     assert first["train"]["bytes"] + first["validation"]["bytes"] == 20 * 20 * 23 + 10 * 20
     again = json.loads(raylm_prepare(*settings, "--json").stdout)
     assert again == {**first, "reused": True}
+    verified = json.loads(raylm_prepare(*settings, "--verify", "--json").stdout)
+    assert verified == {"store": first["store"], "fingerprint": first["fingerprint"], "verified": True, "shards": 2}
+    (tmp_path / "runs" / "tokens" / first["fingerprint"] / "train" / "shard-00000.arrow").write_bytes(b"torn")
+    ended = raylm_prepare(*settings, "--verify", "--json")
+    assert ended.returncode == 3
+    assert "train/shard-00000.arrow: 4 of" in json.loads(ended.stdout)["error"]
 
 
 def test_a_path_that_matches_nothing_ends_before_anything_is_written(tmp_path):
@@ -47,3 +56,43 @@ def test_a_path_that_matches_nothing_ends_before_anything_is_written(tmp_path):
         "exit_code": 3,
     }
     assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_checks_what_is_there_and_writes_nothing(settings, tmp_path):
+    ended = raylm_prepare(*settings, "--verify", "--json")
+    assert ended.returncode == 3
+    assert "no token store there; run raylm prepare" in json.loads(ended.stdout)["error"]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_prepare_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
+    """kill -9 of the command and everything it started, as soon as some shards are there; then it runs to its end."""
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    for number in range(8):
+        rows = (json.dumps({"text": f"Row {row} of {number} says hello. " * 9}) for row in range(40_000))
+        (directory / f"{number}.jsonl").write_text("\n".join(rows))
+    settings = [f"corpus.paths={directory}", "tokenizer.train={vocab_size: 300}"]
+    whole = json.loads(raylm_prepare(*settings, f"storage={tmp_path}/whole", "--json").stdout)
+    torn = tmp_path / "torn" / "tokens" / whole["fingerprint"]
+    killed = 0
+    for wanted in (1, 4):
+        command = [sys.executable, "-m", "raylm.prepare", *settings, f"storage={tmp_path}/torn"]
+        running = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while running.poll() is None and len(list(torn.glob("progress/*.json"))) < wanted:
+            time.sleep(0.02)
+        killed += running.poll() is None
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    assert killed == 2
+    assert not (torn / "manifest.json").exists()
+    again = json.loads(raylm_prepare(*settings, f"storage={tmp_path}/torn", "--json").stdout)
+    assert again["train"] == whole["train"]
+    assert again["fingerprint"] == whole["fingerprint"]
+    files = sorted(path.relative_to(torn) for path in torn.rglob("*") if path.is_file())
+    assert len(files) > 10
+    for file in files:
+        assert (torn / file).read_bytes() == (tmp_path / "whole" / "tokens" / whole["fingerprint"] / file).read_bytes()

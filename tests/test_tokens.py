@@ -1,6 +1,9 @@
 import json
 import os
 import pickle
+import random
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +37,11 @@ def contents(path):
         for parent, _, files in os.walk(path)
         for file in files
     }
+
+
+def one_by_one(function, numbered):
+    """What `_each` does, in this process."""
+    return (function(*item) for item in numbered)
 
 
 def small_shards(monkeypatch, corpus, num_bytes):
@@ -102,15 +110,6 @@ def test_a_changed_file_or_setting_is_another_store(corpus, tmp_path):
     assert tokens.fingerprint(corpus.model_copy(update={"keep_any": ("hello",)}), TOKENIZER) != first
     (tmp_path / "corpus" / "00.txt").write_text("changed")
     assert tokens.fingerprint(corpus, TOKENIZER) != first
-
-
-def test_the_same_bytes_from_one_task_and_from_two(corpus, tmp_path, monkeypatch):
-    small_shards(monkeypatch, corpus, 2000)
-    in_parallel, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "two"))
-    assert len(in_parallel.train.shards) > 5
-    monkeypatch.setattr(write, "_each", lambda function, numbered: (function(*item) for item in numbered))
-    one_by_one, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "one"))
-    assert contents(in_parallel.path) == contents(one_by_one.path)
 
 
 def test_a_killed_run_goes_on_where_it_stopped(corpus, tmp_path, monkeypatch):
@@ -190,3 +189,149 @@ def test_no_manifest_no_store(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(DataError, match=r"format 99"):
         tokens.open_store(tmp_path)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 4])
+def test_the_same_bytes_from_any_number_of_tasks(corpus, tmp_path, monkeypatch, num_tasks):
+    """Tasks of 2, 1 and half a CPU on two CPUs: one, two and four at a time."""
+    small_shards(monkeypatch, corpus, 2000)
+    monkeypatch.setattr(write, "TASK_CPUS", 2 / num_tasks)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "some"))
+    monkeypatch.setattr(write, "_each", one_by_one)
+    expected, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "one"))
+    assert contents(store.path) == contents(expected.path)
+
+
+def test_two_writers_of_one_store_do_not_harm_each_other(corpus, tmp_path, monkeypatch):
+    """The second starts and ends while the first is between two shards."""
+    small_shards(monkeypatch, corpus, 2000)
+    monkeypatch.setattr(write, "_each", one_by_one)
+    expected, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "alone"))
+    others = []
+
+    def interrupted(function, numbered):
+        for index, item in enumerate(numbered):
+            if index == 2:
+                monkeypatch.setattr(write, "_each", one_by_one)
+                others.append(tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "both")))
+            yield function(*item)
+
+    monkeypatch.setattr(write, "_each", interrupted)
+    store, reused = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "both"))
+    assert not reused
+    assert not others[0][1]
+    assert contents(store.path) == contents(expected.path)
+    assert tokens.verify(store) == []
+
+
+def test_a_remote_store_is_the_same_store(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
+    (tmp_path / "node").mkdir()
+    small_shards(monkeypatch, corpus, 2000)
+    monkeypatch.setattr(write, "_each", one_by_one)
+    local, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "local"))
+    remote, reused = tokens.prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")
+    assert not reused
+    assert remote.path.startswith("file://")
+    assert contents(remote.path.removeprefix("file://")) == contents(local.path)
+    assert [ids.tolist() for ids in remote.train] == [ids.tolist() for ids in local.train]
+    assert remote.tokenizer.eos_token_id == local.eos_id
+    assert tokens.verify(remote) == []
+    assert tokens.prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")[1]
+
+
+def test_verify_finds_every_change_of_a_file(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    assert tokens.verify(store) == []
+    shard = tmp_path / "tokens" / store.fingerprint / "train" / "shard-00000.arrow"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-7])
+    assert tokens.verify(store) == [f"train/shard-00000.arrow: {len(content) - 7} of {len(content)} bytes"]
+    shard.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
+    assert tokens.verify(store) == ["train/shard-00000.arrow: its checksum differs"]
+    shard.unlink()
+    assert tokens.verify(store) == ["train/shard-00000.arrow: missing"]
+
+
+def test_input_that_changed_is_named_and_makes_another_store(corpus, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    before, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    assert tokens.changed_inputs(before) == []
+    directory = tmp_path / "corpus"
+    (directory / "00.txt").write_text("another text")
+    (directory / "01.txt").unlink()
+    (directory / "99.txt").write_text("new")
+    assert [change.removeprefix(f"{directory}/") for change in tokens.changed_inputs(before)] == [
+        "00.txt: changed (37 -> 12 bytes)",
+        "01.txt: removed",
+        "99.txt: added",
+    ]
+    after, reused = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    assert not reused
+    assert after.path != before.path
+    said = capfd.readouterr().err
+    assert f"the corpus has changed since store {before.fingerprint}" in said
+    assert "01.txt: removed" in said
+
+
+def test_figures_of_each_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.txt").write_text(f"text of {name} " * 20)
+        (tmp_path / name / "2.txt").write_text(f"more of {name} " * 30)
+    corpus = CorpusConfig(paths=(f"{tmp_path}/a", f"{tmp_path}/b"), validation_fraction=0.5)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    figures = [{key: source[key] for key in ("documents", "bytes")} for source in store.manifest["sources"]]
+    assert figures == [{"documents": 2, "bytes": 500}, {"documents": 2, "bytes": 500}]
+    assert sum(source["tokens"] for source in store.manifest["sources"]) == (
+        store.train.num_tokens + store.validation.num_tokens
+    )
+
+
+def test_skipped_rows_are_listed_in_the_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": 5}\n' + b'{"text": "good too"}\n' * 9)
+    corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl", on_bad_row="skip", validation_fraction=0)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    assert store.manifest["ledger"]["bad rows"] == 1
+    assert json.loads(Path(store.path, "rejected.jsonl").read_text()) == {
+        "file": f"{tmp_path}/a.jsonl",
+        "place": "row 2",
+        "fault": "corpus.text: column 'text' must hold text, got 5",
+    }
+
+
+def test_a_corpus_of_which_nothing_is_left_says_why(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    nothing = corpus.model_copy(update={"keep_any": ("no such word",)})
+    with pytest.raises(DataError, match=r"no document is left to train on.*filtered: keep_any: 40"):
+        tokens.prepare(nothing, TOKENIZER, storage=str(tmp_path))
+
+
+def test_odd_documents_and_very_long_ones(tmp_path, monkeypatch):
+    """A document of one line of 5 MB, ten thousand of one letter, and control characters: all there, unchanged."""
+    monkeypatch.setattr(write, "_each", one_by_one)
+    rng = random.Random(0)
+    long = " ".join(rng.choice(["hello", "document", "naïve", "\u2028", "\f"]) for _ in range(800_000))
+    odd = ["a\0b", "\ufeffx", "cr\r\nlf", "\u2028x\u0085\f"]
+    rows = [long, *rng.choices("abcdefgh", k=10_000), *odd]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl", validation_fraction=0)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    assert len(store.train) == len(rows)
+    assert store.tokenizer.decode(store.train[0]) == long
+    assert "".join(store.tokenizer.decode(ids) for ids in (store.train[i] for i in range(1, 10_001))) == "".join(
+        rows[1:10_001]
+    )
+    assert [store.tokenizer.decode(store.train[i]) for i in range(10_001, len(rows))] == odd
+
+
+def test_files_are_encoded_without_a_store(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    store, _ = tokens.prepare(corpus.model_copy(update={"validation_fraction": 0}), TOKENIZER, storage=str(tmp_path))
+    found = tokens.encode_files(corpus.paths, f"{store.path}/tokenizer")
+    assert len(found) == len(store.train)
+    assert all(found[i].tolist() == store.train[i].tolist() for i in range(len(found)))
+    assert [found.document_bytes(i) for i in range(40)] == [store.train.document_bytes(i) for i in range(40)]

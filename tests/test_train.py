@@ -60,7 +60,9 @@ def test_every_figure_is_in_mlflow_by_step(one_worker):
     assert names | {"eval/bits_per_byte"} <= set(client.get_run(tracked.run_id).data.metrics)
     history = client.get_metric_history(tracked.run_id, "eval/perplexity")
     assert min(point.value for point in history) == best["perplexity"]
-    assert all(math.isfinite(point.value) for name in names for point in client.get_metric_history(tracked.run_id, name))
+    assert all(
+        math.isfinite(point.value) for name in names for point in client.get_metric_history(tracked.run_id, name)
+    )
     assert client.get_metric_history(tracked.run_id, "train/tokens")[-1].value == experiment.train.max_tokens
 
 
@@ -90,7 +92,9 @@ def test_the_same_score_from_one_process_and_from_two_workers(one_worker, ray_cl
 
 def test_divergence_is_an_error_that_names_step_and_setting(ray_cluster, tiny):
     experiment = tiny("train.learning_rate=1e30", "train.warmup_steps=0", "train.arguments.max_grad_norm=1e30")
-    with pytest.raises(TrainingError, match=r"diverged: the gradient is .* at step \d+; lower train.learning_rate=1e\+30"):
+    with pytest.raises(
+        TrainingError, match=r"diverged: the gradient is .* at step \d+; lower train.learning_rate=1e\+30"
+    ):
         run(experiment, name="diverged")
 
 

@@ -61,7 +61,9 @@ def test_the_answer_of_a_sweep(swept):
 
 def test_tokens_are_prepared_once(swept):
     directory, config, _ = swept
-    code, answer, _ = raylm("prepare", "--config", config, "blocks.block_size=64", "train.batch_tokens=512", cwd=directory)
+    code, answer, _ = raylm(
+        "prepare", "--config", config, "blocks.block_size=64", "train.batch_tokens=512", cwd=directory
+    )
     assert (code, answer["reused"]) == (0, True)
     assert answer["train"]["tokens"] > 0
 

@@ -1,7 +1,7 @@
 """One YAML file = one experiment = one frozen tree of sections.
 
-    sections   every setting: type, default, unit, effect
-    files      load, override, save; faults with their place and the way out
+sections   every setting: type, default, unit, effect
+files      load, override, save; faults with their place and the way out
 """
 
 from raylm.config.files import BUILT_IN, SAMPLERS, dump, get, load, override, save
@@ -13,6 +13,7 @@ from raylm.config.sections import (
     Experiment,
     ModelConfig,
     ObjectiveConfig,
+    SchedulerConfig,
     TokenizerConfig,
     TrackingConfig,
     TrainConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "Experiment",
     "ModelConfig",
     "ObjectiveConfig",
+    "SchedulerConfig",
     "TokenizerConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -17,7 +17,7 @@ files alone, and two writers of one store write the same files.
 """
 
 from raylm.tokens.store import SPLITS, Encoded, Split, Store, changed_inputs, is_store, open_store, verify
-from raylm.tokens.write import encode_files, fingerprint, prepare, store_path
+from raylm.tokens.write import changes, encode_files, fingerprint, prepare, store_path
 
 __all__ = [
     "SPLITS",
@@ -25,6 +25,7 @@ __all__ = [
     "Split",
     "Store",
     "changed_inputs",
+    "changes",
     "encode_files",
     "fingerprint",
     "is_store",

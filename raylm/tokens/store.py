@@ -177,7 +177,7 @@ def verify(store: Store) -> list[str]:
 def changed_inputs(store: Store, sources: list[Source] | None = None) -> list[str]:
     """How the corpus differs from what the store was made of: "a.txt: changed", "b.txt: added", "c.txt: removed"."""
     if sources is None:
-        sources = check(CorpusConfig.model_validate(store.manifest["corpus"]))
+        sources = check(CorpusConfig.model_validate(store.manifest["settings"]["corpus"]))
     now = {file.path: file for source in sources for file in source.files}
     then = {file[0]: File(*file) for source in store.manifest["sources"] for file in source["files"]}
     faults = []
@@ -208,25 +208,31 @@ def read(path: str) -> bytes | None:
         return None
 
 
-def write(path: str, content: Any) -> None:
-    """A file that is there entirely or not at all."""
-    if "://" in path:
-        system, inner = file_system(path)
-        if system.type_name in ("s3", "gcs"):  # an object appears when it is complete
-            with system.open_output_stream(inner) as stream:
-                stream.write(content)
-            return
-        system.create_dir(inner.rpartition("/")[0], recursive=True)
-        partial = f"{inner}.{uuid.uuid4().hex}"
-        with system.open_output_stream(partial) as stream:
+def write(store: str, name: str, content: Any) -> None:
+    """A file of a store that is there entirely or not at all: written below progress/, which is cleared at the end."""
+    partial = f"{store}/progress/{uuid.uuid4().hex}.partial"
+    path = f"{store}/{name}"
+    if "://" not in store:
+        for file in (partial, path):
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+        with open(partial, "wb") as stream:
             stream.write(content)
-        system.move(partial, inner)
+        try:
+            os.replace(partial, path)
+        except FileNotFoundError:
+            if not os.path.exists(path):  # else another writer finished the store and cleared up: the file is the same
+                raise
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    partial = f"{path}.{uuid.uuid4().hex}"
-    with open(partial, "wb") as file:
-        file.write(content)
-    os.replace(partial, path)
+    system, inner = file_system(path)
+    if system.type_name in ("s3", "gcs"):  # an object appears when it is complete
+        partial = path
+    else:
+        for file in (partial, path):
+            system.create_dir(file_system(file)[1].rpartition("/")[0], recursive=True)
+    with system.open_output_stream(file_system(partial)[1]) as stream:
+        stream.write(content)
+    if partial != path:
+        system.move(file_system(partial)[1], inner)
 
 
 def names(path: str) -> list[str]:

@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,9 @@ CHECKED_BYTES = 500_000
 MOST_REJECTED = 100
 """Documents of a shard that rejected.jsonl names; all are counted."""
 
+TASK_CPUS = 1.0
+"""What a task that reads and writes a shard reserves."""
+
 Progress = Callable[[float, float | None], None]
 
 
@@ -68,7 +73,7 @@ def fingerprint(corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: list[
     """Names what a store is made of: files with size and time, filters, split, tokenizer. Not blocks, not the model."""
     if sources is None:
         sources = check(corpus)
-    made_of = [_settings(corpus, tokenizer), [[list(file) for file in source.files] for source in sources]]
+    made_of = [FORMAT, _settings(corpus, tokenizer), [[list(file) for file in source.files] for source in sources]]
     return checksum(json.dumps(made_of, sort_keys=True).encode())[:16]
 
 
@@ -81,7 +86,6 @@ def store_path(
 
 def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
     return {
-        "format": FORMAT,
         "corpus": corpus.model_dump(mode="json"),
         "tokenizer": tokenizer.model_dump(mode="json"),
         "tokenizer_version": tokenizers.version(tokenizer),
@@ -102,16 +106,17 @@ def prepare(
     path = store_path(storage, corpus, tokenizer, sources)
     if is_store(path):
         return open_store(path), True
+    if known := changes(storage, corpus, tokenizer, sources):
+        cli.console.print(f"{known}; a new store is written", soft_wrap=True)
     settings = _settings(corpus, tokenizer)
-    _tell_changes(storage, settings, sources)
     try:
         manifest = _write_store(path, corpus, tokenizer, sources, progress)
     except OSError:
         if is_store(path):  # another writer finished, and cleared away what this one was reading
             return open_store(path), False
         raise
-    manifest = {"fingerprint": os.path.basename(path), **settings, **manifest}
-    write(f"{path}/manifest.json", json.dumps(manifest, indent=1).encode())
+    manifest = {"format": FORMAT, "fingerprint": os.path.basename(path), "settings": settings, **manifest}
+    write(path, "manifest.json", json.dumps(manifest, indent=1).encode())
     remove(f"{path}/progress")
     return open_store(path), False
 
@@ -137,7 +142,7 @@ def _write_store(
         raise DataError(f"corpus: no document is left to train on; of what was read, {why}", "corpus")
     rejected = [fault for shard in written for fault in shard["rejected"]]
     if rejected:
-        write(f"{path}/rejected.jsonl", "".join(json.dumps(fault) + "\n" for fault in rejected).encode())
+        write(path, "rejected.jsonl", "".join(json.dumps(fault) + "\n" for fault in rejected).encode())
     return {
         "tokenizer": {**_tokenizer_facts(path), "encoder": encoder},
         "ledger": dict(ledger),
@@ -149,17 +154,17 @@ def _write_store(
     }
 
 
-def _tell_changes(storage: str, settings: dict[str, Any], sources: list[Source]) -> None:
-    """Say so if there is a store of the same settings, made of other files: nobody should wonder why it is not used."""
+def changes(storage: str, corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: list[Source] | None = None) -> str:
+    """If there is a store of the same settings made of other files, which one and which files; else empty."""
+    settings = _settings(corpus, tokenizer)
     for name in names(f"{storage.rstrip('/')}/tokens"):
-        content = read(f"{storage.rstrip('/')}/tokens/{name}/manifest.json")
-        manifest = json.loads(content) if content else {}
-        if {key: manifest.get(key) for key in settings} != settings | {"tokenizer": manifest.get("tokenizer")}:
-            continue
-        changes = changed_inputs(open_store(f"{storage.rstrip('/')}/tokens/{name}"), sources)
-        shown = ", ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")
-        cli.console.print(f"the corpus has changed since store {name}, a new one is written: {shown}", soft_wrap=True)
-        return
+        path = f"{storage.rstrip('/')}/tokens/{name}"
+        manifest = json.loads(read(f"{path}/manifest.json") or b"{}")
+        if manifest.get("settings") == settings:
+            found = changed_inputs(open_store(path), sources)
+            shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+            return f"the corpus has changed since store {name}: {shown}"
+    return ""
 
 
 # Tokenizer -----------------------------------------------------------------------------------------------------------
@@ -174,13 +179,19 @@ def _write_tokenizer(path: str, section: TokenizerConfig, plan: list[Shard], cor
         made = tokenizers.train(_sample(plan, corpus, most), section.train)
     else:
         made = tokenizers.load_section(section)
+    if "://" not in path:
+        os.makedirs(f"{path}/progress", exist_ok=True)
+        partial = f"{path}/progress/tokenizer.{uuid.uuid4().hex}"
+        made.save_pretrained(partial)
+        try:
+            os.rename(partial, f"{path}/tokenizer")
+        except OSError:  # another writer was faster
+            shutil.rmtree(partial)
+        return
     with tempfile.TemporaryDirectory() as directory:
         made.save_pretrained(directory)
-        files = sorted(
-            Path(directory).iterdir(), key=lambda file: file.name == "tokenizer_config.json"
-        )  # it comes last
-        for file in files:
-            write(f"{path}/tokenizer/{file.name}", file.read_bytes())
+        for file in sorted(Path(directory).iterdir(), key=lambda file: file.name == "tokenizer_config.json"):
+            write(path, f"tokenizer/{file.name}", file.read_bytes())
 
 
 def _local_tokenizer(path: str) -> str:
@@ -298,7 +309,7 @@ def _write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, enco
     for name in SPLITS:
         if rows[name].facts:
             written[name] = _write_rows(path, f"{name}/shard-{index:05}.arrow", rows[name].table())
-    write(f"{path}/progress/{_name(index)}", json.dumps(written).encode())
+    write(path, f"progress/{_name(index)}", json.dumps(written).encode())
     return written
 
 
@@ -308,7 +319,7 @@ def _write_rows(path: str, file: str, batch: pa.RecordBatch) -> dict[str, Any]:
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     content = sink.getvalue()
-    write(f"{path}/{file}", content)
+    write(path, file, content)
     source, lengths = batch["source"].to_numpy(), np.diff(batch["tokens"].offsets.to_numpy())
     num_bytes = batch["num_bytes"].to_numpy()
     sources = {
@@ -366,7 +377,7 @@ def encode_files(paths: Iterable[str], tokenizer: str) -> Encoded:
 
 
 def _each(function: Callable[[int, Shard], Any], numbered: Iterable[tuple[int, Shard]]) -> Iterator[Any]:
-    """function(index, shard) for every shard, in tasks of one CPU, streamed in the order given.
+    """function(index, shard) for every shard, in tasks of TASK_CPUS, streamed in the order given.
 
     One row a task: Ray Data would merge small blocks into one task and use one core. Only counts come back.
     """
@@ -388,7 +399,7 @@ def _each(function: Callable[[int, Shard], Any], numbered: Iterable[tuple[int, S
         except RaylmError as error:
             return {"found": pickle.dumps(error)}
 
-    tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(row, num_cpus=1)
+    tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(row, num_cpus=TASK_CPUS)
     for answer in tasks.iter_rows():
         found = pickle.loads(answer["found"])
         if isinstance(found, RaylmError):

@@ -1,0 +1,220 @@
+"""Look at the data as the model will see it: text, tokens, blocks, a batch; and what became of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raylm import cli
+from raylm.config import Experiment
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from raylm.tokens import Split, Store
+
+SHOWN_TOKENS = 160
+"""Of a document or block on the screen; more than that nobody reads."""
+
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write what is shown as a page, too.")]
+Examples = Annotated[int, typer.Option("--examples", min=1, max=100, help="Documents and blocks to show.")]
+
+
+def inspect(
+    settings: cli.Settings = None,
+    config: cli.ConfigFile = None,
+    print_config: cli.PrintConfig = False,
+    dry_run: cli.DryRun = False,
+    examples: Examples = 2,
+    html: Html = None,
+    json: cli.Json = False,
+) -> cli.Answer:
+    """Show the data as the model will see it: documents, their tokens, blocks, a batch, lengths, the ledger."""
+    from raylm import prepare
+
+    experiment = cli.experiment(config, settings, print_config)
+    if dry_run:
+        return prepare.plan(experiment)
+    store, _ = prepare.ready(experiment)
+    record = look(experiment, store, examples)
+    shown = view(record)
+    if html is not None:
+        html.write_text(page(shown), encoding="utf-8")
+        cli.console.print(f"written: {html}", soft_wrap=True)
+    return cli.Answer(record, shown)
+
+
+def look(experiment: Experiment, store: Store, examples: int) -> dict[str, Any]:
+    """Everything that is shown, as plain values."""
+    from raylm import blocks, corpus, tokens
+
+    section = experiment.blocks
+    cut = blocks.of(store.train, section, store.eos_id)
+    rows = [cut[index] for index in range(min(max(examples, 2), len(cut)))]
+    batch = blocks.batch(rows, section, store.eos_id) if rows else {}
+    manifest = store.manifest
+    return {
+        "store": store.path,
+        "fingerprint": store.fingerprint,
+        "sources": [{key: value for key, value in source.items() if key != "files"} for source in manifest["sources"]],
+        "ledger": manifest["ledger"],
+        "kept_percent": 100 * corpus.kept_fraction(manifest["ledger"]),
+        "splits": {
+            name: {what: manifest[name][what] for what in ("documents", "tokens", "bytes")} for name in tokens.SPLITS
+        },
+        "tokenizer": {key: manifest["tokenizer"][key] for key in ("vocab_size", "eos_token", "eos_id", "encoder")},
+        "lengths": lengths(store.train),
+        "documents": [
+            {
+                "bytes": store.train.document_bytes(index),
+                "tokens": len(store.train[index]),
+                "pieces": pieces(store, store.train[index]),
+            }
+            for index in range(min(examples, len(store.train)))
+        ],
+        "blocks": {
+            "packing": section.packing,
+            "block_size": section.block_size,
+            "isolate_documents": section.isolate_documents,
+            "train": len(cut),
+            "dropped_tokens": cut.dropped_tokens,
+            "examples": [
+                {"tokens": len(row), "documents_end": int((row == store.eos_id).sum()), "pieces": pieces(store, row)}
+                for row in rows[:examples]
+            ],
+        },
+        "batch": {
+            name: {"shape": list(array.shape), "dtype": str(array.dtype), "begins": array[0, :8].tolist()}
+            for name, array in batch.items()
+        },
+        "not_predicted": int((batch["labels"] == blocks.IGNORED).sum()) if batch else 0,
+    }
+
+
+def lengths(split: Split) -> list[dict[str, int]]:
+    """Documents and their tokens by length, in powers of two: from `at_least` up to twice that."""
+    import numpy as np
+
+    documents, summed = np.zeros(32, np.int64), np.zeros(32, np.int64)
+    for found in split.lengths():
+        power = np.log2(np.maximum(found, 1)).astype(np.int64)
+        documents += np.bincount(power, minlength=32)
+        summed += np.bincount(power, weights=found, minlength=32).astype(np.int64)
+    used = np.flatnonzero(documents)
+    return [
+        {"at_least": 2 ** int(power), "documents": int(documents[power]), "tokens": int(summed[power])}
+        for power in range(used[0], used[-1] + 1)
+    ]
+
+
+def pieces(store: Store, ids: Any) -> list[str]:
+    """The text of each of the first tokens; one that is part of a character is shown as �."""
+    return [store.tokenizer.decode([token]) for token in ids[:SHOWN_TOKENS].tolist()]
+
+
+# On the screen -------------------------------------------------------------------------------------------------------
+
+
+def view(record: dict[str, Any]) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    def table(*columns: str) -> Table:
+        made = Table(box=None, pad_edge=False, header_style="bold")
+        for number, column in enumerate(columns):
+            made.add_column(column, justify="right" if number else "left")
+        return made
+
+    def heading(text: str) -> Text:
+        return Text(f"\n{text}", style="bold cyan")
+
+    sources = table("source", "documents", "tokens", "bytes")
+    for source in record["sources"]:
+        sources.add_row(source["name"], *(f"{source[what]:,}" for what in ("documents", "tokens", "bytes")))
+    splits = table("split", "documents", "tokens", "bytes", "bytes/token")
+    for name, split in record["splits"].items():
+        each = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else "-"
+        splits.add_row(name, *(f"{split[what]:,}" for what in ("documents", "tokens", "bytes")), each)
+    ledger = table("what became of it", "documents or bytes")
+    for what, count in record["ledger"].items():
+        ledger.add_row(what, f"{count:,}")
+    ledger.add_row("data after filtering", f"{record['kept_percent']:.2f}%")
+    histogram = table("tokens", "documents", "tokens in all", "")
+    histogram.columns[3].justify = "left"
+    most = max(row["documents"] for row in record["lengths"])
+    for row in record["lengths"]:
+        bar = "█" * max(1, round(40 * row["documents"] / most)) if row["documents"] else ""
+        span = f"{row['at_least']:,} to {2 * row['at_least'] - 1:,}"
+        histogram.add_row(span, f"{row['documents']:,}", f"{row['tokens']:,}", bar)
+    batch = table("of a batch", "shape", "type", "begins")
+    for name, array in record["batch"].items():
+        batch.add_row(name, str(array["shape"]), array["dtype"], " ".join(map(str, array["begins"])) + " …")
+    tokenizer, cut = record["tokenizer"], record["blocks"]
+    parts: list[RenderableType] = [
+        Text(f"store {record['store']}"),
+        heading("Sources"),
+        sources,
+        heading("Ledger"),
+        ledger,
+        heading("Splits"),
+        splits,
+        heading(f"Tokens: vocabulary of {tokenizer['vocab_size']:,}, end of text {tokenizer['eos_token']!r}"),
+        Text(f"ids by {tokenizer['encoder']['name']} {tokenizer['encoder']['version']}"),
+        heading("Lengths of training documents"),
+        histogram,
+    ]
+    for number, document in enumerate(record["documents"]):
+        parts.append(heading(f"Document {number}: {document['bytes']:,} bytes, {document['tokens']:,} tokens"))
+        parts.append(marked(document["pieces"], document["tokens"], tokenizer["eos_token"]))
+    parts.append(
+        heading(
+            f"Blocks: {cut['packing']}, {cut['train']:,} of {cut['block_size']:,} tokens, "
+            f"{cut['dropped_tokens']:,} tokens dropped"
+        )
+    )
+    for number, block in enumerate(cut["examples"]):
+        parts.append(
+            heading(f"Block {number}: {block['tokens']:,} tokens, {block['documents_end']} documents end in it")
+        )
+        parts.append(marked(block["pieces"], block["tokens"], tokenizer["eos_token"]))
+    parts += [heading("Batch"), batch, Text(f"labels that are not predicted: {record['not_predicted']:,}")]
+    return Group(*parts)
+
+
+def marked(found: list[str], tokens: int, eos_token: str) -> Text:
+    """Tokens in their order with a bar between them, new lines shown, end-of-text tokens standing out."""
+    from rich.text import Text
+
+    text = Text()
+    for piece in found:
+        style = "bold white on red" if piece == eos_token else ""
+        text.append(piece.replace("\n", "⏎\n").replace("\t", "⇥   "), style)
+        text.append("|", "dim")
+    if tokens > len(found):
+        text.append(f" … and {tokens - len(found):,} more", "dim")
+    return text
+
+
+def page(shown: RenderableType) -> str:
+    """The same, as one HTML page that needs nothing else."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(record=True, width=130, file=io.StringIO(), highlight=False)
+    console.print(shown)
+    return console.export_html(inline_styles=True)
+
+
+def main() -> None:
+    cli.run(inspect)
+
+
+if __name__ == "__main__":
+    from raylm.inspect import main  # by its real name, so that Ray ships functions by reference
+
+    main()
