@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 
@@ -122,3 +124,30 @@ def test_the_version_of_a_tokenizer_is_that_of_its_files(trained):
     (trained / "tokenizer.json").write_text((trained / "tokenizer.json").read_text() + " ")
     assert tokenizer.version(section) != before
     assert tokenizer.version(TokenizerConfig(train=TrainedTokenizer())) == {}
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "wordpiece", "unigram"])
+@pytest.mark.parametrize("words", ["hello naïve {name}\n\n    return   x", "ab cd\n"])
+def test_a_long_document_in_parts_has_the_ids_of_the_whole(tmp_path, monkeypatch, kind, words):
+    tokenizer.train(TEXTS, TrainedTokenizer(kind=kind, vocab_size=300)).save_pretrained(tmp_path)
+    rng = random.Random(0)
+    text = "".join(rng.choice([*words, " ", "\n", "return", " for"]) for _ in range(30_000))
+    encode = tokenizer._Slow(tokenizer.load(tmp_path))
+    whole = encode([text])[0]
+    calls = []
+    monkeypatch.setattr(tokenizer, "LONG", 5000)
+    monkeypatch.setattr(tokenizer, "OVERLAP", 1000)
+    joint = tokenizer._joint
+    monkeypatch.setattr(tokenizer, "_joint", lambda *arguments: calls.append(joint(*arguments)) or calls[-1])
+    ids, lengths = encode([text, "short"])
+    assert ids[: lengths[0]].tolist() == whole.tolist()
+    assert len(calls) > 5
+    assert None not in calls
+
+
+def test_a_long_document_of_one_word_is_encoded_as_a_whole(trained, monkeypatch):
+    encode = tokenizer._Slow(tokenizer.load(trained))
+    whole = encode(["hello" * 5000])[0]
+    monkeypatch.setattr(tokenizer, "LONG", 5000)
+    monkeypatch.setattr(tokenizer, "OVERLAP", 1000)
+    assert encode(["hello" * 5000])[0].tolist() == whole.tolist()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from raylm import checkpoint, cluster, prepare, tracking, train, tune
-from raylm.config import override
+from raylm import budget, checkpoint, cluster, prepare, tracking, train, tune
+from raylm.config import SchedulerConfig, TrainConfig, override
 from raylm.errors import ConfigError
 
 SPACE = {
@@ -158,6 +158,18 @@ def test_a_value_that_only_the_model_can_refuse_is_refused_before_ray_starts(tin
     )
     with pytest.raises(ConfigError, match=r"tune.space.blocks.block_size: value 64: .*at most 32"):
         tune.plan(experiment)
+
+
+def test_rungs_lie_where_trials_are_evaluated():
+    """Evaluated every 39,936 tokens, a rung at 40,000 would be seen at 79,872."""
+    found = budget.plan(
+        TrainConfig(batch_tokens=512, max_tokens=360_000, eval_every_tokens=40_000),
+        block_size=64,
+        num_workers=1,
+        epoch_examples=9999,
+    )
+    rungs = tune.scheduler(SchedulerConfig(grace_tokens=40_000, reduction_factor=3.0), found)._brackets[0]._rungs
+    assert sorted(milestone for milestone, _ in rungs) == [39_936, 3 * 39_936, 9 * 39_936]
 
 
 def test_the_ends_of_a_range_stand_for_it():

@@ -257,7 +257,8 @@ class _Rows:
 
     def __init__(self, encode: tokenizers.Encoder):
         self._encode = encode
-        self._waiting: list[Document] = []
+        self._waiting: list[str] = []
+        self._characters = 0
         self._ids: list[np.ndarray] = []
         self._lengths: list[np.ndarray] = []
         self.facts: list[tuple[int, int, int]] = []
@@ -265,16 +266,17 @@ class _Rows:
 
     def append(self, document: Document) -> None:
         self.facts.append((document.num_bytes, document.hash, document.source))
-        self._waiting.append(document)
-        if len(self._waiting) == tokenizers.BATCH:
+        self._waiting.append(document.text)
+        self._characters += len(document.text)
+        if len(self._waiting) == tokenizers.BATCH or self._characters > tokenizers.LONG:
             self._flush()
 
     def _flush(self) -> None:
         if self._waiting:
-            ids, lengths = self._encode([document.text for document in self._waiting])
+            ids, lengths = self._encode(self._waiting)
             self._ids.append(ids)
             self._lengths.append(lengths)
-            self._waiting = []
+            self._waiting, self._characters = [], 0
 
     def table(self) -> pa.RecordBatch:
         self._flush()
