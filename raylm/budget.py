@@ -28,7 +28,7 @@ class Budget:
     eval_every: int
     """Steps between evaluations; there is one at the last step as well."""
     save_every: int | None
-    """Steps between checkpoints; None: only the best evaluations and the last step."""
+    """Steps between checkpoints, beside those of the best evaluations and the last step."""
 
     @property
     def tokens(self) -> int:

@@ -25,7 +25,6 @@ WORKER_ENVIRONMENT = {
 }
 
 DRIVER_ENVIRONMENT = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; unset it warns
     # A report of a worker group waits for the controller's next look at it: 2 s unless told.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
@@ -111,13 +110,18 @@ def connect(section: ClusterConfig) -> Iterator[Resources]:
         resources(section, _this_machine())  # refuse before anything starts
     for name, value in DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    ray.init(
-        address="local" if local else (section.address or os.environ["RAY_ADDRESS"]),
-        include_dashboard=False if local else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
-    )
+    address = "local" if local else (section.address or os.environ["RAY_ADDRESS"])
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False if local else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        problem = str(error).strip().split("\n")[0]
+        raise ConfigError(f"cluster.address={address}: Ray cannot be reached: {problem}", "cluster.address") from error
     try:
         yield resources(section, ray.cluster_resources())
     finally:
@@ -144,6 +148,13 @@ def resources(section: ClusterConfig, total: dict[str, float]) -> Resources:
         gpus_per_worker=section.gpus_per_worker if use_gpu else 0,
         num_workers=section.num_workers,
     )
+    whole = float(found.gpus_per_worker).is_integer()
+    if found.gpus_per_worker > 1 or (found.num_workers > 1 and not whole):
+        raise ConfigError(
+            f"cluster.gpus_per_worker must be 1, or a fraction with cluster.num_workers=1, got "
+            f"{found.gpus_per_worker:g} with {found.num_workers} workers: a worker trains on one GPU",
+            where="cluster.gpus_per_worker",
+        )
     wanted_cpus = found.num_workers * found.cpus_per_worker
     wanted_gpus = found.num_workers * found.gpus_per_worker
     if wanted_cpus > found.cpus:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +11,7 @@ from raylm import cli
 from raylm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from raylm.perplexity import Documents
+    from raylm.perplexity import Documents, Score
 
 
 def evaluate(
@@ -32,29 +32,37 @@ def evaluate(
     from raylm import checkpoint, cluster, report
 
     directory = checkpoint.check(model)
-    experiment = cli.experiment(config or checkpoint.experiment_file(directory), settings, print_config)
+    here = ["cluster={}"]  # whatever the model was trained on
+    experiment = cli.experiment(
+        config or checkpoint.experiment_file(directory), [*here, *(settings or [])], print_config
+    )
     paths = [str(path) for path in text or experiment.eval.paths]
-    from raylm import train
+    from raylm import perplexity, train
 
     resources = cluster.plan(experiment.cluster)
     documents, source = _documents(directory, paths)
     if dry_run:
         record = {"model": str(directory), "documents": len(documents), "source": source}
         return cli.Answer(record, report.facts(record))
+    where = str(directory.resolve())
     with cli.task("Scoring", "documents") as progress:
         if resources is not None and resources.num_workers == 1:
-            scored = train.score(str(directory.resolve()), documents, experiment, None, progress)
+            rows = train.score(where, documents, experiment, None, progress)
         else:
             with cluster.connect(experiment.cluster) as connected:
-                scored = train.score(str(directory.resolve()), documents, experiment, connected, progress)
-    record = {
-        "perplexity": scored.perplexity,
-        "bits_per_byte": scored.bits_per_byte,
-        "nll": scored.nll,
-        "tokens": scored.tokens,
-        "bytes": scored.bytes,
-    }
+                rows = train.score(where, documents, experiment, connected, progress)
+    record = figures(perplexity.Score.of(rows))
     return cli.Answer(record, report.facts({"model": str(directory), "text": source, **record}))
+
+
+def figures(score: Score) -> dict[str, Any]:
+    return {
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "nll": score.nll,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+    }
 
 
 def _documents(directory: Path, paths: list[str]) -> tuple[Documents, str]:

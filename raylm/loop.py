@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import ray.train
+import ray.util
 import torch
 import transformers
 from torch.utils.data import Dataset, SequentialSampler
@@ -52,6 +54,12 @@ OWNED = {
     "output_dir": "storage",
     "report_to": "tracking.uri",
     "use_cpu": "cluster.use_gpu",
+    "no_cuda": "cluster.use_gpu",
+    "auto_find_batch_size": "train.micro_batch_tokens",
+    "train_sampling_strategy": "train.seed",
+    "eval_on_start": "train.eval_every_tokens",
+    "save_only_model": "train.save_every_tokens",
+    "logging_nan_inf_filter": "nothing: a loss that is not finite ends the run",
 }
 
 
@@ -78,6 +86,8 @@ class WorkerGroup:
 
     def report(self, metrics: dict[str, Any], directory: str | None) -> None:
         saved = ray.train.Checkpoint.from_directory(directory) if directory else None
+        reserved = ray.util.get_current_placement_group()  # for whoever has to clear up after a trial that is stopped
+        metrics["placement_group"] = reserved.id.hex() if reserved else None
         ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=f"step_{metrics['step']:08d}")
 
     @contextmanager
@@ -120,6 +130,7 @@ class Scoring:
     documents: Documents
     section: EvalConfig
     cpus: float
+    use_gpu: bool | None = None
     session: type[Any] = WorkerGroup
     progress: Callable[[float, float | None], None] | None = None
 
@@ -141,13 +152,13 @@ def check(section: TrainConfig) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f", did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{key}: not a field of transformers.TrainingArguments{hint}", where=key)
-    if section.arguments:
-        with tempfile.TemporaryDirectory() as directory:
-            try:
-                TrainingArguments(output_dir=directory, use_cpu=True, **section.arguments)
-            except (TypeError, ValueError) as error:
-                problem = str(error).strip().split("\n")[0]
-                raise ConfigError(f"train.arguments: {problem}", where="train.arguments") from None
+    kind = {"lr_scheduler_type": section.lr_scheduler_type}
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            TrainingArguments(output_dir=directory, use_cpu=True, **kind, **section.arguments)
+        except (ImportError, TypeError, ValueError) as error:
+            problem = str(error).strip().split("\n")[0]
+            raise ConfigError(f"train.arguments: {problem}", where="train.arguments") from None
 
 
 def train_loop_per_worker(config: dict[str, Job]) -> dict[str, Any]:
@@ -169,14 +180,14 @@ def train_loop_per_worker(config: dict[str, Job]) -> dict[str, Any]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def score_loop_per_worker(config: dict[str, Scoring]) -> Score:
-    """Score documents with a saved model, shared out among the workers; all of them return the same."""
+def score_loop_per_worker(config: dict[str, Scoring]) -> np.ndarray:
+    """What perplexity.score_documents tells of a saved model, the documents shared out among the workers."""
     job = config["job"]
     session = job.session()
     set_up_torch(job.cpus)
     trained = checkpoint.load(job.model)
-    return perplexity.score(
-        trained.model.to(device()),
+    return perplexity.score_documents(
+        trained.model.to(device(job.use_gpu)),
         job.documents,
         eos_id=trained.tokenizer.eos_token_id,
         context=trained.context,
@@ -195,8 +206,9 @@ def set_up_torch(cpus: float) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def device() -> torch.device:
-    return ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+def device(use_gpu: bool | None = None) -> torch.device:
+    """This process's GPU, if it has one (a worker of Ray sees only its own) and may use it; else the CPU."""
+    return torch.device("cuda" if use_gpu is not False and torch.cuda.is_available() else "cpu")
 
 
 def _trainer(job: Job, session: Session, scratch: str) -> _Trainer:
@@ -273,7 +285,8 @@ class _Trainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm, just before the optimizer's step: the last moment at which the weights are still sound."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and not math.isfinite(norm):
+        scaled = self.accelerator.scaler is not None  # fp16: the scaler skips a step that overflows and goes on
+        if norm is not None and not scaled and not math.isfinite(norm):
             raise TrainingError(
                 f"training diverged: the gradient is {float(norm)} at step {self.state.global_step + 1}; "
                 f"lower train.learning_rate={self.args.learning_rate:g} or raise train.warmup_steps",
@@ -291,6 +304,7 @@ class _Trainer(Trainer):
             "tokens": step * self.job.budget.batch_tokens,
             "perplexity": score.perplexity,
             "bits_per_byte": score.bits_per_byte,
+            "budget_tokens": self.job.budget.tokens,
             "seconds": time.monotonic() - self.started,
         }
         is_best = not self.best or score.perplexity < self.best["perplexity"]
@@ -301,7 +315,7 @@ class _Trainer(Trainer):
             values = {"eval/perplexity": score.perplexity, "eval/bits_per_byte": score.bits_per_byte}
             self.job.run.metrics(values, step)
         every = self.job.budget.save_every
-        due = is_best if every is None else step % every == 0
+        due = is_best or (every is not None and step % every == 0)
         self.control.should_save = due or step == self.job.budget.steps
         if not self.control.should_save:
             self.session.report(dict(self.latest), None)

@@ -59,8 +59,11 @@ def build(
 
 def num_parameters(found: PreTrainedConfig) -> int:
     """Parameters of a model of this configuration, tied ones once; counted without allocating them."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(found).num_parameters()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(found).num_parameters()
+    except Exception as error:  # sizes that do not fit each other, kinds that are no language model
+        raise ConfigError(f"model.config: {_first_line(error)}", where="model.config") from None
 
 
 def context(found: PreTrainedConfig) -> int | None:
@@ -100,7 +103,7 @@ def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id
         fields.setdefault(token, eos_id)
     try:
         return kind_class(**fields)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # each configuration checks its fields in a way of its own
         raise ConfigError(f"model.config: {_first_line(error)}", where="model.config") from None
 
 

@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +43,12 @@ class Score:
     """Negative log-likelihood in nats."""
     tokens: int = 0
     bytes: int = 0
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> Score:
+        """Of the rows that `score_documents` returns, or some of them."""
+        nll, tokens, num_bytes = rows.sum(axis=0)
+        return cls(float(nll), int(tokens), int(num_bytes))
 
     def __add__(self, other: Score) -> Score:
         return Score(self.nll + other.nll, self.tokens + other.tokens, self.bytes + other.bytes)
@@ -75,15 +81,20 @@ class Window(NamedTuple):
 
 def windows(num_tokens: int, context: int, stride: int) -> Iterator[Window]:
     """Windows that score each of `num_tokens` tokens once: the first scores up to `context`, the others `stride`."""
-    done = 0
+    done, stride = 0, min(stride, context)
     while done < num_tokens:
         end = min(num_tokens, done + (stride if done else context))
         yield Window(max(0, end - context), end, end - done)
         done = end
 
 
+def score(model: PreTrainedModel, documents: Documents, **how: Any) -> Score:
+    """The score of all documents together; `how` as in `score_documents`."""
+    return Score.of(score_documents(model, documents, **how))
+
+
 @torch.no_grad()
-def score(
+def score_documents(
     model: PreTrainedModel,
     documents: Documents,
     *,
@@ -95,38 +106,37 @@ def score(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[float, float | None], None] | None = None,
-) -> Score:
-    """The score of all documents, or of the first ones up to `max_tokens` tokens (at least one document).
+) -> np.ndarray:
+    """The nll, tokens and bytes of each document, float64 of shape (documents, 3).
 
-    With several workers each takes every world_size-th document and the sums are added up over
-    torch.distributed, so that all of them return the same score.
+    Only the first documents up to `max_tokens` tokens are scored (at least one). With several workers each scores every
+    world_size-th document and the rows are put together over torch.distributed, so that all workers return all of them.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    chosen = range(first_documents(documents, max_tokens))[rank::world_size]
-    nll = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = sum_bytes = 0
+    count = first_documents(documents, max_tokens)
+    chosen = range(count)[rank::world_size]
+    rows = torch.zeros((count, 3), dtype=torch.float64)
 
-    def read() -> Iterator[tuple[np.ndarray, int]]:
-        nonlocal tokens, sum_bytes
+    def read() -> Iterator[Part]:
         for done, index in enumerate(chosen):
             ids = np.concatenate(([eos_id], documents[index])).astype(np.int64)
-            tokens += len(ids) - 1
-            sum_bytes += documents.document_bytes(index)
+            rows[index, 1] = len(ids) - 1
+            rows[index, 2] = documents.document_bytes(index)
             for window in windows(len(ids) - 1, context, stride or context):
-                yield ids[window.start : window.end + 1], window.scored
+                yield Part(index, ids[window.start : window.end + 1], window.scored)
             if progress is not None:
                 progress(done + 1, len(chosen))
 
     for batch in _batches(read(), context, batch_tokens):
-        nll += _nll(model, batch, eos_id, device)
+        each = _nll(model, batch, eos_id, device)
+        rows[:, 0].index_add_(0, torch.tensor([part.document for part in batch]), each.cpu())
     model.train(was_training)
     if world_size > 1:
-        sums = torch.stack([nll, nll.new_tensor(tokens), nll.new_tensor(sum_bytes)])
-        torch.distributed.all_reduce(sums)
-        return Score(sums[0].item(), int(sums[1].item()), int(sums[2].item()))
-    return Score(nll.item(), tokens, sum_bytes)
+        rows = rows.to(device)
+        torch.distributed.all_reduce(rows)  # the others' rows are zero
+    return rows.cpu().numpy()
 
 
 def first_documents(documents: Documents, max_tokens: int | None) -> int:
@@ -141,31 +151,38 @@ def first_documents(documents: Documents, max_tokens: int | None) -> int:
     return len(documents)
 
 
-def _batches(
-    parts: Iterable[tuple[np.ndarray, int]], context: int, batch_tokens: int
-) -> Iterator[Sequence[tuple[np.ndarray, int]]]:
+class Part(NamedTuple):
+    """A window's tokens: the last `scored` of them are scored, and count for the document."""
+
+    document: int
+    ids: np.ndarray
+    scored: int
+
+
+def _batches(parts: Iterable[Part], context: int, batch_tokens: int) -> Iterator[Sequence[Part]]:
     """Batches of windows of about equal length: a few batches' worth are sorted at a time, so little is padding."""
     size = max(1, batch_tokens // context)
     parts = iter(parts)
-    while pool := sorted(itertools.islice(parts, 16 * size), key=lambda part: len(part[0])):
+    while pool := sorted(itertools.islice(parts, 16 * size), key=lambda part: len(part.ids)):
         while pool:
-            longest = len(pool[-1][0]) - 1
+            longest = len(pool[-1].ids) - 1
             count = max(1, batch_tokens // longest)
             yield pool[-count:]
             del pool[-count:]
 
 
-def _nll(
-    model: PreTrainedModel, batch: Sequence[tuple[np.ndarray, int]], eos_id: int, device: torch.device
-) -> torch.Tensor:
-    """Summed nll of the scored tokens, a float64 scalar. Padding is on the right, where causal models do not look."""
-    longest = max(len(ids) for ids, _ in batch) - 1
+def _nll(model: PreTrainedModel, batch: Sequence[Part], eos_id: int, device: torch.device) -> torch.Tensor:
+    """Summed nll of each window's scored tokens, float64 of shape (windows,).
+
+    Padding is on the right, where causal models do not look.
+    """
+    longest = max(len(part.ids) for part in batch) - 1
     inputs = torch.full((len(batch), longest), eos_id)
     targets = torch.full((len(batch), longest), -100)
-    for row, (ids, scored) in enumerate(batch):
+    for row, (_, ids, scored) in enumerate(batch):
         end = len(ids) - 1
         inputs[row, :end] = torch.from_numpy(ids[:-1])
         targets[row, end - scored : end] = torch.from_numpy(ids[end - scored + 1 :])
     logits = model(input_ids=inputs.to(device), use_cache=False).logits
     each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().to(device), reduction="none")
-    return each.double().sum()
+    return each.double().view(len(batch), longest).sum(dim=1)

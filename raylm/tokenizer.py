@@ -118,6 +118,11 @@ def _commit(path: str, revision: str | None) -> str:
 # Training ------------------------------------------------------------------------------------------------------------
 
 
+def same(path: str, other: str) -> bool:
+    """Whether two tokenizers give the same ids."""
+    return load(path).backend_tokenizer.to_str() == load(other).backend_tokenizer.to_str()
+
+
 def train(texts: Iterable[str], section: TrainedTokenizer) -> PreTrainedTokenizerFast:
     """A tokenizer of at most section.vocab_size entries; fewer if the texts do not have that many.
 

@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,12 +108,12 @@ class Run:
         return Run(self.uri, self.experiment_id, created.info.run_id)
 
 
-def start(section: TrackingConfig, *, name: str, tags: Mapping[str, Any]) -> Run:
-    """A new run called `name` in the experiment of the section."""
+def start(section: TrackingConfig, *, experiment: str, name: str, tags: Mapping[str, Any]) -> Run:
+    """A new run called `name` in the section's MLflow experiment, by default `experiment`."""
     if section.uri is None:
         return Run()
     try:
-        experiment_id = _experiment_id(section.uri, section.experiment or name)
+        experiment_id = _experiment_id(section.uri, section.experiment or experiment)
     except Exception as error:  # MLflow, SQLAlchemy and requests each have errors of their own
         raise ConfigError(
             f"tracking.uri={section.uri} cannot be used: {str(error).strip().splitlines()[0]}; "
@@ -126,7 +127,11 @@ def how_to_look(section: TrackingConfig) -> str | None:
     """The command that opens MLflow's page, or its address."""
     if section.uri is None:
         return None
-    return section.uri if section.uri.startswith("http") else f"mlflow ui --backend-store-uri {section.uri}"
+    return (
+        section.uri
+        if section.uri.startswith("http")
+        else f"{sys.executable} -m mlflow ui --backend-store-uri {section.uri}"
+    )
 
 
 @functools.cache

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import secrets
+import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raylm import cli
 from raylm.config import Experiment, dump, get
-from raylm.errors import RaylmError, TrainingError
+from raylm.errors import ConfigError, RaylmError, TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
+
     from raylm.budget import Budget
     from raylm.cluster import Resources
     from raylm.loop import Job
-    from raylm.perplexity import Documents, Score
+    from raylm.perplexity import Documents
     from raylm.tokens import Store
 
 PARAMETERS = (
@@ -46,13 +54,15 @@ def train(
     if dry_run:
         return checked
     from raylm import cluster, loop, report, tracking
+    from raylm.perplexity import Score
     from raylm.prepare import prepared
 
     name = run_name("train")
     with cluster.connect(experiment.cluster) as resources:
         store, _ = prepared(experiment)
         budget = budget_of(experiment, store)
-        run = tracking.start(experiment.tracking, name=name, tags={"raylm.verb": "train"})
+        tags = {"raylm.verb": "train"}
+        run = tracking.start(experiment.tracking, experiment=experiment.name, name=name, tags=tags)
         status: tracking.Status = "FAILED"
         try:
             run.parameters(parameters(experiment, store, budget))
@@ -62,7 +72,7 @@ def train(
                 best, checkpoint = fit(job, resources, storage=runs(experiment), name=name)
             if experiment.eval.max_tokens is not None:  # the figure to compare is of the whole split
                 with cli.task("Scoring the whole validation split", "documents") as advance:
-                    scored = score(checkpoint, store.validation, experiment, resources, advance)
+                    scored = Score.of(score(checkpoint, store.validation, experiment, resources, advance))
                 best |= {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
             run.metrics(best_metrics(best), best["step"])
             run.tags({"raylm.checkpoint": checkpoint})
@@ -89,7 +99,7 @@ def train(
             "tokens": budget.tokens,
             "tokens/s": round(record["tokens_per_second"]),
             "checkpoint": checkpoint,
-            "generate": f'python -m raylm.generate {checkpoint} --prompt "..."',
+            "generate": f'{sys.executable} -m raylm.generate {checkpoint} --prompt "..."',
             "mlflow": tracking.how_to_look(experiment.tracking),
         }
     )
@@ -100,13 +110,19 @@ def plan(experiment: Experiment) -> cli.Answer:
     """Check whatever can be checked before Ray starts; what the run will do."""
     from raylm import cluster, corpus
 
+    if "://" in experiment.storage:
+        raise ConfigError(
+            f"storage={experiment.storage}: runs need a directory that every node sees; only token stores can lie in "
+            "object storage so far",
+            where="storage",
+        )
     sources = corpus.check(experiment.corpus)
     resources = cluster.plan(experiment.cluster)
     from raylm import budget, loop, model, report, tokenizer, tokens  # seconds of imports, after the quick checks
 
     loop.check(experiment.train)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
-    vocab_size = chosen.train.vocab_size if chosen.train else len(tokenizer.load(str(chosen.path)))
+    vocab_size = chosen.train.vocab_size if chosen.train else len(tokenizer.load_section(chosen))
     found = model.configuration(experiment.model, vocab_size=vocab_size, block_size=experiment.blocks.block_size)
     store = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
     planned = budget.plan(
@@ -181,10 +197,8 @@ def fit(
         ),
     )
     started = time.monotonic()
-    try:
+    with _workers_errors(name):
         result = trainer.fit()
-    except Exception as error:
-        raise _cause(error, name) from error
     best = {"training_seconds": time.monotonic() - started, **result.return_value}
     saved = result.get_best_checkpoint("perplexity", "min")
     return best, saved.path
@@ -196,29 +210,29 @@ def score(
     experiment: Experiment,
     resources: Resources | None,
     progress: Callable[[float, float | None], None] | None = None,
-) -> Score:
-    """The score of a saved model on the documents: in this process without `resources` of Ray, else on its workers."""
+) -> np.ndarray:
+    """perplexity.score_documents of a saved model: in this process without `resources` of Ray, else on its workers."""
     from raylm import cluster, loop
 
     section = experiment.eval
     if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):
         cpus = cluster.cpus_here()
         return loop.score_loop_per_worker(
-            {"job": loop.Scoring(directory, documents, section, cpus, loop.Alone, progress)}
+            {"job": loop.Scoring(directory, documents, section, cpus, experiment.cluster.use_gpu, loop.Alone, progress)}
         )
     from ray.train import RunConfig
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
         loop.score_loop_per_worker,
-        train_loop_config={"job": loop.Scoring(directory, documents, section, resources.cpus_per_worker)},
+        train_loop_config={
+            "job": loop.Scoring(directory, documents, section, resources.cpus_per_worker, experiment.cluster.use_gpu)
+        },
         scaling_config=scaling(resources),
         run_config=RunConfig(name=run_name("score"), storage_path=runs(experiment)),
     )
-    try:
+    with _workers_errors(directory):
         return trainer.fit().return_value
-    except Exception as error:
-        raise _cause(error, directory) from error
 
 
 def scaling(resources: Resources) -> Any:
@@ -258,19 +272,38 @@ def best_metrics(best: dict[str, Any]) -> dict[str, float]:
 
 
 def run_name(verb: str) -> str:
-    """A new name each second: Ray goes on with an old run where it finds one of the same name."""
-    return f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """A name that no other run has: Ray goes on with an old run where it finds one of the same name."""
+    return f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+@contextmanager
+def _workers_errors(where: str) -> Iterator[None]:
+    """What a worker raised, out of Ray's wrapping; and Ctrl-C as Ctrl-C, which Ray turns into an exit of its own."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if not in_main_thread:  # a trial that the scheduler stops
+            raise
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        raise _cause(error, where) from error
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _cause(error: Exception, name: str) -> Exception:
-    """What a worker raised, out of Ray's wrapping; raylm's own errors as they are."""
+    """What a worker raised; raylm's own errors, of any rank, before the others': ranks die of each other's death."""
     failures = getattr(error, "worker_failures", None) or {0: error}
+    for failure in failures.values():
+        seen = failure
+        while seen is not None:
+            if isinstance(seen, RaylmError):
+                return type(seen)(seen.message, seen.where)
+            seen = getattr(seen, "cause", None) or getattr(seen, "base_exc", None) or seen.__cause__
     rank, cause = next(iter(failures.items()))
-    seen = cause
-    while seen is not None:
-        if isinstance(seen, RaylmError):
-            return type(seen)(seen.message, seen.where)
-        seen = getattr(seen, "cause", None) or getattr(seen, "base_exc", None) or seen.__cause__
     last = str(cause).strip().split("\n")[-1]
     return TrainingError(f"worker {rank} failed: {type(cause).__name__}: {last}", where=name)
 

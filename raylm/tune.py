@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raylm import cli
-from raylm.config import Experiment, dump, get, override
+from raylm.config import Experiment, corners, dump, override
 from raylm.errors import ConfigError, RaylmError, TrainingError
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ def tune(
     name = run_name("tune")
     with cluster.connect(experiment.cluster) as resources:
         store, reused = prepared(experiment)
-        parent = tracking.start(
-            experiment.tracking, name=experiment.name, tags={"raylm.verb": "tune", "raylm.sweep": name}
-        )
+        parent = tracking.start(experiment.tracking, experiment=experiment.name, name=name, tags={"raylm.verb": "tune"})
         status: tracking.Status = "FAILED"
         try:
             parent.text(dump(experiment), "experiment.yaml")
@@ -79,13 +78,17 @@ def plan(experiment: Experiment) -> cli.Answer:
             where="tune.space",
         )
     base = train.plan(experiment)
-    from raylm import model
+    from raylm import loop, model, tokenizer
 
-    for key, values in corners(section.space).items():  # positions, say, of which only the model knows
-        for value in values:
+    own = tokenizer.chosen(experiment.tokenizer, experiment.model.path).path
+    for key, sampler in section.space.items():
+        for value in corners(sampler):
             changed = override(experiment, {key: value})
             try:
+                loop.check(changed.train)
                 model.configuration(changed.model, vocab_size=0, block_size=changed.blocks.block_size)
+                if own and key == "model.path" and not tokenizer.same(own, value):
+                    raise ConfigError(f"its tokenizer is not that of {own}, and tokens are prepared once for a sweep")
             except ConfigError as error:
                 raise ConfigError(f"tune.space.{key}: value {value}: {error.message}", f"tune.space.{key}") from None
     trials = section.num_samples * math.prod(len(v["grid"]) for v in section.space.values() if "grid" in v)
@@ -105,17 +108,6 @@ def plan(experiment: Experiment) -> cli.Answer:
     return cli.Answer(record, f"{base.view}\n{report.facts(lines)}")
 
 
-def corners(space: dict[str, dict[str, Any]]) -> dict[str, list[Any]]:
-    """Key -> the values that stand for all that its sampler can give: each choice, or both ends."""
-    found = {}
-    for key, sampler in space.items():
-        ((kind, values),) = sampler.items()
-        found[key] = list(values) if kind in ("choice", "grid") else [values[0], values[1]]
-        if kind.endswith("randint"):
-            found[key] = [values[0], values[1] - 1]
-    return found
-
-
 def sweep(
     experiment: Experiment, store: Store, parent: Run, resources: Resources, *, name: str
 ) -> list[dict[str, Any]]:
@@ -125,10 +117,11 @@ def sweep(
     from raylm import loop, train
 
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer console output of Tune talks even at verbose=0
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end a sweep at Ctrl-C as if it were complete
     budget = train.budget_of(experiment, store)
     swept = {key: _shown(sampler) for key, sampler in experiment.tune.space.items()}
     parent.parameters({**train.parameters(experiment, store, budget), **swept})
-    template = loop.Job(experiment, store.path, budget, parent, InTrial)
+    template = loop.Job(experiment, store.path, budget, parent)
     together = resources.most_runs
     if experiment.tune.max_concurrent_trials is not None:
         together = min(together, experiment.tune.max_concurrent_trials)
@@ -164,7 +157,7 @@ def sweep(
             ),
         )
         results = tuner.fit()
-    rows = [_row(result, experiment, budget.tokens) for result in results]
+    rows = [_row(result, experiment) for result in results]
     return sorted(rows, key=lambda row: (row[experiment.tune.metric] is None, row[experiment.tune.metric] or 0))
 
 
@@ -207,7 +200,7 @@ def _fit_here(job: Job) -> None:
 
     TorchTrainer(
         loop.train_loop_per_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": dataclasses.replace(job, session=InTrial)},
         scaling_config=ScalingConfig(num_workers=0),
     ).fit()
 
@@ -281,6 +274,19 @@ def scheduler(section: SchedulerConfig, budget: Budget) -> Any:
     )
 
 
+def release(placement_group: str | None) -> None:
+    """Free what the workers of a stopped trial had reserved, or the next trial waits for it forever.
+
+    Tune kills a trial and with it Train's controller. Train has a cleaner for that case, but it asks the dashboard
+    whether the controller lives, and without a dashboard (Ray 2.60) it never learns.
+    """
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    if placement_group is not None:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(placement_group))))
+
+
 def trial_resources(resources: Resources) -> Any:
     """What a trial's own process reserves; with a worker group the workers have reservations of their own."""
     from ray import tune as ray_tune
@@ -295,6 +301,7 @@ def finish(
 ) -> dict[str, Any] | None:
     """Score the best trial as `raylm.evaluate` does and close every trial's run; the best row, if any trial has one."""
     from raylm import train
+    from raylm.perplexity import Score
 
     children = parent.children()
     for row in rows:
@@ -310,8 +317,8 @@ def finish(
         return None
     best = dict(rows[0])
     if experiment.eval.max_tokens is not None:
-        with cli.task("Scoring the best trial on the whole validation split"):
-            scored = train.score(best["checkpoint"], store.validation, experiment, resources)
+        with cli.task("Scoring the best trial on the whole validation split", "documents") as advance:
+            scored = Score.of(train.score(best["checkpoint"], store.validation, experiment, resources, advance))
         best |= {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
     parent.metrics(train.best_metrics(best), best["best_step"])
     parent.tags({"raylm.best_trial": best["trial_id"], "raylm.checkpoint": best["checkpoint"]})
@@ -345,27 +352,30 @@ def answer(
             "best trial": best["trial_id"],
             "perplexity": best["perplexity"],
             "checkpoint": best["checkpoint"],
-            "repeat it": f"python -m raylm.train --config {best['checkpoint']}/experiment.yaml",
-            "try it": f"python -m raylm.generate {best['checkpoint']} --prompt '...'",
+            "repeat it": f"{sys.executable} -m raylm.train --config {best['checkpoint']}/experiment.yaml",
+            "try it": f"{sys.executable} -m raylm.generate {best['checkpoint']} --prompt '...'",
             "compare trials": tracking.how_to_look(experiment.tracking),
         }
     )
     return cli.Answer(record, (report.trials(rows), *([failures] if failures else []), "", facts))
 
 
-def _row(result: Any, experiment: Experiment, tokens: int) -> dict[str, Any]:
+def _row(result: Any, experiment: Experiment) -> dict[str, Any]:
     metrics = result.metrics or {}
     failure = metrics.get("failure") or (str(result.error).strip().split("\n")[-1] if result.error else None)
     seen = metrics.get("tokens", 0)
     saved = result.get_best_checkpoint("perplexity", "min") if result.checkpoint else None
-    scored = failure is None and "best_perplexity" in metrics
+    scored = failure is None and math.isfinite(metrics.get("best_perplexity", math.nan))
+    if failure is None and not scored:
+        failure = "perplexity is not finite"
+    completed = seen >= metrics.get("budget_tokens", math.inf)
     return {
         "trial_id": _number(metrics.get("trial_id") or result.path.rsplit("_", 1)[-1]),
-        "status": "failed" if failure else "completed" if seen >= tokens else "stopped early",
+        "status": "failed" if failure else "completed" if completed else "stopped early",
         "perplexity": metrics["best_perplexity"] if scored else None,
         "bits_per_byte": metrics["best_bits_per_byte"] if scored else None,
         "tokens": 0 if failure else seen,
-        "settings": {key: get(override(experiment, {key: result.config[key]}), key) for key in experiment.tune.space},
+        "settings": {key: result.config[key] for key in experiment.tune.space},
         "checkpoint": _checkpoint_path(saved, metrics),
         "best_step": metrics.get("best_step", 0),
         "failure": failure,
@@ -398,6 +408,7 @@ def _watcher(advance: Any, tokens: int, metric: str) -> Any:
     class Watcher(Callback):
         def __init__(self) -> None:
             self.seen: dict[str, int] = {}
+            self.reserved: dict[str, str | None] = {}
             self.over: set[str] = set()
             self.total = 0
 
@@ -409,17 +420,22 @@ def _watcher(advance: Any, tokens: int, metric: str) -> Any:
 
         def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **_: Any) -> None:
             self.seen[trial.trial_id] = min(result.get("tokens", 0), tokens)
+            self.reserved[trial.trial_id] = result.get("placement_group")
             self.show()
+
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
+            self.over.add(trial.trial_id)
+            release(self.reserved.pop(trial.trial_id, None))
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
             self.over.add(trial.trial_id)
+            release(self.reserved.pop(trial.trial_id, None))
             result = trial.last_result or {}
-            score = result.get(metric, math.nan)
-            cli.console.print(
-                f"{_trial_id(trial)}: {self.seen.get(trial.trial_id, 0):,} tokens, {metric.removeprefix('best_')} "
-                f"{score:.2f}",
-                soft_wrap=True,
-            )
+            told = f"{metric.removeprefix('best_')} {result.get(metric, math.nan):.2f}"
+            if result.get("failure"):
+                told = f"failed: {result['failure']}"
+            tokens_seen = self.seen.get(trial.trial_id, 0)
+            cli.console.print(f"{_trial_id(trial)}: {tokens_seen:,} tokens, {told}", soft_wrap=True, markup=False)
             self.show()
 
         def show(self) -> None:

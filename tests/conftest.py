@@ -48,22 +48,22 @@ def text_directory(tmp_path_factory) -> Path:
 def tiny(text_directory, tmp_path_factory):
     """settings -> an experiment of a model of 1 layer that trains in a second; one storage for the session."""
     storage = tmp_path_factory.mktemp("storage")
-    base = [
-        f"storage={storage}",
-        f"corpus.paths={text_directory}",
-        "corpus.validation_fraction=0.2",
-        "tokenizer.train.vocab_size=300",
-        "blocks.block_size=32",
-        "model.config={model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 16}",
-        "train.batch_tokens=256",
-        "train.max_tokens=2560",
-        "train.eval_every_tokens=512",
-        "train.learning_rate=2e-2",
-        "tracking.uri=null",
-        "tune.space={train.learning_rate: {choice: [2e-2]}}",
-    ]
+    file = storage / "tiny.yaml"
+    file.write_text(
+        f"""
+name: tiny
+storage: {storage}
+corpus: {{paths: {text_directory}, validation_fraction: 0.2}}
+tokenizer: {{train: {{vocab_size: 300}}}}
+blocks: {{block_size: 32}}
+model: {{config: {{model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 16}}}}
+train: {{learning_rate: 2e-2, batch_tokens: 256, max_tokens: 2560, eval_every_tokens: 512}}
+tracking: {{uri: null}}
+tune: {{space: {{train.learning_rate: {{choice: [2e-2]}}}}}}
+"""
+    )
 
     def make(*settings: str) -> config.Experiment:
-        return config.load(None, [*base, *settings])
+        return config.load(file, settings)
 
     return make

@@ -30,6 +30,13 @@ def test_more_workers_than_the_cluster_can_give_are_refused_with_the_numbers():
         resources({"CPU": 2}, use_gpu=True)
 
 
+def test_a_worker_trains_on_one_gpu():
+    with pytest.raises(ConfigError, match="cluster.gpus_per_worker must be 1, .* got 2 with 1 workers"):
+        resources({"CPU": 8, "GPU": 2}, gpus_per_worker=2)
+    with pytest.raises(ConfigError, match=r"got 0.5 with 2 workers"):
+        resources({"CPU": 8, "GPU": 2}, gpus_per_worker=0.5, num_workers=2)
+
+
 def test_a_submitted_job_uses_the_cluster_it_is_in(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert cluster.is_local(ClusterConfig())

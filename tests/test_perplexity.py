@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from raylm.perplexity import Score, Window, first_documents, score, windows
+from raylm.perplexity import Score, Window, first_documents, score, score_documents, windows
 
 CONTEXT = 8
 EOS = 0
@@ -54,7 +54,7 @@ def test_windows_of_a_document_of_six_tokens():
     assert list(windows(6, context=4, stride=4)) == [Window(0, 4, 4), Window(2, 6, 2)]
 
 
-@pytest.mark.parametrize("stride", [1, 3, 8])
+@pytest.mark.parametrize("stride", [1, 3, 8, 100])
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 40])
 def test_every_token_is_scored_exactly_once(length, stride):
     scored = [t for w in windows(length, CONTEXT, stride) for t in range(w.end - w.scored, w.end)]
@@ -79,6 +79,13 @@ def test_does_not_depend_on_the_batch(network, documents, batch_tokens):
     expected = score(network, documents, eos_id=EOS, context=CONTEXT)
     assert (found.tokens, found.bytes) == (expected.tokens, expected.bytes)
     assert found.nll == pytest.approx(expected.nll, rel=1e-6)
+
+
+def test_documents_are_scored_one_by_one(network, documents):
+    rows = score_documents(network, documents, eos_id=EOS, context=CONTEXT)
+    alone = [score(network, Documents([document]), eos_id=EOS, context=CONTEXT) for document in documents]
+    assert rows[:, 1:].tolist() == [[one.tokens, one.bytes] for one in alone]
+    assert rows[:, 0] == pytest.approx([one.nll for one in alone], rel=1e-6)
 
 
 def test_parts_add_up_to_the_whole():

@@ -14,7 +14,7 @@ def section(tmp_path):
 
 
 def test_children_hang_under_their_parent_and_are_found_again(section):
-    parent = tracking.start(section, name="sweep", tags={})
+    parent = tracking.start(section, experiment="words", name="sweep", tags={})
     child = parent.child("trial_00000")
     assert parent.child("trial_00000") == child, "an interrupted trial goes on in the run it had"
     other = parent.child("trial_00001")
@@ -25,7 +25,7 @@ def test_children_hang_under_their_parent_and_are_found_again(section):
 
 def test_a_run_that_goes_on_is_running_until_it_is_ended(section):
     client = MlflowClient(section.uri)
-    parent = tracking.start(section, name="sweep", tags={})
+    parent = tracking.start(section, experiment="words", name="sweep", tags={})
     child = parent.child("trial_00000")
     child.end("KILLED")
     parent.child("trial_00000")
@@ -36,7 +36,7 @@ def test_a_run_that_goes_on_is_running_until_it_is_ended(section):
 
 
 def test_metrics_parameters_tags_and_texts_arrive(section):
-    run = tracking.start(section, name="one", tags={"raylm.verb": "train"})
+    run = tracking.start(section, experiment="words", name="one", tags={"raylm.verb": "train"})
     run.metrics({"eval/perplexity": 8.5, "train/loss": math.inf, "train/grad_norm": math.nan}, step=7)
     run.parameters({f"key{number}": number for number in range(150)} | {"long": "x" * 7000})
     run.text("name: x\n", "experiment.yaml")
@@ -51,7 +51,7 @@ def test_metrics_parameters_tags_and_texts_arrive(section):
 
 def test_without_a_uri_nothing_is_tracked_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = tracking.start(TrackingConfig(uri=None), name="one", tags={})
+    run = tracking.start(TrackingConfig(uri=None), experiment="words", name="one", tags={})
     run.metrics({"a": 1.0}, step=1)
     run.parameters({"a": 1})
     run.tags({"a": 1})
@@ -65,17 +65,17 @@ def test_without_a_uri_nothing_is_tracked_and_nothing_is_written(tmp_path, monke
 def test_artifacts_lie_beside_the_database(section, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    tracking.start(section, name="one", tags={}).text("a", "a.txt")
+    tracking.start(section, experiment="words", name="one", tags={}).text("a", "a.txt")
     assert (tmp_path / "mlartifacts").is_dir()
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_uri_that_cannot_be_used_is_named():
     with pytest.raises(ConfigError, match="tracking.uri=nonsense://x cannot be used"):
-        tracking.start(TrackingConfig(uri="nonsense://x"), name="one", tags={})
+        tracking.start(TrackingConfig(uri="nonsense://x"), experiment="words", name="one", tags={})
 
 
 def test_the_command_that_opens_mlflow(section):
-    assert tracking.how_to_look(section) == f"mlflow ui --backend-store-uri {section.uri}"
+    assert tracking.how_to_look(section).endswith(f" -m mlflow ui --backend-store-uri {section.uri}")
     assert tracking.how_to_look(TrackingConfig(uri="http://host:5000")) == "http://host:5000"
     assert tracking.how_to_look(TrackingConfig(uri=None)) is None

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raylm import checkpoint, cluster, loop, prepare, tokens, tracking, train
 from raylm.config import override
 from raylm.errors import ConfigError, DataError, TrainingError
+from raylm.perplexity import Score
 
 
 def run(experiment, *, name):
@@ -19,7 +20,7 @@ def run(experiment, *, name):
 
     resources = cluster.resources(experiment.cluster, ray.cluster_resources())
     store, _ = prepare.prepared(experiment)
-    tracked = tracking.start(experiment.tracking, name=name, tags={})
+    tracked = tracking.start(experiment.tracking, experiment="words", name=name, tags={})
     job = loop.Job(experiment, store.path, train.budget_of(experiment, store), tracked)
     best, saved = train.fit(job, resources, storage=train.runs(experiment), name=name)
     return best, saved, store, tracked
@@ -82,10 +83,11 @@ def test_the_same_score_from_one_process_and_from_two_workers(one_worker, ray_cl
     import ray
 
     experiment, best, saved, store, _ = one_worker
-    alone = train.score(saved, store.validation, experiment, None)
+    alone = Score.of(train.score(saved, store.validation, experiment, None))
     assert alone.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
     two = override(experiment, {"cluster.num_workers": 2, "eval.batch_tokens": 64})
-    shared = train.score(saved, store.validation, two, cluster.resources(two.cluster, ray.cluster_resources()))
+    resources = cluster.resources(two.cluster, ray.cluster_resources())
+    shared = Score.of(train.score(saved, store.validation, two, resources))
     assert (shared.tokens, shared.bytes) == (alone.tokens, alone.bytes)
     assert shared.nll == pytest.approx(alone.nll, rel=1e-6)
 
@@ -107,6 +109,22 @@ def test_arguments_of_the_trainer_are_checked(tiny):
         loop.check(tiny("train.arguments.optim=adamww").train)
     with pytest.raises(ConfigError, match=r"train.lr_scheduler_type must be one of .*cosine.*, got 'cosinus'"):
         loop.check(tiny("train.lr_scheduler_type=cosinus").train)
+
+
+def test_the_best_evaluation_is_always_a_checkpoint(ray_cluster, tiny):
+    experiment = tiny("train.save_every_tokens=2048")  # steps 8 and 10; the best may be any
+    best, saved, *_ = run(experiment, name="sparse")
+    assert checkpoint.read_record(saved)["perplexity"] == best["perplexity"]
+
+
+def test_sizes_that_do_not_fit_are_told_before_ray_starts(tiny):
+    for setting in (
+        "model.config.n_head=3",
+        "model.config.model_type=t5",
+        "train.lr_scheduler_type=reduce_lr_on_plateau",
+    ):
+        with pytest.raises(ConfigError, match="model.config|train.arguments"):
+            train.plan(tiny(setting))
 
 
 def test_no_validation_text_is_an_error(ray_cluster, tiny, tmp_path):

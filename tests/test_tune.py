@@ -7,8 +7,9 @@ import pytest
 from mlflow import MlflowClient
 
 from raylm import budget, checkpoint, cluster, prepare, tracking, train, tune
-from raylm.config import SchedulerConfig, TrainConfig, override
+from raylm.config import SchedulerConfig, TrainConfig, corners, load, override, save
 from raylm.errors import ConfigError
+from raylm.perplexity import Score
 
 SPACE = {
     "train.learning_rate": {"choice": [2e-2, 1e-2]},
@@ -23,7 +24,7 @@ def run(experiment, name):
 
     resources = cluster.resources(experiment.cluster, ray.cluster_resources())
     store, _ = prepare.prepared(experiment)
-    parent = tracking.start(experiment.tracking, name="sweep", tags={})
+    parent = tracking.start(experiment.tracking, experiment="sweep", name=name, tags={})
     rows = tune.sweep(experiment, store, parent, resources, name=name)
     best = tune.finish(experiment, store, parent, resources, rows)
     parent.end()
@@ -52,7 +53,7 @@ def test_the_best_checkpoint_has_the_score_that_the_sweep_tells(sweep):
     experiment, rows, best, _ = sweep
     store, _ = prepare.prepared(experiment)
     assert best["perplexity"] == rows[0]["perplexity"]
-    score = train.score(best["checkpoint"], store.validation, experiment, None)
+    score = Score.of(train.score(best["checkpoint"], store.validation, experiment, None))
     assert score.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
 
 
@@ -135,7 +136,7 @@ def test_trials_of_two_workers_take_the_same_road(ray_cluster, tiny):
     rows, best, _ = run(experiment, "groups")
     assert [row["status"] for row in rows] == ["completed", "completed"]
     store, _ = prepare.prepared(experiment)
-    score = train.score(best["checkpoint"], store.validation, override(experiment, {"cluster.num_workers": 1}), None)
+    score = Score.of(train.score(best["checkpoint"], store.validation, experiment, None))
     assert score.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
 
 
@@ -160,6 +161,22 @@ def test_a_value_that_only_the_model_can_refuse_is_refused_before_ray_starts(tin
         tune.plan(experiment)
 
 
+@pytest.mark.parametrize(
+    ("setting", "fault"),
+    [
+        ({"eval.max_tokens": {"choice": [100, 200]}}, "eval is one for a whole sweep"),
+        ({"train.arguments.max_steps": {"choice": [1, 2]}}, "is derived by raylm; set train.max_tokens instead"),
+        ({"train.arguments.optimm": {"choice": ["sgd"]}}, "did you mean optim"),
+    ],
+)
+def test_what_would_make_trials_incomparable_cannot_be_swept(tiny, setting, fault, tmp_path):
+    file = tmp_path / "sweep.yaml"
+    save(tiny(), file)
+    key, sampler = next(iter(setting.items()))
+    with pytest.raises(ConfigError, match=fault):
+        tune.plan(load(file, [f"tune.space={{{key}: {sampler}}}"]))
+
+
 def test_rungs_lie_where_trials_are_evaluated():
     """Evaluated every 39,936 tokens, a rung at 40,000 would be seen at 79,872."""
     found = budget.plan(
@@ -174,7 +191,7 @@ def test_rungs_lie_where_trials_are_evaluated():
 
 def test_the_ends_of_a_range_stand_for_it():
     space = {"a": {"randint": [1, 9]}, "b": {"quniform": [0, 1, 0.5]}, "c": {"grid": [3, 4]}}
-    assert tune.corners(space) == {"a": [1, 8], "b": [0, 1], "c": [3, 4]}
+    assert {key: corners(sampler) for key, sampler in space.items()} == {"a": [1, 8], "b": [0, 1], "c": [3, 4]}
 
 
 def children_of(parent):

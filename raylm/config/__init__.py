@@ -4,7 +4,7 @@ sections   every setting: type, default, unit, effect
 files      load, override, save; faults with their place and the way out
 """
 
-from raylm.config.files import BUILT_IN, SAMPLERS, dump, get, load, override, save
+from raylm.config.files import BUILT_IN, SAMPLERS, corners, dump, get, load, override, save
 from raylm.config.sections import (
     BlocksConfig,
     ClusterConfig,
@@ -37,6 +37,7 @@ __all__ = [
     "TrainConfig",
     "TrainedTokenizer",
     "TuneConfig",
+    "corners",
     "dump",
     "get",
     "load",

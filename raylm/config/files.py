@@ -38,7 +38,7 @@ SAMPLERS = {
     "grid": "[a, b, ...], all of them",
 }
 
-NOT_SWEPT = ("name", "storage", "corpus", "tokenizer", "cluster", "tracking", "tune")
+NOT_SWEPT = ("name", "storage", "corpus", "tokenizer", "cluster", "eval", "tracking", "tune")
 
 Tree = dict[str, Any]
 
@@ -303,11 +303,8 @@ def _space_faults(experiment: Experiment, key: str, sampler: dict[str, Any]) -> 
     """What is wrong with one entry of tune.space; every value it can give is tried on the experiment."""
     if fault := _sampler_fault(key, sampler):
         return [fault]
-    ((name, values),) = sampler.items()
-    if name not in ("choice", "grid"):
-        values = [values[0], values[1] - 1 if name.endswith("randint") else values[1]]
     faults: dict[str, str] = {}  # fault -> the first value that has it: an unknown key is one fault, not one a value
-    for value in values:
+    for value in corners(sampler):
         try:
             override(experiment, {key: value})
         except ConfigError as error:
@@ -320,7 +317,7 @@ def _sampler_fault(key: str, sampler: dict[str, Any]) -> str | None:
     """What is wrong with one entry of tune.space whatever the experiment."""
     section = str(key).split(".")[0]
     if section in NOT_SWEPT:
-        return f"{section} is one for a whole sweep; sweep model, blocks, objective, train or eval settings"
+        return f"{section} is one for a whole sweep; sweep model, blocks, objective or train settings"
     known = ", ".join(f"{name} {arguments}" for name, arguments in SAMPLERS.items())
     if len(sampler) != 1:
         return f"takes one sampler, got {_show(sampler)}; samplers: {known}"
@@ -339,6 +336,14 @@ def _sampler_fault(key: str, sampler: dict[str, Any]) -> str | None:
     if name.startswith("log") and values[0] <= 0:
         return f"{name} needs low > 0, got {values[0]}"
     return None
+
+
+def corners(sampler: Mapping[str, Any]) -> list[Any]:
+    """The values that stand for all that a sampler can give: each choice, or both ends."""
+    ((name, values),) = sampler.items()
+    if name in ("choice", "grid"):
+        return list(values)
+    return [values[0], values[1] - 1 if name.endswith("randint") else values[1]]
 
 
 # Paths and comments ------------------------------------------------------------------------------------------------
