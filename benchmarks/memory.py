@@ -4,6 +4,11 @@ One JSONL file of the standard library's source, over and over, each document wi
 While `python -m raylm.prepare` runs on it, the private memory (USS: what would be free if the process ended, so without
 shared pages and memory maps) of the command and of Ray's task processes is read five times a second. Prints the peaks
 in MB: they should not grow with the corpus.
+
+2026-11-23, 2 shared cores, fastokens 0.3.5, peaks of the command, of one task process, of all of them:
+     30 MB    511   351   1027
+    300 MB    519   374   1064
+   3000 MB    475   400   1132    87 seconds in all
 """
 
 import argparse

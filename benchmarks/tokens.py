@@ -10,7 +10,8 @@ one run so that they share the machine's moods:
 Reading, hashing, splitting, checksums and writing are in raylm's times, as is the check of the fast encoder; the
 training of the tokenizer and the start of processes are not. Prints million tokens a second, and ratios to plain.
 
-2026-11-23, 2 shared cores, tokenizers 0.23.3, fastokens 0.3.5, --turns 1: plain 0.58, slow 1.09, fast 17.7
+2026-11-23, 2 cores shared with other work (load 3 to 8), tokenizers 0.23.3, fastokens 0.3.5, three runs: plain 0.58,
+0.25 and 0.48 million tokens a second; slow 1.09, 1.15 and 0.80 of it; fast 17.7, 19.2 and 21.0 times it.
 """
 
 import argparse

@@ -6,7 +6,7 @@ import typer
 
 from raylm import cli
 
-VERBS = ("prepare", "inspect", "train", "tune", "evaluate", "generate")
+VERBS = ("prepare", "inspect", "train", "tune", "evaluate", "generate", "push")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What a trained model looks like on disk.
 
 model.safetensors, config.json, generation_config.json, tokenizer files     a plain Hugging Face directory
+lora.safetensors   with model.lora: the updates alone, to go on training from; model.safetensors has them merged
 optimizer.pt, scheduler.pt, rng_state*.pth, trainer_state.json              what the Trainer needs to go on
 experiment.yaml    the resolved experiment: `python -m raylm.train --config` repeats the run
 raylm.json         the score of these weights, the tokens they have seen, the token store they come from
@@ -76,11 +77,13 @@ def check(directory: str | Path) -> Path:
 
 def load(directory: str | Path) -> Trained:
     """Model (float32, on the CPU) and tokenizer of a checkpoint or any Hugging Face model directory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     path = check(directory)
     try:
-        network = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+        masked = model.is_masked(AutoConfig.from_pretrained(path))
+        kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        network = kind.from_pretrained(path, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # safetensors and tokenizers have errors of their own
         problem = str(error).strip().split("\n")[0]

@@ -11,7 +11,8 @@ from raylm import cli
 from raylm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from raylm.perplexity import Documents, Score
+    from raylm.perplexity import Score
+    from raylm.tokens import Encoded, Split
 
 
 def evaluate(
@@ -51,11 +52,17 @@ def evaluate(
         else:
             with cluster.connect(experiment.cluster) as connected:
                 rows = train.score(where, documents, experiment, connected, progress)
-    record = figures(perplexity.Score.of(rows))
-    return cli.Answer(record, report.facts({"model": str(directory), "text": source, **record}))
+    total = figures(perplexity.Score.of(rows))
+    names = [documents.document_source(index) for index in range(len(rows))]
+    by_source = {name: rows[[name == other for other in names]] for name in dict.fromkeys(names)}
+    sources = {name: figures(perplexity.Score.of(part)) for name, part in by_source.items()}
+    view = report.facts({"model": str(directory), "text": source, **total})
+    table = ("", report.scores(sources)) if len(sources) > 1 else ()
+    return cli.Answer({**total, "sources": sources}, (view, *table))
 
 
 def figures(score: Score) -> dict[str, Any]:
+    """A score as the record of a command has it; nll is summed, in nats."""
     return {
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,
@@ -65,12 +72,12 @@ def figures(score: Score) -> dict[str, Any]:
     }
 
 
-def _documents(directory: Path, paths: list[str]) -> tuple[Documents, str]:
+def _documents(directory: Path, paths: list[str]) -> tuple[Encoded | Split, str]:
     """What is scored, and its name."""
     from raylm import checkpoint, tokens
 
     if paths:
-        found: Documents = tokens.encode_files(paths, str(directory))
+        found: Encoded | Split = tokens.encode_files(paths, str(directory))
         source = ", ".join(paths)
     else:
         store = checkpoint.read_record(directory).get("store")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 import shutil
 import tempfile
@@ -220,17 +219,20 @@ def _trainer(job: Job, session: Session, scratch: str) -> _Trainer:
         store.tokenizer,
         block_size=experiment.blocks.block_size,
         seed=experiment.train.seed,
+        masked=experiment.objective.kind == "masked",
     )
+    batches = objective.of(experiment.objective, experiment.blocks, store.tokenizer, experiment.train.seed)
+    arguments = _arguments(experiment, budget, scratch)
+    objective.attach(network, shifted=batches.shifted, smoothing=arguments.label_smoothing_factor)
     examples = blocks.Stream(cut, seed=experiment.train.seed, length=budget.steps * budget.examples)
     trainer = _Trainer(
         job,
         session,
         store,
         model=network,
-        args=_arguments(experiment, budget, scratch),
-        train_dataset=examples,
-        data_collator=functools.partial(objective.collate, section=experiment.blocks, eos_id=store.eos_id),
-        compute_loss_func=objective.causal_loss,
+        args=arguments,
+        train_dataset=objective.Numbered(examples),
+        data_collator=batches,
         processing_class=store.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -268,6 +270,8 @@ def _arguments(experiment: Experiment, budget: Budget, scratch: str) -> Training
 class _Trainer(Trainer):
     """The Trainer, with raylm's evaluation, reports and order of examples in place of its own."""
 
+    loss_is_scaled_for_ga = True  # the loss is divided once, by the items of the whole step
+
     def __init__(self, job: Job, session: Session, store: tokens.Store, **kwargs: Any):
         super().__init__(**kwargs)
         self.job, self.session, self.store = job, session, store
@@ -278,9 +282,19 @@ class _Trainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # a Stream is in training order already
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # No key-value cache: it is for generating, and hides where isolated documents begin.
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
+        """What the loss of an optimizer step is divided by: over all its micro-batches and workers."""
+        if not batch_samples:
+            return None
+        items = torch.stack([self.data_collator.items(batch) for batch in batch_samples]).sum()
+        # Nothing may be masked in a step of a few tokens: its loss is 0, not 0/0.
+        return self.accelerator.reduce(items.to(device), reduction="sum").clamp(min=1e-9)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = model(**inputs)["loss"] / num_items_in_batch
+        return loss * self.accelerator.num_processes  # of whose gradients DDP takes the mean
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm, just before the optimizer's step: the last moment at which the weights are still sound."""
@@ -336,8 +350,19 @@ class _Trainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle
+        directory = Path(output_dir or self.args.output_dir)
+        if self.job.experiment.model.lora is not None:
+            state_dict = model.merged(self.model)
+        super()._save(str(directory), state_dict)
+        if self.job.experiment.model.lora is not None:
+            model.save_updates(self.model, directory)
+        (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model_to_load: Any = None) -> None:
+        if self.job.experiment.model.lora is not None:  # the weights there are merged, and those here are the base
+            model.load_updates(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model_to_load)
 
     def keep(self) -> None:
         """Hand the checkpoint that was just written to Ray, and remove it here."""

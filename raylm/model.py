@@ -1,12 +1,22 @@
-"""The language model: pretrained, or new from a configuration."""
+"""The language model: pretrained, or new from a configuration; all of it trained, or low-rank updates."""
 
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GgufConfig,
+    pytorch_utils,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from raylm.config import ModelConfig
@@ -15,20 +25,29 @@ from raylm.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from raylm.config.sections import Lora
+
+ADAPTER = "lora.safetensors"
+"""In a checkpoint, the low-rank updates alone, to go on training from; the model beside them has them merged."""
+
 
 def configuration(
-    section: ModelConfig, *, vocab_size: int, block_size: int, eos_id: int | None = None
+    section: ModelConfig, *, vocab_size: int, block_size: int, eos_id: int | None = None, masked: bool = False
 ) -> PreTrainedConfig:
-    """The model's transformers configuration, checked against vocabulary and block size; no weights are made.
+    """The model's transformers configuration, checked against vocabulary, blocks and objective; no weights are made.
 
     A new model gets the tokenizer's vocabulary, and block_size positions unless model.config says how many.
     """
     if section.path is not None:
-        found = _pretrained_configuration(section.path)
+        found = _pretrained_configuration(section)
     elif section.config is not None:
-        found = _new_configuration(section.config, vocab_size=vocab_size, block_size=block_size, eos_id=eos_id)
+        rows = _rounded_up(vocab_size, section.pad_vocab_to or 1)
+        found = _new_configuration(section.config, vocab_size=rows, block_size=block_size, eos_id=eos_id)
     else:
         raise ConfigError("model.path or model.config must be given", where="model")
+    if section.attn_implementation is not None:
+        found._attn_implementation = section.attn_implementation
+    _check_direction(found, masked)
     positions = context(found)
     if positions is not None and block_size > positions:
         raise ConfigError(
@@ -42,28 +61,49 @@ def configuration(
             f"({section.path or section.config}); use the model's own tokenizer or a larger model.config.vocab_size",
             where="model",
         )
+    if section.lora is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigError("model.lora needs peft: pip install raylm[peft]", where="model.lora")
     return found
 
 
 def build(
-    section: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, block_size: int, seed: int = 0
+    section: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int,
+    seed: int = 0,
+    masked: bool = False,
 ) -> PreTrainedModel:
-    """The model in float32 on the CPU. New weights depend on `seed` alone."""
-    found = configuration(section, vocab_size=len(tokenizer), block_size=block_size, eos_id=tokenizer.eos_token_id)
-    if section.path is not None:
-        return AutoModelForCausalLM.from_pretrained(section.path, config=found, dtype=torch.float32)
+    """The model in model.dtype on the CPU. New weights depend on `seed` alone."""
+    found = configuration(
+        section, vocab_size=len(tokenizer), block_size=block_size, eos_id=tokenizer.eos_token_id, masked=masked
+    )
+    kind, dtype = _auto_class(masked), getattr(torch, section.dtype)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(found, dtype=torch.float32)
+        torch.manual_seed(seed)  # a pretrained model may lack its head, and LoRA's first weights are random too
+        if section.path is None:
+            network = kind.from_config(found, dtype=dtype)
+        else:
+            # Without GgufConfig the weights stay packed: such a model can be neither trained nor saved.
+            packed = {"gguf_file": section.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+            options = _options(section) | (packed if section.gguf_file else {})
+            network = kind.from_pretrained(section.path, config=found, dtype=dtype, **options)
+        _learn_padding(network, tokenizer.eos_token_id, new=section.path is None)
+        if section.lora is not None:
+            _add_updates(network, section.lora)
+    return network
 
 
-def num_parameters(found: PreTrainedConfig) -> int:
+def num_parameters(found: PreTrainedConfig, *, masked: bool = False) -> int:
     """Parameters of a model of this configuration, tied ones once; counted without allocating them."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(found).num_parameters()
-    except Exception as error:  # sizes that do not fit each other, kinds that are no language model
-        raise ConfigError(f"model.config: {_first_line(error)}", where="model.config") from None
+            # Code that came with the model runs only if it was trusted when the configuration was made.
+            trusted = type(found).__module__.startswith("transformers_modules")
+            return _auto_class(masked).from_config(found, trust_remote_code=trusted).num_parameters()
+    except (ImportError, ValueError) as error:
+        key = "model.attn_implementation" if str(found._attn_implementation) in str(error) else "model"
+        raise ConfigError(f"{key}: {_first_line(error)}", where=key) from None
 
 
 def context(found: PreTrainedConfig) -> int | None:
@@ -71,10 +111,37 @@ def context(found: PreTrainedConfig) -> int | None:
     return getattr(found, "max_position_embeddings", None)
 
 
-def _pretrained_configuration(path: str) -> PreTrainedConfig:
+def is_masked(found: PreTrainedConfig) -> bool:
+    """Whether a saved model was made to fill in tokens."""
+    return any(name.endswith("ForMaskedLM") for name in found.architectures or ())
+
+
+def _auto_class(masked: bool) -> Any:
+    return AutoModelForMaskedLM if masked else AutoModelForCausalLM
+
+
+def _rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _options(section: ModelConfig) -> dict[str, Any]:
+    return {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
+
+
+def _pretrained_configuration(section: ModelConfig) -> PreTrainedConfig:
+    path = section.path
+    if section.gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        raise ConfigError("model.gguf_file needs gguf: pip install gguf", where="model.gguf_file")
+    packed = {"gguf_file": section.gguf_file} if section.gguf_file else {}
     try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(path, **_options(section), **packed)
+    except (OSError, ValueError, ImportError) as error:
+        if "custom code" in str(error):
+            raise ConfigError(
+                f"model.path={path} comes with code of its own; read it, then let it run with "
+                "model.trust_remote_code=true",
+                where="model.trust_remote_code",
+            ) from None
         raise ConfigError(
             f"model.path={path} is neither a model directory nor a model the Hub gave us: {_first_line(error)}",
             where="model.path",
@@ -83,7 +150,16 @@ def _pretrained_configuration(path: str) -> PreTrainedConfig:
 
 def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id: int | None) -> PreTrainedConfig:
     fields = dict(fields)
-    kind = fields.pop("model_type", None)
+    if (path := fields.pop("path", None)) is not None:
+        try:
+            given = AutoConfig.from_pretrained(path).to_dict()
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.config.path={path}: no configuration found there: {_first_line(error)}", "model.config.path"
+            ) from None
+    else:
+        given = {"model_type": fields.pop("model_type", None)}
+    kind = given["model_type"]
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "for example gpt2 or llama"
@@ -102,9 +178,98 @@ def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(token, eos_id)
     try:
-        return kind_class(**fields)
-    except Exception as error:  # each configuration checks its fields in a way of its own
+        return kind_class.from_dict({**given, **fields}) if path else kind_class(**fields)
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"model.config: {_first_line(error)}", where="model.config") from None
+
+
+def _check_direction(found: PreTrainedConfig, masked: bool) -> None:
+    """A model that looks both ways sees the tokens that a causal objective asks for."""
+    kind = type(found)
+    if masked and kind not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ConfigError(
+            f"objective.kind=masked: {found.model_type} reads in one direction; "
+            "take a model such as bert, modernbert or deberta-v2, or objective.kind=causal",
+            where="objective.kind",
+        )
+    both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING and getattr(found, "is_decoder", False) is not True
+    if not masked and both_ways:
+        raise ConfigError(
+            f"objective.kind: {found.model_type} reads in both directions, so it would see what it is to predict; "
+            "set objective.kind=masked",
+            where="objective.kind",
+        )
+    if not masked and kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(found, "auto_map"):
+        raise ConfigError(f"model: transformers has no {found.model_type} that predicts next tokens", where="model")
+
+
+def _learn_padding(network: PreTrainedModel, eos_id: int, *, new: bool) -> None:
+    """Let the end-of-text token be learned where it is the padding token too: some embeddings keep that one at zero."""
+    embedding = network.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) != eos_id:
+        return
+    embedding.padding_idx = None
+    if new:
+        with torch.no_grad():
+            embedding.weight[eos_id].normal_(std=getattr(network.config, "initializer_range", 0.02))
+
+
+# Low-rank updates ----------------------------------------------------------------------------------------------------
+
+
+def _add_updates(network: PreTrainedModel, section: Lora) -> None:
+    """Put updates beside the layers, in place: the class stays, and nothing else is trained."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names: Any = list(section.target_modules) or None
+    if names == ["all-linear"]:
+        names = "all-linear"
+    settings = LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=names,
+        fan_in_fan_out=any(
+            isinstance(layer, pytorch_utils.Conv1D) for layer in network.modules()
+        ),  # GPT-2's linear layers
+    )
+    try:
+        inject_adapter_in_model(settings, network)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.lora.target_modules: {_first_line(error)}; all-linear takes every linear layer",
+            where="model.lora.target_modules",
+        ) from None
+
+
+def merged(network: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights with the updates added to them, under the names that they have without.
+
+    Computed beside the model, which stays as it is: adding and taking away again would round.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    state = network.state_dict()
+    plain = {name.replace(".base_layer.", "."): weight for name, weight in state.items() if ".lora_" not in name}
+    for name, layer in network.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            weight = layer.get_base_layer().weight.detach()
+            plain[f"{name}.weight"] = weight + layer.get_delta_weight("default").detach().to(weight.dtype)
+    return plain
+
+
+def save_updates(network: PreTrainedModel, directory: str | Path) -> None:
+    from safetensors.torch import save_file
+
+    updates = {name: weight.contiguous() for name, weight in network.state_dict().items() if ".lora_" in name}
+    save_file(updates, Path(directory) / ADAPTER)
+
+
+def load_updates(network: PreTrainedModel, directory: str | Path) -> None:
+    from safetensors.torch import load_file
+
+    left = network.load_state_dict(load_file(Path(directory) / ADAPTER), strict=False)
+    assert not left.unexpected_keys
 
 
 def _first_line(error: Exception) -> str:

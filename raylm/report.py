@@ -44,3 +44,15 @@ def facts(pairs: Mapping[str, Any]) -> str:
     """A line a fact: its name, its value; None is left out."""
     width = max(len(name) for name in pairs)
     return "\n".join(f"{name:<{width}}  {figure(value)}" for name, value in pairs.items() if value is not None)
+
+
+def scores(by_name: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each source of the text that was scored."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("source")
+    for name in ("perplexity", "bits/byte", "tokens", "bytes"):
+        table.add_column(name, justify="right")
+    for name, row in by_name.items():
+        numbers = [f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.2f}", f"{row['tokens']:,}", f"{row['bytes']:,}"]
+        table.add_row(name, *numbers)
+    return table

@@ -127,11 +127,9 @@ def how_to_look(section: TrackingConfig) -> str | None:
     """The command that opens MLflow's page, or its address."""
     if section.uri is None:
         return None
-    return (
-        section.uri
-        if section.uri.startswith("http")
-        else f"{sys.executable} -m mlflow ui --backend-store-uri {section.uri}"
-    )
+    if section.uri.startswith("http"):
+        return section.uri
+    return f"{sys.executable} -m mlflow ui --backend-store-uri {section.uri}"
 
 
 @functools.cache

@@ -118,12 +118,20 @@ def plan(experiment: Experiment) -> cli.Answer:
         )
     sources = corpus.check(experiment.corpus)
     resources = cluster.plan(experiment.cluster)
-    from raylm import budget, loop, model, report, tokenizer, tokens  # seconds of imports, after the quick checks
+    # Seconds of imports, after the quick checks.
+    from raylm import budget, loop, model, objective, report, tokenizer, tokens
 
     loop.check(experiment.train)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
-    vocab_size = chosen.train.vocab_size if chosen.train else len(tokenizer.load_section(chosen))
-    found = model.configuration(experiment.model, vocab_size=vocab_size, block_size=experiment.blocks.block_size)
+    known: Any = chosen.train or tokenizer.load_section(chosen)
+    objective.check(experiment.objective, experiment.blocks, known)
+    masked = experiment.objective.kind == "masked"
+    found = model.configuration(
+        experiment.model,
+        vocab_size=chosen.train.vocab_size if chosen.train else len(known),
+        block_size=experiment.blocks.block_size,
+        masked=masked,
+    )
     store = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
     planned = budget.plan(
         experiment.train,
@@ -136,7 +144,7 @@ def plan(experiment: Experiment) -> cli.Answer:
     record = {
         "corpus": {"files": num_files, "bytes": num_bytes},
         "store": store,
-        "parameters": model.num_parameters(found),
+        "parameters": model.num_parameters(found, masked=masked),
         "steps": planned.steps if planned else None,
         "tokens": planned.tokens if planned else None,
         "micro_batch": planned.micro_batch if planned else None,
@@ -254,13 +262,14 @@ def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str
     """What an MLflow run has as parameters: the same keys for every run of an experiment."""
     from raylm import model
 
+    masked = experiment.objective.kind == "masked"
     found = model.configuration(
-        experiment.model, vocab_size=len(store.tokenizer), block_size=experiment.blocks.block_size
+        experiment.model, vocab_size=len(store.tokenizer), block_size=experiment.blocks.block_size, masked=masked
     )
     return {
         **{key: get(experiment, key) for key in PARAMETERS},
         "model": experiment.model.path or found.model_type,
-        "model_parameters": model.num_parameters(found),
+        "model_parameters": model.num_parameters(found, masked=masked),
         "tokens": budget.tokens,
         "steps": budget.steps,
         "store": store.fingerprint,

@@ -86,7 +86,12 @@ def plan(experiment: Experiment) -> cli.Answer:
             changed = override(experiment, {key: value})
             try:
                 loop.check(changed.train)
-                model.configuration(changed.model, vocab_size=0, block_size=changed.blocks.block_size)
+                model.configuration(
+                    changed.model,
+                    vocab_size=0,
+                    block_size=changed.blocks.block_size,
+                    masked=changed.objective.kind == "masked",
+                )
                 if own and key == "model.path" and not tokenizer.same(own, value):
                     raise ConfigError(f"its tokenizer is not that of {own}, and tokens are prepared once for a sweep")
             except ConfigError as error:

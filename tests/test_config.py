@@ -285,13 +285,13 @@ def test_a_file_that_is_not_text(tmp_path):
 
 
 def test_an_ordinary_alias_is_welcome(load):
-    space = load("tune: {space: {train.seed: &s {choice: [1, 2]}, eval.stride: *s}}").tune.space
-    assert space["eval.stride"] == {"choice": [1, 2]}
+    space = load("tune: {space: {train.seed: &s {choice: [1, 2]}, model.config.n_layer: *s}}").tune.space
+    assert space["model.config.n_layer"] == {"choice": [1, 2]}
 
 
 # The search space --------------------------------------------------------------------------------------------------
 
-NOT_SWEPT = "is one for a whole sweep; sweep model, blocks, objective, train or eval settings"
+NOT_SWEPT = "is one for a whole sweep; sweep model, blocks, objective or train settings"
 SAMPLERS = ", ".join(f"{name} {arguments}" for name, arguments in config.SAMPLERS.items())
 SPACE_FAULTS = {
     "train.learning_rte: {uniform: [1e-3, 1e-2]}": "value 0.001: train.learning_rte: unknown key, "

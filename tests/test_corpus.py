@@ -126,6 +126,7 @@ def test_what_is_left_out_is_counted(tmp_path):
         (b'{"text": null}\n', "row 1: corpus.text: column 'text' must hold text, got null"),
         (b'{"body": "a", "id": 1}\n', "row 1: corpus.text: no column 'text'; columns: body, id"),
         (b'["a"]\n', "row 1: a row is an object"),
+        (b'\xef\xbb\xbf{"text": "\xff"}\n', "row 1, byte 13: invalid UTF-8"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, content, says):
@@ -478,6 +479,15 @@ def test_which_documents_are_kept_does_not_depend_on_the_shards(tmp_path, settin
     assert kept == expected
 
 
+def test_of_duplicates_in_both_splits_the_one_for_validation_is_kept(tmp_path):
+    for name, text in {"train1": "a", "train2": "b", "valid1": "b", "valid2": "c", "valid3": "c"}.items():
+        (tmp_path / name).write_text(text)
+    corpus = CorpusConfig(paths=f"{tmp_path}/train*", validation_paths=f"{tmp_path}/valid*", deduplicate=True)
+    plan = chosen(shards(check(corpus)), corpus)
+    kept = [document for shard in plan for document in documents(shard, corpus, Ledger())]
+    assert [(document.text, document.validation) for document in kept] == [("a", False), ("b", True), ("c", True)]
+
+
 def test_no_more_is_read_than_needed(tmp_path):
     for number in range(10):
         (tmp_path / f"{number}.txt").write_text(f"document {number}")
@@ -493,3 +503,15 @@ def test_no_more_is_read_than_needed(tmp_path):
 
     assert len(select(plan, hashed(), corpus)) == 3
     assert read_shards == [0, 1, 2]
+
+
+def test_a_nested_column_that_is_null_is_a_bad_row(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"answers": {"text": "yes"}}, {"answers": None}])
+    with pytest.raises(DataError, match=r"row 2: corpus\.text: there is no text of answers\.text in null"):
+        read(CorpusConfig(paths=str(tmp_path), text="answers.text"))
+
+
+@pytest.mark.parametrize("text", ["{", "Question: {}", "a } b"])
+def test_a_template_that_cannot_be_filled_in_is_a_config_error(text):
+    with pytest.raises(ValueError, match="must "):
+        CorpusConfig(text=text)

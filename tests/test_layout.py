@@ -27,8 +27,8 @@ LIGHT = {"errors", "config", "cli", *VERBS}
 """What a verb may import at its top: `--help` runs it."""
 
 HEAVY = {
-    "ray", "torch", "transformers", "tokenizers", "datasets", "accelerate", "mlflow", "pyarrow", "numpy", "pandas",
-    "matplotlib",
+    "ray", "torch", "transformers", "tokenizers", "huggingface_hub", "datasets", "accelerate", "mlflow", "pyarrow",
+    "numpy", "pandas", "matplotlib",
 }  # fmt: skip
 
 

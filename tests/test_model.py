@@ -1,9 +1,12 @@
+import json
+
+import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from raylm import model
-from raylm.config import ModelConfig
+from raylm import loop, model, objective
+from raylm.config import Experiment, ModelConfig
 from raylm.errors import ConfigError
 
 SMALL = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8}
@@ -72,6 +75,215 @@ def test_a_pretrained_model_keeps_its_weights(tmp_path, tokenizer):
 def test_parameters_are_counted_without_making_them():
     found = configuration()
     assert model.num_parameters(found) == GPT2LMHeadModel(found).num_parameters()
+
+
+def test_positions_and_vocabulary_of_another_models_configuration_follow_too(tmp_path):
+    GPT2Config(n_layer=7, n_embd=24, n_head=3, n_positions=99, vocab_size=99).save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "config.json"):
+        section = ModelConfig(config={"path": str(path), "n_layer": 2})
+        found = model.configuration(section, vocab_size=30, block_size=16, eos_id=3)
+        assert (found.n_layer, found.n_embd, found.n_positions, found.vocab_size) == (2, 24, 16, 30)
+        assert (found.eos_token_id, found.pad_token_id) == (3, 3)
+    with pytest.raises(ConfigError, match=r"model.config.n_layers: .* did you mean n_layer\?"):
+        model.configuration(ModelConfig(config={"path": str(tmp_path), "n_layers": 2}), vocab_size=3, block_size=2)
+    with pytest.raises(ConfigError, match=r"model.config.path=.*nowhere: no configuration"):
+        model.configuration(ModelConfig(config={"path": str(tmp_path / "nowhere")}), vocab_size=3, block_size=2)
+
+
+def test_the_vocabulary_is_rounded_up(tokenizer):
+    section = ModelConfig(config=SMALL, pad_vocab_to=64)
+    assert model.build(section, tokenizer, block_size=8).transformer.wte.weight.shape == (320, 8)
+    assert model.configuration(section, vocab_size=320, block_size=8).vocab_size == 320
+
+
+def test_the_end_of_text_token_is_learned_though_it_is_the_padding_token_too(tokenizer):
+    """Llama's embedding leaves out its padding token, which would stay zero."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    network = model.build(ModelConfig(config={"model_type": "llama", **sizes}), tokenizer, block_size=8)
+    network(torch.tensor([[tokenizer.eos_token_id, 5]])).logits[0, 0].sum().backward()
+    embedding = network.get_input_embeddings().weight
+    assert embedding[tokenizer.eos_token_id].abs().sum() > 0
+    assert embedding.grad[tokenizer.eos_token_id].abs().sum() > 0
+
+
+def test_a_model_that_looks_both_ways_is_for_masked_only(tokenizer):
+    bert = {"model_type": "bert", "num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8}
+    bert["intermediate_size"] = 8
+    network = model.build(ModelConfig(config=bert), tokenizer, block_size=8, masked=True)
+    assert (type(network).__name__, network.config.max_position_embeddings) == ("BertForMaskedLM", 8)
+    found = model.configuration(ModelConfig(config=bert), vocab_size=257, block_size=8, eos_id=0, masked=True)
+    assert model.num_parameters(found, masked=True) == network.num_parameters()
+    with pytest.raises(ConfigError, match=r"objective.kind: bert reads in both directions.*objective.kind=masked"):
+        model.configuration(ModelConfig(config=bert), vocab_size=260, block_size=8)
+    with pytest.raises(ConfigError, match=r"objective.kind=masked: gpt2 reads in one direction"):
+        model.configuration(ModelConfig(config=SMALL), vocab_size=260, block_size=8, masked=True)
+
+
+def test_a_pretrained_encoder_without_its_head_gets_one_by_the_seed(tmp_path, tokenizer):
+    from transformers import BertModel
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8, "intermediate_size": 8}
+    encoder = BertModel(BertConfig(vocab_size=260, max_position_embeddings=8, **sizes))
+    encoder.save_pretrained(tmp_path)
+    made = [model.build(ModelConfig(path=str(tmp_path)), tokenizer, block_size=8, seed=1, masked=True) for _ in "ab"]
+    dense = [network.cls.predictions.transform.dense.weight for network in made]
+    assert torch.equal(*dense)
+    assert torch.equal(made[0].bert.embeddings.word_embeddings.weight, encoder.embeddings.word_embeddings.weight)
+
+
+def test_precision_and_attention_are_as_asked(tokenizer):
+    section = ModelConfig(config=SMALL, dtype="bfloat16", attn_implementation="eager")
+    network = model.build(section, tokenizer, block_size=8)
+    assert (network.dtype, network.config._attn_implementation) == (torch.bfloat16, "eager")
+    section = ModelConfig(config=SMALL, attn_implementation="flash_attention_9")
+    with pytest.raises(ConfigError, match=r"model.attn_implementation: .*flash_attention_9"):
+        model.num_parameters(model.configuration(section, vocab_size=30, block_size=8))
+
+
+def test_code_that_comes_with_a_model_runs_only_if_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}})
+    )
+    (tmp_path / "own.py").write_text(
+        "from transformers import PretrainedConfig\n"
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "class Own(PretrainedConfig):\n    model_type = 'own'\n    vocab_size = 3\n"
+    )
+    with pytest.raises(ConfigError, match="let it run with model.trust_remote_code=true"):
+        model.configuration(ModelConfig(path=str(tmp_path)), vocab_size=1, block_size=2)
+    assert not (tmp_path / "ran").exists()
+    model.configuration(ModelConfig(path=str(tmp_path), trust_remote_code=True), vocab_size=1, block_size=2)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("targets", [(), ("all-linear",), ("c_attn", "c_proj")])
+def test_low_rank_updates_are_trained_alone_and_saved_merged(tmp_path, tokenizer, targets):
+    pytest.importorskip("peft")
+    base = model.build(ModelConfig(config=SMALL), tokenizer, block_size=8, seed=3)
+    section = ModelConfig(config=SMALL, lora={"r": 2, "target_modules": targets})
+    network = model.build(section, tokenizer, block_size=8, seed=3)
+    trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
+    assert trained
+    assert all(".lora_" in name for name in trained)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if name in trained:
+                weight.normal_()
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    network.save_pretrained(tmp_path, state_dict=model.merged(network))
+    model.save_updates(network, tmp_path)
+    assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
+    given = torch.arange(8)[None]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(plain(given).logits, network.eval()(given).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain(given).logits, base.eval()(given).logits, atol=1e-3)
+    again = model.build(section, tokenizer, block_size=8, seed=3)
+    model.load_updates(again, tmp_path)
+    assert all(torch.equal(weight, before[name]) for name, weight in again.state_dict().items())
+
+
+def test_low_rank_training_goes_on_from_its_checkpoint_to_the_same_bytes(tmp_path, tokenizer):
+    pytest.importorskip("peft")
+    experiment = Experiment(model=ModelConfig(config=SMALL, lora={"r": 2, "dropout": 0.1}), blocks={"block_size": 8})
+    trainer = trainer_of(experiment, tokenizer, tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    last, halfway = tmp_path / "checkpoint-4", tmp_path / "checkpoint-2"
+    written = [(last / name).read_bytes() for name in ("model.safetensors", model.ADAPTER)]
+    assert written[1] != (halfway / model.ADAPTER).read_bytes()
+    again = trainer_of(experiment, tokenizer, tmp_path / "again", save_strategy="steps", save_steps=2)
+    again.train(resume_from_checkpoint=str(halfway))
+    last = tmp_path / "again" / "checkpoint-4"
+    assert [(last / name).read_bytes() for name in ("model.safetensors", model.ADAPTER)] == written
+
+
+def test_activation_checkpointing_changes_no_weight(tmp_path, tokenizer):
+    still = {**SMALL, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    experiment = Experiment(model=ModelConfig(config=still), blocks={"block_size": 8})
+    trainers = [trainer_of(experiment, tokenizer, tmp_path, activation_checkpointing=on) for on in (False, True)]
+    for trainer in trainers:
+        trainer.train()
+    plain, spared = (trainer.model for trainer in trainers)
+    assert spared.is_activation_checkpointing
+    for one, other in zip(plain.parameters(), spared.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_biases_and_norms_do_not_decay(tmp_path, tokenizer):
+    experiment = Experiment(model=ModelConfig(config=SMALL), blocks={"block_size": 8})
+    trainer = trainer_of(experiment, tokenizer, tmp_path, weight_decay=0.3)
+    groups = trainer.create_optimizer().param_groups
+    decay = {id(weight): group["weight_decay"] for group in groups for weight in group["params"]}
+    for name, weight in trainer.model.named_parameters():
+        spared = name.endswith("bias") or ".ln_" in name
+        assert decay[id(weight)] == (0.0 if spared else 0.3), name
+
+
+def trainer_of(experiment, tokenizer, directory, **arguments):
+    """raylm's Trainer for four steps of two random blocks, without Ray."""
+    network = model.build(experiment.model, tokenizer, block_size=8)
+    batches = objective.of(experiment.objective, experiment.blocks, tokenizer, 0)
+    objective.attach(network, shifted=batches.shifted)
+    common = {
+        "output_dir": str(directory),
+        "use_cpu": True,
+        "report_to": "none",
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    settings = TrainingArguments(**(common | arguments))
+    rows = [np.random.default_rng(number).integers(0, len(tokenizer), 8) for number in range(8)]
+    dataset = objective.Numbered(rows)
+    job = loop.Job(experiment, "", None, None)
+    return loop._Trainer(
+        job, loop.Alone, None, model=network, args=settings, train_dataset=dataset, data_collator=batches
+    )
+
+
+def test_a_gguf_file_is_unpacked_to_weights_that_can_be_trained_and_saved(tmp_path, tokenizer):
+    import gguf
+
+    writer = gguf.GGUFWriter(str(tmp_path / "small.gguf"), "llama")
+    writer.add_context_length(16)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(300)
+    writer.add_rope_dimension_count(4)
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (300, 8), "output": (300, 8), "output_norm": (8,), "blk.0.attn_norm": (8,)}
+    shapes |= {f"blk.0.attn_{part}": (8, 8) for part in ("q", "k", "v", "output")} | {"blk.0.ffn_norm": (8,)}
+    shapes |= {"blk.0.ffn_gate": (16, 8), "blk.0.ffn_up": (16, 8), "blk.0.ffn_down": (8, 16)}
+    written = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    for name, weight in written.items():
+        writer.add_tensor(f"{name}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    section = ModelConfig(path=str(tmp_path), gguf_file="small.gguf")
+    network = model.build(section, tokenizer, block_size=16)
+    assert network.get_output_embeddings().weight.tolist() == written["output"].tolist()
+    network(torch.arange(4)[None]).logits.sum().backward()
+    assert all(weight.grad is not None for weight in network.parameters())
+    network.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.get_output_embeddings().weight, network.get_output_embeddings().weight)
+
+
+def test_layers_that_the_model_has_not_are_named(tokenizer):
+    pytest.importorskip("peft")
+    section = ModelConfig(config=SMALL, lora={"target_modules": "q_proj"})
+    with pytest.raises(ConfigError, match=r"model.lora.target_modules: .*q_proj.*all-linear"):
+        model.build(section, tokenizer, block_size=8)
 
 
 @pytest.fixture(scope="module")

@@ -1,69 +1,395 @@
+"""Labels by hand on small rows; losses against plain cross entropy; a step of the real Trainer however it is split."""
+
+import os
+import socket
+
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+import torch.nn.functional as F
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+)
 
-from raylm import objective
-from raylm.config import BlocksConfig
-from raylm.objective import IGNORED, causal_loss
+from raylm import loop, objective, tokenizer, train
+from raylm.config import BlocksConfig, ObjectiveConfig, TrainedTokenizer
+from raylm.errors import ConfigError
+from raylm.objective import IGNORED, loss
+
+SPECIAL = ("<|endoftext|>", "<mask>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+PADDED = BlocksConfig(block_size=16, packing="padded")
 
 
-@pytest.fixture
-def network():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 11, "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 6}
-    ids = {"bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **ids)).double().eval()
+def byte_tokenizer():
+    """A token a byte, and a few merges: "fit" is three tokens or one, " pd" two."""
+    return tokenizer.train(["plt plt plt plt"], TrainedTokenizer(vocab_size=265, special_tokens=SPECIAL))
 
 
-def collate(rows):
-    return objective.collate(rows, BlocksConfig(), eos_id=0)
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small are quicker on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def blocks(count):
-    return [np.random.default_rng(seed).integers(0, 11, 6) for seed in range(count)]
+@pytest.fixture(scope="module")
+def byte():
+    return byte_tokenizer()
 
 
-def test_the_first_token_of_a_block_is_not_predicted():
-    batch = collate([np.array([5, 6, 7]), np.array([8, 9, 10])])
+def batches(tokens, cut=PADDED, seed=0, **settings):
+    return objective.of(ObjectiveConfig(**settings), cut, tokens, seed)
+
+
+def ids(tokens, text):
+    return np.array(tokens(text, add_special_tokens=False)["input_ids"])
+
+
+# Labels and weights --------------------------------------------------------------------------------------------------
+
+
+def test_the_first_token_of_a_block_is_not_predicted(byte):
+    batch = batches(byte)([(0, np.array([5, 6, 7])), (1, np.array([8, 9, 10]))])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 10]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, 10]]
 
 
-def test_loss_is_the_mean_over_the_predicted_tokens(network):
-    batch = collate(blocks(2))
-    outputs = network(batch["input_ids"])
-    loss = causal_loss(outputs, batch["labels"], num_items_in_batch=10)
-    chance = outputs.logits.log_softmax(-1)
-    by_hand = [-chance[row, t, batch["input_ids"][row, t + 1]] for row in range(2) for t in range(5)]
-    assert loss.item() == pytest.approx(sum(by_hand).item() / 10, rel=1e-6)
+def test_keywords_count_with_and_without_a_space_and_as_sequences(byte):
+    count = batches(byte, kind="keyword_weighted", keywords=["plt", "fit"])
+    assert [len(ids(byte, word)) for word in ("plt", " plt", "fit")] == [1, 1, 3]
+    for text, number in {"plt plt": 2, "x.fit(plt)": 2, "fi t": 0, " fit": 1, "": 0, "fitfit": 2}.items():
+        assert count.occurrences(ids(byte, text)) == number, text
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_a_global_batch_has_one_gradient_however_it_is_split(network, micro_batch):
-    def gradient(size):
-        network.zero_grad()
-        all_blocks = blocks(8)
-        for start in range(0, 8, size):
-            batch = collate(all_blocks[start : start + size])
-            causal_loss(network(batch["input_ids"]), batch["labels"], num_items_in_batch=8 * 5).backward()
-        return torch.cat([weight.grad.flatten() for weight in network.parameters()])
+def test_weights_are_of_the_row_and_items_of_the_batch(byte):
+    rows = [(0, ids(byte, "plt plt")), (1, ids(byte, "abcd"))]  # 1 prediction, 3 predictions
+    weighted = batches(byte, kind="keyword_weighted", keywords="plt", alpha=0.5)
+    batch = weighted(rows)
+    assert batch["weights"].tolist() == [1.5, 0.5]
+    assert weighted.items(batch) == 1 * 1.5 + 3 * 0.5
+    course = batches(byte, kind="keyword_weighted", keywords="plt", alpha=0.5, normalize=False)
+    batch = course(rows)
+    assert batch["weights"].tolist() == pytest.approx([1.5 / 1, 0.5 / 3])
+    assert course.items(batch) == 2
 
-    torch.testing.assert_close(gradient(micro_batch), gradient(8), rtol=1e-5, atol=1e-9)
+
+def test_masked_tokens_are_drawn_by_seed_and_number_alone(byte):
+    rows = [(number, np.random.default_rng(number).integers(10, 200, 12 - number)) for number in range(4)]
+    masked = batches(byte, kind="masked", probability=0.5)
+    whole = masked(rows)
+    for number, row in rows:
+        alone = masked([(number, row)])
+        assert whole["input_ids"][number, : len(row)].tolist() == alone["input_ids"][0].tolist()
+        assert whole["labels"][number, : len(row)].tolist() == alone["labels"][0].tolist()
+    other = batches(byte, kind="masked", probability=0.5, seed=1)(rows)
+    assert whole["labels"].tolist() != other["labels"].tolist()
+    assert masked([(9, rows[0][1])])["labels"].tolist() != whole["labels"][:1].tolist(), "anew each epoch"
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_the_trainer_counts_predictions_for_every_class_of_model(kind, tmp_path):
-    """It counts all labels for GPT-2 and labels[1:] for Llama; with ours both are block_size - 1 a block."""
-    from transformers import Trainer, TrainingArguments
+def test_of_the_masked_tokens_eight_in_ten_are_hidden(byte):
+    row = np.random.default_rng(0).integers(10, 200, 40_000)
+    row[::7] = byte.eos_token_id
+    shown, labels = batches(byte, kind="masked").masked(0, row)
+    chosen = labels != IGNORED
+    assert np.array_equal(labels[chosen], row[chosen])
+    assert np.array_equal(shown[~chosen], row[~chosen])
+    assert not chosen[::7].any(), "special tokens are not predicted"
+    assert chosen.sum() / (len(row) * 6 / 7) == pytest.approx(0.15, abs=0.005)
+    hidden, same = shown[chosen] == byte.mask_token_id, shown[chosen] == row[chosen]
+    assert hidden.mean() == pytest.approx(0.8, abs=0.02)
+    assert same.mean() == pytest.approx(0.1, abs=0.02)
 
-    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+def test_padding_is_never_masked(byte):
+    batch = batches(byte, kind="masked", probability=0.9)([(0, np.arange(10, 22)), (1, np.arange(10, 12))])
+    assert (batch["labels"][1, 2:] == IGNORED).all()
+    assert batch["attention_mask"][1].tolist() == [1, 1] + [0] * 10
+
+
+@pytest.mark.parametrize(("spm_rate", "order"), [(0.0, "PSM"), (1.0, "SPM")])
+def test_fill_in_middle_reorders_a_document_and_keeps_its_tokens(byte, spm_rate, order):
+    fill = batches(byte, BlocksConfig(block_size=64), kind="fill_in_middle", rate=1.0, spm_rate=spm_rate)
+    prefix_id, middle_id, suffix_id = fill.sentinel_ids
+    assert byte.convert_ids_to_tokens(fill.sentinel_ids) == ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
+    document = np.arange(20, 40)
+    row = np.append(document, byte.eos_token_id)
+    for number in range(20):
+        made = fill.transformed(number, row).tolist()
+        assert (made[0], made[-1], len(made)) == (prefix_id, byte.eos_token_id, len(row) + 3)
+        middle_at, suffix_at = made.index(middle_id), made.index(suffix_id)
+        if order == "PSM":
+            prefix, suffix, middle = made[1:suffix_at], made[suffix_at + 1 : middle_at], made[middle_at + 1 : -1]
+            assert prefix + middle + suffix == document.tolist()
+        else:
+            assert suffix_at == 1
+            assert made[middle_at + 1 : -1] + made[2:middle_at] == document.tolist()
+
+
+def test_fill_in_middle_stays_in_documents_and_blocks(byte):
+    row = np.array([20, 21, 22, 0, 30, 31, 32, 0, 40, 41])
+    assert byte.eos_token_id == 0
+    always = batches(byte, BlocksConfig(block_size=10), kind="fill_in_middle", rate=1.0)
+    assert len(always.transformed(3, row)) == 10
+    roomy = batches(byte, BlocksConfig(block_size=99), kind="fill_in_middle", rate=1.0)
+    parts = "".join(chr(token) for token in roomy.transformed(3, row)).split(chr(0))
+    assert [{ord(letter) for letter in part} & {20, 21, 22, 30, 31, 32, 40, 41} for part in parts] == [
+        {20, 21, 22}, {30, 31, 32}, {40, 41},
+    ]  # fmt: skip
+    never = batches(byte, BlocksConfig(block_size=10), kind="fill_in_middle", rate=0.0)
+    assert never.transformed(3, row).tolist() == row.tolist()
+
+
+def test_half_of_the_documents_at_a_rate_of_half(byte):
+    fill = batches(byte, BlocksConfig(block_size=64), kind="fill_in_middle", rate=0.5)
+    moved = sum(len(fill.transformed(number, np.arange(20, 30))) > 10 for number in range(1000))
+    assert 440 < moved < 560
+
+
+def test_what_the_tokenizer_lacks_is_named_with_a_way_out():
+    plain = tokenizer.train(["a"], TrainedTokenizer(vocab_size=257))
+    with pytest.raises(ConfigError, match=r"no mask token.*tokenizer.train.special_tokens=.*<mask>"):
+        batches(plain, kind="masked")
+    with pytest.raises(ConfigError, match=r"no <fim_prefix> <fim_middle> <fim_suffix>; .*special_tokens="):
+        batches(plain, kind="fill_in_middle")
+    with pytest.raises(ConfigError, match=r"needs words: objective.keywords="):
+        batches(plain, kind="keyword_weighted")
+    with pytest.raises(ConfigError, match=r"blocks.isolate_documents"):
+        batches(byte_tokenizer(), BlocksConfig(isolate_documents=True), kind="masked")
+    planned = TrainedTokenizer(special_tokens=("<|endoftext|>", "[MASK]"))
+    objective.check(ObjectiveConfig(kind="masked"), PADDED, planned)
+    with pytest.raises(ConfigError, match=r"objective.sentinels: .* no <fim_prefix>"):
+        objective.check(ObjectiveConfig(kind="fill_in_middle"), PADDED, planned)
+
+
+def test_a_plan_refuses_what_the_tokenizer_to_be_trained_will_lack(tiny):
+    for settings, message in {
+        "objective.kind=masked": "no mask token",
+        "objective.kind=fill_in_middle": "no <fim_prefix>",
+        "objective.kind=keyword_weighted": "needs words",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            train.plan(tiny(settings))
+
+
+# Losses --------------------------------------------------------------------------------------------------------------
+
+
+def network(kind="gpt2", vocab_size=265, hidden=8, **fields):
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": vocab_size}
     if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_layer=1, n_head=1, n_embd=8, n_positions=6, **ids))
-    else:
-        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=11, **sizes, **ids))
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    trainer = Trainer(model=model, args=arguments, compute_loss_func=causal_loss)
-    count = trainer._get_num_items_in_batch([collate(blocks(2)), collate(blocks(1))], torch.device("cpu"))
-    assert int(count) == 3 * 5
+        still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=hidden, n_positions=32, **ids, **still, **fields))
+    sizes = {"hidden_size": hidden, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, **ids}
+    if kind == "bert":
+        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 32}
+        return BertForMaskedLM(BertConfig(**sizes, **still))
+    kinds = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "granite": (GraniteConfig, GraniteForCausalLM),
+        "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    }
+    config, model = kinds[kind]
+    return model(config(**sizes, num_key_value_heads=1, head_dim=8, **fields))
+
+
+def gradient(model):
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def both_ways(model, batch, shifted=True):
+    """((loss, gradient) by raylm, the same by plain logits and cross entropy)"""
+    inputs = {name: values for name, values in batch.items() if name in ("input_ids", "attention_mask")}
+    logits = model(**inputs).logits.float()
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED) if shifted else batch["labels"]
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    if "weights" in batch:
+        each = each * batch["weights"][:, None]
+    each.sum().backward()
+    plain = each.sum().item(), gradient(model)
+    model.zero_grad()
+    objective.attach(model, shifted=shifted)
+    ours = model(**batch)["loss"]
+    ours.backward()
+    return (ours.item(), gradient(model)), plain
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "granite", "gemma2", "bert"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_loss_and_gradient_equal_those_of_plain_logits(kind, weighted, byte):
+    fields = {"granite": {"logits_scaling": 7.0}, "gemma2": {"final_logit_softcapping": 0.01}}.get(kind, {})
+    model = network(kind, **fields)
+    settings = {"kind": "masked", "probability": 0.5} if kind == "bert" else {}
+    rows = [(k, np.random.default_rng(k).integers(10, 265, 16 - k)) for k in range(4)]
+    batch = batches(byte, **settings)(rows)
+    if weighted:
+        batch["weights"] = torch.tensor([1.0, 3.0, 0.5, 2.0])
+    (ours, gradients), (plain, plain_gradients) = both_ways(model, batch, shifted=kind != "bert")
+    assert ours == pytest.approx(plain, rel=1e-6)
+    assert gradients.keys() == plain_gradients.keys()
+    for name, found in gradients.items():
+        torch.testing.assert_close(found, plain_gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_chunks_are_used_only_where_the_head_alone_makes_the_logits():
+    assert loss._bare_head(network("gpt2")) is not None
+    assert loss._bare_head(network("bert")) is not None
+    assert loss._bare_head(network("granite", logits_scaling=7.0)) is None
+    assert loss._bare_head(network("gemma2", final_logit_softcapping=30.0)) is None
+    weight = torch.empty(265, 8)
+    assert loss.chunks_pay(8, weight)
+    assert not loss.chunks_pay(7, weight)
+
+
+def test_logits_of_a_batch_are_never_held(byte, monkeypatch):
+    """No tensor of as many numbers as the logits is kept for backward."""
+    model = network("gpt2", vocab_size=2000)
+    objective.attach(model, shifted=True)
+    batch = batches(byte)([(k, np.random.default_rng(k).integers(10, 265, 16)) for k in range(8)])
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: (sizes.append(saved.numel()), saved)[1], lambda x: x):
+        model(**batch)["loss"].backward()
+    assert max(sizes) < 8 * 16 * 2000
+
+
+def test_in_bfloat16_the_sum_keeps_its_digits(byte):
+    batch = batches(byte)([(k, np.random.default_rng(k).integers(10, 265, 16)) for k in range(8)])
+    exact = network("gpt2")
+    objective.attach(exact, shifted=True)
+    expected = exact(**batch)["loss"].item()
+    rounded = network("gpt2").bfloat16()
+    objective.attach(rounded, shifted=True)
+    assert rounded(**batch)["loss"].item() == pytest.approx(expected, rel=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = exact(**batch)["loss"]
+    mixed.backward()
+    assert mixed.item() == pytest.approx(expected, rel=1e-3)
+    unread = exact.lm_head.weight.grad[:10]  # of tokens that are not in the batch: from the head alone
+    assert unread.dtype == torch.float32
+    assert torch.equal(unread, unread.bfloat16().float()), "the head ran in float32 under autocast"
+
+
+def test_without_labels_the_model_is_as_it_was():
+    model = network("gpt2").eval()
+    given = torch.arange(8)[None]
+    before = model(given).logits
+    objective.attach(model, shifted=True)
+    assert torch.equal(model(given).logits, before)
+    model(input_ids=given, labels=given)
+    assert torch.equal(model(given).logits, before)
+
+
+def test_not_normalized_it_is_the_formula_of_the_course(byte):
+    rows = [(0, ids(byte, "plt.fit(plt)")), (1, ids(byte, "def abcd(ef)"))]
+    length = min(len(row) for _, row in rows)
+    rows = [(number, row[:length]) for number, row in rows]
+    course = batches(byte, kind="keyword_weighted", keywords=["plt"], alpha=0.7, normalize=False)
+    model = network()
+    batch = course(rows)
+    logits = model(batch["input_ids"]).logits
+    per_token = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none")
+    per_row = per_token.view(2, -1).mean(dim=1)
+    counts = torch.tensor([float(course.occurrences(row)) for _, row in rows])
+    assert counts[0] > 0
+    expected = (per_row * 0.7 * (1.0 + counts)).mean().item()
+    objective.attach(model, shifted=True)
+    assert (model(**batch)["loss"] / course.items(batch)).item() == pytest.approx(expected, rel=1e-6)
+
+
+# A global batch, however it is split ---------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    "causal": {},
+    "keyword_weighted": {"kind": "keyword_weighted", "keywords": ["plt"], "alpha": 2.0},
+    "course": {"kind": "keyword_weighted", "keywords": ["plt"], "normalize": False},
+    "masked": {"kind": "masked", "probability": 0.4},
+}
+
+
+def step(directory, micro_batch, accumulation):
+    """Objective -> (loss, gradient) of one optimizer step of the Trainer on 8 rows of different lengths."""
+    tokens = byte_tokenizer()
+    found = {}
+    for name, settings in OBJECTIVES.items():
+        made = batches(tokens, **settings)
+        texts = ["plt plt plt a", "abc", "x" * 16, "plt", "ab plt cd", "zzzzzz plt plt", "plt plt", "0123456789"]
+        rows = [np.append(ids(tokens, text), 0)[:16] for text in texts]
+        model = network("bert" if name == "masked" else "gpt2")
+        objective.attach(model, shifted=made.shifted)
+        arguments = TrainingArguments(
+            output_dir=directory, use_cpu=True, report_to="none", max_steps=1, per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=accumulation, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
+            max_grad_norm=0.0, save_strategy="no", eval_strategy="no", logging_steps=1, disable_tqdm=True,
+            remove_unused_columns=False, dataloader_pin_memory=False,
+        )  # fmt: skip
+        before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
+        trainer = loop._Trainer(
+            None, None, None, model=model, args=arguments, train_dataset=objective.Numbered(rows), data_collator=made
+        )
+        trainer.train()
+        steps = {key: before[key] - weight.detach() for key, weight in model.named_parameters()}
+        found[name] = trainer.state.log_history[0]["loss"], steps
+    return found
+
+
+def one_of_two(rank, port, directory):
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    found = step(f"{directory}/{rank}", micro_batch=2, accumulation=2)
+    if rank == 0:
+        torch.save(found, f"{directory}/steps.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return step(str(tmp_path_factory.mktemp("whole")), micro_batch=8, accumulation=1)
+
+
+def assert_same_steps(found, expected):
+    for name in OBJECTIVES:
+        assert found[name][0] == pytest.approx(expected[name][0], rel=1e-4), name
+        for key, weight in expected[name][1].items():
+            torch.testing.assert_close(found[name][1][key], weight, rtol=1e-3, atol=1e-6, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize(("micro_batch", "accumulation"), [(1, 8), (2, 4)])
+def test_a_step_has_one_gradient_however_it_is_accumulated(whole, tmp_path, micro_batch, accumulation):
+    assert_same_steps(step(str(tmp_path), micro_batch, accumulation), whole)
+
+
+@pytest.mark.slow
+def test_a_step_of_two_workers_has_the_gradient_of_one(whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, args=(port, str(tmp_path)), nprocs=2)
+    assert_same_steps(torch.load(tmp_path / "steps.pt"), whole)
+
+
+def test_the_trainers_loss_is_the_mean_over_all_predictions(whole):
+    """Rows of 4 to 16 tokens: a mean of rows' or micro-batches' means would be another number."""
+    tokens = byte_tokenizer()
+    texts = ["plt plt plt a", "abc", "x" * 16, "plt", "ab plt cd", "zzzzzz plt plt", "plt plt", "0123456789"]
+    nll, count = 0.0, 0
+    model = network()
+    for text in texts:
+        row = torch.from_numpy(np.append(ids(tokens, text), 0)[:16])
+        chance = model(row[None]).logits[0].log_softmax(-1)
+        nll -= sum(chance[t, row[t + 1]].item() for t in range(len(row) - 1))
+        count += len(row) - 1
+    assert whole["causal"][0] == pytest.approx(nll / count, rel=1e-4)

@@ -1,3 +1,4 @@
+import json
 import random
 
 import numpy as np
@@ -132,7 +133,7 @@ def test_a_long_document_in_parts_has_the_ids_of_the_whole(tmp_path, monkeypatch
     tokenizer.train(TEXTS, TrainedTokenizer(kind=kind, vocab_size=300)).save_pretrained(tmp_path)
     rng = random.Random(0)
     text = "".join(rng.choice([*words, " ", "\n", "return", " for"]) for _ in range(30_000))
-    encode = tokenizer._Slow(tokenizer.load(tmp_path))
+    encode = tokenizer._Slow(str(tmp_path))
     whole = encode([text])[0]
     calls = []
     monkeypatch.setattr(tokenizer, "LONG", 5000)
@@ -146,8 +147,40 @@ def test_a_long_document_in_parts_has_the_ids_of_the_whole(tmp_path, monkeypatch
 
 
 def test_a_long_document_of_one_word_is_encoded_as_a_whole(trained, monkeypatch):
-    encode = tokenizer._Slow(tokenizer.load(trained))
+    encode = tokenizer._Slow(str(trained))
     whole = encode(["hello" * 5000])[0]
     monkeypatch.setattr(tokenizer, "LONG", 5000)
     monkeypatch.setattr(tokenizer, "OVERLAP", 1000)
     assert encode(["hello" * 5000])[0].tolist() == whole.tolist()
+
+
+def test_the_tokenizer_of_a_gguf_file(tmp_path):
+    import gguf
+
+    made = tokenizer.train(TEXTS, TrainedTokenizer(vocab_size=280))
+    model = json.loads(made.backend_tokenizer.to_str())["model"]
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(model["vocab"], key=model["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_token_types([3] + [1] * (len(made) - 1))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    for key, value in {"block_count": 1, "context_length": 64, "embedding_length": 8, "head_count": 1}.items():
+        getattr(writer, f"add_{key}")(value)
+    writer.add_tensor("token_embd.weight", np.zeros((len(made), 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    section = TokenizerConfig(path=str(tmp_path), gguf_file="model.gguf")
+    loaded = tokenizer.load_section(section)
+    assert loaded.eos_token_id == 0
+    assert loaded(TEXTS[0]).input_ids == made(TEXTS[0]).input_ids
+    assert list(tokenizer.version(section)) == ["model.gguf"]
+
+
+def test_ids_are_stored_in_two_bytes_where_they_fit():
+    assert tokenizer.id_type({"a": 0, "b": 65_535}) == np.uint16
+    assert tokenizer.id_type({"a": 0, "b": 65_536}) == np.uint32

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import pickle
@@ -5,12 +6,13 @@ import random
 import tempfile
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from raylm import config, tokens
 from raylm import corpus as corpora
-from raylm import tokens
 from raylm.blocks import Packed
 from raylm.config import BlocksConfig, CorpusConfig, TokenizerConfig, TrainedTokenizer
 from raylm.errors import DataError
@@ -335,3 +337,55 @@ def test_files_are_encoded_without_a_store(corpus, tmp_path, monkeypatch):
     assert len(found) == len(store.train)
     assert all(found[i].tolist() == store.train[i].tolist() for i in range(len(found)))
     assert [found.document_bytes(i) for i in range(40)] == [store.train.document_bytes(i) for i in range(40)]
+
+
+ELI5 = [
+    {
+        "q_id": "1",
+        "title": "Why is the sky blue?",
+        "answers": {"text": ["Scattering.", "Blue bends."], "score": [5, 3]},
+    },
+    {"q_id": "2", "title": "Why is snow white?", "answers": {"text": ["It scatters all light."], "score": [2]}},
+]
+
+
+def test_the_eli5_config_on_rows_of_the_same_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ELI5))
+    file = Path(__file__).parents[1] / "configs" / "eli5_finetune.yaml"
+    settings = [f"corpus.paths={tmp_path}/qa.jsonl", "corpus.validation_fraction=0"]
+    experiment = config.load(file, [*settings, "tokenizer.train={vocab_size: 300}"])
+    store, _ = tokens.prepare(experiment.corpus, experiment.tokenizer, storage=str(tmp_path))
+    assert [store.tokenizer.decode(ids) for ids in store.train] == [
+        "Question: Why is the sky blue?\nAnswer: Scattering.\n\nBlue bends.",
+        "Question: Why is snow white?\nAnswer: It scatters all light.",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib and pandas")
+def test_the_code_config_on_what_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    file = Path(__file__).parents[1] / "configs" / "code_from_scratch.yaml"
+    settings = ["corpus.paths=[python://matplotlib]", "tokenizer.train.vocab_size=1000"]
+    experiment = config.load(file, settings)
+    store, _ = tokens.prepare(experiment.corpus, experiment.tokenizer, storage=str(tmp_path))
+    assert store.manifest["ledger"]["filtered: keep_any"] > 0
+    texts = (store.tokenizer.decode(ids) for ids in store.train)
+    assert all(any(word in text for word in experiment.corpus.keep_any) for text in texts)
+
+
+@pytest.mark.parametrize("source", ["saved", "hub", "stream"])
+def test_data_sets_reach_the_store_through_ray(tmp_path, source):
+    rows = [{"text": f"Row {row} says hello."} for row in range(30)]
+    if source == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+        path = f"{tmp_path}/saved"
+    else:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path = f"hub://{tmp_path}/data?split=train[5:]" if source == "hub" else f"hub://{tmp_path}/data?streaming=true"
+    corpus = CorpusConfig(paths=path, validation_fraction=0)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    expected = [row["text"] for row in rows][5 if source == "hub" else 0 :]
+    assert [store.tokenizer.decode(ids) for ids in store.train] == expected

@@ -6,6 +6,7 @@ A section is named like the module that reads it. This file knows nothing of YAM
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,6 +27,16 @@ def _regular_expression(value: str) -> str:
         re.compile(value)
     except re.error as error:
         raise ValueError(f"must be a regular expression, got {value!r}: {error}") from None
+    return value
+
+
+def _template(value: str) -> str:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(value) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"must be a column or a template of columns in braces, got {value!r}: {error}") from None
+    if "" in names:
+        raise ValueError(f"must name the column between its braces, got {value!r}")
     return value
 
 
@@ -58,7 +69,7 @@ class CorpusConfig(Section):
     paths: Strings = ()
     """Where the text is: files, directories, globs, s3:// and the like; hub://ID?split=train[:5000] (also &config=,
     &revision=, &streaming=true); python://stdlib and python://PACKAGE for source code."""
-    text: str = "text"
+    text: Annotated[str, AfterValidator(_template)] = "text"
     """In files with columns, the one that holds the text, by a dotted path into it (answers.text), or a template of
     several: "Question: {question}\\nAnswer: {answers.text}"."""
     join: str = " "
@@ -121,17 +132,60 @@ class BlocksConfig(Section):
     """packed: documents in a block do not see each other; positions start again with each."""
 
 
+class Lora(Section):
+    r: Annotated[Count, Field(ge=1)] = 8
+    """Rank of the update of each matrix."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The update is scaled by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of the update's input."""
+    target_modules: Strings = ()
+    """Names of the layers to adapt, or all-linear. Default: peft's choice for the type of model."""
+
+
 class ModelConfig(Section):
     exclusive: ClassVar = ("path", "config")
     path: str | None = None
     """A pretrained model: a directory or Hub id."""
     config: dict[str, Any] | None = None
-    """A new model: {model_type: gpt2, n_layer: 4, ...}, the fields of that model's configuration."""
+    """A new model: {model_type: gpt2, n_layer: 4, ...}, the fields of that model's configuration; or of another one's,
+    {path: distilgpt2, n_layer: 2, ...}, those that are to differ (path: a directory, a config.json or a Hub id)."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id. A tokenizer has its own: tokenizer.revision."""
+    gguf_file: str | None = None
+    """The GGUF file to read, in the directory or repository of `path`; its weights are unpacked."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights and the optimizer's state. For mixed precision keep float32 and set train.arguments.bf16."""
+    attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2, ...: how attention is computed. Default: transformers' choice."""
+    lora: Lora | None = None
+    """Train low-rank updates (Hu et al. 2021, arXiv:2106.09685) instead of all weights; needs peft. `{}` for defaults.
+    Checkpoints hold the model with the updates merged."""
+    pad_vocab_to: Annotated[Count, Field(ge=1)] | None = None
+    """Round the vocabulary of a new model up to a multiple of this, 64 for example: quicker on GPUs."""
+    trust_remote_code: bool = False
+    """Run the code that comes with the model at `path`, as its makers wrote it."""
 
 
 class ObjectiveConfig(Section):
-    kind: Literal["causal"] = "causal"
-    """causal: predict each next token."""
+    kind: Literal["causal", "keyword_weighted", "masked", "fill_in_middle"] = "causal"
+    """causal: predict each next token. keyword_weighted: causal, blocks with keywords count more. masked: predict
+    hidden tokens, as BERT does. fill_in_middle: causal, some documents as prefix, suffix, middle, for code models."""
+    keywords: Strings = ()
+    """keyword_weighted: the words, [plt, pd, fit], each also with a space before it; of one or several tokens."""
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    """keyword_weighted: a block weighs alpha x (1 + keywords in it). Only matters if not normalized."""
+    normalize: bool = True
+    """keyword_weighted: divide by the sum of weights over the global batch. False is the Hugging Face course's formula,
+    whose gradient grows with alpha and the number of keywords."""
+    probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """masked: part of the tokens that are predicted."""
+    rate: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """fill_in_middle: part of the documents that are reordered."""
+    spm_rate: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """fill_in_middle: part of the reordered ones that have the suffix first."""
+    sentinels: Annotated[Strings, Field(min_length=3, max_length=3)] = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+    """fill_in_middle: the tokens put before prefix, middle and suffix. The tokenizer must have them."""
 
 
 class TrainConfig(Section):

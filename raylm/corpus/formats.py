@@ -20,6 +20,7 @@ import sys
 import tokenize
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from raylm.config import CorpusConfig
@@ -71,7 +72,7 @@ def texts(piece: Piece, corpus: CorpusConfig) -> Texts:
     import pyarrow
 
     file = piece.file
-    _check_unchanged(file)
+    _check_unchanged(piece)
     if not file.size and piece.format not in ("text", "python", "hub"):
         yield Fault("", f"empty file (0 bytes), expected {piece.compression or piece.format}")
         return
@@ -95,14 +96,17 @@ def _expected(kind: str, file: File) -> str:
     return "" if head == MAGIC[kind] else f" (begins with {head!r}, expected {MAGIC[kind]!r})"
 
 
-def _check_unchanged(file: File) -> None:
+def _check_unchanged(piece: Piece) -> None:
+    file = piece.file
     if "://" in file.path or os.path.isdir(file.path):
         return
     try:
         status = os.stat(file.path)
     except FileNotFoundError:
-        raise DataError(f"{file.path}: it was there when the corpus was listed, and is gone", file.path) from None
-    if (status.st_size, str(status.st_mtime_ns)) != (file.size, file.version):
+        raise DataError(f"{file.path}: it was there when the corpus was listed, and is not now", file.path) from None
+    # Every node has Python's own sources from an installation of its own, with times of its own.
+    same_time = piece.format == "python" or str(status.st_mtime_ns) == file.version
+    if status.st_size != file.size or not same_time:
         raise DataError(f"{file.path}: it has changed since the corpus was listed; run the command again", file.path)
 
 
@@ -160,9 +164,15 @@ def _decoded(content: bytes, begin: int) -> str | Fault:
 def _lines(piece: Piece, stream: Any) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of the lines that begin in the piece's range of bytes. \\n ends a line and nothing else does."""
     begin = 0
-    if piece.start:
-        stream.seek(piece.start - 1)
-        begin = piece.start - 1 + len(stream.readline())  # the line that the byte before is in is the piece before's
+    if piece.start:  # the line that the byte before is in is the piece before's
+        begin = piece.start - 1
+        stream.seek(begin)
+        while part := stream.readline(1 << 20):
+            begin += len(part)
+            if part.endswith(b"\n"):
+                break
+            if piece.stop is not None and begin >= piece.stop:  # no line begins in a range inside a huge one
+                return
     for line in stream:
         if piece.stop is not None and begin >= piece.stop:
             return
@@ -230,10 +240,11 @@ class Columns:
     def _inside(self, value: Any, key: str, name: str, row: dict[str, Any]) -> Any:
         if isinstance(value, list):
             return [self._inside(item, key, name, row) for item in value]
-        if isinstance(value, dict) and key in value:
-            return value[key]
-        columns = value if isinstance(value, dict) else row
-        raise LookupError(missing(name if columns is row else f"{key} in {name}", list(columns)))
+        if not isinstance(value, dict):
+            raise LookupError(f"corpus.text: there is no {key} of {name} in {_shown(value)}")
+        if key not in value:
+            raise LookupError(missing(name if value is row else f"{key} in {name}", list(value)))
+        return value[key]
 
     def top(self, names: list[str], where: str) -> list[str]:
         """The columns of a table that are needed; DataError if one is not there."""
@@ -256,13 +267,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _row_text(columns: Columns, row: Any, place: Callable[[], str]) -> str | Fault:
+def _row_text(columns: Columns, row: Any, place: str) -> str | Fault:
     if not isinstance(row, dict):
-        return Fault(place(), f"a row is an object {{...}}, got {_shown(row)}")
+        return Fault(place, f"a row is an object {{...}}, got {_shown(row)}")
     try:
         return columns.text(row)
     except LookupError as error:
-        return Fault(place(), error.args[0])
+        return Fault(place, error.args[0])
 
 
 def _jsonl(piece: Piece, corpus: CorpusConfig) -> Texts:
@@ -272,20 +283,23 @@ def _jsonl(piece: Piece, corpus: CorpusConfig) -> Texts:
             if line.isspace():
                 continue
 
-            def row(begin: int = begin, number: int = number) -> str:
-                return f"row {number + 1 + _lines_before(piece)}"
-
-            if not begin:
-                line = line.removeprefix(codecs.BOM_UTF8)
+            start = len(codecs.BOM_UTF8) if not begin and line.startswith(codecs.BOM_UTF8) else 0
+            fault: tuple[int | None, str]
             try:
-                yield _row_text(columns, json.loads(line), row)
+                text = _row_text(columns, json.loads(line[start:].decode()), "")
+                if isinstance(text, str):
+                    yield text
+                    continue
+                fault = None, text.what
             except UnicodeDecodeError as error:
-                yield Fault(f"{row()}, byte {begin + error.start}", "invalid UTF-8")
+                fault = error.start, "invalid UTF-8"
             except json.JSONDecodeError as error:
-                at = begin + len(error.doc[: error.pos].encode())
-                yield Fault(f"{row()}, byte {at}", f"not JSON: {error.msg}")
+                fault = len(error.doc[: error.pos].encode()), f"not JSON: {error.msg}"
             except RecursionError:
-                yield Fault(row(), "not JSON: nested too deep")
+                fault = None, "not JSON: nested too deep"
+            at, what = fault
+            place = f"row {number + 1 + _lines_before(piece)}"
+            yield Fault(place if at is None else f"{place}, byte {begin + start + at}", what)
 
 
 def _lines_before(piece: Piece) -> int:
@@ -315,7 +329,7 @@ def _json(piece: Piece, corpus: CorpusConfig) -> Texts:
             return
         number += 1
         row, position = decoder.raw_decode(content, position)
-        yield _row_text(columns, row, lambda number=number: f"row {number}")  # type: ignore[misc]
+        yield _row_text(columns, row, f"row {number}")
         position = _skip(content, position, " \t\r\n,")
 
 
@@ -335,7 +349,7 @@ def _csv(piece: Piece, corpus: CorpusConfig) -> Texts:
         columns.top(list(rows.fieldnames or ()), piece.file.path)
         try:
             for number, row in enumerate(rows, 1):
-                text = _row_text(columns, row, lambda number=number: f"row {number}, line {rows.line_num}")  # type: ignore[misc]
+                text = _row_text(columns, row, f"row {number}, line {rows.line_num}")
                 if isinstance(text, str) and not text.isascii() and any("\udc80" <= char <= "\udcff" for char in text):
                     text = Fault(f"row {number}, line {rows.line_num}", "invalid UTF-8")
                 yield text
@@ -361,7 +375,7 @@ def _batches(batches: Any, columns: Columns, number: int = 0) -> Texts:
     for batch in batches:
         for row in batch.to_pylist():
             number += 1
-            yield _row_text(columns, row, lambda number=number: f"row {number}")  # type: ignore[misc]
+            yield _row_text(columns, row, f"row {number}")
 
 
 def _arrow(piece: Piece, corpus: CorpusConfig) -> Texts:
@@ -426,7 +440,7 @@ def _data_set(piece: Piece, corpus: CorpusConfig) -> Texts:
         if rows.num_shards > 1:
             rows = rows.shard(num_shards=rows.num_shards, index=piece.start)
         for number, row in enumerate(rows.select_columns(names) if names else rows, 1):
-            yield _row_text(columns, row, lambda number=number: f"shard {piece.start}, row {number}")  # type: ignore[misc]
+            yield _row_text(columns, row, f"shard {piece.start}, row {number}")
         return
     stop = len(rows) if piece.stop is None else min(piece.stop, len(rows))
     part = rows.select_columns(names).select(range(piece.start, stop)).with_format("arrow")
@@ -435,6 +449,7 @@ def _data_set(piece: Piece, corpus: CorpusConfig) -> Texts:
         yield from _batches(table.to_batches(), columns, piece.start + first)
 
 
+@lru_cache(maxsize=4)  # a process of Ray reads many pieces of one data set
 def data_set_rows(file: File) -> Any:
     """The data set behind a hub:// path or a saved directory."""
     import datasets

@@ -82,7 +82,7 @@ def shards(sources: list[Source]) -> list[Shard]:
     for index, source in enumerate(sources):
         for file in source.files:
             for piece, num_bytes in _pieces(_whole(file, index, source), most):
-                if pieces and size + num_bytes > most:
+                if pieces and (size + num_bytes > most or piece.validation != pieces[-1].validation):
                     made.append(Shard(tuple(pieces), size))
                     pieces, size = [], 0
                 pieces.append(piece)
@@ -221,6 +221,8 @@ def hashes(shard: Shard, corpus: CorpusConfig) -> bytes:
 def select(plan: list[Shard], hashed: Iterator[bytes], corpus: CorpusConfig) -> list[Shard]:
     """The shards with the documents to keep: the first of each content, and corpus.max_documents of them in all.
 
+    Of a document in corpus.paths and corpus.validation_paths the latter is kept, or validation would be of texts that
+    were trained on.
     `hashed` gives the hashes of each shard in order, and is read no further than needed. Holds 8 bytes a document.
     """
     found: list[np.ndarray] = []
@@ -237,8 +239,10 @@ def select(plan: list[Shard], hashed: Iterator[bytes], corpus: CorpusConfig) -> 
     joined = np.concatenate(found) if found else np.empty(0, np.uint64)
     keep = np.ones(len(joined), bool)
     if corpus.deduplicate:
+        training = [not shard.pieces[0].validation for shard in plan[: len(found)]]
+        order = np.argsort(np.repeat(training, [len(part) for part in found]), kind="stable")
         keep[:] = False
-        keep[np.unique(joined, return_index=True)[1]] = True
+        keep[order[np.unique(joined[order], return_index=True)[1]]] = True
     ends = np.cumsum([len(part) for part in found])
     last = len(joined) if most is None else int(np.searchsorted(np.cumsum(keep), most)) + 1
     chosen = []

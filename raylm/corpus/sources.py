@@ -243,11 +243,18 @@ def _data_set(key: str, path: str) -> File:
     except ValueError as error:
         raise DataError(f"{key}: {path}: {error}", key) from None
     import datasets
+    import huggingface_hub
 
+    if os.path.isdir(asked.name):  # data files on this machine; tasks run in directories of their own
+        path = path.replace(asked.name, os.path.abspath(asked.name), 1)
     try:
+        if not (os.path.isdir(asked.name) or huggingface_hub.constants.HF_HUB_OFFLINE):
+            # A Hub that is out of reach is found out here at once; datasets tries for half a minute.
+            huggingface_hub.dataset_info(asked.name, revision=asked.revision, timeout=10)
         builder = datasets.load_dataset_builder(asked.name, asked.config, revision=asked.revision)
     except Exception as error:  # of the Hub, the network, the data set's own card
-        raise DataError(f"{key}: {path}: {str(error).splitlines()[0]}", key) from None
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(f"{key}: {path}: {why}; HF_HUB_OFFLINE=1 reads what was downloaded before", key) from None
     splits = builder.info.splits or {}
     base = asked.split.partition("[")[0]
     if splits and base not in splits and "+" not in base:

@@ -33,8 +33,10 @@ SPLITS = ("train", "validation")
 class Split:
     """The documents of a split: a sequence of 1-D arrays of token ids, views of the memory map."""
 
-    def __init__(self, store: str, name: str, shards: list[dict[str, Any]]):
+    def __init__(self, store: str, name: str, shards: list[dict[str, Any]], sources: list[str]):
         self._key = (store, name)
+        self.sources = sources
+        """The entries of the corpus section, by which figures can be told apart."""
         self._files = [shard["file"] for shard in shards]
         self._first = [0, *accumulate(shard["documents"] for shard in shards)]
         self.shards = [(shard["documents"], shard["tokens"]) for shard in shards]
@@ -62,6 +64,11 @@ class Split:
         """A hash of the document's text: the same in every store that has the document."""
         shard, row = self._locate(index)
         return self._batch(shard)["doc_id"][row].as_py()
+
+    def document_source(self, index: int) -> str:
+        """The entry of corpus.paths or corpus.validation_paths that the document is from."""
+        shard, row = self._locate(index)
+        return self.sources[self._batch(shard)["source"][row].as_py()]
 
     def arrays(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all documents of the shard one after the other, where each document begins and the last one ends)."""
@@ -100,8 +107,9 @@ class Store:
         self.fingerprint: str = manifest["fingerprint"]
         self.eos_id: int = manifest["tokenizer"]["eos_id"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
-        self.train = Split(path, "train", manifest["train"]["shards"])
-        self.validation = Split(path, "validation", manifest["validation"]["shards"])
+        sources = [source["name"] for source in manifest["sources"]]
+        self.train = Split(path, "train", manifest["train"]["shards"], sources)
+        self.validation = Split(path, "validation", manifest["validation"]["shards"], sources)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -115,10 +123,10 @@ class Encoded:
     """Documents in memory, with a split's interface: for text that is scored once and not worth a store."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[np.ndarray, int]] = []
+        self._rows: list[tuple[np.ndarray, int, str]] = []
 
-    def append(self, ids: np.ndarray, num_bytes: int) -> None:
-        self._rows.append((ids, num_bytes))
+    def append(self, ids: np.ndarray, num_bytes: int, source: str) -> None:
+        self._rows.append((ids, num_bytes, source))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -128,6 +136,9 @@ class Encoded:
 
     def document_bytes(self, index: int) -> int:
         return self._rows[index][1]
+
+    def document_source(self, index: int) -> str:
+        return self._rows[index][2]
 
 
 def open_store(path: str | os.PathLike) -> Store:

@@ -176,6 +176,8 @@ def _write_tokenizer(path: str, section: TokenizerConfig, plan: list[Shard], cor
         return
     if section.train is not None:
         most = SAMPLE_BYTES * section.train.vocab_size
+        share = min(most, sum(shard.num_bytes for shard in plan)) / 1e6
+        cli.console.print(f"training a tokenizer of {section.train.vocab_size:,} entries on {share:.1f} MB of text")
         made = tokenizers.train(_sample(plan, corpus, most), section.train)
     else:
         made = tokenizers.load_section(section)
@@ -371,7 +373,7 @@ def encode_files(paths: Iterable[str], tokenizer: str) -> Encoded:
     for shard in shards(check(corpus)):
         for document in documents(shard, corpus, Ledger()):
             ids, _ = encode([document.text])
-            encoded.append(ids, document.num_bytes)
+            encoded.append(ids, document.num_bytes, corpus.paths[document.source])
     return encoded
 
 

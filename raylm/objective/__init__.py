@@ -1,0 +1,23 @@
+"""What the model learns: labels and weights (batches.py), and the loss (loss.py).
+
+The loss of a global batch is its summed cross entropy, in nats, divided once by what the batches count as `items`:
+for causal, masked and fill_in_middle the predicted tokens, of all micro-batches and all workers. So one global batch
+has one loss and one gradient, however it is split.
+"""
+
+from raylm.blocks import IGNORED
+from raylm.objective.batches import Batches, Causal, FillInMiddle, KeywordWeighted, Masked, Numbered, check, of
+from raylm.objective.loss import attach
+
+__all__ = [
+    "IGNORED",
+    "Batches",
+    "Causal",
+    "FillInMiddle",
+    "KeywordWeighted",
+    "Masked",
+    "Numbered",
+    "attach",
+    "check",
+    "of",
+]

@@ -1,0 +1,229 @@
+"""Training examples -> batches with labels, and weights where rows count differently.
+
+    block               a b E c d        E = end-of-text id, M = mask token, - = not predicted
+    causal              a b E c d        labels  - b E c d       each token from those before it
+    masked              a b E M d        labels  - - - c -       a few tokens from all around them
+    fill_in_middle      P S b M a E c    labels  - S b M a E c   a document as prefix, suffix, middle; then as causal
+    keyword_weighted    as causal, and a weight for each row
+
+What is drawn for an example depends on the seed and its number alone, not on micro-batches or workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from raylm import blocks
+from raylm.blocks import IGNORED
+from raylm.config import BlocksConfig, ObjectiveConfig, TrainedTokenizer
+from raylm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Example = tuple[int, np.ndarray]
+"""An example's number in the order of training, and its token ids."""
+
+
+def of(section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Batches:
+    """What makes batches for an objective: the Trainer's collator."""
+    kinds: dict[str, type[Batches]] = {
+        "causal": Causal,
+        "keyword_weighted": KeywordWeighted,
+        "masked": Masked,
+        "fill_in_middle": FillInMiddle,
+    }
+    check(section, cut, tokenizer)
+    return kinds[section.kind](section, cut, tokenizer, seed)
+
+
+def check(section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase | TrainedTokenizer) -> None:
+    """Refuse an objective that lacks a setting, or tokens of the tokenizer, be it there or yet to be trained."""
+    vocabulary: Collection[str]
+    if isinstance(tokenizer, TrainedTokenizer):
+        vocabulary = tokenizer.special_tokens
+        has_mask = not {"<mask>", "[MASK]"}.isdisjoint(vocabulary)
+    else:
+        vocabulary, has_mask = tokenizer.get_vocab(), tokenizer.mask_token is not None
+    if section.kind == "keyword_weighted" and not section.keywords:
+        raise ConfigError(
+            "objective.kind=keyword_weighted needs words: objective.keywords=[plt, pd, fit]", "objective.keywords"
+        )
+    if section.kind == "masked" and not has_mask:
+        raise ConfigError(
+            "objective.kind=masked: the tokenizer has no mask token; take a masked model's with tokenizer.path, or "
+            "train one with it: tokenizer.train.special_tokens=['<|endoftext|>', '<mask>']",
+            "objective.kind",
+        )
+    if section.kind == "masked" and cut.isolate_documents:
+        raise ConfigError(
+            "blocks.isolate_documents: masked models cannot tell documents in a block apart; "
+            "use blocks.packing=chunked or padded",
+            "blocks.isolate_documents",
+        )
+    missing = [token for token in section.sentinels if token not in vocabulary]
+    if section.kind == "fill_in_middle" and missing:
+        raise ConfigError(
+            f"objective.sentinels: the tokenizer has no {' '.join(missing)}; name the three it has, or train one with "
+            f"them: tokenizer.train.special_tokens=['<|endoftext|>', {', '.join(map(repr, section.sentinels))}]",
+            "objective.sentinels",
+        )
+
+
+class Numbered(Dataset):
+    """A Stream whose examples know their number."""
+
+    def __init__(self, stream: blocks.Stream):
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, k: int) -> Example:
+        return k, self.stream[k]
+
+
+class Batches:
+    """Examples -> one batch of tensors, int64 of shape (examples, longest row); see blocks.batch."""
+
+    shifted = True
+    """Whether the output at a token predicts the next one, or the token itself."""
+
+    def __init__(self, section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, seed: int):
+        self.section, self.cut, self.seed = section, cut, seed
+        self.eos_id: int = tokenizer.eos_token_id
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        made = self.arrays(examples)
+        return {name: torch.from_numpy(values) for name, values in made.items()}
+
+    def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        return blocks.batch([row for _, row in examples], self.cut, self.eos_id)
+
+    def items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """This batch's part of what the loss of the global batch is divided by."""
+        return (batch["labels"] != IGNORED).sum()
+
+    def random(self, number: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, number))
+
+
+class Causal(Batches):
+    """Each token is predicted from those before it, so a block of B tokens has B - 1 predictions.
+
+    The first label is IGNORED, since GPT-2 and some other classes count it as a prediction that it is not.
+    """
+
+
+class KeywordWeighted(Causal):
+    """Causal; a row's tokens count alpha x (1 + the keywords in it): the Hugging Face course's loss for code.
+
+    Normalized, the weights' sum over the tokens of the global batch divides the loss: with no keyword anywhere it is
+    the causal one. Otherwise it is the course's formula: the mean over rows of weight x the row's mean loss.
+    """
+
+    def __init__(self, section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, seed: int):
+        super().__init__(section, cut, tokenizer, seed)
+
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        self.sequences = [{ids(word), ids(f" {word}")} for word in section.keywords]
+        """Of each keyword, its tokens at the beginning of a line and after a space."""
+
+    def occurrences(self, row: np.ndarray) -> int:
+        """How often keywords are in a row; both spellings of one that end at the same token are one."""
+        return sum(len({end for spelling in spellings for end in _ends(row, spelling)}) for spellings in self.sequences)
+
+    def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        made = super().arrays(examples)
+        rows = [self.section.alpha * (1 + self.occurrences(row)) for _, row in examples]
+        weights = np.array(rows, np.float32)
+        if not self.section.normalize:
+            weights /= np.maximum((made["labels"] != IGNORED).sum(axis=1), 1)
+        return made | {"weights": weights}
+
+    def items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not self.section.normalize:
+            return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
+        return (batch["weights"] * (batch["labels"] != IGNORED).sum(dim=1)).sum()
+
+
+def _ends(row: np.ndarray, sequence: tuple[int, ...]) -> Iterator[int]:
+    """Where a sequence of tokens ends in a row, each time it is there."""
+    if not sequence or len(sequence) > len(row):
+        return iter(())
+    windows = np.lib.stride_tricks.sliding_window_view(row, len(sequence))
+    starts = np.flatnonzero((windows == np.array(sequence)).all(axis=1))
+    return iter((starts + len(sequence) - 1).tolist())
+
+
+class Masked(Batches):
+    """BERT's objective (Devlin et al. 2018, arXiv:1810.04805): some tokens are predicted from all around them.
+
+    Of these, 80 % are shown as the mask token, 10 % as a random token and 10 % as they are. Special tokens are not
+    predicted.
+    """
+
+    shifted = False
+
+    def __init__(self, section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, seed: int):
+        super().__init__(section, cut, tokenizer, seed)
+        self.mask_id: int = tokenizer.mask_token_id
+        self.special_ids = np.array([*tokenizer.all_special_ids, self.eos_id])
+        self.vocab_size = len(tokenizer)
+
+    def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        made = super().arrays(examples)
+        made["labels"] = np.full_like(made["input_ids"], IGNORED)
+        for place, (number, row) in enumerate(examples):
+            shown, labels = self.masked(number, row)
+            made["input_ids"][place, : len(row)] = shown
+            made["labels"][place, : len(row)] = labels
+        return made
+
+    def masked(self, number: int, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(what the model reads, what it is to predict)"""
+        random = self.random(number)
+        chosen = (random.random(len(row)) < self.section.probability) & ~np.isin(row, self.special_ids)
+        how = random.random(len(row))
+        others = random.integers(0, self.vocab_size, len(row))
+        shown = np.where(chosen & (how < 0.8), self.mask_id, np.where(chosen & (how >= 0.9), others, row))
+        return shown, np.where(chosen, row, IGNORED)
+
+
+class FillInMiddle(Causal):
+    """Documents cut in three and put in another order (Bavarian et al. 2022, arXiv:2207.14255); then causal.
+
+    PSM: P prefix S suffix M middle, and SPM: P S suffix M prefix middle, where P, S and M are the sentinels. They make
+    a row longer: what exceeds block_size is cut off at its end.
+    """
+
+    def __init__(self, section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, seed: int):
+        super().__init__(section, cut, tokenizer, seed)
+        self.sentinel_ids = [tokenizer.convert_tokens_to_ids(token) for token in section.sentinels]
+
+    def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        return super().arrays([(number, self.transformed(number, row)) for number, row in examples])
+
+    def transformed(self, number: int, row: np.ndarray) -> np.ndarray:
+        random = self.random(number)
+        ends = np.flatnonzero(row == self.eos_id)
+        parts: list[Any] = []
+        for piece in np.split(row, np.stack([ends, ends + 1], axis=1).ravel()):
+            whole = len(piece) == 0 or piece[0] == self.eos_id or random.random() >= self.section.rate
+            parts += [piece] if whole else self.moved(piece, random)
+        return np.concatenate(parts)[: self.cut.block_size].astype(row.dtype)
+
+    def moved(self, piece: np.ndarray, random: np.random.Generator) -> list[Any]:
+        prefix_id, middle_id, suffix_id = ([sentinel] for sentinel in self.sentinel_ids)
+        first, last = sorted(random.integers(0, len(piece) + 1, 2))
+        prefix, middle, suffix = piece[:first], piece[first:last], piece[last:]
+        if random.random() < self.section.spm_rate:
+            return [prefix_id, suffix_id, suffix, middle_id, prefix, middle]
+        return [prefix_id, prefix, suffix_id, suffix, middle_id, middle]

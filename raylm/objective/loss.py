@@ -1,0 +1,148 @@
+"""The summed cross entropy of a batch, without ever holding (batch x block x vocabulary) logits where that pays."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from raylm.blocks import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def attach(network: PreTrainedModel, *, shifted: bool, smoothing: float = 0.0) -> None:
+    """Have the model's own forward, where it is given labels, return {"loss": their summed cross entropy}, in nats.
+
+    `shifted`: the output at a token predicts the next one. `weights`, of shape (rows,), multiply each token's.
+    Inside of forward, not after it, because DDP, mixed precision and torch.compile wrap that and nothing else.
+    """
+    plain = network.forward
+    head = _bare_head(network)
+    if head is not None:
+        _can_be_left_out(head)
+    # No key-value cache: it is for generating, and hides where isolated documents begin.
+    options = {"use_cache": False} if shifted else {}
+
+    def forward(
+        self: PreTrainedModel, *args: Any, labels: Any = None, weights: Any = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor] | Any:
+        if labels is None:
+            return plain(*args, **kwargs)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shifted else labels
+        if head is None:
+            outputs, weight, bias = plain(*args, **kwargs, **options).logits, None, None
+        else:
+            head.left_out = True
+            try:
+                outputs = plain(*args, **kwargs, **options).logits
+            finally:
+                head.left_out = False
+            weight, bias = head.weight, head.bias
+        outputs, targets = outputs.flatten(0, 1), targets.flatten()
+        each = weights[:, None].expand(labels.shape).flatten() if weights is not None else None
+        if not shifted:  # a seventh of a masked model's outputs is used; of a causal one's all but one a row
+            used = targets != IGNORED
+            outputs, targets = outputs[used], targets[used]
+            each = each[used] if each is not None else None
+        return {"loss": _summed(outputs, weight, bias, targets, each, smoothing)}
+
+    network.forward = MethodType(forward, network)
+
+
+def _summed(
+    outputs: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    each: torch.Tensor | None,
+    smoothing: float,
+) -> torch.Tensor:
+    """Summed cross entropy of outputs, which are logits if there is no head's `weight`."""
+    if weight is not None and chunks_pay(len(outputs), weight) and not smoothing:
+        return _chunked(outputs, weight, bias, targets, each)
+    logits = F.linear(outputs, weight, bias) if weight is not None else outputs
+    reduction = "sum" if each is None else "none"
+    nll = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction=reduction, label_smoothing=smoothing)
+    return nll if each is None else (nll * each).sum()
+
+
+def chunks_pay(num_outputs: int, weight: torch.Tensor) -> bool:
+    """torch's own rule: with fewer outputs or a smaller vocabulary than hidden features, logits are the cheaper."""
+    num_classes, num_features = weight.shape
+    return num_outputs >= num_features and num_classes > num_features
+
+
+def chunk_size(num_classes: int, device: str) -> int | None:
+    """Outputs whose logits are held at a time; None leaves it to torch, which has measured it on GPUs.
+
+    On a CPU it would take 8 of 50,257 classes, and be 5.9 times as slow as plain logits (1024 outputs of 256 features,
+    one thread); 64 are 1.22 times, 128 to 512 are 0.7 times as slow.
+    """
+    return max(128, 2**24 // num_classes) if device == "cpu" else None
+
+
+def _chunked(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    each: torch.Tensor | None,
+) -> torch.Tensor:
+    device = hidden.device.type
+    # Autocast does not reach into this function: it gets what autocast would have given to a linear layer.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    bias = bias.to(dtype) if bias is not None else None
+    # A sum comes back in bfloat16 where the weights are: 4000 for 4062. There, as with weights, sum what it sums over.
+    # It costs another product with the weights, in backward.
+    at_once = each is None and dtype == torch.float32
+    with torch.autocast(device, enabled=False):
+        nll = F.linear_cross_entropy(
+            hidden,
+            weight,
+            targets,
+            linear_bias=bias,
+            reduction="sum" if at_once else "none",
+            ignore_index=IGNORED,
+            options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size(len(weight), device)),
+        )
+    if at_once:
+        return nll
+    nll = nll.float()
+    return nll.sum() if each is None else (nll * each).sum()
+
+
+def _can_be_left_out(head: torch.nn.Linear) -> None:
+    """While `left_out` is set, the model returns what its head is given. A flag, for torch.compile can follow that."""
+
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self.left_out else F.linear(hidden, self.weight, self.bias)
+
+    head.left_out = False
+    head.forward = MethodType(forward, head)
+
+
+@torch.no_grad()
+def _bare_head(network: PreTrainedModel) -> torch.nn.Linear | None:
+    """The last layer, if what it returns are the logits; None if they are capped or scaled after it (Gemma, Granite).
+
+    Found out by a forward pass over one token, not by names of settings, which every model has its own of.
+    """
+    head = network.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        return None
+    returned: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda _module, _inputs, output: returned.append(output))
+    training = network.training
+    network.eval()
+    try:
+        device = next(network.parameters()).device
+        logits = network(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device)).logits
+    finally:
+        hook.remove()
+        network.train(training)
+    return head if len(returned) == 1 and returned[0] is logits else None
