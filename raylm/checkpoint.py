@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from raylm import config, model
 from raylm.config import Experiment
 from raylm.errors import StorageError
+from raylm.perplexity import MaskedTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +34,11 @@ class Trained:
     """None for a model that raylm did not train."""
     record: dict[str, Any]
     """raylm.json, or empty."""
+
+    @property
+    def masked(self) -> MaskedTokens | None:
+        """How the model is scored if it is a masked one."""
+        return MaskedTokens.of(self.tokenizer) if model.is_masked(self.model.config) else None
 
     @property
     def context(self) -> int:

@@ -38,6 +38,9 @@ def evaluate(
         config or checkpoint.experiment_file(directory), [*here, *(settings or [])], print_config
     )
     paths = [str(path) for path in text or experiment.eval.paths]
+    from transformers import AutoConfig
+
+    from raylm import model as models
     from raylm import perplexity, train
 
     resources = cluster.plan(experiment.cluster)
@@ -52,19 +55,20 @@ def evaluate(
         else:
             with cluster.connect(experiment.cluster) as connected:
                 rows = train.score(where, documents, experiment, connected, progress)
-    total = figures(perplexity.Score.of(rows))
+    measure = "pseudo_perplexity" if models.is_masked(AutoConfig.from_pretrained(directory)) else "perplexity"
+    total = figures(perplexity.Score.of(rows), measure)
     names = [documents.document_source(index) for index in range(len(rows))]
     by_source = {name: rows[[name == other for other in names]] for name in dict.fromkeys(names)}
-    sources = {name: figures(perplexity.Score.of(part)) for name, part in by_source.items()}
+    sources = {name: figures(perplexity.Score.of(part), measure) for name, part in by_source.items()}
     view = report.facts({"model": str(directory), "text": source, **total})
     table = ("", report.scores(sources)) if len(sources) > 1 else ()
     return cli.Answer({**total, "sources": sources}, (view, *table))
 
 
-def figures(score: Score) -> dict[str, Any]:
-    """A score as the record of a command has it; nll is summed, in nats."""
+def figures(score: Score, measure: str) -> dict[str, Any]:
+    """A score as the record of a command has it, the perplexity by its name; nll is summed, in nats."""
     return {
-        "perplexity": score.perplexity,
+        measure: score.perplexity,
         "bits_per_byte": score.bits_per_byte,
         "nll": score.nll,
         "tokens": score.tokens,

@@ -56,9 +56,26 @@ def generate(
         trained = checkpoint.load(directory)
         trained.model.to(loop.device()).eval()
     sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    if trained.masked is not None:
+        answers = [filled(trained, text) for text in texts]
+        return cli.Answer({"prompts": texts, "texts": answers}, "\n\n".join(answers))
     how = GenerationConfig(do_sample=temperature > 0, **sampling)
     answers = [text + continuation(trained, text, how, max_new_tokens=max_new_tokens, seed=seed) for text in texts]
     return cli.Answer({"prompts": texts, "texts": answers}, "\n\n".join(answers))
+
+
+def filled(trained: Trained, prompt: str) -> str:
+    """The prompt with each of its mask tokens replaced by the likeliest token there."""
+    import torch
+
+    tokenizer = trained.tokenizer
+    given = tokenizer(prompt, return_tensors="pt")["input_ids"].to(trained.model.device)
+    places = given[0] == tokenizer.mask_token_id
+    if not places.any():
+        raise ConfigError(f"--prompt {prompt!r}: a masked model fills {tokenizer.mask_token}; put one in", "--prompt")
+    with torch.inference_mode():
+        given[0, places] = trained.model(input_ids=given).logits[0, places].argmax(-1)
+    return tokenizer.decode(given[0], skip_special_tokens=True)
 
 
 def continuation(trained: Trained, prompt: str, how: GenerationConfig, *, max_new_tokens: int, seed: int) -> str:

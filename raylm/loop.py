@@ -192,6 +192,7 @@ def score_loop_per_worker(config: dict[str, Scoring]) -> np.ndarray:
         context=trained.context,
         stride=job.section.stride,
         batch_tokens=job.section.batch_tokens,
+        masked=trained.masked,
         rank=session.rank,
         world_size=session.world_size,
         progress=job.progress,
@@ -275,6 +276,8 @@ class _Trainer(Trainer):
     def __init__(self, job: Job, session: Session, store: tokens.Store, **kwargs: Any):
         super().__init__(**kwargs)
         self.job, self.session, self.store = job, session, store
+        is_masked = job.experiment.objective.kind == "masked"
+        self.masked = perplexity.MaskedTokens.of(store.tokenizer) if is_masked else None
         self.best: dict[str, Any] = {}
         self.latest: dict[str, Any] = {}
         self.started = time.monotonic()
@@ -326,7 +329,8 @@ class _Trainer(Trainer):
             self.best = dict(self.latest)
         self.latest |= {f"best_{name}": self.best[name] for name in ("perplexity", "bits_per_byte", "step")}
         if self.session.rank == 0:
-            values = {"eval/perplexity": score.perplexity, "eval/bits_per_byte": score.bits_per_byte}
+            name = "perplexity" if self.masked is None else "pseudo_perplexity"
+            values = {f"eval/{name}": score.perplexity, "eval/bits_per_byte": score.bits_per_byte}
             self.job.run.metrics(values, step)
         every = self.job.budget.save_every
         due = is_best or (every is not None and step % every == 0)
@@ -345,6 +349,7 @@ class _Trainer(Trainer):
             stride=section.stride,
             batch_tokens=section.batch_tokens,
             max_tokens=section.max_tokens,
+            masked=self.masked,
             rank=self.session.rank,
             world_size=self.session.world_size,
         )

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Documents(Protocol):
@@ -68,6 +68,25 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 709 else math.inf
 
 
+class MaskedTokens(NamedTuple):
+    """How a masked model is scored: by pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659).
+
+    Each token is masked in turn and predicted from all others in its window. That is not a probability of the text, so
+    it compares masked models with each other only; and it costs a forward pass of the window for every token.
+    """
+
+    mask_id: int
+    first_id: int
+    """In front of every window, and `last_id` behind it: the tokenizer's own tokens, or end of text."""
+    last_id: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> MaskedTokens:
+        first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+        eos = tokenizer.eos_token_id
+        return cls(tokenizer.mask_token_id, eos if first is None else first, eos if last is None else last)
+
+
 class Window(NamedTuple):
     """Positions in a document with the end-of-text token put in front (position 0)."""
 
@@ -103,11 +122,12 @@ def score_documents(
     stride: int | None = None,
     batch_tokens: int = 16384,
     max_tokens: int | None = None,
+    masked: MaskedTokens | None = None,
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[float, float | None], None] | None = None,
 ) -> np.ndarray:
-    """The nll, tokens and bytes of each document, float64 of shape (documents, 3).
+    """The nll, tokens and bytes of each document, float64 of shape (documents, 3). `masked`, for masked models.
 
     Only the first documents up to `max_tokens` tokens are scored (at least one). With several workers each scores every
     world_size-th document and the rows are put together over torch.distributed, so that all workers return all of them.
@@ -121,16 +141,14 @@ def score_documents(
 
     def read() -> Iterator[Part]:
         for done, index in enumerate(chosen):
-            ids = np.concatenate(([eos_id], documents[index])).astype(np.int64)
-            rows[index, 1] = len(ids) - 1
+            rows[index, 1] = len(documents[index])
             rows[index, 2] = documents.document_bytes(index)
-            for window in windows(len(ids) - 1, context, stride or context):
-                yield Part(index, ids[window.start : window.end + 1], window.scored)
+            yield from _parts(index, documents[index], eos_id, context, stride or context, masked)
             if progress is not None:
                 progress(done + 1, len(chosen))
 
     for batch in _batches(read(), context, batch_tokens):
-        each = _nll(model, batch, eos_id, device)
+        each = _nll(model, batch, eos_id, device) if masked is None else _masked_nll(model, batch, masked, device)
         rows[:, 0].index_add_(0, torch.tensor([part.document for part in batch]), each.cpu())
     model.train(was_training)
     if world_size > 1:
@@ -152,11 +170,26 @@ def first_documents(documents: Documents, max_tokens: int | None) -> int:
 
 
 class Part(NamedTuple):
-    """A window's tokens: the last `scored` of them are scored, and count for the document."""
+    """A window's tokens: the last `scored` of them are scored (masked: the one at `scored`), for the document."""
 
     document: int
     ids: np.ndarray
     scored: int
+
+
+def _parts(
+    index: int, document: np.ndarray, eos_id: int, context: int, stride: int, masked: MaskedTokens | None
+) -> Iterator[Part]:
+    if masked is None:
+        ids = np.concatenate(([eos_id], document)).astype(np.int64)
+        for window in windows(len(document), context, stride):
+            yield Part(index, ids[window.start : window.end + 1], window.scored)
+        return
+    room = max(1, context - 2)
+    for start in range(0, len(document), room):
+        ids = np.concatenate(([masked.first_id], document[start : start + room], [masked.last_id])).astype(np.int64)
+        for place in range(1, len(ids) - 1):
+            yield Part(index, ids, place)
 
 
 def _batches(parts: Iterable[Part], context: int, batch_tokens: int) -> Iterator[Sequence[Part]]:
@@ -186,3 +219,21 @@ def _nll(model: PreTrainedModel, batch: Sequence[Part], eos_id: int, device: tor
     logits = model(input_ids=inputs.to(device), use_cache=False).logits
     each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().to(device), reduction="none")
     return each.double().view(len(batch), longest).sum(dim=1)
+
+
+def _masked_nll(
+    model: PreTrainedModel, batch: Sequence[Part], masked: MaskedTokens, device: torch.device
+) -> torch.Tensor:
+    """The nll of each window's masked token, float64 of shape (windows,)."""
+    longest = max(len(part.ids) for part in batch)
+    inputs = torch.full((len(batch), longest), masked.last_id)
+    attention = torch.zeros_like(inputs)
+    for row, (_, ids, place) in enumerate(batch):
+        inputs[row, : len(ids)] = torch.from_numpy(ids)
+        inputs[row, place] = masked.mask_id
+        attention[row, : len(ids)] = 1
+    places = torch.tensor([part.scored for part in batch], device=device)
+    truth = torch.tensor([int(part.ids[part.scored]) for part in batch], device=device)
+    logits = model(input_ids=inputs.to(device), attention_mask=attention.to(device)).logits
+    chosen = logits[torch.arange(len(batch), device=device), places]
+    return F.cross_entropy(chosen.float(), truth, reduction="none").double()

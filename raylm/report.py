@@ -53,6 +53,11 @@ def scores(by_name: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in ("perplexity", "bits/byte", "tokens", "bytes"):
         table.add_column(name, justify="right")
     for name, row in by_name.items():
-        numbers = [f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.2f}", f"{row['tokens']:,}", f"{row['bytes']:,}"]
+        numbers = [
+            f"{next(iter(row.values())):.2f}",
+            f"{row['bits_per_byte']:.2f}",
+            f"{row['tokens']:,}",
+            f"{row['bytes']:,}",
+        ]
         table.add_row(name, *numbers)
     return table

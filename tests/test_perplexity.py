@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from raylm.perplexity import Score, Window, first_documents, score, score_documents, windows
+from raylm.perplexity import MaskedTokens, Score, Window, first_documents, score, score_documents, windows
 
 CONTEXT = 8
 EOS = 0
@@ -79,6 +79,29 @@ def test_does_not_depend_on_the_batch(network, documents, batch_tokens):
     expected = score(network, documents, eos_id=EOS, context=CONTEXT)
     assert (found.tokens, found.bytes) == (expected.tokens, expected.bytes)
     assert found.nll == pytest.approx(expected.nll, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 50, 100_000])
+def test_a_masked_model_predicts_each_token_from_all_the_others_in_its_window(batch_tokens):
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertForMaskedLM(BertConfig(vocab_size=23, max_position_embeddings=CONTEXT, **sizes)).eval()
+    documents = Documents(np.random.default_rng(4).integers(4, 23, length) for length in [1, 6, 7, 15])
+    expected = []
+    for document in documents:
+        nll = 0.0
+        for start in range(0, len(document), CONTEXT - 2):
+            window = [1, *document[start : start + CONTEXT - 2].tolist(), 2]
+            for place in range(1, len(window) - 1):
+                shown = torch.tensor([[*window[:place], 3, *window[place + 1 :]]])
+                with torch.no_grad():
+                    nll -= bert(shown).logits[0, place].log_softmax(-1)[window[place]].item()
+        expected.append(nll)
+    masked = MaskedTokens(mask_id=3, first_id=1, last_id=2)
+    how = {"eos_id": EOS, "context": CONTEXT, "masked": masked, "batch_tokens": batch_tokens}
+    rows = score_documents(bert, documents, **how)
+    assert rows[:, 0] == pytest.approx(expected, rel=1e-5)
+    assert rows[:, 1].tolist() == [1, 6, 7, 15]
 
 
 def test_documents_are_scored_one_by_one(network, documents):
