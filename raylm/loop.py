@@ -304,18 +304,23 @@ class _Trainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         scaled = self.accelerator.scaler is not None  # fp16: the scaler skips a step that overflows and goes on
         if norm is not None and not scaled and not math.isfinite(norm):
-            raise TrainingError(
-                f"training diverged: the gradient is {float(norm)} at step {self.state.global_step + 1}; "
-                f"lower train.learning_rate={self.args.learning_rate:g} or raise train.warmup_steps",
-                where="train.learning_rate",
-            )
+            raise self._diverged(f"the gradient is {float(norm)} at step {self.state.global_step + 1}")
         return norm
+
+    def _diverged(self, how: str) -> TrainingError:
+        return TrainingError(
+            f"training diverged: {how}; lower train.learning_rate={self.args.learning_rate:g} or raise "
+            "train.warmup_steps",
+            where="train.learning_rate",
+        )
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation split, decide whether the weights are kept, and report."""
         step = self.state.global_step
         self.control.should_evaluate = False  # or the end of the data would evaluate the last step again
         score = self._score()
+        if not math.isfinite(score.perplexity):
+            raise self._diverged(f"perplexity is {score.perplexity} at step {step}")
         self.latest = {
             "step": step,
             "tokens": step * self.job.budget.batch_tokens,

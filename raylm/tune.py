@@ -370,9 +370,7 @@ def _row(result: Any, experiment: Experiment) -> dict[str, Any]:
     failure = metrics.get("failure") or (str(result.error).strip().split("\n")[-1] if result.error else None)
     seen = metrics.get("tokens", 0)
     saved = result.get_best_checkpoint("perplexity", "min") if result.checkpoint else None
-    scored = failure is None and math.isfinite(metrics.get("best_perplexity", math.nan))
-    if failure is None and not scored:
-        failure = "perplexity is not finite"
+    scored = failure is None and "best_perplexity" in metrics
     completed = seen >= metrics.get("budget_tokens", math.inf)
     return {
         "trial_id": _number(metrics.get("trial_id") or result.path.rsplit("_", 1)[-1]),

@@ -94,9 +94,7 @@ def test_the_same_score_from_one_process_and_from_two_workers(one_worker, ray_cl
 
 def test_divergence_is_an_error_that_names_step_and_setting(ray_cluster, tiny):
     experiment = tiny("train.learning_rate=1e30", "train.warmup_steps=0", "train.arguments.max_grad_norm=1e30")
-    with pytest.raises(
-        TrainingError, match=r"diverged: the gradient is .* at step \d+; lower train.learning_rate=1e\+30"
-    ):
+    with pytest.raises(TrainingError, match=r"diverged: .* at step \d+; lower train.learning_rate=1e\+30"):
         run(experiment, name="diverged")
 
 
@@ -123,7 +121,7 @@ def test_sizes_that_do_not_fit_are_told_before_ray_starts(tiny):
         "model.config.model_type=t5",
         "train.lr_scheduler_type=reduce_lr_on_plateau",
     ):
-        with pytest.raises(ConfigError, match="model.config|train.arguments"):
+        with pytest.raises(ConfigError, match=r"^model(\.config.*)?: |^train\.arguments: "):
             train.plan(tiny(setting))
 
 
