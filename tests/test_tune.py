@@ -99,6 +99,7 @@ def test_a_trial_that_diverges_or_cannot_be_built_is_a_row_and_the_others_go_on(
                 "model.config.n_head": {"grid": [2, 3]},  # 16 wide: three heads do not fit
             },
             "tune.num_samples": 1,
+            "tune.scheduler": "none",
         },
     )
     rows, best, parent = run(experiment, "faults")
@@ -131,7 +132,7 @@ def test_asha_stops_the_worse_trials_early_at_a_rung_of_tokens(ray_cluster, tiny
 def test_trials_of_two_workers_take_the_same_road(ray_cluster, tiny):
     experiment = override(
         tiny("cluster.num_workers=2"),
-        {"tune.space": {"blocks.block_size": {"grid": [16, 32]}}, "tune.num_samples": 1},
+        {"tune.space": {"blocks.block_size": {"grid": [16, 32]}}, "tune.num_samples": 1, "tune.scheduler": "none"},
     )
     rows, best, _ = run(experiment, "groups")
     assert [row["status"] for row in rows] == ["completed", "completed"]
