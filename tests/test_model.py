@@ -159,7 +159,6 @@ def test_code_that_comes_with_a_model_runs_only_if_asked_for(tmp_path, monkeypat
 
 @pytest.mark.parametrize("targets", [(), ("all-linear",), ("c_attn", "c_proj")])
 def test_low_rank_updates_are_trained_alone_and_saved_merged(tmp_path, tokenizer, targets):
-    pytest.importorskip("peft")
     base = model.build(ModelConfig(config=SMALL), tokenizer, block_size=8, seed=3)
     section = ModelConfig(config=SMALL, lora={"r": 2, "target_modules": targets})
     network = model.build(section, tokenizer, block_size=8, seed=3)
@@ -184,7 +183,6 @@ def test_low_rank_updates_are_trained_alone_and_saved_merged(tmp_path, tokenizer
 
 
 def test_low_rank_training_goes_on_from_its_checkpoint_to_the_same_bytes(tmp_path, tokenizer):
-    pytest.importorskip("peft")
     experiment = Experiment(model=ModelConfig(config=SMALL, lora={"r": 2, "dropout": 0.1}), blocks={"block_size": 8})
     trainer = trainer_of(experiment, tokenizer, tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
@@ -280,7 +278,6 @@ def test_a_gguf_file_is_unpacked_to_weights_that_can_be_trained_and_saved(tmp_pa
 
 
 def test_layers_that_the_model_has_not_are_named(tokenizer):
-    pytest.importorskip("peft")
     section = ModelConfig(config=SMALL, lora={"target_modules": "q_proj"})
     with pytest.raises(ConfigError, match=r"model.lora.target_modules: .*q_proj.*all-linear"):
         model.build(section, tokenizer, block_size=8)

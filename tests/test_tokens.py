@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import pickle
@@ -363,7 +362,6 @@ def test_the_eli5_config_on_rows_of_the_same_shape(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib and pandas")
 def test_the_code_config_on_what_is_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_each", one_by_one)
     file = Path(__file__).parents[1] / "configs" / "code_from_scratch.yaml"
