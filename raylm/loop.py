@@ -276,8 +276,6 @@ class _Trainer(Trainer):
     def __init__(self, job: Job, session: Session, store: tokens.Store, **kwargs: Any):
         super().__init__(**kwargs)
         self.job, self.session, self.store = job, session, store
-        is_masked = job.experiment.objective.kind == "masked"
-        self.masked = perplexity.MaskedTokens.of(store.tokenizer) if is_masked else None
         self.best: dict[str, Any] = {}
         self.latest: dict[str, Any] = {}
         self.started = time.monotonic()
@@ -343,6 +341,12 @@ class _Trainer(Trainer):
         if not self.control.should_save:
             self.session.report(dict(self.latest), None)
         return {"eval_perplexity": score.perplexity}
+
+    @property
+    def masked(self) -> perplexity.MaskedTokens | None:
+        """How the model is scored if it is a masked one."""
+        is_masked = self.job.experiment.objective.kind == "masked"
+        return perplexity.MaskedTokens.of(self.store.tokenizer) if is_masked else None
 
     def _score(self) -> Score:
         section = self.job.experiment.eval
