@@ -6,7 +6,7 @@ import typer
 
 from raylm import cli
 
-VERBS = ("prepare", "inspect", "train", "tune", "evaluate", "generate", "push")
+VERBS = ("prepare", "inspect", "train", "tune", "evaluate", "generate", "push", "sync")
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ For example, batch_tokens 2048, block_size 128, 2 workers, micro_batch_tokens 51
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raylm.config import TrainConfig
 from raylm.errors import DataError
@@ -27,12 +27,19 @@ class Budget:
     """Micro-batches a worker adds up to a step."""
     eval_every: int
     """Steps between evaluations; there is one at the last step as well."""
-    save_every: int | None
+    save_every: int
     """Steps between checkpoints, beside those of the best evaluations and the last step."""
 
     @property
     def tokens(self) -> int:
         return self.steps * self.batch_tokens
+
+    def shared_by(self, num_workers: int, micro_batch_tokens: int) -> Budget:
+        """The same steps of the same examples, on so many workers that each hold at most so many tokens at once."""
+        a_worker = self.examples // num_workers
+        most = max(1, micro_batch_tokens * self.examples // self.batch_tokens)
+        micro_batch = max(size for size in range(1, a_worker + 1) if a_worker % size == 0 and size <= most)
+        return replace(self, micro_batch=micro_batch, accumulation=a_worker // micro_batch)
 
 
 def plan(section: TrainConfig, *, block_size: int, num_workers: int, epoch_examples: int | None) -> Budget | None:
@@ -53,20 +60,18 @@ def plan(section: TrainConfig, *, block_size: int, num_workers: int, epoch_examp
     else:
         epochs = section.num_epochs if section.num_epochs is not None else 1.0
         steps = max(1, int(epochs * epoch_examples * block_size / section.batch_tokens))
-    examples = section.batch_tokens // block_size
-    a_worker = examples // num_workers
-    most = max(1, section.micro_batch_tokens // block_size)
-    micro_batch = max(size for size in range(1, a_worker + 1) if a_worker % size == 0 and size <= most)
 
     def in_steps(tokens: int) -> int:
         return max(1, round(tokens / section.batch_tokens))
 
-    return Budget(
+    eval_every = in_steps(section.eval_every_tokens) if section.eval_every_tokens else max(1, steps // 10)
+    budget = Budget(
         steps=steps,
         batch_tokens=section.batch_tokens,
-        examples=examples,
-        micro_batch=micro_batch,
-        accumulation=a_worker // micro_batch,
-        eval_every=in_steps(section.eval_every_tokens) if section.eval_every_tokens else max(1, steps // 10),
-        save_every=in_steps(section.save_every_tokens) if section.save_every_tokens else None,
+        examples=section.batch_tokens // block_size,
+        micro_batch=1,
+        accumulation=1,
+        eval_every=eval_every,
+        save_every=in_steps(section.save_every_tokens) if section.save_every_tokens else eval_every,
     )
+    return budget.shared_by(num_workers, section.micro_batch_tokens)

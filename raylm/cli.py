@@ -51,6 +51,19 @@ class Answer:
 
     record: dict[str, Any]
     view: RenderableType | tuple[RenderableType, ...]
+    exit_code: int = 0
+
+
+def figure(value: Any) -> str:
+    """A number as a person writes it: 400,384 and 0.00312."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def say(message: str) -> None:
+    """A line about what is going on."""
+    console.print(message, soft_wrap=True, markup=False)
 
 
 def experiment(config: Path | None, settings: list[str] | None, print_config: bool = False) -> experiments.Experiment:
@@ -103,7 +116,7 @@ def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
         print(record, file=stdout)
     elif isinstance(answer, Answer):
         _show(answer.view, stdout)
-    return answer if isinstance(answer, int) else 0
+    return answer if isinstance(answer, int) else getattr(answer, "exit_code", 0)
 
 
 def _called(app: typer.Typer) -> Any:
@@ -117,7 +130,10 @@ def _show(view: RenderableType | tuple[RenderableType, ...], stdout: Any) -> Non
     """Texts are never folded, so that a command or path can be copied whole; a table in a file is as wide as it is."""
     screen = Console(file=stdout, highlight=False, markup=False, emoji=False, width=None if stdout.isatty() else 200)
     for part in view if isinstance(view, tuple) else (view,):
-        screen.print(part, soft_wrap=isinstance(part, str))
+        if isinstance(part, str):
+            print(part, file=stdout)  # rich would make spaces of tabs
+        else:
+            screen.print(part)
 
 
 class _Done(Exception):

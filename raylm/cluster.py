@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -39,11 +40,19 @@ class Resources:
     cpus_per_worker: float
     gpus_per_worker: float
     num_workers: int
+    """The fewest, where cluster.num_workers is a range."""
+    most_workers: int
 
     @property
     def per_worker(self) -> dict[str, float]:
         gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
         return {"CPU": self.cpus_per_worker, **gpus}
+
+    def without(self, nodes: Collection[str]) -> Resources:
+        """What is left when these nodes, by their ids, are gone."""
+        gone = [node["Resources"] for node in ray.nodes() if node["NodeID"] in nodes]
+        cpus, gpus = (sum(each.get(kind, 0) for each in gone) for kind in ("CPU", "GPU"))
+        return replace(self, cpus=self.cpus - cpus, gpus=self.gpus - gpus)
 
     @property
     def most_runs(self) -> int:
@@ -54,41 +63,98 @@ class Resources:
 
 
 class _Board:
-    """Where a worker writes how far it is, and whoever watches reads it. Nobody waits for anybody."""
+    """Between a command and its workers: how far they are, what they have to say, and whether they shall stop."""
 
     def __init__(self) -> None:
         self.value: float | None = None
+        self.said: list[str] = []
+        self.stopping = False
 
     def put(self, value: float) -> None:
         self.value = value
 
-    def get(self) -> float | None:
-        return self.value
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def look(self) -> tuple[float | None, list[str]]:
+        """The value, and what was said since the last look."""
+        said, self.said = self.said, []
+        return self.value, said
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def is_stopping(self) -> bool:
+        return self.stopping
 
 
 Board = ray.remote(num_cpus=0)(_Board)
 
 
 @contextlib.contextmanager
-def watch(show: Callable[[float], None]) -> Iterator[ray.actor.ActorHandle]:
-    """A Board whose value is shown about once a second for as long as the context lasts."""
+def watch(show: Callable[[float], None], say: Callable[[str], None]) -> Iterator[ray.actor.ActorHandle]:
+    """A Board, looked at about twice a second; its workers are told to stop once the process is (`signals`)."""
     board = Board.remote()
     over = threading.Event()
 
     def look() -> None:
-        while not over.wait(1.0):
-            value = ray.get(board.get.remote())
-            if value is not None:
-                show(value)
+        value, messages = ray.get(board.look.remote())
+        for message in messages:
+            say(message)
+        if value is not None:
+            show(value)
 
-    watcher = threading.Thread(target=look, daemon=True)
+    def watching() -> None:
+        told = False
+        while not over.wait(0.5):
+            if stopped_by() is not None and not told:
+                told = True
+                board.stop.remote()
+            look()
+
+    watcher = threading.Thread(target=watching, daemon=True)
     watcher.start()
     try:
         yield board
     finally:
         over.set()
         watcher.join()
+        look()  # what was said last
         ray.kill(board)
+
+
+_asked: list[int] = []
+"""Signals by which this process was asked to stop, inside of `signals`."""
+
+
+def stopped_by() -> signal.Signals | None:
+    """The signal that asked this process to stop, if one did."""
+    return signal.Signals(_asked[0]) if _asked else None
+
+
+@contextlib.contextmanager
+def signals(say: Callable[[str], None]) -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C do not end the process here, but are told to whoever asks `stopped_by`.
+
+    A second Ctrl-C is one. In other threads than the main one nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if _asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        _asked.append(number)
+        say("Stopping after a checkpoint; Ctrl-C stops at once" if number == signal.SIGINT else "Stopping")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _asked.clear()
 
 
 def is_local(section: ClusterConfig) -> bool:
@@ -146,13 +212,14 @@ def resources(section: ClusterConfig, total: dict[str, float]) -> Resources:
         gpus=total.get("GPU", 0),
         cpus_per_worker=section.cpus_per_worker,
         gpus_per_worker=section.gpus_per_worker if use_gpu else 0,
-        num_workers=section.num_workers,
+        num_workers=section.fewest_workers,
+        most_workers=section.most_workers,
     )
     whole = float(found.gpus_per_worker).is_integer()
-    if found.gpus_per_worker > 1 or (found.num_workers > 1 and not whole):
+    if found.gpus_per_worker > 1 or (found.most_workers > 1 and not whole):
         raise ConfigError(
             f"cluster.gpus_per_worker must be 1, or a fraction with cluster.num_workers=1, got "
-            f"{found.gpus_per_worker:g} with {found.num_workers} workers: a worker trains on one GPU",
+            f"{found.gpus_per_worker:g} with {found.most_workers} workers: a worker trains on one GPU",
             where="cluster.gpus_per_worker",
         )
     wanted_cpus = found.num_workers * found.cpus_per_worker

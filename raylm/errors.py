@@ -4,6 +4,8 @@
         ConfigError           exit 2    a setting, a file of settings or the command line
         DataError             exit 3    the corpus, the tokenizer or the token store
         TrainingError         exit 4    the training itself
+            Diverged                    loss, gradient or perplexity is no number any more
+            OutOfMemory                 a step did not fit; with smaller micro-batches it may
         StorageError          exit 5    storage or a checkpoint
         Interrupted           exit 75   stopped from outside; the same command goes on
 
@@ -41,6 +43,14 @@ class DataError(RaylmError):
 
 class TrainingError(RaylmError):
     exit_code = 4
+
+
+class Diverged(TrainingError):
+    pass
+
+
+class OutOfMemory(TrainingError):
+    pass
 
 
 class StorageError(RaylmError):

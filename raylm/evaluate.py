@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from raylm import cli
-from raylm.errors import ConfigError, DataError
+from raylm.errors import ConfigError, DataError, StorageError
 
 if TYPE_CHECKING:
-    from raylm.perplexity import Score
+    import numpy as np
+
+    from raylm.config import Experiment
     from raylm.tokens import Encoded, Split
+
+Text = Annotated[
+    list[str] | None, typer.Option("--text", help="Score these files, directories or globs. May be repeated.")
+]
+Lines = Annotated[
+    Path | None,
+    typer.Option("--documents", metavar="FILE", help="Write the figures of every document, a line of JSON each."),
+]
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A checkpoint of raylm, or a Hugging Face model directory.")],
     settings: cli.Settings = None,
-    text: Annotated[
-        list[Path] | None, typer.Option("--text", help="Score these files, a document each. May be repeated.")
-    ] = None,
+    text: Text = None,
+    documents: Lines = None,
     config: cli.ConfigFile = None,
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
 ) -> cli.Answer:
-    """Score a model: on --text, on eval.paths, or on the validation split it was trained with.
+    """Score a model: on --text, on the sets of eval.paths, or on the validation split it was trained with.
 
     The number depends on the model and the text alone, not on batch size, workers or training block size.
     """
@@ -37,63 +51,186 @@ def evaluate(
     experiment = cli.experiment(
         config or checkpoint.experiment_file(directory), [*here, *(settings or [])], print_config
     )
-    paths = [str(path) for path in text or experiment.eval.paths]
+    resources = cluster.plan(experiment.cluster)
+    if documents is not None:
+        check_writable(documents)
+    found, sets = what_is_scored(directory, experiment, text or [])
+    if dry_run:
+        counts = {name: len(numbers) for name, numbers in sets.items()}
+        shown = {f"documents of {name}": count for name, count in counts.items()}
+        return cli.Answer({"model": str(directory), "sets": counts}, report.facts({"model": str(directory), **shown}))
     from transformers import AutoConfig
 
     from raylm import model as models
-    from raylm import perplexity, train
+    from raylm import train
 
-    resources = cluster.plan(experiment.cluster)
-    documents, source = _documents(directory, paths)
-    if dry_run:
-        record = {"model": str(directory), "documents": len(documents), "source": source}
-        return cli.Answer(record, report.facts(record))
     where = str(directory.resolve())
     with cli.task("Scoring", "documents") as progress:
         if resources is not None and resources.num_workers == 1:
-            rows = train.score(where, documents, experiment, None, progress)
+            rows = train.score(where, found, experiment, None, progress)
         else:
             with cluster.connect(experiment.cluster) as connected:
-                rows = train.score(where, documents, experiment, connected, progress)
+                rows = train.score(where, found, experiment, connected, progress)
     measure = "pseudo_perplexity" if models.is_masked(AutoConfig.from_pretrained(directory)) else "perplexity"
-    total = figures(perplexity.Score.of(rows), measure)
-    names = [documents.document_source(index) for index in range(len(rows))]
-    by_source = {name: rows[[name == other for other in names]] for name in dict.fromkeys(names)}
-    sources = {name: figures(perplexity.Score.of(part), measure) for name, part in by_source.items()}
-    view = report.facts({"model": str(directory), "text": source, **total})
-    table = ("", report.scores(sources)) if len(sources) > 1 else ()
-    return cli.Answer({**total, "sources": sources}, (view, *table))
+    scored = Scored(rows, found, sets, measure, keywords=bool(experiment.objective.keywords))
+    record = {"model": str(directory), **scored.record()}
+    if record["nll"] is None:
+        raise StorageError(
+            f"{directory}: the likelihood of the text is not a finite number: the model has diverged or is damaged",
+            str(directory),
+        )
+    if documents is not None:
+        write_lines(documents, scored.lines())
+    return cli.Answer(record, view(record))
 
 
-def figures(score: Score, measure: str) -> dict[str, Any]:
-    """A score as the record of a command has it, the perplexity by its name; nll is summed, in nats."""
-    return {
-        measure: score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
-        "nll": score.nll,
-        "tokens": score.tokens,
-        "bytes": score.bytes,
-    }
+def what_is_scored(
+    directory: Path, experiment: Experiment, text: list[str]
+) -> tuple[Encoded | Split, dict[str, range]]:
+    """The documents of all sets one after the other, and which of them are whose."""
+    from raylm import prepare, tokens
+
+    if text:
+        corpora = {"text": prepare.evaluation_corpus(text, experiment.corpus, "--text")}
+        keys = {"text": "--text"}
+    else:
+        corpora = prepare.evaluation_corpora(experiment)
+        keys = {name: experiment.eval.key(name) for name in corpora}
+    if not corpora:
+        split = validation(directory)
+        return split, {"validation": range(len(split))}
+    documents = tokens.Encoded()
+    sets = {}
+    for name, corpus in corpora.items():
+        found = tokens.encode_files(corpus, str(directory))
+        if not any(len(found[index]) for index in range(len(found))):
+            raise prepare.nothing_to_score(keys[name], corpus.paths)
+        sets[name] = range(len(documents), len(documents) + len(found))
+        documents.extend(found)
+    return documents, sets
 
 
-def _documents(directory: Path, paths: list[str]) -> tuple[Encoded | Split, str]:
-    """What is scored, and its name."""
+def validation(directory: Path) -> Split:
+    """The validation split that a model was trained with; an error that says what else to score if there is none."""
     from raylm import checkpoint, tokens
 
-    if paths:
-        found: Encoded | Split = tokens.encode_files(paths, str(directory))
-        source = ", ".join(paths)
-    else:
-        store = checkpoint.read_record(directory).get("store")
-        if store is None:
-            raise ConfigError(
-                f"{directory} was not trained by raylm, so nothing says what to score; give --text FILE", "--text"
-            )
-        found = tokens.open_store(store).validation
-        source = f"the validation split of {store}"
-    if not len(found):
-        raise DataError(f"{source}: there is no document to score", where="eval.paths")
-    return found, source
+    store = checkpoint.read_record(directory).get("store")
+    if store is None:
+        raise ConfigError(
+            f"{directory} was not trained by raylm, so nothing says what to score; give --text FILE", "--text"
+        )
+    if not tokens.is_store(store):
+        raise DataError(f"{directory} was trained with the token store {store}, which is gone; give --text FILE", store)
+    split = tokens.open_store(store).validation
+    if not split.num_tokens:
+        raise DataError(f"the validation split of {store} is empty; give --text FILE", "--text")
+    return split
+
+
+class Scored:
+    """The rows of perplexity.score_documents, and what they are of."""
+
+    def __init__(
+        self, rows: np.ndarray, documents: Encoded | Split, sets: dict[str, range], measure: str, keywords: bool
+    ):
+        self.rows, self.documents, self.sets = rows, documents, sets
+        self.measure = measure
+        """What the figure is called: perplexity, or pseudo_perplexity of a masked model."""
+        self.keywords = keywords
+        """Whether keywords were looked for."""
+
+    def figures(self, numbers: Any) -> dict[str, Any]:
+        """Of these documents together. Every nll is summed, in nats; None stands for what is no finite number."""
+        from raylm.perplexity import Score
+
+        score = Score.of(self.rows[numbers])
+        found = {
+            self.measure: _finite(score.perplexity),
+            "bits_per_byte": _finite(score.bits_per_byte),
+            "nll": _finite(score.nll),
+            "tokens": score.tokens,
+            "bytes": score.bytes,
+        }
+        if not self.keywords:
+            return found
+        of_keywords = {
+            self.measure: _finite(score.keyword_perplexity),
+            "nll": _finite(score.keyword_nll),
+            "tokens": score.keyword_tokens,
+        }
+        return {**found, "keywords": of_keywords}
+
+    def record(self) -> dict[str, Any]:
+        """All together, and each set; of a set, each source."""
+        sets = {}
+        for name, numbers in self.sets.items():
+            sources: dict[str, list[int]] = {}
+            for number in numbers:
+                sources.setdefault(self.documents.document_source(number), []).append(number)
+            of_sources = {source: self.figures(some) for source, some in sources.items()}
+            sets[name] = {**self.figures(list(numbers)), "documents": len(numbers), "sources": of_sources}
+        return {**self.figures(slice(None)), "sets": sets}
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Each document. Its id is the 16 digits that `b2sum -l 64` tells of its text."""
+        for name, numbers in self.sets.items():
+            for number in numbers:
+                yield {
+                    "set": name,
+                    "source": self.documents.document_source(number),
+                    "document": f"{self.documents.document_id(number):016x}",
+                    **self.figures([number]),
+                }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def view(record: dict[str, Any]) -> tuple[Any, ...]:
+    """The figures of all, and a table of sets and sources where there are several."""
+    from raylm import report
+
+    texts = [source for found in record["sets"].values() for source in found["sources"]]
+    what = "the validation split" if "validation" in record["sets"] else ", ".join(dict.fromkeys(texts))
+    total = {name: value for name, value in record.items() if name not in ("model", "sets", "keywords")}
+    total = {"model": record["model"], "text": what, **total, "nll": round(record["nll"])}
+    of_keywords = {f"{name}_of_keywords": value for name, value in record.get("keywords", {}).items()}
+    rows: list[tuple[str, dict[str, Any]]] = []
+    several = len(record["sets"]) > 1
+    for name, found in record["sets"].items():
+        rows += [(name, found)] if several else []
+        if len(found["sources"]) > 1:
+            rows += [(f"{'  ' * several}{source}", each) for source, each in found["sources"].items()]
+    facts = report.facts({**total, **of_keywords})
+    return (facts, "", report.scores([*rows, ("total", record)])) if rows else (facts,)
+
+
+def check_writable(path: Path) -> None:
+    """StorageError, before anything is scored, if no file can be written there."""
+    problem = "it is a directory" if path.is_dir() else None
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise StorageError(
+            f"--documents {path}: {problem}; give a file in a directory that can be written to", "--documents"
+        )
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """A line of JSON each, in a file that is there entirely or not at all."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.writelines(dumps(line) + "\n" for line in lines)
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(f"--documents {path}: {error.strerror or error}", "--documents") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -2,112 +2,371 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json as jsonlib
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from raylm import cli
-from raylm.config import dump
-from raylm.errors import ConfigError
+from raylm.config import ClusterConfig, CorpusConfig, ModelConfig, Section, load_part, parse_setting
+from raylm.errors import ConfigError, DataError, StorageError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-    from raylm.checkpoint import Trained
+    from raylm.corpus import Shard, Source
+    from raylm.generation import Answer, Writer
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="How to write: fields of transformers' GenerationConfig by their names, such as max_new_tokens=100 "
+        "temperature=0.8 top_p=0.95 (the defaults) or do_sample=false. And settings of an experiment: corpus.… for the "
+        "documents to go on from, cluster.… for the workers, model.trust_remote_code.",
+    ),
+]
+FORMATS = (".jsonl", ".parquet")
+
+
+class Sections(Section):
+    """What generate takes of an experiment."""
+
+    corpus: CorpusConfig = CorpusConfig(validation_fraction=0)
+    cluster: ClusterConfig = ClusterConfig()
+    model: ModelConfig = ModelConfig()
 
 
 def generate(
     model: Annotated[str, typer.Argument(help="A checkpoint of raylm, or a Hugging Face model directory.")],
+    settings: Settings = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Text to go on from. May be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A file with a prompt a line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
-    print_config: cli.PrintConfig = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Go on from every document of corpus.paths, into this .jsonl or .parquet file."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it is there.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same text for a prompt.")] = 0,
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
 ) -> cli.Answer:
-    """Let a model go on from prompts."""
-    texts = [*(prompt or [])]
-    if prompts is not None:
-        try:
-            texts += prompts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompts {prompts}: {error}", where="--prompts") from None
-    if not texts:
-        raise ConfigError("nothing to go on from; give --prompt TEXT or --prompts FILE", where="--prompt")
-    from raylm import checkpoint
+    """Let a model go on from prompts, or from every document of a corpus; a masked model fills its mask tokens."""
+    given, dotted = _parsed(settings or [])
+    sections = _sections(dotted)
+    texts = _prompts(prompt or [], prompts)
+    _check_output(output, overwrite, texts, sections.corpus, dotted)
+    from raylm import checkpoint, cluster, report
 
     directory = checkpoint.check(model)
-    if print_config or dry_run:
-        experiment = checkpoint.read_experiment(directory)
-        if print_config and experiment is not None:
-            return cli.Answer(experiment.model_dump(mode="json"), dump(experiment, comments=True).rstrip())
-        record = {"model": str(directory), "prompts": texts, "max_new_tokens": max_new_tokens, "seed": seed}
-        return cli.Answer(record, "\n".join(f"{name}: {value}" for name, value in record.items()))
-    from transformers import GenerationConfig
+    trusted = sections.model.trust_remote_code
+    how = _how(directory, given, trusted)
+    mask = _mask(directory, trusted) if how is None else ""
+    for text in texts:
+        if mask not in text:
+            raise ConfigError(f"--prompt {text!r}: a masked model fills {mask}; put one in", "--prompt")
+    record: dict[str, Any] = {"model": str(directory), **_shown(how), "seed": seed}
+    if output is None and dry_run:
+        record["prompts"] = texts
+        return cli.Answer(record, report.facts(record))
+    from raylm import generation
 
-    from raylm import cluster, loop
-
-    with cli.task("Loading the model"):
-        loop.set_up_torch(cluster.cpus_here())
-        trained = checkpoint.load(directory)
-        trained.model.to(loop.device()).eval()
-    sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-    if trained.masked is not None:
-        answers = [filled(trained, text) for text in texts]
-        return cli.Answer({"prompts": texts, "texts": answers}, "\n\n".join(answers))
-    how = GenerationConfig(do_sample=temperature > 0, **sampling)
-    answers = [text + continuation(trained, text, how, max_new_tokens=max_new_tokens, seed=seed) for text in texts]
-    return cli.Answer({"prompts": texts, "texts": answers}, "\n\n".join(answers))
-
-
-def filled(trained: Trained, prompt: str) -> str:
-    """The prompt with each of its mask tokens replaced by the likeliest token there."""
-    import torch
-
-    tokenizer = trained.tokenizer
-    given = tokenizer(prompt, return_tensors="pt")["input_ids"].to(trained.model.device)
-    places = given[0] == tokenizer.mask_token_id
-    if not places.any():
-        raise ConfigError(f"--prompt {prompt!r}: a masked model fills {tokenizer.mask_token}; put one in", "--prompt")
-    with torch.inference_mode():
-        given[0, places] = trained.model(input_ids=given).logits[0, places].argmax(-1)
-    return tokenizer.decode(given[0], skip_special_tokens=True)
+    load = functools.partial(generation.load, str(directory.resolve()), how, seed, trusted)
+    if output is None:
+        with cli.task("Loading the model"):
+            writer = load(cluster.cpus_here(), None)
+        return _answered(writer, texts, batch_size, stream=_may_stream(texts, how, json))
+    resources = cluster.plan(sections.cluster)
+    sources, plan, documents = _documents(sections.corpus, mask)
+    if not dry_run:
+        return _written(load, plan, sections, output, documents=documents, batch_size=batch_size)
+    record |= {"documents": documents, "sources": [source.name for source in sources], "output": str(output)}
+    record["resources_per_worker"] = resources.per_worker if resources else None
+    return cli.Answer(record, report.facts(record))
 
 
-def continuation(trained: Trained, prompt: str, how: GenerationConfig, *, max_new_tokens: int, seed: int) -> str:
-    """What the model says after a prompt. Beyond its context it goes on from the last half of what it has said."""
-    import torch
-    from transformers import set_seed
+# What is asked for ---------------------------------------------------------------------------------------------------
 
-    tokenizer, network = trained.tokenizer, trained.model
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    set_seed(seed)
-    start = tokenizer(prompt or tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-    ids, left = list(start), max_new_tokens
-    while left > 0 and (len(ids) == len(start) or ids[-1] != tokenizer.eos_token_id):
-        window = ids[-(trained.context // 2) :] if len(ids) >= trained.context else ids
-        size = min(left, trained.context - len(window))
-        given = torch.tensor([window], device=network.device)
-        # "def " ends in a token that no text has before a name; healing lets " name" take its place.
-        healing = {"token_healing": True, "tokenizer": tokenizer} if ids == start and prompt else {}
-        with torch.inference_mode():
-            said = network.generate(
-                given,
-                generation_config=how,
-                attention_mask=torch.ones_like(given),
-                max_new_tokens=size,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                **healing,
-            )[0].tolist()
-        ids = ids[: len(ids) - len(window)] + said
-        left -= size
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    return text.removeprefix(prompt)
+
+def _parsed(settings: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings of the texts; and, as they were typed, those of sections of an experiment."""
+    given, dotted = {}, {}
+    for setting in settings:
+        name, value = parse_setting(setting)
+        section, dot, _ = name.partition(".")
+        if not dot:
+            given[name] = value
+        elif section in ("corpus", "cluster") or name == "model.trust_remote_code":
+            dotted[name] = setting
+        else:
+            raise ConfigError(
+                f"{name}: generate takes settings of corpus and cluster, and model.trust_remote_code", name
+            )
+        if name.startswith("corpus.validation_"):
+            raise ConfigError(f"{name}: generate goes on from every document; nothing is held out", name)
+    return given, dotted
+
+
+def _sections(dotted: dict[str, str]) -> Sections:
+    sections = load_part(Sections, dotted.values())
+    paths = [path if "://" in path else os.path.abspath(os.path.expanduser(path)) for path in sections.corpus.paths]
+    corpus = sections.corpus.model_copy(update={"paths": tuple(paths)})
+    return sections.model_copy(update={"corpus": corpus})
+
+
+def _prompts(given: Sequence[str], file: Path | None) -> list[str]:
+    texts = list(given)
+    if file is not None:
+        try:
+            texts += [line for line in file.read_text(encoding="utf-8").split("\n") if line]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompts {file}: {error}", where="--prompts") from None
+    return texts
+
+
+def _check_output(
+    output: Path | None, overwrite: bool, texts: list[str], corpus: CorpusConfig, dotted: Iterable[str]
+) -> None:
+    """Refuse what does not go together."""
+    if not texts and not corpus.paths:
+        raise ConfigError(
+            "nothing to go on from; give --prompt TEXT, --prompts FILE, or corpus.paths=… with --output FILE",
+            "--prompt",
+        )
+    for name in dotted:
+        if texts and not name.startswith("model."):
+            raise ConfigError(f"{name} excludes --prompt and --prompts; give one of them", name)
+    if corpus.paths and output is None:
+        raise ConfigError("corpus.paths needs --output FILE, for the texts", "--output")
+    if output is None:
+        return
+    if not corpus.paths:
+        raise ConfigError(f"--output {output} needs corpus.paths=…, the documents to go on from", "corpus.paths")
+    if output.suffix not in FORMATS or "://" in str(output):
+        raise ConfigError(f"--output must be a file on this machine, {' or '.join(FORMATS)}, got {output}", "--output")
+    if output.exists() and not overwrite:
+        raise ConfigError(f"--output {output} is there already; give another, or --overwrite", "--output")
+
+
+def _how(directory: Path, given: dict[str, Any], trusted: bool) -> GenerationConfig | None:
+    """How a causal model writes; None for a masked one, which has nothing to set."""
+    from raylm import generation
+    from raylm import model as models
+
+    section = ModelConfig(path=str(directory), trust_remote_code=trusted)
+    if not models.is_masked(models.pretrained_configuration(section)):
+        return generation.settings(directory, given, trusted=trusted)
+    if given:
+        name = next(iter(given))
+        raise ConfigError(
+            f"{name}: {directory} is a masked model, which fills its masks with the likeliest token", name
+        )
+    return None
+
+
+def _mask(directory: Path, trusted: bool) -> str:
+    from transformers import AutoTokenizer
+
+    mask = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted).mask_token
+    if mask is None:
+        raise DataError(f"{directory}: a masked model, but its tokenizer has no mask token to fill", str(directory))
+    return mask
+
+
+def _shown(how: GenerationConfig | None) -> dict[str, Any]:
+    from raylm import generation
+
+    values = {name: getattr(how, name, None) for name in generation.taken()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _may_stream(texts: list[str], how: GenerationConfig | None, json: bool) -> bool:
+    """Whether the text is shown while it is made: beams go back on what they said."""
+    return len(texts) == 1 and how is not None and (how.num_beams or 1) == 1 and not json and sys.stdout.isatty()
+
+
+# Prompts -------------------------------------------------------------------------------------------------------------
+
+
+def _answered(writer: Writer, texts: list[str], batch_size: int, *, stream: bool) -> cli.Answer:
+    if stream:
+        try:
+            found = [text for text, _ in writer.texts(texts, _print)]
+        finally:
+            _print("\n")
+        return cli.Answer({"prompts": texts, "texts": found}, ())
+    found = []
+    with cli.task("Writing", "texts") if len(texts) > batch_size else contextlib.nullcontext() as advance:
+        for start in range(0, len(texts), batch_size):
+            found += [text for text, _ in writer.texts(texts[start : start + batch_size])]
+            if advance is not None:
+                advance(len(found), len(texts))
+    return cli.Answer({"prompts": texts, "texts": found}, "\n\n".join(found))
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+# Documents -----------------------------------------------------------------------------------------------------------
+
+
+def _documents(section: CorpusConfig, mask: str) -> tuple[list[Source], list[Shard], int]:
+    """The sources, shards and number of the documents to go on from; each is read, to find now what cannot be."""
+    import numpy as np
+
+    from raylm import corpus
+
+    sources = corpus.check(section)
+    plan = corpus.shards(sources)
+    ledger: corpus.Ledger = corpus.Ledger()
+    with cli.task("Reading", "documents") as advance:
+
+        def hashes() -> Iterator[bytes]:
+            for shard in plan:
+                found = []
+                for document in corpus.documents(shard, section, ledger):
+                    found.append(document.hash)
+                    ledger["with mask"] += mask in document.text
+                advance(ledger["kept"], None)
+                yield np.array(found, np.uint64).tobytes()
+
+        chosen = corpus.select(plan, hashes(), section)
+    has_mask = ledger.pop("with mask", 0)
+    documents = sum(int(np.unpackbits(np.frombuffer(shard.keep or b"", np.uint8)).sum()) for shard in chosen)
+    if not documents:
+        why = ", ".join(f"{what}: {count}" for what, count in ledger.items()) or "documents: 0"
+        raise DataError(f"corpus.paths: there is no document to go on from; of what was read, {why}", "corpus.paths")
+    if not has_mask:
+        raise DataError(f"corpus.paths: no document has a {mask} to fill", "corpus.paths")
+    return sources, chosen, documents
+
+
+def _written(
+    load: Callable[[float, bool | None], Writer],
+    plan: list[Shard],
+    sections: Sections,
+    output: Path,
+    *,
+    documents: int,
+    batch_size: int,
+) -> cli.Answer:
+    """Go on from every document, on workers, into the file."""
+    from raylm import cluster, generation, report
+
+    done = tokens = 0
+    with _file(output) as write, cluster.connect(sections.cluster) as resources:
+        worker = functools.partial(load, resources.cpus_per_worker, sections.cluster.use_gpu)
+        started = time.monotonic()
+        with cli.task("Writing", "documents") as advance:
+            made = generation.answers(
+                plan,
+                sections.corpus,
+                worker,
+                batch_size=batch_size,
+                resources=resources,
+                max_failures=sections.cluster.max_failures,
+            )
+            for answers in made:
+                write([_row(answer, sections.corpus.paths) for answer in answers])
+                done += len(answers)
+                tokens += sum(answer.tokens for answer in answers)
+                advance(done, documents)
+        seconds = time.monotonic() - started
+    record = {"output": str(output), "documents": done, "tokens": tokens, "tokens_per_second": tokens / seconds}
+    return cli.Answer(record, report.facts({**record, "tokens_per_second": round(tokens / seconds)}))
+
+
+def _row(answer: Answer, sources: Sequence[str]) -> dict[str, str]:
+    """`doc_id` is the token store's, in hexadecimal: JSON has readers whose numbers end at 53 bits."""
+    return {
+        "prompt": answer.prompt,
+        "text": answer.text,
+        "source": sources[answer.source],
+        "doc_id": f"{answer.hash:016x}",
+    }
+
+
+@contextlib.contextmanager
+def _file(output: Path) -> Iterator[Callable[[list[dict[str, str]]], None]]:
+    """A file that is there entirely, once the context has ended well, or not at all. Yields what writes rows to it."""
+    partial = output.with_name(f"{output.name}.{uuid.uuid4().hex}.partial")
+
+    @contextlib.contextmanager
+    def told() -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"--output {output} cannot be written: {error.strerror or error}", str(output)
+            ) from error
+
+    with told():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file: Any = _Parquet(partial) if output.suffix == ".parquet" else _JsonLines(partial)
+
+    def write(rows: list[dict[str, str]]) -> None:
+        with told():
+            file.write(rows)
+
+    try:
+        yield write
+        with told():
+            file.close()
+            os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _JsonLines:
+    def __init__(self, path: Path):
+        self.stream = path.open("w", encoding="utf-8")
+
+    def write(self, rows: list[dict[str, str]]) -> None:
+        self.stream.writelines(jsonlib.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class _Parquet:
+    """Row groups of ROWS rows, so that readers can take them one by one."""
+
+    ROWS = 1000
+
+    def __init__(self, path: Path):
+        import pyarrow
+        import pyarrow.parquet
+
+        self.schema = pyarrow.schema([(name, pyarrow.string()) for name in ("prompt", "text", "source", "doc_id")])
+        self.writer = pyarrow.parquet.ParquetWriter(path, self.schema)
+        self.waiting: list[dict[str, str]] = []
+
+    def write(self, rows: list[dict[str, str]]) -> None:
+        self.waiting += rows
+        if len(self.waiting) >= self.ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        if self.waiting:
+            self._flush()
+        self.writer.close()
+
+    def _flush(self) -> None:
+        import pyarrow
+
+        self.writer.write_table(pyarrow.Table.from_pylist(self.waiting, self.schema))
+        self.waiting = []
 
 
 def main() -> None:

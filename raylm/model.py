@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 ADAPTER = "lora.safetensors"
 """In a checkpoint, the low-rank updates alone, to go on training from; the model beside them has them merged."""
 
+AFTER_PADDING = frozenset(
+    "camembert data2vec-text esm ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
+    "xmod".split()
+)
+"""Types of models whose first token has the position after the padding token's id, as in fairseq: the positions up to
+that one are in the table, and no token can have them."""
+
 
 def configuration(
     section: ModelConfig, *, vocab_size: int, block_size: int, eos_id: int | None = None, masked: bool = False
@@ -39,7 +46,7 @@ def configuration(
     A new model gets the tokenizer's vocabulary, and block_size positions unless model.config says how many.
     """
     if section.path is not None:
-        found = _pretrained_configuration(section)
+        found = pretrained_configuration(section)
     elif section.config is not None:
         rows = _rounded_up(vocab_size, section.pad_vocab_to or 1)
         found = _new_configuration(section.config, vocab_size=rows, block_size=block_size, eos_id=eos_id)
@@ -50,16 +57,22 @@ def configuration(
     _check_direction(found, masked)
     positions = context(found)
     if positions is not None and block_size > positions:
+        more = "" if section.path else f", or set model.config.{_name_of_positions(type(found))} higher"
         raise ConfigError(
             f"blocks.block_size must be at most {positions}, the positions of the model "
-            f"({section.path or section.config}), got {block_size}",
+            f"({section.path or section.config}), got {block_size}; lower it{more}",
             where="blocks.block_size",
         )
     if vocab_size > found.vocab_size:
+        way_out = (
+            "use the model's own tokenizer: leave out the section tokenizer"
+            if section.path
+            else "leave out model.config.vocab_size, and it follows the tokenizer"
+        )
         raise ConfigError(
             f"the tokenizer has {vocab_size} tokens, the model's embedding {found.vocab_size} rows "
-            f"({section.path or section.config}); use the model's own tokenizer or a larger model.config.vocab_size",
-            where="model",
+            f"({section.path or section.config}); {way_out}",
+            where="model.path" if section.path else "model.config.vocab_size",
         )
     if section.lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("model.lora needs peft: pip install raylm[peft]", where="model.lora")
@@ -108,7 +121,21 @@ def num_parameters(found: PreTrainedConfig, *, masked: bool = False) -> int:
 
 def context(found: PreTrainedConfig) -> int | None:
     """The most tokens the model has positions for; None if it has no such limit (recurrent models, ALiBi)."""
-    return getattr(found, "max_position_embeddings", None)
+    positions = getattr(found, "max_position_embeddings", None)
+    if positions is None or positions < 0:  # -1 of XLNet
+        return None
+    return positions - _positions_before(found.model_type, getattr(found, "pad_token_id", None))
+
+
+def _positions_before(kind: str, pad_id: int | None) -> int:
+    """Positions that the first token does not reach."""
+    if kind not in AFTER_PADDING:
+        return 0
+    return 2 if kind == "mpnet" else (pad_id or 0) + 1  # mpnet: whatever its padding token is
+
+
+def _name_of_positions(kind: type[PreTrainedConfig]) -> str:
+    return kind.attribute_map.get("max_position_embeddings", "max_position_embeddings")
 
 
 def is_masked(found: PreTrainedConfig) -> bool:
@@ -128,7 +155,8 @@ def _options(section: ModelConfig) -> dict[str, Any]:
     return {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
 
 
-def _pretrained_configuration(section: ModelConfig) -> PreTrainedConfig:
+def pretrained_configuration(section: ModelConfig) -> PreTrainedConfig:
+    """The configuration of the model at model.path; ConfigError if there is none, or if it needs code not trusted."""
     path = section.path
     if section.gguf_file is not None and importlib.util.find_spec("gguf") is None:
         raise ConfigError("model.gguf_file needs gguf: pip install gguf", where="model.gguf_file")
@@ -171,12 +199,12 @@ def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id
         near = difflib.get_close_matches(unknown[0], list(defaults.to_dict()), n=1)
         hint = f"did you mean {near[0]}?" if near else f"{kind} takes: {', '.join(sorted(defaults.to_dict()))}"
         raise ConfigError(f"model.config.{unknown[0]}: unknown field of {kind}; {hint}", f"model.config.{unknown[0]}")
-    positions = kind_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    if context(defaults) is not None:
-        fields.setdefault(positions, block_size)
     fields.setdefault("vocab_size", vocab_size)
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(token, eos_id)
+    if context(defaults) is not None:
+        first = _positions_before(kind, fields["pad_token_id"])
+        fields.setdefault(_name_of_positions(kind_class), block_size + first)
     try:
         return kind_class.from_dict({**given, **fields}) if path else kind_class(**fields)
     except (TypeError, ValueError) as error:
@@ -220,6 +248,7 @@ def _learn_padding(network: PreTrainedModel, eos_id: int, *, new: bool) -> None:
 def _add_updates(network: PreTrainedModel, section: Lora) -> None:
     """Put updates beside the layers, in place: the class stays, and nothing else is trained."""
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     names: Any = list(section.target_modules) or None
     if names == ["all-linear"]:
@@ -240,6 +269,10 @@ def _add_updates(network: PreTrainedModel, section: Lora) -> None:
             f"model.lora.target_modules: {_first_line(error)}; all-linear takes every linear layer",
             where="model.lora.target_modules",
         ) from None
+    ends = network.get_input_embeddings(), network.get_output_embeddings()
+    if any(isinstance(layer, BaseTunerLayer) for layer in ends):
+        # Merged, the two are no longer one: transformers 5 sees both in the file, others go by the configuration.
+        network.config.tie_word_embeddings = False
 
 
 def merged(network: PreTrainedModel) -> dict[str, torch.Tensor]:

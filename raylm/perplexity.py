@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +23,8 @@ import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from raylm.objective import Keywords
 
 
 class Documents(Protocol):
@@ -43,15 +45,18 @@ class Score:
     """Negative log-likelihood in nats."""
     tokens: int = 0
     bytes: int = 0
+    keyword_nll: float = 0.0
+    """Of the tokens that are part of a keyword."""
+    keyword_tokens: int = 0
 
     @classmethod
     def of(cls, rows: np.ndarray) -> Score:
         """Of the rows that `score_documents` returns, or some of them."""
-        nll, tokens, num_bytes = rows.sum(axis=0)
-        return cls(float(nll), int(tokens), int(num_bytes))
+        nll, tokens, num_bytes, keyword_nll, keyword_tokens = rows.sum(axis=0).tolist()
+        return cls(nll, int(tokens), int(num_bytes), keyword_nll, int(keyword_tokens))
 
     def __add__(self, other: Score) -> Score:
-        return Score(self.nll + other.nll, self.tokens + other.tokens, self.bytes + other.bytes)
+        return Score(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def perplexity(self) -> float:
@@ -63,9 +68,24 @@ class Score:
         """Comparable between tokenizers, as perplexity is not."""
         return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
 
+    @property
+    def keyword_perplexity(self) -> float:
+        return _exp(self.keyword_nll / self.keyword_tokens) if self.keyword_tokens else math.nan
+
+    def figures(self, measure: str) -> dict[str, float]:
+        """What is tracked of an evaluation; `measure` is perplexity or, of a masked model, pseudo_perplexity.
+
+        Where keywords were looked for and found also keyword_nll, in nats a keyword token.
+        """
+        found = {measure: self.perplexity, "bits_per_byte": self.bits_per_byte}
+        if self.keyword_tokens:
+            found[f"keyword_{measure}"] = self.keyword_perplexity
+            found["keyword_nll"] = self.keyword_nll / self.keyword_tokens
+        return found
+
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 709 else math.inf
+    return math.inf if value >= 709 else math.exp(value)
 
 
 class MaskedTokens(NamedTuple):
@@ -123,11 +143,12 @@ def score_documents(
     batch_tokens: int = 16384,
     max_tokens: int | None = None,
     masked: MaskedTokens | None = None,
+    keywords: Keywords | None = None,
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[float, float | None], None] | None = None,
 ) -> np.ndarray:
-    """The nll, tokens and bytes of each document, float64 of shape (documents, 3). `masked`, for masked models.
+    """The fields of Score for each document, float64 of shape (documents, 5). `masked`, for masked models.
 
     Only the first documents up to `max_tokens` tokens are scored (at least one). With several workers each scores every
     world_size-th document and the rows are put together over torch.distributed, so that all workers return all of them.
@@ -137,19 +158,24 @@ def score_documents(
     device = next(model.parameters()).device
     count = first_documents(documents, max_tokens)
     chosen = range(count)[rank::world_size]
-    rows = torch.zeros((count, 3), dtype=torch.float64)
+    rows = torch.zeros((count, 5), dtype=torch.float64)
 
     def read() -> Iterator[Part]:
         for done, index in enumerate(chosen):
-            rows[index, 1] = len(documents[index])
+            ids = documents[index]
+            marks = keywords.marked(ids) if keywords is not None else np.zeros(len(ids), bool)
+            rows[index, 1] = len(ids)
             rows[index, 2] = documents.document_bytes(index)
-            yield from _parts(index, documents[index], eos_id, context, stride or context, masked)
+            rows[index, 4] = marks.sum().item()
+            yield from _parts(index, ids, marks, eos_id, context, stride or context, masked)
             if progress is not None:
                 progress(done + 1, len(chosen))
 
     for batch in _batches(read(), context, batch_tokens):
         each = _nll(model, batch, eos_id, device) if masked is None else _masked_nll(model, batch, masked, device)
-        rows[:, 0].index_add_(0, torch.tensor([part.document for part in batch]), each.cpu())
+        numbers = torch.tensor([part.document for part in batch])
+        rows[:, 0].index_add_(0, numbers, each[:, 0].cpu())
+        rows[:, 3].index_add_(0, numbers, each[:, 1].cpu())
     model.train(was_training)
     if world_size > 1:
         rows = rows.to(device)
@@ -175,21 +201,30 @@ class Part(NamedTuple):
     document: int
     ids: np.ndarray
     scored: int
+    marks: np.ndarray
+    """Which of those that are scored are part of a keyword."""
 
 
 def _parts(
-    index: int, document: np.ndarray, eos_id: int, context: int, stride: int, masked: MaskedTokens | None
+    index: int,
+    document: np.ndarray,
+    marks: np.ndarray,
+    eos_id: int,
+    context: int,
+    stride: int,
+    masked: MaskedTokens | None,
 ) -> Iterator[Part]:
     if masked is None:
         ids = np.concatenate(([eos_id], document)).astype(np.int64)
         for window in windows(len(document), context, stride):
-            yield Part(index, ids[window.start : window.end + 1], window.scored)
+            start, end, scored = window
+            yield Part(index, ids[start : end + 1], scored, marks[end - scored : end])
         return
     room = max(1, context - 2)
     for start in range(0, len(document), room):
         ids = np.concatenate(([masked.first_id], document[start : start + room], [masked.last_id])).astype(np.int64)
         for place in range(1, len(ids) - 1):
-            yield Part(index, ids, place)
+            yield Part(index, ids, place, marks[start + place - 1 : start + place])
 
 
 def _batches(parts: Iterable[Part], context: int, batch_tokens: int) -> Iterator[Sequence[Part]]:
@@ -205,30 +240,33 @@ def _batches(parts: Iterable[Part], context: int, batch_tokens: int) -> Iterator
 
 
 def _nll(model: PreTrainedModel, batch: Sequence[Part], eos_id: int, device: torch.device) -> torch.Tensor:
-    """Summed nll of each window's scored tokens, float64 of shape (windows,).
+    """Summed nll of each window's scored tokens, and of the keywords among them, float64 of shape (windows, 2).
 
     Padding is on the right, where causal models do not look.
     """
     longest = max(len(part.ids) for part in batch) - 1
     inputs = torch.full((len(batch), longest), eos_id)
     targets = torch.full((len(batch), longest), -100)
-    for row, (_, ids, scored) in enumerate(batch):
+    marked = torch.zeros((len(batch), longest), dtype=torch.bool)
+    for row, (_, ids, scored, marks) in enumerate(batch):
         end = len(ids) - 1
         inputs[row, :end] = torch.from_numpy(ids[:-1])
         targets[row, end - scored : end] = torch.from_numpy(ids[end - scored + 1 :])
+        marked[row, end - scored : end] = torch.from_numpy(marks)
     logits = model(input_ids=inputs.to(device), use_cache=False).logits
     each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().to(device), reduction="none")
-    return each.double().view(len(batch), longest).sum(dim=1)
+    each = each.double().view(len(batch), longest)
+    return torch.stack([each.sum(dim=1), each.where(marked.to(device), 0).sum(dim=1)], dim=1)
 
 
 def _masked_nll(
     model: PreTrainedModel, batch: Sequence[Part], masked: MaskedTokens, device: torch.device
 ) -> torch.Tensor:
-    """The nll of each window's masked token, float64 of shape (windows,)."""
+    """The nll of each window's masked token, and again if it is of a keyword, float64 of shape (windows, 2)."""
     longest = max(len(part.ids) for part in batch)
     inputs = torch.full((len(batch), longest), masked.last_id)
     attention = torch.zeros_like(inputs)
-    for row, (_, ids, place) in enumerate(batch):
+    for row, (_, ids, place, _) in enumerate(batch):
         inputs[row, : len(ids)] = torch.from_numpy(ids)
         inputs[row, place] = masked.mask_id
         attention[row, : len(ids)] = 1
@@ -236,4 +274,6 @@ def _masked_nll(
     truth = torch.tensor([int(part.ids[part.scored]) for part in batch], device=device)
     logits = model(input_ids=inputs.to(device), attention_mask=attention.to(device)).logits
     chosen = logits[torch.arange(len(batch), device=device), places]
-    return F.cross_entropy(chosen.float(), truth, reduction="none").double()
+    each = F.cross_entropy(chosen.float(), truth, reduction="none").double()
+    marked = torch.tensor([bool(part.marks[0]) for part in batch], device=device)
+    return torch.stack([each, each.where(marked, 0)], dim=1)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raylm import cli
-from raylm.config import Experiment
+from raylm.config import CorpusConfig, Experiment, TokenizerConfig
 from raylm.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
     from raylm.tokens import Store
@@ -49,7 +51,7 @@ def ready(experiment: Experiment) -> tuple[Store, bool]:
     """`prepared`, with a Ray of its own if the store is not there yet."""
     from raylm import cluster, tokenizer, tokens
 
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     if tokens.is_store(tokens.store_path(experiment.storage, experiment.corpus, chosen)):
         return prepared(experiment)
     with cluster.connect(experiment.cluster):
@@ -60,16 +62,63 @@ def prepared(experiment: Experiment) -> tuple[Store, bool]:
     """The experiment's token store, and whether it was there already. Ray is connected, progress is shown."""
     from raylm import tokenizer, tokens
 
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     with cli.task("Preparing tokens", "bytes") as progress:
         return tokens.prepare(experiment.corpus, chosen, storage=experiment.storage, progress=progress)
+
+
+def evaluation_corpora(experiment: Experiment) -> dict[str, CorpusConfig]:
+    """The corpus of each evaluation set by its name; DataError naming the set if its files are not there."""
+    section = experiment.eval
+    return {
+        name: evaluation_corpus(paths, experiment.corpus, section.key(name)) for name, paths in section.sets.items()
+    }
+
+
+def evaluation_corpus(paths: Sequence[str], how: CorpusConfig, key: str) -> CorpusConfig:
+    """A corpus of the paths that the setting `key` gave: read as `how` says, nothing filtered and nothing held out."""
+    from raylm import corpus
+
+    reading = {name: getattr(how, name) for name in ("text", "join", "separator", "on_bad_row")}
+    made = CorpusConfig(paths=tuple(paths), validation_fraction=0, **reading)
+    corpus.check(made, key)
+    return made
+
+
+def evaluation_sets(experiment: Experiment, store: Store) -> dict[str, str]:
+    """The token store of each evaluation set, by the tokenizer of the run's store. Ray is connected, progress is shown.
+
+    A store that is there already is used. A set is the `train` split of its store: nothing is held out.
+    """
+    from raylm import tokens
+
+    tokenizer = TokenizerConfig(path=os.path.join(tokens.local_copy(store.path), "tokenizer"))
+    found = {}
+    for name, corpus in evaluation_corpora(experiment).items():
+        empty = nothing_to_score(experiment.eval.key(name), corpus.paths)
+        with cli.task(f"Preparing tokens of evaluation set {name}", "bytes") as progress:
+            try:
+                made, _ = tokens.prepare(corpus, tokenizer, storage=experiment.storage, progress=progress)
+            except DataError as error:
+                raise (empty if error.where == "corpus" else error) from None
+        if not made.train.num_tokens:
+            raise empty
+        found[name] = made.path
+    return found
+
+
+def nothing_to_score(key: str, paths: Sequence[str]) -> DataError:
+    """The error that the paths of an evaluation set hold no text."""
+    return DataError(
+        f"{key}: there is nothing to score in {', '.join(paths)}: no document has any text; give other files", key
+    )
 
 
 def verified(experiment: Experiment) -> cli.Answer:
     """The answer that the experiment's store is whole; DataError naming the files of it that are not."""
     from raylm import tokenizer, tokens
 
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen)
     if not tokens.is_store(path):
         known = tokens.changes(experiment.storage, experiment.corpus, chosen)
@@ -87,7 +136,7 @@ def plan(experiment: Experiment) -> cli.Answer:
     from raylm import corpus, tokenizer, tokens
 
     sources = corpus.check(experiment.corpus)
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
     exists = tokens.is_store(path)
     lines = [f"{source.name}: {len(source.files):,} files, {source.num_bytes:,} bytes" for source in sources]

@@ -7,12 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-
-def figure(value: Any) -> str:
-    """A number as a person writes it: 400,384 and 0.00312."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+from raylm.cli import figure
 
 
 def trials(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -46,18 +41,20 @@ def facts(pairs: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {figure(value)}" for name, value in pairs.items() if value is not None)
 
 
-def scores(by_name: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row for each source of the text that was scored."""
+def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """A row for each part of the text that was scored; the first figure of each is its perplexity, under its name."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("source")
-    for name in ("perplexity", "bits/byte", "tokens", "bytes"):
-        table.add_column(name, justify="right")
-    for name, row in by_name.items():
-        numbers = [
-            f"{next(iter(row.values())):.2f}",
-            f"{row['bits_per_byte']:.2f}",
-            f"{row['tokens']:,}",
-            f"{row['bytes']:,}",
-        ]
+    table.add_column("text")
+    measure = next(name for name in rows[0][1] if name.endswith("perplexity"))
+    with_keywords = "keywords" in rows[0][1]
+    of_keywords = ("of keywords", "keyword tokens") if with_keywords else ()
+    for heading in (measure, "bits/byte", "tokens", "bytes", *of_keywords):
+        table.add_column(heading.replace("_", "-"), justify="right")
+    for name, row in rows:
+        numbers = [f"{row[what]:.2f}" if row[what] is not None else "-" for what in (measure, "bits_per_byte")]
+        numbers += [f"{row[what]:,}" for what in ("tokens", "bytes")]
+        if with_keywords:
+            each = row["keywords"]
+            numbers += ["-" if each[measure] is None else f"{each[measure]:.2f}", f"{each['tokens']:,}"]
         table.add_row(name, *numbers)
     return table

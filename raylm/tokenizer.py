@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from raylm.config import TokenizerConfig, TrainedTokenizer
+from raylm.config import ModelConfig, TokenizerConfig, TrainedTokenizer
 from raylm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -35,16 +35,18 @@ OVERLAP = 20_000
 """Characters that one part of a long document shares with the next."""
 
 
-def chosen(section: TokenizerConfig, model_path: str | None) -> TokenizerConfig:
-    """The section with its default filled in: the tokenizer of the pretrained model."""
+def chosen(section: TokenizerConfig, model: ModelConfig | str | None) -> TokenizerConfig:
+    """The section with its default filled in: the pretrained model's own tokenizer, of its revision or GGUF file."""
+    model = model if isinstance(model, ModelConfig) else ModelConfig(path=model)
     if section.path is not None or section.train is not None:
         return section
-    if model_path is None:
+    if model.path is None:
         raise ConfigError(
             "tokenizer: a model from a config has no tokenizer of its own; give tokenizer.path or tokenizer.train",
             "tokenizer",
         )
-    return section.model_copy(update={"path": model_path})
+    own = {name: getattr(section, name) or getattr(model, name) for name in ("revision", "gguf_file")}
+    return section.model_copy(update={"path": model.path, **own})
 
 
 def load_section(section: TokenizerConfig) -> PreTrainedTokenizerFast:

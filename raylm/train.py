@@ -1,19 +1,20 @@
-"""python -m raylm.train: one training run."""
+"""python -m raylm.train: one training run. The same command goes on with a run that stopped before its end."""
 
 from __future__ import annotations
 
-import secrets
+import dataclasses
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 from raylm import cli
 from raylm.config import Experiment, dump, get
-from raylm.errors import ConfigError, RaylmError, TrainingError
+from raylm.errors import ConfigError, Diverged, Interrupted, OutOfMemory, RaylmError, TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,28 +23,26 @@ if TYPE_CHECKING:
 
     from raylm.budget import Budget
     from raylm.cluster import Resources
-    from raylm.loop import Job
+    from raylm.loop import Job, Outcome
     from raylm.perplexity import Documents
+    from raylm.runs import Begun
     from raylm.tokens import Store
+    from raylm.tracking import Run
 
-PARAMETERS = (
-    "blocks.block_size",
-    "blocks.packing",
-    "objective.kind",
-    "train.learning_rate",
-    "train.warmup_steps",
-    "train.weight_decay",
-    "train.lr_scheduler_type",
-    "train.batch_tokens",
-    "train.seed",
-    "cluster.num_workers",
-)
-"""The settings every MLflow run has as parameters, beside the swept ones and what `parameters` derives."""
+
+Resume = Annotated[
+    Literal["auto", "never", "must"],
+    typer.Option(
+        help="auto: go on with the newest run of this name that stopped before its end. never: begin a new one. must: "
+        "fail if there is none to go on with."
+    ),
+]
 
 
 def train(
     settings: cli.Settings = None,
     config: cli.ConfigFile = None,
+    resume: Resume = "auto",
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
@@ -53,62 +52,124 @@ def train(
     checked = plan(experiment)
     if dry_run:
         return checked
-    from raylm import cluster, loop, report, tracking
-    from raylm.perplexity import Score
+    from raylm import cluster, objective, runs, storage, tracking
     from raylm.prepare import prepared
 
-    name = run_name("train")
-    with cluster.connect(experiment.cluster) as resources:
-        store, _ = prepared(experiment)
-        budget = budget_of(experiment, store)
-        tags = {"raylm.verb": "train"}
-        run = tracking.start(experiment.tracking, experiment=experiment.name, name=name, tags=tags)
-        status: tracking.Status = "FAILED"
-        try:
-            run.parameters(parameters(experiment, store, budget))
-            run.text(dump(experiment), "experiment.yaml")
-            with cli.task("Training", "tokens") as advance, cluster.watch(lambda t: advance(t, budget.tokens)) as board:
-                job = loop.Job(experiment, store.path, budget, run, board=board)
-                best, checkpoint = fit(job, resources, storage=runs(experiment), name=name)
-            if experiment.eval.max_tokens is not None:  # the figure to compare is of the whole split
-                with cli.task("Scoring the whole validation split", "documents") as advance:
-                    scored = Score.of(score(checkpoint, store.validation, experiment, resources, advance))
-                best |= {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
-            run.metrics(best_metrics(best), best["step"])
-            run.tags({"raylm.checkpoint": checkpoint})
+    storage.check(experiment.storage)
+    begun = runs.begin(experiment, "train", os.path.basename(checked.record["store"]), resume)
+    for directory in begun.abandoned:
+        tracked(experiment, directory, os.path.basename(directory)).end_if_running("KILLED")
+    run = tracked(experiment, begun.directory, begun.name)
+    status: tracking.Status = "FAILED"
+    try:
+        with cluster.connect(experiment.cluster) as resources:
+            store, reused = prepared(experiment)
+            if not reused:  # else the plan has told
+                objective.warn_of_absent(experiment.objective, store)
+            answer = trained(experiment, store, run, begun, resources)
+            begun.end(answer.record)
             status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            run.end(status)
+            return answer
+    except (KeyboardInterrupt, Interrupted):
+        status = "KILLED"
+        raise
+    except (Diverged, OutOfMemory) as error:
+        begun.end({"error": error.message})  # with the same settings it would fail again
+        raise
+    finally:
+        run.end(status)
+        tracking.settle(run, cli.say)
+
+
+def tracked(experiment: Experiment, directory: str, name: str) -> Run:
+    """The run in MLflow of a run's directory: the one it had before, or a new one."""
+    from raylm import tracking
+
+    tags = {"raylm.verb": "train"}
+    return tracking.start(experiment.tracking, experiment=experiment.name, name=name, tags=tags, directory=directory)
+
+
+def trained(experiment: Experiment, store: Store, run: Run, begun: Begun, resources: Resources) -> cli.Answer:
+    """Train to the end of the budget, export the best model and score it."""
+    from raylm import card, cluster, loop, tracking
+    from raylm.perplexity import Score
+    from raylm.prepare import evaluation_sets
+
+    budget = budget_of(experiment, store)
+    sets = evaluation_sets(experiment, store)
+    run.parameters(parameters(experiment, store, budget))
+    run.text(dump(experiment), "experiment.yaml")
+    if begun.step is not None:
+        cli.say(f"{begun.directory}: the newest checkpoint is of step {begun.step:,} of {budget.steps:,}")
+    job = loop.Job(experiment, store.path, budget, run, begun.directory, sets=sets)
+    started = time.monotonic()
+    with (
+        cli.task("Training", "tokens") as advance,
+        cluster.signals(cli.say),
+        cluster.watch(lambda tokens: advance(tokens, budget.tokens), cli.say) as board,
+    ):
+        outcome = fit(dataclasses.replace(job, board=board), resources)
+        if outcome.stopped:
+            raise interrupted(begun.directory, outcome)
+    seconds = time.monotonic() - started
+    best = dict(outcome.best)
+    target = f"{begun.directory}/model"
+    card.export(job.checkpoints.path(best["step"]), target)
+    if experiment.eval.max_tokens is not None:  # the figure to compare is of the whole split
+        with cli.task("Scoring the whole validation split", "documents") as advance:
+            scored = Score.of(score(target, store.validation, experiment, resources, advance))
+        best |= {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
+    run.metrics(best_metrics(experiment, best), best["step"])
+    run.tags({"raylm.checkpoint": target})
+    measure = measured(experiment)
+    trained_here = (outcome.step - (begun.step or 0)) * budget.batch_tokens
     record = {
-        "run": name,
-        "checkpoint": checkpoint,
-        "perplexity": best["perplexity"],
+        "run": begun.name,
+        "checkpoint": target,
+        measure: best["perplexity"],
         "bits_per_byte": best["bits_per_byte"],
-        "tokens": budget.tokens,
-        "steps": budget.steps,
-        "tokens_per_second": budget.tokens / best["training_seconds"],
+        "tokens": outcome.step * budget.batch_tokens,
+        "steps": outcome.step,
+        "best_step": best["step"],
+        "resumed_from": begun.step,
+        "tokens_per_second": trained_here / seconds,
         "mlflow_run_id": run.run_id,
     }
+    from raylm import report
+
     view = report.facts(
         {
-            "perplexity": best["perplexity"],
+            measure.replace("_", "-"): best["perplexity"],
             "bits per byte": best["bits_per_byte"],
-            "tokens": budget.tokens,
-            "tokens/s": round(record["tokens_per_second"]),
-            "checkpoint": checkpoint,
-            "generate": f'{sys.executable} -m raylm.generate {checkpoint} --prompt "..."',
+            "tokens": record["tokens"],
+            "tokens/s": round(record["tokens_per_second"]) or None,
+            "checkpoint": target,
+            "generate": f'{sys.executable} -m raylm.generate {target} --prompt "..."',
             "mlflow": tracking.how_to_look(experiment.tracking),
         }
     )
     return cli.Answer(record, view)
 
 
+def interrupted(directory: str, outcome: Outcome) -> BaseException:
+    """What a run that was asked to stop ends with."""
+    from raylm import cluster
+
+    told = f"{directory}: stopped after step {outcome.step:,}, which is saved; the same command goes on from there"
+    if cluster.stopped_by() == signal.SIGINT:
+        return KeyboardInterrupt(told)
+    return Interrupted(told, directory)
+
+
+def measured(experiment: Experiment) -> str:
+    """What the score is called: a masked model has no perplexity."""
+    return "pseudo_perplexity" if experiment.objective.kind == "masked" else "perplexity"
+
+
 def plan(experiment: Experiment) -> cli.Answer:
     """Check whatever can be checked before Ray starts; what the run will do."""
-    from raylm import cluster, corpus
+    from raylm import cluster, corpus, runs
+    from raylm.prepare import evaluation_corpora
 
     if "://" in experiment.storage:
         raise ConfigError(
@@ -117,6 +178,7 @@ def plan(experiment: Experiment) -> cli.Answer:
             where="storage",
         )
     sources = corpus.check(experiment.corpus)
+    evaluation_corpora(experiment)
     resources = cluster.plan(experiment.cluster)
     # Seconds of imports, after the quick checks.
     from raylm import budget, loop, model, objective, report, tokenizer, tokens
@@ -133,10 +195,12 @@ def plan(experiment: Experiment) -> cli.Answer:
         masked=masked,
     )
     store = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
+    if tokens.is_store(store):
+        objective.warn_of_absent(experiment.objective, tokens.open_store(store))
     planned = budget.plan(
         experiment.train,
         block_size=experiment.blocks.block_size,
-        num_workers=experiment.cluster.num_workers,
+        num_workers=experiment.cluster.most_workers,
         epoch_examples=None,
     )
     num_files = sum(len(source.files) for source in sources)
@@ -152,7 +216,7 @@ def plan(experiment: Experiment) -> cli.Answer:
         "num_workers": experiment.cluster.num_workers,
         "resources_per_worker": resources.per_worker if resources else None,
         "cluster": "this machine" if resources else "elsewhere",
-        "storage": runs(experiment),
+        "storage": runs.directory_of(experiment),
         "tracking": experiment.tracking.uri,
     }
     pairs = {name.replace("_", " "): value for name, value in record.items() if name != "corpus"}
@@ -175,41 +239,56 @@ def budget_of(experiment: Experiment, store: Store) -> Budget:
     found = budget.plan(
         experiment.train,
         block_size=section.block_size,
-        num_workers=experiment.cluster.num_workers,
+        num_workers=experiment.cluster.most_workers,
         epoch_examples=examples,
     )
     assert found is not None  # the examples are known
     return found
 
 
-def fit(
-    job: Job, resources: Resources, *, storage: str, name: str, callbacks: Sequence[Any] = ()
-) -> tuple[dict[str, Any], str]:
-    """Train on a group of workers. The metrics of the best evaluation and the path of its checkpoint."""
-    from ray.train import CheckpointConfig, RunConfig
+def fit(job: Job, resources: Resources, callbacks: Sequence[Any] = ()) -> Outcome:
+    """Train on a group of workers, again with smaller micro-batches where memory ran out, until the end or a stop."""
+    while True:
+        try:
+            outcome = on_workers(job, resources, callbacks)
+            if outcome.error is not None:
+                raise outcome.error
+        except OutOfMemory as error:
+            again(job, error)
+            continue
+        if outcome.lost_nodes and resources.without(outcome.lost_nodes).most_runs:
+            cli.say(f"a node is being taken away; going on without it from step {outcome.step:,}")
+            continue
+        return outcome
+
+
+def again(job: Job, error: OutOfMemory) -> None:
+    """Say that a training begins again with less at once; the error itself if there is nothing less."""
+    if error.where != "train.micro_batch_tokens":
+        raise error
+    if job.board is not None:
+        job.board.say.remote(error.message)
+
+
+def on_workers(job: Job, resources: Resources, callbacks: Sequence[Any]) -> Outcome:
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    from raylm import loop
+    from raylm import loop, runs
 
     trainer = TorchTrainer(
         loop.train_loop_per_worker,
         train_loop_config={"job": job},
         scaling_config=scaling(resources),
         run_config=RunConfig(
-            name=name,
-            storage_path=storage,
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="perplexity", checkpoint_score_order="min"
-            ),
+            # A name of its own each time: what Ray remembers of a run, it would go on with. The checkpoints are ours.
+            name=runs.named("attempt"),
+            storage_path=f"{job.directory}/ray",
+            failure_config=FailureConfig(max_failures=job.experiment.cluster.max_failures),
             callbacks=list(callbacks),
         ),
     )
-    started = time.monotonic()
-    with _workers_errors(name):
-        result = trainer.fit()
-    best = {"training_seconds": time.monotonic() - started, **result.return_value}
-    saved = result.get_best_checkpoint("perplexity", "min")
-    return best, saved.path
+    return result_of(trainer, job.directory)
 
 
 def score(
@@ -222,52 +301,61 @@ def score(
     """perplexity.score_documents of a saved model: in this process without `resources` of Ray, else on its workers."""
     from raylm import cluster, loop
 
-    section = experiment.eval
+    section, words = experiment.eval, experiment.objective.keywords
     if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):
         cpus = cluster.cpus_here()
         return loop.score_loop_per_worker(
-            {"job": loop.Scoring(directory, documents, section, cpus, experiment.cluster.use_gpu, loop.Alone, progress)}
+            {
+                "job": loop.Scoring(
+                    directory, documents, section, cpus, experiment.cluster.use_gpu, loop.Alone, progress, words
+                )
+            }
         )
     from ray.train import RunConfig
     from ray.train.torch import TorchTrainer
 
+    from raylm import runs
+
     trainer = TorchTrainer(
         loop.score_loop_per_worker,
         train_loop_config={
-            "job": loop.Scoring(directory, documents, section, resources.cpus_per_worker, experiment.cluster.use_gpu)
+            "job": loop.Scoring(
+                directory,
+                documents,
+                section,
+                resources.cpus_per_worker,
+                experiment.cluster.use_gpu,
+                keywords=words,
+            )
         },
         scaling_config=scaling(resources),
-        run_config=RunConfig(name=run_name("score"), storage_path=runs(experiment)),
+        run_config=RunConfig(name=runs.named("score"), storage_path=f"{runs.directory_of(experiment)}/ray"),
     )
-    with _workers_errors(directory):
-        return trainer.fit().return_value
+    return result_of(trainer, directory)
 
 
 def scaling(resources: Resources) -> Any:
     from ray.train import ScalingConfig
 
     return ScalingConfig(
-        num_workers=resources.num_workers,
+        num_workers=resources.num_workers
+        if resources.num_workers == resources.most_workers
+        else (resources.num_workers, resources.most_workers),
         use_gpu=bool(resources.gpus_per_worker),
         resources_per_worker=resources.per_worker,
     )
 
 
-def runs(experiment: Experiment) -> str:
-    """Where the runs of an experiment lie."""
-    return f"{experiment.storage}/{experiment.name}"
-
-
 def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str, Any]:
     """What an MLflow run has as parameters: the same keys for every run of an experiment."""
-    from raylm import model
+    from raylm import card, model
 
     masked = experiment.objective.kind == "masked"
     found = model.configuration(
         experiment.model, vocab_size=len(store.tokenizer), block_size=experiment.blocks.block_size, masked=masked
     )
     return {
-        **{key: get(experiment, key) for key in PARAMETERS},
+        **{key: get(experiment, key) for key in card.SETTINGS},
         "model": experiment.model.path or found.model_type,
         "model_parameters": model.num_parameters(found, masked=masked),
         "tokens": budget.tokens,
@@ -276,31 +364,36 @@ def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str
     }
 
 
-def best_metrics(best: dict[str, Any]) -> dict[str, float]:
-    return {"best/eval_perplexity": best["perplexity"], "best/eval_bits_per_byte": best["bits_per_byte"]}
+def best_metrics(experiment: Experiment, best: dict[str, Any]) -> dict[str, float]:
+    return {f"best/eval_{measured(experiment)}": best["perplexity"], "best/eval_bits_per_byte": best["bits_per_byte"]}
 
 
-def run_name(verb: str) -> str:
-    """A name that no other run has: Ray goes on with an old run where it finds one of the same name."""
-    return f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+def result_of(trainer: Any, where: str) -> Any:
+    """What the workers' function returned on rank 0; what a worker raised, out of Ray's wrapping.
 
+    Never in the main thread, where Ray would take Ctrl-C for itself and end the run without a checkpoint.
+    """
+    results: list[Any] = []
+    failures: list[BaseException] = []
 
-@contextmanager
-def _workers_errors(where: str) -> Iterator[None]:
-    """What a worker raised, out of Ray's wrapping; and Ctrl-C as Ctrl-C, which Ray turns into an exit of its own."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        if not in_main_thread:  # a trial that the scheduler stops
-            raise
-        raise KeyboardInterrupt from None
-    except Exception as error:
-        raise _cause(error, where) from error
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, handler)
+    def fit() -> None:
+        try:
+            results.append(trainer.fit().return_value)
+        except BaseException as error:
+            failures.append(error)
+
+    if threading.current_thread() is threading.main_thread():
+        thread = threading.Thread(target=fit, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)  # a signal is handled between two waits
+    else:
+        fit()
+    if not failures:
+        return results[0]
+    if isinstance(failures[0], Exception):
+        raise _cause(failures[0], where) from failures[0]
+    raise failures[0]  # a trial that the scheduler stops
 
 
 def _cause(error: Exception, name: str) -> Exception:

@@ -10,13 +10,11 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raylm import cli
 from raylm.config import Experiment, corners, dump, override
-from raylm.errors import ConfigError, RaylmError, TrainingError
+from raylm.errors import ConfigError, OutOfMemory, RaylmError, TrainingError
 
 if TYPE_CHECKING:
     from raylm.budget import Budget
@@ -42,14 +40,22 @@ def tune(
     checked = plan(experiment)
     if dry_run:
         return checked
-    from raylm import cluster, tracking
+    from raylm import cluster, objective, runs, storage, tracking
     from raylm.prepare import prepared
-    from raylm.train import run_name
 
-    name = run_name("tune")
+    storage.check(experiment.storage)
+    name = runs.named("tune")
     with cluster.connect(experiment.cluster) as resources:
         store, reused = prepared(experiment)
-        parent = tracking.start(experiment.tracking, experiment=experiment.name, name=name, tags={"raylm.verb": "tune"})
+        if not reused:  # else the plan has told
+            objective.warn_of_absent(experiment.objective, store)
+        parent = tracking.start(
+            experiment.tracking,
+            experiment=experiment.name,
+            name=name,
+            tags={"raylm.verb": "tune"},
+            directory=f"{runs.directory_of(experiment)}/{name}",
+        )
         status: tracking.Status = "FAILED"
         try:
             parent.text(dump(experiment), "experiment.yaml")
@@ -63,6 +69,7 @@ def tune(
             for child in parent.children().values():  # those of trials that were cut off
                 child.end_if_running("KILLED")
             parent.end(status)
+            tracking.settle(parent, cli.say)
     return answer(experiment, name, parent, rows, best, reused)
 
 
@@ -119,14 +126,16 @@ def sweep(
     """Run the trials; a row for each, the best first. A trial that fails is a row with its reason, not an error."""
     from ray import tune as ray_tune
 
-    from raylm import loop, train
+    from raylm import loop, runs, train
+    from raylm.prepare import evaluation_sets
 
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer console output of Tune talks even at verbose=0
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end a sweep at Ctrl-C as if it were complete
     budget = train.budget_of(experiment, store)
+    sets = evaluation_sets(experiment, store)
     swept = {key: _shown(sampler) for key, sampler in experiment.tune.space.items()}
     parent.parameters({**train.parameters(experiment, store, budget), **swept})
-    template = loop.Job(experiment, store.path, budget, parent)
+    template = loop.Job(experiment, store.path, budget, parent, f"{runs.directory_of(experiment)}/{name}", sets=sets)
     together = resources.most_runs
     if experiment.tune.max_concurrent_trials is not None:
         together = min(together, experiment.tune.max_concurrent_trials)
@@ -152,11 +161,8 @@ def sweep(
             ),
             run_config=ray_tune.RunConfig(
                 name=name,
-                storage_path=train.runs(experiment),
+                storage_path=runs.directory_of(experiment),
                 failure_config=ray_tune.FailureConfig(max_failures=2),  # of processes: lost ones go on elsewhere
-                checkpoint_config=ray_tune.CheckpointConfig(
-                    num_to_keep=1, checkpoint_score_attribute="perplexity", checkpoint_score_order="min"
-                ),
                 callbacks=[watcher],
                 verbose=0,
             ),
@@ -169,12 +175,14 @@ def sweep(
 def trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> None:
     """One trial: the template's run with these settings. What goes wrong in it is reported as its result."""
     from ray import tune as ray_tune
+    from ray.tune.integration.ray_train import TuneReportCallback
 
     from raylm import tokens as stores
     from raylm import train
 
     trial_id = _number(ray_tune.get_context().get_trial_id())
-    run = template.run.child(trial_id)
+    directory = f"{template.directory}/{trial_id}"
+    run = template.run.child(trial_id, directory=directory)
     budget = template.budget
     try:
         experiment = override(template.experiment, {**settings, "tune.space": {}})
@@ -182,13 +190,11 @@ def trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> N
         budget = train.budget_of(experiment, store)
         run.parameters({**train.parameters(experiment, store, budget), **settings})
         run.text(dump(experiment), "experiment.yaml")
-        job = dataclasses.replace(template, experiment=experiment, budget=budget, run=run)
+        job = dataclasses.replace(template, experiment=experiment, budget=budget, run=run, directory=directory)
         if resources.num_workers == 1:
             _fit_here(job)
         else:
-            sweep_name = ray_tune.get_context().get_experiment_name()
-            storage = f"{train.runs(experiment)}/{sweep_name}"
-            train.fit(job, resources, storage=storage, name=f"{trial_id}-workers", callbacks=[_bridge()])
+            train.fit(job, resources, callbacks=[TuneReportCallback()])
     except Exception as error:
         cause = error if isinstance(error, RaylmError) else TrainingError(f"{type(error).__name__}: {error}")
         run.tags({"raylm.failure": cause.message})
@@ -197,32 +203,24 @@ def trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> N
 
 
 def _fit_here(job: Job) -> None:
-    """Train in this very process."""
+    """Train in this very process, again with smaller micro-batches where memory ran out."""
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from raylm import loop
+    from raylm import loop, train
 
-    TorchTrainer(
-        loop.train_loop_per_worker,
-        train_loop_config={"job": dataclasses.replace(job, session=InTrial)},
-        scaling_config=ScalingConfig(num_workers=0),
-    ).fit()
-
-
-def _bridge() -> Any:
-    """Hands on what a worker group reports to the trial it belongs to; to be made inside the trial."""
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    class Bridge(TuneReportCallback):
-        best: str | None = None
-
-        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            if checkpoint is not None and metrics[0]["step"] == metrics[0]["best_step"]:
-                self.best = checkpoint.path  # Tune gets no hold of these checkpoints, only metrics
-            super().after_report(run_context, [{**metrics[0], "best_checkpoint": self.best}], checkpoint)
-
-    return Bridge()
+    while True:
+        trainer = TorchTrainer(
+            loop.train_loop_per_worker,
+            train_loop_config={"job": dataclasses.replace(job, session=InTrial)},
+            scaling_config=ScalingConfig(num_workers=0),
+        )
+        outcome = trainer.fit().return_value
+        if outcome.error is None:
+            return
+        if not isinstance(outcome.error, OutOfMemory):
+            raise outcome.error
+        train.again(job, outcome.error)
 
 
 class InTrial:
@@ -231,22 +229,16 @@ class InTrial:
     rank = 0
     world_size = 1
 
-    def report(self, metrics: dict[str, Any], directory: str | None) -> None:
+    def report(self, metrics: dict[str, Any]) -> None:
         from ray import tune as ray_tune
 
-        saved = ray_tune.Checkpoint.from_directory(directory) if directory else None
-        ray_tune.report(metrics, checkpoint=saved)
+        ray_tune.report(metrics)
 
-    @contextmanager
-    def latest(self) -> Iterator[str | None]:
-        from ray import tune as ray_tune
+    def agreed(self, value: Any) -> Any:
+        return value
 
-        saved = ray_tune.get_checkpoint()
-        if saved is None:
-            yield None
-        else:
-            with saved.as_directory() as directory:
-                yield directory
+    def lost_nodes(self) -> list[str]:
+        return []
 
 
 def samplers(space: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -314,7 +306,7 @@ def finish(
         if child is None:
             continue
         if row["perplexity"] is not None:
-            child.metrics(train.best_metrics(row), row["best_step"])
+            child.metrics(train.best_metrics(experiment, row), row["best_step"])
         child.tags({"raylm.status": row["status"]})
         child.end("FAILED" if row["status"] == "failed" else "FINISHED")
         row["mlflow_run_id"] = child.run_id
@@ -325,7 +317,7 @@ def finish(
         with cli.task("Scoring the best trial on the whole validation split", "documents") as advance:
             scored = Score.of(train.score(best["checkpoint"], store.validation, experiment, resources, advance))
         best |= {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
-    parent.metrics(train.best_metrics(best), best["best_step"])
+    parent.metrics(train.best_metrics(experiment, best), best["best_step"])
     parent.tags({"raylm.best_trial": best["trial_id"], "raylm.checkpoint": best["checkpoint"]})
     return best
 
@@ -369,7 +361,6 @@ def _row(result: Any, experiment: Experiment) -> dict[str, Any]:
     metrics = result.metrics or {}
     failure = metrics.get("failure") or (str(result.error).strip().split("\n")[-1] if result.error else None)
     seen = metrics.get("tokens", 0)
-    saved = result.get_best_checkpoint("perplexity", "min") if result.checkpoint else None
     scored = failure is None and "best_perplexity" in metrics
     completed = seen >= metrics.get("budget_tokens", math.inf)
     return {
@@ -379,15 +370,10 @@ def _row(result: Any, experiment: Experiment) -> dict[str, Any]:
         "bits_per_byte": metrics["best_bits_per_byte"] if scored else None,
         "tokens": 0 if failure else seen,
         "settings": {key: result.config[key] for key in experiment.tune.space},
-        "checkpoint": _checkpoint_path(saved, metrics),
+        "checkpoint": metrics.get("best_checkpoint"),
         "best_step": metrics.get("best_step", 0),
         "failure": failure,
     }
-
-
-def _checkpoint_path(saved: Any, metrics: dict[str, Any]) -> str | None:
-    """Where the best weights are; a worker group tells it in a metric, since Tune has no hold of its checkpoints."""
-    return saved.path if saved is not None else metrics.get("best_checkpoint")
 
 
 def _shown(sampler: dict[str, Any]) -> str:

@@ -1,6 +1,12 @@
 """One Ray for all tests that need one, on this machine, ended by handle; no network, no tracking unless asked for."""
 
+import importlib
+import itertools
+import json
+import multiprocessing
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -11,6 +17,9 @@ from pathlib import Path
 import pytest
 
 from raylm import config
+
+TOKEN = "hf_canaryCanaryCanaryCanaryCanaryCana"
+"""A secret of nobody, which must never be seen where it was not put."""
 
 WORDS = "the cat sat on a mat and saw one dog run far to sea".split()
 
@@ -32,6 +41,22 @@ def ray_cluster():
     )
     yield cluster.resources(config.ClusterConfig(), ray.cluster_resources())
     ray.shutdown()
+
+
+def one_by_one(function, numbered):
+    """What tokens.write._each does with Ray's tasks, in this process."""
+    return (function(*item) for item in numbered)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch has one thread: tensors as small as those of the tests are quicker so."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +92,159 @@ tune: {{space: {{train.learning_rate: {{choice: [2e-2]}}}}}}
         return config.load(file, settings)
 
     return make
+
+
+# A command -----------------------------------------------------------------------------------------------------------
+
+HEAVY = ["raylm.loop", "ray.tune", "ray.data", "mlflow", "datasets"]
+"""What the verbs import between them: 10 s of CPU time, where the rest of a command's start is 0.3 s."""
+
+
+class Started:
+    """A command that runs, and what subprocess.Popen has of it."""
+
+    def __init__(self, process, arguments, stdout: Path, stderr: Path):
+        self.process, self.arguments, self.stdout, self.stderr = process, arguments, stdout, stderr
+        self.kill, self.terminate = process.kill, process.terminate
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        self.process.join(280)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired(self.arguments, 280, self.stdout.read_bytes(), self.stderr.read_bytes())
+        texts = (file.read_text(encoding="utf-8") for file in (self.stdout, self.stderr))
+        return subprocess.CompletedProcess(self.arguments, self.process.exitcode, *texts)
+
+
+@pytest.fixture(scope="session")
+def start_command(tmp_path_factory):
+    """(verb, *argv, cwd=...) -> Started: `raylm VERB ...` in a process of its own.
+
+    It is forked off one that has imported HEAVY and done nothing else.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(HEAVY)
+    outputs = tmp_path_factory.mktemp("outputs")
+    numbers = itertools.count()
+
+    def start(verb: str, *argv: object, cwd: Path | None = None) -> Started:
+        stdout, stderr = (outputs / f"{next(numbers)}-{name}" for name in ("stdout", "stderr"))
+        arguments = [f"raylm.{verb}", *map(str, argv)]
+        process = processes.Process(
+            target=be_command, args=(arguments, cwd or Path.cwd(), dict(os.environ), stdout, stderr)
+        )
+        process.start()
+        return Started(process, arguments, stdout, stderr)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def command(start_command):
+    """(verb, *argv, cwd=...) -> the exit code, stdout and stderr of `raylm VERB ...`, as subprocess.run tells them."""
+    return lambda verb, *argv, cwd=None: start_command(verb, *argv, cwd=cwd).wait()
+
+
+def be_command(arguments: list[str], cwd: Path, environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, file in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.argv = arguments
+    importlib.import_module(arguments[0]).main()
+
+
+# A model -------------------------------------------------------------------------------------------------------------
+
+PLAIN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+"""The files of `trained_directory` without what raylm and the Trainer add."""
+
+MANIFEST = {
+    "format": 1,
+    "fingerprint": "f",
+    "tokenizer": {"eos_id": 0, "vocab_size": 260},
+    "ledger": {"documents": 4, "bytes": 1234, "filtered: min_chars": 1, "kept": 3, "kept bytes": 1200},
+    "train": {"documents": 2, "tokens": 500, "bytes": 1000, "shards": []},
+    "validation": {"documents": 1, "tokens": 100, "bytes": 200, "shards": []},
+}
+
+
+@pytest.fixture(scope="session")
+def trained_directory(tmp_path_factory) -> Path:
+    """A directory with a tiny GPT-2 in it as the Trainer and raylm leave it, with secrets and places in its experiment,
+    beside the manifest of its token store; never changed."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from raylm import checkpoint, tokenizer
+
+    home = tmp_path_factory.mktemp("home")
+    directory, store = home / "checkpoint", home / "tokens" / "f"
+    sizes = {"vocab_size": 260, "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(directory)
+    tokenizer.train(["a b c"], config.TrainedTokenizer(vocab_size=260)).save_pretrained(directory)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"):
+        (directory / name).write_text("of the training")
+    sources = [
+        {"name": f"{home}/notes/**/*.md", "documents": 2, "tokens": 400, "bytes": 800},
+        {"name": "hub://stories?split=train", "documents": 1, "tokens": 200, "bytes": 400},
+    ]
+    store.mkdir(parents=True)
+    (store / "manifest.json").write_text(json.dumps({**MANIFEST, "sources": sources}))
+    experiment = config.load(
+        None,
+        [
+            f"storage={home}/runs",
+            f"corpus.paths=['{home}/notes/**/*.md', 'hub://stories?split=train']",
+            f"eval.paths=['s3://key:{TOKEN}@bucket/held/out.txt']",
+            f"tracking.uri=https://user:{TOKEN}@mlflow.example",
+            "tracking.experiment=/Users/me@example/words",
+            "cluster.address=ray://10.0.0.7:10001",
+            f"train.arguments={{hub_token: {TOKEN}, logging_first_step: true, deepspeed: {home}/zero.json}}",
+            "model.config={model_type: gpt2, n_layer: 1, n_head: 1, n_embd: 8}",
+        ],
+    )
+    record = {"step": 7, "tokens": 3584, "perplexity": 12.25, "bits_per_byte": 1.5, "store": str(store)}
+    checkpoint.describe(directory, experiment, record)
+    return directory
+
+
+def copied(directory, to, names=None):
+    """A copy of a directory's files, or of some, that a test may change."""
+    to.mkdir()
+    for file in directory.iterdir():
+        if names is None or file.name in names:
+            (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+@pytest.fixture(scope="session")
+def train_run(ray_cluster):
+    """(experiment, session) -> (outcome, job) of a training run in a directory of its own.
+
+    Its `go_on(job, experiment)` is the outcome of going on with that run.
+    """
+    import dataclasses
+
+    import ray
+
+    from raylm import cluster, loop, prepare, runs, tracking, train
+
+    def fit(job: loop.Job):
+        return train.fit(job, cluster.resources(job.experiment.cluster, ray.cluster_resources()))
+
+    def run(experiment: config.Experiment, session: type = loop.WorkerGroup, board=None):
+        store, _ = prepare.prepared(experiment)
+        begun = runs.begin(experiment, "train", os.path.basename(store.path), "never")
+        tracked = tracking.start(
+            experiment.tracking, experiment=experiment.name, name=begun.name, tags={}, directory=begun.directory
+        )
+        budget = train.budget_of(experiment, store)
+        sets = prepare.evaluation_sets(experiment, store)
+        job = loop.Job(experiment, store.path, budget, tracked, begun.directory, session, board, sets)
+        return fit(job), job
+
+    run.go_on = lambda job, experiment, board: fit(dataclasses.replace(job, experiment=experiment, board=board))
+    return run

@@ -1,5 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from raylm import checkpoint, config, tokenizer
@@ -46,3 +50,99 @@ def test_a_torn_model_is_named(saved):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(StorageError, match=r"model cannot be loaded: Safetensor"):
         checkpoint.load(directory)
+
+
+# The checkpoints of a run --------------------------------------------------------------------------------------------
+
+FILES = {"model.safetensors": b"weights" * 100, "optimizer.pt": b"\0" * 64, "rng_state_1.pth": b"r", "empty": b""}
+
+
+def committed(series, local, step):
+    """A checkpoint of FILES."""
+    local.mkdir(exist_ok=True)
+    for name, content in FILES.items():
+        (local / name).write_bytes(content)
+    series.commit(step, series.upload(step, local))
+
+
+@pytest.fixture
+def series(tmp_path):
+    return checkpoint.Series(str(tmp_path / "checkpoints"))
+
+
+def test_the_newest_whole_checkpoint_is_used_and_a_skipped_one_is_named_with_its_fault(series, tmp_path):
+    for step in (20, 40, 60, 80):
+        committed(series, tmp_path / "local", step)
+    weights = Path(series.path(60)) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:300])
+    (Path(series.path(80)) / "manifest.json").unlink()
+    step, faults = series.newest()
+    assert step == 40
+    assert faults == [
+        f"{series.path(80)}: manifest.json: missing, so it was never completed",
+        f"{series.path(60)}: model.safetensors: 300 of 700 bytes",
+    ]
+
+
+def test_if_no_completed_checkpoint_is_whole_each_is_named(series, tmp_path):
+    for step in (20, 40):
+        committed(series, tmp_path / "local", step)
+        (Path(series.path(step)) / "optimizer.pt").unlink()
+    with pytest.raises(StorageError, match=r"(?s)no checkpoint .* whole.*00040: optimizer.pt: missing.*00020: .*never"):
+        series.newest()
+
+
+def test_a_run_without_checkpoints_has_none(series, tmp_path):
+    assert series.newest() == (None, [])
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "model.safetensors").write_bytes(b"half of")
+    series.upload(20, tmp_path / "local")
+    assert series.newest()[0] is None, "one that was never completed is none"
+
+
+def test_the_last_and_the_best_are_kept(series, tmp_path):
+    for step in (20, 40, 60, 80, 100):
+        committed(series, tmp_path / "local", step)
+    (tmp_path / "checkpoints" / "step_00000050").mkdir()  # begun and never completed
+    (tmp_path / "checkpoints" / "step_00000120").mkdir()  # being written
+    series.prune(2, [40])
+    assert series.steps() == [40, 80, 100, 120]
+
+
+def test_a_manifest_that_names_a_file_outside_is_damaged(series, tmp_path):
+    committed(series, tmp_path / "local", 20)
+    manifest = Path(series.path(20)) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"empty"', '"../../empty"'))
+    assert series.fault(20) == "manifest.json: damaged"
+
+
+MUTATIONS = st.tuples(
+    st.sampled_from([*FILES, "manifest.json"]),
+    st.sampled_from(["truncate", "flip", "zero", "delete", "grow"]),
+    st.floats(0, 1, exclude_max=True),
+    st.integers(0, 7),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(MUTATIONS)
+def test_every_damage_to_a_checkpoint_is_found(tmp_path_factory, mutation):
+    name, how, where, bit = mutation
+    home = tmp_path_factory.mktemp("damage")
+    series = checkpoint.Series(str(home / "checkpoints"))
+    committed(series, home / "local", 20)
+    file = Path(series.path(20)) / name
+    whole = file.read_bytes()
+    place = int(where * len(whole))
+    if how == "delete":
+        file.unlink()
+    elif how == "grow":
+        file.write_bytes(whole + b"\0")
+    elif how == "truncate":
+        file.write_bytes(whole[:place])
+    elif how == "zero":
+        file.write_bytes(whole[:place] + bytes(len(whole) - place))
+    elif whole:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+    changed = not file.exists() or file.read_bytes() != whole
+    assert (series.fault(20) is not None) == changed

@@ -1,3 +1,4 @@
+import signal
 import time
 
 import pytest
@@ -54,18 +55,36 @@ def test_a_ray_that_runs_already_is_left_running(ray_cluster):
     assert ray.is_initialized()
 
 
-def test_whoever_watches_sees_what_a_worker_puts(ray_cluster):
+def test_whoever_watches_sees_what_a_worker_puts_and_says(ray_cluster):
     import ray
 
-    seen = []
+    seen, said = [], []
 
     @ray.remote
     def work(board):
-        ray.get(board.put.remote(5.0))
+        ray.get([board.put.remote(5.0), board.say.remote("half of it")])
 
-    with cluster.watch(seen.append) as board:
+    with cluster.watch(seen.append, said.append) as board:
         ray.get(work.remote(board))
         deadline = time.monotonic() + 60
         while not seen and time.monotonic() < deadline:
             time.sleep(0.1)
     assert seen[0] == 5.0
+    assert said == ["half of it"], "once"
+
+
+def test_a_signal_tells_the_workers_to_stop_and_a_second_ctrl_c_ends_the_command(ray_cluster):
+    import ray
+
+    said = []
+    with pytest.raises(KeyboardInterrupt), cluster.signals(said.append), cluster.watch(print, print) as board:  # noqa: PT012
+        assert not ray.get(board.is_stopping.remote())
+        signal.raise_signal(signal.SIGINT)
+        deadline = time.monotonic() + 60
+        while not ray.get(board.is_stopping.remote()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert cluster.stopped_by() == signal.SIGINT
+        assert ray.get(board.is_stopping.remote())
+        signal.raise_signal(signal.SIGINT)
+    assert "Ctrl-C stops at once" in said[0]
+    assert cluster.stopped_by() is None

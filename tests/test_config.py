@@ -171,6 +171,12 @@ FAULTS = {
     "tune: {scheduler: foo}": "1:8 tune.scheduler.kind: must be one of 'none' or 'asha', got 'foo'",
     "blocks: {block_size: 100}\ntrain: {batch_tokens: 1000, max_tokens: 999}": "2:29 train.max_tokens: must be at "
     "least one optimizer step, train.batch_tokens = 1000, got 999",
+    "eval: {paths: 5}": "1:8 eval.paths: must be text, a list of texts or a mapping of names to them, got 5",
+    "eval: {paths: [5]}": "1:8 eval.paths: must be text, a list of texts or a mapping of names to them, got [5]",
+    "eval: {paths: {a b: c}}": "1:8 eval.paths: must have names of letters, digits, dots, dashes, underscores; "
+    "got 'a b'",
+    "eval: {paths: {a: []}}": "1:8 eval.paths: must have text or a list of texts for a, got []",
+    "eval: {paths: {a: {b: c}}}": "1:8 eval.paths: must have text or a list of texts for a, got {'b': 'c'}",
     "blocks: {block_size: 100}": "1:10 train.batch_tokens: must be a multiple of blocks.block_size x "
     "cluster.num_workers = 100 x 1, got 32768; nearest: 32800",
     "- a": "1:1 an experiment is made of sections (key: value), got ['a']",
@@ -267,7 +273,7 @@ REFUSED = {
     "control character": ("name: a\x00b", "my.yaml: unacceptable character #x0000"),
     "alias bomb": (BOMB, "my.yaml: more than 100000 values; are there aliases of aliases?"),
     "alias of itself": ("model: {config: &a {b: *a}}", "my.yaml: nested too deeply; is an alias inside of its own"),
-    "deep nesting": ("name: " + "[" * 1500, "my.yaml: nested too deeply"),
+    "deep nesting": ("name: " + "[" * 800, "my.yaml: nested too deeply"),
 }
 
 
@@ -416,6 +422,23 @@ def test_local_paths_become_absolute(load, tmp_path, monkeypatch):
     assert experiment.tokenizer.path == f"{here}/f"
     assert experiment.model.path == f"{here}/here"
     assert experiment.tracking.uri == f"sqlite:///{here}/g.db"
+
+
+def test_evaluation_sets_have_names_or_are_one(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path)
+    assert load("").eval.sets == load("eval: {paths: {}}").eval.sets == {}
+    one = load("eval: {paths: [a, s3://b]}").eval
+    assert one.sets == {"eval": (f"{here}/a", "s3://b")}
+    assert one.key("eval") == "eval.paths"
+    several = load("eval: {paths: {books: a/*.txt, code.v2: [b, python://json]}}", "eval.paths.v1.1=c")
+    expected = {"books": (f"{here}/a/*.txt",), "code.v2": (f"{here}/b", "python://json"), "v1.1": (f"{here}/c",)}
+    assert several.eval.sets == expected
+    assert several.eval.key("code.v2") == "eval.paths.code.v2"
+    assert config.get(several, "eval.paths.code.v2") == expected["code.v2"]
+    config.save(several, tmp_path / "saved.yaml")
+    assert config.load(tmp_path / "saved.yaml") == several
+    assert load("eval: {paths: a}", "eval.paths.b=c").eval.sets == {"b": (f"{here}/c",)}
 
 
 def test_names_that_are_no_local_paths_stay(load):

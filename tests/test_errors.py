@@ -9,6 +9,8 @@ EXIT_CODES = {
     errors.ConfigError: 2,
     errors.DataError: 3,
     errors.TrainingError: 4,
+    errors.Diverged: 4,
+    errors.OutOfMemory: 4,
     errors.StorageError: 5,
     errors.Interrupted: 75,
 }

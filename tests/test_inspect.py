@@ -2,6 +2,7 @@ import json
 import re
 
 import pytest
+from conftest import one_by_one
 
 from raylm import config, inspect, prepare, tokens
 from raylm.tokens import write
@@ -9,7 +10,7 @@ from raylm.tokens import write
 
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_each", lambda function, numbered: (function(*item) for item in numbered))
+    monkeypatch.setattr(write, "_each", one_by_one)
     (tmp_path / "corpus").mkdir()
     for number in range(6):
         (tmp_path / "corpus" / f"{number}.txt").write_text("hello <world>\n" * 2**number)

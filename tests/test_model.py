@@ -1,13 +1,26 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, GPT2LMHeadModel, TrainingArguments
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    TrainingArguments,
+    XLNetConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from raylm import loop, model, objective
+from raylm import loop, model, objective, train
 from raylm.config import Experiment, ModelConfig
 from raylm.errors import ConfigError
+from raylm.loop.trainer import _Trainer
 
 SMALL = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8}
 
@@ -27,15 +40,82 @@ def test_positions_may_be_more_than_the_block():
     assert model.context(configuration(n_positions=64)) == 64
 
 
-def test_a_block_beyond_the_positions_is_refused():
-    with pytest.raises(ConfigError, match=r"blocks.block_size must be at most 8.*got 16"):
+def test_a_block_beyond_the_positions_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"block_size must be at most 8.*got 16; lower it, or set model.config.n_pos"):
         configuration(n_positions=8)
+    GPT2Config(n_positions=8, vocab_size=30).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"block_size must be at most 8.*got 16; lower it$"):
+        model.configuration(ModelConfig(path=str(tmp_path)), vocab_size=30, block_size=16)
 
 
-def test_a_vocabulary_beyond_the_embedding_is_refused():
+def test_a_vocabulary_beyond_the_embedding_is_refused(tmp_path):
     section = ModelConfig(config={**SMALL, "vocab_size": 20})
-    with pytest.raises(ConfigError, match="30 tokens.*embedding 20 rows"):
+    with pytest.raises(ConfigError, match="30 tokens.*embedding 20 rows.*leave out model.config.vocab_size"):
         model.configuration(section, vocab_size=30, block_size=4)
+    GPT2Config(n_positions=8, vocab_size=20).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="30 tokens.*embedding 20 rows.*leave out the section tokenizer"):
+        model.configuration(ModelConfig(path=str(tmp_path)), vocab_size=30, block_size=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model.config.vocab_size=280"], "the tokenizer has 300 tokens, the model's embedding 280 rows"),
+        (["model.config.n_positions=16"], "blocks.block_size must be at most 16"),
+        (
+            ["model.config={model_type: bert}", "objective.kind=masked"],
+            "no mask token; .*tokenizer.train.special_tokens",
+        ),
+        (["model.config={model_type: bert}"], "objective.kind: bert reads in both directions"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_model_that_does_not_fit_is_refused_by_the_verb_before_ray_starts(settings, message, tiny):
+    with pytest.raises(ConfigError, match=message):
+        train.plan(tiny(*settings))
+
+
+MASKED = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
+OF_ITS_OWN = {
+    "esm": {"position_embedding_type": "absolute", "mask_token_id": 1},
+    "longformer": {"attention_window": 4},
+    "luke": {"entity_vocab_size": 4, "entity_emb_size": 4},
+    "xmod": {"default_language": "en_XX"},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(model.AFTER_PADDING))
+def test_positions_of_roberta_and_its_kin_begin_after_the_padding_token(kind, tokenizer):
+    fields = {"model_type": kind, **MASKED, **OF_ITS_OWN.get(kind, {})}
+    network = model.build(ModelConfig(config=fields), tokenizer, block_size=8, masked=True).eval()
+    assert model.context(network.config) == 8
+    network(input_ids=torch.arange(5, 13)[None], attention_mask=torch.ones(1, 8).long())
+    with pytest.raises((IndexError, RuntimeError)):
+        network(input_ids=torch.arange(5, 14)[None], attention_mask=torch.ones(1, 9).long())
+
+
+def test_a_pretrained_roberta_has_the_positions_that_its_card_tells(tmp_path):
+    RobertaConfig(max_position_embeddings=514, **MASKED).save_pretrained(tmp_path)
+    section = ModelConfig(path=str(tmp_path))
+    assert model.context(model.configuration(section, vocab_size=9, block_size=512, masked=True)) == 512
+    with pytest.raises(ConfigError, match="blocks.block_size must be at most 512, .* got 513"):
+        model.configuration(section, vocab_size=9, block_size=513, masked=True)
+
+
+def test_every_model_of_transformers_whose_positions_begin_after_the_padding_token_is_known():
+    """Those that count positions as fairseq does and are trained to fill masks."""
+    sources = Path(transformers.__file__).parent / "models"
+    found = {
+        kind
+        for kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        for file in sources.glob(f"{kind.replace('-', '_').removesuffix('_text')}/modeling_*.py")
+        if "create_position_ids_from_input_ids(" in file.read_text(encoding="utf-8")
+    }
+    assert found == model.AFTER_PADDING
+
+
+def test_a_model_may_have_no_table_of_positions():
+    assert model.context(XLNetConfig()) is None
 
 
 def test_an_unknown_model_type_names_near_ones():
@@ -157,7 +237,61 @@ def test_code_that_comes_with_a_model_runs_only_if_asked_for(tmp_path, monkeypat
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("targets", [(), ("all-linear",), ("c_attn", "c_proj")])
+OWN_MODEL = """
+import torch
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+class Own(PretrainedConfig):
+    model_type = "own"
+    def __init__(self, vocab_size=300, width=8, **rest):
+        self.vocab_size, self.width = vocab_size, width
+        super().__init__(**rest)
+
+class Model(PreTrainedModel, GenerationMixin):
+    config_class = Own
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = torch.nn.Embedding(config.vocab_size, config.width)
+        self.head = torch.nn.Linear(config.width, config.vocab_size)
+        self.post_init()
+    def _init_weights(self, layer):
+        torch.nn.init.normal_(layer.weight)
+    def get_input_embeddings(self):
+        return self.embedding
+    def forward(self, input_ids, labels=None, **_):
+        logits = self.head(self.embedding(input_ids).cumsum(1))
+        loss = None if labels is None else torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+"""
+
+
+def test_a_model_with_code_of_its_own_is_trained_and_saved_with_that_code(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    given, scratch = tmp_path / "given", tmp_path / "scratch"
+    given.mkdir()
+    (given / "own.py").write_text(OWN_MODEL)
+    mapped = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}
+    (given / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": mapped}))
+    config = AutoConfig.from_pretrained(given, trust_remote_code=True)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=True).save_pretrained(given)
+    section = ModelConfig(path=str(given), trust_remote_code=True)
+    assert model.num_parameters(model.pretrained_configuration(section)) == 300 * 8 + 8 * 300 + 300
+    trainer = trainer_of(
+        Experiment(model=section, blocks={"block_size": 8}), tokenizer, scratch, save_strategy="steps", save_steps=4
+    )
+    trainer.train()
+    with pytest.raises(ConfigError, match="comes with code of its own.*model.trust_remote_code=true"):
+        model.pretrained_configuration(ModelConfig(path=str(scratch / "checkpoint-4")))
+    again = AutoModelForCausalLM.from_pretrained(scratch / "checkpoint-4", trust_remote_code=True)
+    ids = torch.arange(8)[None]
+    assert torch.equal(again(ids).logits, trainer.model.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    "targets", [(), ("all-linear",), ("c_attn", "c_proj"), ("lm_head",), ("wte",), ("wte", "lm_head")], ids=str
+)
 def test_low_rank_updates_are_trained_alone_and_saved_merged(tmp_path, tokenizer, targets):
     base = model.build(ModelConfig(config=SMALL), tokenizer, block_size=8, seed=3)
     section = ModelConfig(config=SMALL, lora={"r": 2, "target_modules": targets})
@@ -176,6 +310,8 @@ def test_low_rank_updates_are_trained_alone_and_saved_merged(tmp_path, tokenizer
     given = torch.arange(8)[None]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(plain(given).logits, network.eval()(given).logits, rtol=1e-4, atol=1e-5)
+    ends = {"wte", "lm_head"}.intersection(targets)
+    assert plain.config.tie_word_embeddings == (not ends)  # GPT-2's input and output are one matrix, unless one changes
     assert not torch.allclose(plain(given).logits, base.eval()(given).logits, atol=1e-3)
     again = model.build(section, tokenizer, block_size=8, seed=3)
     model.load_updates(again, tmp_path)
@@ -237,10 +373,8 @@ def trainer_of(experiment, tokenizer, directory, **arguments):
     settings = TrainingArguments(**(common | arguments))
     rows = [np.random.default_rng(number).integers(0, len(tokenizer), 8) for number in range(8)]
     dataset = objective.Numbered(rows)
-    job = loop.Job(experiment, "", None, None)
-    return loop._Trainer(
-        job, loop.Alone, None, model=network, args=settings, train_dataset=dataset, data_collator=batches
-    )
+    job = loop.Job(experiment, "", None, None, "")
+    return _Trainer(job, loop.Alone, None, model=network, args=settings, train_dataset=dataset, data_collator=batches)
 
 
 def test_a_gguf_file_is_unpacked_to_weights_that_can_be_trained_and_saved(tmp_path, tokenizer):

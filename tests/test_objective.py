@@ -2,6 +2,7 @@
 
 import os
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +22,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from raylm import loop, objective, tokenizer, train
+from raylm import objective, tokenizer, train
 from raylm.config import BlocksConfig, ObjectiveConfig, TrainedTokenizer
 from raylm.errors import ConfigError
-from raylm.objective import IGNORED, loss
+from raylm.loop.trainer import _Trainer
+from raylm.objective import IGNORED, keywords, loss
 
 SPECIAL = ("<|endoftext|>", "<mask>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>")
 PADDED = BlocksConfig(block_size=16, packing="padded")
@@ -67,10 +69,62 @@ def test_the_first_token_of_a_block_is_not_predicted(byte):
 
 
 def test_keywords_count_with_and_without_a_space_and_as_sequences(byte):
-    count = batches(byte, kind="keyword_weighted", keywords=["plt", "fit"])
+    count = objective.Keywords(["plt", "fit"], byte)
     assert [len(ids(byte, word)) for word in ("plt", " plt", "fit")] == [1, 1, 3]
     for text, number in {"plt plt": 2, "x.fit(plt)": 2, "fi t": 0, " fit": 1, "": 0, "fitfit": 2}.items():
         assert count.occurrences(ids(byte, text)) == number, text
+
+
+def test_the_tokens_of_a_keyword_are_marked(byte):
+    words = objective.Keywords(["plt", "fit"], byte)
+    row = ids(byte, "x.fit(plt) fi plt")
+    assert byte.convert_ids_to_tokens(row) == ["x", ".", "f", "i", "t", "(", "plt", ")", "Ġ", "f", "i", "Ġplt"]
+    assert words.marked(row).tolist() == [False, False, True, True, True, False, True, *[False] * 4, True]
+    assert words.marked(ids(byte, "fi")).tolist() == [False, False]
+    assert objective.Keywords((), byte).marked(row).sum() == 0
+    overlapping = objective.Keywords(["aba"], byte)
+    assert overlapping.marked(ids(byte, "cababac")).tolist() == [False, *[True] * 5, False]
+
+
+class Shards:
+    """A split of these shards, each of documents."""
+
+    def __init__(self, *shards):
+        self.made = [
+            (np.concatenate(shard).astype(np.uint16), np.cumsum([0, *map(len, shard)]).astype(np.int32))
+            for shard in shards
+        ]
+        self.shards = [(len(shard), len(values)) for shard, (values, _) in zip(shards, self.made, strict=True)]
+        self.read = []
+
+    def arrays(self, shard):
+        self.read.append(shard)
+        return self.made[shard]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 1 << 20])
+def test_a_keyword_is_absent_if_no_document_has_all_its_tokens_in_a_row(byte, chunk, monkeypatch):
+    monkeypatch.setattr(keywords, "CHUNK", chunk)
+    split = Shards(
+        [ids(byte, "x.f"), ids(byte, "it y predi"), ids(byte, "ct")],
+        [ids(byte, "the plt"), ids(byte, "predict"), ids(byte, "f")],
+        [ids(byte, "it")],
+    )
+    words = objective.Keywords(["plt", "fit", "predict", "Plt", "t"], byte)
+    assert words.absent(split) == ["fit", "Plt"]
+    assert split.read == [0, 1, 2]
+    split.read.clear()
+    assert objective.Keywords(["it", "x"], byte).absent(split) == []
+    assert split.read == [0], "nothing is read after the last one is found"
+
+
+def test_a_keyword_that_the_corpus_does_not_have_is_warned_of(byte, capsys):
+    store = SimpleNamespace(tokenizer=byte, train=Shards([ids(byte, "the plt and the [sk]")]))
+    settings = ObjectiveConfig(kind="keyword_weighted", keywords=["plt", "[pd]", "[sk]"])
+    assert objective.warn_of_absent(settings, store) == ["[pd]"]
+    said = capsys.readouterr().err
+    assert "warning: objective.keywords: no document of the training split has '[pd]', so it makes" in said
+    assert "[sk]" not in said
 
 
 def test_weights_are_of_the_row_and_items_of_the_batch(byte):
@@ -301,7 +355,7 @@ def test_not_normalized_it_is_the_formula_of_the_course(byte):
     logits = model(batch["input_ids"]).logits
     per_token = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none")
     per_row = per_token.view(2, -1).mean(dim=1)
-    counts = torch.tensor([float(course.occurrences(row)) for _, row in rows])
+    counts = torch.tensor([float(course.keywords.occurrences(row)) for _, row in rows])
     assert counts[0] > 0
     expected = (per_row * 0.7 * (1.0 + counts)).mean().item()
     objective.attach(model, shifted=True)
@@ -335,7 +389,7 @@ def step(directory, micro_batch, accumulation):
             remove_unused_columns=False, dataloader_pin_memory=False,
         )  # fmt: skip
         before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
-        trainer = loop._Trainer(
+        trainer = _Trainer(
             None, None, None, model=model, args=arguments, train_dataset=objective.Numbered(rows), data_collator=made
         )
         trainer.train()

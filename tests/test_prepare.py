@@ -7,12 +7,6 @@ import time
 
 import pytest
 
-COMMAND = [sys.executable, "-m", "raylm.prepare", "corpus.keep_any=[]"]
-
-
-def raylm_prepare(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=200)
-
 
 @pytest.fixture
 def settings(tmp_path):
@@ -21,6 +15,7 @@ def settings(tmp_path):
     for number in range(20):
         (directory / f"{number}.txt").write_text(f"Document {number} says hello. " * 20)
     return [
+        "corpus.keep_any=[]",
         f"corpus.paths={directory}",
         f"storage={tmp_path}/runs",
         "tokenizer.train={vocab_size: 300}",
@@ -28,27 +23,27 @@ def settings(tmp_path):
     ]
 
 
-def test_prepare_writes_a_store_and_then_finds_it(settings, tmp_path):
-    plan = json.loads(raylm_prepare(*settings, "--dry-run", "--json").stdout)
+def test_prepare_writes_a_store_and_then_finds_it(command, settings, tmp_path):
+    plan = json.loads(command("prepare", *settings, "--dry-run", "--json").stdout)
     assert not (tmp_path / "runs").exists()
     assert plan["sources"] == [{"name": str(tmp_path / "corpus"), "files": 20, "bytes": 20 * 20 * 23 + 10 * 20}]
-    first = json.loads(raylm_prepare(*settings, "--json").stdout)
+    first = json.loads(command("prepare", *settings, "--json").stdout)
     assert first["store"] == plan["store"]
     assert not first["reused"]
     assert first["train"]["documents"] + first["validation"]["documents"] == 20
     assert first["train"]["bytes"] + first["validation"]["bytes"] == 20 * 20 * 23 + 10 * 20
-    again = json.loads(raylm_prepare(*settings, "--json").stdout)
+    again = json.loads(command("prepare", *settings, "--json").stdout)
     assert again == {**first, "reused": True}
-    verified = json.loads(raylm_prepare(*settings, "--verify", "--json").stdout)
+    verified = json.loads(command("prepare", *settings, "--verify", "--json").stdout)
     assert verified == {"store": first["store"], "fingerprint": first["fingerprint"], "verified": True, "shards": 2}
     (tmp_path / "runs" / "tokens" / first["fingerprint"] / "train" / "shard-00000.arrow").write_bytes(b"torn")
-    ended = raylm_prepare(*settings, "--verify", "--json")
+    ended = command("prepare", *settings, "--verify", "--json")
     assert ended.returncode == 3
     assert "train/shard-00000.arrow: 4 of" in json.loads(ended.stdout)["error"]
 
 
-def test_a_path_that_matches_nothing_ends_before_anything_is_written(tmp_path):
-    ended = raylm_prepare(f"corpus.paths={tmp_path}/nothing", f"storage={tmp_path}/runs", "--json")
+def test_a_path_that_matches_nothing_ends_before_anything_is_written(command, tmp_path):
+    ended = command("prepare", f"corpus.paths={tmp_path}/nothing", f"storage={tmp_path}/runs", "--json")
     assert ended.returncode == 3
     assert json.loads(ended.stdout) == {
         "error": f"corpus.paths: {tmp_path}/nothing: no such file, directory or glob",
@@ -58,27 +53,27 @@ def test_a_path_that_matches_nothing_ends_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verify_checks_what_is_there_and_writes_nothing(settings, tmp_path):
-    ended = raylm_prepare(*settings, "--verify", "--json")
+def test_verify_checks_what_is_there_and_writes_nothing(command, settings, tmp_path):
+    ended = command("prepare", *settings, "--verify", "--json")
     assert ended.returncode == 3
     assert "no token store there; run raylm prepare" in json.loads(ended.stdout)["error"]
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
-def test_a_prepare_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
+def test_a_prepare_that_is_killed_again_and_again_ends_with_the_same_bytes(command, tmp_path):
     """kill -9 of the command and everything it started, as soon as some shards are there; then it runs to its end."""
     directory = tmp_path / "corpus"
     directory.mkdir()
     for number in range(8):
         rows = (json.dumps({"text": f"Row {row} of {number} says hello. " * 9}) for row in range(60_000))
         (directory / f"{number}.jsonl").write_text("\n".join(rows))
-    settings = [f"corpus.paths={directory}", "tokenizer.train={vocab_size: 300}"]
-    whole = json.loads(raylm_prepare(*settings, f"storage={tmp_path}/whole", "--json").stdout)
+    settings = ["corpus.keep_any=[]", f"corpus.paths={directory}", "tokenizer.train={vocab_size: 300}"]
+    whole = json.loads(command("prepare", *settings, f"storage={tmp_path}/whole", "--json").stdout)
     torn = tmp_path / "torn" / "tokens" / whole["fingerprint"]
     for _ in range(2):
-        command = [*COMMAND, *settings, f"storage={tmp_path}/torn"]
-        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        line = [sys.executable, "-m", "raylm.prepare", *settings, f"storage={tmp_path}/torn"]
+        running = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
         before = len(list(torn.glob("progress/*.json")))
         while running.poll() is None and len(list(torn.glob("progress/*.json"))) < before + 2:
             time.sleep(0.02)
@@ -86,7 +81,7 @@ def test_a_prepare_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_p
         os.killpg(running.pid, signal.SIGKILL)
         running.communicate()
     assert not (torn / "manifest.json").exists()
-    again = json.loads(raylm_prepare(*settings, f"storage={tmp_path}/torn", "--json").stdout)
+    again = json.loads(command("prepare", *settings, f"storage={tmp_path}/torn", "--json").stdout)
     assert again["train"] == whole["train"]
     assert again["fingerprint"] == whole["fingerprint"]
     files = sorted(path.relative_to(torn) for path in torn.rglob("*") if path.is_file())

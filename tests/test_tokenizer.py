@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from raylm import tokenizer
-from raylm.config import TokenizerConfig, TrainedTokenizer
+from raylm.config import ModelConfig, TokenizerConfig, TrainedTokenizer
 from raylm.errors import ConfigError, DataError
 
 TEXTS = ["def hello(name):\n    return f'hello {name}'\n", "for name in names:\n    hello(name)\n"] * 20
@@ -55,10 +55,20 @@ def test_no_tokenizer_at_a_path(tmp_path):
 
 
 def test_the_models_own_tokenizer_is_the_default():
-    assert tokenizer.chosen(TokenizerConfig(), "some/model").path == "some/model"
-    assert tokenizer.chosen(TokenizerConfig(path="mine"), "some/model").path == "mine"
+    assert tokenizer.chosen(TokenizerConfig(), ModelConfig(path="some/model")).path == "some/model"
+    assert tokenizer.chosen(TokenizerConfig(path="mine"), ModelConfig(path="some/model")).path == "mine"
     with pytest.raises(ConfigError, match=r"tokenizer\.path or tokenizer\.train"):
-        tokenizer.chosen(TokenizerConfig(), None)
+        tokenizer.chosen(TokenizerConfig(), ModelConfig(config={"model_type": "gpt2"}))
+
+
+def test_the_models_own_tokenizer_is_of_its_revision_and_gguf_file():
+    model = ModelConfig(path="some/model", revision="v2", gguf_file="q4.gguf")
+    own = TokenizerConfig(path="some/model", revision="v2", gguf_file="q4.gguf")
+    assert tokenizer.chosen(TokenizerConfig(), model) == own
+    assert tokenizer.chosen(TokenizerConfig(revision="v3"), model).revision == "v3"
+    assert tokenizer.chosen(TokenizerConfig(eos_token="</s>"), model).eos_token == "</s>"
+    other = TokenizerConfig(path="other")
+    assert tokenizer.chosen(other, model) == other
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import one_by_one
 
 from raylm import config, tokens
 from raylm import corpus as corpora
@@ -38,11 +39,6 @@ def contents(path):
         for parent, _, files in os.walk(path)
         for file in files
     }
-
-
-def one_by_one(function, numbered):
-    """What `_each` does, in this process."""
-    return (function(*item) for item in numbered)
 
 
 def small_shards(monkeypatch, corpus, num_bytes):
@@ -332,7 +328,7 @@ def test_odd_documents_and_very_long_ones(tmp_path, monkeypatch):
 def test_files_are_encoded_without_a_store(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_each", one_by_one)
     store, _ = tokens.prepare(corpus.model_copy(update={"validation_fraction": 0}), TOKENIZER, storage=str(tmp_path))
-    found = tokens.encode_files(corpus.paths, f"{store.path}/tokenizer")
+    found = tokens.encode_files(corpus, f"{store.path}/tokenizer")
     assert len(found) == len(store.train)
     assert all(found[i].tolist() == store.train[i].tolist() for i in range(len(found)))
     assert [found.document_bytes(i) for i in range(40)] == [store.train.document_bytes(i) for i in range(40)]

@@ -1,81 +1,822 @@
+"""Journals need no MLflow. What is shipped is asked of MLflow's own server, here in this process, behind a gate."""
+
+import contextlib
+import json
+import logging
 import math
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlflow import MlflowClient
+from werkzeug.serving import make_server
 
 from raylm import tracking
 from raylm.config import TrackingConfig
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, StorageError
+from raylm.tracking import journal, mlflow
+
+NOWHERE = TrackingConfig(uri=None)
+LOSSES = {step: 5 - step / 10 for step in range(1, 9)}
+
+
+def start(section, directory, name="one", tags=None):
+    return tracking.start(section, experiment="words", name=name, tags=tags or {}, directory=directory)
+
+
+def stored(uri, run, key="train/loss"):
+    """(step, value) of a metric in MLflow, as often as it is there."""
+    history = MlflowClient(uri).get_metric_history(run.run_id, key)
+    return sorted((point.step, point.value) for point in history)
+
+
+def in_fork(work):
+    """A process of its own that does this and ends without a farewell; its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def as_in_a_new_process(run):
+    journal.log(run.directory, journal.METRICS).close()
+    journal.log.cache_clear()
+    journal.metrics.cache_clear()
+
+
+def eventually(check):
+    """Wait until it holds, on a busy machine too."""
+    end = time.monotonic() + 60
+    while not check() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert check()
+
+
+# MLflow ------------------------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """MLflow's server on a port of this machine, and what goes wrong on the way to it."""
+
+    def __init__(self, app):
+        self.app = app
+        self.port = 0
+        self.fault = None
+        self.calls = []
+        self.released = threading.Event()
+        self.open()
+
+    @property
+    def uri(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def open(self):
+        self.server = make_server("127.0.0.1", self.port, self, threaded=True)
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self.thread.start()
+
+    def close(self):
+        """From now on connections are refused."""
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def __call__(self, environ, respond):
+        fault = self.fault
+        self.calls.append(environ["PATH_INFO"])
+        if fault == "hangs":
+            self.released.wait(20)
+        elif fault == "is slow":
+            time.sleep(0.3)
+        elif fault == "loses answers":
+            b"".join(self.app(environ, lambda *_: None))  # done, and nobody hears of it
+            fault = "500 Internal Server Error"
+        elif fault == "answers HTML":
+            respond("200 OK", [("Content-Type", "text/html")])
+            return [b"<html>Please sign in</html>"]
+        if fault and fault[0].isdigit():
+            respond(fault, [("Content-Type", "text/plain")])
+            return [b"no"]
+        return self.app(environ, respond)
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory):
+    """With a database of its own."""
+    root = tmp_path_factory.mktemp("server")
+    shutil.copy(database(tmp_path_factory), root / "server.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{root}/server.db")
+        patch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", "mlflow-artifacts:/")
+        patch.setenv("_MLFLOW_SERVER_ARTIFACT_DESTINATION", f"{root}/artifacts")
+        patch.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
+        from mlflow.server import app
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        opened = Gate(app)
+        MlflowClient(opened.uri).search_experiments()  # the first answer takes seconds
+        yield opened
+        opened.close()
+
+
+def database(tmp_path_factory):
+    """An empty database of MLflow's: to make one takes seconds, to copy it does not."""
+    path = tmp_path_factory.getbasetemp() / "empty.db"
+    if not path.exists():
+        MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
 
 
 @pytest.fixture
-def section(tmp_path):
+def server(gate):
+    """The section of a server that is well, and its gate."""
+    gate.fault = None
+    gate.calls.clear()
+    gate.released.clear()
+    yield TrackingConfig(uri=gate.uri)
+    gate.released.set()
+
+
+@pytest.fixture
+def section(tmp_path, tmp_path_factory):
+    """The section of a SQLite file."""
+    shutil.copy(database(tmp_path_factory), tmp_path / "mlflow.db")
     return TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="words")
 
 
-def test_children_hang_under_their_parent_and_are_found_again(section):
-    parent = tracking.start(section, experiment="words", name="sweep", tags={})
-    child = parent.child("trial_00000")
-    assert parent.child("trial_00000") == child, "an interrupted trial goes on in the run it had"
-    other = parent.child("trial_00001")
-    assert parent.children() == {"trial_00000": child, "trial_00001": other}
-    tags = MlflowClient(section.uri).get_run(child.run_id).data.tags
-    assert tags["mlflow.parentRunId"] == parent.run_id
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Threads that look every moment, and none left over."""
+    monkeypatch.setattr(mlflow, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 20.0)
+    yield
+    end_threads()
 
 
-def test_a_run_that_goes_on_is_running_until_it_is_ended(section):
-    client = MlflowClient(section.uri)
-    parent = tracking.start(section, experiment="words", name="sweep", tags={})
-    child = parent.child("trial_00000")
-    child.end("KILLED")
-    parent.child("trial_00000")
-    assert client.get_run(child.run_id).info.status == "RUNNING"
-    child.end_if_running("FAILED")
-    child.end_if_running("FINISHED")
-    assert client.get_run(child.run_id).info.status == "FAILED"
+def end_threads():
+    """As if the process were another one."""
+    for known in tracking._servers.values():
+        known.close(10)
+    tracking._servers.clear()
 
 
-def test_metrics_parameters_tags_and_texts_arrive(section):
-    run = tracking.start(section, experiment="words", name="one", tags={"raylm.verb": "train"})
-    run.metrics({"eval/perplexity": 8.5, "train/loss": math.inf, "train/grad_norm": math.nan}, step=7)
-    run.parameters({f"key{number}": number for number in range(150)} | {"long": "x" * 7000})
-    run.text("name: x\n", "experiment.yaml")
-    client = MlflowClient(section.uri)
-    data = client.get_run(run.run_id).data
-    assert data.metrics == {"eval/perplexity": 8.5}, "what is not finite would be stored as 1.8e308"
-    assert client.get_metric_history(run.run_id, "eval/perplexity")[0].step == 7
-    assert len(data.params) == 151
-    assert data.tags["raylm.verb"] == "train"
-    assert [file.path for file in client.list_artifacts(run.run_id)] == ["experiment.yaml"]
+# The journal -------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_uri_nothing_is_tracked_and_nothing_is_written(tmp_path, monkeypatch):
+def test_the_journal_is_written_whether_or_not_anything_is_shipped(tmp_path):
+    run = start(NOWHERE, tmp_path / "run")
+    run.metrics({"train/loss": 2.5, "train/tokens": 256}, 1)
+    run.metrics({"train/loss": 2.25, "train/grad_norm": math.inf}, 2)
+    assert run.series() == {
+        "train/grad_norm": [(2, math.inf)],
+        "train/loss": [(1, 2.5), (2, 2.25)],
+        "train/tokens": [(1, 256.0)],
+    }
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"step": 1, "time": lines[0]["time"], "metrics": {"train/loss": 2.5, "train/tokens": 256.0}}
+    assert run.ship(0)
+    assert run.run_id is None
+
+
+def test_a_run_without_a_journal_takes_everything_and_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = tracking.start(TrackingConfig(uri=None), experiment="words", name="one", tags={})
+    run = tracking.Run()
     run.metrics({"a": 1.0}, step=1)
+    run.rewind(0)
+    run.flush()
     run.parameters({"a": 1})
     run.tags({"a": 1})
     run.text("a", "a.txt")
     run.child("trial_00000").end()
     run.end_if_running("FAILED")
     assert run.children() == {}
+    assert run.series() == {}
     assert list(tmp_path.iterdir()) == []
+
+
+TOLD = st.dictionaries(st.text(max_size=4), st.floats() | st.integers(-(2**60), 2**60), min_size=1, max_size=2)
+
+
+@settings(max_examples=10, deadline=None)
+@given(before=TOLD, torn=TOLD, after=TOLD)
+def test_a_line_that_is_torn_at_any_byte_spoils_no_other(tmp_path_factory, before, torn, after):
+    run = tracking.Run(str(tmp_path_factory.mktemp("torn")))
+    file = Path(run.directory, "metrics.jsonl")
+    run.metrics(before, 1)
+    begins = file.stat().st_size
+    run.metrics(torn, 2)
+    content = file.read_bytes()
+    for end in range(begins, len(content)):
+        file.write_bytes(content[:end])
+        as_in_a_new_process(run)
+        run.metrics(after, 3)
+        whole = {2: torn} if end == len(content) - 1 else {}  # all but the line's end
+        assert same(run.series(), {1: before, **whole, 3: after})
+
+
+def test_a_reader_that_comes_while_a_line_is_written_sees_it_whole_the_next_time(tmp_path):
+    file, log = tmp_path / "log", journal.Log(str(tmp_path / "log"))
+    file.write_bytes(b'{"step": 1}\n{"st')
+    assert log.read() == ([{"step": 1}], 12)
+    file.write_bytes(b'{"step": 1}\n{"step": 2}')
+    assert log.read(12) == ([{"step": 2}], 23)
+    file.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    assert log.read(23) == ([{"step": 3}], 36)
+
+
+def same(series, told):
+    """Whether a series has just these points; NaN is itself."""
+    found = {(step, key): repr(value) for key, points in series.items() for step, value in points}
+    return found == {(step, key): repr(float(value)) for step, values in told.items() for key, value in values.items()}
+
+
+def test_a_writer_that_is_killed_leaves_whole_lines(tmp_path):
+    run = start(NOWHERE, tmp_path / "run")
+
+    def write():
+        for step in range(10**9):
+            run.metrics({"train/loss": 1 / (step + 1)}, step)
+
+    for _ in range(3):
+        child = in_fork(write)
+        before = len(run.series().get("train/loss", ()))
+        while len(run.series().get("train/loss", ())) < before + 50:
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) == -signal.SIGKILL
+        steps = [step for step, _ in run.series()["train/loss"]]
+        assert steps == list(range(len(steps)))
+        run.rewind(len(steps) // 2)
+
+
+def test_a_disk_that_fills_up_loses_nothing_once_there_is_room(tmp_path, capfd):
+    run = start(NOWHERE, tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+        for step, loss in LOSSES.items():
+            if step == 7:  # room for some of what waits
+                resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
+            run.metrics({"train/loss": loss, "train/some_other_long_name": loss, "train/tokens": step}, step)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        run.metrics({"train/loss": 0.0}, 99)
+
+    assert ended(in_fork(write)) == 0
+    assert run.series()["train/loss"] == [*LOSSES.items(), (99, 0.0)]
+    assert run.series()["train/tokens"] == [(step, step) for step in LOSSES]
+    assert capfd.readouterr().err.count("metrics wait in memory: File too large") == 1
+
+
+def test_a_run_that_rewinds_makes_its_points_again(tmp_path):
+    run = start(NOWHERE, tmp_path / "run")
+    for step, loss in LOSSES.items():
+        run.metrics({"train/loss": loss}, step)
+    first = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    for again in (3, 5):
+        as_in_a_new_process(run)
+        run.rewind(again)
+        assert run.series() == {"train/loss": [(step, LOSSES[step]) for step in range(1, again + 1)]}
+        for step in range(again, 9):  # the step of the checkpoint once more, too
+            run.metrics({"train/loss": LOSSES[step]}, step)
+        assert run.series() == {"train/loss": list(LOSSES.items())}
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert lines == [*first, '{"rewind": 3}', *first[3:], '{"rewind": 5}', *first[5:]], "with their old times"
+
+
+def test_a_run_whose_directory_was_removed_begins_anew(tmp_path):
+    for _ in range(2):
+        run = start(NOWHERE, tmp_path / "run")
+        assert run.series() == {}
+        run.metrics({"train/loss": 2.5}, 1)
+        assert run.series() == {"train/loss": [(1, 2.5)]}
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_a_journal_on_remote_storage(tmp_path, section):
+    run = start(section, f"file://{tmp_path}/run")  # a local one, as far as raylm knows
+    for step, loss in LOSSES.items():
+        run.metrics({"train/loss": loss}, step)
+    run.flush()
+    run.rewind(4)
+    run.metrics({"train/loss": 9.0}, 5)
+    child = run.child("trial_00000")
+    child.end()
+    run.flush()
+    assert run.series()["train/loss"] == [*list(LOSSES.items())[:4], (5, 9.0)]
+    assert run.ship(20)
+    assert stored(section.uri, run) == run.series()["train/loss"]
+    assert tracking.runs(f"file://{tmp_path}") == [run, child]
+
+
+def test_a_place_that_cannot_be_written_is_an_error_before_anything_runs(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=f"{tmp_path}/file/run: the run's journal cannot be written"):
+        start(NOWHERE, tmp_path / "file" / "run")
+
+
+# What arrives ------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_parameters_tags_and_texts_arrive(section, tmp_path):
+    run = start(section, tmp_path / "run", tags={"raylm.verb": "train"})
+    assert run.run_id is not None, "a server that answers has the run when start returns"
+    run.metrics({"eval/perplexity": 8.5, "train/loss": math.inf, "train/grad_norm": math.nan}, step=7)
+    run.parameters({f"key{number}": number for number in range(150)} | {"train.learning_rate": 3e-4, "none": None})
+    run.text("name: x\n", "experiment.yaml")
+    run.tags({"raylm.checkpoint": tmp_path, "long": "x" * 9000})
+    run.end()
+    assert run.ship(20)
+    client = MlflowClient(section.uri)
+    found = client.get_run(run.run_id)
+    assert found.data.metrics == {"eval/perplexity": 8.5}, "what is not finite would be stored as 1.8e308"
+    assert stored(section.uri, run, "eval/perplexity") == [(7, 8.5)]
+    assert len(found.data.params) == 152
+    assert (found.data.params["train.learning_rate"], found.data.params["none"]) == ("0.0003", "None")
+    assert (found.data.tags["raylm.verb"], found.data.tags["raylm.checkpoint"]) == ("train", str(tmp_path))
+    assert [file.path for file in client.list_artifacts(run.run_id)] == ["experiment.yaml"]
+    assert (found.info.status, found.info.run_name) == ("FINISHED", "one")
+    assert run.left() == 0
+
+
+def test_a_parameter_that_is_long_or_has_parts_is_whole_in_an_artifact(section, tmp_path):
+    run = start(section, tmp_path / "run")
+    run.parameters({"corpus.keep_any": ["plt", "pd"], "prompt": "x" * 7000})
+    assert run.ship(20)
+    client = MlflowClient(section.uri)
+    found = client.get_run(run.run_id)
+    assert found.data.params == {"corpus.keep_any": '["plt", "pd"]', "prompt": "x" * 5999 + "…"}
+    artifacts = tmp_path / "mlartifacts" / run.run_id / "artifacts" / "parameters"
+    assert json.loads((artifacts / "corpus.keep_any.json").read_text()) == ["plt", "pd"]
+    assert (artifacts / "prompt.txt").read_text() == "x" * 7000
+
+
+def test_a_run_that_goes_on_is_the_same_run(section, tmp_path):
+    client = MlflowClient(section.uri)
+    run = start(section, tmp_path / "run", tags={"raylm.verb": "train"})
+    run.parameters({"train.learning_rate": 3e-4, "train.seed": 0})
+    run.metrics({"train/loss": 5.0}, 1)
+    run.end("KILLED")
+    assert run.ship(20)
+    info = client.get_run(run.run_id).info
+    assert (info.status, info.end_time) == ("KILLED", journal.facts(run.directory).time)
+    end_threads()
+    again = start(section, tmp_path / "run", name="other", tags={"raylm.verb": "train", "raylm.host": "b"})
+    again.parameters({"train.learning_rate": 1e-4, "train.seed": 0, "cluster.num_workers": 2})
+    again.metrics({"train/loss": 5.0}, 1)
+    again.metrics({"train/loss": 4.0}, 2)
+    assert again.ship(20)
+    found = client.get_run(again.run_id)
+    assert (again.run_id, found.info.status, found.info.run_name) == (run.run_id, "RUNNING", "one")
+    assert found.info.end_time == info.end_time, "it has not ended again"
+    assert found.data.params == {"train.learning_rate": "0.0003", "train.seed": "0", "cluster.num_workers": "2"}
+    assert found.data.tags["resume.1.changed"] == "train.learning_rate: 0.0003 -> 0.0001"
+    assert found.data.tags["raylm.host"] == "b"
+    assert stored(section.uri, run) == [(1, 5.0), (2, 4.0)]
+    again.end_if_running("FAILED")
+    again.end_if_running("FINISHED")
+    assert again.ship(20)
+    assert client.get_run(run.run_id).info.status == "FAILED"
+
+
+def test_children_hang_under_their_parent_and_are_found_again(section, tmp_path):
+    client = MlflowClient(section.uri)
+    parent = start(section, tmp_path / "sweep", name="sweep")
+    child = parent.child("trial_00000")
+    child.end("KILLED")
+    assert parent.ship(20)
+    assert client.get_run(child.run_id).info.status == "KILLED"
+    assert parent.child("trial_00000") == child, "an interrupted trial goes on in the run it had"
+    other = parent.child("trial_00001", directory=f"{parent.directory}/elsewhere")
+    assert parent.children() == {"trial_00000": child, "trial_00001": other}
+    assert parent.ship(20), "a parent's ship waits for its children"
+    assert client.get_run(child.run_id).info.status == "RUNNING"
+    for run in (child, other):
+        assert client.get_run(run.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+    assert len(client.search_runs([client.get_experiment_by_name("words").experiment_id])) == 3
 
 
 def test_artifacts_lie_beside_the_database(section, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    tracking.start(section, experiment="words", name="one", tags={}).text("a", "a.txt")
+    run = start(section, tmp_path / "run")
+    run.text("a", "a.txt")
+    assert run.ship(20)
     assert (tmp_path / "mlartifacts").is_dir()
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_uri_that_cannot_be_used_is_named():
-    with pytest.raises(ConfigError, match="tracking.uri=nonsense://x cannot be used"):
-        tracking.start(TrackingConfig(uri="nonsense://x"), experiment="words", name="one", tags={})
+# What goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def trained(run, upto=9):
+    """What a training tells, while MLflow is as it is."""
+    run.parameters({"train.learning_rate": 3e-4})
+    for step in range(1, upto):
+        run.metrics({"train/loss": LOSSES[step], "train/tokens": 256 * step}, step)
+    run.text("a: 1\n", "experiment.yaml")
+    run.end("FINISHED")
+
+
+def is_whole(uri, run):
+    """Whether MLflow has what `trained` told, each point once, and one run of it."""
+    client = MlflowClient(uri)
+    found = client.get_run(run.run_id)
+    assert stored(uri, run) == list(LOSSES.items())
+    assert stored(uri, run, "train/tokens") == [(step, 256.0 * step) for step in LOSSES]
+    assert found.data.params == {"train.learning_rate": "0.0003"}
+    assert found.info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(run.run_id)] == ["experiment.yaml"]
+    journal_id = found.data.tags["raylm.journal"]
+    assert len(client.search_runs([found.info.experiment_id], f"tags.`raylm.journal` = '{journal_id}'")) == 1
+    return True
+
+
+FAULTS = ["500 Internal Server Error", "429 Too Many Requests", "404 Not Found", "answers HTML", "loses answers",
+          "is slow", "hangs"]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("when", ["from the beginning", "in between"])
+def test_a_server_that_fails_costs_no_point_and_doubles_none(fault, when, server, gate, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    gate.fault = fault if when == "from the beginning" else None
+    run = start(server, tmp_path / "run")
+    run.metrics({"train/loss": LOSSES[1]}, 1)
+    if when == "in between":
+        assert run.ship(20)
+        gate.fault = fault
+    trained(run)
+    run.ship(0.2)
+    gate.fault = None
+    gate.released.set()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    assert run.ship(20)
+    assert is_whole(server.uri, run)
+
+
+def test_a_server_that_is_gone_and_comes_back(server, gate, tmp_path, capsys):
+    gate.close()
+    run = start(server, tmp_path / "run")
+    assert run.run_id is None
+    trained(run, upto=4)
+    child = run.child("trial_00000")
+    child.metrics({"train/loss": 1.0}, 1)
+    assert not run.ship(0.2)
+    gate.open()
+    assert run.ship(20)
+    gate.close()
+    trained(run)
+    assert not run.ship(0.2)
+    gate.open()
+    end_threads()
+    assert run.ship(20)
+    assert is_whole(server.uri, run)
+    assert MlflowClient(server.uri).get_run(child.run_id).data.tags["mlflow.parentRunId"] == run.run_id
+    warned = capsys.readouterr().err
+    assert warned.count("warning: MLflow at") == 1
+    assert f"MLflow at {server.uri} cannot be reached: [Errno 111] Connection refused; the run goes on" in warned
+
+
+@pytest.mark.slow
+def test_mlflow_server_itself_killed_and_started_again(tmp_path, tmp_path_factory):
+    """As `mlflow server` it is seven processes, which take 7 s to start, and a minute on a busy machine."""
+    shutil.copy(database(tmp_path_factory), tmp_path / "mlflow.db")
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--artifacts-destination", str(tmp_path)]
+
+    @contextlib.contextmanager
+    def served():
+        server = subprocess.Popen([*command, *stores], start_new_session=True, stderr=subprocess.DEVNULL)
+        try:
+            yield
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+    run = start(TrackingConfig(uri=uri), tmp_path / "run")
+    run.metrics({"train/loss": LOSSES[1]}, 1)
+    with served():
+        assert run.ship(200)
+        run.metrics({"train/loss": LOSSES[2]}, 2)
+    trained(run)
+    assert not run.ship(2)
+    with served():
+        assert run.ship(200)
+        assert is_whole(uri, run)
+
+
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden"])
+def test_a_refusal_names_the_variables_and_not_their_values(status, server, gate, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "s3cret")
+    gate.fault = status
+    run = start(server, tmp_path / "run")
+    trained(run)
+    assert not run.ship(0.2)
+    warned = capsys.readouterr().err
+    assert warned.count("warning") == 1
+    assert f"MLflow at {server.uri} refuses access: check MLFLOW_TRACKING_TOKEN" in warned
+    assert "s3cret" not in warned
+    gate.fault = None
+    assert run.ship(20)
+    assert is_whole(server.uri, run)
+
+
+def test_a_password_in_the_address_is_told_nobody(server, gate, tmp_path, capsys):
+    section = TrackingConfig(uri=server.uri.replace("//", "//me:s3cret@"))
+    gate.close()
+    run = start(section, tmp_path / "run")
+    trained(run)
+    assert not run.ship(0.2)
+    gate.open()
+    assert run.ship(20)
+    assert is_whole(server.uri, run)
+    written = "".join(file.read_text() for file in (tmp_path / "run").iterdir())
+    shown = written + capsys.readouterr().err + repr(run) + tracking.how_to_look(section)
+    assert "s3cret" not in shown
+    assert tracking.runs(tmp_path)[0].uri == server.uri
+
+
+@pytest.mark.parametrize(
+    ("uri", "there"),
+    [
+        ("postgresql://me:s3cret@host/mlflow?sslmode=require&password=s3cret", "postgresql://me@host/mlflow"),
+        ("https://s3cret@host:5000/path", "https://host:5000/path"),
+        ("sqlite:////tmp/a@b:c/mlflow.db", "sqlite:////tmp/a@b:c/mlflow.db"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_what_of_an_address_is_shown(uri, there):
+    assert mlflow.shown(uri) == there
+
+
+def test_many_that_ship_the_same_journal_ship_it_once(server, gate, tmp_path):
+    gate.close()
+    run = start(server, tmp_path / "run")
+    trained(run)
+    others = [mlflow.Server(server.uri) for _ in range(2)]
+    for other in others:
+        other.watch(run.directory)
+    gate.fault = "is slow"
+    gate.open()
+    for other in others:
+        assert other.ship([run.directory], 60)
+        other.close(10)
+    assert run.ship(20)
+    assert is_whole(server.uri, run)
+
+
+def test_without_locks_mlflow_itself_drops_what_it_has(server, tmp_path, monkeypatch):
+    run = start(server, tmp_path / "run")
+    trained(run)
+    monkeypatch.setattr(journal, "alone", lambda directory: contextlib.nullcontext(True))
+    ships = [mlflow.Shipment(run.directory, tracking._server(server.uri)) for _ in range(3)]
+    for ship in ships:
+        ship._known = set()  # as they would be if they had asked at the same time
+    barrier = threading.Barrier(len(ships))
+    threads = [threading.Thread(target=lambda ship=ship: (barrier.wait(), ship.ship())) for ship in ships]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert run.ship(20)
+    assert is_whole(server.uri, run)
+
+
+@pytest.mark.parametrize("lost", ["the note", "what is noted of the metrics", "the note before the run"])
+def test_a_shipper_that_was_killed_before_it_could_note(lost, server, tmp_path):
+    run = start(server, tmp_path / "run")
+    note = tmp_path / "run" / "mlflow.json"
+    created = note.read_text()
+    trained(run)
+    assert run.ship(20)
+    end_threads()
+    if lost == "what is noted of the metrics":
+        note.write_text(created)
+    else:
+        note.unlink()
+    run.rewind(4)  # and the points after it are not made again before this
+    assert start(server, run.directory).ship(20)
+    trained(run)
+    assert run.ship(20)
+    assert is_whole(server.uri, run)
+
+
+def test_a_process_that_is_killed_while_it_ships(server, tmp_path, gate):
+    gate.fault = "is slow"  # or it would be over before it can be killed
+    run = start(server, tmp_path / "run")
+    end_threads()
+    trained(run)
+    for milliseconds in (200, 500, 800):
+        child = in_fork(lambda: run.ship(20))
+        time.sleep(milliseconds / 1000)
+        os.kill(child, signal.SIGKILL)
+        ended(child)
+    gate.fault = None
+    assert run.ship(20)
+    assert is_whole(server.uri, run)
+
+
+def test_what_arrived_though_nobody_heard_of_it_is_not_sent_again(server, gate, tmp_path):
+    run = start(server, tmp_path / "run")
+    gate.fault = "loses answers"
+    run.metrics(dict.fromkeys(("train/loss", "train/tokens"), 1.0), 1)
+    eventually(lambda: any(call.endswith("log-batch") for call in gate.calls))
+    eventually(lambda: tracking._server(server.uri).failure is not None)
+    gate.fault = None
+    gate.calls.clear()
+    assert run.ship(20)
+    assert stored(server.uri, run) == [(1, 1.0)]
+    assert [call for call in gate.calls if call.endswith("log-batch")] == []
+
+
+def test_a_point_that_comes_out_otherwise_the_second_time_stays_as_it_was(server, tmp_path):
+    run = start(server, tmp_path / "run")
+    trained(run)
+    assert run.ship(20)
+    end_threads()
+    (tmp_path / "run" / "mlflow.json").unlink()
+    run.rewind(4)
+    for step in range(5, 9):  # on another number of workers, say
+        run.metrics({"train/loss": LOSSES[step] + 1e-6}, step)
+    assert run.ship(20)
+    assert is_whole(server.uri, run)
+
+
+def test_points_that_are_made_again_are_not_shipped_again(server, gate, tmp_path):
+    run = start(server, tmp_path / "run")
+    trained(run, upto=7)
+    assert run.ship(20)
+    run.rewind(3)
+    trained(run, upto=6)
+    assert run.ship(20)
+    gate.close()
+    run.rewind(4)
+    trained(run, upto=6)
+    run.rewind(2)
+    gate.open()
+    trained(run)
+    assert run.ship(20)
+    assert is_whole(server.uri, run)
+
+
+def test_a_point_that_was_taken_back_before_it_was_shipped_is_not_shipped(server, gate, tmp_path):
+    gate.close()
+    run = start(server, tmp_path / "run")
+    run.metrics({"train/loss": 5.0}, 1)
+    run.metrics({"train/loss": 4.0}, 2)
+    run.rewind(1)
+    gate.open()
+    assert run.ship(20)
+    assert stored(server.uri, run) == [(1, 5.0)]
+
+
+def test_what_mlflow_never_takes_holds_nothing_up(server, tmp_path, capsys):
+    run = start(server, tmp_path / "run")
+    run.metrics({"train/loss": 5.0, "no such name?": 1.0, "train/tokens": 256}, 1)
+    run.tags({"": "no name"})
+    run.end()
+    assert run.ship(20)
+    found = MlflowClient(server.uri).get_run(run.run_id)
+    assert found.data.metrics == {"train/loss": 5.0, "train/tokens": 256.0}
+    assert found.info.status == "FINISHED"
+    assert capsys.readouterr().err.count(f"warning: MLflow at {server.uri} refuses an entry") == 1
+
+
+def test_an_artifact_store_that_fails_holds_nothing_else_up(section, tmp_path, capsys):
+    run = start(section, tmp_path / "run")
+    (tmp_path / "mlartifacts").write_text("not a directory")
+    trained(run)
+    eventually(lambda: MlflowClient(section.uri).get_run(run.run_id).info.status == "FINISHED")
+    assert stored(section.uri, run) == list(LOSSES.items())
+    assert not run.ship(0.2)
+    eventually(lambda: tracking._server(section.uri).failure is not None)
+    assert "does not store artifacts: [Errno 20] Not a directory" in capsys.readouterr().err
+    (tmp_path / "mlartifacts").unlink()
+    assert run.ship(20)
+    assert is_whole(section.uri, run)
+
+
+def test_a_run_that_was_deleted_in_mlflow_gets_no_more(section, tmp_path, capsys):
+    client = MlflowClient(section.uri)
+    run = start(section, tmp_path / "run")
+    client.delete_run(run.run_id)
+    trained(run)
+    assert run.ship(20)
+    assert "is deleted; it gets no more" in capsys.readouterr().err
+    client.restore_run(run.run_id)
+    assert client.get_run(run.run_id).data.metrics == {}
+
+
+def test_a_database_that_was_removed_gets_everything_anew(section, tmp_path, tmp_path_factory):
+    run = start(section, tmp_path / "run")
+    before = run.run_id
+    trained(run, upto=4)
+    assert run.ship(20)
+    end_threads()
+    (tmp_path / "other").mkdir()
+    shutil.copy(database(tmp_path_factory), tmp_path / "other" / "mlflow.db")
+    moved = TrackingConfig(uri=f"sqlite:///{tmp_path}/other/mlflow.db")
+    note = tmp_path / "run" / "mlflow.json"
+    note.write_text(note.read_text().replace(section.uri, moved.uri))  # the file is another, the name is not
+    tracking._server(moved.uri)._experiments["words"] = "77"  # as it was in the file that is gone
+    run = start(moved, tmp_path / "run")
+    trained(run)
+    assert run.ship(20)
+    assert run.run_id != before
+    assert is_whole(moved.uri, run)
+
+
+def test_four_processes_write_one_sqlite_file(section, tmp_path):
+    def work(number):
+        run = start(section, tmp_path / f"run{number}")
+        trained(run)
+        assert run.ship(60)
+
+    children = [in_fork(lambda number=number: work(number)) for number in range(4)]
+    assert [ended(child) for child in children] == [0, 0, 0, 0]
+    for number in range(4):
+        assert is_whole(section.uri, tracking.Run(f"{tmp_path}/run{number}", section.uri))
+
+
+def test_a_trial_that_was_killed_is_shipped_by_the_sweep(server, tmp_path):
+    parent = start(server, tmp_path / "sweep")
+
+    def trial():
+        run = parent.child("trial_00000")
+        trained(run)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert ended(in_fork(trial)) == -signal.SIGKILL
+    assert parent.ship(20)
+    assert is_whole(server.uri, parent.children()["trial_00000"])
+
+
+def test_what_is_left_at_the_end_is_told_with_the_way_out(server, gate, tmp_path, monkeypatch):
+    said = []
+    run = start(server, tmp_path / "run")
+    trained(run)
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 10.0)
+    tracking.settle(run, said.append)
+    assert said == []
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 0.1)
+    gate.close()
+    run.metrics({"train/loss": 1.0}, 99)
+    run.child("trial_00000")
+    tracking.settle(run, said.append)
+    gate.open()
+    (line,) = said
+    assert line.startswith("MLflow has not got 2 entries yet")
+    assert line.endswith(f" -m raylm.sync {tmp_path}/run")
+
+
+# Addresses that never work -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "uri", ["nonsense://x", "sqlite:////proc/no/mlflow.db", "sqlite:////etc/passwd", "sqlite:////usr", "./mlruns"]
+)
+def test_an_address_that_can_never_work_is_an_error_before_anything_is_written(uri, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"tracking.uri={uri} cannot be used: "):
+        start(TrackingConfig(uri=uri), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_experiment_that_was_deleted_in_mlflow_is_an_error(section, tmp_path):
+    client = MlflowClient(section.uri)
+    client.delete_experiment(client.create_experiment("words"))
+    with pytest.raises(ConfigError, match="its experiment words is deleted"):
+        start(section, tmp_path / "run")
 
 
 def test_the_command_that_opens_mlflow(section):
     assert tracking.how_to_look(section).endswith(f" -m mlflow ui --backend-store-uri {section.uri}")
     assert tracking.how_to_look(TrackingConfig(uri="http://host:5000")) == "http://host:5000"
-    assert tracking.how_to_look(TrackingConfig(uri=None)) is None
+    assert tracking.how_to_look(NOWHERE) is None

@@ -8,29 +8,23 @@ import pytest
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raylm import checkpoint, cluster, loop, prepare, tokens, tracking, train
+from raylm import checkpoint, cluster, loop, prepare, tokens, train
 from raylm.config import override
-from raylm.errors import ConfigError, DataError, TrainingError
+from raylm.errors import ConfigError, DataError, Diverged
+from raylm.evaluate import evaluate
 from raylm.perplexity import Score
 
 
-def run(experiment, *, name):
-    """(metrics of the best evaluation, its checkpoint, the store, the tracked run)"""
-    import ray
-
-    resources = cluster.resources(experiment.cluster, ray.cluster_resources())
-    store, _ = prepare.prepared(experiment)
-    tracked = tracking.start(experiment.tracking, experiment="words", name=name, tags={})
-    job = loop.Job(experiment, store.path, train.budget_of(experiment, store), tracked)
-    best, saved = train.fit(job, resources, storage=train.runs(experiment), name=name)
-    return best, saved, store, tracked
-
-
 @pytest.fixture(scope="module")
-def one_worker(ray_cluster, tiny, tmp_path_factory):
+def one_worker(train_run, tiny, text_directory, tmp_path_factory):
+    """(experiment, metrics of the best evaluation, its checkpoint, the store, the tracked run)"""
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    experiment = tiny(f"tracking.uri={uri}")
-    return experiment, *run(experiment, name="one-worker")
+    sets = f"{{first: {text_directory}/00.txt, some: {text_directory}/1*.txt}}"
+    experiment = tiny(f"tracking.uri={uri}", f"eval.paths={sets}", "objective.keywords=[cat, far]")
+    outcome, job = train_run(experiment)
+    job.run.ship(60)
+    saved = job.checkpoints.path(outcome.best["step"])
+    return experiment, outcome.best, saved, tokens.open_store(job.store), job.run
 
 
 def test_a_checkpoint_is_a_plain_model_directory_that_knows_its_experiment(one_worker):
@@ -67,16 +61,37 @@ def test_every_figure_is_in_mlflow_by_step(one_worker):
     assert client.get_metric_history(tracked.run_id, "train/tokens")[-1].value == experiment.train.max_tokens
 
 
-def test_two_workers_train_on_the_same_examples_to_the_same_perplexity(one_worker, ray_cluster):
+def test_evaluation_sets_and_keywords_are_scored_with_every_evaluation_as_evaluate_does(one_worker):
+    _, best, saved, _, tracked = one_worker
+    found = evaluate(saved)
+    assert list(found.record["sets"]) == ["first", "some"]
+    whole = evaluate(saved, ["eval.paths=[]"])
+    assert whole.record["perplexity"] == pytest.approx(best["perplexity"], rel=1e-6)
+    records = {"eval": whole.record, **{f"eval/{name}": each for name, each in found.record["sets"].items()}}
+    for place, record in records.items():
+        keywords = record["keywords"]
+        figures = {
+            "perplexity": record["perplexity"],
+            "bits_per_byte": record["bits_per_byte"],
+            "keyword_perplexity": keywords["perplexity"],
+            "keyword_nll": keywords["nll"] / keywords["tokens"],
+        }
+        for what, expected in figures.items():
+            points = MlflowClient(tracked.uri).get_metric_history(tracked.run_id, f"{place}/{what}")
+            assert [point.step for point in points] == [2, 4, 6, 8, 10]
+            assert points[best["step"] // 2 - 1].value == pytest.approx(expected, rel=1e-6)
+
+
+def test_two_workers_train_on_the_same_examples_to_the_same_perplexity(one_worker, train_run):
     """Dropout off, since each worker draws its own; what is left is the rounding of sums."""
     experiment, *_ = one_worker
     still = {f"model.config.{name}": 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     one = override(experiment, {**still, "tracking.uri": None, "cluster.cpus_per_worker": 0.5})
     two = override(one, {"cluster.num_workers": 2})
-    alone, *_ = run(one, name="alone")
-    together, *_ = run(two, name="together")
-    assert together["step"] == alone["step"]
-    assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4)
+    alone, _ = train_run(one)
+    together, _ = train_run(two)
+    assert together.best["step"] == alone.best["step"]
+    assert together.best["perplexity"] == pytest.approx(alone.best["perplexity"], rel=1e-4)
 
 
 def test_the_same_score_from_one_process_and_from_two_workers(one_worker, ray_cluster):
@@ -90,12 +105,14 @@ def test_the_same_score_from_one_process_and_from_two_workers(one_worker, ray_cl
     shared = Score.of(train.score(saved, store.validation, two, resources))
     assert (shared.tokens, shared.bytes) == (alone.tokens, alone.bytes)
     assert shared.nll == pytest.approx(alone.nll, rel=1e-6)
+    assert shared.keyword_tokens == alone.keyword_tokens > 0
+    assert shared.keyword_nll == pytest.approx(alone.keyword_nll, rel=1e-6)
 
 
-def test_divergence_is_an_error_that_names_step_and_setting(ray_cluster, tiny):
+def test_divergence_is_an_error_that_names_step_and_setting(train_run, tiny):
     experiment = tiny("train.learning_rate=1e30", "train.warmup_steps=0", "train.arguments.max_grad_norm=1e30")
-    with pytest.raises(TrainingError, match=r"diverged: .* at step \d+; lower train.learning_rate=1e\+30"):
-        run(experiment, name="diverged")
+    with pytest.raises(Diverged, match=r"diverged: .* at step \d+; lower train.learning_rate=1e\+30"):
+        train_run(experiment)
 
 
 def test_arguments_of_the_trainer_are_checked(tiny):
@@ -109,10 +126,12 @@ def test_arguments_of_the_trainer_are_checked(tiny):
         loop.check(tiny("train.lr_scheduler_type=cosinus").train)
 
 
-def test_the_best_evaluation_is_always_a_checkpoint(ray_cluster, tiny):
-    experiment = tiny("train.save_every_tokens=2048")  # steps 8 and 10; the best may be any
-    best, saved, *_ = run(experiment, name="sparse")
-    assert checkpoint.read_record(saved)["perplexity"] == best["perplexity"]
+def test_the_best_evaluation_and_the_last_steps_are_checkpoints(train_run, tiny):
+    experiment = tiny("train.save_every_tokens=2048", "train.keep_checkpoints=1")  # steps 8 and 10; the best may be any
+    outcome, job = train_run(experiment)
+    saved = job.checkpoints.path(outcome.best["step"])
+    assert checkpoint.read_record(saved)["perplexity"] == outcome.best["perplexity"]
+    assert job.checkpoints.steps() == sorted({outcome.best["step"], 10})
 
 
 def test_sizes_that_do_not_fit_are_told_before_ray_starts(tiny):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from raylm import budget, checkpoint, cluster, prepare, tracking, train, tune
+from raylm import budget, checkpoint, cluster, prepare, runs, tracking, train, tune
 from raylm.config import SchedulerConfig, TrainConfig, corners, load, override, save
 from raylm.errors import ConfigError
 from raylm.perplexity import Score
@@ -24,10 +24,13 @@ def run(experiment, name):
 
     resources = cluster.resources(experiment.cluster, ray.cluster_resources())
     store, _ = prepare.prepared(experiment)
-    parent = tracking.start(experiment.tracking, experiment="sweep", name=name, tags={})
+    name = runs.named(name)
+    directory = f"{runs.directory_of(experiment)}/{name}"
+    parent = tracking.start(experiment.tracking, experiment="sweep", name=name, tags={}, directory=directory)
     rows = tune.sweep(experiment, store, parent, resources, name=name)
     best = tune.finish(experiment, store, parent, resources, rows)
     parent.end()
+    assert parent.ship(60)
     return rows, best, parent
 
 
@@ -57,31 +60,22 @@ def test_the_best_checkpoint_has_the_score_that_the_sweep_tells(sweep):
     assert score.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
 
 
-def test_the_experiment_beside_the_best_checkpoint_repeats_the_trial(sweep):
-    import ray
-
+def test_the_experiment_beside_the_best_checkpoint_repeats_the_trial(sweep, train_run):
     _, _, best, _ = sweep
-    experiment = checkpoint.read_experiment(best["checkpoint"])
-    store, reused = prepare.prepared(experiment)
-    assert reused
-    from raylm import loop
-
-    job = loop.Job(experiment, store.path, train.budget_of(experiment, store), tracking.Run())
-    resources = cluster.resources(experiment.cluster, ray.cluster_resources())
-    again, _ = train.fit(job, resources, storage=train.runs(experiment), name="again")
-    assert again["perplexity"] == best["perplexity"], "to the last bit"
+    again, _ = train_run(checkpoint.read_experiment(best["checkpoint"]))
+    assert again.best["perplexity"] == best["perplexity"], "to the last bit"
 
 
 def test_mlflow_has_a_parent_and_a_closed_child_for_every_trial(sweep):
     experiment, rows, best, parent = sweep
     client = MlflowClient(parent.uri)
-    runs = client.search_runs([parent.experiment_id])
-    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.run_id]
-    assert len(runs) == 5
+    children = children_of(parent)
+    found = [client.get_run(parent.run_id), *children]
+    assert len(found) == 5
     assert {run.data.tags["raylm.trial"] for run in children} == {row["trial_id"] for row in rows}
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    assert len({frozenset(run.data.params) for run in runs}) == 1, "the same keys, or the runs cannot be compared"
-    assert set(experiment.tune.space) <= set(runs[0].data.params)
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert len({frozenset(run.data.params) for run in found}) == 1, "the same keys, or the runs cannot be compared"
+    assert set(experiment.tune.space) <= set(found[0].data.params)
     for run in children:
         assert {"train/loss", "train/tokens", "eval/perplexity", "best/eval_perplexity"} <= set(run.data.metrics)
         assert all(math.isfinite(value) for value in run.data.metrics.values())
@@ -197,5 +191,5 @@ def test_the_ends_of_a_range_stand_for_it():
 
 def children_of(parent):
     client = MlflowClient(parent.uri)
-    runs = client.search_runs([parent.experiment_id])
-    return [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.run_id]
+    found = client.search_runs([client.get_run(parent.run_id).info.experiment_id])
+    return [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.run_id]

@@ -86,26 +86,6 @@ def test_evaluate_scores_any_text(swept, tmp_path):
     assert (code, found["bytes"]) == (0, 20)
 
 
-def test_generate_goes_on_from_the_prompt_and_repeats_itself(swept):
-    directory, _, answer = swept
-    arguments = ["generate", answer["best"]["checkpoint"], "--prompt", "the cat", "--max-new-tokens", 8]
-    code, found, _ = raylm(*arguments, cwd=directory)
-    assert code == 0
-    assert found["prompts"] == ["the cat"]
-    assert found["texts"][0].startswith("the cat")
-    assert len(found["texts"][0]) > len("the cat")
-    assert raylm(*arguments, cwd=directory)[1] == found
-
-
-def test_generate_goes_on_beyond_the_context(swept):
-    directory, _, answer = swept
-    arguments = ["generate", answer["best"]["checkpoint"], "--prompt", "the ", "--max-new-tokens", 100]
-    code, found, _ = raylm(*arguments, "--temperature", 0, cwd=directory)
-    assert code == 0
-    assert found["texts"][0].startswith("the ")
-    assert len(found["texts"][0].split()) > 32, "the model has 32 positions"
-
-
 @pytest.mark.parametrize(("setting", "exit_code", "where"), BAD, ids=[setting for setting, *_ in BAD])
 @pytest.mark.parametrize("verb", ["train", "tune"])
 def test_bad_input_is_named_and_leaves_nothing_behind(verb, setting, exit_code, where, tmp_path):

@@ -4,7 +4,18 @@ sections   every setting: type, default, unit, effect
 files      load, override, save; faults with their place and the way out
 """
 
-from raylm.config.files import BUILT_IN, SAMPLERS, corners, dump, get, load, override, save
+from raylm.config.files import (
+    BUILT_IN,
+    SAMPLERS,
+    corners,
+    dump,
+    get,
+    load,
+    load_part,
+    override,
+    parse_setting,
+    save,
+)
 from raylm.config.sections import (
     BlocksConfig,
     ClusterConfig,
@@ -14,6 +25,7 @@ from raylm.config.sections import (
     ModelConfig,
     ObjectiveConfig,
     SchedulerConfig,
+    Section,
     TokenizerConfig,
     TrackingConfig,
     TrainConfig,
@@ -32,6 +44,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "SchedulerConfig",
+    "Section",
     "TokenizerConfig",
     "TrackingConfig",
     "TrainConfig",
@@ -41,6 +54,8 @@ __all__ = [
     "dump",
     "get",
     "load",
+    "load_part",
     "override",
+    "parse_setting",
     "save",
 ]

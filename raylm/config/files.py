@@ -41,6 +41,7 @@ SAMPLERS = {
 NOT_SWEPT = ("name", "storage", "corpus", "tokenizer", "cluster", "eval", "tracking", "tune")
 
 Tree = dict[str, Any]
+Part = typing.TypeVar("Part", bound=Section)
 
 
 def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) -> Experiment:
@@ -49,7 +50,7 @@ def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) ->
     Local paths are absolute afterwards, since Ray's workers run in directories of their own.
     """
     tree, lines = _read(Path(path) if path is not None else BUILT_IN)
-    layer = dict(_parse_setting(setting) for setting in settings)
+    layer = dict(parse_setting(setting) for setting in settings)
     _put(tree, layer)
     places = lines | dict.fromkeys(layer, "command line:")
     experiment = _validate(tree, places)
@@ -61,6 +62,18 @@ def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) ->
     if faults:
         raise _error(faults, places)
     return _absolute(experiment)
+
+
+def load_part(part: type[Part], settings: Iterable[str]) -> Part:
+    """Some sections of an experiment alone, of `section.key=value` settings: for commands that need no more of it."""
+    layer = dict(parse_setting(setting) for setting in settings)
+    tree: Tree = {}
+    _put(tree, layer)
+    try:
+        return part.model_validate(tree)
+    except ValidationError as error:
+        faults = [_fault(details) for details in error.errors(include_url=False)]
+    raise _error(faults, dict.fromkeys(layer, "command line:"))
 
 
 def override(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
@@ -146,7 +159,8 @@ def _places(root: Node | None, name: str) -> dict[str, str]:
 # Command line and overrides ----------------------------------------------------------------------------------------
 
 
-def _parse_setting(setting: str) -> tuple[str, Any]:
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """(dotted key, value) of `section.key=value`, the value as YAML has it."""
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{setting!r} is not a setting; write section.key=value", where=setting)
@@ -158,8 +172,9 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
 
 
 def _parts(key: str) -> list[str]:
-    if key.startswith("tune.space."):  # its keys are dotted themselves
-        return ["tune", "space", key.removeprefix("tune.space.")]
+    for section, field in (("tune", "space"), ("eval", "paths")):  # whose own keys may have dots
+        if key.startswith(f"{section}.{field}."):
+            return [section, field, key.removeprefix(f"{section}.{field}.")]
     return key.split(".")
 
 
@@ -358,6 +373,7 @@ def _absolute(experiment: Experiment) -> Experiment:
     def local_or_id(path: str | None) -> str | None:
         return local(path) if path and (path[0] in "./~" or os.path.exists(path)) else path
 
+    given = experiment.eval.paths
     uri = experiment.tracking.uri
     if uri and uri.startswith("sqlite:///") and uri != "sqlite:///:memory:":
         uri = "sqlite:///" + local(uri.removeprefix("sqlite:///"))
@@ -367,7 +383,9 @@ def _absolute(experiment: Experiment) -> Experiment:
             "storage": local(experiment.storage),
             "corpus.paths": [local(path) for path in experiment.corpus.paths],
             "corpus.validation_paths": [local(path) for path in experiment.corpus.validation_paths],
-            "eval.paths": [local(path) for path in experiment.eval.paths],
+            "eval.paths": {name: [local(path) for path in paths] for name, paths in given.items()}
+            if isinstance(given, Mapping)
+            else [local(path) for path in given],
             "tokenizer.path": local_or_id(experiment.tokenizer.path),
             "model.path": local_or_id(experiment.model.path),
             "tracking.uri": uri,

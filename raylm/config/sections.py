@@ -5,6 +5,7 @@ A section is named like the module that reads it. This file knows nothing of YAM
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Mapping
@@ -20,6 +21,24 @@ def _whole(value: Any) -> Any:
 
 def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
+
+
+def _evaluation_sets(value: Any) -> Any:
+    """Paths, or a mapping of the user's own names to paths: checked here, so that a fault is told of eval.paths."""
+    if isinstance(value, Mapping):
+        for name, paths in value.items():
+            if not isinstance(name, str) or not re.fullmatch(NAME, name):
+                raise ValueError(f"must have names of letters, digits, dots, dashes, underscores; got {name!r}")
+            if not _listed(paths) or not _are_texts(_listed(paths)):
+                raise ValueError(f"must have text or a list of texts for {name}, got {paths!r}")
+        return {name: tuple(_listed(paths)) for name, paths in value.items()}
+    if not _are_texts(_listed(value)):
+        raise ValueError(f"must be text, a list of texts or a mapping of names to them, got {value!r}")
+    return tuple(_listed(value))
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
 
 
 def _regular_expression(value: str) -> str:
@@ -39,6 +58,21 @@ def _template(value: str) -> str:
         raise ValueError(f"must name the column between its braces, got {value!r}")
     return value
 
+
+def _range(value: Any) -> Any:
+    """A number, or (fewest, most)."""
+    if not isinstance(value, (list, tuple)):
+        return _whole(value)
+    pair = tuple(_whole(each) for each in value)
+    if len(pair) != 2 or not all(isinstance(each, int) and not isinstance(each, bool) for each in pair):
+        raise ValueError(f"must be a number of workers or [fewest, most], got {list(value)}")
+    if not 1 <= pair[0] <= pair[1]:
+        raise ValueError(f"must be [fewest, most] with 1 <= fewest <= most, got {list(value)}")
+    return pair
+
+
+Workers = Annotated[int, Field(ge=1)] | tuple[int, int]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Count = Annotated[int, BeforeValidator(_whole)]  # 1e6 is a float in YAML and a fine number of tokens
 Strings = Annotated[tuple[str, ...], BeforeValidator(_listed), Strict(False)]
@@ -172,7 +206,8 @@ class ObjectiveConfig(Section):
     """causal: predict each next token. keyword_weighted: causal, blocks with keywords count more. masked: predict
     hidden tokens, as BERT does. fill_in_middle: causal, some documents as prefix, suffix, middle, for code models."""
     keywords: Strings = ()
-    """keyword_weighted: the words, [plt, pd, fit], each also with a space before it; of one or several tokens."""
+    """The words, [plt, pd, fit], each also with a space before it; of one or several tokens. keyword_weighted: those
+    that count more. Of any kind: evaluations tell the perplexity on their tokens, too."""
     alpha: Annotated[float, Field(gt=0)] = 1.0
     """keyword_weighted: a block weighs alpha x (1 + keywords in it). Only matters if not normalized."""
     normalize: bool = True
@@ -211,34 +246,68 @@ class TrainConfig(Section):
     eval_every_tokens: Annotated[Count, Field(ge=1)] | None = None
     """Training tokens between evaluations. Default: a tenth of the budget."""
     save_every_tokens: Annotated[Count, Field(ge=1)] | None = None
-    """Training tokens between checkpoints, beside those of the best evaluation so far and of the last step."""
+    """Training tokens between checkpoints, beside those of the best evaluation so far and of the last step. Default: at
+    every evaluation."""
+    keep_checkpoints: Annotated[Count, Field(ge=1)] = 2
+    """The last so many checkpoints are kept, and the best one: a damaged one has another to fall back on."""
+    patience: Annotated[Count, Field(ge=1)] | None = None
+    """Stop after so many evaluations in a row without a better perplexity. Default: train to the end of the budget."""
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Of the arithmetic in training; weights stay as model.dtype has them, and scores are always of float32. auto:
+    bfloat16 where the hardware computes in it, with TF32 for the rest on GPUs; else float32."""
     arguments: dict[str, Any] = {}
     """Any other field of transformers' TrainingArguments, by its own name."""
 
 
 class EvalConfig(Section):
-    paths: Strings = ()
-    """Files that `raylm evaluate` scores instead of the validation split."""
+    paths: Annotated[tuple[str, ...] | dict[str, tuple[str, ...]], BeforeValidator(_evaluation_sets)] = ()
+    """Other text to score: as corpus.paths, and read as corpus.text, .join and .separator say; or several sets by their
+    names, {books: a/*.txt, code: [b, c]}. Scored at every evaluation beside the validation split, by which trials are
+    ranked all the same; and by `raylm evaluate` instead of it."""
     stride: Annotated[Count, Field(ge=1)] | None = None
     """New tokens scored in each window. Default: the model's context, windows that do not overlap."""
     batch_tokens: Annotated[Count, Field(ge=1)] = 4096
     """Tokens in one forward pass, at least one window. Memory only (4,096 tokens of GPT-2 are 0.8 GB of logits): the
     result does not depend on it."""
     max_tokens: Annotated[Count, Field(ge=1)] | None = None
-    """During training, score only the first validation documents up to this many tokens (at least one document)."""
+    """During training, score only the first documents of the validation split, and of each set, up to this many tokens
+    (at least one document)."""
+
+    @property
+    def sets(self) -> dict[str, tuple[str, ...]]:
+        """The paths of each evaluation set; one without a name is called eval."""
+        if isinstance(self.paths, tuple):
+            return {"eval": self.paths} if self.paths else {}
+        return self.paths
+
+    def key(self, name: str) -> str:
+        """The setting that gave a set its paths."""
+        return "eval.paths" if isinstance(self.paths, tuple) else f"eval.paths.{name}"
 
 
 class ClusterConfig(Section):
     address: str | None = None
     """A Ray cluster. Default: RAY_ADDRESS if set (as in a submitted job), else Ray is started on this machine."""
-    num_workers: Annotated[Count, Field(ge=1)] = 1
-    """Processes that train one model together."""
+    num_workers: Annotated[Workers, BeforeValidator(_range)] = 1
+    """Processes that train one model together. [1, 4]: as many as the cluster has room for, one at least and four at
+    most, more or fewer while it trains; a step has the same examples all the same."""
+    max_failures: Annotated[Count, Field(ge=0)] = 3
+    """A run whose workers die goes on from its last checkpoint this many times. Lost nodes that Ray was warned of are
+    not counted."""
     use_gpu: bool | None = None
     """Whether a worker takes GPUs. Default: if the cluster has any."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     """CPUs reserved for a worker; its torch threads."""
     gpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     """GPUs reserved for a worker that takes GPUs; a fraction lets trials share one."""
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
 
 class TrackingConfig(Section):
@@ -277,7 +346,7 @@ class TuneConfig(Section):
 
 
 class Experiment(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "experiment"
+    name: Annotated[str, Field(pattern=NAME)] = "experiment"
     """Names the runs' directory and the MLflow experiment: letters, digits, dot, dash, underscore."""
     storage: str = "runs"
     """Where token stores, runs and checkpoints go: a directory that every node sees."""
@@ -295,12 +364,14 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Experiment:
         """Settings of different sections that cannot go together; each message starts with its dotted key."""
-        step = self.blocks.block_size * self.cluster.num_workers
+        fewest, most = self.cluster.fewest_workers, self.cluster.most_workers
+        step = self.blocks.block_size * math.lcm(*range(fewest, most + 1))
         if self.train.batch_tokens % step:
             nearest = max(1, round(self.train.batch_tokens / step)) * step
+            workers = f"{most}" if fewest == most else f"each of {fewest} to {most}"
             raise ValueError(
                 f"train.batch_tokens must be a multiple of blocks.block_size x cluster.num_workers = "
-                f"{self.blocks.block_size} x {self.cluster.num_workers}, got {self.train.batch_tokens}; "
+                f"{self.blocks.block_size} x {workers}, got {self.train.batch_tokens}; "
                 f"nearest: {nearest}"
             )
         if self.train.max_tokens is not None and self.train.max_tokens < self.train.batch_tokens:

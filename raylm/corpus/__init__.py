@@ -21,7 +21,7 @@ from raylm.corpus.reader import (
     selected,
     shards,
 )
-from raylm.corpus.sources import File, Source, file_system
+from raylm.corpus.sources import File, Source
 
 __all__ = [
     "Document",
@@ -32,7 +32,6 @@ __all__ = [
     "Source",
     "check",
     "documents",
-    "file_system",
     "hashes",
     "kept_fraction",
     "select",

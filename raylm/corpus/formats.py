@@ -24,8 +24,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from raylm.config import CorpusConfig
-from raylm.corpus.sources import File, file_system, load_data_set
+from raylm.corpus.sources import File, load_data_set
 from raylm.errors import DataError
+from raylm.storage import file_system
 
 MAGIC = {
     "gzip": b"\x1f\x8b",

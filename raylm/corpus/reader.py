@@ -48,14 +48,16 @@ class Document(NamedTuple):
     validation: bool
 
 
-def check(corpus: CorpusConfig) -> list[Source]:
+def check(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
     """The files of every source; DataError if one has none, or if the first ones cannot be read as they are named.
+
+    `key` is the setting that corpus.paths was given as.
 
     Lists directories and reads the first document of some files: no Ray, and well below a second for local files.
     """
     if not corpus.paths and not corpus.validation_paths:
         raise DataError("corpus.paths is empty; give files, directories or globs of text", "corpus.paths")
-    sources = [find("corpus.paths", path) for path in corpus.paths]
+    sources = [find(key, path) for path in corpus.paths]
     sources += [find("corpus.validation_paths", path, validation=True) for path in corpus.validation_paths]
     for index, source in enumerate(sources):
         for file in source.files[:FIRST_FILES]:

@@ -15,10 +15,10 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from raylm.errors import DataError
+from raylm.storage import file_system
 
 PYTHON = "python://"
 HUB = "hub://"
@@ -131,31 +131,6 @@ def _python_files(key: str, path: str) -> list[str]:
 
 
 # Remote --------------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=64)
-def _file_system(root: str) -> tuple[Any, str | None]:
-    """(pyarrow file system, its path) of scheme://host/; the path is None where fsspec stands behind it."""
-    import pyarrow
-    import pyarrow.fs
-
-    try:
-        return pyarrow.fs.FileSystem.from_uri(root)
-    except pyarrow.ArrowInvalid:
-        import fsspec  # type: ignore[import-untyped]
-
-        system, _ = fsspec.core.url_to_fs(root)
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(system)), None
-
-
-def file_system(uri: str) -> tuple[Any, str]:
-    """(pyarrow file system, path inside it) of a URI; one client for all files of a host or bucket."""
-    scheme, _, rest = uri.partition("://")
-    host, _, inner = rest.partition("/")
-    system, root = _file_system(f"{scheme}://{host}/")
-    if root is None:
-        return system, system.handler.fs._strip_protocol(uri)
-    return system, f"{root.rstrip('/')}/{inner}".rstrip("/")
 
 
 def _remote_files(key: str, uri: str) -> Iterator[File]:

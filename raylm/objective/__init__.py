@@ -1,4 +1,4 @@
-"""What the model learns: labels and weights (batches.py), and the loss (loss.py).
+"""What the model learns: labels and weights (batches.py), keywords (keywords.py), and the loss (loss.py).
 
 The loss of a global batch is its summed cross entropy, in nats, divided once by what the batches count as `items`:
 for causal, masked and fill_in_middle the predicted tokens, of all micro-batches and all workers. So one global batch
@@ -7,6 +7,7 @@ has one loss and one gradient, however it is split.
 
 from raylm.blocks import IGNORED
 from raylm.objective.batches import Batches, Causal, FillInMiddle, KeywordWeighted, Masked, Numbered, check, of
+from raylm.objective.keywords import Keywords, warn_of_absent
 from raylm.objective.loss import attach
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "Causal",
     "FillInMiddle",
     "KeywordWeighted",
+    "Keywords",
     "Masked",
     "Numbered",
     "attach",
     "check",
     "of",
+    "warn_of_absent",
 ]

@@ -11,7 +11,7 @@ What is drawn for an example depends on the seed and its number alone, not on mi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from raylm import blocks
 from raylm.blocks import IGNORED
 from raylm.config import BlocksConfig, ObjectiveConfig, TrainedTokenizer
 from raylm.errors import ConfigError
+from raylm.objective.keywords import Keywords
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,16 +77,17 @@ def check(section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedToke
 
 
 class Numbered(Dataset):
-    """A Stream whose examples know their number."""
+    """A Stream whose examples know their number, from number `first` on."""
 
-    def __init__(self, stream: blocks.Stream):
-        self.stream = stream
+    def __init__(self, stream: blocks.Stream, first: int = 0):
+        self.stream, self.first = stream, first
 
     def __len__(self) -> int:
         return len(self.stream)
 
     def __getitem__(self, k: int) -> Example:
-        return k, self.stream[k]
+        number = (self.first + k) % len(self)  # a batch is read ahead of the last one, and not used
+        return number, self.stream[number]
 
 
 class Batches:
@@ -129,20 +131,11 @@ class KeywordWeighted(Causal):
 
     def __init__(self, section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, seed: int):
         super().__init__(section, cut, tokenizer, seed)
-
-        def ids(text: str) -> tuple[int, ...]:
-            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        self.sequences = [{ids(word), ids(f" {word}")} for word in section.keywords]
-        """Of each keyword, its tokens at the beginning of a line and after a space."""
-
-    def occurrences(self, row: np.ndarray) -> int:
-        """How often keywords are in a row; both spellings of one that end at the same token are one."""
-        return sum(len({end for spelling in spellings for end in _ends(row, spelling)}) for spellings in self.sequences)
+        self.keywords = Keywords(section.keywords, tokenizer)
 
     def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         made = super().arrays(examples)
-        rows = [self.section.alpha * (1 + self.occurrences(row)) for _, row in examples]
+        rows = [self.section.alpha * (1 + self.keywords.occurrences(row)) for _, row in examples]
         weights = np.array(rows, np.float32)
         if not self.section.normalize:
             weights /= np.maximum((made["labels"] != IGNORED).sum(axis=1), 1)
@@ -152,15 +145,6 @@ class KeywordWeighted(Causal):
         if not self.section.normalize:
             return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
         return (batch["weights"] * (batch["labels"] != IGNORED).sum(dim=1)).sum()
-
-
-def _ends(row: np.ndarray, sequence: tuple[int, ...]) -> Iterator[int]:
-    """Where a sequence of tokens ends in a row, each time it is there."""
-    if not sequence or len(sequence) > len(row):
-        return iter(())
-    windows = np.lib.stride_tricks.sliding_window_view(row, len(sequence))
-    starts = np.flatnonzero((windows == np.array(sequence)).all(axis=1))
-    return iter((starts + len(sequence) - 1).tolist())
 
 
 class Masked(Batches):

@@ -50,7 +50,14 @@ def attach(network: PreTrainedModel, *, shifted: bool, smoothing: float = 0.0) -
             each = each[used] if each is not None else None
         return {"loss": _summed(outputs, weight, bias, targets, each, smoothing)}
 
+    for module in network.modules():  # GPT-2's looks for padding in each batch, and waits for the GPU to do so
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            module.warn_if_padding_and_no_attention_mask = _padding_is_known
     network.forward = MethodType(forward, network)
+
+
+def _padding_is_known(*_: Any) -> None:
+    """Padding is on the right and has no labels."""
 
 
 def _summed(

@@ -16,7 +16,7 @@ cut. The same files and settings give the same bytes, however many tasks write t
 files alone, and two writers of one store write the same files.
 """
 
-from raylm.tokens.store import SPLITS, Encoded, Split, Store, changed_inputs, is_store, open_store, verify
+from raylm.tokens.store import SPLITS, Encoded, Split, Store, changed_inputs, is_store, local_copy, open_store, verify
 from raylm.tokens.write import changes, encode_files, fingerprint, prepare, store_path
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "encode_files",
     "fingerprint",
     "is_store",
+    "local_copy",
     "open_store",
     "prepare",
     "store_path",

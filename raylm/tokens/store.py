@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from raylm import storage
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig
-from raylm.corpus import File, Source, check, file_system
+from raylm.corpus import File, Source, check
 from raylm.errors import DataError
+from raylm.storage import file_system, is_remote, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -123,10 +125,13 @@ class Encoded:
     """Documents in memory, with a split's interface: for text that is scored once and not worth a store."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[np.ndarray, int, str]] = []
+        self._rows: list[tuple[np.ndarray, int, int, str]] = []
 
-    def append(self, ids: np.ndarray, num_bytes: int, source: str) -> None:
-        self._rows.append((ids, num_bytes, source))
+    def append(self, ids: np.ndarray, num_bytes: int, document_id: int, source: str) -> None:
+        self._rows.append((ids, num_bytes, document_id, source))
+
+    def extend(self, other: Encoded) -> None:
+        self._rows += other._rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -137,8 +142,11 @@ class Encoded:
     def document_bytes(self, index: int) -> int:
         return self._rows[index][1]
 
-    def document_source(self, index: int) -> str:
+    def document_id(self, index: int) -> int:
         return self._rows[index][2]
+
+    def document_source(self, index: int) -> str:
+        return self._rows[index][3]
 
 
 def open_store(path: str | os.PathLike) -> Store:
@@ -203,74 +211,10 @@ def changed_inputs(store: Store, sources: list[Source] | None = None) -> list[st
     return faults
 
 
-# Local and remote places ---------------------------------------------------------------------------------------------
-
-
-def read(path: str) -> bytes | None:
-    """A file's content, local or remote; None if it is not there."""
-    try:
-        if "://" not in path:
-            with open(path, "rb") as file:
-                return file.read()
-        system, inner = file_system(path)
-        with system.open_input_stream(inner) as stream:
-            return stream.read()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def write(store: str, name: str, content: Any) -> None:
-    """A file of a store that is there entirely or not at all: written below progress/, which is cleared at the end."""
-    partial = f"{store}/progress/{uuid.uuid4().hex}.partial"
-    path = f"{store}/{name}"
-    if "://" not in store:
-        for file in (partial, path):
-            os.makedirs(os.path.dirname(file), exist_ok=True)
-        with open(partial, "wb") as stream:
-            stream.write(content)
-        try:
-            os.replace(partial, path)
-        except FileNotFoundError:
-            if not os.path.exists(path):  # else another writer finished the store and cleared up: the file is the same
-                raise
-        return
-    system, inner = file_system(path)
-    if system.type_name in ("s3", "gcs"):  # an object appears when it is complete
-        partial = path
-    else:
-        for file in (partial, path):
-            system.create_dir(file_system(file)[1].rpartition("/")[0], recursive=True)
-    with system.open_output_stream(file_system(partial)[1]) as stream:
-        stream.write(content)
-    if partial != path:
-        system.move(file_system(partial)[1], inner)
-
-
-def names(path: str) -> list[str]:
-    """The names in a directory, local or remote, sorted; none if it is not there."""
-    if "://" not in path:
-        return sorted(os.listdir(path)) if os.path.isdir(path) else []
-    from pyarrow.fs import FileSelector
-
-    system, inner = file_system(path)
-    found = system.get_file_info(FileSelector(inner, allow_not_found=True))
-    return sorted(info.base_name for info in found)
-
-
-def remove(path: str) -> None:
-    """A directory and what is in it."""
-    if "://" not in path:
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    system, inner = file_system(path)
-    if names(path):
-        system.delete_dir(inner)
-
-
 @lru_cache(maxsize=8)
 def local_copy(path: str) -> str:
     """The store itself, or a copy of a remote one on this node: made once, by whichever process is first."""
-    if "://" not in path:
+    if not is_remote(path):
         return path
     import pyarrow.fs
 
@@ -288,6 +232,16 @@ def local_copy(path: str) -> str:
     except OSError:  # another process was faster
         shutil.rmtree(partial)
     return copy
+
+
+def write(store: str, name: str, content: Any) -> None:
+    """A file of a store, by way of progress/, which is cleared at the end."""
+    path = f"{store}/{name}"
+    try:
+        storage.write(path, content, scratch=f"{store}/progress")
+    except FileNotFoundError:
+        if not os.path.exists(path):  # else another writer finished the store and cleared up: the file is the same
+            raise
 
 
 def checksum(content: Any) -> str:

@@ -34,6 +34,7 @@ from raylm.corpus import (
     shards,
 )
 from raylm.errors import DataError, RaylmError
+from raylm.storage import names, read, remove
 from raylm.tokens.store import (
     FORMAT,
     SPLITS,
@@ -43,10 +44,7 @@ from raylm.tokens.store import (
     checksum,
     is_store,
     local_copy,
-    names,
     open_store,
-    read,
-    remove,
     write,
 )
 
@@ -365,15 +363,14 @@ def _of_source(written: list[dict[str, Any]], index: int) -> dict[str, int]:
 # Without a store -----------------------------------------------------------------------------------------------------
 
 
-def encode_files(paths: Iterable[str], tokenizer: str) -> Encoded:
-    """The documents of files, directories and globs, encoded with the tokenizer of a directory, in this process."""
-    corpus = CorpusConfig(paths=tuple(paths), validation_fraction=0)
+def encode_files(corpus: CorpusConfig, tokenizer: str) -> Encoded:
+    """The documents of a corpus, encoded with the tokenizer of a directory, in this process."""
     encode = tokenizers.encoder(tokenizer, "tokenizers")
     encoded = Encoded()
     for shard in shards(check(corpus)):
         for document in documents(shard, corpus, Ledger()):
             ids, _ = encode([document.text])
-            encoded.append(ids, document.num_bytes, corpus.paths[document.source])
+            encoded.append(ids, document.num_bytes, document.hash, corpus.paths[document.source])
     return encoded
 
 

@@ -1,0 +1,227 @@
+"""Training speed: raylm beside a bare PyTorch loop and a plain Hugging Face Trainer, on the same blocks of text.
+
+    python benchmarks/training.py                                    # GPT-2 4 x 256, vocabulary 8k, block 128, batch 8
+    python benchmarks/training.py --layers 12 --width 768 --block 1024 --batch 32 --steps 60      # on a GPU
+
+Each row is a process of its own, the rows in turn, all of it `--repeat` times; tokens a second are of the median step
+after the first tenth. `environment` rows have raylm's settings of glibc's allocator (cluster.WORKER_ENVIRONMENT).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROWS = {
+    "bare loop": ("bare", "float32", False),
+    "bare loop + environment": ("bare", "float32", True),
+    "Trainer": ("trainer", "float32", False),
+    "Trainer + environment": ("trainer", "float32", True),
+    "raylm": ("raylm", "float32", True),
+    "raylm + precision auto": ("raylm", "auto", True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name, default in (("layers", 4), ("width", 256), ("block", 128), ("batch", 8), ("steps", 120), ("repeat", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--rows", default=",".join(ROWS), help="which of them, by their names")
+    parser.add_argument("--row")
+    parser.add_argument("--home", type=Path)
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(measured(args)))
+        return
+    from raylm.cluster import WORKER_ENVIRONMENT
+
+    with tempfile.TemporaryDirectory() as home:
+        prepare(args, home)
+        rates: dict[str, list[float]] = {name: [] for name in args.rows.split(",")}
+        for _ in range(args.repeat):
+            for name in rates:
+                *_, with_environment = ROWS[name]
+                environment = {**os.environ, **(WORKER_ENVIRONMENT if with_environment else {})}
+                command = [sys.executable, __file__, *sys.argv[1:], "--row", name, "--home", home]
+                run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+                if run.returncode:
+                    raise SystemExit(f"{name}: {run.stderr[-3000:]}")
+                result = json.loads(run.stdout.splitlines()[-1])
+                rates[name].append(result["tokens_per_second"])
+                print(f"{name:<26} {result['tokens_per_second']:>10,.0f} tokens/s   {result['told']}", flush=True)
+    plain = statistics.median(next(iter(rates.values())) if "Trainer" not in rates else rates["Trainer"])
+    print(f"\n{'':<26} {'tokens/s':>10} {'of Trainer':>11}   lowest to highest")
+    for name, found in rates.items():
+        middle = statistics.median(found)
+        print(f"{name:<26} {middle:>10,.0f} {middle / plain:>10.2f}x   {min(found):,.0f} to {max(found):,.0f}")
+
+
+def experiment(args: argparse.Namespace, home: str | Path, precision: str = "float32"):
+    from raylm import config
+
+    batch_tokens = args.batch * args.block
+    sizes = f"n_layer: {args.layers}, n_head: {args.width // 64}, n_embd: {args.width}"
+    return config.load(
+        None,
+        [
+            "name=speed",
+            f"storage={home}",
+            "corpus.paths=python://stdlib",
+            "corpus.keep_any=[]",
+            f"tokenizer.train.vocab_size={args.vocabulary}",
+            f"blocks.block_size={args.block}",
+            f"model.config={{model_type: gpt2, {sizes}}}",
+            f"train.batch_tokens={batch_tokens}",
+            f"train.micro_batch_tokens={batch_tokens}",
+            f"train.max_tokens={batch_tokens * args.steps}",
+            f"train.eval_every_tokens={batch_tokens * args.steps}",
+            "train.learning_rate=5e-4",
+            "train.warmup_steps=0",
+            "train.lr_scheduler_type=constant",
+            f"train.precision={precision}",
+            "eval.max_tokens=1000",
+            "tracking.uri=null",
+            f"cluster.cpus_per_worker={len(os.sched_getaffinity(0))}",
+        ],
+    )
+
+
+def prepare(args: argparse.Namespace, home: str) -> None:
+    from raylm import cluster
+    from raylm.prepare import prepared
+
+    made = experiment(args, home)
+    with cluster.connect(made.cluster):
+        prepared(made)
+
+
+def measured(args: argparse.Namespace) -> dict:
+    kind, precision, _ = ROWS[args.row]
+    times, losses = {"bare": bare, "trainer": trainer, "raylm": raylm_run}[kind](args, precision)
+    each = [after - before for before, after in itertools.pairwise(times)]
+    rate = args.batch * args.block / statistics.median(each[len(each) // 10 :])
+    return {"tokens_per_second": rate, "told": f"loss {losses:.4f}"}
+
+
+def blocks_of(args: argparse.Namespace):
+    """The store's examples in raylm's order of training, as rows of token ids; and the model of a run."""
+    import torch
+
+    from raylm import blocks, model, tokens
+    from raylm.prepare import ready
+
+    made = experiment(args, args.home)
+    store, _ = ready(made)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    cut = blocks.of(tokens.open_store(store.path).train, made.blocks, store.eos_id)
+    stream = blocks.Stream(cut, seed=0, length=args.steps * args.batch)
+    network = model.build(made.model, store.tokenizer, block_size=args.block, seed=0, masked=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [stream[number] for number in range(len(stream))], network.to(device).train(), device
+
+
+def bare(args: argparse.Namespace, precision: str) -> tuple[list[float], float]:
+    import numpy as np
+    import torch
+
+    rows, network, device = blocks_of(args)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-4, weight_decay=0.01)
+    times, loss = [], torch.zeros(())
+    for step in range(args.steps):
+        ids = torch.from_numpy(np.stack(rows[step * args.batch : (step + 1) * args.batch]).astype(np.int64)).to(device)
+        loss = network(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+    return times, float(loss)
+
+
+def trainer(args: argparse.Namespace, precision: str) -> tuple[list[float], float]:
+    """As in the Hugging Face course: a data set of blocks in memory, its collator, and the defaults."""
+    import datasets
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
+
+    from raylm.prepare import ready
+
+    rows, network, _ = blocks_of(args)
+    store, _ = ready(experiment(args, args.home))
+    store.tokenizer.pad_token = store.tokenizer.eos_token
+    times: list[float] = []
+
+    class Times(TrainerCallback):
+        def on_step_end(self, *_, **__) -> None:
+            times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as directory:
+        run = Trainer(
+            model=network,
+            args=TrainingArguments(
+                output_dir=directory,
+                per_device_train_batch_size=args.batch,
+                max_steps=args.steps,
+                learning_rate=5e-4,
+                weight_decay=0.01,
+                lr_scheduler_type="constant",
+                logging_steps=max(1, args.steps // 100),
+                report_to="none",
+                disable_tqdm=True,
+                save_strategy="no",
+            ),
+            train_dataset=datasets.Dataset.from_dict({"input_ids": [row.tolist() for row in rows]}),
+            data_collator=DataCollatorForLanguageModeling(store.tokenizer, mlm=False),
+            callbacks=[Times()],
+        )
+        run.train()
+    return times, next(entry["loss"] for entry in reversed(run.state.log_history) if "loss" in entry)
+
+
+def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], float]:
+    """`raylm train` from its prepared tokens on: a worker group of one."""
+    import cloudpickle
+
+    from raylm import cluster, loop, runs, tracking, train
+    from raylm.prepare import prepared
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    made = experiment(args, args.home, precision)
+    file = Path(args.home) / "times.json"
+
+    class Timed(loop.WorkerGroup):
+        def __init__(self) -> None:
+            super().__init__()
+            from raylm.loop import trainer
+
+            times: list[float] = []
+            plain = trainer._Schedule.on_step_end
+
+            def on_step_end(self, args, state, control, **more) -> None:
+                times.append(time.perf_counter())
+                if state.global_step == state.max_steps:
+                    file.write_text(json.dumps(times))
+                plain(self, args, state, control, **more)
+
+            trainer._Schedule.on_step_end = on_step_end
+
+    with cluster.connect(made.cluster) as resources:
+        store, _ = prepared(made)
+        begun = runs.begin(made, "train", store.fingerprint, "never")
+        run = tracking.start(made.tracking, experiment="speed", name=begun.name, tags={}, directory=begun.directory)
+        train.fit(loop.Job(made, store.path, train.budget_of(made, store), run, begun.directory, Timed), resources)
+    return json.loads(file.read_text()), run.series()["train/loss"][-1][1]
+
+
+if __name__ == "__main__":
+    main()

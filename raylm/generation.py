@@ -1,0 +1,566 @@
+"""Prompts -> texts: sampling settings, batches, beyond the model's context; over workers for many.
+
+A prompt's last token is made again, out of the tokens that begin with its text ("healing"): in `def ` the space is a
+token that no text has before a name, and " name" may take its place.
+
+    prompt   d e f        c, ca, cat and car are tokens
+    reads    d e          makes c, ca, cat or car, whichever is likely there, then goes on
+    text     d e f ...    always begins with the prompt as it was given
+
+Where a text outgrows the context of the model, it goes on from the last half of it.
+
+A drawn text depends on the seed and the prompt alone: each has random numbers of its own, one a token. Other prompts of
+its batch change the model's figures in their last bits, and so a text only where two tokens are equal up to these. Over
+workers batches are cut by the files alone: any number of workers gives the same texts.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import difflib
+import hashlib
+import itertools
+import logging
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from raylm import checkpoint, loop
+from raylm.checkpoint import Trained
+from raylm.cluster import Resources
+from raylm.config import CorpusConfig
+from raylm.corpus import Ledger, Shard, documents
+from raylm.errors import ConfigError, DataError, RaylmError, TrainingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from raylm.perplexity import MaskedTokens
+
+OURS = {"max_new_tokens": 100, "do_sample": True, "temperature": 0.8, "top_p": 0.95}
+"""Where neither the user nor the model's generation_config.json says it. What is not here is transformers' default."""
+
+NOT_TAKEN = {
+    "set max_new_tokens": "max_length max_time",
+    "set min_new_tokens": "min_length",
+    "a prompt has one text; another --seed gives another": "num_return_sequences",
+    "prompts are always healed": "token_healing",
+    "the tokenizer says it": "bos_token_id eos_token_id pad_token_id decoder_start_token_id",
+    "it is for models of two parts, as in translation": (
+        "encoder_no_repeat_ngram_size encoder_repetition_penalty forced_bos_token_id forced_eos_token_id "
+        "begin_suppress_tokens"
+    ),
+    "the answer is text alone": (
+        "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate"
+    ),
+    "it changes how fast texts are made, not which": (
+        "use_cache cache_implementation cache_config max_cache_len prefill_chunk_size compile_config disable_compile "
+        "continuous_batching_config use_mtp is_assistant num_assistant_tokens num_assistant_tokens_schedule "
+        "assistant_confidence_threshold assistant_early_exit assistant_lookbehind target_lookbehind "
+        "assistant_ensemble_weight prompt_lookup_num_tokens max_matching_ngram_size speculation_type"
+    ),
+    "transformers has given it up": (
+        "low_memory penalty_alpha dola_layers diversity_penalty num_beam_groups constraints force_words_ids"
+    ),
+}
+"""Fields of GenerationConfig that are no settings of a text: why, or what to set instead."""
+
+WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "num_beams", "no_repeat_ngram_size")
+"""The fields that take whole numbers: transformers refuses 50.0 for one of these, and 2 for another."""
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+def settings(directory: Path, given: Mapping[str, Any], *, trusted: bool = False) -> GenerationConfig:
+    """How a model writes: `given` over its own generation_config.json over OURS, checked; ConfigError if it cannot."""
+    transformers.logging.set_verbosity_error()
+    for name, value in given.items():
+        _check_name(name)
+        _check_stops(name, value)
+    numbered = {name: _number(name, value) for name, value in given.items()}
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
+    own = _of_model(directory)
+    stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    stops = sorted({tokenizer.eos_token_id, *stops} - {None})
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{directory}: its tokenizer names no end-of-text token, so no text would end", str(directory))
+    said = {name: value for name in taken() if (value := getattr(own, name)) is not None}
+    said |= {name: value for name, value in numbered.items() if value is not None}
+    try:
+        # Beams look for the likeliest text; whoever wants them drawn says so.
+        said.setdefault("do_sample", OURS["do_sample"] and said.get("num_beams", 1) == 1)
+        ours = OURS if said["do_sample"] else {"max_new_tokens": OURS["max_new_tokens"]}
+        how = GenerationConfig(**{**ours, **said}, eos_token_id=stops)
+        how.validate(strict=True, user_set_attributes=set(given))
+        _rehearse(how, tokenizer)
+    except Exception as error:  # each of transformers' processors has errors of its own
+        raise _wrong(given, str(error)) from None
+    return how
+
+
+def taken() -> list[str]:
+    """The fields of GenerationConfig that are settings of a text."""
+    left_out = {"transformers_version", *" ".join(NOT_TAKEN.values()).split()}
+    return [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in left_out]
+
+
+def _check_name(name: str) -> None:
+    for why, names in NOT_TAKEN.items():
+        if name in names.split():
+            raise ConfigError(f"{name} is not taken: {why}", name)
+    known = taken()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has: {', '.join(known)}"
+        raise ConfigError(f"{name}: not a field of transformers.GenerationConfig; {hint}", name)
+
+
+def _of_model(directory: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except OSError:  # it has none
+        return GenerationConfig()
+
+
+def _check_stops(name: str, value: Any) -> None:
+    texts = value if isinstance(value, list) else [value]
+    if name == "stop_strings" and value is not None and not all(isinstance(text, str) and text for text in texts):
+        raise ConfigError(f"stop_strings must be a text or a list of texts, got {value}; put a number in quotes", name)
+
+
+def _number(name: str, value: Any) -> Any:
+    """A number as the field wants it, whole or not."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if name not in WHOLE:
+        return float(value)
+    if value != int(value):
+        raise ConfigError(f"{name} must be a whole number, got {value}", name)
+    return int(value)
+
+
+def _rehearse(how: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write two tokens with a model of no size: values that transformers refuses are found before a model is loaded."""
+    rows = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    network = GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_positions=8, n_layer=1, n_head=1, n_embd=2))
+    short = copy.deepcopy(how)
+    short.max_new_tokens = min(2, how.max_new_tokens)
+    if how.min_new_tokens is not None:
+        short.min_new_tokens = min(2, how.min_new_tokens)
+    Writer(Trained(network.eval(), tokenizer, None, {}), short, seed=0).texts(["a"])
+
+
+def _wrong(given: Mapping[str, Any], problem: str) -> ConfigError:
+    """What transformers says, at the setting that it names first, as it was typed."""
+    lines = [line.strip("- ").replace("`", "") for line in problem.split("\n") if line.strip()]
+    for line in lines:
+        places = {name: found.start() for name in given if (found := re.search(rf"\b{name}\b", line))}
+        if places:
+            name = min(places, key=lambda name: places[name])
+            return ConfigError(f"{name}={given[name]}: {line.removeprefix(f'{name}: ')}", name)
+    typed = " ".join(f"{name}={value}" for name, value in given.items()) or "generation_config.json"
+    return ConfigError(f"{typed}: {lines[-1] if lines else 'cannot be used'}", next(iter(given), None))
+
+
+# Texts ---------------------------------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    text: str
+    """The prompt with what was added; of a masked model, the prompt with its masks filled."""
+    tokens: int
+    """How many were added or filled."""
+
+
+def identity(prompt: str) -> int:
+    """64 bits of blake2b, by which a prompt is known: the `hash` of a corpus document."""
+    return int.from_bytes(hashlib.blake2b(prompt.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+
+
+def load(
+    directory: str, how: GenerationConfig | None, seed: int, trusted: bool, cpus: float, use_gpu: bool | None
+) -> Writer:
+    """The model of a directory, on this process's GPU if it may use one."""
+    loop.set_up_torch(cpus)
+    trust: dict[str, Any] = {"trust_remote_code": True} if trusted else {}
+    trained = checkpoint.load(directory, **trust)
+    trained.model.to(loop.device(use_gpu)).eval()
+    return Writer(trained, how or GenerationConfig(), seed=seed)
+
+
+class Writer:
+    """A model and how it writes."""
+
+    def __init__(self, trained: Trained, how: GenerationConfig, *, seed: int):
+        self.trained, self.how, self.seed = trained, how, seed
+        self.tokenizer, self.network = trained.tokenizer, trained.model
+        self.network.generation_config = GenerationConfig()  # what it said is in `how`
+
+    def texts(self, prompts: Sequence[str], show: Callable[[str], None] | None = None) -> list[Text]:
+        """The text of each prompt. `show`, with one prompt: called with each piece of its text when it is made."""
+        if (masked := self.trained.masked) is not None:
+            return [self._filled(prompt, masked) for prompt in prompts]
+        rows = [_Row(self, prompt) for prompt in prompts]
+        for batch in self._batches(rows):
+            stream = _Stream(batch[0], show) if show is not None else None
+            made = 0
+            while left := [row for row in batch if row.left]:
+                made += self._write(left, made, stream)
+            if stream is not None:
+                stream.finish()
+        return [Text(row.text(row.ids), row.added) for row in rows]
+
+    def _batches(self, rows: list[_Row]) -> list[list[_Row]]:
+        """Rows that can be written side by side: each text is the same as when it is alone."""
+        if (self.how.num_beams or 1) > 1 or self.how.guidance_scale is not None:  # these begin anew with each window
+            return [[row] for row in rows]
+        return [part for part in ([row for row in rows if row.healed == healed] for healed in (0, 1)) if part]
+
+    def _write(self, rows: list[_Row], made: int, stream: _Stream | None) -> int:
+        """Let rows that have `made` tokens make more, until one of them has filled the context. How many."""
+        windows = [row.window() for row in rows]
+        longest = max(len(window) for window in windows)
+        size = min(self.trained.context - longest, *(row.left for row in rows))
+        given = torch.full((len(rows), longest), self.tokenizer.eos_token_id)
+        mask = torch.zeros_like(given)
+        for number, window in enumerate(windows):  # padding is on the left: the next token follows the last one
+            given[number, longest - len(window) :] = torch.tensor(window)
+            mask[number, longest - len(window) :] = 1
+        beams = (self.how.num_beams or 1) > 1
+        processors: list[LogitsProcessor] = [_Heal(rows, longest)] if made == 0 else []
+        stops = [_Stop(rows, longest)] if self.how.stop_strings else []
+        with torch.inference_mode(), torch.random.fork_rng(enabled=beams):
+            if beams:  # drawn with torch's one generator
+                torch.manual_seed(int(rows[0].numbers[made] * 2**53))
+            said = self.network.generate(
+                given.to(self.network.device),
+                attention_mask=mask.to(self.network.device),
+                generation_config=self._config(size, made, rows),
+                logits_processor=LogitsProcessorList(processors),
+                stopping_criteria=StoppingCriteriaList(stops),
+                custom_generate=None if beams else self._sampled(rows, made, stream),
+            )[:, longest:].tolist()
+        for row, new in zip(rows, said, strict=True):
+            row.add(new, size)
+        return size
+
+    def _config(self, size: int, made: int, rows: list[_Row]) -> GenerationConfig:
+        """The settings for the next `size` tokens, of those that count tokens from the prompt."""
+        how = copy.deepcopy(self.how)
+        done = made - rows[0].healed
+        how.max_new_tokens, how.stop_strings, how.pad_token_id = size, None, self.tokenizer.eos_token_id
+        if how.min_new_tokens is not None:
+            how.min_new_tokens = min(max(0, how.min_new_tokens - done), size)
+        if how.exponential_decay_length_penalty is not None:
+            start, factor = how.exponential_decay_length_penalty
+            how.exponential_decay_length_penalty = (start - done, factor)
+        return how
+
+    def _sampled(self, rows: list[_Row], made: int, stream: _Stream | None) -> Callable[..., Any]:
+        """transformers' decoding loop, with a drawing of its own as the last processor, and with the streamer."""
+
+        def decode(model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, **rest: Any) -> Any:
+            if self.how.do_sample:
+                numbers = np.stack([row.numbers[made:] for row in rows])
+                logits_processor.append(_Draw(numbers, input_ids.shape[1]))
+            return type(model)._sample(model, input_ids, logits_processor, stopping_criteria, streamer=stream, **rest)
+
+        return decode
+
+    @cached_property
+    def pieces(self) -> list[tuple[str, int]]:
+        """The vocabulary but its special tokens, in the order of the letters."""
+        special = {*self.tokenizer.all_special_ids, *self.how.eos_token_id}
+        vocabulary = self.tokenizer.get_vocab().items()
+        # <0x0A> of Llama's is a byte, not the text that it looks like.
+        return sorted(
+            (piece, token)
+            for piece, token in vocabulary
+            if token not in special and not re.fullmatch("<0x[0-9A-F]{2}>", piece)
+        )
+
+    def beginning_with(self, token: int) -> list[int]:
+        """The tokens that begin with the letters of one; itself among them."""
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        first = bisect.bisect_left(self.pieces, (piece, -1))
+        rest = itertools.islice(self.pieces, first, None)
+        return [found for _, found in itertools.takewhile(lambda pair: pair[0].startswith(piece), rest)] or [token]
+
+    def decoded(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _filled(self, prompt: str, masked: MaskedTokens) -> Text:
+        """The prompt with the likeliest token in the place of each mask, read in the windows that scores are of."""
+        ids = np.array(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], np.int64)
+        filled = ids.copy()
+        room = max(1, self.trained.context - 2)
+        for start in range(0, len(ids), room):
+            window = np.array([masked.first_id, *ids[start : start + room], masked.last_id])
+            places = np.flatnonzero(window == masked.mask_id)
+            if len(places):
+                with torch.inference_mode():
+                    logits = self.network(input_ids=torch.from_numpy(window)[None].to(self.network.device)).logits
+                filled[start + places - 1] = logits[0, places].argmax(-1).cpu()
+        return Text(self.decoded(filled.tolist()), int(np.count_nonzero(ids == masked.mask_id)))
+
+
+class _Row:
+    """One prompt on its way to a text."""
+
+    def __init__(self, writer: Writer, prompt: str):
+        tokenizer = writer.tokenizer
+        self.writer, self.prompt = writer, prompt
+        ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        self.spelled = writer.decoded(ids)
+        """The prompt as the tokenizer spells it: without capitals, for some."""
+        self.allowed: list[int] | None = None
+        """The tokens that may stand in the place of the prompt's last."""
+        self.last: int | None = None
+        self.healed = 0
+        if ids and ids[-1] not in (*tokenizer.all_special_ids, *writer.how.eos_token_id):
+            self.last, self.healed = ids.pop(), 1
+            self.allowed = writer.beginning_with(self.last) if self.spelled == prompt else [self.last]
+        first = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+        self.ids = [*first, *ids] or [tokenizer.eos_token_id]
+        """All tokens, those of the prompt and those made; in front what the tokenizer puts there, as Llama's does."""
+        self.left = writer.how.max_new_tokens + self.healed
+        context = writer.trained.context
+        self.start = len(self.ids) - max(context // 2, context - self.left) if len(self.ids) >= context else 0
+        """Where the window begins that the model reads."""
+        self.numbers = np.random.default_rng((writer.seed, identity(prompt))).random(writer.how.max_new_tokens + 2)
+        self.added = -self.healed
+
+    def window(self) -> list[int]:
+        """The tokens that the model reads; once they fill its context, the last half of them."""
+        context = self.writer.trained.context
+        if len(self.ids) - self.start >= context:
+            self.start = len(self.ids) - context // 2
+        return self.ids[self.start :]
+
+    def add(self, new: list[int], size: int) -> None:
+        """Tokens that were made where `size` were asked for; they end with the text."""
+        stops = self.writer.how.eos_token_id
+        kept = list(itertools.takewhile(lambda token: token not in stops, new))
+        self.ids += kept
+        self.added += len(kept)
+        self.left -= size
+        if len(kept) < size or self.stopped(self.ids):
+            self.left = 0
+
+    def text(self, ids: list[int]) -> str:
+        """The prompt with what these tokens say after it."""
+        if self.added == -self.healed and ids is self.ids:
+            return self.prompt
+        text = self.writer.decoded(ids)
+        more = text[len(os.path.commonprefix([self.spelled, text])) :]  # noqa: RUF071 - characters are meant
+        # Some tokenizers have no token for the space at the end of a prompt.
+        return self.prompt + (more.removeprefix(" ") if self.prompt[len(self.spelled) :].isspace() else more)
+
+    def stopped(self, ids: list[int]) -> bool:
+        """Whether what was added, with the end of the prompt, has one of the texts that stop it."""
+        stops = self.writer.how.stop_strings or []
+        text = self.text(ids)
+        return any(
+            stop in text[max(0, len(self.prompt) - len(stop) + 1) :]
+            for stop in ([stops] if isinstance(stops, str) else stops)
+        )
+
+
+class _Heal(LogitsProcessor):
+    """The first token made begins with the letters of the prompt's last one."""
+
+    def __init__(self, rows: list[_Row], start: int):
+        self.rows, self.start = rows, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > self.start:
+            return scores
+        healed = torch.full_like(scores, -torch.inf)
+        for number in range(len(scores)):
+            row = self.rows[number * len(self.rows) // len(scores)]  # with beams, several scores a row
+            allowed = slice(None) if row.allowed is None else row.allowed
+            healed[number, allowed] = scores[number, allowed]
+            if healed[number].max() == -torch.inf:  # all are forbidden, where a prompt may not be repeated for example
+                healed[number, row.last] = 0.0
+        return healed
+
+
+class _Draw(LogitsProcessor):
+    """The last processor: leaves of each row's tokens the one that its next random number stands for."""
+
+    def __init__(self, numbers: np.ndarray, start: int):
+        self.numbers, self.start = torch.from_numpy(numbers), start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.start
+        sums = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
+        number = self.numbers[:, step : step + 1].to(scores.device)
+        token = torch.searchsorted(sums, number * sums[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+class _Stop(StoppingCriteria):
+    """Texts that have one of the stop strings are ended."""
+
+    def __init__(self, rows: list[_Row], start: int):
+        self.rows, self.start = rows, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        new = input_ids[:, self.start :].tolist()
+        rows = [self.rows[number * len(self.rows) // len(new)] for number in range(len(new))]
+        ended = [row.stopped([*row.ids, *ids]) for row, ids in zip(rows, new, strict=True)]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+class _Stream(BaseStreamer):
+    """Shows a text while it is made: what no later token can change."""
+
+    def __init__(self, row: _Row, show: Callable[[str], None]):
+        self.row, self.show = row, show
+        self.new: list[int] = []
+        """Tokens that the row does not have yet."""
+        self.shown = ""
+        self._show(row.prompt)
+
+    def put(self, value: torch.Tensor) -> None:
+        self.new += value.flatten().tolist()
+        if self.new[-1] not in self.row.writer.how.eos_token_id:
+            self._show(self.row.text([*self.row.ids, *self.new]).rstrip("\ufffd"))  # part of a character
+
+    def end(self) -> None:
+        self.new = []
+
+    def finish(self) -> None:
+        self._show(self.row.text(self.row.ids))
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self.shown) and text != self.shown:
+            self.show(text[len(self.shown) :])
+            self.shown = text
+
+
+# Many ----------------------------------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """What became of a document."""
+
+    prompt: str
+    text: str
+    tokens: int
+    hash: int
+    """corpus.Document's."""
+    source: int
+    """The entry of corpus.paths that it is from."""
+
+
+class _Worker:
+    """A process that writes batch after batch with one model."""
+
+    def __init__(self, load: Callable[[], Writer]):
+        self._load = load
+
+    @cached_property
+    def _writer(self) -> Writer:
+        return self._load()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        batch = pickle.loads(row["batch"])
+        # A user's error comes back as a value: Ray would bury it in a traceback of its own.
+        try:
+            texts = self._writer.texts([document.text for document in batch])
+        except RaylmError as error:
+            return {"answers": pickle.dumps(error)}
+        except torch.OutOfMemoryError as error:
+            problem = f"--batch-size is more than the GPU's memory holds: {str(error).splitlines()[0]}"
+            return {"answers": pickle.dumps(ConfigError(problem, "--batch-size"))}
+        each = zip(batch, texts, strict=True)
+        answers = [Answer(document.text, *text, document.hash, document.source) for document, text in each]
+        return {"answers": pickle.dumps(answers)}
+
+
+def answers(
+    plan: list[Shard],
+    corpus: CorpusConfig,
+    load: Callable[[], Writer],
+    *,
+    batch_size: int,
+    resources: Resources,
+    max_failures: int,
+) -> Iterator[list[Answer]]:
+    """What a model says to the kept documents of shards, in their order, a batch at a time. Ray is connected.
+
+    Holds some batches a worker, however many documents there are.
+    """
+    import ray.data
+    from ray.util.annotations import RayDeprecationWarning
+
+    shards = [{"shard": pickle.dumps(shard)} for shard in plan]
+    dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
+    dataset.context.enable_progress_bars = False
+    dataset.context.execution_options.preserve_order = True
+    # A row is a batch, and each row a block of its own: or one worker would get all that one file holds.
+    dataset.context.target_max_block_size = 1
+
+    def read(items: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        rows = documents(pickle.loads(items["shard"][0]), corpus, Ledger())
+        while batch := list(itertools.islice(rows, batch_size)):
+            yield {"batch": [pickle.dumps(batch)]}
+
+    batches = dataset.map_batches(
+        read,
+        batch_size=1,
+        # Workers may take every CPU there is; who reads for them then has none left, and both would wait for ever.
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(size=1),
+    )
+    with warnings.catch_warnings():
+        # Without these two a worker that dies of a batch is started again for ever. Ray 2.64 is to say it otherwise.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        written = batches.map(
+            _Worker,
+            fn_constructor_args=(load,),
+            num_cpus=resources.cpus_per_worker,
+            num_gpus=resources.gpus_per_worker or None,
+            max_restarts=max_failures,
+            max_task_retries=max_failures,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=resources.num_workers, max_size=resources.most_workers, max_tasks_in_flight_per_actor=2
+            ),
+        )
+    try:
+        for row in written.iter_rows():
+            found = pickle.loads(row["answers"])
+            if isinstance(found, RaylmError):
+                raise found
+            yield found
+    except ray.exceptions.RayActorError as error:
+        raise TrainingError(
+            f"a worker died {max_failures + 1} times, of too little memory most likely: lower --batch-size, or "
+            "cluster.num_workers for fewer on a machine",
+            "cluster.num_workers",
+        ) from error

@@ -1,0 +1,25 @@
+"""What every worker executes: the Hugging Face Trainer over the token store, scored by raylm's own perplexity.
+
+arguments    train.* -> TrainingArguments, and train.arguments checked against that class
+session      what a worker is given to do, and where it stands among the others
+trainer      the Trainer, with raylm's evaluation, checkpoints and order of examples in place of its own
+worker       one worker's training or scoring, from beginning to end
+"""
+
+from raylm.loop.arguments import check
+from raylm.loop.session import Alone, Job, Outcome, Scoring, Session, WorkerGroup
+from raylm.loop.worker import device, score_loop_per_worker, set_up_torch, train_loop_per_worker
+
+__all__ = [
+    "Alone",
+    "Job",
+    "Outcome",
+    "Scoring",
+    "Session",
+    "WorkerGroup",
+    "check",
+    "device",
+    "score_loop_per_worker",
+    "set_up_torch",
+    "train_loop_per_worker",
+]

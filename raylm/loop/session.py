@@ -1,0 +1,123 @@
+"""What a worker is given to do, and where it stands among the others.
+
+The loop meets Ray only through the Session it is handed: in a worker group that is ray.train, in a trial of a sweep
+ray.tune, where every call of ray.train raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import ray.train
+import ray.train.collective
+import ray.util
+
+from raylm.budget import Budget
+from raylm.checkpoint import Series
+from raylm.config import EvalConfig, Experiment
+from raylm.errors import RaylmError
+from raylm.perplexity import Documents
+from raylm.tracking import Run
+
+
+class Session(Protocol):
+    """Where a worker stands among the others, and where its results go. Every rank calls each equally often."""
+
+    rank: int
+    world_size: int
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Hand on metrics."""
+
+    def agreed(self, value: Any) -> Any:
+        """Rank 0's value."""
+
+    def lost_nodes(self) -> list[str]:
+        """The nodes of workers that will be taken away soon."""
+
+
+class WorkerGroup:
+    """A worker of Ray Train."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        reserved = ray.util.get_current_placement_group()  # for whoever has to clear up after a trial that is stopped
+        ray.train.report({**metrics, "placement_group": reserved.id.hex() if reserved else None})
+
+    def agreed(self, value: Any) -> Any:
+        return ray.train.collective.broadcast_from_rank_zero(value)
+
+    def lost_nodes(self) -> list[str]:
+        found = ray.train.get_preemption_info()
+        return list(found.preempted_node_ids) if found is not None else []
+
+
+class Alone:
+    """A process without Ray."""
+
+    rank = 0
+    world_size = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is given to do."""
+
+    experiment: Experiment
+    store: str
+    """The token store's directory."""
+    budget: Budget
+    run: Run
+    directory: str
+    """The run's own."""
+    session: type[Session] = WorkerGroup
+    board: Any = None
+    """A cluster.Board, if somebody watches: told how far the training is, and asked whether it shall stop."""
+    sets: Mapping[str, str] = field(default_factory=dict)
+    """The token store of each evaluation set, by its name: what prepare.evaluation_sets gives."""
+
+    @property
+    def checkpoints(self) -> Series:
+        return Series(f"{self.directory}/checkpoints")
+
+    @property
+    def micro_batch_file(self) -> str:
+        """Where workers that ran out of memory leave how many tokens they shall hold at once the next time."""
+        return f"{self.directory}/micro_batch_tokens"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a training."""
+
+    best: dict[str, Any]
+    """Metrics of the best evaluation, by perplexity; empty if there was none."""
+    step: int
+    """The last optimizer step."""
+    stopped: bool = False
+    """Whether it was asked to stop before the end."""
+    lost_nodes: list[str] = field(default_factory=list)
+    """Nodes that made it stop, since they will be taken away."""
+    error: RaylmError | None = None
+    """Why it failed, where all workers found the same."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a worker is given to score."""
+
+    model: str
+    """A directory."""
+    documents: Documents
+    section: EvalConfig
+    cpus: float
+    use_gpu: bool | None = None
+    session: type[Any] = WorkerGroup
+    progress: Callable[[float, float | None], None] | None = None
+    keywords: tuple[str, ...] = ()

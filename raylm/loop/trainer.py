@@ -1,0 +1,513 @@
+"""The Trainer, with raylm's evaluation, checkpoints and order of examples in place of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from raylm import blocks, checkpoint, model, objective, perplexity, storage, tokens
+from raylm.checkpoint import Series
+from raylm.errors import Diverged, OutOfMemory, RaylmError, StorageError
+from raylm.loop import arguments
+from raylm.loop.session import Job, Outcome, Session
+from raylm.perplexity import Documents, Score
+
+LOOK_SECONDS = 1.0
+"""How long a worker trains between two looks at whether it shall stop."""
+
+PROGRESS = "progress.json"
+"""In a checkpoint: what the Trainer forgets, the loss since it was last logged."""
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+def made(job: Job, session: Session, scratch: Path) -> _Trainer:
+    """The Trainer of one worker, which writes to `scratch` before anything is kept."""
+    experiment = job.experiment
+    smaller = storage.read(job.micro_batch_file)
+    budget = job.budget.shared_by(session.world_size, int(smaller) if smaller else experiment.train.micro_batch_tokens)
+    store = tokens.open_store(job.store)
+    cut = blocks.of(store.train, experiment.blocks, store.eos_id)
+    network = model.build(
+        experiment.model,
+        store.tokenizer,
+        block_size=experiment.blocks.block_size,
+        seed=experiment.train.seed,
+        masked=experiment.objective.kind == "masked",
+    )
+    batches = objective.of(experiment.objective, experiment.blocks, store.tokenizer, experiment.train.seed)
+    args = arguments.of(experiment, budget, str(scratch))
+    objective.attach(network, shifted=batches.shifted, smoothing=args.label_smoothing_factor)
+    examples = blocks.Stream(cut, seed=experiment.train.seed, length=budget.steps * budget.examples)
+    trainer = _Trainer(
+        job,
+        session,
+        store,
+        model=network,
+        args=args,
+        train_dataset=objective.Numbered(examples),
+        data_collator=batches,
+        processing_class=store.tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Schedule(trainer))
+    return trainer
+
+
+class Agreed(Exception):
+    """An error that every rank meets at the same step, so that none of them waits for another."""
+
+
+class _Trainer(Trainer):
+    loss_is_scaled_for_ga = True  # the loss is divided once, by the items of the whole step
+
+    def __init__(self, job: Job, session: Session, store: tokens.Store, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.job, self.session, self.store = job, session, store
+        self.best: dict[str, Any] = {}
+        self.latest: dict[str, Any] = {}
+        self.worse_in_a_row = 0
+        """Evaluations since the best one."""
+        self.began = time.monotonic()
+        self.begins_at = 0
+        """The step from which this process trains."""
+        self.resumed: Path | None = None
+        self.stopped = False
+        self.lost_nodes: list[str] = []
+        self.looked = (0, 0.0)
+        """After which step, and when."""
+        self.next_look = 1
+        self.saving_failed: Exception | None = None
+        self.unsaved = 0
+        """Checkpoints in a row that could not be written."""
+        self.first_bad_step: torch.Tensor | None = None
+
+    # From beginning to end
+
+    def run(self) -> Outcome:
+        """Train from the newest whole checkpoint to the end of the budget."""
+        series = self.job.checkpoints
+        step, faults = self._newest(series)
+        for fault in faults:
+            self.say(f"skipping {fault}")
+        if step is not None:
+            self.resumed = series.fetch(step, Path(self.args.output_dir))
+            self._restore(self.resumed, step)
+        if self.session.rank == 0:
+            self.job.run.rewind(self.begins_at)
+        if self.begins_at < self.job.budget.steps and not self._is_patience_over():
+            self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
+        step = self.state.global_step or self.begins_at
+        return Outcome(self.best, step, stopped=self.stopped, lost_nodes=self.lost_nodes)
+
+    def _newest(self, series: Series) -> tuple[int | None, list[str]]:
+        """As rank 0 finds it: verifying a checkpoint reads all of it."""
+        found: Any = None
+        if self.session.rank == 0:
+            try:
+                found = series.newest()
+            except RaylmError as error:
+                found = error
+        found = self._gathered(found)[0]
+        if isinstance(found, RaylmError):
+            raise Agreed(found)
+        return found
+
+    def _restore(self, directory: Path, step: int) -> None:
+        record = checkpoint.read_record(directory)
+        progress = json.loads((directory / PROGRESS).read_text(encoding="utf-8"))
+        self.begins_at = step
+        self.worse_in_a_row = progress["worse_in_a_row"]
+        self.began -= progress["seconds"]
+        self.best = record["best"]
+        if self.best and self.best["step"] != step and self._is_lost(self.best["step"]):
+            here = {name: record[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
+            self.best = here if here["perplexity"] is not None else {}
+        self.train_dataset.first = step * self.job.budget.examples
+        told = f"going on from step {step:,} of {self.job.budget.steps:,}"
+        if progress["world_size"] != self.session.world_size:
+            told += (
+                f" with {self.session.world_size} workers instead of {progress['world_size']}: the same examples in "
+                "the same steps, but not the same bits"
+            )
+        self.say(told)
+
+    def _is_lost(self, step: int) -> bool:
+        lost = self.job.checkpoints.fault(step) is not None if self.session.rank == 0 else None
+        return self._gathered(lost)[0]
+
+    def say(self, message: str) -> None:
+        """Tell whoever watches."""
+        if self.session.rank == 0 and self.job.board is not None:
+            self.job.board.say.remote(message)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        if self.session.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.session.world_size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    # Examples
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # a Stream is in training order already
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples = super().get_batch_samples(*args, **kwargs)
+        if self.resumed is not None:  # a data loader draws a number when it begins: the states are those from after it
+            super()._load_rng_state(str(self.resumed))
+            self.resumed = None
+        return samples
+
+    # Loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
+        """What the loss of an optimizer step is divided by: over all its micro-batches and workers."""
+        if not batch_samples:
+            return None
+        items = torch.stack([self.data_collator.items(batch) for batch in batch_samples]).sum()
+        # Nothing may be masked in a step of a few tokens: its loss is 0, not 0/0.
+        return self.accelerator.reduce(items.to(device), reduction="sum").clamp(min=1e-9)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = model(**inputs)["loss"] / num_items_in_batch
+        return loss * self.accelerator.num_processes  # of whose gradients DDP takes the mean
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        try:
+            return super().training_step(*args, **kwargs)
+        except (*OUT_OF_MEMORY, RuntimeError) as error:
+            if not isinstance(error, OUT_OF_MEMORY) and "can't allocate memory" not in str(error):  # torch, on a CPU
+                raise
+            problem = self._too_much(str(error).split("\n")[0])
+        raise Agreed(problem) if self.session.world_size == 1 else problem
+
+    def _too_much(self, problem: str) -> OutOfMemory:
+        """Half as many tokens at once, from the next start on; or there is no way out."""
+        budget, held = self.job.budget, self.args.per_device_train_batch_size
+        block_size = budget.batch_tokens // budget.examples
+        if held == 1:
+            return OutOfMemory(
+                f"out of memory with a single block of blocks.block_size={block_size} tokens at once ({problem}); "
+                "lower it or the model's size, or set train.arguments.gradient_checkpointing=true",
+                "blocks.block_size",
+            )
+        fewer = held // 2 * block_size
+        storage.write(self.job.micro_batch_file, str(fewer).encode())
+        return OutOfMemory(
+            f"out of memory with {held * block_size:,} tokens at once ({problem}); going on with {fewer:,}, and "
+            f"{budget.batch_tokens:,} a step as before",
+            "train.micro_batch_tokens",
+        )
+
+    # Divergence
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm, just before the optimizer's step: the last moment at which the weights are still sound."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is not None:  # fp16: the scaler skips a step that overflows and goes on
+            return norm
+        if self._runs_ahead(norm):
+            self._guard(norm)
+        elif not math.isfinite(norm):
+            raise Agreed(self._diverged(f"the gradient is {float(norm)} at step {self.state.global_step + 1}"))
+        return norm
+
+    def _runs_ahead(self, norm: Any) -> bool:
+        """Whether the norm is not known yet, and the optimizer can be told by a tensor to leave the weights alone."""
+        if not (isinstance(norm, torch.Tensor) and norm.is_cuda):
+            return False
+        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        return bool(inner.defaults.get("fused"))
+
+    def _guard(self, norm: torch.Tensor) -> None:
+        """Have a fused optimizer change nothing from the first bad step on, without waiting for the GPU to say so.
+
+        `found_inf` is how fp16's scaler tells it; `check_finite` tells the run.
+        """
+        if self.first_bad_step is None:
+            self.first_bad_step = torch.full((), math.inf, device=norm.device)
+        step = torch.full_like(self.first_bad_step, self.state.global_step + 1)
+        bad = torch.where(torch.isfinite(norm), torch.inf, step)
+        self.first_bad_step = torch.minimum(self.first_bad_step, bad)
+        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        inner.grad_scale, inner.found_inf = None, torch.isfinite(self.first_bad_step).float()
+
+    def check_finite(self) -> None:
+        """Whether `_guard` has met a bad step; this waits for the GPU."""
+        if self.first_bad_step is not None and math.isfinite(first := self.first_bad_step.item()):
+            raise Agreed(self._diverged(f"the gradient is not finite at step {int(first)}"))
+
+    def _diverged(self, how: str) -> Diverged:
+        kept = self.job.checkpoints.steps() if self.session.rank == 0 else []
+        last = f"; the last checkpoint is {self.job.checkpoints.path(kept[-1])}" if kept else ""
+        return Diverged(
+            f"training diverged: {how}; lower train.learning_rate={self.args.learning_rate:g} or raise "
+            f"train.warmup_steps{last}",
+            where="train.learning_rate",
+        )
+
+    # Evaluation
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Score the validation split, and decide whether the weights are kept."""
+        step, budget = self.state.global_step, self.job.budget
+        self.control.should_evaluate = False  # or the end of the data would evaluate the last step again
+        score = self._score(self.store.validation)
+        sets = {name: self._score(documents) for name, documents in self.sets.items()}
+        if not math.isfinite(score.perplexity):
+            raise Agreed(self._diverged(f"perplexity is {score.perplexity} at step {step}"))
+        self.latest = {
+            "step": step,
+            "tokens": step * budget.batch_tokens,
+            "perplexity": score.perplexity,
+            "bits_per_byte": score.bits_per_byte,
+            "budget_tokens": budget.tokens,
+            "seconds": time.monotonic() - self.began,
+        }
+        is_best = not self.best or score.perplexity < self.best["perplexity"]
+        if is_best:
+            self.best = {name: self.latest[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
+        self.worse_in_a_row = 0 if is_best else self.worse_in_a_row + 1
+        self.latest |= {f"best_{name}": self.best[name] for name in ("perplexity", "bits_per_byte", "step")}
+        if self.session.rank == 0:
+            name = "perplexity" if self.masked is None else "pseudo_perplexity"
+            values = {f"eval/{what}": value for what, value in score.figures(name).items()}
+            for each, found in sets.items():
+                values |= {f"eval/{each}/{what}": value for what, value in found.figures(name).items()}
+            self.job.run.metrics(values, step)
+        if self._is_patience_over():
+            self.control.should_training_stop = True
+        is_last = step == budget.steps or self.control.should_training_stop
+        self.control.should_save = is_best or is_last or self.stopped or step % budget.save_every == 0
+        if not self.control.should_save:
+            self.session.report(self._reported())
+        return {"eval_perplexity": score.perplexity}
+
+    def _is_patience_over(self) -> bool:
+        patience = self.job.experiment.train.patience
+        return patience is not None and self.worse_in_a_row >= patience
+
+    def _reported(self) -> dict[str, Any]:
+        return {**self.latest, "best_checkpoint": self.job.checkpoints.path(self.best["step"])}
+
+    @property
+    def masked(self) -> perplexity.MaskedTokens | None:
+        """How the model is scored if it is a masked one."""
+        is_masked = self.job.experiment.objective.kind == "masked"
+        return perplexity.MaskedTokens.of(self.store.tokenizer) if is_masked else None
+
+    @cached_property
+    def sets(self) -> dict[str, Documents]:
+        """The evaluation sets by their names."""
+        return {name: tokens.open_store(path).train for name, path in self.job.sets.items()}
+
+    @cached_property
+    def keywords(self) -> objective.Keywords:
+        return objective.Keywords(self.job.experiment.objective.keywords, self.store.tokenizer)
+
+    def _score(self, documents: Documents) -> Score:
+        section = self.job.experiment.eval
+        return perplexity.score(
+            self.model,
+            documents,
+            eos_id=self.store.eos_id,
+            context=model.context(self.model.config) or self.job.experiment.blocks.block_size,
+            stride=section.stride,
+            batch_tokens=section.batch_tokens,
+            max_tokens=section.max_tokens,
+            masked=self.masked,
+            keywords=self.keywords,
+            rank=self.session.rank,
+            world_size=self.session.world_size,
+        )
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # of one rank alone, perhaps: told to the others in keep()
+            self.saving_failed = error
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        if self.job.experiment.model.lora is not None:
+            state_dict = model.merged(self.model)
+        super()._save(str(directory), state_dict)
+        if self.job.experiment.model.lora is not None:
+            model.save_updates(self.model, directory)
+        (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model_to_load: Any = None) -> None:
+        if self.job.experiment.model.lora is not None:  # the weights there are merged, and those here are the base
+            model.load_updates(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model_to_load)
+
+    def keep(self) -> None:
+        """Commit the checkpoint that was just written to this machine, remove older ones, and report the evaluation."""
+        step, series = self.state.global_step, self.job.checkpoints
+        local = Path(self.args.output_dir) / f"checkpoint-{step}"
+        self._describe(local, step)
+        problem = self._committed(series, step, local)
+        shutil.rmtree(local, ignore_errors=True)
+        if problem is None:
+            self.unsaved = 0
+        else:
+            self.unsaved += 1
+            if self.session.rank == 0:
+                series.discard(step)
+            if self.unsaved == 2 or self.stopped or isinstance(problem, StorageError):
+                raise Agreed(self._cannot_save(step, problem))
+            self.say(f"the checkpoint of step {step:,} could not be written ({problem}); training until the next one")
+        if self.latest.get("step") == step:
+            self.session.report(self._reported())
+
+    def _describe(self, local: Path, step: int) -> None:
+        """Beside the weights: their score if they have one, and what the Trainer forgets."""
+        losses = self._gathered(self._tr_loss.item())
+        if self.session.rank != 0 or self.saving_failed is not None:
+            return
+        budget = self.job.budget
+        evaluated = self.latest if self.latest.get("step") == step else {}
+        record = {
+            "step": step,
+            "tokens": step * budget.batch_tokens,
+            "perplexity": evaluated.get("perplexity"),
+            "bits_per_byte": evaluated.get("bits_per_byte"),
+            "best": self.best,
+            "store": self.job.store,
+            "mlflow_run_id": self.job.run.run_id,
+        }
+        progress = {
+            "losses": losses,
+            "logged_at": self._globalstep_last_logged,
+            "worse_in_a_row": self.worse_in_a_row,
+            "world_size": self.session.world_size,
+            "seconds": time.monotonic() - self.began,
+        }
+        try:
+            checkpoint.describe(local, self.job.experiment, record)
+            (local / PROGRESS).write_text(json.dumps(progress) + "\n", encoding="utf-8")
+        except OSError as error:
+            self.saving_failed = error
+
+    def _committed(self, series: Series, step: int, local: Path) -> Exception | None:
+        """Every rank uploads what it wrote; then the manifest is written. What went wrong on any rank, if anything."""
+        if self.session.rank == 0:
+            series.discard(step)  # what a run that was killed may have left of it
+        self._gathered(None)
+        files: dict[str, storage.Stored] = {}
+        problem, self.saving_failed = self.saving_failed, None
+        if problem is None:
+            files, problem = _tried(lambda: series.upload(step, local))
+        found = self._gathered((files, problem))
+        problem = next((each for _, each in found if each is not None), None)
+        if problem is None and self.session.rank == 0:
+            self.job.run.flush()  # a run that goes on from here makes the points before it no more
+            whole = {name: stored for uploaded, _ in found for name, stored in uploaded.items()}
+            _, problem = _tried(lambda: series.commit(step, whole))
+            if problem is None:
+                series.prune(self.job.experiment.train.keep_checkpoints, [self.best.get("step")])
+        return self._gathered(problem)[0] or problem
+
+    def _cannot_save(self, step: int, problem: Exception) -> StorageError:
+        if isinstance(problem, StorageError):
+            return problem
+        scratch = shutil.disk_usage(self.args.output_dir)
+        room = (
+            f"; {scratch.free:,} bytes are free in {self.args.output_dir}" if scratch.free < scratch.total / 50 else ""
+        )
+        return StorageError(
+            f"{self.job.checkpoints.path(step)} cannot be written: {type(problem).__name__}: {problem}{room}; "
+            "once it can, the same command goes on from the last checkpoint",
+            self.job.checkpoints.path(step),
+        )
+
+    # Stopping
+
+    def look(self) -> None:
+        """See whether the training shall stop. Every rank looks after the same steps, about once a second."""
+        step, now = self.state.global_step, time.monotonic()
+        (last_step, last_time), self.looked = self.looked, (step, now)
+        told = None
+        if self.session.rank == 0:
+            stopping = self.job.board is not None and ray.get(self.job.board.is_stopping.remote())
+            told = (stopping, step + max(1, int((step - last_step) * LOOK_SECONDS / (now - last_time))))
+        self.stopped, self.next_look = self.session.agreed(told)
+        self.lost_nodes = self.session.lost_nodes()
+        self.stopped = self.stopped or bool(self.lost_nodes)
+
+
+class _Schedule(TrainerCallback):
+    """When to evaluate, counted in the budget's steps; and where the Trainer's own figures go."""
+
+    def __init__(self, trainer: _Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Give the Trainer back the loss since it was last logged."""
+        trainer = self.trainer
+        trainer.looked, trainer.next_look = (state.global_step, time.monotonic()), state.global_step + 1
+        if trainer.resumed is None:
+            return
+        progress = json.loads((trainer.resumed / PROGRESS).read_text(encoding="utf-8"))
+        losses = progress["losses"]
+        same = progress["world_size"] == trainer.session.world_size
+        trainer._tr_loss += losses[trainer.session.rank] if same else sum(losses) / len(losses)
+        trainer._globalstep_last_logged = progress["logged_at"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        budget = trainer.job.budget
+        is_last = step == budget.steps
+        control.should_evaluate = is_last or step % budget.eval_every == 0 or step % budget.save_every == 0
+        control.should_log = control.should_log or is_last
+        if step >= trainer.next_look and not is_last:
+            trainer.look()
+        if trainer.stopped:
+            control.should_save = control.should_training_stop = True
+        if control.should_evaluate or control.should_log or control.should_save:
+            trainer.check_finite()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        names = {"loss": "train/loss", "learning_rate": "train/learning_rate", "grad_norm": "train/grad_norm"}
+        values = {ours: logs[theirs] for theirs, ours in names.items() if logs and theirs in logs}
+        if values and self.trainer.session.rank == 0:
+            values["train/tokens"] = state.global_step * self.trainer.job.budget.batch_tokens
+            self.trainer.job.run.metrics(values, state.global_step)
+            if self.trainer.job.board is not None:
+                self.trainer.job.board.put.remote(values["train/tokens"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.keep()
+
+
+def _tried(act: Any) -> tuple[Any, Exception | None]:
+    """What an act on storage gives, or why it fails: three times, since storage elsewhere has its moments."""
+    for wait in (1.0, 4.0, None):
+        try:
+            return act(), None
+        except StorageError as error:  # a full disk does not empty itself
+            return {}, error
+        except Exception as error:  # pyarrow's, fsspec's and the cloud's own
+            if wait is None:
+                return {}, error
+            time.sleep(wait)
+    raise AssertionError("unreachable")

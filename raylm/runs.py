@@ -1,0 +1,134 @@
+"""A run's directory: what it was begun with, who works on it, whether it is over; and which one a command goes on with.
+
+<storage>/<name>/train-20261123-101500-3fa2/
+    run.json        the settings and the token store it was begun with
+    lock            held by the command that works on it; the system lets go of it when that dies
+    checkpoints/    see checkpoint.Series
+    metrics.jsonl   see tracking
+    model/          the best model, as a plain Hugging Face directory
+    result.json     when it is over
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any, Literal
+
+from raylm import storage
+from raylm.checkpoint import Series
+from raylm.config import Experiment
+from raylm.errors import ConfigError, StorageError
+
+Resume = Literal["auto", "never", "must"]
+
+FREE = (
+    "storage", "corpus", "tokenizer", "eval.batch_tokens", "cluster", "tracking", "tune", "train.micro_batch_tokens",
+    "train.save_every_tokens", "train.keep_checkpoints",
+)  # fmt: skip
+"""Settings that may change while a run goes on: they change nothing about it, or are known by the tokens."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that this command works on."""
+
+    name: str
+    directory: str
+    step: int | None
+    """The step of the checkpoint that it goes on from; None for a new run, or one that has none."""
+    lock: IO[str] | None
+    abandoned: list[str] = field(default_factory=list)
+    """Directories of runs that nobody works on and nobody will go on with."""
+
+    def end(self, result: dict[str, Any]) -> None:
+        """Nobody goes on with this run any more."""
+        storage.write(f"{self.directory}/result.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def directory_of(experiment: Experiment) -> str:
+    """Where the runs of an experiment lie."""
+    return f"{experiment.storage}/{experiment.name}"
+
+
+def named(verb: str) -> str:
+    """A name that no other run has."""
+    return f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begun:
+    """The newest run that stopped before its end and can be gone on with; else, unless it `must`, a new one.
+
+    ConfigError if that run was begun with other settings or on other tokens than these.
+    """
+    place, terms = directory_of(experiment), _terms(experiment, store)
+    abandoned = []
+    for name in reversed([name for name in storage.names(place) if name.startswith(f"{verb}-")]):
+        directory = f"{place}/{name}"
+        written = storage.read(f"{directory}/run.json")
+        if written is None or storage.read(f"{directory}/result.json") is not None:
+            continue
+        lock = _locked(directory)
+        if lock is None:  # somebody works on it
+            continue
+        step = max(Series(f"{directory}/checkpoints").complete(), default=None)
+        differences = _differences(json.loads(written), terms)
+        if resume == "never" or (differences and step is None):
+            abandoned.append(directory)
+            continue
+        if differences:
+            raise ConfigError(
+                f"{directory} stopped after step {step:,} and was begun with other settings:\n  "
+                + "\n  ".join(differences)
+                + "\ngive these back to go on with it, or --resume never to begin a new run",
+                differences[0].split(":")[0],
+            )
+        return Begun(name, directory, step, lock, abandoned)
+    if resume == "must":
+        raise StorageError(f"--resume must: no run in {place} stopped before its end", place)
+    name = named(verb)
+    directory = f"{place}/{name}"
+    storage.write(f"{directory}/run.json", (json.dumps(terms, indent=1) + "\n").encode())
+    return Begun(name, directory, None, _locked(directory), abandoned)
+
+
+def _terms(experiment: Experiment, store: str) -> dict[str, Any]:
+    """What has to stay for a run to be the same run: dotted key -> value."""
+    flat = dict(_flat(experiment.model_dump(mode="json")))
+    kept = {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in FREE)}
+    return {**kept, "tokens": store}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    keys = [*now, *(key for key in then if key not in now)]
+    return [
+        f"{key}: {json.dumps(then.get(key))} then, {json.dumps(now.get(key))} now"
+        for key in keys
+        if then.get(key) != now.get(key)
+    ]
+
+
+def _locked(directory: str) -> IO[str] | None:
+    """The lock, held for as long as it is open; None if another process has it. There is none on remote storage."""
+    if storage.is_remote(directory):
+        return open(os.devnull)
+    lock = open(f"{directory}/lock", "w")  # noqa: SIM115 - held by whoever holds the run
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return None
+    return lock

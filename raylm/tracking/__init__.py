@@ -1,0 +1,294 @@
+"""MLflow: one run per training, one parent per sweep with a child per trial; or nothing at all.
+
+Everything is written to a journal in the run's own directory first, and shipped to MLflow from there by a thread: a
+training neither waits for MLflow nor fails with it. A Run is a directory, not a context: it travels to the worker that
+logs, and is ended by the process that began it, since a killed worker ends nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from raylm import cli, storage
+from raylm.config import TrackingConfig
+from raylm.errors import ConfigError, StorageError
+from raylm.tracking import journal
+from raylm.tracking.mlflow import Server, Unusable, shown
+
+TRIAL = "raylm.trial"
+
+LONGEST_PARAMETER = 6000  # characters that MLflow takes
+PATIENCE_SECONDS = 5.0
+"""How long a command waits for a server before it goes on without."""
+SETTLE_SECONDS = 60.0
+"""How long a command waits at its end for a server that takes what it gets."""
+FAREWELL_SECONDS = 3.0
+"""How long a process that ends waits for a server."""
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, by the directory of its journal. Without a directory every call returns at once and keeps nothing.
+
+    No call waits for MLflow or fails with it. A line that the disk does not take is written with the next one.
+    """
+
+    directory: str = ""
+    uri: str | None = field(default=None, repr=False)
+    """MLflow; None: nothing is shipped."""
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None until MLflow has been reached."""
+        return journal.note(self.directory, shown(self.uri)).run_id if self.uri and self.directory else None
+
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        """Settings of the run. One of more than 6000 characters, or with parts, is an artifact too, and whole there.
+
+        MLflow never changes a parameter it has: the tag resume.N.changed says what the N-th resume has changed.
+        """
+        if not self.directory:
+            return
+        known = journal.facts(self.directory)
+        plain: dict[str, str] = {}
+        for key, value in values.items():
+            has_parts = isinstance(value, Mapping | list | tuple | set)
+            text = json.dumps(value, default=str) if has_parts else str(value)
+            if has_parts or len(text) > LONGEST_PARAMETER:
+                self.text(text, f"parameters/{key}.{'json' if has_parts else 'txt'}")
+            plain[key] = text if len(text) <= LONGEST_PARAMETER else text[: LONGEST_PARAMETER - 1] + "…"
+        changed = {key: text for key, text in plain.items() if known.parameters.get(key, text) != text}
+        new = {key: text for key, text in plain.items() if key not in known.parameters}
+        if new:
+            self._tell({"parameters": new})
+        if changed:
+            told = "; ".join(f"{key}: {known.parameters[key]} -> {text}" for key, text in changed.items())
+            self.tags({f"resume.{known.starts - 1}.changed": told})
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Points of the run's curves, one for a key and step. The journal has infinities too, MLflow does not."""
+        if not self.directory:
+            return
+        with self._kept():
+            journal.metrics(self.directory).add(values, step)
+
+    def rewind(self, step: int) -> None:
+        """Take back the points after a step, from which the run goes on; it will make them again."""
+        if not self.directory:
+            return
+        with self._kept():
+            journal.metrics(self.directory).rewind(step)
+
+    def series(self) -> dict[str, list[tuple[int, float]]]:
+        """(step, value) of every metric, by step, as the journal has them."""
+        points: dict[journal.Place, journal.Point] = {}
+        journal.apply(journal.log(self.directory, journal.METRICS).read()[0], points)
+        found: dict[str, list[tuple[int, float]]] = {}
+        for (key, step), (value, _) in sorted(points.items()):
+            found.setdefault(key, []).append((step, value))
+        return found
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        self._tell({"tags": {key: str(value) for key, value in values.items()}})
+
+    def text(self, text: str, name: str) -> None:
+        """Keep a text as an artifact file."""
+        if self.directory and journal.facts(self.directory).texts.get(name) != text:
+            self._tell({"text": text, "name": name})
+
+    def end(self, status: Status = "FINISHED") -> None:
+        self._tell({"status": status, "time": journal.now()})
+
+    def end_if_running(self, status: Status) -> None:
+        if self.directory and journal.facts(self.directory).status == "RUNNING":
+            self.end(status)
+
+    def child(self, trial_id: str, directory: str | Path | None = None) -> Run:
+        """The run of a trial under this one: the one it had before, if it was interrupted, else a new one.
+
+        Its directory is one in this one's, by default the one with the trial's name.
+        """
+        if not self.directory:
+            return self
+        where = str(directory or f"{self.directory}/{trial_id}")
+        assert where.rpartition("/")[0] == self.directory, f"{where} is not in {self.directory}"
+        experiment = journal.facts(self.directory).run["experiment"]
+        run = Run(where, self.uri)
+        return _begin(run, experiment=experiment, name=trial_id, tags={TRIAL: trial_id}, is_child=True)
+
+    def children(self) -> dict[str, Run]:
+        """Trial id -> run of every trial that has begun."""
+        found: dict[str, Run] = {}
+        for name in storage.names(self.directory) if self.directory else []:
+            about = journal.facts(f"{self.directory}/{name}").run
+            if about.get("is_child"):
+                found[about["tags"][TRIAL]] = Run(f"{self.directory}/{name}", self.uri)
+        return found
+
+    def flush(self) -> None:
+        """What was told so far outlives a power cut, and the machine if the storage is remote.
+
+        To be called before a checkpoint is committed: a run that goes on from it makes the points before it no more.
+        """
+        if self.directory:
+            with self._kept():
+                journal.log(self.directory, journal.METRICS).flush()
+
+    def left(self) -> int:
+        """How many entries of this run's own journal MLflow has not, as far as is noted."""
+        return _server(self.uri).left(self.directory) if self.uri and self.directory else 0
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether MLflow, when last tried, did not take what there was."""
+        return self.uri is not None and _server(self.uri).failure is not None
+
+    def ship(self, timeout_seconds: float) -> bool:
+        """Wait until MLflow has all there is of this run and its children, at most so long; whether it has."""
+        if not self.directory or self.uri is None:
+            return True
+        family = [self, *self.children().values()]
+        return _server(self.uri).ship([run.directory for run in family], timeout_seconds)
+
+    def _tell(self, record: Mapping[str, Any]) -> None:
+        if self.directory:
+            with self._kept():
+                journal.log(self.directory, journal.RUN).append(record, durable=True)
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """A disk that is full is told of once: the checkpoints of the run will end it, or there is room again."""
+        try:
+            yield
+        except OSError as error:
+            _warn_of_disk(self.directory, error.strerror)
+
+
+def start(
+    section: TrackingConfig,
+    *,
+    experiment: str,
+    name: str,
+    tags: Mapping[str, Any],
+    directory: str | Path,
+) -> Run:
+    """The run whose journal lies in `directory`: a new one called `name`, or the one that was there, which goes on.
+
+    It belongs to the section's MLflow experiment, by default `experiment`. A server that does not answer is told of and
+    waited for no longer than seconds; a tracking.uri that can never work is a ConfigError.
+    """
+    belongs = section.experiment or experiment
+    connected = section.uri is not None and _connect(section.uri, belongs)
+    run = Run(_absolute(directory), section.uri)
+    _begin(run, experiment=belongs, name=name, tags={key: str(value) for key, value in tags.items()}, is_child=False)
+    if connected:
+        run.ship(PATIENCE_SECONDS)
+    return run
+
+
+def settle(run: Run, say: Callable[[str], None]) -> None:
+    """Wait at the end of a command for what MLflow has not, as long as it takes some; else `say` how to ship it."""
+    if run.uri is None:
+        return
+    family = [run, *run.children().values()]
+    deadline = time.monotonic() + SETTLE_SECONDS
+    left = math.inf
+    while (now_left := sum(one.left() for one in family)) < left and time.monotonic() < deadline:
+        if run.ship(2 * PATIENCE_SECONDS):
+            return
+        left = now_left
+    say(f"MLflow has not got {now_left:,} entries yet; to ship them: {sys.executable} -m raylm.sync {run.directory}")
+
+
+def runs(directory: str | Path, uri: str | None = None) -> list[Run]:
+    """Every run whose journal lies in or below a directory, parents first; bound for `uri`, or where it belongs."""
+    root = _absolute(directory)
+    if storage.is_remote(root):
+        from pyarrow.fs import FileSelector
+
+        system, inner = storage.file_system(root)
+        every = system.get_file_info(FileSelector(inner, allow_not_found=True, recursive=True))
+        files = [root + info.path.removeprefix(inner) for info in every if info.base_name == journal.RUN]
+    else:
+        files = [str(file) for file in Path(root).rglob(journal.RUN)]
+    found = sorted(file.rpartition("/")[0] for file in files)
+    return [Run(where, uri or journal.facts(where).uri) for where in found]
+
+
+def how_to_look(section: TrackingConfig) -> str | None:
+    """The command that opens MLflow's page, or its address."""
+    if section.uri is None:
+        return None
+    if section.uri.startswith("http"):
+        return shown(section.uri)
+    return f"{sys.executable} -m mlflow ui --backend-store-uri {shown(section.uri)}"
+
+
+def _begin(run: Run, **about: Any) -> Run:
+    try:
+        journal.begin(run.directory, shown(run.uri) if run.uri else None, **about)
+    except OSError as error:
+        raise StorageError(
+            f"{run.directory}: the run's journal cannot be written there: {error.strerror}; set storage to a place "
+            "that can be written",
+            where="storage",
+        ) from error
+    known = journal.facts(run.directory)
+    there = {**known.run["tags"], **known.tags}
+    changed = {key: value for key, value in about["tags"].items() if there.get(key) != value}
+    if changed:
+        run.tags(changed)
+    if run.uri is not None:
+        _server(run.uri).watch(run.directory)
+    return run
+
+
+def _absolute(directory: str | Path) -> str:
+    return str(directory) if storage.is_remote(str(directory)) else os.path.abspath(directory)
+
+
+def _connect(uri: str, experiment: str) -> bool:
+    try:
+        # A new database takes MLflow 4 s, on a busy machine 20.
+        return _server(uri).connect(experiment, 60 if uri.startswith("sqlite") else PATIENCE_SECONDS)
+    except Unusable as error:
+        raise ConfigError(
+            f"tracking.uri={shown(uri)} cannot be used: {error}; give another, or tracking.uri=null to track nothing",
+            where="tracking.uri",
+        ) from error
+
+
+_servers: dict[tuple[int, str], Server] = {}
+
+
+def _server(uri: str) -> Server:
+    """The one of this process: a fork has no threads."""
+    key = os.getpid(), uri
+    if key not in _servers:
+        _servers[key] = Server(uri)
+    return _servers[key]
+
+
+@atexit.register
+def _farewell() -> None:
+    for (process, _), server in _servers.items():
+        if process == os.getpid():
+            server.close(FAREWELL_SECONDS)
+
+
+@functools.cache
+def _warn_of_disk(directory: str, problem: str) -> None:
+    cli.console.print(f"warning: {directory}: metrics wait in memory: {problem}", style="yellow", markup=False)

@@ -1,0 +1,261 @@
+"""The verb in this process, on a model of one layer that was never trained; its numbers against perplexity.score."""
+
+import hashlib
+import io
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+from raylm import checkpoint, perplexity, prepare, tokenizer, tokens
+from raylm.config import Experiment, TrainedTokenizer
+from raylm.errors import ConfigError, DataError, StorageError
+from raylm.evaluate import evaluate
+from raylm.generate import generate
+
+SPECIAL = ("<|endoftext|>", "<mask>")
+TEXTS = {
+    "books/a.txt": "the cat sat on a mat",
+    "books/b.txt": "and saw one dog run far to sea, naïve as it was",
+    "code/x.txt": "x = fit(y)\n" * 5,
+    "code/y.txt": "plt.fit(x)",
+    "empty/a.txt": " \n",
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("texts")
+    for name, text in TEXTS.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(text, encoding="utf-8")
+    return directory
+
+
+def saved(network, directory):
+    """A model with a tokenizer of bytes beside it."""
+    network.save_pretrained(directory)
+    tokenizer.train(TEXTS.values(), TrainedTokenizer(vocab_size=270, special_tokens=SPECIAL)).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 270, "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16, "initializer_range": 0.3}
+    network = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    return saved(network, tmp_path_factory.mktemp("causal"))
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    network = BertForMaskedLM(BertConfig(vocab_size=270, max_position_embeddings=16, **sizes))
+    return saved(network, tmp_path_factory.mktemp("masked"))
+
+
+def sets(texts):
+    return f"eval.paths={{books: {texts}/books, code: [{texts}/code/y.txt, {texts}/code/x.txt]}}"
+
+
+def score(model, *names):
+    """perplexity.score of these texts, in this order."""
+    trained = checkpoint.load(model)
+    documents = tokens.Encoded()
+    for name in names:
+        ids = np.array(trained.tokenizer(TEXTS[name], add_special_tokens=False)["input_ids"])
+        documents.append(ids, len(TEXTS[name].encode()), 0, name)
+    how = {"eos_id": trained.tokenizer.eos_token_id, "context": trained.context, "masked": trained.masked}
+    return perplexity.score(trained.model, documents, **how)
+
+
+def shown(answer):
+    screen = Console(file=io.StringIO(), width=200)
+    for part in answer.view if isinstance(answer.view, tuple) else (answer.view,):
+        screen.print(part)
+    return screen.file.getvalue()
+
+
+def test_each_set_is_told_under_its_name_and_all_together(causal, texts):
+    answer = evaluate(causal, [sets(texts)])
+    found = answer.record["sets"]
+    books, code = score(causal, "books/a.txt", "books/b.txt"), score(causal, "code/x.txt", "code/y.txt")
+    for record, expected, documents in ((found["books"], books, 2), (found["code"], code, 2)):
+        assert record["nll"] == pytest.approx(expected.nll, rel=1e-6)
+        assert record["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+        assert record["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
+        assert (record["tokens"], record["bytes"]) == (expected.tokens, expected.bytes)
+        assert record["documents"] == documents
+    assert answer.record["nll"] == pytest.approx((books + code).nll, rel=1e-6)
+    assert answer.record["perplexity"] == pytest.approx((books + code).perplexity, rel=1e-6)
+    assert list(found["books"]["sources"]) == [f"{texts}/books"]
+    assert list(found["code"]["sources"]) == [f"{texts}/code/y.txt", f"{texts}/code/x.txt"]
+    alone = score(causal, "code/y.txt")
+    assert found["code"]["sources"][f"{texts}/code/y.txt"]["nll"] == pytest.approx(alone.nll, rel=1e-6)
+    table = shown(answer).split("\n\n")[1].splitlines()
+    assert [line.split()[0] for line in table] == [
+        "text", "books", "code", f"{texts}/code/y.txt", f"{texts}/code/x.txt", "total",
+    ]  # fmt: skip
+    assert f"{books.perplexity:.2f}" in table[1]
+
+
+def test_the_numbers_do_not_depend_on_the_batch(causal, texts):
+    expected = evaluate(causal, [sets(texts)]).record
+    found = evaluate(causal, [sets(texts), "eval.batch_tokens=16"]).record
+    for name in ("books", "code"):
+        assert found["sets"][name]["nll"] == pytest.approx(expected["sets"][name]["nll"], rel=1e-6)
+
+
+def test_text_goes_before_the_sets_and_is_read_as_the_corpus_is(causal, texts, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"said": "the cat"}\n{"said": "sat"}\n')
+    settings = [sets(texts), "corpus.text=said", "corpus.keep_any=zebra"]
+    found = evaluate(causal, settings, text=[f"{tmp_path}/rows.jsonl"]).record
+    assert list(found["sets"]) == ["text"]
+    assert (found["bytes"], found["sets"]["text"]["documents"]) == (10, 2), "and nothing of it is filtered out"
+
+
+def test_every_document_is_a_line_of_json(causal, texts, tmp_path):
+    (tmp_path / "found.jsonl").write_text("of another day")
+    settings = [sets(texts), "objective.keywords=[fit]"]
+    record = evaluate(causal, settings, documents=tmp_path / "found.jsonl").record
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [(line["set"], line["source"]) for line in lines] == [
+        ("books", f"{texts}/books"),
+        ("books", f"{texts}/books"),
+        ("code", f"{texts}/code/y.txt"),
+        ("code", f"{texts}/code/x.txt"),
+    ]
+    named = {hashlib.blake2b(text.encode(), digest_size=8).hexdigest(): name for name, text in TEXTS.items()}
+    assert [named[line["document"]] for line in lines] == ["books/a.txt", "books/b.txt", "code/y.txt", "code/x.txt"]
+    for line in lines:
+        expected = score(causal, named[line["document"]])
+        assert line["nll"] == pytest.approx(expected.nll, rel=1e-6)
+        assert (line["tokens"], line["bytes"]) == (expected.tokens, expected.bytes)
+        assert line["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+        assert line["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
+    assert sum(line["nll"] for line in lines) == pytest.approx(record["nll"], rel=1e-9)
+    assert [line["keywords"]["tokens"] > 0 for line in lines] == [False, False, True, True]
+    assert os.listdir(tmp_path) == ["found.jsonl"], "nothing half written stays"
+
+
+def test_a_place_for_documents_that_cannot_be_written_is_told_before_anything_is_scored(texts, tmp_path):
+    """The model has no weights: to load it would be another error."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    for path, why in {
+        tmp_path / "nowhere" / "found.jsonl": "No such file or directory",
+        tmp_path / "model": "it is a directory",
+        tmp_path / "file" / "found.jsonl": "Not a directory",
+    }.items():
+        with pytest.raises(StorageError, match=rf"--documents {path}: {why}; give a file in a directory"):
+            evaluate(str(tmp_path / "model"), [sets(texts)], documents=path)
+
+
+def test_keywords_have_a_perplexity_of_their_own(causal, texts, tmp_path):
+    answer = evaluate(causal, [sets(texts), "objective.keywords=[fit, zebra]"])
+    spelled = len(checkpoint.load(causal).tokenizer("fit")["input_ids"])
+    keywords = answer.record["sets"]["code"]["keywords"]
+    assert keywords["tokens"] == 6 * spelled
+    assert keywords["perplexity"] == pytest.approx(math.exp(keywords["nll"] / keywords["tokens"]))
+    assert answer.record["keywords"] == keywords
+    assert answer.record["sets"]["books"]["keywords"] == {"perplexity": None, "nll": 0.0, "tokens": 0}
+    assert json.dumps(answer.record, allow_nan=False)
+    assert "perplexity_of_keywords" in shown(answer)
+    assert "keywords" not in evaluate(causal, [sets(texts)]).record
+
+
+def test_a_masked_model_has_a_pseudo_perplexity_and_no_other(masked, texts):
+    answer = evaluate(masked, [sets(texts)])
+    expected = score(masked, "books/a.txt", "books/b.txt", "code/x.txt", "code/y.txt")
+    assert answer.record["pseudo_perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+    for record in (answer.record, *answer.record["sets"].values()):
+        assert "perplexity" not in record
+    text = shown(answer)
+    assert "pseudo_perplexity" in text.split("\n\n")[0]
+    assert "pseudo-perplexity" in text.split("\n\n")[1].splitlines()[0]
+
+
+def test_a_set_without_text_is_named(causal, texts):
+    several = f"eval.paths={{books: {texts}/books, none: {texts}/empty}}"
+    with pytest.raises(DataError, match=r"^eval.paths.none: there is nothing to score in .*empty: no document has any"):
+        evaluate(causal, [several])
+    with pytest.raises(DataError, match=r"^eval.paths: there is nothing to score"):
+        evaluate(causal, [f"eval.paths={texts}/empty"])
+    with pytest.raises(DataError, match=r"^--text: there is nothing to score"):
+        evaluate(causal, text=[f"{texts}/empty"])
+    with pytest.raises(DataError, match=r"^eval.paths.none: /nowhere/\*.txt: no such file"):
+        evaluate(causal, ["eval.paths.none=/nowhere/*.txt"], dry_run=True)
+    with pytest.raises(DataError, match=r"^--text: /nowhere.txt: no such file"):
+        evaluate(causal, text=["/nowhere.txt"], dry_run=True)
+
+
+def test_what_to_score_must_be_said_where_no_store_is_there(causal, tmp_path):
+    with pytest.raises(ConfigError, match=r"was not trained by raylm, .*; give --text FILE"):
+        evaluate(causal)
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    checkpoint.describe(directory, Experiment(), {"store": f"{tmp_path}/gone"})
+    with pytest.raises(DataError, match=r"was trained with the token store .*/gone, which is gone; give --text"):
+        evaluate(str(directory))
+
+
+def test_a_model_that_diverged_has_no_figure(causal, texts, tmp_path):
+    network = checkpoint.load(causal).model
+    network.lm_head.weight.data[3] = math.nan
+    with pytest.raises(StorageError, match=r"the likelihood of the text is not a finite number"):
+        evaluate(saved(network, tmp_path), [sets(texts)], documents=tmp_path / "found.jsonl")
+    assert not (tmp_path / "found.jsonl").exists()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+def test_what_is_not_a_checkpoint_is_told_with_the_way_out(verb, causal, texts, tmp_path):
+    def call(path):
+        return generate(str(path), prompt=["x"]) if verb == "generate" else evaluate(str(path), [sets(texts)])
+
+    with pytest.raises(StorageError, match=r"gone is not a directory; give one that holds a model"):
+        call(tmp_path / "gone")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file is not a directory; give one that holds a model"):
+        call(tmp_path / "file")
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(StorageError, match=r"run holds no model: it has no config.json$"):
+        call(run)
+    (run / "step_00000010").mkdir()
+    (run / "step_00000010" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(StorageError, match=r"run holds no model: .*; did you mean .*/run/step_00000010\?"):
+        call(run)
+    tokenizer.load(causal).save_pretrained(run / "step_00000010")
+    with pytest.raises(StorageError, match=r"step_00000010 cannot be loaded: OSError: .*model.safetensors"):
+        call(run / "step_00000010")
+
+
+# Token stores of sets, for training ----------------------------------------------------------------------------------
+
+
+def test_a_set_is_tokenized_once_as_the_run_is_and_nothing_of_it_is_left_out(ray_cluster, tiny, texts):
+    filtered = ["corpus.keep_any=cat", "corpus.max_documents=1", 'corpus.separator=" "']
+    experiment = tiny(sets(texts), *filtered)
+    store, _ = prepare.prepared(tiny())
+    found = prepare.evaluation_sets(experiment, store)
+    assert list(found) == ["books", "code"]
+    books = tokens.open_store(found["books"])
+    words = " ".join(TEXTS[name] for name in ("books/a.txt", "books/b.txt")).split()
+    assert [store.tokenizer.decode(ids) for ids in books.train] == words
+    assert len(books.validation) == 0
+    assert books.eos_id == store.eos_id
+    times = {path: os.stat(f"{path}/manifest.json").st_mtime_ns for path in found.values()}
+    assert prepare.evaluation_sets(experiment, store) == found
+    assert times == {path: os.stat(f"{path}/manifest.json").st_mtime_ns for path in found.values()}
+    one = tiny(f"eval.paths={texts}/empty", *filtered)
+    with pytest.raises(DataError, match=r"^eval.paths: there is nothing to score in .*empty: no document has any"):
+        prepare.evaluation_sets(one, store)
+    assert prepare.evaluation_sets(tiny(), store) == {}

@@ -1,0 +1,341 @@
+"""Runs that are killed, stopped, or run out of something: real worker groups, real signals."""
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import cloudpickle
+import pytest
+import torch
+
+from raylm import checkpoint, cluster, config, loop, tracking
+from raylm.config import override
+from raylm.errors import Diverged, OutOfMemory, StorageError
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
+
+def left(directory, step):
+    """Of a run's checkpoint: file -> SHA-256, but for files that hold times and places."""
+    manifest = json.loads((Path(directory) / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())
+    names = [name for name in manifest["files"] if name.endswith((".safetensors", ".pt", ".pth"))]
+    return {name: manifest["files"][name]["sha256"] for name in names}
+
+
+def patched(patch):
+    """A session in whose process `patch(trainer class, rank)` is called before anything else."""
+
+    class Patched(loop.WorkerGroup):
+        def __init__(self):
+            super().__init__()
+            from raylm.loop import trainer
+
+            patch(trainer._Trainer, self.rank)
+
+    return Patched
+
+
+def dying(places: list[tuple[int, int]], marks: Path):
+    """A session whose workers die, each once, at (rank, step): in the middle of that optimizer step."""
+
+    def patch(trainer, rank):
+        plain = trainer.training_step
+
+        def training_step(self, *args, **kwargs):
+            step = self.state.global_step
+            mark = marks / f"{rank}-{step}"
+            if (rank, step) in places and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(self, *args, **kwargs)
+
+        trainer.training_step = training_step
+
+    return patched(patch)
+
+
+@pytest.fixture(scope="module")
+def two_workers(ray_cluster, tiny):
+    """An experiment with dropout, accumulation and two workers; 12 steps, a checkpoint after every second."""
+    return tiny(
+        "cluster.num_workers=2", "cluster.cpus_per_worker=0.5", "train.max_tokens=3072", "train.micro_batch_tokens=64"
+    )
+
+
+@pytest.fixture(scope="module")
+def untouched(two_workers, train_run):
+    return train_run(two_workers)
+
+
+def ends_as(untouched, outcome, job):
+    """Whether a run ended as the one that nobody touched."""
+    expected, reference = untouched
+    assert outcome.best == expected.best
+    assert left(job.directory, 12) == left(reference.directory, 12)
+    assert job.run.series() == reference.run.series()
+
+
+def randomly(number):
+    """(rank, step) of so many deaths; the same each time."""
+    drawn = random.Random(0)
+    return drawn.sample([(rank, step) for rank in (0, 1) for step in range(12)], number)
+
+
+@pytest.mark.parametrize("number", [5, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_workers_killed_at_random_steps_end_with_the_same_bytes(untouched, two_workers, train_run, tmp_path, number):
+    places = randomly(number)
+    outcome, job = train_run(override(two_workers, {"cluster.max_failures": number}), dying(places, tmp_path))
+    assert len(list(tmp_path.iterdir())) == number, "each of them died"
+    ends_as(untouched, outcome, job)
+
+
+def dying_in_a_save(places: list[tuple[int, str]], marks: Path):
+    """A session whose workers die, one a time, at (rank, point of a save)."""
+
+    def patch(trainer, rank):
+        from raylm import checkpoint, storage
+
+        target = next(
+            ((number, place) for number, place in enumerate(places) if not (marks / f"{number}").exists()), None
+        )
+        agreements = -1000  # those of the beginning are of no save
+
+        def at(point, before_it=lambda: None):
+            if target is not None and target[1] == (rank, point):
+                before_it()
+                (marks / f"{target[0]}").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def around(holder, name, before=None, after=None, half=None, when=lambda *_: True):
+            plain = getattr(holder, name)
+
+            def call(*args, **kwargs):
+                if when(*args):
+                    at(before)
+                    at(half, lambda: half_of(args))
+                result = plain(*args, **kwargs)
+                if when(*args):
+                    at(after)
+                return result
+
+            def half_of(args):
+                content, path = (
+                    (args[0].read_bytes(), args[1]) if isinstance(args[0], Path) else (b"half of it", args[-1])
+                )
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                Path(path).write_bytes(content[: len(content) // 2])
+
+            setattr(holder, name, call)
+
+        def is_manifest(path, *_):
+            return str(path).endswith("manifest.json")
+
+        gathered, save = trainer._gathered, trainer._save_checkpoint
+
+        def counted(self, value):
+            nonlocal agreements
+            agreements += 1
+            at(f"before agreement {agreements}")
+            result = gathered(self, value)
+            at(f"after agreement {agreements}")
+            return result
+
+        def begun(self, *args):
+            nonlocal agreements
+            agreements = 0
+            at("begin")
+            save(self, *args)
+            at("written here")
+
+        trainer._gathered, trainer._save_checkpoint = counted, begun
+        around(torch, "save", half="half of a state")
+        around(storage, "upload", after="a file uploaded", half="half of a file uploaded")
+        around(storage, "write", "before the manifest", "after the manifest", when=is_manifest)
+        around(os, "replace", "half of the manifest", when=lambda _, path: is_manifest(path))
+        around(checkpoint.Series, "prune", "before removing older ones", "after removing older ones")
+        around(storage, "remove_file", after="half removed")
+        around(loop.WorkerGroup, "report", "before the report", "after the report")
+
+    return patched(patch)
+
+
+BOTH = [
+    "begin", "half of a state", "written here",
+    *(f"{when} agreement {number}" for number in range(1, 5) for when in ("before", "after")),
+    "half of a file uploaded", "a file uploaded", "before the report", "after the report",
+]  # fmt: skip
+FIRST = [
+    "before the manifest", "half of the manifest", "after the manifest", "before removing older ones", "half removed",
+    "after removing older ones",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_a_worker_killed_at_any_point_of_a_save_leaves_no_torn_checkpoint(untouched, two_workers, train_run, tmp_path):
+    places = [(rank, point) for point in BOTH for rank in (0, 1)] + [(0, point) for point in FIRST]
+    experiment = override(two_workers, {"cluster.max_failures": len(places)})
+    outcome, job = train_run(experiment, dying_in_a_save(places, tmp_path))
+    assert len(list(tmp_path.iterdir())) == len(places), "each of them died"
+    ends_as(untouched, outcome, job)
+
+
+def test_another_number_of_workers_goes_on_with_the_same_examples_in_the_same_steps(two_workers, train_run):
+    """No dropout, since each worker draws its own; what is left is the rounding of sums."""
+    still = {f"model.config.{name}": 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    two = override(two_workers, still)
+    one = override(two, {"cluster.num_workers": 1})
+    said = []
+    with cluster.watch(lambda value: None, said.append) as board:
+        board.stop.remote()  # after the first step, then
+        stopped, job = train_run(two, board=board)
+    assert (stopped.step, stopped.stopped) == (1, True)
+    with cluster.watch(lambda value: None, said.append) as board:
+        outcome = train_run.go_on(job, one, board)
+    assert said == [
+        "going on from step 1 of 12 with 1 workers instead of 2: the same examples in the same steps, but not the same "
+        "bits"
+    ]
+    whole, reference = train_run(one)
+    assert outcome.best["perplexity"] == pytest.approx(whole.best["perplexity"], rel=1e-4)
+    losses = dict(reference.run.series()["train/loss"])
+    assert dict(job.run.series()["train/loss"]) == pytest.approx(losses, rel=1e-4)
+
+
+def test_a_command_goes_on_where_it_was_killed_or_stopped(tiny, start_command, train_run, tmp_path):
+    """SIGKILL, then SIGTERM, then to the end: as if nothing had happened. Other settings are refused meanwhile."""
+    file = tmp_path / "words.yaml"
+    experiment = tiny(
+        f"storage={tmp_path}/runs", "name=words", "train.max_tokens=102400", "train.eval_every_tokens=5120"
+    )
+    config.save(experiment, file)
+    place = tmp_path / "runs" / "words"
+    argv = ("train", "--config", file, "--json")
+
+    def after(step):
+        """Wait for a checkpoint of that step or a later one."""
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            if any(int(found.parent.name[-8:]) >= step for found in place.glob("train-*/checkpoints/*/manifest.json")):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"no checkpoint of step {step}")
+
+    killed = start_command(*argv)
+    after(20)
+    killed.kill()
+    assert killed.wait().returncode == -signal.SIGKILL
+
+    refused = start_command(*argv, "blocks.block_size=16").wait()
+    assert refused.returncode == 2
+    assert "blocks.block_size: 32 then, 16 now" in json.loads(refused.stdout)["error"]
+
+    stopped = start_command(*argv)
+    after(100)
+    stopped.terminate()
+    told = stopped.wait()
+    assert told.returncode == 75, told.stderr
+    saved = max(int(found.name[-8:]) for found in place.glob("train-*/checkpoints/*"))
+    assert f"stopped after step {saved}, which is saved" in json.loads(told.stdout)["error"]
+
+    ended = start_command(*argv).wait()
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert result["resumed_from"] == saved
+    assert f"going on from step {saved} of 400" in ended.stderr
+    (directory,) = place.glob("train-*")
+
+    outcome, job = train_run(override(experiment, {"storage": str(tmp_path / "untouched")}))
+    assert result["perplexity"] == outcome.best["perplexity"]
+    assert left(directory, 400) == left(job.directory, 400)
+    series = tracking.Run(str(directory)).series()
+    assert {key: series[key] for key in job.run.series()} == job.run.series()
+    assert not list(place.glob("*/checkpoints/*/*.bin")), "no pickles"
+
+
+def test_a_gradient_that_nobody_waits_for_stops_the_run_before_it_changes_a_weight(tiny, train_run, tmp_path):
+    """As on a GPU: the third step's gradient is not a number, the first look at it is after the sixth."""
+    seen = tmp_path / "weights"
+
+    def patch(trainer, rank):
+        compute_loss, check_finite = trainer.compute_loss, trainer.check_finite
+
+        def poisoned(self, *args, **kwargs):
+            loss = compute_loss(self, *args, **kwargs)
+            return loss * float("nan") if self.state.global_step == 2 else loss
+
+        def checked(self):
+            seen.write_text(f"{self.state.global_step} {all(p.isfinite().all() for p in self.model.parameters())}")
+            check_finite(self)
+
+        trainer._runs_ahead = lambda self, norm: True
+        trainer.compute_loss, trainer.check_finite = poisoned, checked
+
+    settings = ("train.arguments.logging_steps=6", "train.eval_every_tokens=1536")
+    with pytest.raises(Diverged, match="the gradient is not finite at step 3; lower train.learning_rate=0.02"):
+        train_run(tiny(*settings), patched(patch))
+    assert seen.read_text() == "6 True"
+
+
+def test_a_step_that_does_not_fit_is_done_in_smaller_pieces(tiny, train_run):
+    """What torch raises on a GPU, whenever more than two examples are held at once."""
+
+    def patch(trainer, rank):
+        plain = trainer.compute_loss
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if len(inputs["input_ids"]) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return plain(self, model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = compute_loss
+
+    said = []
+    experiment = tiny("train.max_tokens=1024", "train.eval_every_tokens=1024")
+    with cluster.watch(lambda value: None, said.append) as board:
+        outcome, _ = train_run(experiment, patched(patch), board)
+    assert outcome.step == 4, "the same steps of the same tokens"
+    assert [message.split("; ")[1] for message in said] == [
+        "going on with 128, and 256 a step as before",
+        "going on with 64, and 256 a step as before",
+    ]
+    plain, _ = train_run(experiment)
+    assert outcome.best["perplexity"] == pytest.approx(plain.best["perplexity"], rel=0.05)  # dropout differs
+
+
+def test_one_block_that_does_not_fit_is_an_error_that_names_it(tiny, train_run):
+    def patch(trainer, rank):
+        def compute_loss(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        trainer.compute_loss = compute_loss
+
+    with pytest.raises(OutOfMemory, match="a single block of blocks.block_size=32 tokens.*gradient_checkpointing"):
+        train_run(tiny("train.micro_batch_tokens=32"), patched(patch))
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tiny, train_run):
+    """RLIMIT_FSIZE while the second checkpoint is uploaded: the system refuses to write as on a full disk."""
+
+    def patch(trainer, rank):
+        from raylm import checkpoint
+
+        plain = checkpoint.Series.upload
+
+        def upload(self, step, local):
+            if step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+            return plain(self, step, local)
+
+        checkpoint.Series.upload = upload
+
+    with pytest.raises(StorageError, match=r"step_00000004/\S+: no room for [\d,]+ bytes, [\d,]+ are free") as full:
+        train_run(tiny(), patched(patch))
+    series = checkpoint.Series(str(Path(full.value.where).parents[1]))
+    assert series.steps() == [2], "what was half written is gone"
+    assert series.fault(2) is None

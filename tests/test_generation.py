@@ -1,0 +1,256 @@
+import pickle
+import random
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from raylm import generation
+from raylm.checkpoint import Trained
+from raylm.config import TrainedTokenizer
+from raylm.corpus import Document
+from raylm.errors import ConfigError, DataError, StorageError
+from raylm.generation import identity
+
+CONTEXT = 24
+LONG = "import os\n" * 9  # more tokens than the context
+PROMPTS = ["def ", "import o", LONG, "x", "", "<|endoftext|>", "é日", "def read(self):\n        ", "@"]
+
+
+def made(tmp_path_factory, kind):
+    """A directory with a model of random weights that are far apart, and a tokenizer of some source code."""
+    from raylm import tokenizer
+
+    directory = tmp_path_factory.mktemp("model")
+    words = ("cat", "os", "reader")
+    texts = [f"import {word}\n\ndef {word}(self, {word}s):\n    return self.{word}s\n" for word in words]
+    trained = tokenizer.train(texts, TrainedTokenizer(vocab_size=320))
+    trained.save_pretrained(directory)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(trained), "eos_token_id": 0, "bos_token_id": 0, "initializer_range": 0.5}
+    if kind == "gpt2":
+        network = GPT2LMHeadModel(GPT2Config(n_positions=CONTEXT, n_layer=1, n_head=2, n_embd=16, **sizes))
+    else:
+        layer = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        network = LlamaForCausalLM(LlamaConfig(max_position_embeddings=CONTEXT, **layer, **sizes))
+    network.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return made(tmp_path_factory, "gpt2")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return made(tmp_path_factory, "llama")
+
+
+def writer(directory, seed=0, **given):
+    how = generation.settings(directory, {"max_new_tokens": 30, **given})
+    return generation.load(str(directory), how, seed, False, 1, None)
+
+
+# Texts ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"do_sample": False},
+        {},
+        {"top_k": 9, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+        {"min_new_tokens": 12, "exponential_decay_length_penalty": [2, 1.6]},
+        {"stop_strings": ["s", "\n"]},
+        {"num_beams": 2, "max_new_tokens": 26},
+    ],
+    ids=str,
+)
+def test_a_text_is_the_same_whatever_is_beside_it(directory, given):
+    """More than the context is written, so that the windows slide: of each prompt at another place."""
+    whole = writer(directory, **given)
+    alone = [whole.texts([prompt])[0] for prompt in PROMPTS]
+    assert whole.texts(PROMPTS) == alone
+    assert [found for start in range(0, 9, 2) for found in whole.texts(PROMPTS[start : start + 2])] == alone
+    assert all(text.startswith(prompt) for prompt, (text, _) in zip(PROMPTS, alone, strict=True))
+    assert len({text for text, _ in alone}) == len(PROMPTS)
+
+
+def test_padding_is_not_read_by_a_model_without_a_table_of_positions(llama):
+    whole = writer(llama, do_sample=False)
+    assert whole.texts(PROMPTS) == [whole.texts([prompt])[0] for prompt in PROMPTS]
+
+
+def test_within_the_context_the_likeliest_tokens_are_those_of_transformers(directory):
+    whole = writer(directory, do_sample=False, max_new_tokens=12)
+    prompt = "import @"  # with which no other token begins
+    given = torch.tensor([whole.tokenizer(prompt)["input_ids"]])
+    theirs = whole.network.generate(given, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert whole.texts([prompt]) == [(whole.tokenizer.decode(theirs[0], skip_special_tokens=True), 12)]
+
+
+def test_the_seed_and_the_prompt_draw_the_text(directory):
+    first, again, other = writer(directory), writer(directory), writer(directory, seed=1)
+    torch.manual_seed(5)
+    text = first.texts(["def "])
+    torch.manual_seed(6)
+    assert again.texts(["x", "def "])[1:] == text
+    assert other.texts(["def "]) != text
+
+
+def test_drawn_tokens_are_as_frequent_as_they_are_likely(directory):
+    whole = writer(directory, max_new_tokens=1, temperature=0.5, top_p=1, top_k=0)
+    with torch.inference_mode():
+        chances = (whole.network(torch.tensor([[0]])).logits[0, -1] / 0.5).softmax(-1)
+    rows = [generation._Row(whole, "") for _ in range(2000)]
+    for number, row in enumerate(rows):
+        row.numbers = [random.Random(number).random()] * 3
+    whole._write(rows, 0, None)
+    found = torch.zeros(len(chances))
+    for row in rows:
+        found[row.ids[1] if len(row.ids) > 1 else 0] += 1 / len(rows)
+    assert (found - chances).abs().sum() < 0.3  # 0.18 expected of 2000 draws
+
+
+def test_a_longer_text_goes_on_as_the_shorter_one(directory):
+    short, long = writer(directory, max_new_tokens=10), writer(directory, max_new_tokens=60)
+    assert long.texts(["def "])[0].text.startswith(short.texts(["def "])[0].text)
+
+
+def test_the_last_token_of_a_prompt_may_be_the_beginning_of_a_longer_one(directory):
+    """Of " " and " self", " cats" …: no text of the tokenizer's has a space alone before a name."""
+    whole = writer(directory, do_sample=False)
+    row = generation._Row(whole, "def ")
+    assert whole.decoded(row.ids) == "def"
+    assert " self" in [whole.decoded([token]) for token in row.allowed]
+    assert all(whole.decoded([token]).startswith(" ") for token in row.allowed)
+    assert generation._Row(whole, "<|endoftext|>").allowed is None
+    whole._write([row], 0, None)
+    assert row.ids[1] in row.allowed
+    assert row.text(row.ids) == whole.decoded(row.ids)
+
+
+def test_a_prompt_stays_though_its_repetition_is_forbidden(directory):
+    whole = writer(directory, do_sample=False, no_repeat_ngram_size=2)
+    row = generation._Row(whole, "é日é日")
+    whole._write([row], 0, None)
+    assert whole.decoded(row.ids).startswith("é日é日")
+
+
+def test_beyond_the_context_the_last_half_of_it_is_read(directory):
+    whole = writer(directory, max_new_tokens=8)
+    row = generation._Row(whole, "@" * CONTEXT)
+    assert len(row.window()) == CONTEXT - 1  # without the last, which is made again
+    row.add([5], 1)
+    assert row.window() == row.ids[-CONTEXT // 2 :]
+    row.add([6], 1)
+    assert row.window() == row.ids[-CONTEXT // 2 - 1 :]
+    assert len(generation._Row(whole, "@" * 99).window()) == CONTEXT - 9  # there is room for the 9 that are to come
+    whole.how.max_new_tokens = 99
+    assert len(generation._Row(whole, "@" * 99).window()) == CONTEXT // 2
+
+
+def test_a_text_ends_at_its_stop_string(directory):
+    for text, tokens in writer(directory, stop_strings="e").texts(["x", "def ", "ee"]):
+        added = text.split("def ")[-1] if text.startswith("def ") else text[len("ee" if text[0] == "e" else "x") :]
+        assert ("e" in added and "e" not in added[: -len(added.split("e", 1)[1]) - 1]) or tokens == 30
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "wordpiece", "unigram"])
+def test_what_is_shown_while_it_is_made_is_the_text(kind):
+    from raylm import tokenizer
+
+    texts = ["the cat sat on the mats. the cats saw ten dogs, é日😀 run"] * 3
+    trained = tokenizer.train(texts, TrainedTokenizer(kind=kind, vocab_size=300))
+    network = GPT2LMHeadModel(GPT2Config(vocab_size=len(trained), n_positions=CONTEXT, n_layer=1, n_head=1, n_embd=8))
+    how = generation.GenerationConfig(do_sample=True, max_new_tokens=40, min_new_tokens=40, eos_token_id=[0])
+    whole = generation.Writer(Trained(network.eval(), trained, None, {}), how, seed=0)
+    for prompt in ("the cat", "the ", "é日😀", "", "the c"):
+        pieces: list[str] = []
+        [(text, _)] = whole.texts([prompt], pieces.append)
+        assert "".join(pieces) == text
+        assert text.startswith(prompt)
+        assert len(pieces) > 10
+        assert "  " not in text.removeprefix(prompt) or kind != "wordpiece"
+
+
+def test_masks_are_filled_in_windows_of_the_context(tmp_path):
+    from raylm import tokenizer
+
+    trained = tokenizer.train(["a b c d"], TrainedTokenizer(vocab_size=260, special_tokens=["<eos>", "<mask>"]))
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8, "intermediate_size": 8}
+    torch.manual_seed(0)
+    network = BertForMaskedLM(BertConfig(vocab_size=len(trained), max_position_embeddings=8, **sizes)).eval()
+    network.config.architectures = ["BertForMaskedLM"]
+    whole = generation.Writer(Trained(network, trained, None, {}), generation.GenerationConfig(), seed=0)
+    [first, none, long] = whole.texts(["a<mask>c", "a b", "a b c d a b c<mask>"])
+    with torch.inference_mode():
+        logits = network(torch.tensor([[0, *trained("a<mask>c")["input_ids"], 0]])).logits
+    assert first == ("a" + trained.decode([logits[0, 2].argmax()]) + "c", 1)
+    assert none == ("a b", 0)
+    assert long.text.startswith("a b c d a b c")
+    assert long.tokens == 1
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_given_is_over_what_the_model_says_is_over_the_defaults(directory, tmp_path):
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    generation.GenerationConfig(do_sample=True, temperature=0.3, top_k=7, eos_token_id=[0, 5]).save_pretrained(tmp_path)
+    how = generation.settings(tmp_path, {"top_k": 4, "top_p": None})
+    assert (how.max_new_tokens, how.do_sample, how.top_p, how.top_k, how.temperature) == (100, True, 0.95, 4, 0.3)
+    assert how.eos_token_id == [0, 5]
+    assert generation.settings(tmp_path, {"do_sample": False}).do_sample is False
+    assert generation.settings(directory, {"num_beams": 2}).do_sample is False
+    assert generation.settings(directory, {"temperature": 2}).temperature == 2.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"top_q": 1}, r"top_q: not a field of transformers.GenerationConfig; did you mean top_p\?"),
+        ({"max_length": 9}, "max_length is not taken: set max_new_tokens"),
+        ({"temperature": 0}, "temperature=0: .*strictly positive float.*do_sample=False"),
+        ({"do_sample": False, "top_k": 3}, "top_k=3: do_sample is not set to True"),
+        ({"num_beams": 3, "top_p": 0.5}, "top_p=0.5: do_sample is not set to True"),
+        ({"top_k": "many"}, "top_k=many: top_k has to be a strictly positive integer"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: .*greater than 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
+        ({"stop_strings": 3}, "stop_strings must be a text or a list of texts, got 3"),
+        ({"bad_words_ids": [[999999]]}, "bad_words_ids="),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_named_as_it_was_typed(directory, given, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        generation.settings(directory, given)
+    assert error.value.where in given
+
+
+def test_a_tokenizer_without_an_end_cannot_end_a_text(directory, tmp_path):
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = (directory / "tokenizer_config.json").read_text()
+    (tmp_path / "tokenizer_config.json").write_text(config.replace('"eos_token"', '"not_eos_token"'))
+    with pytest.raises(DataError, match="names no end-of-text token"):
+        generation.settings(tmp_path, {})
+
+
+# A worker ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_answers_in_the_order_of_its_batch_and_hands_on_what_the_user_can_mend(directory):
+    batch = [Document(text, len(text), identity(text), source, False) for source, text in enumerate(["def ", "x"])]
+    row = {"batch": pickle.dumps(batch)}
+    answers = pickle.loads(generation._Worker(lambda: writer(directory))(row)["answers"])
+    assert [(answer.prompt, answer.source, answer.hash) for answer in answers] == [
+        ("def ", 0, identity("def ")),
+        ("x", 1, identity("x")),
+    ]
+    assert [answer.text for answer in answers] == [text for text, _ in writer(directory).texts(["def ", "x"])]
+    worker = generation._Worker(lambda: generation.load("/nowhere", None, 0, False, 1, None))
+    gone = pickle.loads(worker(row)["answers"])
+    assert isinstance(gone, StorageError)

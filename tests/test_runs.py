@@ -1,0 +1,93 @@
+import json
+import os
+
+import pytest
+
+from raylm import config, runs, storage
+from raylm.checkpoint import Series
+from raylm.errors import ConfigError, StorageError
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    return config.load(None, [f"storage={tmp_path}", "name=words"])
+
+
+def begin(experiment, store="abc", resume="auto"):
+    return runs.begin(experiment, "train", store, resume)
+
+
+def stop(begun, step=None):
+    """As when the command dies: the lock is gone; and it had written a checkpoint, if a step is given."""
+    if step is not None:
+        Series(f"{begun.directory}/checkpoints").commit(step, {})
+    begun.lock.close()
+
+
+def test_the_same_command_goes_on_with_the_run_that_stopped(experiment):
+    first = begin(experiment)
+    stop(first, step=40)
+    second = begin(experiment)
+    assert (second.directory, second.step) == (first.directory, 40)
+
+
+def test_a_run_that_somebody_works_on_is_left_alone(experiment):
+    first = begin(experiment)
+    assert begin(experiment).directory != first.directory
+
+
+def test_a_run_that_is_over_is_not_gone_on_with(experiment):
+    first = begin(experiment)
+    first.end({"perplexity": 3.5})
+    stop(first, step=40)
+    assert json.loads(storage.read(f"{first.directory}/result.json")) == {"perplexity": 3.5}
+    assert begin(experiment).directory != first.directory
+
+
+@pytest.mark.parametrize(
+    ("settings", "store", "told"),
+    [
+        ("blocks.block_size=256", "abc", "blocks.block_size: 64 then, 256 now"),
+        ("model.config.n_layer=3", "abc", "model.config.n_layer: 2 then, 3 now"),
+        ("train.batch_tokens=1024", "abc", "train.batch_tokens: 512 then, 1024 now"),
+        ("train.learning_rate=1e-3", "abc", "train.learning_rate: 0.005 then, 0.001 now"),
+        ("train.seed=0", "abd", 'tokens: "abc" then, "abd" now'),
+    ],
+)
+def test_other_settings_or_other_tokens_are_refused_with_both_values(experiment, settings, store, told):
+    stop(begin(experiment), step=40)
+    changed = config.load(None, [f"storage={experiment.storage}", "name=words", settings])
+    with pytest.raises(ConfigError, match=rf"stopped after step 40 .*\n  {told}\n.*--resume never"):
+        begin(changed, store)
+    assert begin(changed, store, "never").step is None
+
+
+def test_what_changes_nothing_about_a_run_may_change(experiment):
+    first = begin(experiment)
+    stop(first, step=40)
+    free = ["cluster.num_workers=2", "tracking.uri=null", "train.micro_batch_tokens=64", "eval.batch_tokens=128"]
+    again = config.load(None, [f"storage={experiment.storage}", "name=words", *free])
+    assert begin(again).directory == first.directory
+
+
+def test_a_run_without_a_checkpoint_is_gone_on_with_or_given_up(experiment):
+    first = begin(experiment)
+    stop(first)
+    second = begin(experiment)
+    assert (second.directory, second.step) == (first.directory, None)
+    stop(second)
+    other = begin(config.override(experiment, {"train.seed": 1}))
+    assert (other.step, other.abandoned) == (None, [first.directory])
+
+
+def test_must_needs_a_run_to_go_on_with(experiment):
+    with pytest.raises(StorageError, match="--resume must: no run in .*words stopped before its end"):
+        begin(experiment, resume="must")
+
+
+def test_the_lock_goes_with_the_process(experiment):
+    first = begin(experiment)
+    if os.fork() == 0:  # a child that inherits the lock and dies
+        os._exit(0)
+    os.wait()
+    assert begin(experiment).directory != first.directory, "still held here"
