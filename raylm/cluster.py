@@ -49,10 +49,10 @@ class Resources:
         return {"CPU": self.cpus_per_worker, **gpus}
 
     def without(self, nodes: Collection[str]) -> Resources:
-        """What is left when these nodes, by their ids, are gone."""
-        gone = [node["Resources"] for node in ray.nodes() if node["NodeID"] in nodes]
-        cpus, gpus = (sum(each.get(kind, 0) for each in gone) for kind in ("CPU", "GPU"))
-        return replace(self, cpus=self.cpus - cpus, gpus=self.gpus - gpus)
+        """What the cluster has now but for these nodes, by their ids, which are there or gone already."""
+        left = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in nodes]
+        cpus, gpus = (sum(each.get(kind, 0) for each in left) for kind in ("CPU", "GPU"))
+        return replace(self, cpus=cpus, gpus=gpus)
 
     @property
     def most_runs(self) -> int:

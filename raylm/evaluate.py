@@ -47,7 +47,8 @@ def evaluate(
     from raylm import checkpoint, cluster, report
 
     directory = checkpoint.check(model)
-    here = ["cluster={}"]  # whatever the model was trained on
+    # Whatever the model was trained on; and what lies beside a model does not say that it may run.
+    here = ["cluster={}", "model.trust_remote_code=false"]
     experiment = cli.experiment(
         config or checkpoint.experiment_file(directory), [*here, *(settings or [])], print_config
     )
@@ -71,7 +72,11 @@ def evaluate(
         else:
             with cluster.connect(experiment.cluster) as connected:
                 rows = train.score(where, found, experiment, connected, progress)
-    measure = "pseudo_perplexity" if models.is_masked(AutoConfig.from_pretrained(directory)) else "perplexity"
+    measure = (
+        "pseudo_perplexity"
+        if models.is_masked(AutoConfig.from_pretrained(directory, trust_remote_code=experiment.model.trust_remote_code))
+        else "perplexity"
+    )
     scored = Scored(rows, found, sets, measure, keywords=bool(experiment.objective.keywords))
     record = {"model": str(directory), **scored.record()}
     if record["nll"] is None:

@@ -146,12 +146,14 @@ def score_documents(
     keywords: Keywords | None = None,
     rank: int = 0,
     world_size: int = 1,
+    together: bool = False,
     progress: Callable[[float, float | None], None] | None = None,
 ) -> np.ndarray:
     """The fields of Score for each document, float64 of shape (documents, 5). `masked`, for masked models.
 
     Only the first documents up to `max_tokens` tokens are scored (at least one). With several workers each scores every
     world_size-th document and the rows are put together over torch.distributed, so that all workers return all of them.
+    `together`: they run equally many forward passes, as they must where the model's weights are shared out among them.
     """
     was_training = model.training
     model.eval()
@@ -171,7 +173,11 @@ def score_documents(
             if progress is not None:
                 progress(done + 1, len(chosen))
 
-    for batch in _batches(read(), context, batch_tokens):
+    batches = _batches(read(), context, batch_tokens)
+    for batch in _as_many(batches, device) if together and world_size > 1 else batches:
+        if not batch:
+            model(input_ids=torch.full((1, 1), eos_id, device=device))
+            continue
         each = _nll(model, batch, eos_id, device) if masked is None else _masked_nll(model, batch, masked, device)
         numbers = torch.tensor([part.document for part in batch])
         rows[:, 0].index_add_(0, numbers, each[:, 0].cpu())
@@ -181,6 +187,17 @@ def score_documents(
         rows = rows.to(device)
         torch.distributed.all_reduce(rows)  # the others' rows are zero
     return rows.cpu().numpy()
+
+
+def _as_many(batches: Iterator[Sequence[Part]], device: torch.device) -> Iterator[Sequence[Part]]:
+    """The batches, and then empty ones until all workers had their last."""
+    while True:
+        batch = next(batches, [])
+        left = torch.tensor(len(batch), device=device)
+        torch.distributed.all_reduce(left)
+        if not left.item():
+            return
+        yield batch
 
 
 def first_documents(documents: Documents, max_tokens: int | None) -> int:

@@ -10,13 +10,13 @@ from rich.table import Table
 from raylm.cli import figure
 
 
-def trials(rows: Sequence[Mapping[str, Any]]) -> Table:
+def trials(rows: Sequence[Mapping[str, Any]], measure: str = "perplexity") -> Table:
     """Trials in the order given: rank, id, scores, tokens, what became of it, and its settings."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     settings = list(rows[0]["settings"]) if rows else []
     table.add_column("", justify="right")
     table.add_column("trial")
-    for name in ("perplexity", "bits/byte", "tokens"):
+    for name in (measure, "bits/byte", "tokens"):
         table.add_column(name, justify="right")
     table.add_column("status")
     for key in settings:

@@ -35,9 +35,8 @@ OVERLAP = 20_000
 """Characters that one part of a long document shares with the next."""
 
 
-def chosen(section: TokenizerConfig, model: ModelConfig | str | None) -> TokenizerConfig:
+def chosen(section: TokenizerConfig, model: ModelConfig) -> TokenizerConfig:
     """The section with its default filled in: the pretrained model's own tokenizer, of its revision or GGUF file."""
-    model = model if isinstance(model, ModelConfig) else ModelConfig(path=model)
     if section.path is not None or section.train is not None:
         return section
     if model.path is None:

@@ -184,7 +184,7 @@ def plan(experiment: Experiment) -> cli.Answer:
     from raylm import budget, loop, model, objective, report, tokenizer, tokens
 
     loop.check(experiment.train)
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model.path)
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     known: Any = chosen.train or tokenizer.load_section(chosen)
     objective.check(experiment.objective, experiment.blocks, known)
     masked = experiment.objective.kind == "masked"
@@ -301,16 +301,18 @@ def score(
     """perplexity.score_documents of a saved model: in this process without `resources` of Ray, else on its workers."""
     from raylm import cluster, loop
 
-    section, words = experiment.eval, experiment.objective.keywords
+    job = loop.Scoring(
+        directory,
+        documents,
+        experiment.eval,
+        cpus=resources.cpus_per_worker if resources is not None else cluster.cpus_here(),
+        use_gpu=experiment.cluster.use_gpu,
+        keywords=experiment.objective.keywords,
+        trust_remote_code=experiment.model.trust_remote_code,
+    )
     if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):
-        cpus = cluster.cpus_here()
-        return loop.score_loop_per_worker(
-            {
-                "job": loop.Scoring(
-                    directory, documents, section, cpus, experiment.cluster.use_gpu, loop.Alone, progress, words
-                )
-            }
-        )
+        alone = dataclasses.replace(job, cpus=cluster.cpus_here(), session=loop.Alone, progress=progress)
+        return loop.score_loop_per_worker({"job": alone})
     from ray.train import RunConfig
     from ray.train.torch import TorchTrainer
 
@@ -318,16 +320,7 @@ def score(
 
     trainer = TorchTrainer(
         loop.score_loop_per_worker,
-        train_loop_config={
-            "job": loop.Scoring(
-                directory,
-                documents,
-                section,
-                resources.cpus_per_worker,
-                experiment.cluster.use_gpu,
-                keywords=words,
-            )
-        },
+        train_loop_config={"job": job},
         scaling_config=scaling(resources),
         run_config=RunConfig(name=runs.named("score"), storage_path=f"{runs.directory_of(experiment)}/ray"),
     )

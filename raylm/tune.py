@@ -87,7 +87,7 @@ def plan(experiment: Experiment) -> cli.Answer:
     base = train.plan(experiment)
     from raylm import loop, model, tokenizer
 
-    own = tokenizer.chosen(experiment.tokenizer, experiment.model.path).path
+    own = tokenizer.chosen(experiment.tokenizer, experiment.model).path
     for key, sampler in section.space.items():
         for value in corners(sampler):
             changed = override(experiment, {key: value})
@@ -296,8 +296,11 @@ def trial_resources(resources: Resources) -> Any:
 def finish(
     experiment: Experiment, store: Store, parent: Run, resources: Resources, rows: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Score the best trial as `raylm.evaluate` does and close every trial's run; the best row, if any trial has one."""
-    from raylm import train
+    """Export the best trial's model, score it as `raylm.evaluate` does and close every trial's run.
+
+    The best row, with the exported model as its checkpoint; None if no trial has a result.
+    """
+    from raylm import card, train
     from raylm.perplexity import Score
 
     children = parent.children()
@@ -313,6 +316,7 @@ def finish(
     if not rows or rows[0]["perplexity"] is None:
         return None
     best = dict(rows[0])
+    best["checkpoint"] = str(card.export(best["checkpoint"], f"{parent.directory}/model"))
     if experiment.eval.max_tokens is not None:
         with cli.task("Scoring the best trial on the whole validation split", "documents") as advance:
             scored = Score.of(train.score(best["checkpoint"], store.validation, experiment, resources, advance))
@@ -332,6 +336,12 @@ def answer(
 ) -> cli.Answer:
     """The ranked table, and what to do next; TrainingError if no trial has a result."""
     from raylm import report, tracking
+    from raylm.train import measured
+
+    measure = measured(experiment)
+
+    def named(row: dict[str, Any]) -> dict[str, Any]:
+        return {measure if key == "perplexity" else key: value for key, value in row.items()}
 
     if best is None:
         reasons = "; ".join(sorted({row["failure"] for row in rows if row["failure"]}))
@@ -340,21 +350,25 @@ def answer(
         "sweep": name,
         "mlflow_run_id": parent.run_id,
         "tokens_reused": reused,
-        "best": {key: best[key] for key in ("trial_id", "checkpoint", "perplexity", "bits_per_byte", "settings")},
-        "trials": rows,
+        "best": named(
+            {key: best[key] for key in ("trial_id", "checkpoint", "perplexity", "bits_per_byte", "settings")}
+        ),
+        "trials": [named(row) for row in rows],
     }
     failures = "\n".join(f"{row['trial_id']} failed: {row['failure']}" for row in rows if row["failure"])
     facts = report.facts(
         {
             "best trial": best["trial_id"],
-            "perplexity": best["perplexity"],
+            measure.replace("_", "-"): best["perplexity"],
             "checkpoint": best["checkpoint"],
             "repeat it": f"{sys.executable} -m raylm.train --config {best['checkpoint']}/experiment.yaml",
             "try it": f"{sys.executable} -m raylm.generate {best['checkpoint']} --prompt '...'",
             "compare trials": tracking.how_to_look(experiment.tracking),
         }
     )
-    return cli.Answer(record, (report.trials(rows), *([failures] if failures else []), "", facts))
+    return cli.Answer(
+        record, (report.trials(rows, measure.replace("_", "-")), *([failures] if failures else []), "", facts)
+    )
 
 
 def _row(result: Any, experiment: Experiment) -> dict[str, Any]:

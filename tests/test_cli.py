@@ -44,7 +44,7 @@ def verb(settings: cli.Settings = None, config: cli.ConfigFile = None, print_con
             return cli.Answer({"perplexity": float("nan")}, "nan")
     with cli.task("Working", "things") as advance:
         advance(1, 2)
-    return cli.Answer({"texts": ["é [bold] :100:"]}, "é [bold] :100: " + "long " * 60)
+    return cli.Answer({"texts": ["é [bold] :100:"]}, "é [bold] :100:\t" + "long " * 60)
 
 if __name__ == "__main__":
     cli.run(verb)
@@ -85,7 +85,7 @@ def test_json_is_all_of_stdout(verb):
 def test_without_json_the_view_is_on_stdout_as_it_is(verb):
     """Neither folded nor taken for markup: it may be a command to copy."""
     done = verb()
-    assert done.stdout.endswith("é [bold] :100: " + "long " * 60 + "\n")
+    assert done.stdout.endswith("é [bold] :100:\t" + "long " * 60 + "\n")
     assert "Working …" in done.stderr
 
 

@@ -175,10 +175,15 @@ FIRST = [
 ]  # fmt: skip
 
 
+POINTS = [(rank, point) for point in BOTH for rank in (0, 1)] + [(0, point) for point in FIRST]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_a_worker_killed_at_any_point_of_a_save_leaves_no_torn_checkpoint(untouched, two_workers, train_run, tmp_path):
-    places = [(rank, point) for point in BOTH for rank in (0, 1)] + [(0, point) for point in FIRST]
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("places", [POINTS[part::4] for part in range(4)], ids=range(4))
+def test_a_worker_killed_at_any_point_of_a_save_leaves_no_torn_checkpoint(
+    untouched, two_workers, train_run, tmp_path, places
+):
     experiment = override(two_workers, {"cluster.max_failures": len(places)})
     outcome, job = train_run(experiment, dying_in_a_save(places, tmp_path))
     assert len(list(tmp_path.iterdir())) == len(places), "each of them died"

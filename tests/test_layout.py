@@ -9,9 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PARTS = """
-    errors config cli cluster storage corpus tokenizer tokens blocks model objective perplexity checkpoint card runs tracking
-    budget loop generation
-    report
+    errors config cli cluster storage corpus tokenizer tokens blocks model objective perplexity checkpoint card runs
+    tracking budget loop generation report
 """.split()
 VERBS = "prepare train tune evaluate generate inspect push sync".split()
 ORDER = [*PARTS, *VERBS, "__main__"]

@@ -245,7 +245,7 @@ from transformers.modeling_outputs import CausalLMOutput
 class Own(PretrainedConfig):
     model_type = "own"
     def __init__(self, vocab_size=300, width=8, **rest):
-        self.vocab_size, self.width = vocab_size, width
+        self.vocab_size, self.width, self.num_hidden_layers = vocab_size, width, 1
         super().__init__(**rest)
 
 class Model(PreTrainedModel, GenerationMixin):

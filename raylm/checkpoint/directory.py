@@ -81,16 +81,17 @@ def check(directory: str | Path) -> Path:
     return path
 
 
-def load(directory: str | Path) -> Trained:
+def load(directory: str | Path, *, trust_remote_code: bool = False) -> Trained:
     """Model (float32, on the CPU) and tokenizer of a checkpoint or any Hugging Face model directory."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     path = check(directory)
     try:
-        masked = model.is_masked(AutoConfig.from_pretrained(path))
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        masked = model.is_masked(AutoConfig.from_pretrained(path, **trust))
         kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        network = kind.from_pretrained(path, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        network = kind.from_pretrained(path, dtype="float32", **trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, **trust)
     except Exception as error:  # safetensors and tokenizers have errors of their own
         problem = str(error).strip().split("\n")[0]
         raise StorageError(

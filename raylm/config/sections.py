@@ -185,7 +185,7 @@ class ModelConfig(Section):
     """A new model: {model_type: gpt2, n_layer: 4, ...}, the fields of that model's configuration; or of another one's,
     {path: distilgpt2, n_layer: 2, ...}, those that are to differ (path: a directory, a config.json or a Hub id)."""
     revision: str | None = None
-    """Branch, tag or commit of a Hub id. A tokenizer has its own: tokenizer.revision."""
+    """Branch, tag or commit of a Hub id; of the model's own tokenizer, too."""
     gguf_file: str | None = None
     """The GGUF file to read, in the directory or repository of `path`; its weights are unpacked."""
     dtype: Literal["float32", "bfloat16"] = "float32"

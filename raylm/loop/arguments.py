@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import tempfile
 from typing import Any
 
@@ -67,13 +68,24 @@ def check(section: TrainConfig) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f", did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{key}: not a field of transformers.TrainingArguments{hint}", where=key)
+    if section.arguments.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        key = "train.arguments.deepspeed"
+        raise ConfigError(
+            f"{key} needs deepspeed, which is not installed: pip install deepspeed, or set train.arguments.fsdp=true",
+            where=key,
+        )
     kind = {"lr_scheduler_type": section.lr_scheduler_type}
     with tempfile.TemporaryDirectory() as directory:
         try:
-            TrainingArguments(output_dir=directory, use_cpu=True, **kind, **section.arguments)
+            made = TrainingArguments(output_dir=directory, use_cpu=True, **kind, **section.arguments)
         except (ImportError, TypeError, ValueError) as error:
             problem = str(error).strip().split("\n")[0]
             raise ConfigError(f"train.arguments: {problem}", where="train.arguments") from None
+    sharding = made.fsdp_plugin_args or {}
+    for name, only in (("fsdp_version", 2), ("state_dict_type", "FULL_STATE_DICT")):
+        if (found := sharding.get(name, only)) != only:
+            key = f"train.arguments.fsdp_config.{name.removeprefix('fsdp_')}"
+            raise ConfigError(f"{key} must be {only}, got {found}; leave it out", where=key)
 
 
 def of(experiment: Experiment, budget: Budget, scratch: str) -> TrainingArguments:

@@ -121,3 +121,5 @@ class Scoring:
     session: type[Any] = WorkerGroup
     progress: Callable[[float, float | None], None] | None = None
     keywords: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+    """Whether code that lies beside the model may run."""

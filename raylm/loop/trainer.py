@@ -13,12 +13,23 @@ from typing import Any
 
 import ray
 import torch
+from accelerate import DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from raylm import blocks, checkpoint, model, objective, perplexity, storage, tokens
 from raylm.checkpoint import Series
-from raylm.errors import Diverged, OutOfMemory, RaylmError, StorageError
+from raylm.errors import ConfigError, Diverged, OutOfMemory, RaylmError, StorageError
 from raylm.loop import arguments
 from raylm.loop.session import Job, Outcome, Session
 from raylm.perplexity import Documents, Score
@@ -30,6 +41,9 @@ PROGRESS = "progress.json"
 """In a checkpoint: what the Trainer forgets, the loss since it was last logged."""
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+"""States by the names of the weights, not by shards: for any number of workers."""
 
 
 def made(job: Job, session: Session, scratch: Path) -> _Trainer:
@@ -48,6 +62,10 @@ def made(job: Job, session: Session, scratch: Path) -> _Trainer:
     )
     batches = objective.of(experiment.objective, experiment.blocks, store.tokenizer, experiment.train.seed)
     args = arguments.of(experiment, budget, str(scratch))
+    if args.fsdp and experiment.model.lora is not None:
+        raise ConfigError("model.lora cannot be combined with train.arguments.fsdp; leave one out", where="model.lora")
+    if session.world_size == 1:  # nobody to share the weights with
+        args.fsdp = args.fsdp_plugin_args = None
     objective.attach(network, shifted=batches.shifted, smoothing=args.label_smoothing_factor)
     examples = blocks.Stream(cut, seed=experiment.train.seed, length=budget.steps * budget.examples)
     trainer = _Trainer(
@@ -70,6 +88,7 @@ class Agreed(Exception):
 
 
 class _Trainer(Trainer):
+    is_fsdp_enabled: bool
     loss_is_scaled_for_ga = True  # the loss is divided once, by the items of the whole step
 
     def __init__(self, job: Job, session: Session, store: tokens.Store, **kwargs: Any):
@@ -92,6 +111,47 @@ class _Trainer(Trainer):
         self.unsaved = 0
         """Checkpoints in a row that could not be written."""
         self.first_bad_step: torch.Tensor | None = None
+
+    # Weights shared out among the workers
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Have train.arguments.fsdp mean the same on CPUs: there accelerate leaves it out without a word."""
+        super().create_accelerator_and_postprocess()
+        if not self.args.fsdp_plugin_args:
+            return
+        state = self.accelerator.state
+        if not self.is_fsdp_enabled:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        if state.mixed_precision == "bf16":  # as autocast does it: sums, of gradients and of losses, are not rounded
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+
+    @property
+    def optimizer_by_names(self) -> bool:
+        """Whether the optimizer's state is kept by the names of weights; with one worker too, for there may be more."""
+        return bool(self.job.experiment.train.arguments.get("fsdp"))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.optimizer_by_names:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = get_optimizer_state_dict(self.model, self._inner_optimizer, options=WHOLE)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.optimizer_by_names:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+        set_optimizer_state_dict(self.model, self._inner_optimizer, state, options=WHOLE)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    @property
+    def _inner_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     # From beginning to end
 
@@ -220,6 +280,8 @@ class _Trainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm, just before the optimizer's step: the last moment at which the weights are still sound."""
         norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):  # each worker has that of its shards
+            norm = norm.full_tensor()
         if self.accelerator.scaler is not None:  # fp16: the scaler skips a step that overflows and goes on
             return norm
         if self._runs_ahead(norm):
@@ -230,10 +292,9 @@ class _Trainer(Trainer):
 
     def _runs_ahead(self, norm: Any) -> bool:
         """Whether the norm is not known yet, and the optimizer can be told by a tensor to leave the weights alone."""
-        if not (isinstance(norm, torch.Tensor) and norm.is_cuda):
+        if self.is_fsdp_enabled or not (isinstance(norm, torch.Tensor) and norm.is_cuda):
             return False
-        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        return bool(inner.defaults.get("fused"))
+        return bool(self._inner_optimizer.defaults.get("fused"))
 
     def _guard(self, norm: torch.Tensor) -> None:
         """Have a fused optimizer change nothing from the first bad step on, without waiting for the GPU to say so.
@@ -245,7 +306,7 @@ class _Trainer(Trainer):
         step = torch.full_like(self.first_bad_step, self.state.global_step + 1)
         bad = torch.where(torch.isfinite(norm), torch.inf, step)
         self.first_bad_step = torch.minimum(self.first_bad_step, bad)
-        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        inner = self._inner_optimizer
         inner.grad_scale, inner.found_inf = None, torch.isfinite(self.first_bad_step).float()
 
     def check_finite(self) -> None:
@@ -335,6 +396,7 @@ class _Trainer(Trainer):
             keywords=self.keywords,
             rank=self.session.rank,
             world_size=self.session.world_size,
+            together=self.is_fsdp_enabled,
         )
 
     # Checkpoints
@@ -344,6 +406,17 @@ class _Trainer(Trainer):
             super()._save_checkpoint(model, trial)
         except Exception as error:  # of one rank alone, perhaps: told to the others in keep()
             self.saving_failed = error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        state: dict[str, torch.Tensor] = {}
+        for name, weight in self.model.state_dict().items():
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # all workers take part
+            if self.args.should_save and name not in self._tied:  # gathered, tied weights are no longer one
+                state[name] = whole.cpu()
+        self._save(output_dir, state)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
@@ -357,8 +430,19 @@ class _Trainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model_to_load: Any = None) -> None:
         if self.job.experiment.model.lora is not None:  # the weights there are merged, and those here are the base
             model.load_updates(self.model, resume_from_checkpoint)
+        elif self.is_fsdp_enabled:
+            state: dict[str, Any] = {}
+            for file in Path(resume_from_checkpoint).glob("model*.safetensors"):
+                state |= load_file(file)
+            left = set_model_state_dict(self.model, state, options=WHOLE)
+            assert not {*left.missing_keys, *left.unexpected_keys} - self._tied, left
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model_to_load)
+
+    @property
+    def _tied(self) -> set[str]:
+        """The names of weights that are others'."""
+        return set(getattr(self.model, "all_tied_weights_keys", ()))
 
     def keep(self) -> None:
         """Commit the checkpoint that was just written to this machine, remove older ones, and report the evaluation."""

@@ -35,7 +35,7 @@ def score_loop_per_worker(config: dict[str, Scoring]) -> np.ndarray:
     job = config["job"]
     session = job.session()
     set_up_torch(job.cpus)
-    trained = checkpoint.load(job.model)
+    trained = checkpoint.load(job.model, trust_remote_code=job.trust_remote_code)
     return perplexity.score_documents(
         trained.model.to(device(job.use_gpu)),
         job.documents,

@@ -1,0 +1,165 @@
+"""Training beyond one device: weights shared out among workers, half precision, compiled models."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ray import cloudpickle
+from transformers import AutoModelForCausalLM
+
+from raylm import checkpoint, cluster, loop, perplexity, tokens
+from raylm.config import override
+from raylm.errors import ConfigError
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
+
+def noting(what, marks: Path):
+    """A session whose workers each leave `what(trainer)` of their last forward pass in a file."""
+
+    class Noting(loop.WorkerGroup):
+        def __init__(self):
+            super().__init__()
+            from raylm.loop import trainer
+
+            plain = trainer._Trainer.compute_loss
+
+            def compute_loss(self, *args, **kwargs):
+                (marks / f"{self.session.rank}").write_text(json.dumps(what(self)))
+                return plain(self, *args, **kwargs)
+
+            trainer._Trainer.compute_loss = compute_loss
+
+    return Noting
+
+
+@pytest.fixture(scope="module")
+def two_workers(tiny):
+    """Two workers, two micro-batches a step; of three documents that are scored one worker has two."""
+    return tiny(
+        "cluster.num_workers=2",
+        "cluster.cpus_per_worker=0.5",
+        "train.max_tokens=1024",
+        "train.eval_every_tokens=512",
+        "train.micro_batch_tokens=64",
+        "eval.max_tokens=800",
+        "eval.batch_tokens=64",
+    )
+
+
+@pytest.fixture(scope="module")
+def sharded(two_workers):
+    return override(two_workers, {"train.arguments.fsdp": True})
+
+
+def elements_here(trainer):
+    """How many of the weights a worker has, and how many there are."""
+    weights = list(trainer.model.parameters())
+    return [sum(w.to_local().numel() for w in weights), sum(w.numel() for w in weights)]
+
+
+@pytest.fixture(scope="module")
+def trained(sharded, train_run, tmp_path_factory):
+    marks = tmp_path_factory.mktemp("marks")
+    outcome, job = train_run(sharded, noting(elements_here, marks))
+    return outcome, job, [json.loads((marks / rank).read_text()) for rank in "01"]
+
+
+def test_sharded_weights_are_scored_by_all_workers_and_kept_as_a_plain_directory(trained, sharded):
+    outcome, job, held = trained
+    assert held[0][0] + held[1][0] == held[0][1] == held[1][1], "each has its part"
+    store = tokens.open_store(job.store)
+    section = sharded.eval
+    assert perplexity.first_documents(store.validation, section.max_tokens) % 2, "one has more to score than the other"
+
+    directory = Path(job.checkpoints.path(outcome.best["step"]))
+    files = {file.name for file in directory.iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files
+    assert not {file for file in files if file.endswith(".bin")}, "the weights once, and no other pickles"
+    torch.load(directory / "optimizer.pt", weights_only=True)
+    assert job.checkpoints.fault(outcome.best["step"]) is None
+
+    network, told = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert (set(told["missing_keys"]), set(told["unexpected_keys"])) == (set(), set())
+    context = checkpoint.load(directory).context
+    found = perplexity.score(
+        network, store.validation, eos_id=store.eos_id, context=context, max_tokens=section.max_tokens
+    )
+    assert found.perplexity == pytest.approx(outcome.best["perplexity"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_as_whole_ones_do(trained, two_workers, train_run):
+    outcome, job, _ = trained
+    whole, reference = train_run(two_workers)
+    assert outcome.best["perplexity"] == pytest.approx(whole.best["perplexity"], rel=1e-4)
+    for name in ("train/loss", "train/grad_norm"):
+        assert dict(job.run.series()[name]) == pytest.approx(dict(reference.run.series()[name]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_where_it_was_stopped(trained, sharded, train_run):
+    outcome, job, _ = trained
+    with cluster.watch(lambda value: None, lambda message: None) as board:
+        board.stop.remote()  # after the first step, then
+        stopped, again = train_run(sharded, board=board)
+    assert (stopped.step, stopped.stopped) == (1, True)
+    with cluster.watch(lambda value: None, lambda message: None) as board:
+        ended = train_run.go_on(again, sharded, board)
+    assert ended.best == outcome.best
+    assert again.run.series()["train/loss"] == job.run.series()["train/loss"]
+
+
+@pytest.mark.slow
+def test_sharded_weights_in_half_precision(sharded, train_run):
+    outcome, job = train_run(override(sharded, {"train.precision": "bfloat16"}))
+    assert math.isfinite(outcome.best["perplexity"])
+    weights = AutoModelForCausalLM.from_pretrained(job.checkpoints.path(outcome.best["step"]), dtype="auto")
+    assert weights.dtype == torch.float32, "the weights themselves are kept whole"
+
+
+def mixed_precision(trainer):
+    return trainer.accelerator.mixed_precision
+
+
+def test_half_precision(tiny, train_run, tmp_path):
+    experiment = tiny("train.max_tokens=512", "train.precision=bfloat16")
+    outcome, _ = train_run(experiment, noting(mixed_precision, tmp_path))
+    assert json.loads((tmp_path / "0").read_text()) == "bf16"
+    assert math.isfinite(outcome.best["perplexity"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # the compiler's, mostly
+def test_a_compiled_model_trains_as_one_that_is_not(tiny, train_run, tmp_path):
+    experiment = tiny("train.max_tokens=512")
+    compiled = override(experiment, {"train.arguments.torch_compile": True})
+    outcome, job = train_run(compiled, noting(compiled_graphs, tmp_path))
+    plain, _ = train_run(experiment)
+    assert json.loads((tmp_path / "0").read_text()) > 0
+    assert outcome.best["perplexity"] == pytest.approx(plain.best["perplexity"], rel=0.05)  # dropout differs
+    AutoModelForCausalLM.from_pretrained(job.checkpoints.path(outcome.best["step"]))
+
+
+def compiled_graphs(trainer):
+    """How many graphs torch.compile has made of the model."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("train.arguments.deepspeed={zero_optimization: {stage: 2}}", "deepspeed needs deepspeed, which is not"),
+        ("train.arguments={fsdp: true, fsdp_config: {version: 1}}", r"fsdp_config\.version must be 2, got 1"),
+        (
+            "train.arguments={fsdp: true, fsdp_config: {state_dict_type: SHARDED_STATE_DICT}}",
+            r"fsdp_config\.state_dict_type must be FULL_STATE_DICT, got SHARDED_STATE_DICT",
+        ),
+    ],
+)
+def test_what_cannot_share_out_weights_is_refused_before_anything_starts(tiny, setting, problem):
+    with pytest.raises(ConfigError, match=problem):
+        loop.check(tiny(setting).train)
