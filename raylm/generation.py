@@ -46,9 +46,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from raylm import checkpoint, loop
+from raylm import checkpoint, model
 from raylm.checkpoint import Trained
-from raylm.cluster import Resources
 from raylm.config import CorpusConfig
 from raylm.corpus import Ledger, Shard, documents
 from raylm.errors import ConfigError, DataError, RaylmError, TrainingError
@@ -56,6 +55,7 @@ from raylm.errors import ConfigError, DataError, RaylmError, TrainingError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from raylm.cluster import Resources
     from raylm.perplexity import MaskedTokens
 
 OURS = {"max_new_tokens": 100, "do_sample": True, "temperature": 0.8, "top_p": 0.95}
@@ -203,10 +203,10 @@ def load(
     directory: str, how: GenerationConfig | None, seed: int, trusted: bool, cpus: float, use_gpu: bool | None
 ) -> Writer:
     """The model of a directory, on this process's GPU if it may use one."""
-    loop.set_up_torch(cpus)
+    model.set_up_torch(cpus)
     trust: dict[str, Any] = {"trust_remote_code": True} if trusted else {}
     trained = checkpoint.load(directory, **trust)
-    trained.model.to(loop.device(use_gpu)).eval()
+    trained.model.to(model.device(use_gpu)).eval()
     return Writer(trained, how or GenerationConfig(), seed=seed)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -303,6 +304,21 @@ def load_updates(network: PreTrainedModel, directory: str | Path) -> None:
 
     left = network.load_state_dict(load_file(Path(directory) / ADAPTER), strict=False)
     assert not left.unexpected_keys
+
+
+# Where it runs -------------------------------------------------------------------------------------------------------
+
+
+def set_up_torch(cpus: float) -> None:
+    """As many torch threads as the process was given CPUs: Ray leaves one, and a machine's default is all."""
+    torch.set_num_threads(max(1, int(cpus)))
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def device(use_gpu: bool | None = None) -> torch.device:
+    """This process's GPU, if it has one (a worker of Ray sees only its own) and may use it; else the CPU."""
+    return torch.device("cuda" if use_gpu is not False and torch.cuda.is_available() else "cpu")
 
 
 def _first_line(error: Exception) -> str:

@@ -155,8 +155,11 @@ def questions(tmp_path_factory):
     return directory
 
 
+@pytest.mark.parametrize(
+    "workers", ["cluster.cpus_per_worker=2", pytest.param("cluster.num_workers=2", marks=pytest.mark.slow)]
+)
 def test_every_document_is_gone_on_from_by_workers_that_take_every_cpu(
-    ray_cluster, trained_directory, questions, tmp_path
+    workers, ray_cluster, trained_directory, questions, tmp_path
 ):
     from ray.data import DataContext
 
@@ -167,7 +170,7 @@ def test_every_document_is_gone_on_from_by_workers_that_take_every_cpu(
     planned = generate(str(trained_directory), settings, dry_run=True, **options).record
     assert (planned["documents"], planned["output"]) == (21, str(output))
     assert not output.parent.exists()
-    record = generate(str(trained_directory), [*settings, "cluster.num_workers=2"], **options).record
+    record = generate(str(trained_directory), [*settings, workers], **options).record
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert (record["output"], record["documents"], record["tokens"]) == (str(output), 21, 21 * 12)
     prompts = [f"{'a b ' * (number % 5)}{number}: c" for number in range(20)] + ["b a: c"]

@@ -125,6 +125,7 @@ def mixed_precision(trainer):
     return trainer.accelerator.mixed_precision
 
 
+@pytest.mark.slow
 def test_half_precision(tiny, train_run, tmp_path):
     experiment = tiny("train.max_tokens=512", "train.precision=bfloat16")
     outcome, _ = train_run(experiment, noting(mixed_precision, tmp_path))

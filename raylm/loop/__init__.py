@@ -8,7 +8,7 @@ worker       one worker's training or scoring, from beginning to end
 
 from raylm.loop.arguments import check
 from raylm.loop.session import Alone, Job, Outcome, Scoring, Session, WorkerGroup
-from raylm.loop.worker import device, score_loop_per_worker, set_up_torch, train_loop_per_worker
+from raylm.loop.worker import score_loop_per_worker, train_loop_per_worker
 
 __all__ = [
     "Alone",
@@ -18,8 +18,6 @@ __all__ = [
     "Session",
     "WorkerGroup",
     "check",
-    "device",
     "score_loop_per_worker",
-    "set_up_torch",
     "train_loop_per_worker",
 ]

@@ -7,10 +7,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 
-from raylm import checkpoint, objective, perplexity
+from raylm import checkpoint, model, objective, perplexity
 from raylm.loop import trainer
 from raylm.loop.session import Job, Outcome, Scoring
 
@@ -19,7 +17,7 @@ def train_loop_per_worker(config: dict[str, Job]) -> Outcome:
     """Train one model to the end of its budget, from its newest checkpoint if it has one."""
     job = config["job"]
     session = job.session()
-    set_up_torch(job.experiment.cluster.cpus_per_worker)
+    model.set_up_torch(job.experiment.cluster.cpus_per_worker)
     # One directory a rank: ranks on a node must not share files.
     scratch = tempfile.mkdtemp(prefix=f"raylm-rank{session.rank}-")
     try:
@@ -34,10 +32,10 @@ def score_loop_per_worker(config: dict[str, Scoring]) -> np.ndarray:
     """What perplexity.score_documents tells of a saved model, the documents shared out among the workers."""
     job = config["job"]
     session = job.session()
-    set_up_torch(job.cpus)
+    model.set_up_torch(job.cpus)
     trained = checkpoint.load(job.model, trust_remote_code=job.trust_remote_code)
     return perplexity.score_documents(
-        trained.model.to(device(job.use_gpu)),
+        trained.model.to(model.device(job.use_gpu)),
         job.documents,
         eos_id=trained.tokenizer.eos_token_id,
         context=trained.context,
@@ -49,15 +47,3 @@ def score_loop_per_worker(config: dict[str, Scoring]) -> np.ndarray:
         world_size=session.world_size,
         progress=job.progress,
     )
-
-
-def set_up_torch(cpus: float) -> None:
-    """As many torch threads as the worker was given CPUs: Ray leaves one, and a machine's default is all."""
-    torch.set_num_threads(max(1, int(cpus)))
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def device(use_gpu: bool | None = None) -> torch.device:
-    """This process's GPU, if it has one (a worker of Ray sees only its own) and may use it; else the CPU."""
-    return torch.device("cuda" if use_gpu is not False and torch.cuda.is_available() else "cpu")
