@@ -99,6 +99,8 @@ def model_files(directory: Path) -> Files:
             f"{directory} holds no tokenizer, and a model is of no use without; save it there with save_pretrained",
             where=str(directory),
         )
+    if any("auto_map" in settings for settings in configs.values()):  # a model with code of its own
+        files |= {file.name: file for file in directory.glob("*.py")}
     for name, settings in configs.items():
         shown = named(settings)  # older versions of transformers wrote down where a model was loaded from
         files[name] = directory / name if shown == settings else (json.dumps(shown, indent=2) + "\n").encode()

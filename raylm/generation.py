@@ -204,8 +204,7 @@ def load(
 ) -> Writer:
     """The model of a directory, on this process's GPU if it may use one."""
     model.set_up_torch(cpus)
-    trust: dict[str, Any] = {"trust_remote_code": True} if trusted else {}
-    trained = checkpoint.load(directory, **trust)
+    trained = checkpoint.load(directory, trust_remote_code=trusted)
     trained.model.to(model.device(use_gpu)).eval()
     return Writer(trained, how or GenerationConfig(), seed=seed)
 

@@ -17,9 +17,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from raylm import loop, model, objective, train
+from raylm import card, checkpoint, loop, model, objective, train
 from raylm.config import Experiment, ModelConfig
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, RaylmError
 from raylm.loop.trainer import _Trainer
 
 SMALL = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8}
@@ -278,15 +278,22 @@ def test_a_model_with_code_of_its_own_is_trained_and_saved_with_that_code(tmp_pa
     AutoModelForCausalLM.from_config(config, trust_remote_code=True).save_pretrained(given)
     section = ModelConfig(path=str(given), trust_remote_code=True)
     assert model.num_parameters(model.pretrained_configuration(section)) == 300 * 8 + 8 * 300 + 300
-    trainer = trainer_of(
-        Experiment(model=section, blocks={"block_size": 8}), tokenizer, scratch, save_strategy="steps", save_steps=4
-    )
+    experiment = Experiment(model=section, blocks={"block_size": 8})
+    trainer = trainer_of(experiment, tokenizer, scratch, save_strategy="steps", save_steps=4)
     trainer.train()
-    with pytest.raises(ConfigError, match="comes with code of its own.*model.trust_remote_code=true"):
-        model.pretrained_configuration(ModelConfig(path=str(scratch / "checkpoint-4")))
-    again = AutoModelForCausalLM.from_pretrained(scratch / "checkpoint-4", trust_remote_code=True)
+    tokenizer.save_pretrained(scratch / "checkpoint-4")
+    record = {"step": 4, "tokens": 64, "perplexity": 12.25, "bits_per_byte": 1.5, "store": "/nowhere"}
+    checkpoint.describe(scratch / "checkpoint-4", experiment, record)
+    exported = card.export(scratch / "checkpoint-4", tmp_path / "model")
     ids = torch.arange(8)[None]
-    assert torch.equal(again(ids).logits, trainer.model.eval()(input_ids=ids).logits)
+    for directory in (scratch / "checkpoint-4", exported):
+        with pytest.raises(ConfigError, match="comes with code of its own.*model.trust_remote_code=true"):
+            model.pretrained_configuration(ModelConfig(path=str(directory)))
+        # Though experiment.yaml beside it says to trust it: that may be anybody's.
+        with pytest.raises(RaylmError, match="custom code|code of its own"):
+            checkpoint.load(directory)
+        again = checkpoint.load(directory, trust_remote_code=True).model
+        torch.testing.assert_close(again(ids).logits, trainer.model.eval()(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize(
