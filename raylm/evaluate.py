@@ -44,7 +44,7 @@ def evaluate(
 
     The number depends on the model and the text alone, not on batch size, workers or training block size.
     """
-    from raylm import checkpoint, cluster, report
+    from raylm import checkpoint, cluster, tables
 
     directory = checkpoint.check(model)
     # Whatever the model was trained on; and what lies beside a model does not say that it may run.
@@ -59,7 +59,7 @@ def evaluate(
     if dry_run:
         counts = {name: len(numbers) for name, numbers in sets.items()}
         shown = {f"documents of {name}": count for name, count in counts.items()}
-        return cli.Answer({"model": str(directory), "sets": counts}, report.facts({"model": str(directory), **shown}))
+        return cli.Answer({"model": str(directory), "sets": counts}, tables.facts({"model": str(directory), **shown}))
     from transformers import AutoConfig
 
     from raylm import model as models
@@ -194,7 +194,7 @@ def _finite(value: float) -> float | None:
 
 def view(record: dict[str, Any]) -> tuple[Any, ...]:
     """The figures of all, and a table of sets and sources where there are several."""
-    from raylm import report
+    from raylm import tables
 
     texts = [source for found in record["sets"].values() for source in found["sources"]]
     what = "the validation split" if "validation" in record["sets"] else ", ".join(dict.fromkeys(texts))
@@ -207,8 +207,8 @@ def view(record: dict[str, Any]) -> tuple[Any, ...]:
         rows += [(name, found)] if several else []
         if len(found["sources"]) > 1:
             rows += [(f"{'  ' * several}{source}", each) for source, each in found["sources"].items()]
-    facts = report.facts({**total, **of_keywords})
-    return (facts, "", report.scores([*rows, ("total", record)])) if rows else (facts,)
+    facts = tables.facts({**total, **of_keywords})
+    return (facts, "", tables.scores([*rows, ("total", record)])) if rows else (facts,)
 
 
 def check_writable(path: Path) -> None:

@@ -65,7 +65,7 @@ def generate(
     sections = _sections(dotted)
     texts = _prompts(prompt or [], prompts)
     _check_output(output, overwrite, texts, sections.corpus, dotted)
-    from raylm import checkpoint, cluster, report
+    from raylm import checkpoint, cluster, tables
 
     directory = checkpoint.check(model)
     trusted = sections.model.trust_remote_code
@@ -77,7 +77,7 @@ def generate(
     record: dict[str, Any] = {"model": str(directory), **_shown(how), "seed": seed}
     if output is None and dry_run:
         record["prompts"] = texts
-        return cli.Answer(record, report.facts(record))
+        return cli.Answer(record, tables.facts(record))
     from raylm import generation
 
     load = functools.partial(generation.load, str(directory.resolve()), how, seed, trusted)
@@ -91,7 +91,7 @@ def generate(
         return _written(load, plan, sections, output, documents=documents, batch_size=batch_size)
     record |= {"documents": documents, "sources": [source.name for source in sources], "output": str(output)}
     record["resources_per_worker"] = resources.per_worker if resources else None
-    return cli.Answer(record, report.facts(record))
+    return cli.Answer(record, tables.facts(record))
 
 
 # What is asked for ---------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def _written(
     batch_size: int,
 ) -> cli.Answer:
     """Go on from every document, on workers, into the file."""
-    from raylm import cluster, generation, report
+    from raylm import cluster, generation, tables
 
     done = tokens = 0
     with _file(output) as write, cluster.connect(sections.cluster) as resources:
@@ -284,7 +284,7 @@ def _written(
                 advance(done, documents)
         seconds = time.monotonic() - started
     record = {"output": str(output), "documents": done, "tokens": tokens, "tokens_per_second": tokens / seconds}
-    return cli.Answer(record, report.facts({**record, "tokens_per_second": round(tokens / seconds)}))
+    return cli.Answer(record, tables.facts({**record, "tokens_per_second": round(tokens / seconds)}))
 
 
 def _row(answer: Answer, sources: Sequence[str]) -> dict[str, str]:

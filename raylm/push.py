@@ -43,7 +43,7 @@ def push(
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    from raylm import card, checkpoint, report
+    from raylm import card, checkpoint, tables
 
     try:
         validate_repo_id(repo_id)
@@ -76,7 +76,7 @@ def push(
         record["folder"] = str(out.resolve())
     sizes = {name: f"{size(content):,} bytes" for name, content in sorted(files.items())}
     where = {"folder": record.get("folder"), "would go to" if dry_run else "sent to": url}
-    return cli.Answer(record, report.facts({**where, **sizes}))
+    return cli.Answer(record, tables.facts({**where, **sizes}))
 
 
 def size(content: Path | bytes) -> int:

@@ -37,7 +37,7 @@ def sync(
     settings = [argument for argument in arguments or [] if argument not in directories]
     experiment = cli.experiment(config, settings, print_config)
     elsewhere = experiment.tracking.uri if any(setting.startswith(URI) for setting in settings) else None
-    from raylm import report, tracking
+    from raylm import tables, tracking
 
     found = [run for place in directories or [experiment.storage] for run in tracking.runs(place, elsewhere)]
     runs = {run.directory: run for run in found if run.uri is not None}
@@ -56,7 +56,7 @@ def sync(
                 advance(total - sum(left.values()), total)
     record = {"runs": len(runs), "shipped": total - sum(left.values()), "left": sum(left.values())}
     lines = [f"{place}: {count:,} entries are not in MLflow yet" for place, count in left.items() if count]
-    view = "\n".join([*lines, report.facts(record)])
+    view = "\n".join([*lines, tables.facts(record)])
     return cli.Answer(record, view, exit_code=5 if record["left"] and not dry_run else 0)
 
 

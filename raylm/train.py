@@ -135,9 +135,9 @@ def trained(experiment: Experiment, store: Store, run: Run, begun: Begun, resour
         "tokens_per_second": trained_here / seconds,
         "mlflow_run_id": run.run_id,
     }
-    from raylm import report
+    from raylm import tables
 
-    view = report.facts(
+    view = tables.facts(
         {
             measure.replace("_", "-"): best["perplexity"],
             "bits per byte": best["bits_per_byte"],
@@ -181,7 +181,7 @@ def plan(experiment: Experiment) -> cli.Answer:
     evaluation_corpora(experiment)
     resources = cluster.plan(experiment.cluster)
     # Seconds of imports, after the quick checks.
-    from raylm import budget, loop, model, objective, report, tokenizer, tokens
+    from raylm import budget, loop, model, objective, tables, tokenizer, tokens
 
     loop.check(experiment.train)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
@@ -220,7 +220,7 @@ def plan(experiment: Experiment) -> cli.Answer:
         "tracking": experiment.tracking.uri,
     }
     pairs = {name.replace("_", " "): value for name, value in record.items() if name != "corpus"}
-    return cli.Answer(record, report.facts({"corpus": f"{num_files:,} files, {num_bytes / 1e6:.1f} MB", **pairs}))
+    return cli.Answer(record, tables.facts({"corpus": f"{num_files:,} files, {num_bytes / 1e6:.1f} MB", **pairs}))
 
 
 def budget_of(experiment: Experiment, store: Store) -> Budget:

@@ -75,7 +75,7 @@ def tune(
 
 def plan(experiment: Experiment) -> cli.Answer:
     """Check every value of the space as far as that can be done before Ray starts; what the sweep will do."""
-    from raylm import report, train
+    from raylm import tables, train
 
     section = experiment.tune
     if not section.space:
@@ -117,7 +117,7 @@ def plan(experiment: Experiment) -> cli.Answer:
         "scheduler": section.scheduler.kind,
         "tokens of all trials": f"at most {record['most_tokens']:,}" if record["most_tokens"] else None,
     }
-    return cli.Answer(record, f"{base.view}\n{report.facts(lines)}")
+    return cli.Answer(record, f"{base.view}\n{tables.facts(lines)}")
 
 
 def sweep(
@@ -335,7 +335,7 @@ def answer(
     reused: bool,
 ) -> cli.Answer:
     """The ranked table, and what to do next; TrainingError if no trial has a result."""
-    from raylm import report, tracking
+    from raylm import tables, tracking
     from raylm.train import measured
 
     measure = measured(experiment)
@@ -356,7 +356,7 @@ def answer(
         "trials": [named(row) for row in rows],
     }
     failures = "\n".join(f"{row['trial_id']} failed: {row['failure']}" for row in rows if row["failure"])
-    facts = report.facts(
+    facts = tables.facts(
         {
             "best trial": best["trial_id"],
             measure.replace("_", "-"): best["perplexity"],
@@ -367,7 +367,7 @@ def answer(
         }
     )
     return cli.Answer(
-        record, (report.trials(rows, measure.replace("_", "-")), *([failures] if failures else []), "", facts)
+        record, (tables.trials(rows, measure.replace("_", "-")), *([failures] if failures else []), "", facts)
     )
 
 

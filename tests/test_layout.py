@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 PARTS = """
     errors config cli cluster storage corpus tokenizer tokens blocks model objective perplexity checkpoint card runs
-    tracking budget loop generation report
+    tracking budget loop generation tables
 """.split()
 VERBS = "prepare train tune evaluate generate inspect push sync".split()
 ORDER = [*PARTS, *VERBS, "__main__"]
@@ -165,7 +165,7 @@ IMPORTS_BELOW = [
     ("blocks", "from .loop import Job", "blocks imports loop, which stands below it"),
     ("blocks", "def f():\n    from raylm import loop", "blocks imports loop, which stands below it"),
     ("blocks", "class A:\n    def f(self):\n        import raylm.loop", "blocks imports loop, which stands below it"),
-    ("report", "from raylm.train import train", "report imports train, which stands below it"),
+    ("tables", "from raylm.train import train", "tables imports train, which stands below it"),
     ("train", "from raylm.tune import sweep", "train imports tune, which stands below it"),
     ("helpers", "", "helpers has no place in the order"),
 ]
