@@ -61,6 +61,16 @@ def figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def duration(seconds: float) -> str:
+    """In the two largest units that matter: 12 s, 4 min 10 s, 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def say(message: str) -> None:
     """A line about what is going on."""
     console.print(message, soft_wrap=True, markup=False)
@@ -103,8 +113,8 @@ def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
     except RaylmError as error:
         cause = getattr(error, "cause", error)  # Ray wraps what a task raises, with the task's traceback as its text
         return fail(cause.message, cause.where, cause.exit_code)
-    except KeyboardInterrupt:
-        return fail("interrupted", None, INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return fail(str(interrupt) or "interrupted", None, INTERRUPTED)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
             return fail(error.format_message(), None, ConfigError.exit_code)

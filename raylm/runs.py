@@ -2,7 +2,8 @@
 
 <storage>/<name>/train-20261123-101500-3fa2/
     run.json        the settings and the token store it was begun with
-    lock            held by the command that works on it; the system lets go of it when that dies
+    lock            held by the command that works on it; the system lets go of it when that dies. Not on remote
+                    storage, which has none: there one command at a time is up to whoever starts them
     checkpoints/    see checkpoint.Series
     metrics.jsonl   see tracking
     model/          the best model, as a plain Hugging Face directory
@@ -28,8 +29,8 @@ from raylm.errors import ConfigError, StorageError
 Resume = Literal["auto", "never", "must"]
 
 FREE = (
-    "storage", "corpus", "tokenizer", "eval.batch_tokens", "cluster", "tracking", "tune", "train.micro_batch_tokens",
-    "train.save_every_tokens", "train.keep_checkpoints",
+    "storage", "corpus", "tokenizer", "eval.batch_tokens", "cluster", "tracking", "train.micro_batch_tokens",
+    "train.save_every_tokens", "train.keep_checkpoints", "tune.num_samples", "tune.stop", "tune.max_concurrent_trials",
 )  # fmt: skip
 """Settings that may change while a run goes on: they change nothing about it, or are known by the tokens."""
 
@@ -48,12 +49,13 @@ class Begun:
 
     def end(self, result: dict[str, Any]) -> None:
         """Nobody goes on with this run any more."""
-        storage.write(f"{self.directory}/result.json", (json.dumps(result, indent=1) + "\n").encode())
+        with storage.reached(self.directory):
+            storage.write(f"{self.directory}/result.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def directory_of(experiment: Experiment) -> str:
     """Where the runs of an experiment lie."""
-    return f"{experiment.storage}/{experiment.name}"
+    return f"{experiment.storage.rstrip('/')}/{experiment.name}"
 
 
 def named(verb: str) -> str:
@@ -66,7 +68,7 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
 
     ConfigError if that run was begun with other settings or on other tokens than these.
     """
-    place, terms = directory_of(experiment), _terms(experiment, store)
+    place, terms = directory_of(experiment), _terms(experiment, verb, store)
     abandoned = []
     for name in reversed([name for name in storage.names(place) if name.startswith(f"{verb}-")]):
         directory = f"{place}/{name}"
@@ -77,13 +79,15 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
         if lock is None:  # somebody works on it
             continue
         step = max(Series(f"{directory}/checkpoints").complete(), default=None)
+        trials = sum(name.startswith("trial_") for name in storage.names(directory))
         differences = _differences(json.loads(written), terms)
-        if resume == "never" or (differences and step is None):
+        if resume == "never" or (differences and step is None and not trials):
             abandoned.append(directory)
             continue
         if differences:
+            reached = f"with {trials} trials begun" if trials else f"after step {step:,}"
             raise ConfigError(
-                f"{directory} stopped after step {step:,} and was begun with other settings:\n  "
+                f"{directory} stopped {reached} and was begun with other settings:\n  "
                 + "\n  ".join(differences)
                 + "\ngive these back to go on with it, or --resume never to begin a new run",
                 differences[0].split(":")[0],
@@ -97,10 +101,13 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
     return Begun(name, directory, None, _locked(directory), abandoned)
 
 
-def _terms(experiment: Experiment, store: str) -> dict[str, Any]:
+def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:
     """What has to stay for a run to be the same run: dotted key -> value."""
     flat = dict(_flat(experiment.model_dump(mode="json")))
-    kept = {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in FREE)}
+    may_change = FREE if verb == "tune" else (*FREE, "tune")
+    kept = {
+        key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in may_change)
+    }
     return {**kept, "tokens": store}
 
 
@@ -122,7 +129,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _locked(directory: str) -> IO[str] | None:
-    """The lock, held for as long as it is open; None if another process has it. There is none on remote storage."""
+    """The lock, held for as long as it is open; None if another process has it."""
     if storage.is_remote(directory):
         return open(os.devnull)
     lock = open(f"{directory}/lock", "w")  # noqa: SIM115 - held by whoever holds the run

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,7 +19,7 @@ from raylm.config import Experiment, dump, get
 from raylm.errors import ConfigError, Diverged, Interrupted, OutOfMemory, RaylmError, TrainingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
 
@@ -63,6 +65,7 @@ def train(
     status: tracking.Status = "FAILED"
     try:
         with cluster.connect(experiment.cluster) as resources:
+            check_nodes(experiment)
             store, reused = prepared(experiment)
             if not reused:  # else the plan has told
                 objective.warn_of_absent(experiment.objective, store)
@@ -74,19 +77,42 @@ def train(
         status = "KILLED"
         raise
     except (Diverged, OutOfMemory) as error:
-        begun.end({"error": error.message})  # with the same settings it would fail again
+        if error.where not in runs.FREE:  # else it can go on with another
+            begun.end({"error": error.message})  # with the same settings it would fail again
         raise
     finally:
         run.end(status)
         tracking.settle(run, cli.say)
 
 
-def tracked(experiment: Experiment, directory: str, name: str) -> Run:
+def check_nodes(experiment: Experiment) -> None:
+    """An error that names the setting which does not do for all nodes of the cluster, which is connected."""
+    from raylm import cluster, prepare
+
+    prepare.check_nodes(experiment)
+    uri = experiment.tracking.uri
+    if uri is not None and uri.startswith("sqlite") and (nodes := cluster.other_nodes()):
+        raise ConfigError(
+            f"tracking.uri={uri} is a file of this machine, and the cluster has nodes elsewhere: "
+            f"{', '.join(sorted(set(nodes.values())))}; start a server (mlflow server --backend-store-uri {uri} --host "
+            "0.0.0.0) and give its address, or tracking.uri=null: raylm sync ships to any MLflow later",
+            "tracking.uri",
+        )
+
+
+def tracked(experiment: Experiment, directory: str, name: str, verb: str = "train") -> Run:
     """The run in MLflow of a run's directory: the one it had before, or a new one."""
     from raylm import tracking
 
-    tags = {"raylm.verb": "train"}
-    return tracking.start(experiment.tracking, experiment=experiment.name, name=name, tags=tags, directory=directory)
+    tags = {"raylm.verb": verb}
+    return tracking.start(
+        experiment.tracking,
+        experiment=experiment.name,
+        name=name,
+        tags=tags,
+        directory=directory,
+        metric=f"best/eval_{measured(experiment)}",
+    )
 
 
 def trained(experiment: Experiment, store: Store, run: Run, begun: Begun, resources: Resources) -> cli.Answer:
@@ -99,6 +125,7 @@ def trained(experiment: Experiment, store: Store, run: Run, begun: Begun, resour
     sets = evaluation_sets(experiment, store)
     run.parameters(parameters(experiment, store, budget))
     run.text(dump(experiment), "experiment.yaml")
+    tell_data(run, experiment, store)
     if begun.step is not None:
         cli.say(f"{begun.directory}: the newest checkpoint is of step {begun.step:,} of {budget.steps:,}")
     job = loop.Job(experiment, store.path, budget, run, begun.directory, sets=sets)
@@ -110,7 +137,7 @@ def trained(experiment: Experiment, store: Store, run: Run, begun: Begun, resour
     ):
         outcome = fit(dataclasses.replace(job, board=board), resources)
         if outcome.stopped:
-            raise interrupted(begun.directory, outcome)
+            raise interrupted(begun.directory, f"stopped after step {outcome.step:,}, which is saved")
     seconds = time.monotonic() - started
     best = dict(outcome.best)
     target = f"{begun.directory}/model"
@@ -121,6 +148,7 @@ def trained(experiment: Experiment, store: Store, run: Run, begun: Begun, resour
         best |= {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
     run.metrics(best_metrics(experiment, best), best["step"])
     run.tags({"raylm.checkpoint": target})
+    run.model(target, experiment.tracking, best["step"], cli.say)
     measure = measured(experiment)
     trained_here = (outcome.step - (begun.step or 0)) * budget.batch_tokens
     record = {
@@ -151,11 +179,11 @@ def trained(experiment: Experiment, store: Store, run: Run, begun: Begun, resour
     return cli.Answer(record, view)
 
 
-def interrupted(directory: str, outcome: Outcome) -> BaseException:
-    """What a run that was asked to stop ends with."""
+def interrupted(directory: str, how: str) -> BaseException:
+    """What a command that was asked to stop ends with."""
     from raylm import cluster
 
-    told = f"{directory}: stopped after step {outcome.step:,}, which is saved; the same command goes on from there"
+    told = f"{directory}: {how}; the same command goes on from there"
     if cluster.stopped_by() == signal.SIGINT:
         return KeyboardInterrupt(told)
     return Interrupted(told, directory)
@@ -168,22 +196,17 @@ def measured(experiment: Experiment) -> str:
 
 def plan(experiment: Experiment) -> cli.Answer:
     """Check whatever can be checked before Ray starts; what the run will do."""
-    from raylm import cluster, corpus, runs
+    from raylm import cluster, corpus, runs, storage
     from raylm.prepare import evaluation_corpora
 
-    if "://" in experiment.storage:
-        raise ConfigError(
-            f"storage={experiment.storage}: runs need a directory that every node sees; only token stores can lie in "
-            "object storage so far",
-            where="storage",
-        )
+    storage.look(experiment.storage)
     sources = corpus.check(experiment.corpus)
     evaluation_corpora(experiment)
     resources = cluster.plan(experiment.cluster)
     # Seconds of imports, after the quick checks.
     from raylm import budget, loop, model, objective, tables, tokenizer, tokens
 
-    loop.check(experiment.train)
+    loop.check(experiment.train, has_updates=experiment.model.lora is not None)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     known: Any = chosen.train or tokenizer.load_section(chosen)
     objective.check(experiment.objective, experiment.blocks, known)
@@ -274,21 +297,32 @@ def on_workers(job: Job, resources: Resources, callbacks: Sequence[Any]) -> Outc
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    from raylm import loop, runs
+    from raylm import loop
 
-    trainer = TorchTrainer(
-        loop.train_loop_per_worker,
-        train_loop_config={"job": job},
-        scaling_config=scaling(resources),
-        run_config=RunConfig(
-            # A name of its own each time: what Ray remembers of a run, it would go on with. The checkpoints are ours.
-            name=runs.named("attempt"),
-            storage_path=f"{job.directory}/ray",
-            failure_config=FailureConfig(max_failures=job.experiment.cluster.max_failures),
-            callbacks=list(callbacks),
-        ),
-    )
-    return result_of(trainer, job.directory)
+    with bookkeeping() as kept:
+        trainer = TorchTrainer(
+            loop.train_loop_per_worker,
+            train_loop_config={"job": job},
+            scaling_config=scaling(resources),
+            run_config=RunConfig(
+                **kept,
+                failure_config=FailureConfig(max_failures=job.experiment.cluster.max_failures),
+                callbacks=list(callbacks),
+            ),
+        )
+        return result_of(trainer, job.directory)
+
+
+@contextlib.contextmanager
+def bookkeeping() -> Iterator[dict[str, str]]:
+    """Where Ray remembers what it knows of a worker group: nowhere for long, since it would go on with it.
+
+    Not in `storage`: the checkpoints are ours, and a storage that fails would take the workers with it.
+    """
+    from raylm import runs
+
+    with tempfile.TemporaryDirectory(prefix="raylm-ray-") as directory:
+        yield {"name": runs.named("attempt"), "storage_path": directory}
 
 
 def score(
@@ -316,15 +350,14 @@ def score(
     from ray.train import RunConfig
     from ray.train.torch import TorchTrainer
 
-    from raylm import runs
-
-    trainer = TorchTrainer(
-        loop.score_loop_per_worker,
-        train_loop_config={"job": job},
-        scaling_config=scaling(resources),
-        run_config=RunConfig(name=runs.named("score"), storage_path=f"{runs.directory_of(experiment)}/ray"),
-    )
-    return result_of(trainer, directory)
+    with bookkeeping() as kept:
+        trainer = TorchTrainer(
+            loop.score_loop_per_worker,
+            train_loop_config={"job": job},
+            scaling_config=scaling(resources),
+            run_config=RunConfig(**kept),
+        )
+        return result_of(trainer, directory)
 
 
 def scaling(resources: Resources) -> Any:
@@ -355,6 +388,14 @@ def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str
         "steps": budget.steps,
         "store": store.fingerprint,
     }
+
+
+def tell_data(run: Run, experiment: Experiment, store: Store) -> None:
+    """The splits of the token store as what an MLflow run reads."""
+    for split, context in (("train", "training"), ("validation", "validation")):
+        profile = {what: store.manifest[split][what] for what in ("documents", "tokens", "bytes")}
+        name = f"{experiment.name} {split}"
+        run.dataset(name, digest=store.fingerprint, source=store.path, profile=profile, context=context)
 
 
 def best_metrics(experiment: Experiment, best: dict[str, Any]) -> dict[str, float]:

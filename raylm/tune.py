@@ -9,25 +9,38 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import random
 import sys
-from typing import TYPE_CHECKING, Any
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from raylm import cli
 from raylm.config import Experiment, corners, dump, override
-from raylm.errors import ConfigError, OutOfMemory, RaylmError, TrainingError
+from raylm.errors import ConfigError, Interrupted, OutOfMemory, RaylmError, TrainingError
+from raylm.train import Resume
 
 if TYPE_CHECKING:
-    from raylm.budget import Budget
+    from collections.abc import Callable, Sequence
+
     from raylm.cluster import Resources
-    from raylm.config import SchedulerConfig
     from raylm.loop import Job
+    from raylm.runs import Begun
+    from raylm.sweep import Record, Trial
     from raylm.tokens import Store
-    from raylm.tracking import Run
+    from raylm.tracking import Run, Status
+
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 4 if any trial failed.")]
 
 
 def tune(
     settings: cli.Settings = None,
     config: cli.ConfigFile = None,
+    resume: Resume = "auto",
+    strict: Strict = False,
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
@@ -40,37 +53,38 @@ def tune(
     checked = plan(experiment)
     if dry_run:
         return checked
-    from raylm import cluster, objective, runs, storage, tracking
+    from raylm import cluster, objective, runs, storage, tracking, train
     from raylm.prepare import prepared
 
     storage.check(experiment.storage)
-    name = runs.named("tune")
-    with cluster.connect(experiment.cluster) as resources:
-        store, reused = prepared(experiment)
-        if not reused:  # else the plan has told
-            objective.warn_of_absent(experiment.objective, store)
-        parent = tracking.start(
-            experiment.tracking,
-            experiment=experiment.name,
-            name=name,
-            tags={"raylm.verb": "tune"},
-            directory=f"{runs.directory_of(experiment)}/{name}",
-        )
-        status: tracking.Status = "FAILED"
-        try:
-            parent.text(dump(experiment), "experiment.yaml")
-            rows = sweep(experiment, store, parent, resources, name=name)
+    begun = runs.begin(experiment, "tune", os.path.basename(checked.record["store"]), resume)
+    for directory in begun.abandoned:
+        _close(train.tracked(experiment, directory, os.path.basename(directory), "tune"))
+    parent = train.tracked(experiment, begun.directory, begun.name, "tune")
+    status: tracking.Status = "FAILED"
+    try:
+        with cluster.connect(experiment.cluster) as resources:
+            store, reused = prepared(experiment)
+            if not reused:  # else the plan has told
+                objective.warn_of_absent(experiment.objective, store)
+            rows = sweep(experiment, store, parent, begun, resources)
             best = finish(experiment, store, parent, resources, rows)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            for child in parent.children().values():  # those of trials that were cut off
-                child.end_if_running("KILLED")
-            parent.end(status)
-            tracking.settle(parent, cli.say)
-    return answer(experiment, name, parent, rows, best, reused)
+        found = answer(experiment, begun, parent, rows, best, reused)
+        status = "FINISHED"
+        return dataclasses.replace(found, exit_code=TrainingError.exit_code if strict and _failures(rows) else 0)
+    except (KeyboardInterrupt, Interrupted):
+        status = "KILLED"
+        raise
+    finally:
+        _close(parent, status)
+        tracking.settle(parent, cli.say)
+
+
+def _close(parent: Run, status: Status = "KILLED") -> None:
+    """End a sweep in MLflow, and what still runs of its trials."""
+    for child in parent.children().values():
+        child.end_if_running("KILLED")
+    parent.end(status)
 
 
 def plan(experiment: Experiment) -> cli.Answer:
@@ -86,11 +100,12 @@ def plan(experiment: Experiment) -> cli.Answer:
         )
     base = train.plan(experiment)
     from raylm import loop, model, tokenizer
+    from raylm import sweep as sweeps
 
     own = tokenizer.chosen(experiment.tokenizer, experiment.model).path
     for key, sampler in section.space.items():
-        for value in corners(sampler):
-            changed = override(experiment, {key: value})
+        for settings in corners(key, sampler):
+            changed = override(experiment, settings)
             try:
                 loop.check(changed.train)
                 model.configuration(
@@ -99,11 +114,20 @@ def plan(experiment: Experiment) -> cli.Answer:
                     block_size=changed.blocks.block_size,
                     masked=changed.objective.kind == "masked",
                 )
-                if own and key == "model.path" and not tokenizer.same(own, value):
+                path = settings.get("model.path")
+                if own and path is not None and not tokenizer.same(own, path):
                     raise ConfigError(f"its tokenizer is not that of {own}, and tokens are prepared once for a sweep")
             except ConfigError as error:
+                value = settings.get(key, settings)
                 raise ConfigError(f"tune.space.{key}: value {value}: {error.message}", f"tune.space.{key}") from None
-    trials = section.num_samples * math.prod(len(v["grid"]) for v in section.space.values() if "grid" in v)
+    fewest, most = experiment.cluster.fewest_workers, experiment.cluster.most_workers
+    if fewest != most:
+        raise ConfigError(
+            f"cluster.num_workers=[{fewest}, {most}]: a trial of a sweep has a fixed number of "
+            "workers, so that all are alike; give one number",
+            where="cluster.num_workers",
+        )
+    trials = sweeps.points(section, experiment.train.seed).total
     record = {
         **base.record,
         "trials": trials,
@@ -113,7 +137,7 @@ def plan(experiment: Experiment) -> cli.Answer:
     }
     lines = {
         "trials": trials,
-        **{f"  {key}": _shown(sampler) for key, sampler in section.space.items()},
+        **{f"  {key}": sweeps.shown(sampler) for key, sampler in section.space.items()},
         "scheduler": section.scheduler.kind,
         "tokens of all trials": f"at most {record['most_tokens']:,}" if record["most_tokens"] else None,
     }
@@ -121,55 +145,108 @@ def plan(experiment: Experiment) -> cli.Answer:
 
 
 def sweep(
-    experiment: Experiment, store: Store, parent: Run, resources: Resources, *, name: str
+    experiment: Experiment, store: Store, parent: Run, begun: Begun, resources: Resources
 ) -> list[dict[str, Any]]:
-    """Run the trials; a row for each, the best first. A trial that fails is a row with its reason, not an error."""
+    """Run the trials that are not over; a row for each, the best first.
+
+    A trial that fails is a row with its reason, not an error. Interrupted or KeyboardInterrupt if the command was asked
+    to stop: trials save a checkpoint then, and go on from it when the sweep does.
+    """
     from ray import tune as ray_tune
 
-    from raylm import loop, runs, train
+    from raylm import cluster, loop, train
+    from raylm import sweep as sweeps
     from raylm.prepare import evaluation_sets
 
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer console output of Tune talks even at verbose=0
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end a sweep at Ctrl-C as if it were complete
+    def stopping() -> bool:
+        return cluster.stopped_by() is not None
+
+    os.environ |= TUNE_ENVIRONMENT
     budget = train.budget_of(experiment, store)
-    sets = evaluation_sets(experiment, store)
-    swept = {key: _shown(sampler) for key, sampler in experiment.tune.space.items()}
-    parent.parameters({**train.parameters(experiment, store, budget), **swept})
-    template = loop.Job(experiment, store.path, budget, parent, f"{runs.directory_of(experiment)}/{name}", sets=sets)
-    together = resources.most_runs
-    if experiment.tune.max_concurrent_trials is not None:
-        together = min(together, experiment.tune.max_concurrent_trials)
-    metric = f"best_{experiment.tune.metric}"
-    with cli.task(f"Sweep, {together} trial{'s' if together > 1 else ''} at a time", "tokens") as advance:
-        watcher = _watcher(advance, budget.tokens, metric)
-        tuner = ray_tune.Tuner(
-            ray_tune.with_resources(
-                ray_tune.with_parameters(trial, template=template, resources=resources), trial_resources(resources)
-            ),
-            param_space=samplers(experiment.tune.space),
-            tune_config=ray_tune.TuneConfig(
-                metric=metric,
-                mode="min",
-                num_samples=experiment.tune.num_samples,
-                search_alg=ray_tune.search.BasicVariantGenerator(
-                    max_concurrent=together, random_state=experiment.train.seed
+    record = sweeps.Record(begun.directory)
+    if record.trials:
+        over = sum(trial.is_over for trial in record.trials.values())
+        cli.say(f"{begun.directory}: going on with {over} trials over and {len(record.trials) - over} begun")
+    section, metric = experiment.tune, f"best_{experiment.tune.metric}"
+    shown = {key: sweeps.shown(sampler) for key, sampler in section.space.items()}
+    parent.parameters({**train.parameters(experiment, store, budget), **shown})
+    parent.text(dump(experiment), "experiment.yaml")
+    random.seed(experiment.train.seed)  # by which a population draws
+    scheduler = sweeps.Recorded(sweeps.scheduler(section, budget, metric), record, budget, stopping)
+    together = min(resources.most_runs, section.max_concurrent_trials or resources.most_runs)
+    trials = sweeps.Trials(
+        sweeps.points(section, experiment.train.seed),
+        record,
+        scheduler,
+        together=together,
+        values=lambda trial: values(experiment, store, trial),
+        stopping=stopping,
+    )
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(together)
+    started = time.monotonic()
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="raylm-tune-") as scratch,  # Tune's own files, which nobody needs
+            cli.task(f"Sweep, {together} trial{'s' if together > 1 else ''} at a time", "tokens") as advance,
+            cluster.signals(cli.say),
+            cluster.watch(lambda _: None, cli.say) as board,
+        ):
+            sets = evaluation_sets(experiment, store)
+            job = loop.Job(experiment, store.path, budget, parent, begun.directory, board=board, sets=sets)
+            ray_tune.Tuner(
+                ray_tune.with_resources(
+                    ray_tune.with_parameters(trial, template=job, resources=resources), trial_resources(resources)
                 ),
-                scheduler=scheduler(experiment.tune.scheduler, budget),
-                reuse_actors=resources.num_workers == 1,
-                trial_name_creator=_trial_id,
-                trial_dirname_creator=_trial_id,
-            ),
-            run_config=ray_tune.RunConfig(
-                name=name,
-                storage_path=runs.directory_of(experiment),
-                failure_config=ray_tune.FailureConfig(max_failures=2),  # of processes: lost ones go on elsewhere
-                callbacks=[watcher],
-                verbose=0,
-            ),
-        )
-        results = tuner.fit()
-    rows = [_row(result, experiment) for result in results]
-    return sorted(rows, key=lambda row: (row[experiment.tune.metric] is None, row[experiment.tune.metric] or 0))
+                tune_config=ray_tune.TuneConfig(
+                    search_alg=trials,
+                    scheduler=scheduler,
+                    num_samples=trials.total_samples,
+                    reuse_actors=resources.num_workers == 1,
+                    trial_name_creator=lambda ray_trial: ray_trial.trial_id,
+                    trial_dirname_creator=lambda ray_trial: ray_trial.trial_id,
+                ),
+                run_config=ray_tune.RunConfig(
+                    name="tune",
+                    storage_path=scratch,
+                    stop=sweeps.Limits(section.stop, record, metric),
+                    failure_config=ray_tune.FailureConfig(max_failures=experiment.cluster.max_failures),
+                    callbacks=[_watcher(record, advance, budget.tokens, trials.total_samples, metric)],
+                    verbose=0,
+                ),
+            ).fit()
+            if stopping():
+                left = trials.total_samples - sum(trial.is_over for trial in record.trials.values())
+                raise train.interrupted(begun.directory, f"stopped with {left} of {trials.total_samples} trials left")
+    finally:
+        record.pause(time.monotonic() - started)
+    rows = [_row(trial) for trial in record.trials.values()]
+    return sorted(rows, key=lambda row: (row[section.metric] is None, row[section.metric] or 0))
+
+
+TUNE_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer console output of Tune talks even at verbose=0
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end a sweep at Ctrl-C as if it were complete
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files: what they say is in the record
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # and so is what is needed to go on
+}
+
+
+def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
+    """What a searcher shall make small: the score, and what it is weighed against."""
+    from raylm import model
+
+    section = experiment.tune
+    score = trial.results[-1][f"best_{section.metric}"]
+    if section.against is None:
+        return [score]
+    if section.against == "seconds":
+        return [score, trial.results[-1]["seconds"]]
+    changed = override(experiment, {**trial.settings, "tune.space": {}})
+    masked = changed.objective.kind == "masked"
+    found = model.configuration(
+        changed.model, vocab_size=len(store.tokenizer), block_size=changed.blocks.block_size, masked=masked
+    )
+    return [score, model.num_parameters(found, masked=masked)]
 
 
 def trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> None:
@@ -180,17 +257,19 @@ def trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> N
     from raylm import tokens as stores
     from raylm import train
 
-    trial_id = _number(ray_tune.get_context().get_trial_id())
+    trial_id = ray_tune.get_context().get_trial_id()
     directory = f"{template.directory}/{trial_id}"
     run = template.run.child(trial_id, directory=directory)
     budget = template.budget
     try:
-        experiment = override(template.experiment, {**settings, "tune.space": {}})
+        experiment = override(template.experiment, {**settings, "tune.space": {}, "tune.points": []})
         store = stores.open_store(template.store)
         budget = train.budget_of(experiment, store)
         run.parameters({**train.parameters(experiment, store, budget), **settings})
         run.text(dump(experiment), "experiment.yaml")
         job = dataclasses.replace(template, experiment=experiment, budget=budget, run=run, directory=directory)
+        if (donor := ray_tune.get_checkpoint()) is not None:
+            adopt(donor.path, job)
         if resources.num_workers == 1:
             _fit_here(job)
         else:
@@ -241,34 +320,21 @@ class InTrial:
         return []
 
 
-def samplers(space: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """tune.space in ray.tune's own terms."""
-    from ray import tune as ray_tune
+def adopt(donor: str, job: Job) -> None:
+    """Have a trial go on from a checkpoint of another one's, instead of its own; once, however often it is begun."""
+    from raylm import checkpoint, storage
 
-    def one(kind: str, values: list[Any]) -> Any:
-        if kind == "choice":
-            return ray_tune.choice(values)
-        if kind == "grid":
-            return ray_tune.grid_search(values)
-        return getattr(ray_tune, kind)(*values)
-
-    return {key: one(*next(iter(sampler.items()))) for key, sampler in space.items()}
-
-
-def scheduler(section: SchedulerConfig, budget: Budget) -> Any:
-    """The trial scheduler. Its rungs are counted in training tokens and lie where trials are evaluated."""
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-
-    if section.kind == "none":
-        return FIFOScheduler()
-    between = budget.eval_every * budget.batch_tokens
-    grace = section.grace_tokens or budget.tokens // 8
-    return ASHAScheduler(
-        time_attr="tokens",
-        max_t=budget.tokens,
-        grace_period=min(max(1, round(grace / between)) * between, budget.tokens),
-        reduction_factor=section.reduction_factor,
-    )
+    marker = f"{job.directory}/adopted"
+    if storage.read(marker) == donor.encode():
+        return
+    directory, step = donor.rsplit("/", 1)
+    series = checkpoint.Series(directory)
+    wanted = int(step.removeprefix("step_"))
+    if series.fault(wanted) is not None:  # removed since, when the other one went on
+        wanted = series.newest()[0] or wanted
+    with tempfile.TemporaryDirectory(prefix="raylm-adopted-") as scratch:
+        job.checkpoints.replace(series.fetch(wanted, Path(scratch)), wanted)
+    storage.write(marker, donor.encode())
 
 
 def release(placement_group: str | None) -> None:
@@ -328,7 +394,7 @@ def finish(
 
 def answer(
     experiment: Experiment,
-    name: str,
+    begun: Begun,
     parent: Run,
     rows: list[dict[str, Any]],
     best: dict[str, Any] | None,
@@ -345,9 +411,11 @@ def answer(
 
     if best is None:
         reasons = "; ".join(sorted({row["failure"] for row in rows if row["failure"]}))
-        raise TrainingError(f"no trial of the sweep has a result: {reasons}", where=name)
+        problem = f"no trial of the sweep has a result: {reasons or 'it was stopped before'}"
+        begun.end({"error": problem})  # the same settings would fail again
+        raise TrainingError(problem, where=begun.name)
     record = {
-        "sweep": name,
+        "sweep": begun.name,
         "mlflow_run_id": parent.run_id,
         "tokens_reused": reused,
         "best": named(
@@ -355,7 +423,8 @@ def answer(
         ),
         "trials": [named(row) for row in rows],
     }
-    failures = "\n".join(f"{row['trial_id']} failed: {row['failure']}" for row in rows if row["failure"])
+    begun.end(record)
+    failures = "\n".join(_failures(rows))
     facts = tables.facts(
         {
             "best trial": best["trial_id"],
@@ -371,81 +440,62 @@ def answer(
     )
 
 
-def _row(result: Any, experiment: Experiment) -> dict[str, Any]:
-    metrics = result.metrics or {}
-    failure = metrics.get("failure") or (str(result.error).strip().split("\n")[-1] if result.error else None)
-    seen = metrics.get("tokens", 0)
-    scored = failure is None and "best_perplexity" in metrics
-    completed = seen >= metrics.get("budget_tokens", math.inf)
+def _row(trial: Trial) -> dict[str, Any]:
+    last = trial.results[-1] if trial.results and trial.failure is None else {}
     return {
-        "trial_id": _number(metrics.get("trial_id") or result.path.rsplit("_", 1)[-1]),
-        "status": "failed" if failure else "completed" if completed else "stopped early",
-        "perplexity": metrics["best_perplexity"] if scored else None,
-        "bits_per_byte": metrics["best_bits_per_byte"] if scored else None,
-        "tokens": 0 if failure else seen,
-        "settings": {key: result.config[key] for key in experiment.tune.space},
-        "checkpoint": metrics.get("best_checkpoint"),
-        "best_step": metrics.get("best_step", 0),
-        "failure": failure,
+        "trial_id": trial.trial_id,
+        "status": trial.status if trial.is_over else "stopped early",  # with the whole sweep
+        "perplexity": last.get("best_perplexity"),
+        "bits_per_byte": last.get("best_bits_per_byte"),
+        "tokens": trial.tokens,
+        "settings": trial.settings,
+        "checkpoint": last.get("best_checkpoint"),
+        "best_step": last.get("best_step", 0),
+        "failure": trial.failure,
     }
 
 
-def _shown(sampler: dict[str, Any]) -> str:
-    ((kind, values),) = sampler.items()
-    return f"{kind}({', '.join(f'{value:g}' if isinstance(value, float) else str(value) for value in values)})"
+def _failures(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [f"{row['trial_id']} failed: {row['failure']}" for row in rows if row["failure"]]
 
 
-def _number(ray_id: str) -> str:
-    """trial_00003 for Ray's 5f3a1_00003."""
-    return f"trial_{ray_id.rsplit('_', 1)[-1]}"
-
-
-def _trial_id(ray_trial: Any) -> str:
-    return _number(ray_trial.trial_id)
-
-
-def _watcher(advance: Any, tokens: int, metric: str) -> Any:
+def _watcher(record: Record, advance: Callable, tokens: int, trials: int, metric: str) -> Any:
     """Tells how far all trials are together; a trial that is stopped early needs no more of its budget."""
     from ray.tune import Callback
 
-    class Watcher(Callback):
+    from raylm.sweep import NotSaved
+
+    class Watcher(NotSaved, Callback):
         def __init__(self) -> None:
-            self.seen: dict[str, int] = {}
             self.reserved: dict[str, str | None] = {}
-            self.over: set[str] = set()
-            self.total = 0
 
-        def __reduce__(self) -> tuple:
-            return object, ()  # Ray saves callbacks beside the sweep; a bar on a screen cannot be saved
-
-        def setup(self, **info: Any) -> None:
-            self.total = info.get("total_num_samples") or 0
+        def on_trial_start(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
+            record.start(trial.trial_id)
 
         def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **_: Any) -> None:
-            self.seen[trial.trial_id] = min(result.get("tokens", 0), tokens)
             self.reserved[trial.trial_id] = result.get("placement_group")
             self.show()
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
-            self.over.add(trial.trial_id)
-            release(self.reserved.pop(trial.trial_id, None))
+            self.told(trial.trial_id)
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
-            self.over.add(trial.trial_id)
-            release(self.reserved.pop(trial.trial_id, None))
-            result = trial.last_result or {}
-            told = f"{metric.removeprefix('best_')} {result.get(metric, math.nan):.2f}"
-            if result.get("failure"):
-                told = f"failed: {result['failure']}"
-            tokens_seen = self.seen.get(trial.trial_id, 0)
-            cli.console.print(f"{_trial_id(trial)}: {tokens_seen:,} tokens, {told}", soft_wrap=True, markup=False)
+            self.told(trial.trial_id)
+
+        def told(self, trial_id: str) -> None:
+            release(self.reserved.pop(trial_id, None))
+            trial = record.trials[trial_id]
+            if not trial.is_over:
+                return
+            best = trial.results[-1][metric] if trial.results else math.nan
+            what = f"failed: {trial.failure}" if trial.failure else f"{metric.removeprefix('best_')} {best:.2f}"
+            cli.say(f"{trial_id}: {trial.tokens:,} tokens, {what}")
             self.show()
 
         def show(self) -> None:
-            done = sum(self.seen.values())
-            left = sum(tokens - seen for trial_id, seen in self.seen.items() if trial_id not in self.over)
-            left += tokens * max(0, self.total - len(self.seen))
-            advance(done, done + left)
+            done = sum(trial.tokens for trial in record.trials.values())
+            left = sum(tokens - trial.tokens for trial in record.trials.values() if not trial.is_over)
+            advance(done, done + left + tokens * (trials - len(record.trials)))
 
     return Watcher()
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from raylm import budget, checkpoint, cluster, prepare, runs, tracking, train, tune
-from raylm.config import SchedulerConfig, TrainConfig, corners, load, override, save
+from raylm import budget, checkpoint, cluster, prepare, runs, train, tune
+from raylm import sweep as sweeps
+from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
 from raylm.errors import ConfigError
 from raylm.perplexity import Score
 
@@ -18,16 +19,15 @@ SPACE = {
 }
 
 
-def run(experiment, name):
+def run(experiment, resume="never"):
     """(rows, best row, parent run)"""
     import ray
 
     resources = cluster.resources(experiment.cluster, ray.cluster_resources())
     store, _ = prepare.prepared(experiment)
-    name = runs.named(name)
-    directory = f"{runs.directory_of(experiment)}/{name}"
-    parent = tracking.start(experiment.tracking, experiment="sweep", name=name, tags={}, directory=directory)
-    rows = tune.sweep(experiment, store, parent, resources, name=name)
+    begun = runs.begin(experiment, "tune", Path(store.path).name, resume)
+    parent = train.tracked(experiment, begun.directory, begun.name, "tune")
+    rows = tune.sweep(experiment, store, parent, begun, resources)
     best = tune.finish(experiment, store, parent, resources, rows)
     parent.end()
     assert parent.ship(60)
@@ -40,7 +40,7 @@ def sweep(ray_cluster, tiny, tmp_path_factory):
     experiment = override(
         tiny(f"tracking.uri={uri}"), {"tune.space": SPACE, "tune.num_samples": 2, "tune.scheduler": "none"}
     )
-    return experiment, *run(experiment, "sweep")
+    return experiment, *run(experiment)
 
 
 def test_every_point_of_the_grid_is_a_ranked_trial(sweep):
@@ -96,7 +96,7 @@ def test_a_trial_that_diverges_or_cannot_be_built_is_a_row_and_the_others_go_on(
             "tune.scheduler": "none",
         },
     )
-    rows, best, parent = run(experiment, "faults")
+    rows, best, parent = run(experiment)
     failures = {(row["settings"]["train.learning_rate"], row["settings"]["model.config.n_head"]): row for row in rows}
     assert failures[1e-2, 2]["status"] == "completed"
     assert "diverged" in failures[1e30, 2]["failure"]
@@ -117,7 +117,7 @@ def test_asha_stops_the_worse_trials_early_at_a_rung_of_tokens(ray_cluster, tiny
             "tune.scheduler": {"kind": "asha", "grace_tokens": 1024, "reduction_factor": 4.0},
         },
     )
-    rows, best, _ = run(experiment, "asha")
+    rows, best, _ = run(experiment)
     assert best["settings"] == {"train.learning_rate": 2e-2}
     assert rows[0]["tokens"] == 5120
     assert [(row["status"], row["tokens"]) for row in rows[1:]] == [("stopped early", 1024)] * 3
@@ -128,7 +128,7 @@ def test_trials_of_two_workers_take_the_same_road(ray_cluster, tiny):
         tiny("cluster.num_workers=2"),
         {"tune.space": {"blocks.block_size": {"grid": [16, 32]}}, "tune.num_samples": 1, "tune.scheduler": "none"},
     )
-    rows, best, _ = run(experiment, "groups")
+    rows, best, _ = run(experiment)
     assert [row["status"] for row in rows] == ["completed", "completed"]
     store, _ = prepare.prepared(experiment)
     score = Score.of(train.score(best["checkpoint"], store.validation, experiment, None))
@@ -180,13 +180,15 @@ def test_rungs_lie_where_trials_are_evaluated():
         num_workers=1,
         epoch_examples=9999,
     )
-    rungs = tune.scheduler(SchedulerConfig(grace_tokens=40_000, reduction_factor=3.0), found)._brackets[0]._rungs
+    section = TuneConfig(scheduler=SchedulerConfig(grace_tokens=40_000, reduction_factor=3.0))
+    rungs = sweeps.scheduler(section, found, "best_perplexity")._brackets[0]._rungs
     assert sorted(milestone for milestone, _ in rungs) == [39_936, 3 * 39_936, 9 * 39_936]
 
 
 def test_the_ends_of_a_range_stand_for_it():
     space = {"a": {"randint": [1, 9]}, "b": {"quniform": [0, 1, 0.5]}, "c": {"grid": [3, 4]}}
-    assert {key: corners(sampler) for key, sampler in space.items()} == {"a": [1, 8], "b": [0, 1], "c": [3, 4]}
+    found = {key: [each[key] for each in corners(key, sampler)] for key, sampler in space.items()}
+    assert found == {"a": [1, 8], "b": [0, 1], "c": [3, 4]}
 
 
 def children_of(parent):

@@ -47,6 +47,14 @@ class Series:
         """Make a checkpoint of the files that all ranks have uploaded."""
         storage.write(f"{self.path(step)}/{MANIFEST}", _written(step, files))
 
+    def replace(self, local: Path, step: int) -> None:
+        """Have a checkpoint that lies elsewhere on this machine as the only one."""
+        for each in reversed(self.steps()):
+            self.discard(each)
+        files = self.upload(step, local)
+        files.pop(MANIFEST, None)
+        self.commit(step, files)
+
     def discard(self, step: int) -> None:
         """Remove a checkpoint; first its manifest, so that what is left of it if this is cut off is not one."""
         storage.remove_file(f"{self.path(step)}/{MANIFEST}")

@@ -10,13 +10,16 @@ from raylm.config.files import (
     corners,
     dump,
     get,
+    is_sampler,
     load,
     load_part,
     override,
     parse_setting,
     save,
+    spaces,
 )
 from raylm.config.sections import (
+    MUTABLE,
     BlocksConfig,
     ClusterConfig,
     CorpusConfig,
@@ -26,6 +29,7 @@ from raylm.config.sections import (
     ObjectiveConfig,
     SchedulerConfig,
     Section,
+    StopConfig,
     TokenizerConfig,
     TrackingConfig,
     TrainConfig,
@@ -35,6 +39,7 @@ from raylm.config.sections import (
 
 __all__ = [
     "BUILT_IN",
+    "MUTABLE",
     "SAMPLERS",
     "BlocksConfig",
     "ClusterConfig",
@@ -45,6 +50,7 @@ __all__ = [
     "ObjectiveConfig",
     "SchedulerConfig",
     "Section",
+    "StopConfig",
     "TokenizerConfig",
     "TrackingConfig",
     "TrainConfig",
@@ -53,9 +59,11 @@ __all__ = [
     "corners",
     "dump",
     "get",
+    "is_sampler",
     "load",
     "load_part",
     "override",
     "parse_setting",
     "save",
+    "spaces",
 ]

@@ -59,6 +59,11 @@ def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) ->
         for key, sampler in experiment.tune.space.items()
         for text in _space_faults(experiment, key, sampler)
     ]
+    for point in experiment.tune.points:
+        try:
+            override(experiment, point)
+        except ConfigError as error:
+            faults.append(("tune.points", f"{_show(point)}: {error.message}"))
     if faults:
         raise _error(faults, places)
     return _absolute(experiment)
@@ -316,20 +321,49 @@ def _show(value: Any) -> str:
 
 def _space_faults(experiment: Experiment, key: str, sampler: dict[str, Any]) -> list[str]:
     """What is wrong with one entry of tune.space; every value it can give is tried on the experiment."""
-    if fault := _sampler_fault(key, sampler):
+    if fault := _entry_fault(key, sampler):
         return [fault]
     faults: dict[str, str] = {}  # fault -> the first value that has it: an unknown key is one fault, not one a value
-    for value in corners(sampler):
+    for settings in corners(key, sampler):
         try:
-            override(experiment, {key: value})
+            override(experiment, settings)
         except ConfigError as error:
+            shown = f"value {_show(settings[key])}" if key in settings else _show(settings)
             for line in error.message.split("\n"):
-                faults.setdefault(line, f"value {_show(value)}: {line}")
+                faults.setdefault(line, f"{shown}: {line}")
     return list(faults.values())
 
 
-def _sampler_fault(key: str, sampler: dict[str, Any]) -> str | None:
+def _entry_fault(key: str, sampler: dict[str, Any]) -> str | None:
     """What is wrong with one entry of tune.space whatever the experiment."""
+    inner_spaces = spaces(key, sampler)
+    if inner_spaces is None:
+        return _sampler_fault(key, sampler)
+    for number, space in enumerate(inner_spaces, 1):
+        for inner, value in space.items():
+            if "." not in str(inner):
+                return f"space {number}: {inner} must be a dotted key; spaces in spaces are not taken"
+            if is_sampler(value) and "grid" in value:
+                return f"space {number}: {inner} must be drawn, got a grid; make it a choice"
+            if fault := _sampler_fault(inner, value if is_sampler(value) else {"choice": [value]}):
+                return f"space {number}: {inner} {fault}"
+    return None
+
+
+def spaces(key: str, sampler: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The spaces that an entry of tune.space chooses from; None if it is a setting's. Such an entry has no dot."""
+    values = next(iter(sampler.values()), None) if {*sampler} <= {"choice", "grid"} else None
+    chosen = "." not in str(key) and isinstance(values, list) and all(isinstance(value, dict) for value in values)
+    return values if chosen else None
+
+
+def is_sampler(value: Any) -> bool:
+    """Whether a value in a space is drawn, rather than one that is set."""
+    return isinstance(value, dict) and len(value) == 1 and {*value} <= {*SAMPLERS}
+
+
+def _sampler_fault(key: str, sampler: dict[str, Any]) -> str | None:
+    """What is wrong with a sampler of a setting."""
     section = str(key).split(".")[0]
     if section in NOT_SWEPT:
         return f"{section} is one for a whole sweep; sweep model, blocks, objective or train settings"
@@ -353,8 +387,20 @@ def _sampler_fault(key: str, sampler: dict[str, Any]) -> str | None:
     return None
 
 
-def corners(sampler: Mapping[str, Any]) -> list[Any]:
-    """The values that stand for all that a sampler can give: each choice, or both ends."""
+def corners(key: str, sampler: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings that stand for all that an entry of tune.space can give: each choice, or both ends of a range."""
+    inner_spaces = spaces(key, sampler)
+    if inner_spaces is not None:
+        found = []
+        for space in inner_spaces:
+            each = {inner: _ends(value) if is_sampler(value) else [value] for inner, value in space.items()}
+            first = {inner: ends[0] for inner, ends in each.items()}
+            found += [first, *({**first, inner: end} for inner, ends in each.items() for end in ends[1:])]
+        return found
+    return [{key: value} for value in _ends(sampler)]
+
+
+def _ends(sampler: Mapping[str, Any]) -> list[Any]:
     ((name, values),) = sampler.items()
     if name in ("choice", "grid"):
         return list(values)

@@ -72,6 +72,8 @@ def _range(value: Any) -> Any:
 
 
 Workers = Annotated[int, Field(ge=1)] | tuple[int, int]
+MUTABLE = ("train.learning_rate", "train.weight_decay", "train.warmup_steps", "train.arguments.")
+"""Settings that may change while a trial is trained."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Count = Annotated[int, BeforeValidator(_whole)]  # 1e6 is a float in YAML and a fine number of tokens
@@ -315,32 +317,59 @@ class TrackingConfig(Section):
     """MLflow's tracking store or server; null tracks nothing."""
     experiment: str | None = None
     """MLflow experiment. Default: the experiment's name."""
+    log_model: bool = False
+    """Store the best model in MLflow too, where mlflow.transformers.load_model("runs:/RUN/model") loads it."""
+    register_as: Annotated[str, Field(pattern=r"^[^/:'\"]+$")] | None = None
+    """Store it, and register it under this name: as the newest version, which has the alias champion."""
 
 
 class SchedulerConfig(Section):
-    kind: Literal["none", "asha"] = "asha"
-    """none: every trial runs to its end. asha: stop the worse trials early (Li et al. 2018, arXiv:1810.05934)."""
+    kind: Literal["none", "asha", "median", "hyperband", "pbt"] = "asha"
+    """none: every trial runs to its end. asha: stop the worse trials early (Li et al. 2018, arXiv:1810.05934). median:
+    stop trials that are worse than the median of the others so far. hyperband: brackets of trials that wait for each
+    other (Li et al. 2016, arXiv:1603.06560). pbt: the worst trials go on as copies of the best ones, with settings of
+    train changed a little (Jaderberg et al. 2017, arXiv:1711.09846)."""
     grace_tokens: Annotated[Count, Field(ge=1)] | None = None
-    """asha: no trial is stopped before this many training tokens. Default: an eighth of the budget."""
+    """asha, median: no trial is stopped before this many training tokens. Default: an eighth of the budget."""
     reduction_factor: Annotated[float, Field(gt=1)] = 2.0
-    """asha: one of this many trials goes on at each rung, and rungs are this factor apart."""
+    """asha, hyperband: one of this many trials goes on at each rung, and rungs are this factor apart."""
+    every_tokens: Annotated[Count, Field(ge=1)] | None = None
+    """pbt: training tokens between two comparisons. Default: an eighth of the budget."""
 
 
-def _scheduler(value: Any) -> Any:
+def _kind(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
+
+
+class StopConfig(Section):
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """Begin no evaluation after the sweep has run this long, stops and their resumption counted together."""
+    tokens: Annotated[Count, Field(ge=1)] | None = None
+    """Training tokens of all trials together."""
+    perplexity: Annotated[float, Field(gt=0)] | None = None
+    """A trial has reached this, by tune.metric."""
 
 
 class TuneConfig(Section):
     space: dict[str, dict[str, Any]] = {}
-    """What to sweep: dotted key -> {one of ray.tune's samplers: its arguments}, e.g. {loguniform: [1e-4, 1e-2]}."""
+    """What to sweep: dotted key -> {one of ray.tune's samplers: its arguments}, e.g. {loguniform: [1e-4, 1e-2]}.
+    Ranges that depend on each other: a name without a dot -> {choice: [mapping, mapping, ...]}, of which a trial gets
+    one, with keys -> values or samplers."""
     num_samples: Annotated[Count, Field(ge=1)] = 8
     """Trials drawn from the space; each point of a grid is drawn this often."""
-    scheduler: Annotated[SchedulerConfig, BeforeValidator(_scheduler)] = SchedulerConfig()
-    """Early stopping: none or asha, or its settings."""
-    searcher: Literal["random"] = "random"
-    """How points are drawn: random (and grid where the space has one)."""
+    points: Annotated[tuple[dict[str, Any], ...], Strict(False)] = ()
+    """Settings to try first, [{train.learning_rate: 1e-3}]: these are in place of what the first trials would draw."""
+    searcher: Literal["random", "optuna"] = "random"
+    """How points are drawn. random: at random, with every point of a grid. optuna: where the results so far are best,
+    by the tree-structured Parzen estimator (Bergstra et al. 2011); needs optuna."""
+    scheduler: Annotated[SchedulerConfig, BeforeValidator(_kind)] = SchedulerConfig()
+    """Who goes on: none, asha, median, hyperband or pbt, or its settings."""
     metric: Literal["perplexity", "bits_per_byte"] = "perplexity"
     """What trials are ranked and stopped by; less is better. bits_per_byte where tokenizers differ."""
+    against: Literal["parameters", "seconds"] | None = None
+    """searcher optuna: look for trials that are good for their size, or for the seconds of their training, too."""
+    stop: StopConfig = StopConfig()
+    """End the sweep before all trials have: on any of these."""
     max_concurrent_trials: Annotated[Count, Field(ge=1)] | None = None
     """Trials at a time. Default: as many as the cluster's resources hold."""
 
@@ -379,4 +408,30 @@ class Experiment(Section):
                 f"train.max_tokens must be at least one optimizer step, train.batch_tokens = "
                 f"{self.train.batch_tokens}, got {self.train.max_tokens}"
             )
+        self._sweep_agrees()
         return self
+
+    def _sweep_agrees(self) -> None:
+        tune = self.tune
+        kinds = {kind for sampler in tune.space.values() for kind in sampler}
+        if tune.searcher == "optuna" and "grid" in kinds:
+            raise ValueError("tune.searcher must be random for a space with a grid, got optuna; make the grid a choice")
+        if tune.searcher == "optuna" and tune.scheduler.kind == "pbt":
+            raise ValueError(
+                "tune.searcher must be random with tune.scheduler=pbt, got optuna: a population searches itself"
+            )
+        if tune.against is not None and tune.searcher != "optuna":
+            raise ValueError(f"tune.against needs tune.searcher=optuna, got {tune.searcher}")
+        if tune.against == "seconds" and tune.scheduler.kind != "none":
+            raise ValueError(
+                f"tune.against must be parameters with tune.scheduler={tune.scheduler.kind}, got seconds: trials "
+                "that are stopped early are the quickest"
+            )
+        if tune.scheduler.kind == "pbt" and tune.space and not any(key.startswith(MUTABLE) for key in tune.space):
+            raise ValueError(
+                f"tune.space must have one of {', '.join(MUTABLE)} with tune.scheduler=pbt, which changes settings "
+                f"while a trial runs; got {', '.join(tune.space)}"
+            )
+        for point in tune.points:
+            if unknown := [key for key in point if key not in tune.space]:
+                raise ValueError(f"tune.points must have keys of tune.space, got {unknown[0]}")

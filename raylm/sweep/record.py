@@ -1,0 +1,118 @@
+"""What has happened in a sweep, on disk before anything is done about it: a file of lines that only grow.
+
+    <sweep>/events.jsonl  {"begun": "trial_00003", "settings": {"train.learning_rate": 0.003}}
+                          {"started": "trial_00003"}                     a process works on it, again after each loss
+                          {"result": "trial_00003", "tokens": 81920, "perplexity": 130.5, ...}       an evaluation
+                          {"changed": "trial_00003", "settings": {...}, "like": "trial_00001", "tokens": 81920}
+                          {"over": "trial_00003", "status": "stopped early", "failure": null}
+                          {"paused": 12.5}                               the sweep stopped, after so many seconds
+
+Read again in their order the lines are all that a searcher and a scheduler have seen, so that both can be brought back
+to where they stood. Tune's own files of a sweep are written every 10 s at best, and without the scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from raylm.tracking import journal
+
+EVENTS = "events.jsonl"
+
+Status = Literal["running", "completed", "stopped early", "failed"]
+
+Event = dict[str, Any]
+
+
+@dataclass
+class Trial:
+    """A trial, as far as it is known."""
+
+    trial_id: str
+    settings: dict[str, Any]
+    """Swept dotted key -> value."""
+    results: list[dict[str, Any]] = field(default_factory=list)
+    """One an evaluation, in order: step, tokens, perplexity, bits_per_byte, best_perplexity, seconds, ..."""
+    status: Status = "running"
+    failure: str | None = None
+    attempts: int = 0
+    """How often a process began to work on it."""
+
+    @property
+    def is_over(self) -> bool:
+        return self.status != "running"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it was trained on, up to its last evaluation."""
+        return self.results[-1]["tokens"] if self.results else 0
+
+
+class Record:
+    """The record of one sweep: what it says already, and what is added to it."""
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        self._log = journal.log(directory, EVENTS)
+        self.events: list[Event] = self._log.read()[0]
+        """Those that were there."""
+        self.trials: dict[str, Trial] = {}
+        """By trial id, in the order in which they were begun."""
+        self.seconds = 0.0
+        """How long commands have worked on the sweep before."""
+        for event in self.events:
+            self._apply(event)
+
+    def begin(self, trial_id: str, settings: Mapping[str, Any]) -> None:
+        self._add({"begun": trial_id, "settings": dict(settings)})
+
+    def start(self, trial_id: str) -> None:
+        self._add({"started": trial_id})
+
+    def result(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        self._add({"result": trial_id, **metrics})
+
+    def change(self, trial_id: str, settings: Mapping[str, Any], like: str, tokens: int) -> None:
+        """By its population: it goes on as another one was after these tokens, with settings of its own."""
+        self._add({"changed": trial_id, "settings": dict(settings), "like": like, "tokens": tokens})
+
+    def end(self, trial_id: str, status: Status, failure: str | None = None) -> None:
+        self._add({"over": trial_id, "status": status, "failure": failure})
+
+    def pause(self, seconds: float) -> None:
+        self._add({"paused": round(seconds, 3)})
+
+    def _add(self, event: Event) -> None:
+        self._log.append(event, durable="over" in event)
+        self._apply(event)
+
+    def _apply(self, event: Event) -> None:
+        match event:
+            case {"begun": trial_id, "settings": settings}:
+                self.trials[trial_id] = Trial(trial_id, settings)
+            case {"started": trial_id}:
+                self.trials[trial_id].attempts += 1
+            case {"result": trial_id, **metrics}:
+                self.trials[trial_id].results.append(metrics)
+            case {"changed": trial_id, "settings": settings, "tokens": tokens}:
+                trial = self.trials[trial_id]
+                trial.settings = settings
+                trial.results = [result for result in trial.results if result["tokens"] <= tokens]
+            case {"over": trial_id, "status": status, "failure": failure}:
+                self.trials[trial_id].status, self.trials[trial_id].failure = status, failure
+            case {"paused": seconds}:
+                self.seconds += seconds
+
+
+class NotSaved:
+    """For what is given to Tune, which saves it beside its own files; those are never read here."""
+
+    def __reduce__(self) -> tuple:
+        return object, ()
+
+
+def read(directory: str) -> dict[str, Trial]:
+    """The trials of a sweep by their ids, in the order in which they were begun; none if it is not a sweep."""
+    return Record(directory).trials

@@ -1,0 +1,250 @@
+"""Which trials of a sweep go on. Time is counted in training tokens, and rungs lie where trials are evaluated."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray.tune import Checkpoint
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.stopper import Stopper
+
+from raylm.budget import Budget
+from raylm.checkpoint import Series
+from raylm.config import MUTABLE, StopConfig, TuneConfig
+from raylm.sweep.record import Event, NotSaved, Record
+from raylm.sweep.space import Space, domains
+
+KEPT = (
+    "step", "tokens", "perplexity", "bits_per_byte", "best_perplexity", "best_bits_per_byte", "best_step",
+    "best_checkpoint", "budget_tokens", "seconds",
+)  # fmt: skip
+"""What is written down of a result."""
+
+EVALUATIONS = "evaluations"
+
+
+def scheduler(section: TuneConfig, budget: Budget, metric: str) -> TrialScheduler:
+    """The trial scheduler of tune.scheduler."""
+    chosen = section.scheduler
+    between = budget.eval_every * budget.batch_tokens
+
+    def whole(tokens: int | None) -> int:
+        """In whole evaluations; an eighth of the budget if it is not said."""
+        return min(max(1, round((tokens or budget.tokens // 8) / between)) * between, budget.tokens)
+
+    common: dict[str, Any] = {"time_attr": "tokens", "metric": metric, "mode": "min"}
+    match chosen.kind:
+        case "asha":
+            rungs = {"grace_period": whole(chosen.grace_tokens), "reduction_factor": chosen.reduction_factor}
+            return ASHAScheduler(max_t=budget.tokens, **rungs, **common)
+        case "median":
+            # Trials would wait for others to be compared with, and a start costs more than what it saves: never.
+            return MedianStoppingRule(grace_period=whole(chosen.grace_tokens), min_time_slice=math.inf, **common)
+        case "hyperband":
+            # Its brackets begin with one unit of time: an evaluation, not a token.
+            common["time_attr"] = EVALUATIONS
+            most = math.ceil(budget.tokens / between)
+            return HyperBandScheduler(max_t=most, reduction_factor=chosen.reduction_factor, **common)
+        case "pbt":
+            return PopulationBasedTraining(
+                perturbation_interval=whole(chosen.every_tokens),
+                hyperparam_mutations=mutations(section.space),
+                log_config=False,
+                **common,
+            )
+    return FIFOScheduler()
+
+
+def mutations(space: Space) -> dict[str, Any]:
+    """What a population may change: a choice to its neighbour, a number by a fifth; or it is drawn again."""
+    found = {key: sampler for key, sampler in space.items() if key.startswith(MUTABLE)}
+    ranges = domains(found)
+    return {key: sampler.get("choice", ranges[key]) for key, sampler in found.items()}
+
+
+class Recorded(NotSaved, TrialScheduler):
+    """A scheduler that is shown each result once, after it was written down; and again, when the sweep goes on."""
+
+    def __init__(self, inner: TrialScheduler, record: Record, budget: Budget, stopping: Callable[[], bool]):
+        super().__init__()
+        self.inner, self.record, self.stopping = inner, record, stopping
+        self.budget = budget
+        self.is_population = isinstance(inner, PopulationBasedTraining)
+        self.added: set[str] = set()
+        self.stopped: set[str] = set()
+        """Trials that it has decided to stop."""
+
+    @property
+    def metric(self) -> str | None:
+        return self.inner.metric
+
+    @property
+    def supports_buffered_results(self) -> bool:
+        return False
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        return True
+
+    # What Tune tells
+
+    def on_trial_add(self, tune_controller: Any, trial: RayTrial) -> None:
+        if trial.trial_id not in self.added:
+            self.added.add(trial.trial_id)
+            self.inner.on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        known = self.record.trials[trial.trial_id]
+        # Tune shows the last result again when a trial ends, and a trial that was cut off makes some a second time.
+        if known.is_over or "tokens" not in result or result["tokens"] <= known.tokens:
+            return self.CONTINUE
+        if failure := result.get("failure"):
+            self.record.end(trial.trial_id, "failed", failure)
+            self.inner.on_trial_remove(tune_controller, trial)
+            return self.CONTINUE
+        self.record.result(trial.trial_id, {key: result[key] for key in KEPT if key in result})
+        if self.is_population:
+            return self._in_population(tune_controller, trial, result)
+        return self._decided(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
+        known = self.record.trials[trial.trial_id]
+        if known.is_over or (self.stopping() and trial.trial_id not in self.stopped and not self._is_whole(trial)):
+            return  # it goes on when the sweep does
+        self.record.end(trial.trial_id, "completed" if self._is_whole(trial) else "stopped early")
+        self.inner.on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: RayTrial) -> None:
+        if not self.record.trials[trial.trial_id].is_over and not self.stopping():
+            self.record.end(trial.trial_id, "stopped early")
+            self.inner.on_trial_remove(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
+        if not self.record.trials[trial.trial_id].is_over:
+            last = str(trial.get_error() or "its process was lost").strip().split("\n")[-1]
+            self.record.end(trial.trial_id, "failed", last)
+            self.inner.on_trial_error(tune_controller, trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> RayTrial | None:
+        return None if self.stopping() else self.inner.choose_trial_to_run(tune_controller)
+
+    def debug_string(self) -> str:
+        return self.inner.debug_string()
+
+    def _decided(self, tune_controller: Any, trial: RayTrial, result: Mapping[str, Any]) -> str:
+        between = self.budget.eval_every * self.budget.batch_tokens
+        decision = self.inner.on_trial_result(
+            tune_controller, trial, {**result, EVALUATIONS: math.ceil(result["tokens"] / between)}
+        )
+        if decision == self.STOP:
+            self.stopped.add(trial.trial_id)
+        return decision
+
+    def _is_whole(self, trial: RayTrial) -> bool:
+        return self.record.trials[trial.trial_id].tokens >= self.budget.tokens
+
+    # A population
+
+    def _in_population(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        if self._is_whole(trial):  # there is nothing left to train after a change
+            return self.CONTINUE
+        settings = dict(trial.config)
+        decision = self.inner.on_trial_result(_Keeper(tune_controller), trial, result)
+        if trial.config != settings:
+            *_, donor, _, step = trial.latest_checkpoint_result.checkpoint.path.split("/")
+            tokens = int(step.removeprefix("step_")) * self.budget.batch_tokens
+            self.record.change(trial.trial_id, trial.config, donor, tokens)
+        return decision
+
+    # What was told before
+
+    def replay(self, trials: Mapping[str, RayTrial]) -> None:
+        """Show the scheduler again what the record has, in its order; those that are not over are pending afterwards.
+
+        A population begins anew with the trials as they are: its changes are in the record already.
+        """
+        if not self.is_population:
+            past = _Past(self.inner)
+            for event in self.record.events:
+                self._again(past, event, trials)
+        for trial_id, trial in trials.items():
+            if trial_id in self.stopped and not self.record.trials[trial_id].is_over:  # died before it was told
+                self.record.end(trial_id, "completed" if self._is_whole(trial) else "stopped early")
+            if not self.record.trials[trial_id].is_over:
+                trial.set_status(RayTrial.PENDING)
+
+    def _again(self, past: _Past, event: Event, trials: Mapping[str, RayTrial]) -> None:
+        match event:
+            case {"begun": trial_id}:
+                self.added.add(trial_id)
+                self.inner.on_trial_add(past, trials[trial_id])
+            case {"result": trial_id, **result}:
+                trial = trials[trial_id]
+                trial.set_status(RayTrial.RUNNING)
+                trial.update_last_result(result)
+                if self._decided(past, trial, result) == self.PAUSE:
+                    trial.set_status(RayTrial.PAUSED)
+            case {"over": trial_id, "status": status}:
+                trial = trials[trial_id]
+                if trial.status == RayTrial.TERMINATED:
+                    return
+                if status == "failed" or trial.status != RayTrial.RUNNING:
+                    self.inner.on_trial_remove(past, trial)
+                else:
+                    self.inner.on_trial_complete(past, trial, trial.last_result)
+                trial.set_status(RayTrial.TERMINATED)
+
+
+class _Past:
+    """What a scheduler may ask of Tune's controller, when it is shown again what happened."""
+
+    def __init__(self, inner: TrialScheduler):
+        self.inner = inner
+
+    def stop_trial(self, trial: RayTrial) -> None:
+        self.inner.on_trial_remove(self, trial)
+        trial.set_status(RayTrial.TERMINATED)
+
+
+class _Keeper:
+    """Tune's controller to a population: trials have checkpoints of their own, and none need be made for others."""
+
+    def __init__(self, controller: Any):
+        self.controller = controller
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.controller, name)
+
+    def _schedule_trial_save(self, trial: RayTrial, result: Mapping[str, Any], **_: Any) -> Checkpoint:
+        series = Series(result["best_checkpoint"].rpartition("/")[0])
+        return Checkpoint(series.path(result["step"]))
+
+
+class Limits(NotSaved, Stopper):
+    """Ends the sweep as a whole, as tune.stop says."""
+
+    def __init__(self, section: StopConfig, record: Record, metric: str):
+        self.section, self.record, self.metric = section, record, metric
+        self.began = time.monotonic() - record.seconds
+
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        section, trials = self.section, self.record.trials.values()
+        if section.seconds is not None and time.monotonic() - self.began >= section.seconds:
+            return True
+        if section.tokens is not None and sum(trial.tokens for trial in trials) >= section.tokens:
+            return True
+        best = min((trial.results[-1][self.metric] for trial in trials if trial.results), default=math.inf)
+        return section.perplexity is not None and best <= section.perplexity
