@@ -7,6 +7,8 @@ trial: 1.1 s of overhead a trial against 12.6 s with a worker group, which is fo
 from __future__ import annotations
 
 import dataclasses
+import json as jsonlib
+import logging
 import math
 import os
 import random
@@ -162,6 +164,7 @@ def sweep(
         return cluster.stopped_by() is not None
 
     os.environ |= TUNE_ENVIRONMENT
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     budget = train.budget_of(experiment, store)
     record = sweeps.Record(begun.directory)
     if record.trials:
@@ -178,7 +181,8 @@ def sweep(
         sweeps.points(section, experiment.train.seed),
         record,
         scheduler,
-        together=together,
+        # A population is compared as a whole: its trials take turns.
+        together=together if section.scheduler.kind != "pbt" else section.num_samples,
         values=lambda trial: values(experiment, store, trial),
         stopping=stopping,
     )
@@ -254,6 +258,7 @@ def trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> N
     from ray import tune as ray_tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from raylm import sweep as sweeps
     from raylm import tokens as stores
     from raylm import train
 
@@ -268,8 +273,8 @@ def trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> N
         run.parameters({**train.parameters(experiment, store, budget), **settings})
         run.text(dump(experiment), "experiment.yaml")
         job = dataclasses.replace(template, experiment=experiment, budget=budget, run=run, directory=directory)
-        if (donor := ray_tune.get_checkpoint()) is not None:
-            adopt(donor.path, job)
+        if ray_tune.get_checkpoint() is not None:  # of a population; all other checkpoints are the trial's own
+            adopt(sweeps.Record(template.directory).changes(trial_id)[-1], template, job)
         if resources.num_workers == 1:
             _fit_here(job)
         else:
@@ -320,21 +325,27 @@ class InTrial:
         return []
 
 
-def adopt(donor: str, job: Job) -> None:
-    """Have a trial go on from a checkpoint of another one's, instead of its own; once, however often it is begun."""
+def adopt(change: dict[str, Any], template: Job, job: Job) -> None:
+    """Have a trial go on from a checkpoint of another one, as its population has decided; once, however often begun."""
     from raylm import checkpoint, storage
 
-    marker = f"{job.directory}/adopted"
-    if storage.read(marker) == donor.encode():
+    marker, told = f"{job.directory}/adopted.json", jsonlib.dumps(change).encode()
+    if storage.read(marker) == told:
         return
-    directory, step = donor.rsplit("/", 1)
-    series = checkpoint.Series(directory)
-    wanted = int(step.removeprefix("step_"))
-    if series.fault(wanted) is not None:  # removed since, when the other one went on
-        wanted = series.newest()[0] or wanted
-    with tempfile.TemporaryDirectory(prefix="raylm-adopted-") as scratch:
-        job.checkpoints.replace(series.fetch(wanted, Path(scratch)), wanted)
-    storage.write(marker, donor.encode())
+    theirs = checkpoint.Series(f"{template.directory}/{change['like']}/checkpoints")
+    step: int | None = change["tokens"] // job.budget.batch_tokens
+    for attempt in range(3):  # the other one goes on, and may remove a checkpoint while it is copied
+        if step is None or theirs.fault(step) is not None:
+            step, _ = theirs.newest()
+        assert step is not None, f"{change['like']}: a trial that was compared has checkpoints"
+        try:
+            with tempfile.TemporaryDirectory(prefix="raylm-adopted-") as scratch:
+                job.checkpoints.replace(theirs.fetch(step, Path(scratch)), step)
+            break
+        except (OSError, RaylmError):
+            if attempt == 2:
+                raise
+    storage.write(marker, told)
 
 
 def release(placement_group: str | None) -> None:

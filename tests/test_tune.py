@@ -1,12 +1,14 @@
 """Sweeps on real Tune: trials in their own processes, and one with a worker group in each."""
 
+import itertools
+import json
 import math
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from raylm import budget, checkpoint, cluster, prepare, runs, train, tune
+from raylm import budget, checkpoint, cluster, prepare, runs, tracking, train, tune
 from raylm import sweep as sweeps
 from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
 from raylm.errors import ConfigError
@@ -121,6 +123,107 @@ def test_asha_stops_the_worse_trials_early_at_a_rung_of_tokens(ray_cluster, tiny
     assert best["settings"] == {"train.learning_rate": 2e-2}
     assert rows[0]["tokens"] == 5120
     assert [(row["status"], row["tokens"]) for row in rows[1:]] == [("stopped early", 1024)] * 3
+
+
+class Died(Exception):
+    pass
+
+
+def dies_after(monkeypatch, results):
+    """Have the sweep's own process die when so many results were written down in it."""
+    wrote = sweeps.Record.result
+    seen = itertools.count(1)
+    left = [results]
+
+    def result(self, *arguments):
+        wrote(self, *arguments)
+        left[0] = results - next(seen)
+
+    def stop_all(self):
+        if left[0] <= 0:
+            raise Died
+        return False
+
+    monkeypatch.setattr(sweeps.Record, "result", result)
+    monkeypatch.setattr(sweeps.Limits, "stop_all", stop_all)
+
+
+@pytest.mark.parametrize("searcher", ["random", pytest.param("optuna", marks=pytest.mark.slow)])
+def test_a_sweep_that_died_twice_ends_as_if_it_had_not(ray_cluster, tiny, monkeypatch, searcher):
+    experiment = override(
+        tiny("train.max_tokens=2560", f"name={searcher}"),
+        {
+            "tune.space": {"train.learning_rate": {"loguniform": [1e-4, 1e-1]}},
+            "tune.num_samples": 6,
+            "tune.searcher": searcher,
+            "tune.max_concurrent_trials": 1,
+            "tune.scheduler": {"kind": "asha", "grace_tokens": 512, "reduction_factor": 2.0},
+        },
+    )
+    whole, *_ = run(experiment)
+    for resume in ("never", "must"):
+        with monkeypatch.context() as patch:
+            dies_after(patch, 6)
+            with pytest.raises(Died):
+                run(experiment, resume)
+    rows, _, parent = run(experiment, "must")
+    assert {row["status"] for row in rows} == {"completed", "stopped early"}
+    kept = ("trial_id", "status", "perplexity", "bits_per_byte", "tokens", "settings", "best_step")
+    assert [{key: row[key] for key in kept} for row in rows] == [{key: row[key] for key in kept} for row in whole]
+    attempts = [trial.attempts for trial in sweeps.read(parent.directory).values()]
+    assert sorted(attempts)[:-2] == [1] * 4, "what was over was not run again"
+    assert sum(attempts) <= 8
+
+
+@pytest.mark.slow
+def test_a_population_goes_on_from_its_best_with_other_settings(ray_cluster, tiny):
+    experiment = override(
+        tiny("train.max_tokens=5120", "name=population"),
+        {
+            "tune.space": {"train.learning_rate": {"loguniform": [1e-5, 1e-1]}},
+            "tune.num_samples": 4,
+            "tune.scheduler": {"kind": "pbt", "every_tokens": 1024},
+        },
+    )
+    rows, best, parent = run(experiment)
+    assert {row["status"] for row in rows} == {"completed"}
+    events = sweeps.Record(parent.directory).events
+    changes = [event for event in events if "changed" in event]
+    assert changes, "somebody was far behind"
+    begun = {event["begun"]: event["settings"] for event in events if "begun" in event}
+    for change in changes:
+        assert change["like"] != change["changed"]
+    trials = sweeps.read(parent.directory)
+    for trial_id, change in {event["changed"]: event for event in changes}.items():
+        assert trials[trial_id].settings == change["settings"] != begun[trial_id]
+        adopted = json.loads(Path(parent.directory, trial_id, "adopted.json").read_text())
+        assert adopted == change
+    schedules = [
+        (
+            tracking.Run(f"{parent.directory}/{trial_id}").series()["train/learning_rate"][-1][1]
+            / trial.settings["train.learning_rate"]
+        )
+        for trial_id, trial in trials.items()
+    ]
+    assert schedules == pytest.approx([schedules[0]] * 4), "the rates are those of each trial's last settings"
+    assert best["perplexity"] == min(row["perplexity"] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["median", "hyperband"])
+def test_other_schedulers(ray_cluster, tiny, kind):
+    experiment = override(
+        tiny("train.max_tokens=2560", f"name={kind}"),
+        {
+            "tune.space": {"train.learning_rate": {"grid": [2e-2, 1e-2, 5e-2, 3e-2, 1e-6, 2e-6]}},
+            "tune.num_samples": 1,
+            "tune.scheduler": {"kind": kind, "grace_tokens": 512},
+        },
+    )
+    rows, best, _ = run(experiment)
+    assert [row["status"] for row in rows].count("stopped early") >= 1
+    assert best["settings"]["train.learning_rate"] >= 1e-2
+    assert len(rows) == 6
 
 
 def test_trials_of_two_workers_take_the_same_road(ray_cluster, tiny):

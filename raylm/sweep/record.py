@@ -65,6 +65,10 @@ class Record:
         for event in self.events:
             self._apply(event)
 
+    def changes(self, trial_id: str) -> list[Event]:
+        """What a population has made of a trial so far."""
+        return [event for event in self.events if event.get("changed") == trial_id]
+
     def begin(self, trial_id: str, settings: Mapping[str, Any]) -> None:
         self._add({"begun": trial_id, "settings": dict(settings)})
 

@@ -20,7 +20,6 @@ from ray.tune.schedulers import (
 from ray.tune.stopper import Stopper
 
 from raylm.budget import Budget
-from raylm.checkpoint import Series
 from raylm.config import MUTABLE, StopConfig, TuneConfig
 from raylm.sweep.record import Event, NotSaved, Record
 from raylm.sweep.space import Space, domains
@@ -161,9 +160,8 @@ class Recorded(NotSaved, TrialScheduler):
         settings = dict(trial.config)
         decision = self.inner.on_trial_result(_Keeper(tune_controller), trial, result)
         if trial.config != settings:
-            *_, donor, _, step = trial.latest_checkpoint_result.checkpoint.path.split("/")
-            tokens = int(step.removeprefix("step_")) * self.budget.batch_tokens
-            self.record.change(trial.trial_id, trial.config, donor, tokens)
+            donor = trial.latest_checkpoint_result.checkpoint.path.split("/")[-2]
+            self.record.change(trial.trial_id, trial.config, donor, self.record.trials[donor].tokens)
         return decision
 
     # What was told before
@@ -226,8 +224,7 @@ class _Keeper:
         return getattr(self.controller, name)
 
     def _schedule_trial_save(self, trial: RayTrial, result: Mapping[str, Any], **_: Any) -> Checkpoint:
-        series = Series(result["best_checkpoint"].rpartition("/")[0])
-        return Checkpoint(series.path(result["step"]))
+        return Checkpoint(result["best_checkpoint"].rpartition("/")[0])  # all of them: this one is soon removed
 
 
 class Limits(NotSaved, Stopper):
