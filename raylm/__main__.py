@@ -6,7 +6,10 @@ import typer
 
 from raylm import cli
 
-VERBS = ("prepare", "inspect", "train", "tune", "evaluate", "generate", "push", "sync")
+VERBS = (
+    "prepare", "inspect", "train", "tune", "evaluate", "generate", "push", "report", "compare", "sync", "submit",
+    "doctor",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -16,7 +19,7 @@ def main() -> None:
         add_completion=False,
     )
     for verb in VERBS:
-        app.command(verb)(getattr(importlib.import_module(f"raylm.{verb}"), verb))
+        cli.add(app, getattr(importlib.import_module(f"raylm.{verb}"), verb), verb)
     cli.run(app)
 
 

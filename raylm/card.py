@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from raylm import cli, corpus, tokens
-from raylm.checkpoint import check, read_experiment, read_record
+from raylm import cli, corpus, storage, tokens
+from raylm.checkpoint import OF_TRAINING, check, read_experiment, read_record
 from raylm.checkpoint.directory import EXPERIMENT, RECORD
 from raylm.config import Experiment, get
 from raylm.errors import DataError, StorageError
@@ -313,35 +313,60 @@ def _code(text: str) -> str:
 # A plain directory ---------------------------------------------------------------------------------------------------
 
 
-def export(checkpoint: str | Path, target: str | Path) -> Path:
-    """The plain Hugging Face directory of a trained checkpoint: model, tokenizer, card, experiment, raylm.json.
+def export(checkpoint: str | Path, target: str | Path) -> str:
+    """Write the plain Hugging Face directory of a trained checkpoint: model, tokenizer, card, experiment, raylm.json.
 
-    It is written beside `target` and renamed, so what stood there is replaced by a whole one or not at all. Weights are
-    hard links where the file system has them, and copies elsewhere; the small files are copies, to be edited freely.
+    Its place, in full. What stood there is replaced by a whole one or not at all. Weights are hard links where the file
+    system has them, and copies elsewhere; the small files are copies, to be edited freely.
     """
-    directory, target = check(checkpoint), Path(target).resolve()
-    experiment = read_experiment(directory)
-    if experiment is None:
-        raise StorageError(f"{directory} was not trained by raylm: it holds no {EXPERIMENT}", where=str(directory))
-    files = model_files(directory)
-    made = of(directory, HERE, published(experiment), parameters(directory, files))
-    files |= {EXPERIMENT: directory / EXPERIMENT, RECORD: directory / RECORD, CARD: made}
-    with _replaced(target) as new:
-        for name, content in files.items():
+    with storage.here(str(checkpoint), but_for=OF_TRAINING) as found:
+        directory = check(found)
+        experiment = read_experiment(directory)
+        if experiment is None:
+            raise StorageError(f"{checkpoint} was not trained by raylm: it holds no {EXPERIMENT}", str(checkpoint))
+        files = model_files(directory)
+        made = of(directory, HERE, published(experiment), parameters(directory, files))
+        files |= {EXPERIMENT: directory / EXPERIMENT, RECORD: directory / RECORD, CARD: made}
+        if storage.is_remote(str(target)):
+            _send(files, str(target))
+            return str(target)
+        target = Path(target).resolve()
+        with _replaced(target) as new:
+            for name, content in files.items():
+                if isinstance(content, bytes):
+                    (new / name).write_bytes(content)
+                elif name.endswith(".safetensors"):
+                    _link(content, new / name)
+                else:
+                    shutil.copyfile(content, new / name)
+        return str(target)
+
+
+def _send(files: Files, target: str) -> None:
+    """Where nothing can be renamed: config.json, without which a directory holds no model, is removed first and written
+    last."""
+    with storage.reached(target):
+        there = storage.names(target)
+        _check_replaceable(target, there and CARD not in there)
+        storage.remove_file(f"{target}/config.json")
+        storage.remove(target)
+        for name in sorted(files, key=lambda name: name == "config.json"):
+            content = files[name]
             if isinstance(content, bytes):
-                (new / name).write_bytes(content)
-            elif name.endswith(".safetensors"):
-                _link(content, new / name)
+                storage.write(f"{target}/{name}", content)
             else:
-                shutil.copyfile(content, new / name)
-    return target
+                storage.upload(content, f"{target}/{name}")
+
+
+def _check_replaceable(target: str | Path, is_other: object) -> None:
+    if is_other:
+        raise StorageError(f"{target} is there already and holds no exported model; move it away", where=str(target))
 
 
 @contextmanager
 def _replaced(target: Path) -> Iterator[Path]:
     """A new directory that takes the place of `target` at the end; StorageError, and `target` as it was, on failure."""
-    if target.exists() and not (target / CARD).exists():
-        raise StorageError(f"{target} is there already and holds no exported model; move it away", where=str(target))
+    _check_replaceable(target, target.exists() and not (target / CARD).exists())
     new, old = (target.with_name(f".{target.name}-{secrets.token_hex(4)}") for _ in range(2))
     try:
         new.mkdir(parents=True)

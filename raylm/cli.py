@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -22,7 +23,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from raylm import config as experiments
-from raylm.errors import ConfigError, RaylmError
+from raylm.errors import ConfigError, Interrupted, RaylmError
 
 Settings = Annotated[
     list[str] | None,
@@ -91,12 +92,24 @@ def run(verb: Callable[..., Answer | None] | typer.Typer) -> None:
         app = verb
     else:
         app = typer.Typer(add_completion=False)
-        app.command()(verb)
+        add(app, verb)
+    signal.signal(signal.SIGTERM, _terminated)
     with _stdout_for_result(as_json) as stdout:
         exit_code = _run(app, as_json, stdout)
         stdout.flush()
     sys.stderr.flush()
     sys.exit(exit_code)
+
+
+def add(app: typer.Typer, verb: Callable[..., Answer | None], name: str | None = None) -> None:
+    """Make a verb a command. What comes after the first argument of one that `passes_on` is another command's."""
+    others = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+    app.command(name, context_settings=others if getattr(verb, "passes_on", False) else None)(verb)
+
+
+def _terminated(number: int, frame: object) -> None:
+    """End as an error does, so that what was begun is closed."""
+    raise Interrupted("terminated; the same command goes on from there")
 
 
 def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:

@@ -7,10 +7,13 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylm.config import ClusterConfig
 from raylm.errors import ConfigError
@@ -194,6 +197,37 @@ def connect(section: ClusterConfig) -> Iterator[Resources]:
         ray.shutdown()
 
 
+ANSWER_SECONDS = 60.0
+"""How long a node may take to start a process and call a function in it."""
+
+
+def other_nodes() -> dict[str, str]:
+    """Id -> address of the nodes that workers may run on, but for this process's own."""
+    here = ray.get_runtime_context().get_node_id()
+    return {
+        node["NodeID"]: node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] != here and {"CPU", "GPU"} & node["Resources"].keys()
+    }
+
+
+def on_nodes(nodes: Collection[str], function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """What a function gives on each of these nodes, by their ids; the error where it cannot be called."""
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    asked = {
+        node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(*arguments)
+        for node in nodes
+    }
+    until = time.monotonic() + ANSWER_SECONDS
+    found: dict[str, Any] = {}
+    for node, answer in asked.items():
+        try:
+            found[node] = ray.get(answer, timeout=max(0.0, until - time.monotonic()))
+        except ray.exceptions.RayError as error:
+            found[node] = error
+    return found
+
+
 def cpus_here() -> int:
     """CPUs that this process may use."""
     return int(_this_machine()["CPU"])
@@ -219,7 +253,7 @@ def resources(section: ClusterConfig, total: dict[str, float]) -> Resources:
     if found.gpus_per_worker > 1 or (found.most_workers > 1 and not whole):
         raise ConfigError(
             f"cluster.gpus_per_worker must be 1, or a fraction with cluster.num_workers=1, got "
-            f"{found.gpus_per_worker:g} with {found.most_workers} workers: a worker trains on one GPU",
+            f"{found.gpus_per_worker:g} with {workers(found.most_workers)}: a worker trains on one GPU",
             where="cluster.gpus_per_worker",
         )
     wanted_cpus = found.num_workers * found.cpus_per_worker
@@ -237,6 +271,11 @@ def resources(section: ClusterConfig, total: dict[str, float]) -> Resources:
             where="cluster.num_workers",
         )
     return found
+
+
+def workers(number: int) -> str:
+    """1 worker, 2 workers."""
+    return f"{number} worker{'s' * (number != 1)}"
 
 
 def _this_machine() -> dict[str, float]:

@@ -48,9 +48,9 @@ def evaluate(
 
     directory = checkpoint.check(model)
     # Whatever the model was trained on; and what lies beside a model does not say that it may run.
-    here = ["cluster={}", "model.trust_remote_code=false"]
+    ours = ["cluster={}", "model.trust_remote_code=false"]
     experiment = cli.experiment(
-        config or checkpoint.experiment_file(directory), [*here, *(settings or [])], print_config
+        config or checkpoint.experiment_file(directory), [*ours, *(settings or [])], print_config
     )
     resources = cluster.plan(experiment.cluster)
     if documents is not None:
@@ -59,18 +59,19 @@ def evaluate(
     if dry_run:
         counts = {name: len(numbers) for name, numbers in sets.items()}
         shown = {f"documents of {name}": count for name, count in counts.items()}
-        return cli.Answer({"model": str(directory), "sets": counts}, tables.facts({"model": str(directory), **shown}))
+        return cli.Answer({"model": model, "sets": counts}, tables.facts({"model": model, **shown}))
     from transformers import AutoConfig
 
     from raylm import model as models
-    from raylm import train
+    from raylm import storage, train
 
-    where = str(directory.resolve())
+    here = str(directory.resolve())
     with cli.task("Scoring", "documents") as progress:
         if resources is not None and resources.num_workers == 1:
-            rows = train.score(where, found, experiment, None, progress)
+            rows = train.score(here, found, experiment, None, progress)
         else:
             with cluster.connect(experiment.cluster) as connected:
+                where = model if storage.is_remote(model) else here
                 rows = train.score(where, found, experiment, connected, progress)
     measure = (
         "pseudo_perplexity"
@@ -78,11 +79,10 @@ def evaluate(
         else "perplexity"
     )
     scored = Scored(rows, found, sets, measure, keywords=bool(experiment.objective.keywords))
-    record = {"model": str(directory), **scored.record()}
+    record = {"model": model, **scored.record()}
     if record["nll"] is None:
         raise StorageError(
-            f"{directory}: the likelihood of the text is not a finite number: the model has diverged or is damaged",
-            str(directory),
+            f"{model}: the likelihood of the text is not a finite number: the model has diverged or is damaged", model
         )
     if documents is not None:
         write_lines(documents, scored.lines())

@@ -74,13 +74,15 @@ def generate(
     for text in texts:
         if mask not in text:
             raise ConfigError(f"--prompt {text!r}: a masked model fills {mask}; put one in", "--prompt")
-    record: dict[str, Any] = {"model": str(directory), **_shown(how), "seed": seed}
+    record: dict[str, Any] = {"model": model, **_shown(how), "seed": seed}
     if output is None and dry_run:
         record["prompts"] = texts
         return cli.Answer(record, tables.facts(record))
-    from raylm import generation
+    from raylm import generation, storage
 
-    load = functools.partial(generation.load, str(directory.resolve()), how, seed, trusted)
+    # Workers on other nodes do not see this one's copy.
+    where = model if output is not None and storage.is_remote(model) else str(directory.resolve())
+    load = functools.partial(generation.load, where, how, seed, trusted)
     if output is None:
         with cli.task("Loading the model"):
             writer = load(cluster.cpus_here(), None)

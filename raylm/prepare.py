@@ -9,7 +9,7 @@ import typer
 
 from raylm import cli
 from raylm.config import CorpusConfig, Experiment, TokenizerConfig
-from raylm.errors import DataError
+from raylm.errors import DataError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,13 +49,39 @@ def prepare(
 
 def ready(experiment: Experiment) -> tuple[Store, bool]:
     """`prepared`, with a Ray of its own if the store is not there yet."""
-    from raylm import cluster, tokenizer, tokens
+    from raylm import cluster, storage, tokenizer, tokens
 
+    storage.look(experiment.storage)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     if tokens.is_store(tokens.store_path(experiment.storage, experiment.corpus, chosen)):
         return prepared(experiment)
+    storage.check(experiment.storage)
     with cluster.connect(experiment.cluster):
+        check_nodes(experiment)
         return prepared(experiment)
+
+
+def check_nodes(experiment: Experiment) -> None:
+    """StorageError if other nodes of the cluster, which is connected, do not read and write in the same storage."""
+    from raylm import cluster, storage
+
+    nodes = cluster.other_nodes()
+    if not nodes:
+        return
+    marked = storage.mark(experiment.storage)
+    found = cluster.on_nodes(nodes, storage.unusable, marked)
+    storage.remove_file(marked)
+    problems = [f"{nodes[node]}: {str(why).splitlines()[0]}" for node, why in found.items() if why is not None]
+    if problems:
+        way_out = "give a directory that all nodes share, or a place in object storage such as s3://bucket/runs"
+        if storage.is_remote(experiment.storage):
+            way_out = "have the credentials for it in the environment of every node"
+        raise StorageError(
+            f"storage={experiment.storage} cannot be read and written by all nodes of the cluster:\n  "
+            + "\n  ".join(problems)
+            + f"\n{way_out}",
+            "storage",
+        )
 
 
 def prepared(experiment: Experiment) -> tuple[Store, bool]:
@@ -116,8 +142,9 @@ def nothing_to_score(key: str, paths: Sequence[str]) -> DataError:
 
 def verified(experiment: Experiment) -> cli.Answer:
     """The answer that the experiment's store is whole; DataError naming the files of it that are not."""
-    from raylm import tokenizer, tokens
+    from raylm import storage, tokenizer, tokens
 
+    storage.look(experiment.storage)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen)
     if not tokens.is_store(path):
@@ -133,8 +160,9 @@ def verified(experiment: Experiment) -> cli.Answer:
 
 def plan(experiment: Experiment) -> cli.Answer:
     """What prepare would do: the sources, and where the store lies."""
-    from raylm import corpus, tokenizer, tokens
+    from raylm import corpus, storage, tokenizer, tokens
 
+    storage.look(experiment.storage)
     sources = corpus.check(experiment.corpus)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)

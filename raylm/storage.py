@@ -1,6 +1,8 @@
 """Files under `storage`, on this machine or on any file system that pyarrow reaches.
 
 A path is a local one or a URI: s3://bucket/runs, gs://…, hdfs://…, and what fsspec knows where that is installed.
+Credentials, and the address of a server that is not Amazon's, are those of the environment: AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL.
 """
 
 from __future__ import annotations
@@ -9,17 +11,28 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
+import tempfile
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raylm.errors import StorageError
+from raylm.errors import ConfigError, RaylmError, StorageError
 
 PIECE = 2**22
 """Bytes that are copied at a time."""
+
+ANSWER_SECONDS = 8.0
+"""How long `storage` may take to answer when a command begins."""
+
+NOT_IN_A_URI = re.compile(r"://[^/@]*:[^@]*@|\?")
+"""name:password@, where the password may have a slash, and ?option=…"""
 
 
 class Stored(NamedTuple):
@@ -49,8 +62,9 @@ def _file_system(root: str) -> tuple[Any, str | None]:
     import pyarrow
     import pyarrow.fs
 
+    in_one = "?allow_delayed_open=true" if root.startswith("s3://") else ""  # a small file is one request, not three
     try:
-        return pyarrow.fs.FileSystem.from_uri(root)
+        return pyarrow.fs.FileSystem.from_uri(f"{root}{in_one}")
     except pyarrow.ArrowInvalid:
         import fsspec  # type: ignore[import-untyped]
 
@@ -150,15 +164,38 @@ def fault(path: str, expected: Stored) -> str | None:
     return None if digest.hexdigest() == expected.sha256 else "not the bytes that were written"
 
 
+@contextlib.contextmanager
+def here(path: str, but_for: Sequence[str] = ()) -> Iterator[Path]:
+    """A directory on this machine: itself, or a copy of a remote one's files, which goes with the context.
+
+    Files whose names match a pattern of `but_for` are not copied.
+    """
+    if not is_remote(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="raylm-") as copy:
+        with reached(path), ThreadPoolExecutor(8) as pool:
+            wanted = [name for name in _files(path) if not any(fnmatch(name, pattern) for pattern in but_for)]
+            list(pool.map(lambda name: download(f"{path}/{name}", Path(copy, name)), wanted))
+        yield Path(copy)
+
+
 def names(path: str) -> list[str]:
     """The names in a directory, sorted; none if it is not there."""
     if not is_remote(path):
         return sorted(os.listdir(path)) if os.path.isdir(path) else []
+    return sorted(info.base_name for info in _inside(path))
+
+
+def _files(path: str) -> list[str]:
+    return sorted(info.base_name for info in _inside(path) if info.is_file)
+
+
+def _inside(path: str) -> list[Any]:
     from pyarrow.fs import FileSelector
 
     system, inner = file_system(path)
-    found = system.get_file_info(FileSelector(inner, allow_not_found=True))
-    return sorted(info.base_name for info in found)
+    return list(system.get_file_info(FileSelector(inner, allow_not_found=True)))
 
 
 def remove_file(path: str) -> None:
@@ -179,21 +216,86 @@ def remove(path: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
         return
     system, inner = file_system(path)
-    if names(path):
+    with contextlib.suppress(FileNotFoundError):
         system.delete_dir(inner)
 
 
+# What a command finds out before it begins ---------------------------------------------------------------------------
+
+
+def look(storage: str) -> None:
+    """Read what is in the place that the setting names; an error that names it if that cannot be done in time."""
+    _in_time(lambda: names(storage), storage, "read")
+
+
 def check(storage: str) -> None:
-    """Write a file and remove it again; StorageError, naming the setting, if that cannot be done."""
+    """Write a file there and remove it again; an error that names the setting if that cannot be done in time."""
+    _in_time(lambda: remove_file(mark(storage)), storage, "written")
+
+
+def mark(storage: str) -> str:
+    """A new file there, for others to find."""
     path = f"{storage}/.raylm-{uuid.uuid4().hex}"
+    write(path, b"raylm")
+    return path
+
+
+def unusable(marked: str) -> str | None:
+    """Why this process can not read a mark and write beside it; None if it can."""
     try:
-        write(path, b"raylm")
-        remove_file(path)
-    except Exception as error:  # pyarrow's, fsspec's and the cloud's own errors
-        problem = str(error).strip().split("\n")[0]
-        raise StorageError(
-            f"storage={storage} cannot be written: {problem}; give a place that can, and its credentials", "storage"
-        ) from error
+        if read(marked) is None:
+            return "not the same directory"
+        beside = f"{marked}-{uuid.uuid4().hex}"
+        write(beside, b"raylm")
+        remove_file(beside)
+    except Exception as error:  # pyarrow's, fsspec's and the cloud's own
+        return _first_line(error)
+    return None
+
+
+def _in_time(act: Callable[[], object], storage: str, done: str) -> None:
+    if is_remote(storage) and NOT_IN_A_URI.search(storage):
+        raise ConfigError(
+            "storage must come without credentials and options, since it is written down in many places; give them in "
+            "the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL",
+            "storage",
+        )
+    failures: list[Exception] = []
+
+    def acting() -> None:
+        try:
+            act()
+        except Exception as error:  # pyarrow's, fsspec's and the cloud's own
+            failures.append(error)
+
+    thread = threading.Thread(target=acting, daemon=True)  # a server that does not answer can keep it for minutes
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    if thread.is_alive():
+        problem = f"no answer in {ANSWER_SECONDS:g} seconds"
+    elif failures:
+        problem = _first_line(failures[0])
+    else:
+        return
+    credentials = ", and its credentials in the environment" if is_remote(storage) else ""
+    raise StorageError(
+        f"storage={storage} cannot be {done}: {problem}; give a place that can{credentials}", "storage"
+    ) from (failures[0] if failures else None)
+
+
+@contextlib.contextmanager
+def reached(path: str) -> Iterator[None]:
+    """Inside, whatever a file system refuses is a StorageError that names the path."""
+    try:
+        yield
+    except RaylmError:
+        raise
+    except Exception as error:  # pyarrow's, fsspec's and the cloud's own
+        raise StorageError(f"{path} cannot be reached: {_first_line(error)}", path) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from raylm.cli import figure
 def trials(rows: Sequence[Mapping[str, Any]], measure: str = "perplexity") -> Table:
     """Trials in the order given: rank, id, scores, tokens, what became of it, and its settings."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    settings = list(rows[0]["settings"]) if rows else []
+    settings = list(dict.fromkeys(key for row in rows for key in row["settings"]))
     table.add_column("", justify="right")
     table.add_column("trial")
     for name in (measure, "bits/byte", "tokens"):
@@ -29,7 +29,7 @@ def trials(rows: Sequence[Mapping[str, Any]], measure: str = "perplexity") -> Ta
             *scores,
             f"{row['tokens']:,}",
             row["status"],
-            *[figure(row["settings"][key]) for key in settings],
+            *[figure(row["settings"].get(key, "-")) for key in settings],
             style="bold" if rank == 1 and row["perplexity"] is not None else None,
         )
     return table
@@ -39,6 +39,17 @@ def facts(pairs: Mapping[str, Any]) -> str:
     """A line a fact: its name, its value; None is left out."""
     width = max(len(name) for name in pairs)
     return "\n".join(f"{name:<{width}}  {figure(value)}" for name, value in pairs.items() if value is not None)
+
+
+def side_by_side(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Table:
+    """A column for each of a few things, a row for each fact of theirs; None is a dash."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for fact, values in rows.items():
+        table.add_row(fact, *("-" if value is None else figure(value) for value in values))
+    return table
 
 
 def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:

@@ -146,7 +146,7 @@ def trained(experiment: Experiment, store: Store, run: Run, begun: Begun, resour
         with cli.task("Scoring the whole validation split", "documents") as advance:
             scored = Score.of(score(target, store.validation, experiment, resources, advance))
         best |= {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
-    run.metrics(best_metrics(experiment, best), best["step"])
+    run.metrics(best_metrics(experiment, best), 0)  # which MLflow shows as bars; a point at another step as a dot
     run.tags({"raylm.checkpoint": target})
     run.model(target, experiment.tracking, best["step"], cli.say)
     measure = measured(experiment)

@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raylm import cli
-from raylm.config import Experiment, corners, dump, override
+from raylm.config import Experiment, corners, dump, get, override
 from raylm.errors import ConfigError, Interrupted, OutOfMemory, RaylmError, TrainingError
 from raylm.train import Resume
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from raylm.cluster import Resources
+    from raylm.live import View
     from raylm.loop import Job
     from raylm.runs import Begun
     from raylm.sweep import Record, Trial
@@ -156,7 +157,7 @@ def sweep(
     """
     from ray import tune as ray_tune
 
-    from raylm import cluster, loop, train
+    from raylm import cluster, live, loop, train
     from raylm import sweep as sweeps
     from raylm.prepare import evaluation_sets
 
@@ -171,8 +172,11 @@ def sweep(
         over = sum(trial.is_over for trial in record.trials.values())
         cli.say(f"{begun.directory}: going on with {over} trials over and {len(record.trials) - over} begun")
     section, metric = experiment.tune, f"best_{experiment.tune.metric}"
-    shown = {key: sweeps.shown(sampler) for key, sampler in section.space.items()}
-    parent.parameters({**train.parameters(experiment, store, budget), **shown})
+    measure = train.measured(experiment) if section.metric == "perplexity" else section.metric
+    swept = sweeps.keys(section.space)
+    whole = train.parameters(experiment, store, budget)
+    parent.parameters({key: value for key, value in whole.items() if key not in swept})
+    train.tell_data(parent, experiment, store)
     parent.text(dump(experiment), "experiment.yaml")
     random.seed(experiment.train.seed)  # by which a population draws
     scheduler = sweeps.Recorded(sweeps.scheduler(section, budget, metric), record, budget, stopping)
@@ -191,7 +195,7 @@ def sweep(
     try:
         with (
             tempfile.TemporaryDirectory(prefix="raylm-tune-") as scratch,  # Tune's own files, which nobody needs
-            cli.task(f"Sweep, {together} trial{'s' if together > 1 else ''} at a time", "tokens") as advance,
+            live.sweep(budget.tokens, trials.total_samples, swept, measure) as view,
             cluster.signals(cli.say),
             cluster.watch(lambda _: None, cli.say) as board,
         ):
@@ -214,7 +218,7 @@ def sweep(
                     storage_path=scratch,
                     stop=sweeps.Limits(section.stop, record, metric),
                     failure_config=ray_tune.FailureConfig(max_failures=experiment.cluster.max_failures),
-                    callbacks=[_watcher(record, advance, budget.tokens, trials.total_samples, metric)],
+                    callbacks=[_watcher(record, parent, view, metric)],
                     verbose=0,
                 ),
             ).fit()
@@ -264,14 +268,16 @@ def trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> N
 
     trial_id = ray_tune.get_context().get_trial_id()
     directory = f"{template.directory}/{trial_id}"
-    run = template.run.child(trial_id, directory=directory)
-    budget = template.budget
+    run = template.run.child(trial_id, directory=directory, ships=False)
+    store = stores.open_store(template.store)
+    experiment, budget, said = template.experiment, template.budget, {}
     try:
-        experiment = override(template.experiment, {**settings, "tune.space": {}, "tune.points": []})
-        store = stores.open_store(template.store)
+        experiment = override(experiment, {**settings, "tune.space": {}, "tune.points": []})
         budget = train.budget_of(experiment, store)
-        run.parameters({**train.parameters(experiment, store, budget), **settings})
+        said = train.parameters(experiment, store, budget)
         run.text(dump(experiment), "experiment.yaml")
+        run.parameters({**said, **_swept(template.experiment, settings)})
+        train.tell_data(run, experiment, store)
         job = dataclasses.replace(template, experiment=experiment, budget=budget, run=run, directory=directory)
         if ray_tune.get_checkpoint() is not None:  # of a population; all other checkpoints are the trial's own
             adopt(sweeps.Record(template.directory).changes(trial_id)[-1], template, job)
@@ -281,9 +287,21 @@ def trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> N
             train.fit(job, resources, callbacks=[TuneReportCallback()])
     except Exception as error:
         cause = error if isinstance(error, RaylmError) else TrainingError(f"{type(error).__name__}: {error}")
+        if not said:  # those of the sweep: a failed trial has the same keys
+            plain = train.parameters(template.experiment, store, budget)
+            run.parameters({**plain, **_swept(template.experiment, settings)})
         run.tags({"raylm.failure": cause.message})
         worst = dict.fromkeys(("perplexity", "bits_per_byte", "best_perplexity", "best_bits_per_byte"), math.inf)
         ray_tune.report({**worst, "step": 0, "tokens": budget.tokens, "failure": cause.message})
+
+
+def _swept(experiment: Experiment, settings: dict[str, Any]) -> dict[str, Any]:
+    """Every swept key of a sweep, those too that are not in the space that a trial was drawn from."""
+    from raylm import sweep as sweeps
+
+    return {
+        key: settings[key] if key in settings else get(experiment, key) for key in sweeps.keys(experiment.tune.space)
+    }
 
 
 def _fit_here(job: Job) -> None:
@@ -386,7 +404,7 @@ def finish(
         if child is None:
             continue
         if row["perplexity"] is not None:
-            child.metrics(train.best_metrics(experiment, row), row["best_step"])
+            child.metrics(train.best_metrics(experiment, row), 0)  # which MLflow shows as bars
         child.tags({"raylm.status": row["status"]})
         child.end("FAILED" if row["status"] == "failed" else "FINISHED")
         row["mlflow_run_id"] = child.run_id
@@ -398,8 +416,9 @@ def finish(
         with cli.task("Scoring the best trial on the whole validation split", "documents") as advance:
             scored = Score.of(train.score(best["checkpoint"], store.validation, experiment, resources, advance))
         best |= {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
-    parent.metrics(train.best_metrics(experiment, best), best["best_step"])
+    parent.metrics(train.best_metrics(experiment, best), 0)
     parent.tags({"raylm.best_trial": best["trial_id"], "raylm.checkpoint": best["checkpoint"]})
+    parent.model(best["checkpoint"], experiment.tracking, best["best_step"], cli.say)
     return best
 
 
@@ -435,7 +454,11 @@ def answer(
         "trials": [named(row) for row in rows],
     }
     begun.end(record)
+    if (page := _page(begun.directory, parent)) is not None:
+        record["report"] = page
     failures = "\n".join(_failures(rows))
+    tracking.settle(parent, cli.say)
+    comparison = tracking.compare(parent)  # which links it from the sweep's own page, too
     facts = tables.facts(
         {
             "best trial": best["trial_id"],
@@ -443,12 +466,29 @@ def answer(
             "checkpoint": best["checkpoint"],
             "repeat it": f"{sys.executable} -m raylm.train --config {best['checkpoint']}/experiment.yaml",
             "try it": f"{sys.executable} -m raylm.generate {best['checkpoint']} --prompt '...'",
-            "compare trials": tracking.how_to_look(experiment.tracking),
+            "report": page,
+            "compare trials": comparison
+            if comparison and comparison.startswith("http")
+            else tracking.how_to_look(experiment.tracking),
         }
     )
     return cli.Answer(
         record, (tables.trials(rows, measure.replace("_", "-")), *([failures] if failures else []), "", facts)
     )
+
+
+def _page(directory: str, parent: Run) -> str | None:
+    """The report of a sweep that is over. It can be made again, so its failure is not the sweep's."""
+    from raylm import page
+
+    try:
+        with cli.task("Drawing the report"):
+            found = page.build(directory)
+    except Exception as error:
+        cli.say(f"the report could not be drawn ({error}); again: {sys.executable} -m raylm.report {directory}")
+        return None
+    parent.file(found, "report/report.html")
+    return found
 
 
 def _row(trial: Trial) -> dict[str, Any]:
@@ -470,8 +510,8 @@ def _failures(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{row['trial_id']} failed: {row['failure']}" for row in rows if row["failure"]]
 
 
-def _watcher(record: Record, advance: Callable, tokens: int, trials: int, metric: str) -> Any:
-    """Tells how far all trials are together; a trial that is stopped early needs no more of its budget."""
+def _watcher(record: Record, parent: Run, view: View, metric: str) -> Any:
+    """Shows what becomes of the trials, and clears up after each."""
     from ray.tune import Callback
 
     from raylm.sweep import NotSaved
@@ -479,34 +519,38 @@ def _watcher(record: Record, advance: Callable, tokens: int, trials: int, metric
     class Watcher(NotSaved, Callback):
         def __init__(self) -> None:
             self.reserved: dict[str, str | None] = {}
+            for trial_id, trial in record.trials.items():
+                if trial.is_over:
+                    self.show(trial_id)
 
         def on_trial_start(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
             record.start(trial.trial_id)
+            self.show(trial.trial_id)
 
         def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **_: Any) -> None:
             self.reserved[trial.trial_id] = result.get("placement_group")
-            self.show()
+            parent.watch(trial.trial_id)  # its journal is there by now
+            self.show(trial.trial_id)
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
-            self.told(trial.trial_id)
+            release(self.reserved.pop(trial.trial_id, None))
+            self.show(trial.trial_id)
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
-            self.told(trial.trial_id)
+            release(self.reserved.pop(trial.trial_id, None))
+            self.show(trial.trial_id)
 
-        def told(self, trial_id: str) -> None:
-            release(self.reserved.pop(trial_id, None))
+        def show(self, trial_id: str) -> None:
             trial = record.trials[trial_id]
-            if not trial.is_over:
-                return
-            best = trial.results[-1][metric] if trial.results else math.nan
-            what = f"failed: {trial.failure}" if trial.failure else f"{metric.removeprefix('best_')} {best:.2f}"
-            cli.say(f"{trial_id}: {trial.tokens:,} tokens, {what}")
-            self.show()
-
-        def show(self) -> None:
-            done = sum(trial.tokens for trial in record.trials.values())
-            left = sum(tokens - trial.tokens for trial in record.trials.values() if not trial.is_over)
-            advance(done, done + left + tokens * (trials - len(record.trials)))
+            score = trial.results[-1][metric] if trial.results else None
+            view.update(
+                trial_id,
+                status=trial.status,
+                tokens=trial.tokens,
+                perplexity=score,
+                settings=trial.settings,
+                failure=trial.failure,
+            )
 
     return Watcher()
 

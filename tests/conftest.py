@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 
@@ -17,6 +18,17 @@ from pathlib import Path
 import pytest
 
 from raylm import config
+
+S3 = socket.create_server(("127.0.0.1", 0), backlog=0)
+"""Where the S3 server of test_storage.py will be: its port is taken from the beginning, for whatever starts with this
+environment."""
+S3_KEY = "AKIAloopback"
+os.environ.update(
+    AWS_ACCESS_KEY_ID=S3_KEY,
+    AWS_SECRET_ACCESS_KEY="of nobody",
+    AWS_ENDPOINT_URL=f"http://127.0.0.1:{S3.getsockname()[1]}",
+    AWS_EC2_METADATA_DISABLED="true",
+)
 
 TOKEN = "hf_canaryCanaryCanaryCanaryCanaryCana"
 """A secret of nobody, which must never be seen where it was not put."""
@@ -41,6 +53,19 @@ def ray_cluster():
     )
     yield cluster.resources(config.ClusterConfig(), ray.cluster_resources())
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """() -> a port of the loopback address that nobody listens to, each time another."""
+    import socket
+
+    def find() -> int:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            return listener.getsockname()[1]
+
+    return find
 
 
 def one_by_one(function, numbered):

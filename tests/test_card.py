@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,7 +192,7 @@ EXPORTED = sorted([*PLAIN, "README.md", "experiment.yaml", "raylm.json"])
 
 @pytest.fixture
 def exported(trained_directory, tmp_path):
-    return card.export(trained_directory, tmp_path / "best")
+    return Path(card.export(trained_directory, tmp_path / "best"))
 
 
 def contents(directory):
@@ -215,8 +216,8 @@ def test_an_exported_model_is_a_plain_directory_that_scores_the_same(tmp_path, m
     experiment = config.override(config.load(), {"name": "words", "storage": str(tmp_path)})
     checkpoint.describe(trained, experiment, {"perplexity": score.perplexity, "store": store.path})
 
-    found = card.export(trained, tmp_path / "runs" / "best")
-    assert found == tmp_path / "runs" / "best"
+    found = tmp_path / "runs" / "best"
+    assert card.export(trained, found) == str(found)
     assert sorted(contents(found)) == EXPORTED
     told = evaluate.evaluate(str(found)).record
     assert told["perplexity"] == pytest.approx(score.perplexity, rel=1e-6)
@@ -253,7 +254,7 @@ def test_weights_are_copied_where_they_cannot_be_linked(trained_directory, tmp_p
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(os, "link", link)
-    found = card.export(trained_directory, tmp_path / "best") / "model.safetensors"
+    found = Path(card.export(trained_directory, tmp_path / "best"), "model.safetensors")
     assert not found.samefile(trained_directory / "model.safetensors")
     assert found.read_bytes() == (trained_directory / "model.safetensors").read_bytes()
 
@@ -261,7 +262,7 @@ def test_weights_are_copied_where_they_cannot_be_linked(trained_directory, tmp_p
 def test_an_older_export_is_replaced_whole(trained_directory, exported):
     (exported / "model.safetensors").unlink()
     (exported / "of_before.txt").write_text("of before")
-    assert card.export(trained_directory, exported) == exported
+    assert card.export(trained_directory, exported) == str(exported)
     assert sorted(contents(exported)) == EXPORTED
     assert list(exported.parent.iterdir()) == [exported], "nothing is left of the way there"
 

@@ -32,7 +32,7 @@ def test_more_workers_than_the_cluster_can_give_are_refused_with_the_numbers():
 
 
 def test_a_worker_trains_on_one_gpu():
-    with pytest.raises(ConfigError, match="cluster.gpus_per_worker must be 1, .* got 2 with 1 workers"):
+    with pytest.raises(ConfigError, match="cluster.gpus_per_worker must be 1, .* got 2 with 1 worker:"):
         resources({"CPU": 8, "GPU": 2}, gpus_per_worker=2)
     with pytest.raises(ConfigError, match=r"got 0.5 with 2 workers"):
         resources({"CPU": 8, "GPU": 2}, gpus_per_worker=0.5, num_workers=2)

@@ -168,7 +168,8 @@ FAULTS = {
     "cluster: {use_gpu: 1}": "1:11 cluster.use_gpu: must be true or false, got 1",
     "name: a/b": "1:1 name: must be text like ^[A-Za-z0-9][A-Za-z0-9._-]*$, got 'a/b'",
     "tune: {metric: loss}": "1:8 tune.metric: must be one of 'perplexity' or 'bits_per_byte', got 'loss'",
-    "tune: {scheduler: foo}": "1:8 tune.scheduler.kind: must be one of 'none', 'asha', 'median', 'hyperband' or 'pbt', got 'foo'",
+    "tune: {scheduler: foo}": "1:8 tune.scheduler.kind: must be one of 'none', 'asha', 'median', 'hyperband' or 'pbt', "
+    "got 'foo'",
     "blocks: {block_size: 100}\ntrain: {batch_tokens: 1000, max_tokens: 999}": "2:29 train.max_tokens: must be at "
     "least one optimizer step, train.batch_tokens = 1000, got 999",
     "eval: {paths: 5}": "1:8 eval.paths: must be text, a list of texts or a mapping of names to them, got 5",

@@ -204,7 +204,7 @@ def test_another_number_of_workers_goes_on_with_the_same_examples_in_the_same_st
     with cluster.watch(lambda value: None, said.append) as board:
         outcome = train_run.go_on(job, one, board)
     assert said == [
-        "going on from step 1 of 12 with 1 workers instead of 2: the same examples in the same steps, but not the same "
+        "going on from step 1 of 12 with 1 worker instead of 2: the same examples in the same steps, but not the same "
         "bits"
     ]
     whole, reference = train_run(one)
@@ -318,6 +318,17 @@ def test_one_block_that_does_not_fit_is_an_error_that_names_it(tiny, train_run):
 
     with pytest.raises(OutOfMemory, match="a single block of blocks.block_size=32 tokens.*gradient_checkpointing"):
         train_run(tiny("train.micro_batch_tokens=32"), patched(patch))
+
+
+def test_an_evaluation_that_does_not_fit_names_the_setting(tiny, train_run):
+    def patch(trainer, rank):
+        def _score(self, documents):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        trainer._score = _score
+
+    with pytest.raises(OutOfMemory, match="in an evaluation with eval.batch_tokens=4096 .*; lower it"):
+        train_run(tiny(), patched(patch))
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tiny, train_run):

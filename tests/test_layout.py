@@ -10,14 +10,17 @@ ROOT = Path(__file__).parents[1]
 
 PARTS = """
     errors config cli cluster storage corpus tokenizer tokens blocks model objective perplexity checkpoint card runs
-    tracking budget loop generation tables
+    tracking budget loop generation sweep tables live pictures page
 """.split()
-VERBS = "prepare train tune evaluate generate inspect push sync".split()
+VERBS = "prepare train tune evaluate generate inspect push sync report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]
 
 HOMES = {  # the pattern of a dotted name -> the modules that may use it
     "mlflow": {"tracking"},
-    "ray.tune": {"tune"},
+    "ray.tune": {"sweep", "tune"},
+    "optuna": {"pictures", "sweep"},
+    "matplotlib": {"pictures"},
+    "plotly": {"pictures"},
     "ray.data": {"corpus", "generation", "tokens"},  # the passes over documents
     "transformers.*TrainingArguments": {"loop"},
     "ruamel": {"config"},
@@ -195,8 +198,8 @@ DATA = "blocks uses ray.data, whose home is corpus and generation and tokens"
 AWAY_FROM_HOME = [
     ("loop", "import mlflow", "loop uses mlflow, whose home is tracking"),
     ("loop", "def f():\n    from mlflow.entities import Param", "loop uses mlflow, whose home is tracking"),
-    ("train", "from ray import tune", "train uses ray.tune, whose home is tune"),
-    ("train", "from ray.tune.integration.ray_train import X", "train uses ray.tune, whose home is tune"),
+    ("train", "from ray import tune", "train uses ray.tune, whose home is sweep and tune"),
+    ("train", "from ray.tune.integration.ray_train import X", "train uses ray.tune, whose home is sweep and tune"),
     ("blocks", "import ray\nray.data.read_text('a')", DATA),
     ("train", "from transformers import TrainingArguments", ARGUMENTS),
     ("train", "from transformers.training_args import TrainingArguments as A", ARGUMENTS),

@@ -10,7 +10,7 @@ import torch
 from ray import cloudpickle
 from transformers import AutoModelForCausalLM
 
-from raylm import checkpoint, cluster, loop, perplexity, tokens
+from raylm import checkpoint, cluster, loop, perplexity, tokens, train
 from raylm.config import override
 from raylm.errors import ConfigError
 
@@ -164,3 +164,8 @@ def compiled_graphs(trainer):
 def test_what_cannot_share_out_weights_is_refused_before_anything_starts(tiny, setting, problem):
     with pytest.raises(ConfigError, match=problem):
         loop.check(tiny(setting).train)
+
+
+def test_updates_of_low_rank_are_not_shared_out(tiny):
+    with pytest.raises(ConfigError, match="model.lora cannot be combined with train.arguments.fsdp"):
+        train.plan(tiny("model.lora={r: 2}", "train.arguments.fsdp=true"))

@@ -26,7 +26,7 @@ def uri(tmp_path, tmp_path_factory, monkeypatch):
 
 def journaled(directory, uri):
     """A run and a trial of it as a process leaves them that was killed before anything was shipped: 6 entries each."""
-    journal.begin(str(directory), uri, experiment="words", name="sweep", tags={}, is_child=False)
+    journal.begin(str(directory), uri, experiment="words", metric="m", name="sweep", tags={}, is_child=False)
     run = tracking.Run(str(directory), None)
     child = run.child("trial_00000")
     for one in (run, child):

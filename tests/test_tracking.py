@@ -24,7 +24,7 @@ from werkzeug.serving import make_server
 from raylm import tracking
 from raylm.config import TrackingConfig
 from raylm.errors import ConfigError, StorageError
-from raylm.tracking import journal, mlflow
+from raylm.tracking import journal, mlflow, system
 
 NOWHERE = TrackingConfig(uri=None)
 LOSSES = {step: 5 - step / 10 for step in range(1, 9)}
@@ -38,6 +38,19 @@ def stored(uri, run, key="train/loss"):
     """(step, value) of a metric in MLflow, as often as it is there."""
     history = MlflowClient(uri).get_metric_history(run.run_id, key)
     return sorted((point.step, point.value) for point in history)
+
+
+def datasets(uri, run):
+    """What MLflow has as a run's dataset inputs."""
+    return [
+        (one.dataset.name, one.dataset.digest, one.dataset.source_type, json.loads(one.dataset.source),
+         json.loads(one.dataset.profile), *(tag.value for tag in one.tags if tag.key == "mlflow.data.context"))
+        for one in MlflowClient(uri).get_run(run.run_id).inputs.dataset_inputs
+    ]  # fmt: skip
+
+
+def artifact(uri, run, name):
+    return Path(MlflowClient(uri).download_artifacts(run.run_id, name)).read_text()
 
 
 def in_fork(work):
@@ -208,7 +221,12 @@ def test_a_run_without_a_journal_takes_everything_and_keeps_nothing(tmp_path, mo
     run.parameters({"a": 1})
     run.tags({"a": 1})
     run.text("a", "a.txt")
+    run.file("a.txt", "a.txt")
+    run.dataset("a", digest="a", source="a", profile={}, context="training")
+    run.system_metrics(1)
+    run.model("a", TrackingConfig(log_model=True), 1, print)
     run.child("trial_00000").end()
+    run.watch("trial_00000")
     run.end_if_running("FAILED")
     assert run.children() == {}
     assert run.series() == {}
@@ -328,6 +346,10 @@ def test_a_journal_on_remote_storage(tmp_path, section):
     assert run.ship(20)
     assert stored(section.uri, run) == run.series()["train/loss"]
     assert tracking.runs(f"file://{tmp_path}") == [run, child]
+    (tmp_path / "page").write_text("here")
+    run.file(tmp_path / "page", "report/page.html")
+    assert run.ship(20)
+    assert artifact(section.uri, run, "report/page.html") == "here"
 
 
 def test_a_place_that_cannot_be_written_is_an_error_before_anything_runs(tmp_path):
@@ -370,6 +392,97 @@ def test_a_parameter_that_is_long_or_has_parts_is_whole_in_an_artifact(section, 
     artifacts = tmp_path / "mlartifacts" / run.run_id / "artifacts" / "parameters"
     assert json.loads((artifacts / "corpus.keep_any.json").read_text()) == ["plt", "pd"]
     assert (artifacts / "prompt.txt").read_text() == "x" * 7000
+
+
+def test_what_a_run_reads_is_told_with_what_it_is_for(section, tmp_path):
+    run = start(section, tmp_path / "run")
+    for name, context, count in (("words train", "training", 9), ("words validation", "validation", 1)):
+        for times in (1, 2):  # a run that goes on tells again
+            profile = {"documents": count * times}
+            run.dataset(name, digest="f" * 16, source="s3://me:s3cret@bucket/f", profile=profile, context=context)
+    assert run.left() == 2
+    assert run.ship(20)
+    assert datasets(section.uri, run) == [
+        ("words train", "f" * 16, "s3", {"uri": "s3://me@bucket/f"}, {"documents": 9}, "training"),
+        ("words validation", "f" * 16, "s3", {"uri": "s3://me@bucket/f"}, {"documents": 1}, "validation"),
+    ]
+
+
+def test_a_file_is_as_it_was_last(section, tmp_path):
+    run = start(section, tmp_path / "run")
+    (tmp_path / "elsewhere.html").write_text("one")
+    for _ in range(2):
+        run.file(tmp_path / "elsewhere.html", "report/report.html")
+    assert run.left() == 1
+    assert run.ship(20)
+    assert artifact(section.uri, run, "report/report.html") == "one"
+    kept = tmp_path / "run" / "report" / "report.html"
+    assert kept.read_text() == "one"
+    kept.write_text("two")
+    run.file(kept, "report/report.html")
+    (tmp_path / "run" / "gone.png").touch()
+    run.file(tmp_path / "run" / "gone.png", "gone.png")
+    (tmp_path / "run" / "gone.png").unlink()
+    assert run.ship(20)
+    assert artifact(section.uri, run, "report/report.html") == "two"
+    assert [file.path for file in MlflowClient(section.uri).list_artifacts(run.run_id)] == ["report"]
+
+
+def test_how_busy_the_machine_is(section, tmp_path, monkeypatch):
+    run = start(section, tmp_path / "run")
+    run.system_metrics(1)
+    monkeypatch.setattr(system, "SECONDS", -1.0)
+    system.watch.cache_clear()
+    run.system_metrics(2)
+    assert run.ship(20)
+    found = MlflowClient(section.uri).get_run(run.run_id).data.metrics
+    assert set(found) == {
+        "system/cpu_utilization_percentage",
+        "system/system_memory_usage_megabytes",
+        "system/system_memory_usage_percentage",
+    }
+    assert 0 < found["system/system_memory_usage_percentage"] <= 100
+    assert stored(section.uri, run, "system/cpu_utilization_percentage")[0][0] == 2, "not until the time has come"
+    assert run.series() == {}, "what differs each time is no result of the training"
+
+
+def test_tags_tell_where_a_run_is_from_and_how_often_it_was_begun(section, tmp_path, monkeypatch):
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text("#!/bin/sh\necho 1234abcd")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(git.parent))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_7"}}')
+    parent = start(section, tmp_path / "sweep", name="tune-1", tags={"raylm.verb": "tune"})
+    git.unlink()
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    parent.child("trial_00000")
+    child = parent.child("trial_00000")
+    assert parent.ship(20)
+    client = MlflowClient(section.uri)
+    shared = {
+        "mlflow.source.name": "raylm tune",
+        "mlflow.source.git.commit": "1234abcd",
+        "raylm.ray_job": "raysubmit_7",
+    }
+    assert shared.items() <= client.get_run(parent.run_id).data.tags.items()
+    told = {"raylm.trial": "trial_00000", "raylm.sweep": "tune-1", "raylm.attempts": "2", **shared}
+    assert told.items() <= client.get_run(child.run_id).data.tags.items()
+    other = start(section, tmp_path / "other")
+    assert not shared.keys() & journal.facts(other.directory).run["tags"].keys()
+
+
+def test_an_experiment_that_is_made_opens_on_its_runs_and_one_that_was_there_is_left_alone(section, tmp_path):
+    client = MlflowClient(section.uri)
+    tracking.start(section, experiment="", name="", tags={}, directory=tmp_path / "a", metric="best/eval_bits_per_byte")
+    assert client.get_experiment_by_name("words").tags == {
+        "mlflow.experimentKind": "custom_model_development",
+        "mlflow.experiment.primaryMetric.name": "best/eval_bits_per_byte",
+        "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
+    }
+    client.create_experiment("mine", str(tmp_path), {"owner": "me"})
+    start(TrackingConfig(uri=section.uri, experiment="mine"), tmp_path / "b")
+    assert client.get_experiment_by_name("mine").tags == {"owner": "me"}
 
 
 def test_a_run_that_goes_on_is_the_same_run(section, tmp_path):
@@ -433,6 +546,11 @@ def test_artifacts_lie_beside_the_database(section, tmp_path, monkeypatch):
 def trained(run, upto=9):
     """What a training tells, while MLflow is as it is."""
     run.parameters({"train.learning_rate": 3e-4})
+    run.dataset("words", digest="f", source="/f", profile={"tokens": 9}, context="training")
+    page = Path(run.directory, "report", "page.html")
+    page.parent.mkdir(exist_ok=True)
+    page.write_text("a page")
+    run.file(page, "report/page.html")
     for step in range(1, upto):
         run.metrics({"train/loss": LOSSES[step], "train/tokens": 256 * step}, step)
     run.text("a: 1\n", "experiment.yaml")
@@ -447,7 +565,8 @@ def is_whole(uri, run):
     assert stored(uri, run, "train/tokens") == [(step, 256.0 * step) for step in LOSSES]
     assert found.data.params == {"train.learning_rate": "0.0003"}
     assert found.info.status == "FINISHED"
-    assert [file.path for file in client.list_artifacts(run.run_id)] == ["experiment.yaml"]
+    assert [file.path for file in client.list_artifacts(run.run_id)] == ["experiment.yaml", "report"]
+    assert datasets(uri, run) == [("words", "f", "local", {"uri": "/f"}, {"tokens": 9}, "training")]
     journal_id = found.data.tags["raylm.journal"]
     assert len(client.search_runs([found.info.experiment_id], f"tags.`raylm.journal` = '{journal_id}'")) == 1
     return True
@@ -548,6 +667,19 @@ def test_a_refusal_names_the_variables_and_not_their_values(status, server, gate
     assert is_whole(server.uri, run)
 
 
+def test_a_server_that_was_down_and_then_refuses_is_told_of_too(server, gate, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 0.2)
+    gate.close()
+    run = start(server, tmp_path / "run")
+    gate.fault = "401 Unauthorized"
+    gate.open()
+    assert not run.ship(0.2)
+    eventually(lambda: any(call.endswith("get-by-name") for call in gate.calls))
+    eventually(lambda: tracking._server(server.uri).failure is not None)
+    warned = capsys.readouterr().err
+    assert (warned.count("cannot be reached"), warned.count("refuses access")) == (1, 1)
+
+
 def test_a_password_in_the_address_is_told_nobody(server, gate, tmp_path, capsys):
     section = TrackingConfig(uri=server.uri.replace("//", "//me:s3cret@"))
     gate.close()
@@ -557,7 +689,7 @@ def test_a_password_in_the_address_is_told_nobody(server, gate, tmp_path, capsys
     gate.open()
     assert run.ship(20)
     assert is_whole(server.uri, run)
-    written = "".join(file.read_text() for file in (tmp_path / "run").iterdir())
+    written = "".join(file.read_text() for file in (tmp_path / "run").rglob("*") if file.is_file())
     shown = written + capsys.readouterr().err + repr(run) + tracking.how_to_look(section)
     assert "s3cret" not in shown
     assert tracking.runs(tmp_path)[0].uri == server.uri
@@ -784,6 +916,19 @@ def test_a_trial_that_was_killed_is_shipped_by_the_sweep(server, tmp_path):
     assert is_whole(server.uri, parent.children()["trial_00000"])
 
 
+def test_a_trial_may_leave_the_shipping_to_the_sweep(server, tmp_path):
+    parent = start(server, tmp_path / "sweep")
+    of_the_sweep = dict(tracking._servers)
+    tracking._servers.clear()  # as in a process of its own
+    child = parent.child("trial_00000", ships=False)
+    trained(child)
+    assert tracking._servers == {}
+    tracking._servers.update(of_the_sweep)
+    parent.watch("trial_00000")
+    eventually(lambda: child.left() == 0)
+    assert is_whole(server.uri, child)
+
+
 def test_what_is_left_at_the_end_is_told_with_the_way_out(server, gate, tmp_path, monkeypatch):
     said = []
     run = start(server, tmp_path / "run")
@@ -820,6 +965,24 @@ def test_an_experiment_that_was_deleted_in_mlflow_is_an_error(section, tmp_path)
     client.delete_experiment(client.create_experiment("words"))
     with pytest.raises(ConfigError, match="its experiment words is deleted"):
         start(section, tmp_path / "run")
+
+
+def test_the_page_that_compares_the_trials_of_a_sweep(server, section, tmp_path):
+    assert tracking.compare(start(NOWHERE, tmp_path / "untracked")) is None
+    parent = start(server, tmp_path / "sweep")
+    assert tracking.compare(parent) is None
+    trials = [parent.child(f"trial_0000{number}") for number in range(2)]
+    assert parent.ship(20)
+    experiment_id = MlflowClient(server.uri).get_run(parent.run_id).info.experiment_id
+    ids = f"%5B%22{trials[0].run_id}%22%2C%22{trials[1].run_id}%22%5D"
+    page = f"#/compare-runs?runs={ids}&experiments=%5B%22{experiment_id}%22%5D&workflowType=machine_learning"
+    assert tracking.compare(parent) == f"{server.uri}/{page}"
+    note = MlflowClient(server.uri).get_run(parent.run_id).data.tags["mlflow.note.content"]
+    assert note == f"[Compare the trials]({page})"
+    local = start(section, tmp_path / "local")
+    local.child("trial_00000")
+    assert local.ship(20)
+    assert tracking.compare(local).startswith("/#/compare-runs?runs=%5B%22")
 
 
 def test_the_command_that_opens_mlflow(section):

@@ -5,14 +5,16 @@ import math
 from pathlib import Path
 
 import pytest
+from conftest import one_by_one
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raylm import checkpoint, cluster, loop, prepare, tokens, train
+from raylm import checkpoint, cluster, config, loop, prepare, tokens, train
 from raylm.config import override
-from raylm.errors import ConfigError, DataError, Diverged
+from raylm.errors import ConfigError, DataError, Diverged, OutOfMemory
 from raylm.evaluate import evaluate
 from raylm.perplexity import Score
+from raylm.tokens import write
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +176,19 @@ def test_a_plan_refuses_what_ray_would_find_out_late(tiny):
 def test_the_store_outlives_its_process(one_worker):
     *_, store, _ = one_worker
     assert tokens.open_store(store.path).fingerprint == store.fingerprint
+
+
+@pytest.mark.parametrize(("where", "is_over"), [("eval.batch_tokens", False), ("blocks.block_size", True)])
+def test_a_run_that_lacks_memory_can_be_gone_on_with_if_a_free_setting_helps(
+    ray_cluster, tiny, tmp_path, monkeypatch, where, is_over
+):
+    def trained(*_):
+        raise OutOfMemory("out of memory", where)
+
+    monkeypatch.setattr(train, "trained", trained)
+    config.save(tiny(f"storage={tmp_path}"), tmp_path / "tiny.yaml")
+    monkeypatch.setattr(write, "_each", one_by_one)
+    with pytest.raises(OutOfMemory):
+        train.train(config=tmp_path / "tiny.yaml")
+    (directory,) = (tmp_path / "tiny").iterdir()
+    assert (directory / "result.json").exists() == is_over

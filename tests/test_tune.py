@@ -76,8 +76,9 @@ def test_mlflow_has_a_parent_and_a_closed_child_for_every_trial(sweep):
     assert len(found) == 5
     assert {run.data.tags["raylm.trial"] for run in children} == {row["trial_id"] for row in rows}
     assert {run.info.status for run in found} == {"FINISHED"}
-    assert len({frozenset(run.data.params) for run in found}) == 1, "the same keys, or the runs cannot be compared"
-    assert set(experiment.tune.space) <= set(found[0].data.params)
+    keys = {frozenset(run.data.params) for run in children}
+    assert len(keys) == 1, "the same keys, or the runs cannot be compared"
+    assert next(iter(keys)) - set(found[0].data.params) == set(experiment.tune.space), "which the sweep has no value of"
     for run in children:
         assert {"train/loss", "train/tokens", "eval/perplexity", "best/eval_perplexity"} <= set(run.data.metrics)
         assert all(math.isfinite(value) for value in run.data.metrics.values())

@@ -5,6 +5,7 @@ series       the checkpoints of a run: written whole or not at all, verified, th
 """
 
 from raylm.checkpoint.directory import (
+    OF_TRAINING,
     Trained,
     check,
     describe,
@@ -17,6 +18,7 @@ from raylm.checkpoint.series import MANIFEST, Series
 
 __all__ = [
     "MANIFEST",
+    "OF_TRAINING",
     "Series",
     "Trained",
     "check",

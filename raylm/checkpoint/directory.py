@@ -9,12 +9,15 @@ raylm.json         the score of these weights, the tokens they have seen, the to
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm import config, model
+from raylm import config, model, storage
 from raylm.config import Experiment
 from raylm.errors import StorageError
 from raylm.perplexity import MaskedTokens
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "experiment.yaml"
 RECORD = "raylm.json"
+
+OF_TRAINING = ("*.pt", "*.pth", "trainer_state.json")
+"""What only the Trainer needs, twice the size of the model: it is not copied with one from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +76,24 @@ def read_experiment(directory: str | Path) -> Experiment | None:
 
 
 def check(directory: str | Path) -> Path:
-    """The directory, if it can hold a model at all."""
-    path = Path(directory)
-    if not path.is_dir():
-        raise StorageError(f"{directory} is not a directory; give one that holds a model", where=str(directory))
-    if not (path / "config.json").exists():
-        inside = sorted(found.parent for found in path.glob("*/config.json"))
-        hint = f"; did you mean {inside[-1]}?" if inside else ""
-        raise StorageError(f"{directory} holds no model: it has no config.json{hint}", where=str(directory))
-    return path
+    """The directory, local or remote, if it can hold a model at all; a copy of a remote one goes with the process."""
+    place = str(directory)
+    with storage.reached(place):
+        names = storage.names(place)
+        if not names and not Path(place).is_dir():
+            raise StorageError(f"{place} is not a directory; give one that holds a model", where=place)
+        if "config.json" not in names:
+            inside = [f"{place}/{name}" for name in names if "config.json" in storage.names(f"{place}/{name}")]
+            hint = f"; did you mean {inside[-1]}?" if inside else ""
+            raise StorageError(f"{place} holds no model: it has no config.json{hint}", where=place)
+    return _copied(place) if storage.is_remote(place) else Path(directory)
+
+
+@lru_cache(maxsize=8)
+def _copied(uri: str) -> Path:
+    copies = contextlib.ExitStack()
+    atexit.register(copies.close)
+    return copies.enter_context(storage.here(uri, but_for=OF_TRAINING))
 
 
 def load(directory: str | Path, *, trust_remote_code: bool = False) -> Trained:

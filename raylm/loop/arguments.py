@@ -51,8 +51,8 @@ OWNED = {
 }
 
 
-def check(section: TrainConfig) -> None:
-    """Refuse what TrainingArguments would refuse on the workers."""
+def check(section: TrainConfig, *, has_updates: bool = False) -> None:
+    """Refuse what the Trainer would refuse on the workers, with model.lora if that `has_updates` of its own."""
     schedules = [schedule.value for schedule in SchedulerType]
     if section.lr_scheduler_type not in schedules:
         raise ConfigError(
@@ -81,6 +81,8 @@ def check(section: TrainConfig) -> None:
         except (ImportError, TypeError, ValueError) as error:
             problem = str(error).strip().split("\n")[0]
             raise ConfigError(f"train.arguments: {problem}", where="train.arguments") from None
+    if made.fsdp and has_updates:
+        raise ConfigError("model.lora cannot be combined with train.arguments.fsdp; leave one out", where="model.lora")
     sharding = made.fsdp_plugin_args or {}
     for name, only in (("fsdp_version", 2), ("state_dict_type", "FULL_STATE_DICT")):
         if (found := sharding.get(name, only)) != only:

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from accelerate import DistributedType
-from accelerate.utils import FullyShardedDataParallelPlugin
-from safetensors.torch import load_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
-from raylm import blocks, checkpoint, model, objective, perplexity, storage, tokens
+from raylm import blocks, checkpoint, cluster, model, objective, perplexity, storage, tokens
 from raylm.checkpoint import Series
-from raylm.errors import ConfigError, Diverged, OutOfMemory, RaylmError, StorageError
+from raylm.errors import Diverged, OutOfMemory, RaylmError, StorageError
 from raylm.loop import arguments
 from raylm.loop.session import Job, Outcome, Session
+from raylm.loop.sharding import ShardingTrainer
 from raylm.perplexity import Documents, Score
 
 LOOK_SECONDS = 1.0
@@ -42,8 +33,8 @@ PROGRESS = "progress.json"
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
-"""States by the names of the weights, not by shards: for any number of workers."""
+RETRIES_SECONDS = (1.0, 4.0)
+"""How long to wait for a storage that fails before the next try: those elsewhere have their moments."""
 
 
 def made(job: Job, session: Session, scratch: Path) -> _Trainer:
@@ -62,8 +53,7 @@ def made(job: Job, session: Session, scratch: Path) -> _Trainer:
     )
     batches = objective.of(experiment.objective, experiment.blocks, store.tokenizer, experiment.train.seed)
     args = arguments.of(experiment, budget, str(scratch))
-    if args.fsdp and experiment.model.lora is not None:
-        raise ConfigError("model.lora cannot be combined with train.arguments.fsdp; leave one out", where="model.lora")
+    is_sharded = bool(args.fsdp)
     if session.world_size == 1:  # nobody to share the weights with
         args.fsdp = args.fsdp_plugin_args = None
     objective.attach(network, shifted=batches.shifted, smoothing=args.label_smoothing_factor)
@@ -78,6 +68,7 @@ def made(job: Job, session: Session, scratch: Path) -> _Trainer:
         data_collator=batches,
         processing_class=store.tokenizer,
     )
+    trainer.is_sharded = is_sharded
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Schedule(trainer))
     return trainer
@@ -87,8 +78,7 @@ class Agreed(Exception):
     """An error that every rank meets at the same step, so that none of them waits for another."""
 
 
-class _Trainer(Trainer):
-    is_fsdp_enabled: bool
+class _Trainer(ShardingTrainer):
     loss_is_scaled_for_ga = True  # the loss is divided once, by the items of the whole step
 
     def __init__(self, job: Job, session: Session, store: tokens.Store, **kwargs: Any):
@@ -111,47 +101,6 @@ class _Trainer(Trainer):
         self.unsaved = 0
         """Checkpoints in a row that could not be written."""
         self.first_bad_step: torch.Tensor | None = None
-
-    # Weights shared out among the workers
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Have train.arguments.fsdp mean the same on CPUs: there accelerate leaves it out without a word."""
-        super().create_accelerator_and_postprocess()
-        if not self.args.fsdp_plugin_args:
-            return
-        state = self.accelerator.state
-        if not self.is_fsdp_enabled:
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            state.distributed_type = DistributedType.FSDP
-            self.is_fsdp_enabled = True
-        if state.mixed_precision == "bf16":  # as autocast does it: sums, of gradients and of losses, are not rounded
-            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-
-    @property
-    def optimizer_by_names(self) -> bool:
-        """Whether the optimizer's state is kept by the names of weights; with one worker too, for there may be more."""
-        return bool(self.job.experiment.train.arguments.get("fsdp"))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.optimizer_by_names:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = get_optimizer_state_dict(self.model, self._inner_optimizer, options=WHOLE)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.optimizer_by_names:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
-        set_optimizer_state_dict(self.model, self._inner_optimizer, state, options=WHOLE)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
-
-    @property
-    def _inner_optimizer(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     # From beginning to end
 
@@ -176,7 +125,8 @@ class _Trainer(Trainer):
         found: Any = None
         if self.session.rank == 0:
             try:
-                found = series.newest()
+                with storage.reached(series.directory):
+                    found = series.newest()
             except RaylmError as error:
                 found = error
         found = self._gathered(found)[0]
@@ -195,11 +145,15 @@ class _Trainer(Trainer):
             here = {name: record[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
             self.best = here if here["perplexity"] is not None else {}
         self.train_dataset.first = step * self.job.budget.examples
+        if record["perplexity"] is not None:  # whoever listens may have died before hearing of it
+            self.latest = self._found(step, record["perplexity"], record["bits_per_byte"])
+            self.session.report(self._reported())
         told = f"going on from step {step:,} of {self.job.budget.steps:,}"
         if progress["world_size"] != self.session.world_size:
+            now = cluster.workers(self.session.world_size)
             told += (
-                f" with {self.session.world_size} workers instead of {progress['world_size']}: the same examples in "
-                "the same steps, but not the same bits"
+                f" with {now} instead of {progress['world_size']}: the same examples in the same steps, but not the "
+                "same bits"
             )
         self.say(told)
 
@@ -219,6 +173,18 @@ class _Trainer(Trainer):
         found: list[Any] = [None] * self.session.world_size
         torch.distributed.all_gather_object(found, value)
         return found
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """With the settings of this run: a trial may go on from the weights of another one."""
+        groups = self.inner_optimizer.param_groups if checkpoint is not None else []
+        ours = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, settings in zip(self.inner_optimizer.param_groups, ours, strict=False):
+            if group.get("initial_lr") != settings.get("initial_lr") and hasattr(self.lr_scheduler, "lr_lambdas"):
+                peak, curve = settings["initial_lr"], self.lr_scheduler.lr_lambdas[0]
+                self.lr_scheduler.base_lrs = [peak] * len(ours)
+                settings["lr"] = peak * curve(self.lr_scheduler.last_epoch)
+            group.update(settings)
 
     # Examples
 
@@ -249,13 +215,21 @@ class _Trainer(Trainer):
         return loss * self.accelerator.num_processes  # of whose gradients DDP takes the mean
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        try:
+        with self._memory(self._too_much):
             return super().training_step(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _memory(self, too_much: Callable[[str], OutOfMemory]) -> Iterator[None]:
+        """Where it runs out, what `too_much` says of it is raised."""
+        problem = None
+        try:
+            yield
         except (*OUT_OF_MEMORY, RuntimeError) as error:
             if not isinstance(error, OUT_OF_MEMORY) and "can't allocate memory" not in str(error):  # torch, on a CPU
                 raise
-            problem = self._too_much(str(error).split("\n")[0])
-        raise Agreed(problem) if self.session.world_size == 1 else problem
+            problem = too_much(str(error).split("\n")[0])
+        if problem is not None:  # outside of the except, where what filled the memory would be held on to
+            raise Agreed(problem) if self.session.world_size == 1 else problem
 
     def _too_much(self, problem: str) -> OutOfMemory:
         """Half as many tokens at once, from the next start on; or there is no way out."""
@@ -275,13 +249,19 @@ class _Trainer(Trainer):
             "train.micro_batch_tokens",
         )
 
+    def _too_much_scored(self, problem: str) -> OutOfMemory:
+        held = self.job.experiment.eval.batch_tokens
+        return OutOfMemory(
+            f"out of memory in an evaluation with eval.batch_tokens={held} ({problem}); lower it: no figure depends on "
+            "it, and the run goes on from its last checkpoint",
+            "eval.batch_tokens",
+        )
+
     # Divergence
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm, just before the optimizer's step: the last moment at which the weights are still sound."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if isinstance(norm, DTensor):  # each worker has that of its shards
-            norm = norm.full_tensor()
         if self.accelerator.scaler is not None:  # fp16: the scaler skips a step that overflows and goes on
             return norm
         if self._runs_ahead(norm):
@@ -294,7 +274,7 @@ class _Trainer(Trainer):
         """Whether the norm is not known yet, and the optimizer can be told by a tensor to leave the weights alone."""
         if self.is_fsdp_enabled or not (isinstance(norm, torch.Tensor) and norm.is_cuda):
             return False
-        return bool(self._inner_optimizer.defaults.get("fused"))
+        return bool(self.inner_optimizer.defaults.get("fused"))
 
     def _guard(self, norm: torch.Tensor) -> None:
         """Have a fused optimizer change nothing from the first bad step on, without waiting for the GPU to say so.
@@ -306,7 +286,7 @@ class _Trainer(Trainer):
         step = torch.full_like(self.first_bad_step, self.state.global_step + 1)
         bad = torch.where(torch.isfinite(norm), torch.inf, step)
         self.first_bad_step = torch.minimum(self.first_bad_step, bad)
-        inner = self._inner_optimizer
+        inner = self.inner_optimizer
         inner.grad_scale, inner.found_inf = None, torch.isfinite(self.first_bad_step).float()
 
     def check_finite(self) -> None:
@@ -329,23 +309,16 @@ class _Trainer(Trainer):
         """Score the validation split, and decide whether the weights are kept."""
         step, budget = self.state.global_step, self.job.budget
         self.control.should_evaluate = False  # or the end of the data would evaluate the last step again
-        score = self._score(self.store.validation)
-        sets = {name: self._score(documents) for name, documents in self.sets.items()}
+        with self._memory(self._too_much_scored):
+            score = self._score(self.store.validation)
+            sets = {name: self._score(documents) for name, documents in self.sets.items()}
         if not math.isfinite(score.perplexity):
             raise Agreed(self._diverged(f"perplexity is {score.perplexity} at step {step}"))
-        self.latest = {
-            "step": step,
-            "tokens": step * budget.batch_tokens,
-            "perplexity": score.perplexity,
-            "bits_per_byte": score.bits_per_byte,
-            "budget_tokens": budget.tokens,
-            "seconds": time.monotonic() - self.began,
-        }
+        self.latest = self._found(step, score.perplexity, score.bits_per_byte)
         is_best = not self.best or score.perplexity < self.best["perplexity"]
         if is_best:
             self.best = {name: self.latest[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
         self.worse_in_a_row = 0 if is_best else self.worse_in_a_row + 1
-        self.latest |= {f"best_{name}": self.best[name] for name in ("perplexity", "bits_per_byte", "step")}
         if self.session.rank == 0:
             name = "perplexity" if self.masked is None else "pseudo_perplexity"
             values = {f"eval/{what}": value for what, value in score.figures(name).items()}
@@ -364,8 +337,19 @@ class _Trainer(Trainer):
         patience = self.job.experiment.train.patience
         return patience is not None and self.worse_in_a_row >= patience
 
+    def _found(self, step: int, perplexity: float, bits_per_byte: float) -> dict[str, Any]:
+        return {
+            "step": step,
+            "tokens": step * self.job.budget.batch_tokens,
+            "perplexity": perplexity,
+            "bits_per_byte": bits_per_byte,
+            "budget_tokens": self.job.budget.tokens,
+            "seconds": time.monotonic() - self.began,
+        }
+
     def _reported(self) -> dict[str, Any]:
-        return {**self.latest, "best_checkpoint": self.job.checkpoints.path(self.best["step"])}
+        bests = {f"best_{name}": self.best[name] for name in ("perplexity", "bits_per_byte", "step")}
+        return {**self.latest, **bests, "best_checkpoint": self.job.checkpoints.path(self.best["step"])}
 
     @property
     def masked(self) -> perplexity.MaskedTokens | None:
@@ -407,17 +391,6 @@ class _Trainer(Trainer):
         except Exception as error:  # of one rank alone, perhaps: told to the others in keep()
             self.saving_failed = error
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        state: dict[str, torch.Tensor] = {}
-        for name, weight in self.model.state_dict().items():
-            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # all workers take part
-            if self.args.should_save and name not in self._tied:  # gathered, tied weights are no longer one
-                state[name] = whole.cpu()
-        self._save(output_dir, state)
-
     def _save(self, output_dir: str | None = None, state_dict: Mapping | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
         if self.job.experiment.model.lora is not None:
@@ -430,19 +403,8 @@ class _Trainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model_to_load: Any = None) -> None:
         if self.job.experiment.model.lora is not None:  # the weights there are merged, and those here are the base
             model.load_updates(self.model, resume_from_checkpoint)
-        elif self.is_fsdp_enabled:
-            state: dict[str, Any] = {}
-            for file in Path(resume_from_checkpoint).glob("model*.safetensors"):
-                state |= load_file(file)
-            left = set_model_state_dict(self.model, state, options=WHOLE)
-            assert not {*left.missing_keys, *left.unexpected_keys} - self._tied, left
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model_to_load)
-
-    @property
-    def _tied(self) -> set[str]:
-        """The names of weights that are others'."""
-        return set(getattr(self.model, "all_tied_weights_keys", ()))
 
     def keep(self) -> None:
         """Commit the checkpoint that was just written to this machine, remove older ones, and report the evaluation."""
@@ -456,7 +418,8 @@ class _Trainer(Trainer):
         else:
             self.unsaved += 1
             if self.session.rank == 0:
-                series.discard(step)
+                with contextlib.suppress(Exception):  # what is left of it has no manifest, and is no checkpoint
+                    series.discard(step)
             if self.unsaved == 2 or self.stopped or isinstance(problem, StorageError):
                 raise Agreed(self._cannot_save(step, problem))
             self.say(f"the checkpoint of step {step:,} could not be written ({problem}); training until the next one")
@@ -494,11 +457,11 @@ class _Trainer(Trainer):
 
     def _committed(self, series: Series, step: int, local: Path) -> Exception | None:
         """Every rank uploads what it wrote; then the manifest is written. What went wrong on any rank, if anything."""
-        if self.session.rank == 0:
-            series.discard(step)  # what a run that was killed may have left of it
+        problem, self.saving_failed = self.saving_failed, None
+        if self.session.rank == 0 and problem is None:
+            _, problem = _tried(lambda: series.discard(step))  # what a run that was killed may have left of it
         self._gathered(None)
         files: dict[str, storage.Stored] = {}
-        problem, self.saving_failed = self.saving_failed, None
         if problem is None:
             files, problem = _tried(lambda: series.upload(step, local))
         found = self._gathered((files, problem))
@@ -508,7 +471,10 @@ class _Trainer(Trainer):
             whole = {name: stored for uploaded, _ in found for name, stored in uploaded.items()}
             _, problem = _tried(lambda: series.commit(step, whole))
             if problem is None:
-                series.prune(self.job.experiment.train.keep_checkpoints, [self.best.get("step")])
+                keep = self.job.experiment.train.keep_checkpoints
+                _, left = _tried(lambda: series.prune(keep, [self.best.get("step")]))
+                if left is not None:  # there are more than need be, until the next save
+                    self.say(f"older checkpoints could not be removed: {left}")
         return self._gathered(problem)[0] or problem
 
     def _cannot_save(self, step: int, problem: Exception) -> StorageError:
@@ -576,6 +542,7 @@ class _Schedule(TrainerCallback):
         if values and self.trainer.session.rank == 0:
             values["train/tokens"] = state.global_step * self.trainer.job.budget.batch_tokens
             self.trainer.job.run.metrics(values, state.global_step)
+            self.trainer.job.run.system_metrics(state.global_step)
             if self.trainer.job.board is not None:
                 self.trainer.job.board.put.remote(values["train/tokens"])
 
@@ -584,8 +551,8 @@ class _Schedule(TrainerCallback):
 
 
 def _tried(act: Any) -> tuple[Any, Exception | None]:
-    """What an act on storage gives, or why it fails: three times, since storage elsewhere has its moments."""
-    for wait in (1.0, 4.0, None):
+    """What an act on storage gives, or why it fails after several tries."""
+    for wait in (*RETRIES_SECONDS, None):
         try:
             return act(), None
         except StorageError as error:  # a full disk does not empty itself

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from raylm import checkpoint, model, objective, perplexity
+from raylm import checkpoint, model, objective, perplexity, storage
 from raylm.loop import trainer
 from raylm.loop.session import Job, Outcome, Scoring
 
@@ -25,6 +25,8 @@ def train_loop_per_worker(config: dict[str, Job]) -> Outcome:
     except trainer.Agreed as agreed:
         return Outcome({}, 0, error=agreed.args[0])
     finally:
+        if session.rank == 0:
+            job.run.flush()  # Ray kills the process, and lines for a remote storage wait some seconds
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -33,7 +35,8 @@ def score_loop_per_worker(config: dict[str, Scoring]) -> np.ndarray:
     job = config["job"]
     session = job.session()
     model.set_up_torch(job.cpus)
-    trained = checkpoint.load(job.model, trust_remote_code=job.trust_remote_code)
+    with storage.here(job.model, but_for=checkpoint.OF_TRAINING) as directory:
+        trained = checkpoint.load(directory, trust_remote_code=job.trust_remote_code)
     return perplexity.score_documents(
         trained.model.to(model.device(job.use_gpu)),
         job.documents,

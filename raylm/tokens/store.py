@@ -218,11 +218,10 @@ def local_copy(path: str) -> str:
         return path
     import pyarrow.fs
 
-    home = os.path.join(tempfile.gettempdir(), f"raylm-{os.getuid()}", "tokens")
-    copy = os.path.join(home, checksum(path.encode()), path.rstrip("/").rpartition("/")[2])
+    copy = copy_of(path)
     if os.path.exists(copy):
         return copy
-    os.makedirs(home, mode=0o700, exist_ok=True)
+    os.makedirs(os.path.dirname(copy), mode=0o700, exist_ok=True)
     partial = f"{copy}.{uuid.uuid4().hex}"
     system, inner = file_system(path)
     os.makedirs(partial)
@@ -232,6 +231,12 @@ def local_copy(path: str) -> str:
     except OSError:  # another process was faster
         shutil.rmtree(partial)
     return copy
+
+
+def copy_of(path: str) -> str:
+    """Where the copy of a remote directory lies on this node, once there is one."""
+    home = os.path.join(tempfile.gettempdir(), f"raylm-{os.getuid()}", "tokens")
+    return os.path.join(home, checksum(path.encode()), path.rstrip("/").rpartition("/")[2])
 
 
 def write(store: str, name: str, content: Any) -> None:

@@ -10,23 +10,27 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from raylm import cli, storage
 from raylm.config import TrackingConfig
 from raylm.errors import ConfigError, StorageError
-from raylm.tracking import journal
+from raylm.tracking import journal, models, system
 from raylm.tracking.mlflow import Server, Unusable, shown
 
-TRIAL = "raylm.trial"
+TRIAL, SWEEP, ATTEMPTS, JOB = "raylm.trial", "raylm.sweep", "raylm.attempts", "raylm.ray_job"
+SOURCE, COMMIT, NOTE = "mlflow.source.name", "mlflow.source.git.commit", "mlflow.note.content"  # MLflow's own tags
 
 LONGEST_PARAMETER = 6000  # characters that MLflow takes
 PATIENCE_SECONDS = 5.0
@@ -35,6 +39,8 @@ SETTLE_SECONDS = 60.0
 """How long a command waits at its end for a server that takes what it gets."""
 FAREWELL_SECONDS = 3.0
 """How long a process that ends waits for a server."""
+MODEL_SECONDS = 900.0
+"""How long a command waits for a server that is taking a model."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -92,22 +98,66 @@ class Run:
         with self._kept():
             journal.metrics(self.directory).rewind(step)
 
+    def system_metrics(self, step: int) -> None:
+        """How busy this machine has been, a point about every 10 seconds: to be called by the process that trains."""
+        if self.directory:
+            self.metrics(system.watch(self.directory).metrics(), step)
+
     def series(self) -> dict[str, list[tuple[int, float]]]:
-        """(step, value) of every metric, by step, as the journal has them."""
+        """(step, value) of every metric but the system's, by step, as the journal has them."""
         points: dict[journal.Place, journal.Point] = {}
         journal.apply(journal.log(self.directory, journal.METRICS).read()[0], points)
         found: dict[str, list[tuple[int, float]]] = {}
         for (key, step), (value, _) in sorted(points.items()):
-            found.setdefault(key, []).append((step, value))
+            if not key.startswith(system.PREFIX):
+                found.setdefault(key, []).append((step, value))
         return found
 
     def tags(self, values: Mapping[str, Any]) -> None:
         self._tell({"tags": {key: str(value) for key, value in values.items()}})
 
+    def dataset(self, name: str, *, digest: str, source: str, profile: Mapping[str, Any], context: str) -> None:
+        """Tell of data that the run reads, one of MLflow's dataset inputs; once for a name and digest.
+
+        `profile` is what there is to know of it, `context` what it is for: training, validation.
+        """
+        if self.directory and (name, digest) not in journal.facts(self.directory).datasets:
+            scheme = source.partition("://")[0] if "://" in source else "local"
+            about = {"source": shown(source), "scheme": scheme, "profile": dict(profile), "context": context}
+            self._tell({"dataset": name, "digest": digest, **about})
+
     def text(self, text: str, name: str) -> None:
         """Keep a text as an artifact file."""
-        if self.directory and journal.facts(self.directory).texts.get(name) != text:
-            self._tell({"text": text, "name": name})
+        self._artifact({"text": text, "name": name})
+
+    def file(self, path: str | Path, name: str) -> None:
+        """Keep a file as an artifact; a later one of the same name takes its place.
+
+        It lies in the run's directory under that name then. MLflow gets it as it is there when it is shipped.
+        """
+        if not self.directory:
+            return
+        content, kept = Path(path).read_bytes(), f"{self.directory}/{name}"
+        if os.path.abspath(path) != kept:
+            storage.write(kept, content)
+        self._artifact({"file": hashlib.sha256(content).hexdigest(), "name": name})
+
+    def model(self, directory: str | Path, section: TrackingConfig, step: int, say: Callable[[str], None]) -> None:
+        """Log a model of this run in MLflow, and register it, if the section says so.
+
+        The model lies in a directory in this one's and was made at this step. Unlike all else this waits, as long as
+        MLflow is taking it; else `say` how to do it later.
+        """
+        if not self.directory or not (section.log_model or section.register_as):
+            return
+        where = str(directory).removeprefix(f"{self.directory}/")
+        assert where != str(directory), f"{directory} is not in {self.directory}"
+        self._artifact({"model": where, "name": models.NAME, "step": step, "register": section.register_as})
+        deadline = time.monotonic() + MODEL_SECONDS
+        while not self.ship(PATIENCE_SECONDS):
+            if self.is_cut_off or time.monotonic() > deadline:
+                say(f"MLflow has not got the model yet; to log it: {_sync(self)}")
+                return
 
     def end(self, status: Status = "FINISHED") -> None:
         self._tell({"status": status, "time": journal.now()})
@@ -116,18 +166,33 @@ class Run:
         if self.directory and journal.facts(self.directory).status == "RUNNING":
             self.end(status)
 
-    def child(self, trial_id: str, directory: str | Path | None = None) -> Run:
+    def child(self, trial_id: str, directory: str | Path | None = None, *, ships: bool = True) -> Run:
         """The run of a trial under this one: the one it had before, if it was interrupted, else a new one.
 
-        Its directory is one in this one's, by default the one with the trial's name.
+        Its directory is one in this one's, by default the one with the trial's name. A process that does not ship it
+        needs no MLflow, whose import takes 2 s; another one is to `watch` it then.
         """
         if not self.directory:
             return self
         where = str(directory or f"{self.directory}/{trial_id}")
         assert where.rpartition("/")[0] == self.directory, f"{where} is not in {self.directory}"
-        experiment = journal.facts(self.directory).run["experiment"]
-        run = Run(where, self.uri)
-        return _begin(run, experiment=experiment, name=trial_id, tags={TRIAL: trial_id}, is_child=True)
+        parent = journal.facts(self.directory)
+        known = {**parent.run["tags"], **parent.tags}
+        origin = {key: known[key] for key in (SOURCE, COMMIT, JOB) if key in known}
+        return _begin(
+            Run(where, self.uri),
+            experiment=parent.run["experiment"],
+            metric=parent.run["metric"],
+            name=trial_id,
+            tags={TRIAL: trial_id, SWEEP: parent.run["name"], **origin},
+            is_child=True,
+            ships=ships,
+        )
+
+    def watch(self, trial_id: str) -> None:
+        """Ship the run of a trial, which has begun, and what will be added to it, from this process."""
+        if self.directory and self.uri is not None:
+            _server(self.uri).watch(f"{self.directory}/{trial_id}")
 
     def children(self) -> dict[str, Run]:
         """Trial id -> run of every trial that has begun."""
@@ -163,6 +228,10 @@ class Run:
         family = [self, *self.children().values()]
         return _server(self.uri).ship([run.directory for run in family], timeout_seconds)
 
+    def _artifact(self, record: Mapping[str, Any]) -> None:
+        if self.directory and journal.facts(self.directory).artifacts.get(record["name"]) != record:
+            self._tell(record)
+
     def _tell(self, record: Mapping[str, Any]) -> None:
         if self.directory:
             with self._kept():
@@ -184,16 +253,19 @@ def start(
     name: str,
     tags: Mapping[str, Any],
     directory: str | Path,
+    metric: str = "best/eval_perplexity",
 ) -> Run:
     """The run whose journal lies in `directory`: a new one called `name`, or the one that was there, which goes on.
 
-    It belongs to the section's MLflow experiment, by default `experiment`. A server that does not answer is told of and
-    waited for no longer than seconds; a tracking.uri that can never work is a ConfigError.
+    It belongs to the section's MLflow experiment, by default `experiment`; one that is made here compares its runs by
+    `metric`. A server that does not answer is told of and waited for no longer than seconds; a tracking.uri that can
+    never work is a ConfigError.
     """
     belongs = section.experiment or experiment
-    connected = section.uri is not None and _connect(section.uri, belongs)
+    connected = section.uri is not None and _connect(section.uri, belongs, metric)
     run = Run(_absolute(directory), section.uri)
-    _begin(run, experiment=belongs, name=name, tags={key: str(value) for key, value in tags.items()}, is_child=False)
+    told = {**_origin(tags.get("raylm.verb")), **{key: str(value) for key, value in tags.items()}}
+    _begin(run, experiment=belongs, metric=metric, name=name, tags=told, is_child=False)
     if connected:
         run.ship(PATIENCE_SECONDS)
     return run
@@ -210,7 +282,12 @@ def settle(run: Run, say: Callable[[str], None]) -> None:
         if run.ship(2 * PATIENCE_SECONDS):
             return
         left = now_left
-    say(f"MLflow has not got {now_left:,} entries yet; to ship them: {sys.executable} -m raylm.sync {run.directory}")
+    say(f"MLflow has not got {now_left:,} entries yet; to ship them: {_sync(run)}")
+
+
+def _sync(run: Run) -> str:
+    """The command that ships what MLflow has not."""
+    return f"{sys.executable} -m raylm.sync {run.directory}"
 
 
 def runs(directory: str | Path, uri: str | None = None) -> list[Run]:
@@ -237,7 +314,48 @@ def how_to_look(section: TrackingConfig) -> str | None:
     return f"{sys.executable} -m mlflow ui --backend-store-uri {shown(section.uri)}"
 
 
-def _begin(run: Run, **about: Any) -> Run:
+def compare(run: Run) -> str | None:
+    """Link the page that compares the trials of a sweep from the sweep's own page, as its description.
+
+    Its address; a path below MLflow's where that is not known: of a database. None if MLflow has not got the trials.
+    """
+    if run.uri is None or not run.directory:
+        return None
+    experiment_id = _server(run.uri).experiment_id(journal.facts(run.directory).run["experiment"])
+    trials = [child.run_id for child in run.children().values()]
+    if experiment_id is None or not trials or None in trials:
+        return None
+    listed = [quote(json.dumps(ids, separators=(",", ":"))) for ids in (trials, [experiment_id])]
+    # Without the last one MLflow 3 shows the side of its page that is about agents.
+    path = f"#/compare-runs?runs={listed[0]}&experiments={listed[1]}&workflowType=machine_learning"
+    run.tags({NOTE: f"[Compare the trials]({path})"})
+    run.ship(PATIENCE_SECONDS)
+    return f"{shown(run.uri).rstrip('/')}/{path}" if run.uri.startswith("http") else f"/{path}"
+
+
+def _origin(verb: str | None) -> dict[str, str]:
+    """Tags that tell where a run is from: the command, the commit that is checked out here, the Ray job."""
+    tags = {SOURCE: f"raylm {verb}", "mlflow.source.type": "LOCAL"} if verb else {}
+    with contextlib.suppress(OSError):  # no git here
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if found.returncode == 0:
+            tags[COMMIT] = found.stdout.strip()
+    if job := _ray_job():
+        tags[JOB] = job
+    return tags
+
+
+def _ray_job() -> str | None:
+    """The id under which this command was submitted to Ray; else that of its connection, if it has one."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    if (found := submitted.get("metadata", {}).get("job_submission_id")) is not None:
+        return found
+    ray = sys.modules.get("ray")  # its import takes a second
+    return ray.get_runtime_context().get_job_id() if ray is not None and ray.is_initialized() else None
+
+
+def _begin(run: Run, *, ships: bool = True, **about: Any) -> Run:
+    about["tags"] = {**about["tags"], ATTEMPTS: str(journal.facts(run.directory).starts + 1)}
     try:
         journal.begin(run.directory, shown(run.uri) if run.uri else None, **about)
     except OSError as error:
@@ -251,7 +369,7 @@ def _begin(run: Run, **about: Any) -> Run:
     changed = {key: value for key, value in about["tags"].items() if there.get(key) != value}
     if changed:
         run.tags(changed)
-    if run.uri is not None:
+    if run.uri is not None and ships:
         _server(run.uri).watch(run.directory)
     return run
 
@@ -260,10 +378,10 @@ def _absolute(directory: str | Path) -> str:
     return str(directory) if storage.is_remote(str(directory)) else os.path.abspath(directory)
 
 
-def _connect(uri: str, experiment: str) -> bool:
+def _connect(uri: str, experiment: str, metric: str) -> bool:
     try:
         # A new database takes MLflow 4 s, on a busy machine 20.
-        return _server(uri).connect(experiment, 60 if uri.startswith("sqlite") else PATIENCE_SECONDS)
+        return _server(uri).connect(experiment, metric, 60 if uri.startswith("sqlite") else PATIENCE_SECONDS)
     except Unusable as error:
         raise ConfigError(
             f"tracking.uri={shown(uri)} cannot be used: {error}; give another, or tracking.uri=null to track nothing",

@@ -2,7 +2,10 @@
 
     <run>/tracking.jsonl  {"run": {"id": ..., "name": ..., ...}}              what it is
                           {"status": "RUNNING", "time": ..., "uri": ...}   again whenever it goes on
-                          {"parameters": {...}}   {"tags": {...}}   {"text": ..., "name": ...}
+                          {"parameters": {...}}   {"tags": {...}}   {"dataset": ..., "digest": ..., ...}
+                          {"text": ..., "name": ...}      an artifact, whole in the line
+                          {"file": SHA-256, "name": ...}  one that lies under this name in the directory
+                          {"model": ..., "name": ..., ...}   a model's directory, to be logged as MLflow's models are
           metrics.jsonl   {"step": 8, "time": 1763856000123, "metrics": {"train/loss": 3.25}}
                           {"rewind": 8}           the run goes on from step 8: the points after it are taken back
           mlflow.json     the run's id in MLflow, and how many bytes of the other two it has
@@ -176,7 +179,10 @@ class Facts:
     parameters: dict[str, str] = field(default_factory=dict)
     """As they were first given: MLflow takes no other."""
     tags: dict[str, str] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
+    datasets: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    """By name and digest."""
+    artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Texts, files and models, by name."""
     status: str | None = None
     time: int = 0
     """When it got its status."""
@@ -189,8 +195,10 @@ class Facts:
             self.run = self.run or record.get("run", {})
             self.parameters = {**record.get("parameters", {}), **self.parameters}
             self.tags |= record.get("tags", {})
-            if "text" in record:
-                self.texts[record["name"]] = record["text"]
+            if "dataset" in record:
+                self.datasets.setdefault((record["dataset"], record["digest"]), dict(record))
+            if "name" in record:
+                self.artifacts[record["name"]] = dict(record)
             if "status" in record:
                 self.status, self.time = record["status"], record["time"]
             if "uri" in record:
@@ -310,9 +318,9 @@ class Note:
     """The id in tracking.jsonl."""
     run_id: str | None = None
     facts: int = 0
-    """Bytes of tracking.jsonl, but the texts."""
-    texts: int = 0
-    """Bytes of tracking.jsonl, for the texts: they go to the artifact store, which may fail by itself."""
+    """Bytes of tracking.jsonl, but the artifacts."""
+    artifacts: int = 0
+    """Bytes of tracking.jsonl, for the artifacts: their store may fail by itself."""
     metrics: int = 0
     """Bytes of metrics.jsonl."""
 
@@ -334,26 +342,27 @@ def write_note(directory: str, note: Note) -> None:
 def ends(directory: str) -> dict[str, int]:
     """A note's bytes as they are when MLflow has everything."""
     run, points = (log(directory, name).read()[1] for name in (RUN, METRICS))
-    return {"facts": run, "texts": run, "metrics": points}
+    return {"facts": run, "artifacts": run, "metrics": points}
 
 
 def has_grown(directory: str, note: Note) -> bool:
     """Whether there may be something that MLflow has not."""
-    return log(directory, METRICS).size() > note.metrics or log(directory, RUN).size() > min(note.facts, note.texts)
+    return log(directory, METRICS).size() > note.metrics or log(directory, RUN).size() > min(note.facts, note.artifacts)
 
 
 def left(directory: str, note: Note) -> int:
-    """How many entries MLflow has not: metric points, parameters, tags, texts, changes of status."""
+    """How many entries MLflow has not: metric points, parameters, tags, datasets, artifacts, changes of status."""
     if not has_grown(directory, note):
         return 0
     points: dict[Place, Point] = {}
     apply(log(directory, METRICS).read(note.metrics)[0], points)
     told = Facts().add(log(directory, RUN).read(note.facts)[0])
-    texts = Facts().add(log(directory, RUN).read(note.texts)[0]).texts
+    artifacts = Facts().add(log(directory, RUN).read(note.artifacts)[0]).artifacts
     return (
         sum(math.isfinite(value) for value, _ in points.values())
         + len(told.parameters)
         + len(told.tags)
+        + len(told.datasets)
         + (told.status is not None)
-        + len(texts)
+        + len(artifacts)
     )

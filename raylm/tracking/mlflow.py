@@ -8,23 +8,32 @@ it by run, name, step, value and time, and all of these stand in the journal.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
 import re
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from raylm import cli
-from raylm.tracking import journal
+from raylm import cli, storage
+from raylm.tracking import journal, models
 from raylm.tracking.journal import Facts, Note, Place, Point
 
 PARENT = "mlflow.parentRunId"  # MLflow's own tag, by which its page nests runs
+CONTEXT = "mlflow.data.context"
+EXPERIMENT = {  # tags of an experiment that is made here: its page opens on the runs, and not on traces of agents
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
+}
+METRIC = "mlflow.experiment.primaryMetric.name"
 JOURNAL = "raylm.journal"
 """The tag by which the run of a journal is found where its id was not noted."""
 
@@ -44,8 +53,8 @@ ENVIRONMENT = {  # of this process, unless the user says otherwise
 
 def kind(error: Exception) -> str:
     """What became of a call to MLflow: only what is `unreachable`, `denied` or `not stored` is worth another try."""
-    if isinstance(error, _Deleted | _NotStored):
-        return {_Deleted: "deleted", _NotStored: "not stored"}[type(error)]
+    if isinstance(error, _Deleted | _NotStored | models.Unfit):
+        return {_Deleted: "deleted", _NotStored: "not stored", models.Unfit: "refused"}[type(error)]
     code = getattr(error, "error_code", None)
     answer = str(getattr(error, "json", ""))  # a proxy's own, of which MLflow knows no code
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED") or re.search(
@@ -83,7 +92,7 @@ class _Deleted(Exception):
 
 
 class _NotStored(Exception):
-    """The artifact store, which is another service, did not take a text."""
+    """The artifact store, which is another service, did not take an artifact."""
 
 
 class Server:
@@ -99,11 +108,11 @@ class Server:
 
         self.uri = uri
         self.failure: Exception | None = None
-        """Of the last round."""
+        """Of the last round, since somebody began to wait."""
         self._client: Any = None
         self._experiments: dict[str, str] = {}
-        self._wanted: str | None = None
-        """An experiment that is to be found before anything is shipped."""
+        self._wanted: tuple[str, str] | None = None
+        """An experiment that is to be found before anything is shipped, and its metric."""
         self._refusal: Exception | None = None
         """Why it was not."""
         self._shipments: dict[str, Shipment] = {}
@@ -115,17 +124,17 @@ class Server:
 
     # What others call ----------------------------------------------------------------------------------------------
 
-    def connect(self, experiment: str, timeout_seconds: float) -> bool:
+    def connect(self, experiment: str, metric: str, timeout_seconds: float) -> bool:
         """Whether the server answers in time. Unusable if it never will."""
         _check_file(self.uri)
         with self._changed:
-            self._wanted, self._refusal = experiment, None
+            self._wanted, self._refusal = (experiment, metric), None
         self._await(lambda: self._wanted is None or self._refusal is not None, timeout_seconds)
         if self._wanted is None:
             return True
         refusal = self._refusal or TimeoutError(f"no answer within {timeout_seconds:g} s")
+        self._wanted = None  # whoever ships asks for it again, and tells what else goes wrong
         if self._is_hopeless(refusal):
-            self._wanted = None
             raise Unusable(self.reason(refusal)) from refusal
         self.tell(refusal)
         return False
@@ -139,6 +148,8 @@ class Server:
         """Wait until nothing is left of these journals, at most so long; whether nothing is left."""
         for directory in directories:
             self.watch(directory)
+        with self._changed:
+            self.failure = None  # what went wrong before may be over
         return self._await(lambda: not any(self.left(directory) for directory in directories), timeout_seconds)
 
     def left(self, directory: str) -> int:
@@ -222,9 +233,9 @@ class Server:
     def _round(self) -> Exception | None:
         """Ship what is there; the first failure, if any."""
         failure: Exception | None = None
-        if self._wanted is not None:
+        if (wanted := self._wanted) is not None:
             try:
-                self.experiment(self._wanted)
+                self.experiment(*wanted)
                 self._wanted = None
             except Exception as error:
                 self._refusal = error  # of which connect tells
@@ -254,8 +265,12 @@ class Server:
             self._client = MlflowClient(tracking_uri=self.uri)
         return self._client
 
-    def experiment(self, name: str) -> str:
-        """The id of the MLflow experiment of that name, which is made if it is not there."""
+    def experiment_id(self, name: str) -> str | None:
+        """The id of the MLflow experiment of that name, if it was asked for before."""
+        return self._experiments.get(name)
+
+    def experiment(self, name: str, metric: str) -> str:
+        """The id of the MLflow experiment of that name; if it is not there it is made, to compare runs by a metric."""
         if name not in self._experiments:
             found = self.client.get_experiment_by_name(name)
             if found is not None and found.lifecycle_stage == "deleted":
@@ -263,15 +278,15 @@ class Server:
             if found is not None:
                 self._experiments[name] = found.experiment_id
             else:
-                self._experiments[name] = self._create_experiment(name)
+                self._experiments[name] = self._create_experiment(name, metric)
         return self._experiments[name]
 
-    def _create_experiment(self, name: str) -> str:
+    def _create_experiment(self, name: str, metric: str) -> str:
         artifacts = None
         if self.uri.startswith("sqlite:///"):  # else a directory wherever the command happened to run
             artifacts = os.path.join(os.path.dirname(self.uri.removeprefix("sqlite:///")), "mlartifacts")
         try:
-            return self.client.create_experiment(name, artifact_location=artifacts)
+            return self.client.create_experiment(name, artifacts, {**EXPERIMENT, METRIC: metric})
         except Exception:
             found = self.client.get_experiment_by_name(name)  # somebody else was faster
             if found is None:
@@ -321,7 +336,7 @@ class Shipment:
                     run_id = self.run_id()
                     self._metrics(run_id)
                     self._facts(run_id)
-                    self._texts(run_id)
+                    self._artifacts(run_id)
                 ended = journal.facts(self.directory).status != "RUNNING"
                 self.is_over = ended and not journal.left(self.directory, self._note)
         except FileNotFoundError:  # the run was removed
@@ -333,7 +348,7 @@ class Shipment:
             self._known = None
             if kind(error) == "missing":  # this is another store than the one that had the run
                 self.server.forget()
-                self._write(run_id=None, facts=0, texts=0, metrics=0)
+                self._write(run_id=None, facts=0, artifacts=0, metrics=0)
                 self._begin(self._note)
             raise
 
@@ -353,7 +368,7 @@ class Shipment:
         from mlflow.entities import ViewType
 
         about = journal.facts(self.directory).run
-        experiment_id = self.server.experiment(about["experiment"])
+        experiment_id = self.server.experiment(about["experiment"], about["metric"])
         found = self.server.client.search_runs(
             [experiment_id], f"tags.`{JOURNAL}` = '{about['id']}'", ViewType.ALL, max_results=1
         )
@@ -390,7 +405,7 @@ class Shipment:
             if (key, step) not in known and math.isfinite(value)  # MLflow makes 1.8e308 of infinity
         ]
         for start in range(0, len(points), MOST_METRICS):
-            self._send(run_id, metrics=points[start : start + MOST_METRICS])
+            self._send(self.server.client.log_batch, run_id, metrics=points[start : start + MOST_METRICS])
         known.update(self._owed)
         self._owed.clear()
         self._write(metrics=end)
@@ -404,37 +419,64 @@ class Shipment:
         return {(key, point.step) for key in found.data.metrics for point in client.get_metric_history(run_id, key)}
 
     def _facts(self, run_id: str) -> None:
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
+        client = self.server.client
         records, end = journal.log(self.directory, journal.RUN).read(self._note.facts)
         told = Facts().add(records)
         params = [Param(key, value) for key, value in told.parameters.items()]
         tags = [RunTag(key, value[:LONGEST_TAG]) for key, value in told.tags.items()]
+        datasets = []
+        for (name, digest), one in told.datasets.items():
+            source, profile = json.dumps({"uri": one["source"]}), json.dumps(one["profile"])
+            dataset = Dataset(name, digest, one["scheme"], source, profile=profile)
+            datasets.append(DatasetInput(dataset, [InputTag(CONTEXT, one["context"])]))
         for start in range(0, len(params), MOST_OTHERS):
-            self._send(run_id, params=params[start : start + MOST_OTHERS])
+            self._send(client.log_batch, run_id, params=params[start : start + MOST_OTHERS])
         for start in range(0, len(tags), MOST_OTHERS):
-            self._send(run_id, tags=tags[start : start + MOST_OTHERS])
+            self._send(client.log_batch, run_id, tags=tags[start : start + MOST_OTHERS])
+        if datasets:  # of those that it has MLflow itself takes no second one
+            self._send(client.log_inputs, run_id, datasets=datasets)
         if told.status not in (None, self._status):
             if told.status == "RUNNING":
-                self.server.client.update_run(run_id, status="RUNNING")
+                client.update_run(run_id, status="RUNNING")
             else:
-                self.server.client.set_terminated(run_id, told.status, told.time)
+                client.set_terminated(run_id, told.status, told.time)
             self._status = told.status
         self._write(facts=end)
 
-    def _texts(self, run_id: str) -> None:
-        records, end = journal.log(self.directory, journal.RUN).read(self._note.texts)
-        for name, text in Facts().add(records).texts.items():
+    def _artifacts(self, run_id: str) -> None:
+        records, end = journal.log(self.directory, journal.RUN).read(self._note.artifacts)
+        for name, record in Facts().add(records).artifacts.items():
             try:
-                self.server.client.log_text(run_id, text, name)
+                if "text" in record:
+                    self.server.client.log_text(run_id, record["text"], name)
+                elif "file" in record:
+                    self._file(run_id, name)
+                else:
+                    self._metrics(run_id)  # those that were told between the two readings: the model has them too
+                    models.log(self.server.client, run_id, self.directory, record)
             except Exception as error:
+                if kind(error) == "refused":
+                    self.server.tell(error)
+                    continue
                 raise _NotStored(f"{name}: {error}") from error
-        self._write(texts=end)
+        self._write(artifacts=end)
 
-    def _send(self, run_id: str, **entries: list[Any]) -> None:
+    def _file(self, run_id: str, name: str) -> None:
+        """A file as it is now; one that was removed is wanted no more."""
+        content = storage.read(f"{self.directory}/{name}")
+        if content is None:
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch, os.path.basename(name))
+            copy.write_bytes(content)
+            self.server.client.log_artifact(run_id, str(copy), os.path.dirname(name) or None)
+
+    def _send(self, log: Callable[..., None], run_id: str, **entries: list[Any]) -> None:
         """Log a batch; of one that is refused each half by itself, to leave out the entry that MLflow never takes."""
         try:
-            self.server.client.log_batch(run_id, **entries)
+            log(run_id, **entries)
         except Exception as error:
             if kind(error) != "refused":
                 raise
@@ -444,8 +486,8 @@ class Shipment:
                 self.server.tell(error)
                 return
             middle = len(batch) // 2
-            self._send(run_id, **{name: batch[:middle]})
-            self._send(run_id, **{name: batch[middle:]})
+            self._send(log, run_id, **{name: batch[:middle]})
+            self._send(log, run_id, **{name: batch[middle:]})
 
 
 def _check_file(uri: str) -> None:

@@ -1,0 +1,101 @@
+"""Weights shared out among the workers, as train.arguments.fsdp says: each has a part of every one.
+
+On disk they are whole: a checkpoint is a plain Hugging Face directory, to go on from with any number of workers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+"""States by the names of the weights, not by shards: for any number of workers."""
+
+
+class ShardingTrainer(Trainer):
+    is_fsdp_enabled: bool
+    is_sharded = False
+    """Whether the run's weights are shared out: those of a single worker too, for there may be more later."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Have train.arguments.fsdp mean the same on CPUs: there accelerate leaves it out without a word."""
+        super().create_accelerator_and_postprocess()
+        if not self.args.fsdp_plugin_args:
+            return
+        state = self.accelerator.state
+        if not self.is_fsdp_enabled:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        if state.mixed_precision == "bf16":  # as autocast does it: sums, of gradients and of losses, are not rounded
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+
+    @property
+    def inner_optimizer(self) -> Any:
+        """torch's own."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm  # each worker has that of its shards
+
+    # Weights
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        state: dict[str, torch.Tensor] = {}
+        for name, weight in self.model.state_dict().items():
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # all workers take part
+            if self.args.should_save and name not in self._tied:  # gathered, tied weights are no longer one
+                state[name] = whole.cpu()
+        self._save(output_dir, state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model_to_load: Any = None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model_to_load)
+            return
+        state: dict[str, Any] = {}
+        for file in Path(resume_from_checkpoint).glob("model*.safetensors"):
+            state |= load_file(file)
+        left = set_model_state_dict(self.model, state, options=WHOLE)
+        assert not {*left.missing_keys, *left.unexpected_keys} - self._tied, left
+
+    @property
+    def _tied(self) -> set[str]:
+        """The names of weights that are others'."""
+        return set(getattr(self.model, "all_tied_weights_keys", ()))
+
+    # The optimizer, whose state is kept by the names of the weights
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = get_optimizer_state_dict(self.model, self.inner_optimizer, options=WHOLE)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+        set_optimizer_state_dict(self.model, self.inner_optimizer, state, options=WHOLE)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))

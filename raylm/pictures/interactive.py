@@ -1,0 +1,197 @@
+"""Figure -> what plotly.js draws, as plain values."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from raylm.pictures import looks
+from raylm.pictures.figures import Axis, Figure
+
+FONT = "system-ui, sans-serif"
+
+
+def library() -> str | None:
+    """The source of plotly.js; None without plotly."""
+    spec = importlib.util.find_spec("plotly")
+    if spec is None or spec.origin is None:
+        return None
+    return (Path(spec.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+
+
+def drawn(figure: Figure) -> dict[str, Any]:
+    """`data` and `layout` of plotly.js. The trace of a trial has its id as `name` and `meta` trial."""
+    height = 126 + 22 * len(figure.bars) if figure.bars else 480
+    layout: dict[str, Any] = {
+        "height": height,
+        "margin": {"l": 70, "r": 20, "t": 36, "b": 60},
+        "font": {"family": FONT, "size": 13},
+        "plot_bgcolor": "white",
+        "hoverlabel": {"align": "left"},
+        "barmode": "overlay",
+        "legend": {"itemclick": False, "itemdoubleclick": False},
+        "xaxis": _axis(figure.x),
+        "yaxis": _axis(figure.y),
+        "annotations": [
+            {
+                "x": x, "y": y, "text": html.escape(text), "showarrow": False, "xanchor": "left", "xshift": 4,
+                "bgcolor": "rgba(255,255,255,0.75)", "borderpad": 1, "font": {"size": 12},
+            }
+            for x, y, text in figure.texts
+        ],
+    }  # fmt: skip
+    if figure.bars:
+        layout["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False, "automargin": True}
+    if figure.cells:
+        layout["xaxis"]["showgrid"] = layout["yaxis"]["showgrid"] = False
+    return {
+        "data": [*_lines(figure), *_marks(figure), *_bars(figure), *_cells(figure), *_legend(figure)],
+        "layout": layout,
+    }
+
+
+def _axis(axis: Axis) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "title": {"text": html.escape(axis.title)},
+        "type": "log" if axis.log else "linear",
+        "gridcolor": "#E5E5E5",
+        "zeroline": False,
+        "automargin": True,
+    }
+    if axis.ticks is not None:
+        found |= {
+            "tickvals": [place for place, _ in axis.ticks],
+            "ticktext": [html.escape(name) for _, name in axis.ticks],
+        }
+    return found
+
+
+def _lines(figure: Figure) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for line in figure.lines:
+        is_cross, size = looks.end(line)
+        colour = looks.colour(line)
+        width, dash = (3.5 if line.kind == "best" else 1.7), ("dash" if line.kind == "failed" else "solid")
+        found.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": line.name,
+                "meta": "trial",
+                "x": [x for x, _ in line.points],
+                "y": [y for _, y in line.points],
+                "line": {"color": colour, "width": width, "dash": dash},
+                "marker": {
+                    "symbol": ["circle"] * (len(line.points) - 1) + ["x" if is_cross else "circle"],
+                    "size": [0] * (len(line.points) - 1) + [size + 2],
+                    "color": colour,
+                    "opacity": 1,
+                    "line": {"width": 0},
+                },
+                "text": _facts(line.about),
+                "hoverinfo": "text" if figure.texts else "x+y+text",
+                "showlegend": False,
+            }
+        )
+    return found
+
+
+def _marks(figure: Figure) -> list[dict[str, Any]]:
+    """A dash for each text."""
+    if not figure.texts:
+        return []
+    xs, ys, _ = zip(*figure.texts, strict=True)
+    marker = {"symbol": "line-ew-open", "size": 9, "color": "black"}
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": xs,
+            "y": ys,
+            "marker": marker,
+            "hoverinfo": "skip",
+            "showlegend": False,
+        }
+    ]
+
+
+def _bars(figure: Figure) -> list[dict[str, Any]]:
+    if not figure.bars:
+        return []
+    both: dict[str, Any] = {
+        "type": "bar",
+        "orientation": "h",
+        "meta": "trials" if figure.bars[0].kind != "setting" else None,
+        "y": [html.escape(bar.name) for bar in figure.bars],
+        "hovertext": [_facts(bar.about) for bar in figure.bars],
+        "hoverinfo": "text",
+        "showlegend": False,
+    }
+    colours = [looks.colour(bar) for bar in figure.bars]
+    whole = [max(bar.whole, bar.length) for bar in figure.bars]
+    notes = [html.escape(bar.note) for bar in figure.bars]
+    return [
+        {**both, "x": whole, "marker": {"color": colours, "opacity": 0.2}},
+        {
+            **both,
+            "x": [bar.length for bar in figure.bars],
+            "marker": {"color": colours},
+            "text": notes,
+            "textposition": "outside",
+        },
+    ]
+
+
+def _cells(figure: Figure) -> list[dict[str, Any]]:
+    """A heat map of the cells with a score, and a grey one of the others."""
+    colours = [[index / 3, looks.shade(index / 3)] for index in range(4)]
+    grey = [[0, looks.NO_SCORE], [1, looks.NO_SCORE]]
+    scored = [cell for cell in figure.cells if cell.shade is not None]
+    failed = [cell for cell in figure.cells if cell.shade is None]
+    wide, high = (len(axis.ticks or ()) for axis in (figure.x, figure.y))
+    found = []
+    for cells, scale in ((scored, colours), (failed, grey)):
+        by_place = {(cell.row, cell.column): cell for cell in cells}
+        rows = [[by_place.get((row, column)) for column in range(wide)] for row in range(high)]
+        found.append(
+            {
+                "type": "heatmap",
+                "z": [[cell and (cell.shade or 0) for cell in row] for row in rows],
+                "zmin": 0,
+                "zmax": 1,
+                "colorscale": scale,
+                "showscale": False,
+                "text": [[_facts(cell.text) if cell else "" for cell in row] for row in rows],
+                "texttemplate": "%{text}",
+                "hovertext": [[_facts(cell.about) if cell else "" for cell in row] for row in rows],
+                "hoverinfo": "text",
+                "xgap": 2,
+                "ygap": 2,
+            }
+        )
+    return found if figure.cells else []
+
+
+def _legend(figure: Figure) -> list[dict[str, Any]]:
+    """Traces of nothing, for their names."""
+    found = looks.legend(figure)
+    if len(found) < 2:
+        return []
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": [None],
+            "y": [None],
+            "name": kind,
+            "line": {"color": colour, "width": 4},
+        }
+        for kind, colour in found.items()
+    ]
+
+
+def _facts(about: str) -> str:
+    """Plotly reads some HTML."""
+    return html.escape(about, quote=False).replace("\n", "<br>")

@@ -1,0 +1,183 @@
+"""python -m raylm.submit VERB ...: a raylm command as a job of a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from raylm import cli
+from raylm.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+VERBS = ("prepare", "train", "tune", "evaluate", "generate", "inspect", "push", "sync", "report", "compare")
+DASHBOARD = "http://127.0.0.1:8265"
+START_SECONDS = 60
+"""How long a cluster that answers may take until it takes jobs."""
+STOP_SECONDS = 60
+"""How long a job that is stopped may take for its checkpoint; Ray's own default is 3."""
+
+
+def submit(
+    command: Annotated[
+        list[str], typer.Argument(metavar="VERB [ARGUMENTS]...", help="What to run there: tune --config sweep.yaml ...")
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help=f"The cluster's dashboard. Default: RAY_API_SERVER_ADDRESS, or {DASHBOARD}."),
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the job.")] = False,
+    dry_run: cli.DryRun = False,
+    json: cli.Json = False,
+) -> cli.Answer:
+    """Run a raylm command as a job of a Ray cluster, and follow it; its exit code is the command's.
+
+    The files that the arguments name go along, and this version of raylm. Everything else is read and written where the
+    cluster can reach it. Ctrl-C leaves the job running.
+    """
+    verb, *arguments = command
+    if verb not in VERBS:
+        raise ConfigError(f"{verb}: not a command of raylm that can be submitted; these can: {', '.join(VERBS)}", verb)
+    where = _address(address)
+    from raylm import tables
+
+    with tempfile.TemporaryDirectory(prefix="raylm-submit-") as directory:
+        packed = _packed(arguments, Path(directory))
+        entrypoint = shlex.join(["python", "-m", f"raylm.{verb}", *packed])
+        record: dict[str, Any] = {"address": where, "entrypoint": entrypoint, "files": sorted(os.listdir(directory))}
+        if dry_run:
+            return cli.Answer(record, tables.facts({**record, "files": " ".join(record["files"]) or None}))
+        client = _client(where)
+        job = _submitted(
+            client,
+            where,
+            entrypoint=entrypoint,
+            runtime_env={
+                "working_dir": directory,
+                "py_modules": [str(Path(__file__).parent)],
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+            },
+        )
+    record["job"] = job
+    stop = f"ray job stop --address {where} {job}"
+    if detach:
+        facts = {"job": job, "follow it": f"ray job logs --follow --address {where} {job}", "stop it": stop}
+        return cli.Answer(record, tables.facts(facts))
+    cli.say(f"{job}: submitted to {where}; to stop it: {stop}")
+    try:
+        asyncio.run(_follow(client, job))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{job} goes on; to stop it: {stop}") from None
+    info = client.get_job_info(job)
+    exit_code = info.driver_exit_code if info.driver_exit_code is not None else 1
+    record |= {"status": str(info.status), "exit_code": exit_code}
+    return cli.Answer(record, f"{job}: {str(info.status).lower()}, exit code {exit_code}", exit_code=exit_code % 256)
+
+
+def _address(given: str | None) -> str:
+    """The dashboard's address; ConfigError if others could listen to, or use, what is meant for the user alone."""
+    address = given or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--address must be the dashboard's, http://HOST:8265, got {address}", "--address")
+    if parts.scheme == "http" and not _is_loopback(parts.hostname) and not _has_token():
+        raise ConfigError(
+            f"--address {address}: whoever reaches it could run anything there; have the cluster ask for a token "
+            "(RAY_AUTH_MODE=token, `ray get-auth-token --generate`), or reach it through a tunnel: "
+            "ssh -L 8265:127.0.0.1:8265 HOST",
+            "--address",
+        )
+    return address
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _has_token() -> bool:
+    """Whether Ray will find a token to show."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).expanduser().exists()
+
+
+def _packed(arguments: list[str], directory: Path) -> list[str]:
+    """The arguments as they are said there: files of this machine are copied into a directory, and named from it."""
+    packed = []
+    for argument in arguments:
+        path = Path(argument)
+        if not path.exists() or argument.startswith("-"):
+            packed.append(argument)
+            continue
+        if path.is_dir():
+            raise ConfigError(
+                f"{argument} is a directory of this machine, and only files go along; put it where the cluster can "
+                "read it, and name that",
+                argument,
+            )
+        target = directory / path.name
+        if target.exists():
+            raise ConfigError(f"{argument}: two files of this name cannot go along; rename one", argument)
+        shutil.copyfile(path, target)
+        packed.append(path.name)
+    return packed
+
+
+def _client(address: str) -> JobSubmissionClient:
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of all that it packs
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        problem = str(error).strip().split("\n")[0]
+        raise StorageError(f"--address {address}: no Ray cluster answers there: {problem}", "--address") from error
+
+
+def _submitted(client: JobSubmissionClient, address: str, **job: Any) -> str:
+    """The job's id. A cluster that has just begun takes none for some seconds."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            problem = str(error).strip().split("\n")[0]
+            if "No available agent" not in problem or time.monotonic() > deadline:
+                raise StorageError(f"--address {address}: the cluster takes no job: {problem}", "--address") from error
+        time.sleep(1)
+
+
+async def _follow(client: JobSubmissionClient, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        sys.stdout.write(lines)
+        sys.stdout.flush()
+
+
+# Options that it does not know are the submitted command's.
+submit.passes_on = True  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    cli.run(submit)
+
+
+if __name__ == "__main__":
+    from raylm.submit import main  # by its real name, so that Ray ships functions by reference
+
+    main()

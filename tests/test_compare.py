@@ -1,0 +1,165 @@
+"""Runs side by side; their directories are written by hand: nothing is trained."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TOKEN
+from test_report import BUDGET, TRIALS, write_sweep
+
+from raylm import config, tracking
+from raylm.compare import compare, pace, side
+from raylm.errors import ConfigError, StorageError
+
+STORES = {  # fingerprint -> (documents, bytes) of its validation split, and its tokenizer
+    "f00d": ((5, 900), "one"),
+    "beef": ((5, 900), "two"),
+    "cafe": ((6, 1000), "one"),
+    "babe": ((5, 900), "one"),
+}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """Sweeps aaaa, which goes on, and bbbb, which is over and was scored on the whole split; four token stores."""
+    storage = tmp_path_factory.mktemp("compare") / "runs"
+    for fingerprint, ((documents, size), tokenizer) in STORES.items():
+        manifest = {"validation": {"documents": documents, "bytes": size}, "tokenizer": {"files": {"t": tokenizer}}}
+        (storage / "tokens" / fingerprint).mkdir(parents=True)
+        (storage / "tokens" / fingerprint / "manifest.json").write_text(json.dumps(manifest))
+    write_sweep(storage, "tune-20260101-000000-aaaa", "eval.max_tokens=64", trials=TRIALS)
+    best = {"trial_id": "trial_00000", "perplexity": 31.5, "bits_per_byte": 1.97, "checkpoint": "/there/model"}
+    write_sweep(storage, "tune-20260102-000000-bbbb", "eval.max_tokens=64", trials=TRIALS, result_json={"best": best})
+    return storage
+
+
+@pytest.fixture
+def trained(storage):
+    """(name, settings, store, result) -> the directory of a training run that was evaluated twice."""
+
+    def make(name, *settings, store="f00d", result=None):
+        directory = f"{storage}/words/{name}"
+        where = [f"storage={storage}", "name=words", "tracking.uri=null", f"train.max_tokens={BUDGET}"]
+        experiment = config.load(None, [*where, "train.batch_tokens=256", *settings])
+        run = tracking.start(experiment.tracking, experiment="words", name=name, tags={}, directory=directory)
+        run.parameters({"store": store} if store else {})
+        run.text(config.dump(experiment), "experiment.yaml")
+        measure = "pseudo_perplexity" if experiment.objective.kind == "masked" else "perplexity"
+        for step, score in ((1, 40.0), (2, 44.0)):
+            run.metrics({f"eval/{measure}": score, "eval/bits_per_byte": score / 20, "train/tokens": 256 * step}, step)
+        if result:
+            (Path(directory) / "result.json").write_text(json.dumps(result))
+        return directory
+
+    return make
+
+
+DONE = {"perplexity": 38.0, "bits_per_byte": 1.9, "tokens": 1024}
+
+
+def test_runs_side_by_side(storage, trained):
+    trained("train-1", "train.learning_rate=0.5", result=DONE)
+    answer = compare([f"{storage}/words/tune-20260101-000000-aaaa/trial_00001", f"{storage}/words/train-1"])
+    trial, run = answer.record["runs"]
+    assert trial == {
+        "run": "tune-20260101-000000-aaaa/trial_00001",
+        "perplexity": 80.0,
+        "bits_per_byte": 5.0,
+        "scored_on": "the first 64 validation tokens",
+        "tokens": 256,
+        "seconds": None,
+        "tokens_per_second": None,
+        "data": "f00d",
+    }
+    assert (run["run"], run["perplexity"], run["tokens"]) == ("train-1", 38.0, 1024)
+    assert answer.record["settings"] == {
+        "blocks.block_size": [128, 64],
+        "train.learning_rate": [0.01, 0.5],
+        "eval.max_tokens": [64, None],
+    }
+    json.dumps(answer.record, allow_nan=False)
+
+
+def test_a_sweep_is_its_best_trial(storage):
+    going, over = (
+        side(f"{storage}/words/{name}") for name in ("tune-20260101-000000-aaaa", "tune-20260102-000000-bbbb")
+    )
+    part, whole = "the first 64 validation tokens", "the whole validation split"
+    assert (going.name, going.perplexity, going.scored_on) == ("tune-20260101-000000-aaaa/trial_00000", 32.0, part)
+    assert (over.perplexity, over.scored_on) == (31.5, whole)
+    trial = side(f"{storage}/words/tune-20260102-000000-bbbb/trial_00000")
+    assert (trial.perplexity, trial.scored_on) == (32.0, part), "comparable with the other trials"
+    model = Path(f"{storage}/words/tune-20260102-000000-bbbb/model")
+    model.mkdir()
+    assert side(str(model)) == over
+
+
+def test_a_run_that_is_not_over_has_its_best_evaluation(trained):
+    found = side(trained("train-2"))
+    assert (found.perplexity, found.bits_per_byte, found.tokens, found.scored_on) == (
+        40.0,
+        2.0,
+        512,
+        "the whole validation split",
+    )
+
+
+def test_speed_is_that_of_the_steps_without_stops(tmp_path):
+    times = {1: 10, 2: 12, 3: 14, 4: 100, 5: 102}  # stopped after step 3
+    lines = [{"step": n, "time": 1000 * time, "metrics": {"train/tokens": 256 * n}} for n, time in times.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert pace(str(tmp_path)) == {"seconds": 92, "tokens_per_second": 128}
+
+
+def test_a_model_that_was_exported(trained_directory):
+    found = side(str(trained_directory))
+    assert (found.perplexity, found.bits_per_byte, found.tokens, found.store) == (12.25, 1.5, 3584, "f")
+    assert found.experiment.model.config["n_embd"] == 8
+
+
+def test_no_secret_is_shown(trained_directory, storage):
+    answer = compare([str(trained_directory), f"{storage}/words/tune-20260101-000000-aaaa"])
+    assert "train.arguments.logging_first_step" in answer.record["settings"]
+    assert "s3://key@bucket/held/out.txt" in answer.record["settings"]["eval.paths"][0]
+    assert TOKEN not in json.dumps(answer.record)
+
+
+TEXTS = "the validation texts differ"
+TOKENIZERS = "the tokenizers differ"
+PARTS = "the scores are of other parts"
+
+
+@pytest.mark.parametrize(
+    ("settings", "store", "warnings"),
+    [
+        ([], "f00d", []),
+        (["train.learning_rate=0.5", "blocks.block_size=128"], "f00d", []),
+        ([], "babe", []),  # other training text alone
+        ([], "beef", [TOKENIZERS]),
+        ([], "cafe", [TEXTS]),
+        (["eval.max_tokens=64"], "f00d", [PARTS]),
+        (["objective.kind=masked"], "f00d", ["a pseudo-perplexity"]),
+        ([], None, ["nothing says on what text b was scored"]),
+        ([], "gone", [TEXTS]),  # the same settings, so the files have changed
+        (["tokenizer.train={vocab_size: 999}"], "gone", [TOKENIZERS]),
+        (["corpus.paths=/other/*.txt", "tokenizer.train={vocab_size: 999}"], "gone", [TEXTS]),
+    ],
+)
+def test_what_cannot_be_compared_is_told(trained, tmp_path, settings, store, warnings):
+    a = trained(f"{tmp_path.name}/a")
+    b = trained(f"{tmp_path.name}/b", *settings, store=store)
+    told = compare([a, b]).record["warnings"]
+    assert [warning[: len(start)] for warning, start in zip(told, warnings, strict=True)] == warnings
+
+
+def test_what_is_no_run_is_refused(storage, monkeypatch):
+    monkeypatch.chdir(storage.parent)
+    with pytest.raises(ConfigError, match="nothing to compare runs/words with; give two runs or more"):
+        compare(["runs/words"])
+    with pytest.raises(
+        StorageError, match=r"runs/words is no run, trial, sweep or model .*; in .* there are .*tune-20260101"
+    ):
+        compare(["runs/words", "tune-20260101-000000-aaaa"])
+    empty = write_sweep(storage, "tune-20260103-000000-cccc", trials=[])
+    with pytest.raises(StorageError, match="the sweep has no score yet"):
+        side(empty)

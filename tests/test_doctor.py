@@ -1,0 +1,69 @@
+"""What raylm doctor finds on this machine, and what it mends."""
+
+import stat
+
+import pytest
+
+from raylm import config, doctor
+from raylm.doctor import Finding
+
+
+def found(findings, what):
+    return next(finding for finding in findings if finding.what == what)
+
+
+def test_a_token_that_others_can_read_is_bad_and_mended_on_request(tmp_path, monkeypatch):
+    token = tmp_path / "auth_token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    assert [finding.verdict for finding in doctor.token(fix=False)] == ["note"], "there is none"
+    token.write_text("secret")
+    token.chmod(0o644)
+    (finding,) = doctor.token(fix=False)
+    assert finding == Finding("ray token", "bad", f"{token}, mode 0644", "others can read it: --fix, or chmod 600")
+    assert [finding.verdict for finding in doctor.token(fix=True)] == ["good"]
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert token.read_text() == "secret"
+
+
+def test_libraries_are_held_against_what_raylm_asks_for(monkeypatch):
+    assert found(doctor.libraries(), "libraries").verdict == "good"
+    real = doctor.importlib.metadata.version
+
+    def version(name):
+        if name == "peft":
+            raise doctor.importlib.metadata.PackageNotFoundError
+        return "1.0" if name == "transformers" else real(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    findings = list(doctor.libraries())
+    assert found(findings, "libraries").verdict == "bad"
+    assert "transformers 1.0, wanted >=5" in found(findings, "libraries").found
+    assert found(findings, "extras") == Finding("extras", "note", "not installed: peft", "pip install 'raylm[peft]'")
+
+
+@pytest.mark.parametrize(
+    ("settings", "what", "verdict"),
+    [
+        (["tracking.uri=http://127.0.0.1:9"], "mlflow", "bad"),
+        (["tracking.uri=null"], "mlflow", "note"),
+        (["tracking.uri=sqlite:///x.db"], "mlflow", "good"),
+        (["tracking.uri=sqlite:///x.db", "cluster.address=10.0.0.1:6379"], "mlflow", "bad"),
+    ],
+)
+def test_tracking(settings, what, verdict):
+    findings = list(doctor.tracking_of(config.load(None, settings)))
+    assert found(findings, what).verdict == verdict
+
+
+def test_the_screen_has_everything_and_the_exit_code_tells_of_the_worst(command, tmp_path, monkeypatch):
+    token = tmp_path / "auth_token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    result = command("doctor", f"storage={tmp_path}/runs", "cluster.cpus_per_worker=64", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "secret" not in result.stdout + result.stderr
+    for what in ("python", "cpus", "memory", "libraries", "ray token", "cluster.num_workers", "storage", "mlflow"):
+        assert what in result.stdout
+    assert "1 x 64 needs 64 CPUs" in result.stdout.replace("\n", " ")
+    assert [file.name for file in tmp_path.iterdir()] == ["auth_token"], "it leaves nothing"

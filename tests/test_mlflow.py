@@ -1,0 +1,217 @@
+"""What needs more of MLflow than a run: its models and registry, and its own server with passwords."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import mlflow.transformers
+import pytest
+import torch
+from conftest import PLAIN, copied
+from mlflow import MlflowClient
+from transformers import BertConfig, BertForMaskedLM
+
+from raylm import config, tokenizer, tracking
+from raylm.config import TrackingConfig
+from raylm.tracking import mlflow as shipping
+
+PASSWORD = "canaryCanary77"
+
+
+@pytest.fixture
+def uri(tmp_path, tmp_path_factory, monkeypatch):
+    """Of a SQLite file: a copy of an empty one, since MLflow takes seconds to make one."""
+    monkeypatch.setattr(shipping, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 1.0)
+    empty = tmp_path_factory.getbasetemp() / "empty.db"
+    if not empty.exists():
+        MlflowClient(f"sqlite:///{empty}").search_experiments()
+    shutil.copy(empty, tmp_path / "mlflow.db")
+    yield f"sqlite:///{tmp_path}/mlflow.db"
+    end_threads()
+
+
+def end_threads():
+    for known in tracking._servers.values():
+        known.close(10)
+    tracking._servers.clear()
+
+
+def start(section, directory):
+    return tracking.start(section, experiment="words", name="one", tags={}, directory=directory)
+
+
+def never(said):
+    raise AssertionError(said)
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def masked_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("masked")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(vocab_size=270, max_position_embeddings=16, **sizes)).save_pretrained(directory)
+    special = {"mask_token": "[MASK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    trained = tokenizer.train(["a b c"], config.TrainedTokenizer(vocab_size=270, special_tokens=list(special.values())))
+    trained.add_special_tokens(special)
+    trained.save_pretrained(directory)
+    return directory
+
+
+def loaded(uri, model):
+    """The pipeline that MLflow makes of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        return mlflow.transformers.load_model(model)
+
+
+def test_the_best_model_is_logged_with_its_run_and_registered(uri, trained_directory, tmp_path):
+    client = MlflowClient(uri)
+    section = TrackingConfig(uri=uri, register_as="words")
+    versions = []
+    for name in ("first", "second"):
+        run = start(section, tmp_path / name)
+        run.parameters({"train.learning_rate": 3e-4})
+        run.metrics({"train/loss": 2.0}, 6)
+        run.metrics({"train/loss": 1.5}, 7)
+        run.metrics({"best/eval_perplexity": 8.5}, 0)
+        directory = copied(trained_directory, tmp_path / name / "model", PLAIN)
+        for _ in range(2):  # as a command that goes on does
+            run.model(directory, section, 7, never)
+        found = client.get_logged_model(client.get_run(run.run_id).outputs.model_outputs[0].model_id)
+        assert (str(found.status), found.name, found.params) == ("READY", "model", {"train.learning_rate": "0.0003"})
+        linked = {metric.key: metric.value for metric in found.metrics}
+        assert linked == {"best/eval_perplexity": 8.5, "train/loss": 1.5}
+        assert len(client.get_metric_history(run.run_id, "best/eval_perplexity")) == 1
+        champion = client.get_model_version_by_alias("words", "champion")
+        assert champion.run_id == run.run_id
+        versions.append(champion)
+    assert [version.version for version in client.search_model_versions("name = 'words'")] == [2, 1]
+    end_threads()
+    (tmp_path / "first" / "mlflow.json").unlink()
+    assert start(section, tmp_path / "first").ship(20)
+    assert client.get_model_version_by_alias("words", "champion").version == versions[1].version, "the newest"
+    requirements = (tmp_path / "mlartifacts").glob("models/*/artifacts/requirements.txt")
+    assert all(f"torch=={torch.__version__.partition('+')[0]}\n" in file.read_text() for file in requirements)
+    pipeline = loaded(uri, "models:/words@champion")
+    assert pipeline("a", max_new_tokens=1)[0]["generated_text"].startswith("a")
+
+
+def test_a_masked_model_on_remote_storage_is_logged_as_what_it_is(uri, masked_directory, tmp_path):
+    section = TrackingConfig(uri=uri, log_model=True)
+    run = start(section, f"file://{tmp_path}/run")  # a local one, as far as raylm knows
+    copied(masked_directory, tmp_path / "run" / "model")
+    run.model(f"file://{tmp_path}/run/model", section, 1, never)
+    assert MlflowClient(uri).search_registered_models() == []
+    pipeline = loaded(uri, f"runs:/{run.run_id}/model")
+    assert pipeline.task == "fill-mask"
+    assert len(pipeline("a [MASK] c")) == 5
+
+
+def test_a_model_is_not_logged_unless_one_says_so(uri, trained_directory, tmp_path):
+    section = TrackingConfig(uri=uri)
+    run = start(section, tmp_path / "run")
+    run.model(copied(trained_directory, tmp_path / "run" / "model", PLAIN), section, 1, never)
+    assert run.ship(20)
+    assert not MlflowClient(uri).get_run(run.run_id).outputs.model_outputs
+
+
+def test_a_model_that_mlflow_does_not_take_is_logged_later(uri, trained_directory, tmp_path, capsys):
+    section = TrackingConfig(uri=uri, log_model=True)
+    run = start(section, tmp_path / "run")
+    (tmp_path / "mlartifacts").write_text("not a directory")
+    said = []
+    run.model(copied(trained_directory, tmp_path / "run" / "model", PLAIN), section, 1, said.append)
+    assert said == [f"MLflow has not got the model yet; to log it: {sys.executable} -m raylm.sync {tmp_path}/run"]
+    assert "does not store artifacts: [Errno 20] Not a directory" in capsys.readouterr().err
+    (tmp_path / "mlartifacts").unlink()
+    assert run.ship(20)
+    client = MlflowClient(uri)
+    found = client.search_logged_models([client.get_run(run.run_id).info.experiment_id])
+    assert [str(model.status) for model in found] == ["READY"], "what was cut off is gone"
+
+
+def test_a_model_that_was_removed_is_wanted_no_more(uri, tmp_path, capsys):
+    section = TrackingConfig(uri=uri, log_model=True)
+    run = start(section, tmp_path / "run")
+    run.model(tmp_path / "run" / "model", section, 1, never)
+    assert run.left() == 0
+    assert capsys.readouterr().err == ""
+
+
+# Passwords -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def server_with_passwords(root):
+    """`mlflow server` as its users start it, 10 s on a quiet machine. Gives its address."""
+    (root / "auth.ini").write_text(
+        "[mlflow]\ndefault_permission = READ\n"
+        f"database_uri = sqlite:///{root}/auth.db\nadmin_username = admin\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        "auth_cache_ttl_seconds = 60\n"  # to check a password takes 0.1 s of CPU, and every call has one
+    )
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    stores = ["--backend-store-uri", f"sqlite:///{root}/mlflow.db", "--artifacts-destination", f"{root}/artifacts"]
+    where = ["--app-name", "basic-auth", "--port", str(port), "--workers", "1"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *where, *stores],
+        env={
+            **os.environ,
+            "MLFLOW_AUTH_CONFIG_PATH": f"{root}/auth.ini",
+            "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "of a test",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        },
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@pytest.mark.slow
+def test_a_server_with_passwords(uri, trained_directory, tmp_path, monkeypatch, capfd):
+    """`uri`: of its database, which is there already."""
+    (tmp_path / "root").mkdir()
+    shutil.move(tmp_path / "mlflow.db", tmp_path / "root" / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+    with server_with_passwords(tmp_path / "root") as address:
+        section = TrackingConfig(uri=address, register_as="words")
+        run = start(section, tmp_path / "run")
+        run.metrics({"best/eval_perplexity": 8.5}, 7)
+        told = ""
+        while "refuses access" not in told:  # nobody answers at first
+            run.ship(1)
+            told += capfd.readouterr().err
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+        run.text("a: 1\n", "experiment.yaml")
+        assert run.ship(60)
+        run.model(copied(trained_directory, tmp_path / "run" / "model", PLAIN), section, 7, never)
+        run.end()
+        assert run.ship(60)
+        client = MlflowClient(address)
+        found = client.get_run(run.run_id)
+        assert (found.info.status, found.data.metrics) == ("FINISHED", {"best/eval_perplexity": 8.5})
+        assert [file.path for file in client.list_artifacts(run.run_id)] == ["experiment.yaml"]
+        assert client.get_model_version_by_alias("words", "champion").run_id == run.run_id
+        end_threads()
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {"mlflow.db", "auth.db", "tracking.jsonl", "MLmodel"} <= {file.name for file in files}
+    assert [file for file in files if PASSWORD.encode() in file.read_bytes()] == []
+    told = capfd.readouterr()
+    assert PASSWORD not in told.out + told.err

@@ -1,0 +1,278 @@
+import math
+import sys
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from raylm import pictures
+from raylm.pictures import figures, interactive, looks
+from raylm.pictures.figures import ABOVE, BELOW, Setting
+from raylm.sweep import Trial
+
+RATE, SIZE = "train.learning_rate", "blocks.block_size"
+
+
+def trial(number, settings, scores, status="completed", failure=None):
+    """A trial with an evaluation each 100 tokens, of these perplexities."""
+    results = [
+        {
+            "tokens": 100 * count,
+            "perplexity": score,
+            "bits_per_byte": score / 10,
+            "best_perplexity": min(scores[:count]),
+            "best_bits_per_byte": min(scores[:count]) / 10,
+            "seconds": 2.0 * count,
+        }
+        for count, score in enumerate(scores, 1)
+    ]
+    return Trial(f"trial_{number:05}", settings, results, status, failure, 1)
+
+
+TRIALS = [
+    trial(0, {RATE: 1e-4, SIZE: 64}, [90.0, 80.0, 70.0, 60.0]),
+    trial(1, {RATE: 1e-3, SIZE: 128}, [70.0, 50.0, 40.0, 30.0]),
+    trial(2, {RATE: 1e-2, SIZE: 256}, [95.0], "stopped early"),
+    trial(3, {RATE: 1e-2, SIZE: 64}, [99.0], "failed", "it diverged"),
+    trial(4, {RATE: 1e-3, SIZE: 64}, [85.0, 75.0], "stopped early"),
+]
+SWEEP = pictures.Sweep(
+    TRIALS,
+    budget_tokens=400,
+    losses={"trial_00001": [(50, 4.0), (100, 3.5)], "trial_00003": [(50, 5.0), (100, math.inf)]},
+    samplers={RATE: "loguniform", SIZE: "choice"},
+)
+
+
+def test_a_curve_for_each_trial_and_the_best_over_the_others():
+    figure = figures.curves(SWEEP)
+    by_name = {line.name: line for line in figure.lines}
+    assert len(by_name) == 5
+    assert by_name["trial_00000"].points == [(100, 90.0), (200, 80.0), (300, 70.0), (400, 60.0)]
+    assert figure.lines[-1].name == "trial_00001"
+    assert (figure.y.log, figure.y.ticks) == (True, [(50.0, "50"), (100.0, "100")])
+    assert [by_name[f"trial_{number:05}"].kind for number in range(5)] == [
+        "completed",
+        "best",
+        "stopped early",
+        "failed",
+        "stopped early",
+    ]
+    assert by_name["trial_00004"].about == (
+        "trial_00004: stopped early\n200 tokens\nperplexity 75.00\nlearning_rate 0.001\nblock_size 64"
+    )
+
+
+def test_a_failure_without_a_point_is_told_of():
+    assert figures.curves(SWEEP).caption.endswith("A cross: the trial failed.")
+    early = trial(5, {RATE: 1.0}, [], "failed", "it diverged")
+    figure = figures.curves(pictures.Sweep([*TRIALS, early], 400))
+    assert figure.caption.endswith("A cross: the trial failed. Failed before the first point: trial_00005.")
+
+
+def test_losses_that_are_no_numbers_are_not_drawn():
+    figure = figures.losses(SWEEP)
+    assert {line.name: line.points for line in figure.lines} == {
+        "trial_00001": [(50, 4.0), (100, 3.5)],
+        "trial_00003": [(50, 5.0)],
+    }
+
+
+def test_parallel_coordinates_by_hand():
+    figure = figures.parallel(SWEEP)
+    places = {line.name: [place for _, place in line.points] for line in figure.lines}
+    assert places["trial_00001"] == [pytest.approx(0.5), 0.5, 0.0], "the rate by its logarithm; the best is lowest"
+    assert places["trial_00002"] == [1.0, 1.0, 1.0]
+    assert places["trial_00003"] == [1.0, 0.0, ABOVE], "a trial that failed"
+    assert [name for _, name in figure.x.ticks] == ["learning_rate", "block_size", "perplexity"]
+    assert {(x, text) for x, _, text in figure.texts} >= {(0, "0.0001"), (0, "0.001"), (1, "128"), (2, "failed")}
+    shades = {line.name: line.shade for line in figure.lines}
+    assert (shades["trial_00001"], shades["trial_00002"], shades["trial_00003"]) == (0.0, 1.0, None)
+
+
+def test_a_setting_that_a_trial_does_not_have():
+    some = [TRIALS[0], trial(1, {SIZE: 64}, [50.0])]
+    figure = figures.parallel(pictures.Sweep(some, 400, samplers={RATE: "loguniform", SIZE: "choice"}))
+    assert {line.name: line.points[0][1] for line in figure.lines} == {"trial_00000": 0.5, "trial_00001": BELOW}
+    assert (0, BELOW, "not set") in figure.texts
+
+
+def test_a_failure_far_away_leaves_the_others_their_room():
+    far = trial(5, {RATE: 1e6, SIZE: 64}, [99.0], "failed", "it diverged")
+    sweep = pictures.Sweep([*TRIALS, far], 400, samplers=SWEEP.samplers)
+    figure = figures.parallel(sweep)
+    places = {line.name: line.points[0][1] for line in figure.lines}
+    assert (places["trial_00001"], places["trial_00005"]) == (pytest.approx(0.5), ABOVE)
+    assert (0, ABOVE, "1e+06") in figure.texts
+    assert figures.heat(sweep, "unknown").cells == figures.heat(SWEEP, "unknown").cells
+    assert figures.heat(sweep, "unknown").caption.endswith("Far outside: trial_00005, failed.")
+
+
+def test_the_heat_map_has_the_best_of_each_cell():
+    figure = figures.heat(SWEEP, "unknown")
+    cells = {(cell.column, cell.row): cell for cell in figure.cells}
+    assert [name for _, name in figure.y.ticks] == ["64", "128", "256"]
+    assert figure.x.ticks[0] == (0, "0.0001 to 0.00025")
+    assert {place: cell.text for place, cell in cells.items()} == {
+        (0, 0): "60.00\n1 trial",
+        (2, 1): "30.00\n1 trial",
+        (4, 2): "95.00\n1 trial",
+        (4, 0): "failed\n1 trial",
+        (2, 0): "75.00\n1 trial",
+    }
+    assert cells[2, 1].shade == 0.0
+    assert cells[4, 2].shade == 1.0
+    assert cells[4, 0].shade is None
+    two = pictures.Sweep([*TRIALS, trial(5, {RATE: 1.1e-3, SIZE: 128}, [20.0])], 400, samplers=SWEEP.samplers)
+    assert "20.00\n2 trials" in [cell.text for cell in figures.heat(two, "unknown").cells]
+
+
+def test_the_heat_map_is_of_the_settings_that_matter_most():
+    keys = ("train.a", "train.b", "train.c")
+    some = [trial(n, dict(zip(keys, (n, 2 * n, 3 * n), strict=True)), [9.0 - n]) for n in range(3)]
+    figure = figures.heat(pictures.Sweep(some, 100), {"train.c": 0.7, "train.b": 0.2, "train.a": 0.1})
+    assert (figure.x.title, figure.y.title) == ("c", "b")
+    words = [trial(n, {"train.a": n, "train.lr_scheduler_type": name}, [1.0]) for n, name in enumerate(("x", "y"))]
+    assert figures.heat(pictures.Sweep(words, 100), {}).reason == "fewer than two numbers are swept"
+
+
+def test_what_early_stopping_saved():
+    figure = figures.saved(SWEEP)
+    assert figure.title == "Early stopping saved 500 of 2,000 tokens: 25%", "300 and 200; a failure saves nothing"
+    assert [(bar.name[-1], bar.kind, bar.length, bar.note) for bar in figure.bars] == [
+        ("1", "best", 400, ""),
+        ("0", "completed", 400, ""),
+        ("4", "stopped early", 200, ""),
+        ("2", "stopped early", 100, ""),
+        ("3", "failed", 100, "failed"),
+    ]
+    assert figures.saved(pictures.Sweep(TRIALS[:2], 400)).title == "No trial was stopped early"
+
+
+def test_the_setting_that_decides_has_the_importance():
+    some = [
+        trial(n, {RATE: 10.0 ** -(n % 4), SIZE: (64, 128)[n // 4]}, [10.0 * (1 + n % 4) + 0.01 * (n // 4)])
+        for n in range(8)
+    ]
+    shares = figures.importance(pictures.Sweep(some, 100, samplers={RATE: "loguniform", SIZE: "grid"}))
+    assert list(shares) == [RATE, SIZE]
+    assert shares[RATE] > 0.95
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("trials", "reason"),
+    [
+        (TRIALS[:4], "it takes 4 trials with a score, and there are 3"),
+        ([trial(n, {RATE: 1e-3}, [5.0 + n]) for n in range(4)], "the trials do not differ"),
+        ([trial(n, {RATE: 1e-3 * n}, [5.0]) for n in range(4)], "the trials do not differ"),
+    ],
+)
+def test_why_there_is_no_importance(trials, reason):
+    sweep = pictures.Sweep(trials, 400)
+    assert figures.importance(sweep) == reason
+    assert figures.of(sweep)[-1].reason == reason
+
+
+def test_without_optuna_there_is_no_importance(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert figures.importance(SWEEP) == "it takes optuna, which is not installed: pip install 'raylm[optuna]'"
+
+
+def test_a_sweep_that_has_just_begun_says_what_there_is_not():
+    found = figures.of(pictures.Sweep([], 400))
+    assert [each.name for each in found] == ["perplexity", "loss", "settings", "heat", "saved", "importance"]
+    assert found[0].reason == "no trial has been evaluated yet"
+    running = [Trial(f"trial_{number:05}", {RATE: 1e-3 * number, SIZE: 64}, []) for number in range(2)]
+    by_name = {each.name: each for each in figures.of(pictures.Sweep(running, 400))}
+    assert [bar.length for bar in by_name["saved"].bars] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "expected"),
+    [
+        (0.0, 0.19, False, [0.0, 0.05, 0.1, 0.15]),
+        (61, 260, False, [100, 150, 200, 250]),
+        (5e-4, 2e-2, True, [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2]),
+        (38.0, 480.0, True, [50, 100, 200]),
+        (30.5, 34.0, True, [31, 32, 33, 34]),
+        (31.2, 31.2, True, [31.2]),
+        (1e-8, 1e-1, True, [1e-8, 1e-6, 1e-4, 1e-2]),
+    ],
+)
+def test_ticks_are_a_few_round_numbers(low, high, log, expected):
+    assert figures.ticks(low, high, log) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "sampler", "places"),
+    [
+        ([256, 64, 128], "choice", {64: 0, 128: 0.5, 256: 1}),
+        ([0.0, 0.2, 0.05], "uniform", {0.05: 0.25}),
+        (["linear", "cosine", True], "choice", {True: 0, "cosine": 0.5, "linear": 1}),
+        ([[1, 2], [3, 4]], "grid", {(3, 4): 1}),
+        ([0.1, 0.1], "uniform", {0.1: 0.5}),
+        ([8, 2, 4], None, {4: 0.5}),
+        ([0.1, 0.4, 0.2], None, {0.2: 1 / 3}),
+    ],
+)
+def test_where_values_stand_on_an_axis(values, sampler, places):
+    setting = Setting.of("a", values, sampler)
+    assert {value: setting.place(value) for value in places} == pytest.approx(places)
+
+
+# Drawn ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def every():
+    return {figure.name: figure for figure in figures.of(SWEEP)}
+
+
+EACH = pytest.mark.parametrize("name", ["perplexity", "loss", "settings", "heat", "saved", "importance"])
+
+
+@EACH
+def test_plotly_knows_every_word_of_what_it_shall_draw(every, name):
+    import plotly.graph_objects
+
+    plotly.graph_objects.Figure(interactive.drawn(every[name]))
+
+
+@EACH
+def test_a_picture_has_the_best_trial_in_its_colour(every, name):
+    image = Image.open(BytesIO(pictures.png(every[name]))).convert("RGB")
+    assert image.width == 1170
+    colour = {"heat": looks.shade(0), "importance": looks.COLOURS["setting"]}.get(name, looks.COLOURS["best"])
+    wanted = tuple(int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    assert {found: count for count, found in image.getcolors(2**24)}[wanted] > 700, "its name alone is 180"
+
+
+def test_a_trial_that_failed_looks_so_on_the_page(every):
+    traces = {trace["name"]: trace for trace in interactive.drawn(every["perplexity"])["data"]}
+    assert traces["trial_00003"]["line"]["dash"] == "dash"
+    assert traces["trial_00003"]["marker"]["symbol"] == ["x"]
+    assert traces["trial_00001"]["marker"]["size"] == [0, 0, 0, 5], "a dot at its end"
+    assert [trace["name"] for trace in interactive.drawn(every["perplexity"])["data"][5:]] == [
+        "best trial",
+        "completed",
+        "stopped early",
+        "failed",
+    ]
+    grey = interactive.drawn(every["heat"])["data"][1]
+    assert grey["text"][0][4] == "failed<br>1 trial"
+    assert grey["z"][0] == [None, None, None, None, 0]
+
+
+def test_what_users_wrote_is_no_html_in_a_figure():
+    settings = {"model.path": "<img src=x>", "train.a": 1}
+    figure = figures.curves(pictures.Sweep([trial(0, settings, [5.0])], 100))
+    assert "&lt;img src=x&gt;" in interactive.drawn(figure)["data"][0]["text"]
+
+
+def test_shades_get_lighter_from_the_best_to_the_worst():
+    def luminance(colour):
+        return sum(part * int(colour[at : at + 2], 16) for part, at in ((0.2126, 1), (0.7152, 3), (0.0722, 5)))
+
+    shades = [luminance(looks.shade(number / 20)) for number in range(21)]
+    assert shades == sorted(shades)

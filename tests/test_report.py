@@ -1,0 +1,271 @@
+"""The report of a sweep whose record and journals were written by hand: nothing is trained."""
+
+import json
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from raylm import config, page, pictures, tables, tracking
+from raylm.errors import ConfigError, StorageError
+from raylm.report import report
+from raylm.sweep import Record
+
+RATE, SIZE = "train.learning_rate", "blocks.block_size"
+BUDGET = 1024
+EVIL = "</script><script>alert(1)</script> & <img src=http://evil.example/x.png>"
+"""In what a user or a failure says."""
+
+
+def result(tokens, perplexity):
+    scores = {"perplexity": perplexity, "bits_per_byte": perplexity / 16}
+    best = {f"best_{name}": score for name, score in scores.items()}
+    return {"step": tokens // 256, "tokens": tokens, **scores, **best, "best_step": 1, "seconds": tokens / 512}
+
+
+def write_sweep(storage, name, *settings, trials, result_json=None):
+    """A sweep's directory. Each trial: its settings, (tokens, perplexity) of its evaluations, how it ended, why."""
+    directory = f"{storage}/words/{name}"
+    experiment = config.load(
+        None,
+        [f"storage={storage}", "name=words", "tracking.uri=null", f"train.max_tokens={BUDGET}",
+         "train.batch_tokens=256", *settings],
+    )  # fmt: skip
+    parent = tracking.start(experiment.tracking, experiment="words", name=name, tags={}, directory=directory)
+    parent.parameters({"tokens": BUDGET, "store": "f00d"})
+    parent.text(config.dump(experiment), "experiment.yaml")
+    record = Record(directory)
+    for number, (swept, evaluations, status, failure) in enumerate(trials):
+        trial_id = f"trial_{number:05}"
+        record.begin(trial_id, swept)
+        record.start(trial_id)
+        child = parent.child(trial_id)
+        for tokens, perplexity in evaluations:
+            record.result(trial_id, result(tokens, perplexity))
+            child.metrics({"train/loss": 3.0, "train/tokens": tokens}, tokens // 256)
+        if status != "running":
+            record.end(trial_id, status, failure)
+    record.pause(75)
+    if result_json is not None:
+        (Path(directory) / "result.json").write_text(json.dumps(result_json))
+    return directory
+
+
+TRIALS = [
+    ({RATE: 1e-3, SIZE: 64}, [(256, 60.0), (512, 48.0), (1024, 32.0)], "completed", None),
+    ({RATE: 1e-2, SIZE: 128}, [(256, 80.0)], "stopped early", None),
+    ({RATE: 2e-2, SIZE: 64}, [], "failed", f"training diverged {EVIL}"),
+    ({RATE: 2e-3, SIZE: 256}, [(256, 70.0), (512, 50.0)], "running", None),
+]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """runs/ with two sweeps: aaaa, which goes on, and bbbb, which is over."""
+    storage = tmp_path_factory.mktemp("report") / "runs"
+    (storage / "tokens" / "f00d").mkdir(parents=True)
+    splits = {"train": {"tokens": 9000}, "validation": {"tokens": 77}}
+    (storage / "tokens" / "f00d" / "manifest.json").write_text(json.dumps(splits))
+    write_sweep(storage, "tune-20260101-000000-aaaa", f"corpus.paths=['{EVIL}']", trials=TRIALS)
+    best = {"trial_id": "trial_00000", "perplexity": 31.5, "bits_per_byte": 1.97, "checkpoint": "/there/model"}
+    write_sweep(storage, "tune-20260102-000000-bbbb", "eval.max_tokens=64", trials=TRIALS, result_json={"best": best})
+    return storage
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its text without scripts, what it would load, its scripts, its images."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.words, self.loaded, self.ids, self.scripts, self.images = [], [], [], [], []
+        self.inside = None
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = tag
+        given = dict(attrs)
+        self.loaded += [value for name, value in attrs if name in ("src", "href", "action", "srcset", "data")]
+        self.ids += [given["id"]] if "id" in given else []
+        self.images += [given["src"]] if tag == "img" else []
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts.append(data)
+        elif self.inside != "style":
+            self.words.append(data)
+
+
+def shown(directory):
+    """The page of a sweep, without the pictures beside it."""
+    found = page.read(directory)
+    return Page(page.page(found, pictures.of(found.sweep), {}))
+
+
+@pytest.fixture(scope="module")
+def running(storage):
+    return Page(Path(page.build(f"{storage}/words/tune-20260101-000000-aaaa")).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def over(storage):
+    return shown(f"{storage}/words/tune-20260102-000000-bbbb")
+
+
+def test_a_page_opens_without_a_network(running, over):
+    for built in (running, over):
+        assert built.loaded == []
+        assert len(built.scripts) == 2, "plotly and what it draws"
+    style = page.STYLE + page.HTML
+    assert "http" not in style
+    assert "@import" not in style
+
+
+def test_the_answer_stands_at_the_top(over):
+    top = over.text[: over.text.index("Validation perplexity")]
+    assert "4 trials: 1 completed, 2 stopped early, 1 failed." in top, "one was stopped with the sweep"
+    assert "31.50 perplexity (1.970 bits per byte) of the whole validation split" in top
+    assert "Ranked by the first 64 validation tokens." in over.text
+    assert "best trial trial_00000 learning_rate 0.001 block_size 64 model /there/model repeat it" in top
+
+
+def test_a_sweep_that_goes_on_says_so(running):
+    assert "1 running, 1 completed, 1 stopped early, 1 failed. The sweep was not over" in running.text
+    assert "32.00 perplexity (2.000 bits per byte) of the whole validation split" in running.text
+
+
+def test_scores_of_a_part_of_the_split_are_called_so(storage):
+    running = {"trials": TRIALS[3:], "result_json": None}
+    directory = write_sweep(storage, "tune-20260103-000000-cccc", "eval.max_tokens=64", **running)
+    assert "of the first 64 validation tokens" in shown(directory).text
+
+
+def test_every_row_has_the_command_that_repeats_it(storage, running):
+    directory = f"{storage}/words/tune-20260101-000000-aaaa"
+    rows = page.rows(page.read(directory))
+    assert [row["trial_id"][-1] for row in rows] == ["0", "3", "1", "2"], "the best first, failures last"
+    for row in rows:
+        assert row["repeat"] in running.text
+        _, *verb, file, rate, size = shlex.split(row["repeat"])
+        assert verb == ["-m", "raylm.train", "--config"]
+        again = config.load(file, [rate, size])
+        assert {key: config.get(again, key) for key in (RATE, SIZE)} == row["settings"]
+        assert again.train.max_tokens == BUDGET
+
+
+def test_what_people_wrote_is_shown_and_nothing_else(running):
+    assert running.text.count(EVIL) == 2, "in the facts and in the row of the trial that failed"
+    assert running.images == []
+    assert "trial_00002 - - 0 0.02 64 failed training diverged" in running.text
+
+
+def test_a_setting_with_html_in_it_ends_no_script(storage):
+    trials = [({"model.path": EVIL}, [(256, 60.0)], "completed", None)]
+    built = shown(write_sweep(storage, "tune-20260109-000000-0000", trials=trials))
+    assert (len(built.scripts), built.images) == (2, [])
+    assert "alert(1)" in built.scripts[1]
+    assert f"256 {EVIL} completed" in built.text
+
+
+def test_every_figure_of_the_script_has_its_place(running):
+    figures = json.loads(re.search(r"const figures = (\{.*\}), boxes", running.scripts[1])[1])
+    assert list(figures) == ["perplexity", "loss", "settings", "heat", "saved"]
+    assert running.ids == list(figures)
+    assert "Not drawn: it takes 4 trials with a score, and there are 3." in running.text
+
+
+def test_the_facts_of_the_sweep(running):
+    facts = running.text[running.text.rindex("The sweep") :]
+    for fact in (
+        "token store f00d train tokens 9,000 validation tokens 77",
+        "budget of a trial 1,024 tokens trained in all 1,792 tokens",
+        "space: train.learning_rate loguniform(0.0005, 0.02)",
+        "scheduler asha seed 0",
+        "took 1 min 15 s",
+    ):
+        assert fact in facts
+
+
+def test_without_plotly_the_pictures_are_in_the_page(storage, monkeypatch):
+    monkeypatch.setattr(pictures, "library", lambda: None)
+    built = Page(Path(page.build(f"{storage}/words/tune-20260101-000000-aaaa")).read_text(encoding="utf-8"))
+    assert len(built.images) == 5
+    assert {image[:22] for image in built.images} == {"data:image/png;base64,"}
+    assert built.scripts == []
+    assert "pip install 'raylm[plotly]'" in built.text
+
+
+def test_a_sweep_without_a_result_says_why(storage):
+    broken = [(TRIALS[2][0], [], "failed", "no memory")]
+    directory = write_sweep(storage, "tune-20260104-000000-dddd", trials=broken, result_json={"error": "none is left"})
+    built = shown(directory)
+    assert "1 trial: 1 failed. none is left" in built.text
+    empty = shown(write_sweep(storage, "tune-20260105-000000-eeee", trials=[]))
+    assert "No trial has begun. The sweep was not over when this was written. no trial has a score yet" in empty.text
+
+
+def test_settings_of_one_space_out_of_several(storage):
+    space = "{choice: [{train.learning_rate: {loguniform: [1e-4, 1e-2]}}, {train.weight_decay: 0.1}]}"
+    both = [
+        ({RATE: 1e-3}, [(256, 60.0)], "completed", None),
+        ({"train.weight_decay": 0.1}, [(256, 50.0)], "completed", None),
+    ]
+    directory = write_sweep(storage, "tune-20260106-000000-ffff", f"tune.space={{either: {space}}}", trials=both)
+    found = page.read(directory)
+    assert found.sweep.samplers == {RATE: "loguniform", "train.weight_decay": "choice"}
+    cells = [list(column.cells) for column in tables.trials(page.rows(found)).columns]
+    assert cells[-2:] == [["0.1", "-"], ["-", "0.001"]]
+    assert "1 trial_00001 50.00 3.12 256 - 0.1 completed" in shown(directory).text
+
+
+def test_bits_per_byte_where_these_rank_the_trials(storage):
+    directory = write_sweep(storage, "tune-20260107-000000-0000", "tune.metric=bits_per_byte", trials=TRIALS)
+    assert "Validation bits per byte against training tokens" in shown(directory).text
+
+
+# The verb ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_of_a_sweep_by_its_name(storage, monkeypatch):
+    monkeypatch.chdir(storage.parent)
+    answer = report("tune-20260102-000000-bbbb")
+    place = f"{storage}/words/tune-20260102-000000-bbbb/report"
+    assert answer.record["report"] == f"{place}/report.html"
+    names = ("heat", "loss", "perplexity", "saved", "settings")
+    assert answer.record["pictures"] == [f"{place}/{name}.png" for name in names]
+    assert [trial["perplexity"] for trial in answer.record["trials"]] == [32.0, 50.0, 80.0, None], "on the same tokens"
+    assert (answer.record["best"]["perplexity"], answer.record["best"]["checkpoint"]) == (31.5, "/there/model")
+    assert f"trial_00002 failed: training diverged {EVIL}" in answer.view
+    assert report(f"{storage}/words/tune-20260102-000000-bbbb").record == answer.record
+    json.dumps(answer.record, allow_nan=False)
+
+
+def test_what_is_no_sweep_is_refused_with_what_there_is(storage, monkeypatch):
+    monkeypatch.chdir(storage.parent)
+    with pytest.raises(
+        StorageError, match=r"nix is no directory, and no name under runs/\*/ here; in runs there are tune"
+    ):
+        report("nix")
+    with pytest.raises(StorageError, match=r"runs/words is not a sweep; in .*words there are .*, tune-20260101"):
+        report("runs/words")
+    with pytest.raises(StorageError, match=r"trial_00000 is not a sweep; did you mean .*/tune-20260101-000000-aaaa\?"):
+        report("runs/words/tune-20260101-000000-aaaa/trial_00000")
+    (storage / "copy" / "tune-20260101-000000-aaaa").mkdir(parents=True)
+    with pytest.raises(StorageError, match="is the name of runs/copy/.* and of runs/words/.*; give the directory"):
+        report("tune-20260101-000000-aaaa")
+    monkeypatch.chdir(storage / "tokens")
+    with pytest.raises(StorageError, match="in runs there are no runs"):
+        report("nix")
+
+
+def test_a_sweep_of_another_version_is_named(storage):
+    directory = write_sweep(storage, "tune-20260108-000000-0000", trials=[])
+    journal = Path(directory) / "tracking.jsonl"
+    journal.write_text(journal.read_text().replace("max_tokens: 1024", "most_tokens: 1024"))
+    with pytest.raises(ConfigError, match=r"tune-20260108-000000-0000: its experiment.*train.most_tokens: unknown key"):
+        page.read(directory)

@@ -1,0 +1,307 @@
+"""Object storage: all that a command keeps, on a real S3 server on loopback; and what becomes of it when that fails."""
+
+import json
+import logging
+import shutil
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pyarrow.fs
+import pytest
+from conftest import S3, S3_KEY, one_by_one
+from ray import cloudpickle
+from werkzeug.serving import make_server
+
+from raylm import card, checkpoint, cluster, config, loop, prepare, runs, storage, tokens, tracking, train
+from raylm.errors import ConfigError, StorageError
+from raylm.evaluate import evaluate
+from raylm.generate import generate
+from raylm.tokens import store as stores
+from raylm.tokens import write
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
+DENIED = b"<Error><Code>%s</Code><Message>%s</Message></Error>"
+
+
+class Server:
+    """moto's S3 behind a door: `requests` are noted, and those that `refused` is true of are not let in."""
+
+    def __init__(self):
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self.inner = DomainDispatcherApplication(create_backend_app)
+        self.requests: list[tuple[str, str]] = []
+        self.refused = lambda method, path: False
+        self.waits_seconds = 0.0
+        self.server = make_server(
+            "127.0.0.1", 0, self, threaded=True, request_handler=MotoRequestHandler, fd=S3.fileno()
+        )
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __call__(self, environ, start_response):
+        request = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        self.requests.append(request)
+        time.sleep(self.waits_seconds)
+        if f"Credential={S3_KEY}/" not in environ.get("HTTP_AUTHORIZATION", ""):
+            return self.deny(start_response, b"InvalidAccessKeyId", b"The access key does not exist")
+        if self.refused(*request):
+            return self.deny(start_response, b"ExpiredToken", b"The provided token has expired")
+        return self.inner(environ, start_response)
+
+    def deny(self, start_response, code, message):
+        start_response("403 Forbidden", [("Content-Type", "application/xml")])
+        return [DENIED % (code, message)]
+
+    def read(self, part):
+        """How often a file with this in its path was read."""
+        return sum(method == "GET" and part in path for method, path in self.requests)
+
+
+@pytest.fixture(scope="module")
+def server():
+    return Server()  # until the process ends: what waits to be written is written then
+
+
+@pytest.fixture
+def place(server, tmp_path, monkeypatch):
+    """A URI in a new bucket. What this process copies from there lies in tmp_path/tmp."""
+    server.refused, server.waits_seconds = lambda method, path: False, 0.0
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    pyarrow.fs.FileSystem.from_uri(f"s3://{bucket}/?allow_bucket_creation=true")[0].create_dir(bucket)
+    server.requests.clear()
+    copies = Path(stores.copy_of("s3://a/b")).parents[1]
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    yield f"s3://{bucket}/runs"
+    server.refused = lambda method, path: False
+    for name in storage.names(f"s3://{bucket}/runs/tokens"):
+        for path in (f"s3://{bucket}/runs/tokens/{name}", f"s3://{bucket}/runs/tokens/{name}/tokenizer"):
+            shutil.rmtree(copies / stores.checksum(path.encode()), ignore_errors=True)  # those of Ray's workers
+
+
+# Before a command begins ---------------------------------------------------------------------------------------------
+
+
+def test_a_storage_that_can_be_used_is_left_as_it_was(place):
+    storage.look(place)
+    storage.check(place)
+    assert storage.names(place) == []
+
+
+def test_a_storage_that_can_only_be_read_is_refused(place, server):
+    server.refused = lambda method, path: method in ("PUT", "POST")
+    storage.look(place)
+    with pytest.raises(StorageError, match=rf"^storage={place} cannot be written: .*expired.*in the environment$"):
+        storage.check(place)
+
+
+def test_wrong_credentials_are_refused_before_anything_is_read(place, monkeypatch, tiny):
+    storage._file_system.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "another")
+        with pytest.raises(StorageError, match=rf"^storage={place} cannot be read: .*INVALID_ACCESS_KEY_ID"):
+            train.plan(tiny(f"storage={place}"))
+    storage._file_system.cache_clear()
+
+
+def test_a_bucket_that_is_not_there_is_refused(server):
+    with pytest.raises(StorageError, match="^storage=s3://nowhere/runs cannot be written: .*NO_SUCH_BUCKET"):
+        storage.check("s3://nowhere/runs")
+
+
+def test_a_storage_that_does_not_answer_is_refused_in_time(place, server, monkeypatch):
+    server.waits_seconds = 0.5
+    monkeypatch.setattr(storage, "ANSWER_SECONDS", 0.1)
+    with pytest.raises(StorageError, match=rf"^storage={place} cannot be read: no answer in 0.1 seconds"):
+        storage.look(place)
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for directory, problem in ((f"{tmp_path}/file/runs", "Not a directory"), ("/proc/runs", "/proc/runs")):
+        with pytest.raises(StorageError, match=rf"^storage={directory} cannot be written: .*{problem}"):
+            storage.check(directory)
+
+
+@pytest.mark.parametrize("uri", ["s3://key:sec/ret@bucket/runs", "s3://bucket/runs?secret_key=sec/ret"])
+def test_credentials_do_not_belong_in_a_setting(uri):
+    with pytest.raises(ConfigError, match="storage must come without credentials.*AWS_SECRET_ACCESS_KEY") as told:
+        storage.look(uri)
+    assert "sec" not in told.value.message.replace("AWS_SECRET", "")
+
+
+# What is kept --------------------------------------------------------------------------------------------------------
+
+
+def test_the_checkpoints_of_a_run(place, tmp_path):
+    series = checkpoint.Series(f"{place}/checkpoints")
+    assert series.newest() == (None, [])
+    (tmp_path / "model.safetensors").write_bytes(b"weights" * 10)
+    for step in (20, 40, 60):
+        series.commit(step, series.upload(step, tmp_path))
+    series.discard(80)  # which is not there
+    storage.write(f"{series.path(60)}/model.safetensors", b"half")
+    assert series.newest() == (40, [f"{series.path(60)}: model.safetensors: 4 of 70 bytes"])
+    assert (series.fetch(40, tmp_path) / "model.safetensors").read_bytes() == b"weights" * 10
+    series.prune(1, [20])
+    assert series.steps() == [20, 60], "nothing is left of the other"
+    series.commit(80, {})
+    series.discard(80)
+    assert series.steps() == [20, 60], "nor of one whose last file went"
+
+
+def test_a_run_that_stopped_is_gone_on_with(place):
+    experiment = config.load(None, [f"storage={place}/", "name=words"])
+    first = runs.begin(experiment, "train", "abc", "auto")
+    assert first.directory.startswith(f"{place}/words/train-")
+    checkpoint.Series(f"{first.directory}/checkpoints").commit(40, {})
+    assert runs.begin(experiment, "train", "abc", "auto").step == 40
+    first.end({"perplexity": 3.5})
+    assert runs.begin(experiment, "train", "abc", "auto").directory != first.directory
+
+
+def test_a_model_is_exported_to_object_storage_and_found_there(place, server, trained_directory, tmp_path):
+    target = f"{place}/model"
+    assert card.export(trained_directory, target) == target
+    there = storage.names(target)
+    assert {"config.json", "model.safetensors", "README.md", "experiment.yaml", "raylm.json"} <= set(there)
+    assert "optimizer.pt" not in there
+    local = Path(card.export(trained_directory, tmp_path / "model"))
+    assert sorted(file.name for file in local.iterdir()) == there
+    texts = [generate(str(model), prompt=["a"], json=True).record["texts"] for model in (target, local)]
+    assert texts[0] == texts[1]
+    assert checkpoint.load(target).record == checkpoint.read_record(local)
+    assert server.read("model.safetensors") == 1, "it is copied once"
+    with pytest.raises(StorageError, match=f"{place} holds no model.*did you mean {target}"):
+        checkpoint.check(place)
+    with pytest.raises(StorageError, match=f"{place}/none is not a directory; give one"):
+        checkpoint.check(f"{place}/none")
+
+    storage.write(f"{target}/model-00002-of-00002.safetensors", b"of a larger model")
+    card.export(trained_directory, target)
+    assert storage.names(target) == there, "the older one is replaced whole"
+    storage.write(f"{place}/other/of_mine.txt", b"")
+    with pytest.raises(StorageError, match="other is there already and holds no exported model"):
+        card.export(trained_directory, f"{place}/other")
+
+
+def test_an_export_that_is_cut_off_leaves_no_model(place, server, trained_directory):
+    target = f"{place}/model"
+    card.export(trained_directory, target)
+    server.refused = lambda method, path: method == "PUT" and path.endswith("tokenizer.json")
+    with pytest.raises(StorageError, match=f"{target} cannot be reached: .*expired"):
+        card.export(trained_directory, target)
+    with pytest.raises(StorageError, match="holds no model: it has no config.json"):
+        checkpoint.check(target)
+
+
+def test_a_token_store_is_copied_once_a_node(place, server, tiny, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    made, reused = prepare.prepared(tiny(f"storage={place}"))
+    assert not reused
+    assert tokens.verify(made) == []
+    server.requests.clear()
+    for _ in range(2):
+        stores.local_copy.cache_clear()  # as in a second process of the node
+        opened = tokens.open_store(made.path)
+        assert sum(len(ids) for ids in opened.train) == opened.train.num_tokens
+    assert server.read("train/shard-00000.arrow") == 1
+    assert prepare.prepared(tiny(f"storage={place}"))[1]
+
+
+# A run ---------------------------------------------------------------------------------------------------------------
+
+
+class Impatient(loop.WorkerGroup):
+    def __init__(self):
+        super().__init__()
+        from raylm.loop import trainer
+
+        trainer.RETRIES_SECONDS = (0.1, 0.1)
+
+
+def test_a_run_goes_on_to_the_next_save_where_storage_fails_and_ends_if_it_stays_so(
+    place, server, tiny, train_run, tmp_path
+):
+    """Credentials that expire, for step 4 and again from step 8 on; then the same run is gone on with to its end."""
+    failing = ("step_00000004", "step_00000008", "step_00000010")
+    server.refused = lambda method, path: method == "PUT" and any(step in path for step in failing)
+    said = []
+    experiment = tiny(f"storage={place}", "train.save_every_tokens=512", "train.keep_checkpoints=9")
+    with cluster.watch(lambda value: None, said.append) as board, pytest.raises(StorageError) as ended:
+        train_run(experiment, Impatient, board)
+    assert ended.value.message.startswith(f"{place}/tiny/train-")
+    assert "step_00000010 cannot be written: OSError: When uploading" in ended.value.message
+    assert "the same command goes on from the last checkpoint" in ended.value.message
+    assert [message.split(" could not be written")[0] for message in said if "training until the next" in message] == [
+        "the checkpoint of step 4", "the checkpoint of step 8"
+    ]  # fmt: skip
+    directory = ended.value.where.rpartition("/checkpoints/")[0]
+    series = checkpoint.Series(f"{directory}/checkpoints")
+    assert series.complete() == [2, 6]
+
+    server.refused = lambda method, path: False
+    config.save(experiment, tmp_path / "tiny.yaml")
+    result = train.train(config=tmp_path / "tiny.yaml", resume="must").record
+    assert (result["resumed_from"], result["steps"]) == (6, 10)
+    assert result["checkpoint"] == f"{directory}/model"
+    assert series.complete() == [2, 6, 8, 10]
+    assert {"run.json", "result.json", "metrics.jsonl", "model"} <= set(storage.names(directory))
+    assert tracking.Run(directory).series()["eval/perplexity"][-1][0] == 10
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["tiny.yaml", "tmp"], "nothing of it is here"
+    assert evaluate(result["checkpoint"]).record["perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
+    with pytest.raises(StorageError, match="--resume must: no run"):
+        train.train(config=tmp_path / "tiny.yaml", resume="must")
+
+
+@pytest.mark.slow
+def test_a_command_keeps_all_it_has_in_object_storage(place, tiny, command, tmp_path):
+    file = tmp_path / "words.yaml"
+    config.save(tiny(f"storage={place}", "name=words", "eval.max_tokens=500"), file)
+    ended = command("train", "--config", file, "--json", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert result["checkpoint"] == f"{place}/words/{result['run']}/model"
+    found = command("evaluate", result["checkpoint"], "--json", "cluster.num_workers=2")
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
+
+
+# Several nodes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def another_node(ray_cluster, monkeypatch):
+    """This node again, as if it were another."""
+    import ray
+
+    nodes = {ray.get_runtime_context().get_node_id(): "10.0.0.7"}
+    monkeypatch.setattr(cluster, "other_nodes", lambda: nodes)
+
+
+def test_a_directory_that_other_nodes_do_not_see_is_refused(another_node, tiny, tmp_path, monkeypatch):
+    """/proc/self/cwd is another directory in each process, as a local one is on each node."""
+    train.check_nodes(tiny())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        StorageError, match=r"^storage=/proc/self/cwd/runs cannot.*\n  10.0.0.7: not the same.*\n.*s3://"
+    ):
+        train.check_nodes(tiny("storage=/proc/self/cwd/runs"))
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_database_that_other_nodes_do_not_see_is_refused(another_node, tiny):
+    train.check_nodes(tiny("tracking.uri=http://10.0.0.1:5000"))
+    with pytest.raises(
+        ConfigError, match=r"^tracking.uri=sqlite:\S+ is a file of this machine.*10.0.0.7; start a server"
+    ):
+        train.check_nodes(tiny("tracking.uri=sqlite:///mlflow.db"))
+
+
+def test_a_single_node_needs_no_asking(ray_cluster):
+    assert cluster.other_nodes() == {}
