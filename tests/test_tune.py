@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,51 @@ def test_a_sweep_that_died_twice_ends_as_if_it_had_not(ray_cluster, tiny, monkey
     attempts = [trial.attempts for trial in sweeps.read(parent.directory).values()]
     assert sorted(attempts)[:-2] == [1] * 4, "what was over was not run again"
     assert sum(attempts) <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_built_in_sweep_killed_three_times_ends_as_if_it_had_not(command, start_command, tmp_path):
+    """By SIGKILL, in a trial, at the end of one and at the beginning of one, on the command line."""
+    fewer = ["train.max_tokens=73728", "train.eval_every_tokens=8192", "tune.scheduler.grace_tokens=8192"]
+    arguments = [*fewer, "tune.num_samples=6", "tune.max_concurrent_trials=1", "eval.max_tokens=20000"]
+
+    def place(name):
+        return [f"storage={tmp_path}/{name}", f"tracking.uri=sqlite:///{tmp_path}/{name}.db"]
+
+    def happened(what):
+        files = (tmp_path / "killed").glob("tiny/tune-*/events.jsonl")
+        return sum(f'"{what}"' in line for file in files for line in file.read_text().splitlines())
+
+    whole = command("tune", "--json", *arguments, *place("whole"))
+    assert whole.returncode == 0, whole.stderr
+    for what, number in (("result", 4), ("over", 2), ("begun", 5)):
+        started = start_command("tune", *arguments, *place("killed"))
+        while happened(what) < number:
+            assert started.process.is_alive(), started.wait().stderr
+            time.sleep(0.02)
+        started.kill()
+        started.wait()
+    killed = command("tune", "--json", *arguments, *place("killed"))
+    assert killed.returncode == 0, killed.stderr
+    assert "going on with" in killed.stderr
+    ours, theirs = json.loads(killed.stdout), json.loads(whole.stdout)
+    kept = ("trial_id", "status", "perplexity", "bits_per_byte", "tokens", "settings", "best_step", "failure")
+    assert [{key: row[key] for key in kept} for row in ours["trials"]] == [
+        {key: row[key] for key in kept} for row in theirs["trials"]
+    ]
+    assert ours["best"]["perplexity"] == theirs["best"]["perplexity"]
+    (directory,) = (tmp_path / "killed").glob("tiny/tune-*")
+    attempts = [trial.attempts for trial in sweeps.read(str(directory)).values()]
+    assert sum(attempts) <= 6 + 3, "nothing that was over was run again"
+    client = MlflowClient(f"sqlite:///{tmp_path}/killed.db")
+    found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert len(found) == 7, "one for each trial, and the sweep"
+    assert {run.info.status for run in found} == {"FINISHED"}
+    for run in found:
+        for key in run.data.metrics:
+            steps = [point.step for point in client.get_metric_history(run.info.run_id, key)]
+            assert len(steps) == len(set(steps)), f"{key} has a point twice"
 
 
 @pytest.mark.slow
