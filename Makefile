@@ -40,7 +40,7 @@ ONE_LINE := { if [ -t 2 ]; then \
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "raylm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not found). Try: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "Setting up .venv: about 140 packages, 2 GB, a few minutes the first time …"
+	@echo "Setting up .venv: about 190 packages, 2 GB, a few minutes the first time …"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) hatchling editables | $(ONE_LINE)
 	@$(PIP) --no-build-isolation --editable '.[all,dev]' | $(ONE_LINE)

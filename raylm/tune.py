@@ -67,6 +67,7 @@ def tune(
     status: tracking.Status = "FAILED"
     try:
         with cluster.connect(experiment.cluster) as resources:
+            train.check_nodes(experiment)
             store, reused = prepared(experiment)
             if not reused:  # else the plan has told
                 objective.warn_of_absent(experiment.objective, store)
@@ -110,7 +111,7 @@ def plan(experiment: Experiment) -> cli.Answer:
         for settings in corners(key, sampler):
             changed = override(experiment, settings)
             try:
-                loop.check(changed.train)
+                loop.check(changed.train, has_updates=changed.model.lora is not None)
                 model.configuration(
                     changed.model,
                     vocab_size=0,
@@ -166,6 +167,7 @@ def sweep(
 
     os.environ |= TUNE_ENVIRONMENT
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    sweeps.keep_credentials()
     budget = train.budget_of(experiment, store)
     record = sweeps.Record(begun.directory)
     if record.trials:

@@ -10,6 +10,7 @@ import difflib
 import io
 import json
 import os
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,14 +98,17 @@ def get(experiment: Experiment, key: str) -> Any:
 
 
 def dump(experiment: Experiment, *, comments: bool = False) -> str:
-    """The whole experiment as YAML, loadable again; with each setting's description as a comment on request."""
+    """The whole experiment as YAML, loadable again; with each setting's description as a comment on request.
+
+    Without the passwords of URIs: this is printed, kept beside checkpoints and sent to MLflow.
+    """
     text = io.StringIO()
     yaml = YAML()
     yaml.width = 120
     yaml.representer.ignore_aliases = lambda data: True
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     yaml.dump(_commented(experiment) if comments else experiment.model_dump(mode="json"), text)
-    return text.getvalue()
+    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1@", text.getvalue())
 
 
 def save(experiment: Experiment, path: str | os.PathLike) -> None:

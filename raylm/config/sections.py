@@ -378,7 +378,8 @@ class Experiment(Section):
     name: Annotated[str, Field(pattern=NAME)] = "experiment"
     """Names the runs' directory and the MLflow experiment: letters, digits, dot, dash, underscore."""
     storage: str = "runs"
-    """Where token stores, runs and checkpoints go: a directory that every node sees."""
+    """Where token stores, runs and checkpoints go: a directory that every node sees, or a place in object storage such
+    as s3://bucket/runs, with the credentials of the environment."""
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     blocks: BlocksConfig = BlocksConfig()

@@ -40,6 +40,8 @@ OWNED = {
     "report_to": "tracking.uri",
     "use_cpu": "cluster.use_gpu",
     "no_cuda": "cluster.use_gpu",
+    "hub_token": "HF_TOKEN in the environment",
+    "push_to_hub": "nothing: raylm push publishes a model",
     "auto_find_batch_size": "train.micro_batch_tokens",
     "train_sampling_strategy": "train.seed",
     "eval_on_start": "train.eval_every_tokens",

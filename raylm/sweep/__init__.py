@@ -9,7 +9,7 @@ trials      hands Tune the trials that are not over, then new ones
 from raylm.sweep.record import NotSaved, Record, Trial, read
 from raylm.sweep.schedule import Limits, Recorded, scheduler
 from raylm.sweep.space import keys, points, shown
-from raylm.sweep.trials import Trials
+from raylm.sweep.trials import Trials, keep_credentials
 
 __all__ = [
     "Limits",
@@ -18,6 +18,7 @@ __all__ = [
     "Recorded",
     "Trial",
     "Trials",
+    "keep_credentials",
     "keys",
     "points",
     "read",

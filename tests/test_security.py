@@ -1,0 +1,104 @@
+"""What must not get out, and what must not be let in."""
+
+import json
+import os
+import pickle
+import shutil
+import uuid
+from pathlib import Path
+
+import pytest
+
+from raylm import config, loop
+from raylm.config import override
+from raylm.errors import ConfigError
+
+SECRET = f"canary{uuid.uuid4().hex}"
+
+ENVIRONMENT = (
+    "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+    "WANDB_API_KEY",
+)  # fmt: skip
+
+
+def test_secrets_of_the_environment_and_of_addresses_are_found_nowhere_afterwards(
+    command, tiny, tmp_path, monkeypatch, request
+):
+    """A sweep on the command line, whose MLflow does not answer: files, database, output and temporary files."""
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, SECRET)
+    temporary = Path(f"/tmp/{uuid.uuid4().hex[:8]}")  # a path of more than 107 characters is none for Ray's sockets
+    temporary.mkdir()
+    request.addfinalizer(lambda: shutil.rmtree(temporary))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    file = tmp_path / "words.yaml"
+    config.save(override(tiny(), {"storage": str(tmp_path / "runs"), "tune.num_samples": 1}), file)
+    uri = f"tracking.uri=http://somebody:{SECRET}@127.0.0.1:9"
+    result = command("tune", "--config", file, uri, "train.max_tokens=512")
+    assert result.returncode == 0, result.stderr
+    seen = {"stdout": result.stdout, "stderr": result.stderr}
+    for path in [*tmp_path.rglob("*"), *temporary.rglob("*")]:
+        if path.is_file() and not path.is_symlink():
+            seen[str(path)] = path.read_bytes().decode("latin-1")
+    assert len(seen) > 20
+    assert [name for name, content in seen.items() if SECRET in content] == []
+
+
+def test_a_password_in_an_address_is_not_written_down():
+    experiment = config.load(
+        None, [f"tracking.uri=https://me:{SECRET}@mlflow.example", f"corpus.paths=[s3://k:{SECRET}@b/c]"]
+    )
+    for comments in (False, True):
+        text = config.dump(experiment, comments=comments)
+        assert SECRET not in text
+        assert "https://me@mlflow.example" in text
+        assert "s3://k@b/c" in text
+    assert SECRET in experiment.tracking.uri, "it is used all the same"
+
+
+@pytest.mark.parametrize("name", ["hub_token", "push_to_hub"])
+def test_tokens_are_not_taken_from_an_experiment(name):
+    experiment = config.load(None, [f"train.arguments={{{name}: {SECRET}}}"])
+    with pytest.raises(ConfigError, match=f"train.arguments.{name} is derived by raylm") as caught:
+        loop.check(experiment.train)
+    assert SECRET not in caught.value.message
+
+
+# Let in --------------------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    """A pickle that leaves a file behind where it is loaded."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", *(pytest.param(each, marks=pytest.mark.slow) for each in ("scheduler.pt", "rng_state.pth"))],
+)
+def test_a_pickle_in_a_checkpoint_is_not_run(train_run, tiny, tmp_path, name):
+    experiment = tiny("train.max_tokens=1024", "cluster.max_failures=0")
+    _, job = train_run(experiment)
+    series, mark = job.checkpoints, tmp_path / "was-here"
+    series.discard(series.newest()[0])
+    step = series.newest()[0]
+    victim = next(Path(series.path(step)).glob(f"{Path(name).stem}*"))
+    victim.write_bytes(pickle.dumps(Malicious(mark)))
+    local = tmp_path / "tampered"
+    os.rename(series.path(step), local)
+    series.replace(local, step)
+    assert series.fault(step) is None, "it looks whole"
+    with pytest.raises(Exception, match="weights_only|Weights only|unpickl|Unsupported"):
+        train_run.go_on(job, experiment, None)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "a/b", "..", "a\\b", ""])
+def test_a_name_that_leads_elsewhere_is_refused(name):
+    with pytest.raises(ConfigError, match="name: must be text like"):
+        config.load(None, [f"name={json.dumps(name)}"])
