@@ -1,8 +1,10 @@
 """Sweeps on real Tune: trials in their own processes, and one with a worker group in each."""
 
+import gc
 import itertools
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 
@@ -220,6 +222,53 @@ def test_the_built_in_sweep_killed_three_times_ends_as_if_it_had_not(command, st
         for key in run.data.metrics:
             steps = [point.step for point in client.get_metric_history(run.info.run_id, key)]
             assert len(steps) == len(set(steps)), f"{key} has a point twice"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fifty_trials_leave_nothing_behind(ray_cluster, tiny):
+    """No actors, placement groups, open files, temporary directories, threads or memory; two of them cannot run."""
+    import psutil
+    import ray
+
+    def left():
+        gc.collect()
+        me = psutil.Process()
+        state = ray._private.state
+        alive = [actor for actor in state.actors().values() if actor["State"] not in ("DEAD", 4)]
+        groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+        scratch = [path for path in Path(tempfile.gettempdir()).glob("raylm-*") if path.is_dir()]
+        return {
+            "actors": len(alive),
+            "groups": len(groups),
+            "files": me.num_fds(),
+            "temporary": len(scratch),
+            "threads": me.num_threads(),
+            "memory": me.memory_info().rss / 1e6,
+        }
+
+    def experiment(name, rates):
+        return override(
+            tiny(f"name={name}", "train.max_tokens=512", "train.arguments.max_grad_norm=1e30"),
+            {
+                "tune.space": {"train.learning_rate": {"grid": rates}, "train.batch_tokens": {"choice": [256]}},
+                "tune.num_samples": 1,
+            },
+        )
+
+    run(experiment("warm", [1e-2, 2e-2]))
+    before = left()
+    rates = [1e-3 * number for number in range(1, 49)]
+    rows, *_ = run(experiment("fifty", [*rates, 1e30, 2e30]))
+    after = left()
+    print(before, after)
+    assert [row["status"] for row in rows].count("failed") == 2
+    assert len(rows) == 50
+    for what in ("actors", "groups", "temporary"):
+        assert after[what] <= before[what], (before, after)
+    for what in ("files", "threads"):
+        assert after[what] <= before[what] + 5, (before, after)
+    assert after["memory"] <= before["memory"] + 60, (before, after)
 
 
 @pytest.mark.slow
