@@ -245,22 +245,48 @@ def copied(directory, to, names=None):
     return to
 
 
+class Here:
+    """A loop.Session in the test's own process, where a worker group takes 10 s to begin."""
+
+    rank = 0
+    world_size = 1
+
+    def report(self, metrics):
+        pass
+
+    def agreed(self, value):
+        return value
+
+    def lost_nodes(self):
+        return []
+
+
 @pytest.fixture(scope="session")
 def train_run(ray_cluster):
     """(experiment, session) -> (outcome, job) of a training run in a directory of its own.
 
-    Its `go_on(job, experiment)` is the outcome of going on with that run.
+    Without a session one worker trains in this process, several in a group of Ray's. `go_on(job, experiment)` is the
+    outcome of going on with that run.
     """
     import dataclasses
 
     import ray
 
     from raylm import cluster, loop, prepare, runs, tracking, train
+    from raylm.errors import OutOfMemory
 
     def fit(job: loop.Job):
-        return train.fit(job, cluster.resources(job.experiment.cluster, ray.cluster_resources()))
+        if job.session is not Here:
+            return train.fit(job, cluster.resources(job.experiment.cluster, ray.cluster_resources()))
+        while True:
+            outcome = loop.train_loop_per_worker({"job": job})
+            if outcome.error is None:
+                return outcome
+            if not isinstance(outcome.error, OutOfMemory):
+                raise outcome.error
+            train.again(job, outcome.error)
 
-    def run(experiment: config.Experiment, session: type = loop.WorkerGroup, board=None):
+    def run(experiment: config.Experiment, session: type | None = None, board=None):
         store, _ = prepare.prepared(experiment)
         begun = runs.begin(experiment, "train", os.path.basename(store.path), "never")
         tracked = tracking.start(
@@ -268,8 +294,13 @@ def train_run(ray_cluster):
         )
         budget = train.budget_of(experiment, store)
         sets = prepare.evaluation_sets(experiment, store)
+        session = session or (Here if experiment.cluster.most_workers == 1 else loop.WorkerGroup)
         job = loop.Job(experiment, store.path, budget, tracked, begun.directory, session, board, sets)
         return fit(job), job
 
-    run.go_on = lambda job, experiment, board: fit(dataclasses.replace(job, experiment=experiment, board=board))
+    def go_on(job, experiment, board=None):
+        session = Here if experiment.cluster.most_workers == 1 else loop.WorkerGroup
+        return fit(dataclasses.replace(job, experiment=experiment, board=board, session=session))
+
+    run.go_on = go_on
     return run

@@ -40,6 +40,22 @@ def patched(patch):
     return Patched
 
 
+@pytest.fixture
+def with_patch(train_run, monkeypatch):
+    """(patch, experiment, board) -> train_run in this process, with its Trainer patched by `patch(its class, rank)`."""
+    from raylm.loop import trainer
+
+    def run(patch, experiment, board=None):
+        class Patched(trainer._Trainer):
+            pass
+
+        patch(Patched, 0)
+        monkeypatch.setattr(trainer, "_Trainer", Patched)
+        return train_run(experiment, board=board)
+
+    return run
+
+
 def dying(places: list[tuple[int, int]], marks: Path):
     """A session whose workers die, each once, at (rank, step): in the middle of that optimizer step."""
 
@@ -213,6 +229,8 @@ def test_another_number_of_workers_goes_on_with_the_same_examples_in_the_same_st
     assert dict(job.run.series()["train/loss"]) == pytest.approx(losses, rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_command_goes_on_where_it_was_killed_or_stopped(tiny, start_command, train_run, tmp_path):
     """SIGKILL, then SIGTERM, then to the end: as if nothing had happened. Other settings are refused meanwhile."""
     file = tmp_path / "words.yaml"
@@ -264,7 +282,7 @@ def test_a_command_goes_on_where_it_was_killed_or_stopped(tiny, start_command, t
     assert not list(place.glob("*/checkpoints/*/*.bin")), "no pickles"
 
 
-def test_a_gradient_that_nobody_waits_for_stops_the_run_before_it_changes_a_weight(tiny, train_run, tmp_path):
+def test_a_gradient_that_nobody_waits_for_stops_the_run_before_it_changes_a_weight(tiny, with_patch, tmp_path):
     """As on a GPU: the third step's gradient is not a number, the first look at it is after the sixth."""
     seen = tmp_path / "weights"
 
@@ -284,11 +302,11 @@ def test_a_gradient_that_nobody_waits_for_stops_the_run_before_it_changes_a_weig
 
     settings = ("train.arguments.logging_steps=6", "train.eval_every_tokens=1536")
     with pytest.raises(Diverged, match="the gradient is not finite at step 3; lower train.learning_rate=0.02"):
-        train_run(tiny(*settings), patched(patch))
+        with_patch(patch, tiny(*settings))
     assert seen.read_text() == "6 True"
 
 
-def test_a_step_that_does_not_fit_is_done_in_smaller_pieces(tiny, train_run):
+def test_a_step_that_does_not_fit_is_done_in_smaller_pieces(tiny, ray_cluster, with_patch):
     """What torch raises on a GPU, whenever more than two examples are held at once."""
 
     def patch(trainer, rank):
@@ -304,12 +322,12 @@ def test_a_step_that_does_not_fit_is_done_in_smaller_pieces(tiny, train_run):
     said = []
     experiment = tiny("train.max_tokens=1024", "train.eval_every_tokens=1024", "train.micro_batch_tokens=128")
     with cluster.watch(lambda value: None, said.append) as board:
-        outcome, _ = train_run(experiment, patched(patch), board)
+        outcome, _ = with_patch(patch, experiment, board)
     assert outcome.step == 4, "the same steps of the same tokens"
     assert [message.split("; ")[1] for message in said] == ["going on with 64, and 256 a step as before"]
 
 
-def test_one_block_that_does_not_fit_is_an_error_that_names_it(tiny, train_run):
+def test_one_block_that_does_not_fit_is_an_error_that_names_it(tiny, with_patch):
     def patch(trainer, rank):
         def compute_loss(self, *args, **kwargs):
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -317,10 +335,10 @@ def test_one_block_that_does_not_fit_is_an_error_that_names_it(tiny, train_run):
         trainer.compute_loss = compute_loss
 
     with pytest.raises(OutOfMemory, match="a single block of blocks.block_size=32 tokens.*gradient_checkpointing"):
-        train_run(tiny("train.micro_batch_tokens=32"), patched(patch))
+        with_patch(patch, tiny("train.micro_batch_tokens=32"))
 
 
-def test_an_evaluation_that_does_not_fit_names_the_setting(tiny, train_run):
+def test_an_evaluation_that_does_not_fit_names_the_setting(tiny, with_patch):
     def patch(trainer, rank):
         def _score(self, documents):
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -328,7 +346,7 @@ def test_an_evaluation_that_does_not_fit_names_the_setting(tiny, train_run):
         trainer._score = _score
 
     with pytest.raises(OutOfMemory, match="in an evaluation with eval.batch_tokens=4096 .*; lower it"):
-        train_run(tiny(), patched(patch))
+        with_patch(patch, tiny())
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tiny, train_run):

@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import sys
 import threading
 import time
 import uuid
@@ -12,17 +11,14 @@ from pathlib import Path
 import pyarrow.fs
 import pytest
 from conftest import S3, S3_KEY, one_by_one
-from ray import cloudpickle
 from werkzeug.serving import make_server
 
-from raylm import card, checkpoint, cluster, config, loop, prepare, runs, storage, tokens, tracking, train
+from raylm import card, checkpoint, cluster, config, prepare, runs, storage, tokens, tracking, train
 from raylm.errors import ConfigError, StorageError
 from raylm.evaluate import evaluate
 from raylm.generate import generate
 from raylm.tokens import store as stores
 from raylm.tokens import write
-
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
 DENIED = b"<Error><Code>%s</Code><Message>%s</Message></Error>"
 
@@ -217,24 +213,17 @@ def test_a_token_store_is_copied_once_a_node(place, server, tiny, monkeypatch):
 # A run ---------------------------------------------------------------------------------------------------------------
 
 
-class Impatient(loop.WorkerGroup):
-    def __init__(self):
-        super().__init__()
-        from raylm.loop import trainer
-
-        trainer.RETRIES_SECONDS = (0.1, 0.1)
-
-
 def test_a_run_goes_on_to_the_next_save_where_storage_fails_and_ends_if_it_stays_so(
-    place, server, tiny, train_run, tmp_path
+    place, server, tiny, train_run, tmp_path, monkeypatch
 ):
     """Credentials that expire, for step 4 and again from step 8 on; then the same run is gone on with to its end."""
     failing = ("step_00000004", "step_00000008", "step_00000010")
     server.refused = lambda method, path: method == "PUT" and any(step in path for step in failing)
+    monkeypatch.setattr("raylm.loop.trainer.RETRIES_SECONDS", (0.1, 0.1))
     said = []
     experiment = tiny(f"storage={place}", "train.save_every_tokens=512", "train.keep_checkpoints=9")
     with cluster.watch(lambda value: None, said.append) as board, pytest.raises(StorageError) as ended:
-        train_run(experiment, Impatient, board)
+        train_run(experiment, board=board)
     assert ended.value.message.startswith(f"{place}/tiny/train-")
     assert "step_00000010 cannot be written: OSError: When uploading" in ended.value.message
     assert "the same command goes on from the last checkpoint" in ended.value.message

@@ -322,6 +322,7 @@ def test_other_schedulers(ray_cluster, tiny, kind):
     assert len(rows) == 6
 
 
+@pytest.mark.slow
 def test_trials_of_two_workers_take_the_same_road(ray_cluster, tiny):
     experiment = override(
         tiny("cluster.num_workers=2"),
