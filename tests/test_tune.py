@@ -152,7 +152,8 @@ def dies_after(monkeypatch, results):
     monkeypatch.setattr(sweeps.Limits, "stop_all", stop_all)
 
 
-@pytest.mark.parametrize("searcher", ["random", pytest.param("optuna", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
 def test_a_sweep_that_died_twice_ends_as_if_it_had_not(ray_cluster, tiny, monkeypatch, searcher):
     experiment = override(
         tiny("train.max_tokens=2560", f"name={searcher}"),

@@ -68,6 +68,7 @@ def test_tokens_are_prepared_once(swept):
     assert answer["train"]["tokens"] > 0
 
 
+@pytest.mark.slow
 def test_evaluate_tells_the_number_of_the_sweep_whatever_batch_and_workers(swept):
     directory, _, answer = swept
     best = answer["best"]
