@@ -7,6 +7,9 @@ The text is the built-in experiment's, with its tokenizer ready and its tokens n
 with `datasets`, maps the tokenizer over it and concatenates blocks, each with the cache of `datasets` that the first
 trial fills, and evaluates and saves as often, on the same documents. Every trial has the same tokens, whatever its
 block size. `overhead` is the time of a trial beyond its training, after the first two.
+
+2026-11-23, 2 cores without bfloat16, one run: plain 265.6 s, overhead 11.4 s a trial. raylm 183.9 s, 0.69 of that,
+overhead 0.6 s; its time has the start of Ray, tokenizing, MLflow, the final score and the report in it.
 """
 
 from __future__ import annotations
