@@ -182,26 +182,26 @@ def write(found: Found) -> str:
 
 
 def page(found: Found, drawn: Sequence[pictures.Figure | pictures.Omitted], images: Mapping[str, bytes]) -> str:
-    library = pictures.library()
+    script = pictures.plotly_js()
     name = found.directory.rpartition("/")[2]
     parts = [
         f"<h1>{escape(found.experiment.name)}: {escape(name)}</h1>",
         f"<p>{escape(_state(found))}</p>",
         _answer(found),
-        *[_section(figure, images, interactive=library is not None) for figure in drawn],
+        *[_section(figure, images, interactive=script is not None) for figure in drawn],
         "<h2>All trials</h2>",
-        f"<p class=caption>Ranked by {scored_on(found.experiment.eval.max_tokens)}. {FOLLOW if library else ''}</p>",
+        f"<p class=caption>Ranked by {scored_on(found.experiment.eval.max_tokens)}. {FOLLOW if script else ''}</p>",
         _trials(found),
         f"<p class=caption>{OF_A_POPULATION}</p>" if found.experiment.tune.scheduler.kind == "pbt" else "",
         "<h2>The sweep</h2>",
         _facts(_about(found)),
     ]
-    if library is None:
+    if script is None:
         parts.append("<p>Figures are still: plotly is not installed (pip install 'raylm[plotly]').</p>")
         scripts = ""
     else:
         figures = {figure.name: pictures.drawn(figure) for figure in drawn if isinstance(figure, pictures.Figure)}
-        scripts = f"<script>{library}</script>\n<script>{SCRIPT.replace('FIGURES', _json(figures))}</script>"
+        scripts = f"<script>{script}</script>\n<script>{SCRIPT.replace('FIGURES', _json(figures))}</script>"
     return HTML.format(title=escape(name), style=STYLE, body="\n".join(parts), scripts=scripts)
 
 

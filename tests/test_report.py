@@ -192,7 +192,7 @@ def test_the_facts_of_the_sweep(running):
 
 
 def test_without_plotly_the_pictures_are_in_the_page(storage, monkeypatch):
-    monkeypatch.setattr(pictures, "library", lambda: None)
+    monkeypatch.setattr(pictures, "plotly_js", lambda: None)
     built = Page(Path(page.build(f"{storage}/words/tune-20260101-000000-aaaa")).read_text(encoding="utf-8"))
     assert len(built.images) == 5
     assert {image[:22] for image in built.images} == {"data:image/png;base64,"}

@@ -7,7 +7,7 @@ interactive  figure -> what plotly.js draws
 """
 
 from raylm.pictures.figures import Figure, Omitted, Sweep, of, short
-from raylm.pictures.interactive import drawn, library
+from raylm.pictures.interactive import drawn, plotly_js
 from raylm.pictures.still import png
 
-__all__ = ["Figure", "Omitted", "Sweep", "drawn", "library", "of", "png", "short"]
+__all__ = ["Figure", "Omitted", "Sweep", "drawn", "of", "plotly_js", "png", "short"]

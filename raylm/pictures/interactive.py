@@ -13,7 +13,7 @@ from raylm.pictures.figures import Axis, Figure
 FONT = "system-ui, sans-serif"
 
 
-def library() -> str | None:
+def plotly_js() -> str | None:
     """The source of plotly.js; None without plotly."""
     spec = importlib.util.find_spec("plotly")
     if spec is None or spec.origin is None:
