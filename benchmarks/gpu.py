@@ -19,7 +19,7 @@ from typing import Any
 
 import cloudpickle
 
-from raylm import cluster, config, loop, prepare, runs, tracking, train
+from raylm import budget, cluster, config, group, loop, prepare, runs, tracking
 from raylm.errors import Diverged
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -48,14 +48,14 @@ def job_of(home: str, session: type, *settings: str) -> loop.Job:
     store, _ = prepare.prepared(made)
     begun = runs.begin(made, "train", store.fingerprint, "never")
     run = tracking.start(made.tracking, experiment="gpu", name=begun.name, tags={}, directory=begun.directory)
-    return loop.Job(made, store.path, train.budget_of(made, store), run, begun.directory, session)
+    return loop.Job(made, store.path, budget.of(made, store), run, begun.directory, session)
 
 
 def fit(job: loop.Job, resources: Any, stop: bool = False) -> Any:
     with cluster.watch(lambda value: None, print) as board:
         if stop:
             board.stop.remote()
-        return train.fit(dataclasses.replace(job, board=board), resources)
+        return group.fit(dataclasses.replace(job, board=board), resources)
 
 
 def left(job: loop.Job, step: int) -> dict[str, str]:

@@ -192,7 +192,7 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
     """`raylm train` from its prepared tokens on: a worker group of one."""
     import cloudpickle
 
-    from raylm import cluster, loop, runs, tracking, train
+    from raylm import budget, cluster, group, loop, runs, tracking
     from raylm.prepare import prepared
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -219,7 +219,7 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
         store, _ = prepared(made)
         begun = runs.begin(made, "train", store.fingerprint, "never")
         run = tracking.start(made.tracking, experiment="speed", name=begun.name, tags={}, directory=begun.directory)
-        train.fit(loop.Job(made, store.path, train.budget_of(made, store), run, begun.directory, Timed), resources)
+        group.fit(loop.Job(made, store.path, budget.of(made, store), run, begun.directory, Timed), resources)
     return json.loads(file.read_text()), run.series()["train/loss"][-1][1]
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from raylm.config import TrainConfig
+from raylm import blocks
+from raylm.config import Experiment, TrainConfig
 from raylm.errors import DataError
+from raylm.tokens import Store
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,22 @@ def plan(section: TrainConfig, *, block_size: int, num_workers: int, epoch_examp
         save_every=in_steps(section.save_every_tokens) if section.save_every_tokens else eval_every,
     )
     return budget.shared_by(num_workers, section.micro_batch_tokens)
+
+
+def of(experiment: Experiment, store: Store) -> Budget:
+    """The budget of a run over a token store; DataError if there is nothing to train or score on."""
+    if not store.validation.num_tokens:
+        raise DataError(
+            "the validation split is empty, so no perplexity can be told; raise corpus.validation_fraction="
+            f"{experiment.corpus.validation_fraction:g} or give corpus.validation_paths",
+            where="corpus.validation_fraction",
+        )
+    section = experiment.blocks
+    found = plan(
+        experiment.train,
+        block_size=section.block_size,
+        num_workers=experiment.cluster.most_workers,
+        epoch_examples=len(blocks.of(store.train, section, store.eos_id)),
+    )
+    assert found is not None  # the examples are known
+    return found

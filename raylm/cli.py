@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
@@ -34,6 +34,13 @@ ConfigFile = Annotated[
 ]
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved experiment with every setting explained, and stop.")
+]
+Resume = Annotated[
+    Literal["auto", "never", "must"],
+    typer.Option(
+        help="auto: go on with the newest run of this name that stopped before its end. never: begin a new one. must: "
+        "fail if there is none to go on with."
+    ),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything and print the plan; start no Ray, write nothing.")

@@ -16,7 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylm.config import ClusterConfig
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, Interrupted
 
 WORKER_ENVIRONMENT = {
     # glibc gives big buffers back to the kernel at every step and asks for them again; keeping them is worth
@@ -133,6 +133,12 @@ _asked: list[int] = []
 def stopped_by() -> signal.Signals | None:
     """The signal that asked this process to stop, if one did."""
     return signal.Signals(_asked[0]) if _asked else None
+
+
+def interruption(directory: str, how: str) -> BaseException:
+    """What a command ends with that was asked to stop."""
+    told = f"{directory}: {how}; the same command goes on from there"
+    return KeyboardInterrupt(told) if stopped_by() == signal.SIGINT else Interrupted(told, directory)
 
 
 @contextlib.contextmanager

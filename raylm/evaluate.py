@@ -62,17 +62,17 @@ def evaluate(
         return cli.Answer({"model": model, "sets": counts}, tables.facts({"model": model, **shown}))
     from transformers import AutoConfig
 
+    from raylm import group, storage
     from raylm import model as models
-    from raylm import storage, train
 
     here = str(directory.resolve())
     with cli.task("Scoring", "documents") as progress:
         if resources is not None and resources.num_workers == 1:
-            rows = train.score(here, found, experiment, None, progress)
+            rows = group.score(here, found, experiment, None, progress)
         else:
             with cluster.connect(experiment.cluster) as connected:
                 where = model if storage.is_remote(model) else here
-                rows = train.score(where, found, experiment, connected, progress)
+                rows = group.score(where, found, experiment, connected, progress)
     measure = (
         "pseudo_perplexity"
         if models.is_masked(AutoConfig.from_pretrained(directory, trust_remote_code=experiment.model.trust_remote_code))

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from raylm.config import ModelConfig
+from raylm.config import Experiment, ModelConfig
 from raylm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,6 +78,16 @@ def configuration(
     if section.lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("model.lora needs peft: pip install raylm[peft]", where="model.lora")
     return found
+
+
+def planned(experiment: Experiment, vocab_size: int = 0) -> PreTrainedConfig:
+    """The configuration of an experiment's model."""
+    return configuration(
+        experiment.model,
+        vocab_size=vocab_size,
+        block_size=experiment.blocks.block_size,
+        masked=experiment.objective.is_masked,
+    )
 
 
 def build(

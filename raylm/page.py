@@ -74,8 +74,8 @@ class Found:
 
 
 def measure(experiment: Experiment) -> str:
-    """What a person calls the score: a masked model has no perplexity."""
-    return "pseudo-perplexity" if experiment.objective.kind == "masked" else "perplexity"
+    """What a person calls the score."""
+    return experiment.objective.score.replace("_", "-")
 
 
 def scored_on(limit: int | None) -> str:

@@ -1,36 +1,27 @@
-"""python -m raylm.tune: a sweep. A trial is a training run with overrides, on the same tokens as every other.
-
-With one worker a trial, the trial's own process is the worker (Ray Train's local mode) and is used again for the next
-trial: 1.1 s of overhead a trial against 12.6 s with a worker group, which is for trials of several workers.
-"""
+"""python -m raylm.tune: a sweep. A trial is a training run with overrides, on the same tokens as every other."""
 
 from __future__ import annotations
 
 import dataclasses
-import json as jsonlib
 import logging
-import math
 import os
 import random
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from raylm import cli
-from raylm.config import Experiment, corners, dump, get, override
-from raylm.errors import ConfigError, Interrupted, OutOfMemory, RaylmError, TrainingError
-from raylm.train import Resume
+from raylm.config import Experiment, corners, dump, override
+from raylm.errors import ConfigError, Interrupted, TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from raylm.cluster import Resources
     from raylm.live import View
-    from raylm.loop import Job
     from raylm.runs import Begun
     from raylm.sweep import Record, Trial
     from raylm.tokens import Store
@@ -42,7 +33,7 @@ Strict = Annotated[bool, typer.Option("--strict", help="Exit with 4 if any trial
 def tune(
     settings: cli.Settings = None,
     config: cli.ConfigFile = None,
-    resume: Resume = "auto",
+    resume: cli.Resume = "auto",
     strict: Strict = False,
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
@@ -56,14 +47,14 @@ def tune(
     checked = plan(experiment)
     if dry_run:
         return checked
-    from raylm import cluster, objective, runs, storage, tracking, train
+    from raylm import cluster, objective, runs, storage, summary, tracking, train
     from raylm.prepare import prepared
 
     storage.check(experiment.storage)
     begun = runs.begin(experiment, "tune", os.path.basename(checked.record["store"]), resume)
     for directory in begun.abandoned:
-        _close(train.tracked(experiment, directory, os.path.basename(directory), "tune"))
-    parent = train.tracked(experiment, begun.directory, begun.name, "tune")
+        _close(summary.start(experiment, directory, os.path.basename(directory), "tune"))
+    parent = summary.start(experiment, begun.directory, begun.name, "tune")
     status: tracking.Status = "FAILED"
     try:
         with cluster.connect(experiment.cluster) as resources:
@@ -112,12 +103,7 @@ def plan(experiment: Experiment) -> cli.Answer:
             changed = override(experiment, settings)
             try:
                 loop.check(changed.train, has_updates=changed.model.lora is not None)
-                model.configuration(
-                    changed.model,
-                    vocab_size=0,
-                    block_size=changed.blocks.block_size,
-                    masked=changed.objective.kind == "masked",
-                )
+                model.planned(changed)
                 path = settings.get("model.path")
                 if own and path is not None and not tokenizer.same(own, path):
                     raise ConfigError(f"its tokenizer is not that of {own}, and tokens are prepared once for a sweep")
@@ -158,7 +144,7 @@ def sweep(
     """
     from ray import tune as ray_tune
 
-    from raylm import cluster, live, loop, train
+    from raylm import budget, cluster, live, loop, summary
     from raylm import sweep as sweeps
     from raylm.prepare import evaluation_sets
 
@@ -168,20 +154,20 @@ def sweep(
     os.environ |= TUNE_ENVIRONMENT
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     sweeps.keep_credentials()
-    budget = train.budget_of(experiment, store)
+    planned = budget.of(experiment, store)
     record = sweeps.Record(begun.directory)
     if record.trials:
         over = sum(trial.is_over for trial in record.trials.values())
         cli.say(f"{begun.directory}: going on with {over} trials over and {len(record.trials) - over} begun")
     section, metric = experiment.tune, f"best_{experiment.tune.metric}"
-    measure = train.measured(experiment) if section.metric == "perplexity" else section.metric
+    measure = experiment.objective.score if section.metric == "perplexity" else section.metric
     swept = sweeps.keys(section.space)
-    whole = train.parameters(experiment, store, budget)
+    whole = summary.parameters(experiment, store, planned)
     parent.parameters({key: value for key, value in whole.items() if key not in swept})
-    train.tell_data(parent, experiment, store)
+    summary.tell_data(parent, experiment, store)
     parent.text(dump(experiment), "experiment.yaml")
     random.seed(experiment.train.seed)  # by which a population draws
-    scheduler = sweeps.Recorded(sweeps.scheduler(section, budget, metric), record, budget, stopping)
+    scheduler = sweeps.Recorded(sweeps.scheduler(section, planned, metric), record, planned, stopping)
     together = min(resources.most_runs, section.max_concurrent_trials or resources.most_runs)
     trials = sweeps.Trials(
         sweeps.points(section, experiment.train.seed),
@@ -197,15 +183,16 @@ def sweep(
     try:
         with (
             tempfile.TemporaryDirectory(prefix="raylm-tune-") as scratch,  # Tune's own files, which nobody needs
-            live.sweep(budget.tokens, trials.total_samples, swept, measure) as view,
+            live.sweep(planned.tokens, trials.total_samples, swept, measure) as view,
             cluster.signals(cli.say),
             cluster.watch(lambda _: None, cli.say) as board,
         ):
             sets = evaluation_sets(experiment, store)
-            job = loop.Job(experiment, store.path, budget, parent, begun.directory, board=board, sets=sets)
+            job = loop.Job(experiment, store.path, planned, parent, begun.directory, board=board, sets=sets)
             ray_tune.Tuner(
                 ray_tune.with_resources(
-                    ray_tune.with_parameters(trial, template=job, resources=resources), trial_resources(resources)
+                    ray_tune.with_parameters(sweeps.run_trial, template=job, resources=resources),
+                    sweeps.trial_resources(resources),
                 ),
                 tune_config=ray_tune.TuneConfig(
                     search_alg=trials,
@@ -226,7 +213,9 @@ def sweep(
             ).fit()
             if stopping():
                 left = trials.total_samples - sum(trial.is_over for trial in record.trials.values())
-                raise train.interrupted(begun.directory, f"stopped with {left} of {trials.total_samples} trials left")
+                raise cluster.interruption(
+                    begun.directory, f"stopped with {left} of {trials.total_samples} trials left"
+                )
     finally:
         record.pause(time.monotonic() - started)
     rows = [_row(trial) for trial in record.trials.values()]
@@ -252,142 +241,8 @@ def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
     if section.against == "seconds":
         return [score, trial.results[-1]["seconds"]]
     changed = override(experiment, {**trial.settings, "tune.space": {}})
-    masked = changed.objective.kind == "masked"
-    found = model.configuration(
-        changed.model, vocab_size=len(store.tokenizer), block_size=changed.blocks.block_size, masked=masked
-    )
-    return [score, model.num_parameters(found, masked=masked)]
-
-
-def trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> None:
-    """One trial: the template's run with these settings. What goes wrong in it is reported as its result."""
-    from ray import tune as ray_tune
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    from raylm import sweep as sweeps
-    from raylm import tokens as stores
-    from raylm import train
-
-    trial_id = ray_tune.get_context().get_trial_id()
-    directory = f"{template.directory}/{trial_id}"
-    run = template.run.child(trial_id, directory=directory, ships=False)
-    store = stores.open_store(template.store)
-    experiment, budget, said = template.experiment, template.budget, {}
-    try:
-        experiment = override(experiment, {**settings, "tune.space": {}, "tune.points": []})
-        budget = train.budget_of(experiment, store)
-        said = train.parameters(experiment, store, budget)
-        run.text(dump(experiment), "experiment.yaml")
-        run.parameters({**said, **_swept(template.experiment, settings)})
-        train.tell_data(run, experiment, store)
-        job = dataclasses.replace(template, experiment=experiment, budget=budget, run=run, directory=directory)
-        if ray_tune.get_checkpoint() is not None:  # of a population; all other checkpoints are the trial's own
-            adopt(sweeps.Record(template.directory).changes(trial_id)[-1], template, job)
-        if resources.num_workers == 1:
-            _fit_here(job)
-        else:
-            train.fit(job, resources, callbacks=[TuneReportCallback()])
-    except Exception as error:
-        cause = error if isinstance(error, RaylmError) else TrainingError(f"{type(error).__name__}: {error}")
-        if not said:  # those of the sweep: a failed trial has the same keys
-            plain = train.parameters(template.experiment, store, budget)
-            run.parameters({**plain, **_swept(template.experiment, settings)})
-        run.tags({"raylm.failure": cause.message})
-        worst = dict.fromkeys(("perplexity", "bits_per_byte", "best_perplexity", "best_bits_per_byte"), math.inf)
-        ray_tune.report({**worst, "step": 0, "tokens": budget.tokens, "failure": cause.message})
-
-
-def _swept(experiment: Experiment, settings: dict[str, Any]) -> dict[str, Any]:
-    """Every swept key of a sweep, those too that are not in the space that a trial was drawn from."""
-    from raylm import sweep as sweeps
-
-    return {
-        key: settings[key] if key in settings else get(experiment, key) for key in sweeps.keys(experiment.tune.space)
-    }
-
-
-def _fit_here(job: Job) -> None:
-    """Train in this very process, again with smaller micro-batches where memory ran out."""
-    from ray.train import ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from raylm import loop, train
-
-    while True:
-        trainer = TorchTrainer(
-            loop.train_loop_per_worker,
-            train_loop_config={"job": dataclasses.replace(job, session=InTrial)},
-            scaling_config=ScalingConfig(num_workers=0),
-        )
-        outcome = trainer.fit().return_value
-        if outcome.error is None:
-            return
-        if not isinstance(outcome.error, OutOfMemory):
-            raise outcome.error
-        train.again(job, outcome.error)
-
-
-class InTrial:
-    """The only worker of a trial, in the trial's own process: a loop.Session over ray.tune."""
-
-    rank = 0
-    world_size = 1
-
-    def report(self, metrics: dict[str, Any]) -> None:
-        from ray import tune as ray_tune
-
-        ray_tune.report(metrics)
-
-    def agreed(self, value: Any) -> Any:
-        return value
-
-    def lost_nodes(self) -> list[str]:
-        return []
-
-
-def adopt(change: dict[str, Any], template: Job, job: Job) -> None:
-    """Have a trial go on from a checkpoint of another one, as its population has decided; once, however often begun."""
-    from raylm import checkpoint, storage
-
-    marker, told = f"{job.directory}/adopted.json", jsonlib.dumps(change).encode()
-    if storage.read(marker) == told:
-        return
-    theirs = checkpoint.Series(f"{template.directory}/{change['like']}/checkpoints")
-    step: int | None = change["tokens"] // job.budget.batch_tokens
-    for attempt in range(3):  # the other one goes on, and may remove a checkpoint while it is copied
-        if step is None or theirs.fault(step) is not None:
-            step, _ = theirs.newest()
-        assert step is not None, f"{change['like']}: a trial that was compared has checkpoints"
-        try:
-            with tempfile.TemporaryDirectory(prefix="raylm-adopted-") as scratch:
-                job.checkpoints.replace(theirs.fetch(step, Path(scratch)), step)
-            break
-        except (OSError, RaylmError):
-            if attempt == 2:
-                raise
-    storage.write(marker, told)
-
-
-def release(placement_group: str | None) -> None:
-    """Free what the workers of a stopped trial had reserved, or the next trial waits for it forever.
-
-    Tune kills a trial and with it Train's controller. Train has a cleaner for that case, but it asks the dashboard
-    whether the controller lives, and without a dashboard (Ray 2.60) it never learns.
-    """
-    from ray._raylet import PlacementGroupID
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    if placement_group is not None:
-        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(placement_group))))
-
-
-def trial_resources(resources: Resources) -> Any:
-    """What a trial's own process reserves; with a worker group the workers have reservations of their own."""
-    from ray import tune as ray_tune
-
-    if resources.num_workers == 1:
-        return ray_tune.PlacementGroupFactory([resources.per_worker])
-    return ray_tune.PlacementGroupFactory([{"CPU": 0, "memory": 1}])  # one byte: Ray refuses to reserve nothing
+    found = model.planned(changed, len(store.tokenizer))
+    return [score, model.num_parameters(found, masked=changed.objective.is_masked)]
 
 
 def finish(
@@ -397,7 +252,7 @@ def finish(
 
     The best row, with the exported model as its checkpoint; None if no trial has a result.
     """
-    from raylm import card, train
+    from raylm import card, group, summary
     from raylm.perplexity import Score
 
     children = parent.children()
@@ -406,7 +261,7 @@ def finish(
         if child is None:
             continue
         if row["perplexity"] is not None:
-            child.metrics(train.best_metrics(experiment, row), 0)  # which MLflow shows as bars
+            summary.tell_best(child, experiment, row)
         child.tags({"raylm.status": row["status"]})
         child.end("FAILED" if row["status"] == "failed" else "FINISHED")
         row["mlflow_run_id"] = child.run_id
@@ -416,9 +271,9 @@ def finish(
     best["checkpoint"] = str(card.export(best["checkpoint"], f"{parent.directory}/model"))
     if experiment.eval.max_tokens is not None:
         with cli.task("Scoring the best trial on the whole validation split", "documents") as advance:
-            scored = Score.of(train.score(best["checkpoint"], store.validation, experiment, resources, advance))
+            scored = Score.of(group.score(best["checkpoint"], store.validation, experiment, resources, advance))
         best |= {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
-    parent.metrics(train.best_metrics(experiment, best), 0)
+    summary.tell_best(parent, experiment, best)
     parent.tags({"raylm.best_trial": best["trial_id"], "raylm.checkpoint": best["checkpoint"]})
     parent.model(best["checkpoint"], experiment.tracking, best["best_step"], cli.say)
     return best
@@ -434,9 +289,8 @@ def answer(
 ) -> cli.Answer:
     """The ranked table, and what to do next; TrainingError if no trial has a result."""
     from raylm import tables, tracking
-    from raylm.train import measured
 
-    measure = measured(experiment)
+    measure = experiment.objective.score
 
     def named(row: dict[str, Any]) -> dict[str, Any]:
         return {measure if key == "perplexity" else key: value for key, value in row.items()}
@@ -516,7 +370,7 @@ def _watcher(record: Record, parent: Run, view: View, metric: str) -> Any:
     """Shows what becomes of the trials, and clears up after each."""
     from ray.tune import Callback
 
-    from raylm.sweep import NotSaved
+    from raylm.sweep import NotSaved, release
 
     class Watcher(NotSaved, Callback):
         def __init__(self) -> None:

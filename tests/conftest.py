@@ -272,19 +272,12 @@ def train_run(ray_cluster):
 
     import ray
 
-    from raylm import cluster, loop, prepare, runs, tracking, train
-    from raylm.errors import OutOfMemory
+    from raylm import budget, cluster, group, loop, prepare, runs, tracking
 
     def fit(job: loop.Job):
         if job.session is not Here:
-            return train.fit(job, cluster.resources(job.experiment.cluster, ray.cluster_resources()))
-        while True:
-            outcome = loop.train_loop_per_worker({"job": job})
-            if outcome.error is None:
-                return outcome
-            if not isinstance(outcome.error, OutOfMemory):
-                raise outcome.error
-            train.again(job, outcome.error)
+            return group.fit(job, cluster.resources(job.experiment.cluster, ray.cluster_resources()))
+        return group.with_less(job, lambda: loop.train_loop_per_worker({"job": job}))
 
     def run(experiment: config.Experiment, session: type | None = None, board=None):
         store, _ = prepare.prepared(experiment)
@@ -292,10 +285,11 @@ def train_run(ray_cluster):
         tracked = tracking.start(
             experiment.tracking, experiment=experiment.name, name=begun.name, tags={}, directory=begun.directory
         )
-        budget = train.budget_of(experiment, store)
         sets = prepare.evaluation_sets(experiment, store)
         session = session or (Here if experiment.cluster.most_workers == 1 else loop.WorkerGroup)
-        job = loop.Job(experiment, store.path, budget, tracked, begun.directory, session, board, sets)
+        job = loop.Job(
+            experiment, store.path, budget.of(experiment, store), tracked, begun.directory, session, board, sets
+        )
         return fit(job), job
 
     def go_on(job, experiment, board=None):

@@ -3,7 +3,15 @@ import random
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from raylm import generation
 from raylm.checkpoint import Trained
@@ -11,6 +19,8 @@ from raylm.config import TrainedTokenizer
 from raylm.corpus import Document
 from raylm.errors import ConfigError, DataError, StorageError
 from raylm.generation import identity
+from raylm.generation.documents import _Worker
+from raylm.generation.writer import _Row
 
 CONTEXT = 24
 LONG = "import os\n" * 9  # more tokens than the context
@@ -103,7 +113,7 @@ def test_drawn_tokens_are_as_frequent_as_they_are_likely(directory):
     whole = writer(directory, max_new_tokens=1, temperature=0.5, top_p=1, top_k=0)
     with torch.inference_mode():
         chances = (whole.network(torch.tensor([[0]])).logits[0, -1] / 0.5).softmax(-1)
-    rows = [generation._Row(whole, "") for _ in range(2000)]
+    rows = [_Row(whole, "") for _ in range(2000)]
     for number, row in enumerate(rows):
         row.numbers = [random.Random(number).random()] * 3
     whole._write(rows, 0, None)
@@ -121,11 +131,11 @@ def test_a_longer_text_goes_on_as_the_shorter_one(directory):
 def test_the_last_token_of_a_prompt_may_be_the_beginning_of_a_longer_one(directory):
     """Of " " and " self", " cats" …: no text of the tokenizer's has a space alone before a name."""
     whole = writer(directory, do_sample=False)
-    row = generation._Row(whole, "def ")
+    row = _Row(whole, "def ")
     assert whole.decoded(row.ids) == "def"
     assert " self" in [whole.decoded([token]) for token in row.allowed]
     assert all(whole.decoded([token]).startswith(" ") for token in row.allowed)
-    assert generation._Row(whole, "<|endoftext|>").allowed is None
+    assert _Row(whole, "<|endoftext|>").allowed is None
     whole._write([row], 0, None)
     assert row.ids[1] in row.allowed
     assert row.text(row.ids) == whole.decoded(row.ids)
@@ -133,22 +143,22 @@ def test_the_last_token_of_a_prompt_may_be_the_beginning_of_a_longer_one(directo
 
 def test_a_prompt_stays_though_its_repetition_is_forbidden(directory):
     whole = writer(directory, do_sample=False, no_repeat_ngram_size=2)
-    row = generation._Row(whole, "é日é日")
+    row = _Row(whole, "é日é日")
     whole._write([row], 0, None)
     assert whole.decoded(row.ids).startswith("é日é日")
 
 
 def test_beyond_the_context_the_last_half_of_it_is_read(directory):
     whole = writer(directory, max_new_tokens=8)
-    row = generation._Row(whole, "@" * CONTEXT)
+    row = _Row(whole, "@" * CONTEXT)
     assert len(row.window()) == CONTEXT - 1  # without the last, which is made again
     row.add([5], 1)
     assert row.window() == row.ids[-CONTEXT // 2 :]
     row.add([6], 1)
     assert row.window() == row.ids[-CONTEXT // 2 - 1 :]
-    assert len(generation._Row(whole, "@" * 99).window()) == CONTEXT - 9  # there is room for the 9 that are to come
+    assert len(_Row(whole, "@" * 99).window()) == CONTEXT - 9  # there is room for the 9 that are to come
     whole.how.max_new_tokens = 99
-    assert len(generation._Row(whole, "@" * 99).window()) == CONTEXT // 2
+    assert len(_Row(whole, "@" * 99).window()) == CONTEXT // 2
 
 
 def test_a_text_ends_at_its_stop_string(directory):
@@ -164,7 +174,7 @@ def test_what_is_shown_while_it_is_made_is_the_text(kind):
     texts = ["the cat sat on the mats. the cats saw ten dogs, é日😀 run"] * 3
     trained = tokenizer.train(texts, TrainedTokenizer(kind=kind, vocab_size=300))
     network = GPT2LMHeadModel(GPT2Config(vocab_size=len(trained), n_positions=CONTEXT, n_layer=1, n_head=1, n_embd=8))
-    how = generation.GenerationConfig(do_sample=True, max_new_tokens=40, min_new_tokens=40, eos_token_id=[0])
+    how = GenerationConfig(do_sample=True, max_new_tokens=40, min_new_tokens=40, eos_token_id=[0])
     whole = generation.Writer(Trained(network.eval(), trained, None, {}), how, seed=0)
     for prompt in ("the cat", "the ", "é日😀"):
         pieces: list[str] = []
@@ -172,7 +182,7 @@ def test_what_is_shown_while_it_is_made_is_the_text(kind):
         assert "".join(pieces) == text
         assert text.startswith(prompt)
         assert len(pieces) > 10
-    row = generation._Row(whole, "the ")  # WordPiece has no token for the space
+    row = _Row(whole, "the ")  # WordPiece has no token for the space
     assert row.text(trained("the cat", add_special_tokens=False)["input_ids"]) == "the cat"
 
 
@@ -184,7 +194,7 @@ def test_masks_are_filled_in_windows_of_the_context(tmp_path):
     torch.manual_seed(0)
     network = BertForMaskedLM(BertConfig(vocab_size=len(trained), max_position_embeddings=8, **sizes)).eval()
     network.config.architectures = ["BertForMaskedLM"]
-    whole = generation.Writer(Trained(network, trained, None, {}), generation.GenerationConfig(), seed=0)
+    whole = generation.Writer(Trained(network, trained, None, {}), GenerationConfig(), seed=0)
     [first, none, long] = whole.texts(["a<mask>c", "a b", "a b c d a b c<mask>"])
 
     def likeliest(ids):
@@ -204,7 +214,7 @@ def test_masks_are_filled_in_windows_of_the_context(tmp_path):
 def test_what_is_given_is_over_what_the_model_says_is_over_the_defaults(directory, tmp_path):
     for file in directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    generation.GenerationConfig(do_sample=True, temperature=0.3, top_k=7, eos_token_id=[0, 5]).save_pretrained(tmp_path)
+    GenerationConfig(do_sample=True, temperature=0.3, top_k=7, eos_token_id=[0, 5]).save_pretrained(tmp_path)
     how = generation.settings(tmp_path, {"top_k": 4, "top_p": None})
     assert (how.max_new_tokens, how.do_sample, how.top_p, how.top_k, how.temperature) == (100, True, 0.95, 4, 0.3)
     assert how.eos_token_id == [0, 5]
@@ -250,12 +260,12 @@ def test_a_tokenizer_without_an_end_cannot_end_a_text(directory, tmp_path):
 def test_a_worker_answers_in_the_order_of_its_batch_and_hands_on_what_the_user_can_mend(directory):
     batch = [Document(text, len(text), identity(text), source, False) for source, text in enumerate(["def ", "x"])]
     row = {"batch": pickle.dumps(batch)}
-    answers = pickle.loads(generation._Worker(lambda: writer(directory))(row)["answers"])
+    answers = pickle.loads(_Worker(lambda: writer(directory))(row)["answers"])
     assert [(answer.prompt, answer.source, answer.hash) for answer in answers] == [
         ("def ", 0, identity("def ")),
         ("x", 1, identity("x")),
     ]
     assert [answer.text for answer in answers] == [text for text, _ in writer(directory).texts(["def ", "x"])]
-    worker = generation._Worker(lambda: generation.load("/nowhere", None, 0, False, 1, None))
+    worker = _Worker(lambda: generation.load("/nowhere", None, 0, False, 1, None))
     gone = pickle.loads(worker(row)["answers"])
     assert isinstance(gone, StorageError)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from raylm import pictures
 from raylm.pictures import figures, interactive, looks
-from raylm.pictures.figures import ABOVE, BELOW, Setting
+from raylm.pictures.trials import ABOVE, BELOW, Setting, ticks
 from raylm.sweep import Trial
 
 RATE, SIZE = "train.learning_rate", "blocks.block_size"
@@ -201,7 +201,7 @@ def test_a_sweep_that_has_just_begun_says_what_there_is_not():
     ],
 )
 def test_ticks_are_a_few_round_numbers(low, high, log, expected):
-    assert figures.ticks(low, high, log) == pytest.approx(expected)
+    assert ticks(low, high, log) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

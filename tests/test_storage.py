@@ -219,7 +219,7 @@ def test_a_run_goes_on_to_the_next_save_where_storage_fails_and_ends_if_it_stays
     """Credentials that expire, for step 4 and again from step 8 on; then the same run is gone on with to its end."""
     failing = ("step_00000004", "step_00000008", "step_00000010")
     server.refused = lambda method, path: method == "PUT" and any(step in path for step in failing)
-    monkeypatch.setattr("raylm.loop.trainer.RETRIES_SECONDS", (0.1, 0.1))
+    monkeypatch.setattr("raylm.loop.saves.RETRIES_SECONDS", (0.1, 0.1))
     said = []
     experiment = tiny(f"storage={place}", "train.save_every_tokens=512", "train.keep_checkpoints=9")
     with cluster.watch(lambda value: None, said.append) as board, pytest.raises(StorageError) as ended:

@@ -25,6 +25,7 @@ from raylm import tracking
 from raylm.config import TrackingConfig
 from raylm.errors import ConfigError, StorageError
 from raylm.tracking import journal, mlflow, system
+from raylm.tracking.shipment import Shipment
 
 NOWHERE = TrackingConfig(uri=None)
 LOSSES = {step: 5 - step / 10 for step in range(1, 9)}
@@ -729,7 +730,7 @@ def test_without_locks_mlflow_itself_drops_what_it_has(server, tmp_path, monkeyp
     run = start(server, tmp_path / "run")
     trained(run)
     monkeypatch.setattr(journal, "alone", lambda directory: contextlib.nullcontext(True))
-    ships = [mlflow.Shipment(run.directory, tracking._server(server.uri)) for _ in range(3)]
+    ships = [Shipment(run.directory, tracking._server(server.uri)) for _ in range(3)]
     for ship in ships:
         ship._known = set()  # as they would be if they had asked at the same time
     barrier = threading.Barrier(len(ships))

@@ -9,7 +9,7 @@ from conftest import one_by_one
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raylm import checkpoint, cluster, config, loop, prepare, tokens, train
+from raylm import budget, checkpoint, cluster, config, group, loop, prepare, tokens, train
 from raylm.config import override
 from raylm.errors import ConfigError, DataError, Diverged, OutOfMemory
 from raylm.evaluate import evaluate
@@ -100,11 +100,11 @@ def test_the_same_score_from_one_process_and_from_two_workers(one_worker, ray_cl
     import ray
 
     experiment, best, saved, store, _ = one_worker
-    alone = Score.of(train.score(saved, store.validation, experiment, None))
+    alone = Score.of(group.score(saved, store.validation, experiment, None))
     assert alone.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
     two = override(experiment, {"cluster.num_workers": 2, "eval.batch_tokens": 64})
     resources = cluster.resources(two.cluster, ray.cluster_resources())
-    shared = Score.of(train.score(saved, store.validation, two, resources))
+    shared = Score.of(group.score(saved, store.validation, two, resources))
     assert (shared.tokens, shared.bytes) == (alone.tokens, alone.bytes)
     assert shared.nll == pytest.approx(alone.nll, rel=1e-6)
     assert shared.keyword_tokens == alone.keyword_tokens > 0
@@ -151,7 +151,7 @@ def test_no_validation_text_is_an_error(ray_cluster, tiny, tmp_path):
     experiment = tiny(f"corpus.paths={tmp_path}", "corpus.validation_fraction=0")
     store, _ = prepare.prepared(experiment)
     with pytest.raises(DataError, match="validation split is empty.*corpus.validation_fraction=0"):
-        train.budget_of(experiment, store)
+        budget.of(experiment, store)
 
 
 def test_a_plan_starts_no_ray_and_writes_nothing(tiny, tmp_path, monkeypatch):

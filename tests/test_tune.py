@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from raylm import budget, checkpoint, cluster, prepare, runs, tracking, train, tune
+from raylm import budget, checkpoint, cluster, group, prepare, runs, summary, tracking, tune
 from raylm import sweep as sweeps
 from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
 from raylm.errors import ConfigError
@@ -31,7 +31,7 @@ def run(experiment, resume="never"):
     resources = cluster.resources(experiment.cluster, ray.cluster_resources())
     store, _ = prepare.prepared(experiment)
     begun = runs.begin(experiment, "tune", Path(store.path).name, resume)
-    parent = train.tracked(experiment, begun.directory, begun.name, "tune")
+    parent = summary.start(experiment, begun.directory, begun.name, "tune")
     rows = tune.sweep(experiment, store, parent, begun, resources)
     best = tune.finish(experiment, store, parent, resources, rows)
     parent.end()
@@ -61,7 +61,7 @@ def test_the_best_checkpoint_has_the_score_that_the_sweep_tells(sweep):
     experiment, rows, best, _ = sweep
     store, _ = prepare.prepared(experiment)
     assert best["perplexity"] == rows[0]["perplexity"]
-    score = Score.of(train.score(best["checkpoint"], store.validation, experiment, None))
+    score = Score.of(group.score(best["checkpoint"], store.validation, experiment, None))
     assert score.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
 
 
@@ -332,7 +332,7 @@ def test_trials_of_two_workers_take_the_same_road(ray_cluster, tiny):
     rows, best, _ = run(experiment)
     assert [row["status"] for row in rows] == ["completed", "completed"]
     store, _ = prepare.prepared(experiment)
-    score = Score.of(train.score(best["checkpoint"], store.validation, experiment, None))
+    score = Score.of(group.score(best["checkpoint"], store.validation, experiment, None))
     assert score.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
 
 

@@ -1,23 +1,12 @@
 """One YAML file = one experiment = one frozen tree of sections.
 
 sections   every setting: type, default, unit, effect
-files      load, override, save; faults with their place and the way out
+faults     what is wrong with an experiment, where it stands, and the way out
+space      tune.space: samplers of settings, and whole spaces to choose from
+files      load, override, save
 """
 
-from raylm.config.files import (
-    BUILT_IN,
-    SAMPLERS,
-    corners,
-    dump,
-    get,
-    is_sampler,
-    load,
-    load_part,
-    override,
-    parse_setting,
-    save,
-    spaces,
-)
+from raylm.config.files import BUILT_IN, dump, get, load, load_part, override, parse_setting, save
 from raylm.config.sections import (
     MUTABLE,
     BlocksConfig,
@@ -36,6 +25,7 @@ from raylm.config.sections import (
     TrainedTokenizer,
     TuneConfig,
 )
+from raylm.config.space import SAMPLERS, corners, is_sampler, spaces
 
 __all__ = [
     "BUILT_IN",

@@ -224,6 +224,15 @@ class ObjectiveConfig(Section):
     sentinels: Annotated[Strings, Field(min_length=3, max_length=3)] = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
     """fill_in_middle: the tokens put before prefix, middle and suffix. The tokenizer must have them."""
 
+    @property
+    def is_masked(self) -> bool:
+        return self.kind == "masked"
+
+    @property
+    def score(self) -> Literal["perplexity", "pseudo_perplexity"]:
+        """What the score is called: a masked model has no perplexity."""
+        return "pseudo_perplexity" if self.is_masked else "perplexity"
+
 
 class TrainConfig(Section):
     exclusive: ClassVar = ("max_tokens", "num_epochs")

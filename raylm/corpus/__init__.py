@@ -1,14 +1,17 @@
 """Sources -> documents.
 
     sources      corpus.paths -> the files behind them, with size and version; no Ray
-    formats      a file, or a part of one -> texts: plain text, JSON, CSV, Parquet, Arrow, data sets; compressed or not
+    piece        a file, or a part of one, as bytes: compressed or not
+    text         plain text, lines or parts between separators, and source code -> texts
+    columns      rows with columns -> texts: JSON, CSV, Parquet, Arrow, data sets
+    formats      a file, or a part of one -> texts, whatever its format
     reader       shards of files -> documents: hashed, filtered, counted, of the train or the validation split
 
 What a shard holds, which documents are kept and which side of the split they fall on depends on the files and the
 settings alone, not on processes or their order.
 """
 
-from raylm.corpus.formats import Fault
+from raylm.corpus.piece import Fault
 from raylm.corpus.reader import (
     Document,
     Ledger,

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from raylm.config import CorpusConfig
-from raylm.corpus.formats import Fault, Piece, arrow_batches, data_set_rows, texts
+from raylm.corpus.columns import arrow_batches, data_set_rows
+from raylm.corpus.formats import texts
+from raylm.corpus.piece import Fault, Piece
 from raylm.corpus.sources import File, Source, find, format_of
 from raylm.errors import DataError
 

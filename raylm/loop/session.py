@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import ray.train
 import ray.train.collective
 import ray.util
+import torch
 
 from raylm.budget import Budget
 from raylm.checkpoint import Series
@@ -56,6 +57,19 @@ class WorkerGroup:
     def lost_nodes(self) -> list[str]:
         found = ray.train.get_preemption_info()
         return list(found.preempted_node_ids) if found is not None else []
+
+
+def gathered(session: Session, value: Any) -> list[Any]:
+    """The values of all ranks."""
+    if session.world_size == 1:
+        return [value]
+    found: list[Any] = [None] * session.world_size
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+class Agreed(Exception):
+    """An error that every rank meets at the same step, so that none of them waits for another."""
 
 
 class Alone:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -19,22 +18,17 @@ from transformers import PrinterCallback, TrainerCallback
 
 from raylm import blocks, checkpoint, cluster, model, objective, perplexity, storage, tokens
 from raylm.checkpoint import Series
-from raylm.errors import Diverged, OutOfMemory, RaylmError, StorageError
+from raylm.errors import Diverged, OutOfMemory, RaylmError
 from raylm.loop import arguments
-from raylm.loop.session import Job, Outcome, Session
+from raylm.loop.saves import PROGRESS, Saves
+from raylm.loop.session import Agreed, Job, Outcome, Session, gathered
 from raylm.loop.sharding import ShardingTrainer
 from raylm.perplexity import Documents, Score
 
 LOOK_SECONDS = 1.0
 """How long a worker trains between two looks at whether it shall stop."""
 
-PROGRESS = "progress.json"
-"""In a checkpoint: what the Trainer forgets, the loss since it was last logged."""
-
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-
-RETRIES_SECONDS = (1.0, 4.0)
-"""How long to wait for a storage that fails before the next try: those elsewhere have their moments."""
 
 
 def made(job: Job, session: Session, scratch: Path) -> _Trainer:
@@ -49,7 +43,7 @@ def made(job: Job, session: Session, scratch: Path) -> _Trainer:
         store.tokenizer,
         block_size=experiment.blocks.block_size,
         seed=experiment.train.seed,
-        masked=experiment.objective.kind == "masked",
+        masked=experiment.objective.is_masked,
     )
     batches = objective.of(experiment.objective, experiment.blocks, store.tokenizer, experiment.train.seed)
     args = arguments.of(experiment, budget, str(scratch))
@@ -74,10 +68,6 @@ def made(job: Job, session: Session, scratch: Path) -> _Trainer:
     return trainer
 
 
-class Agreed(Exception):
-    """An error that every rank meets at the same step, so that none of them waits for another."""
-
-
 class _Trainer(ShardingTrainer):
     loss_is_scaled_for_ga = True  # the loss is divided once, by the items of the whole step
 
@@ -97,9 +87,7 @@ class _Trainer(ShardingTrainer):
         self.looked = (0, 0.0)
         """After which step, and when."""
         self.next_look = 1
-        self.saving_failed: Exception | None = None
-        self.unsaved = 0
-        """Checkpoints in a row that could not be written."""
+        self.saves = Saves(job, session, Path(self.args.output_dir), self.say)
         self.first_bad_step: torch.Tensor | None = None
 
     # From beginning to end
@@ -129,7 +117,7 @@ class _Trainer(ShardingTrainer):
                     found = series.newest()
             except RaylmError as error:
                 found = error
-        found = self._gathered(found)[0]
+        found = gathered(self.session, found)[0]
         if isinstance(found, RaylmError):
             raise Agreed(found)
         return found
@@ -159,20 +147,12 @@ class _Trainer(ShardingTrainer):
 
     def _is_lost(self, step: int) -> bool:
         lost = self.job.checkpoints.fault(step) is not None if self.session.rank == 0 else None
-        return self._gathered(lost)[0]
+        return gathered(self.session, lost)[0]
 
     def say(self, message: str) -> None:
         """Tell whoever watches."""
         if self.session.rank == 0 and self.job.board is not None:
             self.job.board.say.remote(message)
-
-    def _gathered(self, value: Any) -> list[Any]:
-        """The values of all ranks."""
-        if self.session.world_size == 1:
-            return [value]
-        found: list[Any] = [None] * self.session.world_size
-        torch.distributed.all_gather_object(found, value)
-        return found
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """With the settings of this run: a trial may go on from the weights of another one."""
@@ -320,7 +300,7 @@ class _Trainer(ShardingTrainer):
             self.best = {name: self.latest[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
         self.worse_in_a_row = 0 if is_best else self.worse_in_a_row + 1
         if self.session.rank == 0:
-            name = "perplexity" if self.masked is None else "pseudo_perplexity"
+            name = self.job.experiment.objective.score
             values = {f"eval/{what}": value for what, value in score.figures(name).items()}
             for each, found in sets.items():
                 values |= {f"eval/{each}/{what}": value for what, value in found.figures(name).items()}
@@ -354,7 +334,7 @@ class _Trainer(ShardingTrainer):
     @property
     def masked(self) -> perplexity.MaskedTokens | None:
         """How the model is scored if it is a masked one."""
-        is_masked = self.job.experiment.objective.kind == "masked"
+        is_masked = self.job.experiment.objective.is_masked
         return perplexity.MaskedTokens.of(self.store.tokenizer) if is_masked else None
 
     @cached_property
@@ -388,8 +368,8 @@ class _Trainer(ShardingTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        except Exception as error:  # of one rank alone, perhaps: told to the others in keep()
-            self.saving_failed = error
+        except Exception as error:  # of one rank alone, perhaps: told to the others in Saves.commit
+            self.saves.failed = error
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
@@ -408,34 +388,19 @@ class _Trainer(ShardingTrainer):
 
     def keep(self) -> None:
         """Commit the checkpoint that was just written to this machine, remove older ones, and report the evaluation."""
-        step, series = self.state.global_step, self.job.checkpoints
+        step = self.state.global_step
         local = Path(self.args.output_dir) / f"checkpoint-{step}"
-        self._describe(local, step)
-        problem = self._committed(series, step, local)
-        shutil.rmtree(local, ignore_errors=True)
-        if problem is None:
-            self.unsaved = 0
-        else:
-            self.unsaved += 1
-            if self.session.rank == 0:
-                with contextlib.suppress(Exception):  # what is left of it has no manifest, and is no checkpoint
-                    series.discard(step)
-            if self.unsaved == 2 or self.stopped or isinstance(problem, StorageError):
-                raise Agreed(self._cannot_save(step, problem))
-            self.say(f"the checkpoint of step {step:,} could not be written ({problem}); training until the next one")
+        self.saves.describe(local, *self._told(step, gathered(self.session, self._tr_loss.item())))
+        self.saves.commit(step, local, best=self.best.get("step"), is_last_chance=self.stopped)
         if self.latest.get("step") == step:
             self.session.report(self._reported())
 
-    def _describe(self, local: Path, step: int) -> None:
-        """Beside the weights: their score if they have one, and what the Trainer forgets."""
-        losses = self._gathered(self._tr_loss.item())
-        if self.session.rank != 0 or self.saving_failed is not None:
-            return
-        budget = self.job.budget
+    def _told(self, step: int, losses: list[float]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What stands beside the weights: their score if they have one; and what the Trainer forgets."""
         evaluated = self.latest if self.latest.get("step") == step else {}
         record = {
             "step": step,
-            "tokens": step * budget.batch_tokens,
+            "tokens": step * self.job.budget.batch_tokens,
             "perplexity": evaluated.get("perplexity"),
             "bits_per_byte": evaluated.get("bits_per_byte"),
             "best": self.best,
@@ -449,46 +414,7 @@ class _Trainer(ShardingTrainer):
             "world_size": self.session.world_size,
             "seconds": time.monotonic() - self.began,
         }
-        try:
-            checkpoint.describe(local, self.job.experiment, record)
-            (local / PROGRESS).write_text(json.dumps(progress) + "\n", encoding="utf-8")
-        except OSError as error:
-            self.saving_failed = error
-
-    def _committed(self, series: Series, step: int, local: Path) -> Exception | None:
-        """Every rank uploads what it wrote; then the manifest is written. What went wrong on any rank, if anything."""
-        problem, self.saving_failed = self.saving_failed, None
-        if self.session.rank == 0 and problem is None:
-            _, problem = _tried(lambda: series.discard(step))  # what a run that was killed may have left of it
-        self._gathered(None)
-        files: dict[str, storage.Stored] = {}
-        if problem is None:
-            files, problem = _tried(lambda: series.upload(step, local))
-        found = self._gathered((files, problem))
-        problem = next((each for _, each in found if each is not None), None)
-        if problem is None and self.session.rank == 0:
-            self.job.run.flush()  # a run that goes on from here makes the points before it no more
-            whole = {name: stored for uploaded, _ in found for name, stored in uploaded.items()}
-            _, problem = _tried(lambda: series.commit(step, whole))
-            if problem is None:
-                keep = self.job.experiment.train.keep_checkpoints
-                _, left = _tried(lambda: series.prune(keep, [self.best.get("step")]))
-                if left is not None:  # there are more than need be, until the next save
-                    self.say(f"older checkpoints could not be removed: {left}")
-        return self._gathered(problem)[0] or problem
-
-    def _cannot_save(self, step: int, problem: Exception) -> StorageError:
-        if isinstance(problem, StorageError):
-            return problem
-        scratch = shutil.disk_usage(self.args.output_dir)
-        room = (
-            f"; {scratch.free:,} bytes are free in {self.args.output_dir}" if scratch.free < scratch.total / 50 else ""
-        )
-        return StorageError(
-            f"{self.job.checkpoints.path(step)} cannot be written: {type(problem).__name__}: {problem}{room}; "
-            "once it can, the same command goes on from the last checkpoint",
-            self.job.checkpoints.path(step),
-        )
+        return record, progress
 
     # Stopping
 
@@ -548,17 +474,3 @@ class _Schedule(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.keep()
-
-
-def _tried(act: Any) -> tuple[Any, Exception | None]:
-    """What an act on storage gives, or why it fails after several tries."""
-    for wait in (*RETRIES_SECONDS, None):
-        try:
-            return act(), None
-        except StorageError as error:  # a full disk does not empty itself
-            return {}, error
-        except Exception as error:  # pyarrow's, fsspec's and the cloud's own
-            if wait is None:
-                return {}, error
-            time.sleep(wait)
-    raise AssertionError("unreachable")

@@ -10,7 +10,7 @@ import numpy as np
 
 from raylm import checkpoint, model, objective, perplexity, storage
 from raylm.loop import trainer
-from raylm.loop.session import Job, Outcome, Scoring
+from raylm.loop.session import Agreed, Job, Outcome, Scoring
 
 
 def train_loop_per_worker(config: dict[str, Job]) -> Outcome:
@@ -22,7 +22,7 @@ def train_loop_per_worker(config: dict[str, Job]) -> Outcome:
     scratch = tempfile.mkdtemp(prefix=f"raylm-rank{session.rank}-")
     try:
         return trainer.made(job, session, Path(scratch)).run()
-    except trainer.Agreed as agreed:
+    except Agreed as agreed:
         return Outcome({}, 0, error=agreed.args[0])
     finally:
         if session.rank == 0:

@@ -55,13 +55,13 @@ def check(section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedToke
         raise ConfigError(
             "objective.kind=keyword_weighted needs words: objective.keywords=[plt, pd, fit]", "objective.keywords"
         )
-    if section.kind == "masked" and not has_mask:
+    if section.is_masked and not has_mask:
         raise ConfigError(
             "objective.kind=masked: the tokenizer has no mask token; take a masked model's with tokenizer.path, or "
             "train one with it: tokenizer.train.special_tokens=['<|endoftext|>', '<mask>']",
             "objective.kind",
         )
-    if section.kind == "masked" and cut.isolate_documents:
+    if section.is_masked and cut.isolate_documents:
         raise ConfigError(
             "blocks.isolate_documents: masked models cannot tell documents in a block apart; "
             "use blocks.packing=chunked or padded",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raylm.pictures import looks
-from raylm.pictures.figures import Axis, Figure
+from raylm.pictures.marks import Axis, Figure
 
 FONT = "system-ui, sans-serif"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raylm.pictures.figures import Bar, Figure, Line
+from raylm.pictures.marks import Bar, Figure, Line
 
 COLOURS = {
     "best": "#D55E00",

@@ -6,7 +6,7 @@ import io
 from typing import TYPE_CHECKING
 
 from raylm.pictures import looks
-from raylm.pictures.figures import Figure
+from raylm.pictures.marks import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

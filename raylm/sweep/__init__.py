@@ -3,13 +3,15 @@
 record      what has happened, on disk first
 space       tune.space -> settings, drawn or searched for
 schedule    which trials go on: schedulers over tokens, brought back to where they stood
-trials      hands Tune the trials that are not over, then new ones
+queue       hands Tune the trials that are not over, then new ones
+trial       what one trial does, in a process of its own
 """
 
+from raylm.sweep.queue import Trials, keep_credentials
 from raylm.sweep.record import NotSaved, Record, Trial, read
 from raylm.sweep.schedule import Limits, Recorded, scheduler
 from raylm.sweep.space import keys, points, shown
-from raylm.sweep.trials import Trials, keep_credentials
+from raylm.sweep.trial import release, run_trial, trial_resources
 
 __all__ = [
     "Limits",
@@ -22,6 +24,9 @@ __all__ = [
     "keys",
     "points",
     "read",
+    "release",
+    "run_trial",
     "scheduler",
     "shown",
+    "trial_resources",
 ]

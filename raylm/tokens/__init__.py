@@ -1,7 +1,8 @@
 """Documents -> token store: written once, memory-mapped ever after.
 
     store      read a store: documents as views of the memory map; verify it
-    write      write one: what it is made of, tasks that each write a shard, the manifest last
+    shard      one shard: tokenized and written by one task, and what is said of it
+    write      a whole one: what it is made of, a task a shard, the manifest last
 
     <storage>/tokens/<fingerprint>/
         manifest.json                  written last: no manifest, no store

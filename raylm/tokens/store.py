@@ -233,6 +233,11 @@ def local_copy(path: str) -> str:
     return copy
 
 
+def local_tokenizer(path: str) -> str:
+    """The tokenizer of a store that may not be whole yet, on this node."""
+    return os.path.join(local_copy(path), "tokenizer") if "://" not in path else local_copy(f"{path}/tokenizer")
+
+
 def copy_of(path: str) -> str:
     """Where the copy of a remote directory lies on this node, once there is one."""
     home = os.path.join(tempfile.gettempdir(), f"raylm-{os.getuid()}", "tokens")

@@ -1,4 +1,4 @@
-"""Write a token store: what it is made of, tasks that each write a shard, the manifest last."""
+"""Write a token store: what it is made of, a task a shard, the manifest last."""
 
 from __future__ import annotations
 
@@ -13,28 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from raylm import cli
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig, TokenizerConfig
-from raylm.corpus import (
-    Document,
-    Fault,
-    File,
-    Ledger,
-    Shard,
-    Source,
-    check,
-    documents,
-    hashes,
-    select,
-    selected,
-    shards,
-)
+from raylm.corpus import Ledger, Shard, Source, check, documents, hashes, select, selected, shards
 from raylm.errors import DataError, RaylmError
 from raylm.storage import names, read, remove
+from raylm.tokens.shard import facts_name, finished, write_shard
 from raylm.tokens.store import (
     FORMAT,
     SPLITS,
@@ -43,7 +28,7 @@ from raylm.tokens.store import (
     changed_inputs,
     checksum,
     is_store,
-    local_copy,
+    local_tokenizer,
     open_store,
     write,
 )
@@ -54,9 +39,6 @@ SAMPLE_BYTES = 2000
 
 CHECKED_BYTES = 500_000
 """Of text, on which a fast encoder must agree with the tokenizer: well below a second."""
-
-MOST_REJECTED = 100
-"""Documents of a shard that rejected.jsonl names; all are counted."""
 
 TASK_CPUS = 1.0
 """What a task that reads and writes a shard reserves."""
@@ -127,7 +109,7 @@ def _write_store(
         hashed = _each(lambda index, shard: hashes(shard, corpus), enumerate(plan))
         plan = select(plan, hashed, corpus)
     _write_tokenizer(path, section, plan, corpus)
-    encoder = tokenizers.choose_encoder(_local_tokenizer(path), _sample(plan, corpus, CHECKED_BYTES))
+    encoder = tokenizers.choose_encoder(local_tokenizer(path), _sample(plan, corpus, CHECKED_BYTES))
     if encoder["differs"]:
         cli.console.print(
             f"[yellow]warning:[/] {encoder['differs']}; encoding with {encoder['name']} instead, many times slower"
@@ -194,10 +176,6 @@ def _write_tokenizer(path: str, section: TokenizerConfig, plan: list[Shard], cor
             write(path, f"tokenizer/{file.name}", file.read_bytes())
 
 
-def _local_tokenizer(path: str) -> str:
-    return os.path.join(local_copy(path), "tokenizer") if "://" not in path else local_copy(f"{path}/tokenizer")
-
-
 def _sample(plan: list[Shard], corpus: CorpusConfig, most: int) -> Iterator[str]:
     """Training documents, about `most` bytes of them, evenly spread over the shards; the end of a long one left out."""
     share = most / max(1, sum(shard.num_bytes for shard in plan))
@@ -212,7 +190,7 @@ def _sample(plan: list[Shard], corpus: CorpusConfig, most: int) -> Iterator[str]
 
 
 def _tokenizer_facts(path: str) -> dict[str, Any]:
-    made = tokenizers.load(_local_tokenizer(path))
+    made = tokenizers.load(local_tokenizer(path))
     files = {name: checksum(read(f"{path}/tokenizer/{name}")) for name in names(f"{path}/tokenizer")}
     return {"vocab_size": len(made), "eos_id": made.eos_token_id, "eos_token": made.eos_token, "files": files}
 
@@ -223,15 +201,15 @@ def _tokenizer_facts(path: str) -> dict[str, Any]:
 def _write_shards(
     path: str, plan: list[Shard], corpus: CorpusConfig, encoder: str, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Write every shard that is not there yet. What `_write_shard` says of each."""
+    """Write every shard that is not there yet. What `write_shard` says of each."""
     total = sum(shard.num_bytes for shard in plan)
     done_before = set(names(f"{path}/progress"))
-    found = {index: _finished(path, index) if _name(index) in done_before else None for index in range(len(plan))}
+    found = {index: finished(path, index) if facts_name(index) in done_before else None for index in range(len(plan))}
     done = sum(shard.num_bytes for index, shard in enumerate(plan) if found[index])
     progress(done, total)
 
     def tokenize(index: int, shard: Shard) -> dict[str, Any]:
-        return _finished(path, index) or _write_shard(path, index, shard, corpus, encoder)
+        return finished(path, index) or write_shard(path, index, shard, corpus, encoder)
 
     missing = [index for index in found if not found[index]]
     tasks = _each(tokenize, ((index, plan[index]) for index in missing))
@@ -240,107 +218,6 @@ def _write_shards(
         done += plan[index].num_bytes
         progress(done, total)
     return [shard for shard in found.values() if shard is not None]
-
-
-def _name(index: int) -> str:
-    return f"shard-{index:05}.json"
-
-
-def _finished(path: str, index: int) -> dict[str, Any] | None:
-    """What `_write_shard` said when it wrote the shard, or None if it did not yet."""
-    content = read(f"{path}/progress/{_name(index)}")
-    return json.loads(content) if content else None
-
-
-class _Rows:
-    """The documents of one split in one shard: token ids in one buffer, and a row of facts for each."""
-
-    def __init__(self, encode: tokenizers.Encoder):
-        self._encode = encode
-        self._waiting: list[str] = []
-        self._characters = 0
-        self._ids: list[np.ndarray] = []
-        self._lengths: list[np.ndarray] = []
-        self.facts: list[tuple[int, int, int]] = []
-        """(bytes, hash, source) of each document."""
-
-    def append(self, document: Document) -> None:
-        self.facts.append((document.num_bytes, document.hash, document.source))
-        self._waiting.append(document.text)
-        self._characters += len(document.text)
-        if len(self._waiting) == tokenizers.BATCH or self._characters > tokenizers.LONG:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            ids, lengths = self._encode(self._waiting)
-            self._ids.append(ids)
-            self._lengths.append(lengths)
-            self._waiting, self._characters = [], 0
-
-    def table(self) -> pa.RecordBatch:
-        self._flush()
-        lengths = np.concatenate(self._lengths)
-        offsets = np.zeros(len(lengths) + 1, np.int32)
-        np.cumsum(lengths, out=offsets[1:])
-        num_bytes, hashed, source = zip(*self.facts, strict=True)
-        return pa.record_batch(
-            {
-                "tokens": pa.ListArray.from_arrays(offsets, np.concatenate(self._ids)),
-                "num_bytes": np.array(num_bytes, np.int64),
-                "doc_id": np.array(hashed, np.uint64),
-                "source": np.array(source, np.uint16),
-            }
-        )
-
-
-def _write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, encoder: str) -> dict[str, Any]:
-    """Tokenize and write one shard. Its ledger, rejected documents, and what was written of each split."""
-    encode = tokenizers.encoder(_local_tokenizer(path), encoder)
-    rows = {name: _Rows(encode) for name in SPLITS}
-    ledger: Ledger = Ledger()
-    rejected: list[dict[str, str]] = []
-
-    def reject(file: File, fault: Fault) -> None:
-        if len(rejected) < MOST_REJECTED:
-            rejected.append({"file": file.path, "place": fault.place, "fault": fault.what})
-
-    for document in documents(shard, corpus, ledger, reject):
-        rows["validation" if document.validation else "train"].append(document)
-    written: dict[str, Any] = {"ledger": dict(ledger), "rejected": rejected}
-    for name in SPLITS:
-        if rows[name].facts:
-            written[name] = _write_rows(path, f"{name}/shard-{index:05}.arrow", rows[name].table())
-    write(path, f"progress/{_name(index)}", json.dumps(written).encode())
-    return written
-
-
-def _write_rows(path: str, file: str, batch: pa.RecordBatch) -> dict[str, Any]:
-    """One Arrow IPC file of one record batch; what the manifest says of it."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    content = sink.getvalue()
-    write(path, file, content)
-    source, lengths = batch["source"].to_numpy(), np.diff(batch["tokens"].offsets.to_numpy())
-    num_bytes = batch["num_bytes"].to_numpy()
-    sources = {
-        str(index): {
-            "documents": int((source == index).sum()),
-            "tokens": int(lengths[source == index].sum()),
-            "bytes": int(num_bytes[source == index].sum()),
-        }
-        for index in np.unique(source)
-    }
-    return {
-        "file": file,
-        "size": content.size,
-        "checksum": checksum(content),
-        "documents": batch.num_rows,
-        "tokens": int(lengths.sum()),
-        "bytes": int(num_bytes.sum()),
-        "sources": sources,
-    }
 
 
 def _splits(written: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""Faults of an experiment: (dotted key, what is wrong and what is accepted), and the error that tells them all."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from raylm.config.sections import Experiment, Section
+from raylm.errors import ConfigError
+
+
+def config_error(faults: list[tuple[str, str]], places: Mapping[str, str]) -> ConfigError:
+    """A line a fault, each with its place. `places`: dotted key -> where it was written down."""
+    return ConfigError("\n".join(_placed(key, text, places) for key, text in faults), where=faults[0][0])
+
+
+def _placed(key: str, text: str, places: Mapping[str, str]) -> str:
+    """`file.yaml:4:3 train.seed: text`, with the place of the nearest key that was written down."""
+    parts = key.split(".")
+    inside = [written for written in places if written.startswith(f"{key}.")]
+    told = [word for word in text.split() if "." in word]  # the keys that a default does not go together with
+    around = [".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
+    place = next((places[near] for near in (key, *inside, *told, *around) if near in places), "")
+    return f"{place} {key}: {text}".strip()
+
+
+def faults_of(error: ValidationError) -> list[tuple[str, str]]:
+    """Those that pydantic has found."""
+    return [_fault(details) for details in error.errors(include_url=False)]
+
+
+def _fault(details: Any) -> tuple[str, str]:
+    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    key = ".".join(str(part) for part in details["loc"])
+    if kind == "exclusive":
+        return _exclusive_fault(key, context["names"])
+    if kind == "value_error" and not key:  # Experiment's own checks: "dotted.key must ..."
+        key, _, text = str(context["error"]).partition(" ")
+        return key, text
+    if kind == "value_error":
+        return key, str(context["error"])
+    if kind == "extra_forbidden":
+        return key, _unknown(key)
+    accepted = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "finite_number": "a finite number",
+        "string_type": "text",
+        "bool_type": "true or false",
+        "dict_type": "a mapping (key: value)",
+        "model_type": "a section (key: value)",
+        "tuple_type": "text or a list of texts",
+        "greater_than_equal": f"at least {context.get('ge')}",
+        "greater_than": f"more than {context.get('gt')}",
+        "less_than": f"less than {context.get('lt')}",
+        "literal_error": f"one of {context.get('expected')}",
+        "string_pattern_mismatch": f"text like {context.get('pattern')}",
+    }.get(kind)
+    if accepted is None:
+        return key, f"{details['msg']}, got {show(value)}"
+    return key, f"must be {accepted}, got {show(value)}"
+
+
+def _unknown(key: str) -> str:
+    *parents, last = key.split(".")
+    section: Any = Experiment
+    for part in parents:
+        section = section_of(section, part)
+    if section is None:
+        return "unknown key"
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(last, known, n=1)
+    everywhere = [
+        f"{name}.{setting}"
+        for name in Experiment.model_fields
+        if (inner := section_of(Experiment, name))
+        for setting in inner.model_fields
+    ]
+    elsewhere = [full for full in everywhere if full.split(".")[1] == last]
+    guess = f", did you mean {near[0]}?" if near else f", did you mean {elsewhere[0]}?" if elsewhere else ""
+    owner = f"section {'.'.join(parents)}" if parents else "an experiment"
+    return f"unknown key{guess or ';'} {owner} takes: {', '.join(known)}"
+
+
+def exclusive_faults(tree: Any, section: type[Section], key: str = "") -> Iterator[tuple[str, str]]:
+    """Settings of a tree that exclude each other. `key`: where it lies in the experiment."""
+    if not isinstance(tree, dict):
+        return
+    if names := section.conflict(tree):
+        yield _exclusive_fault(key, names)
+    for name, value in tree.items():
+        if inner := section_of(section, name):
+            yield from exclusive_faults(value, inner, f"{key}.{name}".lstrip("."))
+
+
+def _exclusive_fault(key: str, names: Sequence[str]) -> tuple[str, str]:
+    *others, last = names
+    return f"{key}.{last}", f"excludes {' and '.join(others)}; give one of them"
+
+
+def section_of(section: type[BaseModel] | None, name: str) -> Any:
+    """The section class that a field of a section holds, or None."""
+    field = section.model_fields.get(name) if section else None
+    kinds = (field.annotation, *typing.get_args(field.annotation)) if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def show(value: Any) -> str:
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # as YAML says it
+    return text if len(text) <= 60 else text[:57] + "..."

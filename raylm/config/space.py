@@ -1,0 +1,94 @@
+"""tune.space: samplers of settings, and whole spaces to choose from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from raylm.config.faults import show
+
+SAMPLERS = {
+    "uniform": "[low, high]",
+    "loguniform": "[low, high]",
+    "quniform": "[low, high, step]",
+    "randint": "[low, high), whole numbers",
+    "lograndint": "[low, high), whole numbers",
+    "choice": "[a, b, ...], drawn",
+    "grid": "[a, b, ...], all of them",
+}
+
+NOT_SWEPT = ("name", "storage", "corpus", "tokenizer", "cluster", "eval", "tracking", "tune")
+
+
+def spaces(key: str, sampler: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The spaces that an entry of tune.space chooses from; None if it is a setting's. Such an entry has no dot."""
+    values = next(iter(sampler.values()), None) if {*sampler} <= {"choice", "grid"} else None
+    chosen = "." not in str(key) and isinstance(values, list) and all(isinstance(value, dict) for value in values)
+    return values if chosen else None
+
+
+def is_sampler(value: Any) -> bool:
+    """Whether a value in a space is drawn, rather than one that is set."""
+    return isinstance(value, dict) and len(value) == 1 and {*value} <= {*SAMPLERS}
+
+
+def corners(key: str, sampler: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings that stand for all that an entry of tune.space can give: each choice, or both ends of a range."""
+    inner_spaces = spaces(key, sampler)
+    if inner_spaces is not None:
+        found = []
+        for space in inner_spaces:
+            each = {inner: _ends(value) if is_sampler(value) else [value] for inner, value in space.items()}
+            first = {inner: ends[0] for inner, ends in each.items()}
+            found += [first, *({**first, inner: end} for inner, ends in each.items() for end in ends[1:])]
+        return found
+    return [{key: value} for value in _ends(sampler)]
+
+
+def _ends(sampler: Mapping[str, Any]) -> list[Any]:
+    ((name, values),) = sampler.items()
+    if name in ("choice", "grid"):
+        return list(values)
+    return [values[0], values[1] - 1 if name.endswith("randint") else values[1]]
+
+
+def entry_fault(key: str, sampler: dict[str, Any]) -> str | None:
+    """What is wrong with one entry of tune.space whatever the experiment."""
+    inner_spaces = spaces(key, sampler)
+    if inner_spaces is None:
+        return sampler_fault(key, sampler)
+    for number, space in enumerate(inner_spaces, 1):
+        for inner, value in space.items():
+            if "." not in str(inner):
+                return f"space {number}: {inner} must be a dotted key; spaces in spaces are not taken"
+            if is_sampler(value) and "grid" in value:
+                return f"space {number}: {inner} must be drawn, got a grid; make it a choice"
+            if fault := sampler_fault(inner, value if is_sampler(value) else {"choice": [value]}):
+                return f"space {number}: {inner} {fault}"
+    return None
+
+
+def sampler_fault(key: str, sampler: dict[str, Any]) -> str | None:
+    """What is wrong with a sampler of a setting."""
+    section = str(key).split(".")[0]
+    if section in NOT_SWEPT:
+        return f"{section} is one for a whole sweep; sweep model, blocks, objective or train settings"
+    known = ", ".join(f"{name} {arguments}" for name, arguments in SAMPLERS.items())
+    if len(sampler) != 1:
+        return f"takes one sampler, got {show(sampler)}; samplers: {known}"
+    ((name, values),) = sampler.items()
+    if name not in SAMPLERS:
+        near = difflib.get_close_matches(str(name), SAMPLERS, n=1)
+        return f"unknown sampler {name}{f', did you mean {near[0]}?' if near else ';'} samplers: {known}"
+    if not isinstance(values, list) or not values:
+        return f"{name} takes {SAMPLERS[name]}, got {show(values)}"
+    if name in ("choice", "grid"):
+        return None
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    count = 3 if name == "quniform" else 2
+    if not numbers or len(values) != count or values[0] >= values[1]:
+        return f"{name} takes {SAMPLERS[name]} with low < high, got {show(values)}"
+    if name.startswith("log") and values[0] <= 0:
+        return f"{name} needs low > 0, got {values[0]}"
+    return None

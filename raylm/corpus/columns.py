@@ -1,0 +1,273 @@
+"""Rows with columns -> texts: JSON, CSV, Parquet, Arrow, data sets."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import io
+import json
+import string
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from raylm.config import CorpusConfig
+from raylm.corpus.piece import Fault, Piece, Texts, decompressed, opened
+from raylm.corpus.sources import File, load_data_set
+from raylm.corpus.text import decoded, lines
+from raylm.errors import DataError
+from raylm.storage import file_system
+
+
+class Columns:
+    """corpus.text -> the text of a row: a column, a dotted path into one, or a template of them in braces."""
+
+    def __init__(self, corpus: CorpusConfig):
+        self.join = corpus.join
+        if "{" in corpus.text:
+            self.parts = [(before, name) for before, name, _, _ in string.Formatter().parse(corpus.text)]
+        else:
+            self.parts = [("", corpus.text)]
+        self.names = [name for _, name in self.parts if name is not None]
+
+    def text(self, row: dict[str, Any]) -> str:
+        """The row's text; LookupError saying which column does not give one."""
+        return "".join(before + (self._value(row, name) if name is not None else "") for before, name in self.parts)
+
+    def _value(self, row: dict[str, Any], name: str) -> str:
+        value: Any = row
+        if name in row:
+            value = row[name]
+        else:
+            for key in name.split("."):
+                value = self._inside(value, key, name, row)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return self.join.join(value)
+        raise LookupError(f"corpus.text: column {name!r} must hold text, got {_shown(value)}")
+
+    def _inside(self, value: Any, key: str, name: str, row: dict[str, Any]) -> Any:
+        if isinstance(value, list):
+            return [self._inside(item, key, name, row) for item in value]
+        if not isinstance(value, dict):
+            raise LookupError(f"corpus.text: there is no {key} of {name} in {_shown(value)}")
+        if key not in value:
+            raise LookupError(missing(name if value is row else f"{key} in {name}", list(value)))
+        return value[key]
+
+    def top(self, names: list[str], where: str) -> list[str]:
+        """The columns of a table that are needed; DataError if one is not there."""
+        needed = [name if name in names else name.split(".")[0] for name in self.names]
+        for name in needed:
+            if name not in names:
+                raise DataError(f"{where}: {missing(name, names)}", "corpus.text")
+        return list(dict.fromkeys(needed))
+
+
+def missing(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"corpus.text: no column {name!r}; columns: {', '.join(map(str, names))}" + (
+        f". Did you mean {near[0]!r}?" if near else ""
+    )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _row_text(columns: Columns, row: Any, place: str) -> str | Fault:
+    if not isinstance(row, dict):
+        return Fault(place, f"a row is an object {{...}}, got {_shown(row)}")
+    try:
+        return columns.text(row)
+    except LookupError as error:
+        return Fault(place, error.args[0])
+
+
+def read_jsonl(piece: Piece, corpus: CorpusConfig) -> Texts:
+    columns = Columns(corpus)
+    with decompressed(piece) as stream:
+        for number, (begin, line) in enumerate(lines(piece, stream)):
+            if line.isspace():
+                continue
+
+            start = len(codecs.BOM_UTF8) if not begin and line.startswith(codecs.BOM_UTF8) else 0
+            fault: tuple[int | None, str]
+            try:
+                text = _row_text(columns, json.loads(line[start:].decode()), "")
+                if isinstance(text, str):
+                    yield text
+                    continue
+                fault = None, text.what
+            except UnicodeDecodeError as error:
+                fault = error.start, "invalid UTF-8"
+            except json.JSONDecodeError as error:
+                fault = len(error.doc[: error.pos].encode()), f"not JSON: {error.msg}"
+            except RecursionError:
+                fault = None, "not JSON: nested too deep"
+            at, what = fault
+            place = f"row {number + 1 + _lines_before(piece)}"
+            yield Fault(place if at is None else f"{place}, byte {begin + start + at}", what)
+
+
+def _lines_before(piece: Piece) -> int:
+    """Lines that begin before the piece, to number the one at fault."""
+    if not piece.start:
+        return 0
+    with opened(piece.file) as stream:
+        count, left = 0, piece.start - 1
+        while left > 0 and (block := stream.read(min(left, 1 << 20))):
+            count += block.count(b"\n")
+            left -= len(block)
+    return count + 1
+
+
+def read_json(piece: Piece, corpus: CorpusConfig) -> Texts:
+    """The objects of a .json file: the items of a list, or one after the other."""
+    columns = Columns(corpus)
+    with decompressed(piece) as stream:
+        content = decoded(stream.read(), 0)
+    if isinstance(content, Fault):
+        yield content
+        return
+    decoder = json.JSONDecoder()
+    position, number = _skip(content, 0, " \t\r\n["), 0
+    while position < len(content):
+        if content[position] == "]" and not content[position + 1 :].strip():
+            return
+        number += 1
+        row, position = decoder.raw_decode(content, position)
+        yield _row_text(columns, row, f"row {number}")
+        position = _skip(content, position, " \t\r\n,")
+
+
+def _skip(content: str, position: int, characters: str) -> int:
+    while position < len(content) and content[position] in characters:
+        position += 1
+    return position
+
+
+def read_csv(piece: Piece, corpus: CorpusConfig) -> Texts:
+    columns = Columns(corpus)
+    csv.field_size_limit(sys.maxsize)
+    with decompressed(piece) as stream:
+        # A byte that is not UTF-8 becomes a lone surrogate, so that the row it is in can be named.
+        characters = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.DictReader(characters, delimiter="\t" if piece.format == "tsv" else ",")
+        columns.top(list(rows.fieldnames or ()), piece.file.path)
+        try:
+            for number, row in enumerate(rows, 1):
+                text = _row_text(columns, row, f"row {number}, line {rows.line_num}")
+                if isinstance(text, str) and not text.isascii() and any("\udc80" <= char <= "\udcff" for char in text):
+                    text = Fault(f"row {number}, line {rows.line_num}", "invalid UTF-8")
+                yield text
+        except csv.Error as error:
+            raise DataError(f"{piece.file.path}: line {rows.line_num}: {error}", piece.file.path) from None
+
+
+def read_parquet(piece: Piece, corpus: CorpusConfig) -> Texts:
+    import pyarrow.parquet
+
+    with opened(piece.file) as stream:
+        file = pyarrow.parquet.ParquetFile(stream)
+        columns = Columns(corpus)
+        names = columns.top(file.schema_arrow.names, piece.file.path)
+        groups = range(piece.start, file.num_row_groups if piece.stop is None else piece.stop)
+        before = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+        batches = file.iter_batches(batch_size=1024, row_groups=list(groups), columns=names)
+        yield from _batches(batches, columns, before)
+
+
+def _batches(batches: Any, columns: Columns, number: int = 0) -> Texts:
+    """Rows of record batches, of the needed columns alone; `number` is that of the row before."""
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield _row_text(columns, row, f"row {number}")
+
+
+def read_arrow(piece: Piece, corpus: CorpusConfig) -> Texts:
+    columns = Columns(corpus)
+    with _arrow_source(piece.file) as source:
+        reader = arrow_batches(source)
+        names = columns.top(reader.schema.names, piece.file.path)
+        yield from _batches(_rows_of(reader, piece, names), columns, piece.start)
+
+
+def _rows_of(batches: Any, piece: Piece, names: list[str]) -> Iterator[Any]:
+    """Batches cut to the piece's range of rows and the columns of these names."""
+    first = 0
+    for batch in batches:
+        start = max(piece.start - first, 0)
+        stop = batch.num_rows if piece.stop is None else min(piece.stop - first, batch.num_rows)
+        first += batch.num_rows
+        for begin in range(start, stop, 1024):
+            yield batch.select(names).slice(begin, min(1024, stop - begin))
+        if piece.stop is not None and first >= piece.stop:
+            return
+
+
+def _arrow_source(file: File) -> Any:
+    import pyarrow
+
+    return (
+        pyarrow.memory_map(file.path)
+        if "://" not in file.path
+        else file_system(file.path)[0].open_input_file(file_system(file.path)[1])
+    )
+
+
+class arrow_batches:
+    """The record batches of an Arrow file or an Arrow stream, whichever it is."""
+
+    def __init__(self, source: Any):
+        import pyarrow
+
+        try:
+            self.file = pyarrow.ipc.open_file(source)
+        except pyarrow.ArrowInvalid:
+            self.file = None
+            source.seek(0)
+            self.stream = pyarrow.ipc.open_stream(source)
+        self.schema = self.file.schema if self.file else self.stream.schema
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.file is None:
+            yield from self.stream
+        else:
+            for number in range(self.file.num_record_batches):
+                yield self.file.get_batch(number)
+
+
+def read_data_set(piece: Piece, corpus: CorpusConfig) -> Texts:
+    """Rows of a datasets.Dataset out of its memory map, or of one shard of a stream."""
+    columns = Columns(corpus)
+    rows = data_set_rows(piece.file)
+    names = columns.top(rows.column_names, piece.file.path) if rows.column_names else []
+    if hasattr(rows, "num_shards") and not hasattr(rows, "select"):
+        if rows.num_shards > 1:
+            rows = rows.shard(num_shards=rows.num_shards, index=piece.start)
+        for number, row in enumerate(rows.select_columns(names) if names else rows, 1):
+            yield _row_text(columns, row, f"shard {piece.start}, row {number}")
+        return
+    stop = len(rows) if piece.stop is None else min(piece.stop, len(rows))
+    part = rows.select_columns(names).select(range(piece.start, stop)).with_format("arrow")
+    for first in range(0, len(part), 1024):
+        table = part[first : first + 1024]
+        yield from _batches(table.to_batches(), columns, piece.start + first)
+
+
+@lru_cache(maxsize=4)  # a process of Ray reads many pieces of one data set
+def data_set_rows(file: File) -> Any:
+    """The data set behind a hub:// path or a saved directory."""
+    import datasets
+
+    try:
+        return load_data_set(file.path) if "://" in file.path else datasets.load_from_disk(file.path)
+    except Exception as error:  # of the network, the Hub, the data files, the libraries that read them
+        first = str(error.__cause__ or error).strip().split("\n")[0]
+        raise DataError(f"{file.path}: {first or type(error).__name__}", file.path) from None

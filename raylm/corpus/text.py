@@ -1,0 +1,77 @@
+"""Plain text, lines or parts between separators, and source code -> texts."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import tokenize
+from collections.abc import Iterator
+from typing import Any
+
+from raylm.config import CorpusConfig
+from raylm.corpus.piece import Fault, Piece, Texts, decompressed, opened
+
+
+def read_text(piece: Piece, corpus: CorpusConfig) -> Texts:
+    with decompressed(piece) as stream:
+        if corpus.separator is None:
+            yield decoded(stream.read(), 0)
+        elif corpus.separator == "\n":
+            for begin, line in lines(piece, stream):
+                yield decoded(line.removesuffix(b"\n").removesuffix(b"\r"), begin)
+        else:
+            for begin, part in _separated(stream, corpus.separator.encode()):
+                yield decoded(part, begin)
+
+
+def decoded(content: bytes, begin: int) -> str | Fault:
+    """Text of bytes that stand at an offset of the file; a byte order mark at its very beginning is none of it."""
+    try:
+        return (content.removeprefix(codecs.BOM_UTF8) if not begin else content).decode()
+    except UnicodeDecodeError as error:
+        return Fault(f"byte {begin + error.start}", "invalid UTF-8")
+
+
+def lines(piece: Piece, stream: Any) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of the lines that begin in the piece's range of bytes. \\n ends a line and nothing else does."""
+    begin = 0
+    if piece.start:  # the line that the byte before is in is the piece before's
+        begin = piece.start - 1
+        stream.seek(begin)
+        while part := stream.readline(1 << 20):
+            begin += len(part)
+            if part.endswith(b"\n"):
+                break
+            if piece.stop is not None and begin >= piece.stop:  # no line begins in a range inside a huge one
+                return
+    for line in stream:
+        if piece.stop is not None and begin >= piece.stop:
+            return
+        yield begin, line
+        begin += len(line)
+
+
+def _separated(stream: Any, separator: bytes) -> Iterator[tuple[int, bytes]]:
+    """(offset, part) between separators; nothing after the last one is no part."""
+    begin, rest, searched = 0, bytearray(), 0
+    while more := stream.read(1 << 20):
+        rest += more
+        while (end := rest.find(separator, searched)) >= 0:
+            yield begin, bytes(rest[:end])
+            del rest[: end + len(separator)]
+            begin += end + len(separator)
+            searched = 0
+        searched = max(0, len(rest) - len(separator) + 1)
+    if rest.strip():
+        yield begin, bytes(rest)
+
+
+def read_python(piece: Piece, corpus: CorpusConfig) -> Texts:
+    """A source file as Python itself reads it: with the encoding that its first lines declare."""
+    with opened(piece.file) as stream:
+        content = stream.read()
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+        yield content.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError):
+        yield Fault("", "not in the encoding that it declares")

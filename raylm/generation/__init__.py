@@ -1,0 +1,12 @@
+"""Prompts -> texts.
+
+writer       a model and prompts -> their texts, side by side and beyond the model's context
+sampling     GenerationConfig: what is given, over what the model says, over raylm's own; checked
+documents    what a model says to every document of a corpus, by workers
+"""
+
+from raylm.generation.documents import Answer, answers
+from raylm.generation.sampling import settings, taken
+from raylm.generation.writer import Writer, identity, load
+
+__all__ = ["Answer", "Writer", "answers", "identity", "load", "settings", "taken"]

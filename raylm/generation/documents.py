@@ -1,0 +1,126 @@
+"""Documents of a corpus -> what a model says to each, by workers of Ray Data.
+
+Batches are cut by the files alone: any number of workers gives the same texts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from raylm.config import CorpusConfig
+from raylm.corpus import Ledger, Shard, documents
+from raylm.errors import ConfigError, RaylmError, TrainingError
+from raylm.generation.writer import Writer
+
+if TYPE_CHECKING:
+    from raylm.cluster import Resources
+
+
+class Answer(NamedTuple):
+    """What became of a document."""
+
+    prompt: str
+    text: str
+    tokens: int
+    hash: int
+    """corpus.Document's."""
+    source: int
+    """The entry of corpus.paths that it is from."""
+
+
+class _Worker:
+    """A process that writes batch after batch with one model."""
+
+    def __init__(self, load: Callable[[], Writer]):
+        self._load = load
+
+    @cached_property
+    def _writer(self) -> Writer:
+        return self._load()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        batch = pickle.loads(row["batch"])
+        # A user's error comes back as a value: Ray would bury it in a traceback of its own.
+        try:
+            texts = self._writer.texts([document.text for document in batch])
+        except RaylmError as error:
+            return {"answers": pickle.dumps(error)}
+        except torch.OutOfMemoryError as error:
+            problem = f"--batch-size is more than the GPU's memory holds: {str(error).splitlines()[0]}"
+            return {"answers": pickle.dumps(ConfigError(problem, "--batch-size"))}
+        each = zip(batch, texts, strict=True)
+        answers = [Answer(document.text, *text, document.hash, document.source) for document, text in each]
+        return {"answers": pickle.dumps(answers)}
+
+
+def answers(
+    plan: list[Shard],
+    corpus: CorpusConfig,
+    load: Callable[[], Writer],
+    *,
+    batch_size: int,
+    resources: Resources,
+    max_failures: int,
+) -> Iterator[list[Answer]]:
+    """What a model says to the kept documents of shards, in their order, a batch at a time. Ray is connected.
+
+    Holds some batches a worker, however many documents there are.
+    """
+    import ray.data
+    from ray.util.annotations import RayDeprecationWarning
+
+    shards = [{"shard": pickle.dumps(shard)} for shard in plan]
+    dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
+    dataset.context.enable_progress_bars = False
+    dataset.context.execution_options.preserve_order = True
+    # A row is a batch, and each row a block of its own: or one worker would get all that one file holds.
+    dataset.context.target_max_block_size = 1
+
+    def read(items: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        rows = documents(pickle.loads(items["shard"][0]), corpus, Ledger())
+        while batch := list(itertools.islice(rows, batch_size)):
+            yield {"batch": [pickle.dumps(batch)]}
+
+    batches = dataset.map_batches(
+        read,
+        batch_size=1,
+        # Workers may take every CPU there is; who reads for them then has none left, and both would wait for ever.
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(size=1),
+    )
+    with warnings.catch_warnings():
+        # Without these two a worker that dies of a batch is started again for ever. Ray 2.64 is to say it otherwise.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        written = batches.map(
+            _Worker,
+            fn_constructor_args=(load,),
+            num_cpus=resources.cpus_per_worker,
+            num_gpus=resources.gpus_per_worker or None,
+            max_restarts=max_failures,
+            max_task_retries=max_failures,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=resources.num_workers, max_size=resources.most_workers, max_tasks_in_flight_per_actor=2
+            ),
+        )
+    try:
+        for row in written.iter_rows():
+            found = pickle.loads(row["answers"])
+            if isinstance(found, RaylmError):
+                raise found
+            yield found
+    except ray.exceptions.RayActorError as error:
+        raise TrainingError(
+            f"a worker died {max_failures + 1} times, of too little memory most likely: lower --batch-size, or "
+            "cluster.num_workers for fewer on a machine",
+            "cluster.num_workers",
+        ) from error

@@ -1,0 +1,163 @@
+"""Training and scoring on workers of Ray Train, or in this very process.
+
+A training begins again with less at once where memory ran out, and on what is left where a node is taken away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from raylm import cli, cluster, loop, runs
+from raylm.cluster import Resources
+from raylm.config import Experiment
+from raylm.errors import OutOfMemory, RaylmError, TrainingError
+from raylm.loop import Job, Outcome
+from raylm.perplexity import Documents
+
+
+def fit(job: Job, resources: Resources, callbacks: Sequence[Any] = ()) -> Outcome:
+    """Train on a group of workers until the end of the budget or a stop."""
+    while True:
+        outcome = with_less(job, lambda: _on_workers(job, resources, callbacks))
+        if not (outcome.lost_nodes and resources.without(outcome.lost_nodes).most_runs):
+            return outcome
+        cli.say(f"a node is being taken away; going on without it from step {outcome.step:,}")
+
+
+def fit_here(job: Job) -> Outcome:
+    """Train in this process, in Ray Train's local mode: a trial whose only worker is its own process."""
+    trainer = TorchTrainer(
+        loop.train_loop_per_worker, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)
+    )
+    return with_less(job, lambda: trainer.fit().return_value)
+
+
+def with_less(job: Job, train: Callable[[], Outcome]) -> Outcome:
+    """What becomes of a training, begun again with smaller micro-batches where memory ran out; or why it failed."""
+    while True:
+        try:
+            outcome = train()
+            if outcome.error is None:
+                return outcome
+            raise outcome.error
+        except OutOfMemory as error:
+            if error.where != "train.micro_batch_tokens":  # there is nothing less
+                raise
+            if job.board is not None:
+                job.board.say.remote(error.message)
+
+
+def _on_workers(job: Job, resources: Resources, callbacks: Sequence[Any]) -> Outcome:
+    with _bookkeeping() as kept:
+        trainer = TorchTrainer(
+            loop.train_loop_per_worker,
+            train_loop_config={"job": job},
+            scaling_config=_scaling(resources),
+            run_config=RunConfig(
+                **kept,
+                failure_config=FailureConfig(max_failures=job.experiment.cluster.max_failures),
+                callbacks=list(callbacks),
+            ),
+        )
+        return _result(trainer, job.directory)
+
+
+def score(
+    directory: str,
+    documents: Documents,
+    experiment: Experiment,
+    resources: Resources | None,
+    progress: Callable[[float, float | None], None] | None = None,
+) -> np.ndarray:
+    """perplexity.score_documents of a saved model: in this process without `resources` of Ray, else on its workers."""
+    job = loop.Scoring(
+        directory,
+        documents,
+        experiment.eval,
+        cpus=resources.cpus_per_worker if resources is not None else cluster.cpus_here(),
+        use_gpu=experiment.cluster.use_gpu,
+        keywords=experiment.objective.keywords,
+        trust_remote_code=experiment.model.trust_remote_code,
+    )
+    if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):
+        alone = dataclasses.replace(job, cpus=cluster.cpus_here(), session=loop.Alone, progress=progress)
+        return loop.score_loop_per_worker({"job": alone})
+    with _bookkeeping() as kept:
+        trainer = TorchTrainer(
+            loop.score_loop_per_worker,
+            train_loop_config={"job": job},
+            scaling_config=_scaling(resources),
+            run_config=RunConfig(**kept),
+        )
+        return _result(trainer, directory)
+
+
+def _scaling(resources: Resources) -> ScalingConfig:
+    return ScalingConfig(
+        num_workers=resources.num_workers
+        if resources.num_workers == resources.most_workers
+        else (resources.num_workers, resources.most_workers),
+        use_gpu=bool(resources.gpus_per_worker),
+        resources_per_worker=resources.per_worker,
+    )
+
+
+@contextlib.contextmanager
+def _bookkeeping() -> Iterator[dict[str, str]]:
+    """Where Ray remembers what it knows of a worker group: nowhere for long, since it would go on with it.
+
+    Not in `storage`: the checkpoints are ours, and a storage that fails would take the workers with it.
+    """
+    with tempfile.TemporaryDirectory(prefix="raylm-ray-") as directory:
+        yield {"name": runs.named("attempt"), "storage_path": directory}
+
+
+def _result(trainer: Any, where: str) -> Any:
+    """What the workers' function returned on rank 0; what a worker raised, out of Ray's wrapping.
+
+    Never in the main thread, where Ray would take Ctrl-C for itself and end the run without a checkpoint.
+    """
+    results: list[Any] = []
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            results.append(trainer.fit().return_value)
+        except BaseException as error:
+            failures.append(error)
+
+    if threading.current_thread() is threading.main_thread():
+        thread = threading.Thread(target=fit, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)  # a signal is handled between two waits
+    else:
+        fit()
+    if not failures:
+        return results[0]
+    if isinstance(failures[0], Exception):
+        raise _cause(failures[0], where) from failures[0]
+    raise failures[0]  # a trial that the scheduler stops
+
+
+def _cause(error: Exception, where: str) -> Exception:
+    """What a worker raised; raylm's own errors, of any rank, before the others': ranks die of each other's death."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    for failure in failures.values():
+        seen = failure
+        while seen is not None:
+            if isinstance(seen, RaylmError):
+                return type(seen)(seen.message, seen.where)
+            seen = getattr(seen, "cause", None) or getattr(seen, "base_exc", None) or seen.__cause__
+    rank, cause = next(iter(failures.items()))
+    last = str(cause).strip().split("\n")[-1]
+    return TrainingError(f"worker {rank} failed: {type(cause).__name__}: {last}", where=where)

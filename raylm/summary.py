@@ -1,0 +1,51 @@
+"""What MLflow is told of an experiment's run, alike for a training, a sweep and each of its trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raylm import card, model, tracking
+from raylm.budget import Budget
+from raylm.config import Experiment, get
+from raylm.tokens import Store
+from raylm.tracking import Run
+
+
+def start(experiment: Experiment, directory: str, name: str, verb: str) -> Run:
+    """The run in MLflow of a run's directory: the one it had before, or a new one."""
+    return tracking.start(
+        experiment.tracking,
+        experiment=experiment.name,
+        name=name,
+        tags={"raylm.verb": verb},
+        directory=directory,
+        metric=f"best/eval_{experiment.objective.score}",
+    )
+
+
+def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str, Any]:
+    """What an MLflow run has as parameters: the same keys for every run of an experiment."""
+    found = model.planned(experiment, len(store.tokenizer))
+    return {
+        **{key: get(experiment, key) for key in card.SETTINGS},
+        "model": experiment.model.path or found.model_type,
+        "model_parameters": model.num_parameters(found, masked=experiment.objective.is_masked),
+        "tokens": budget.tokens,
+        "steps": budget.steps,
+        "store": store.fingerprint,
+    }
+
+
+def tell_data(run: Run, experiment: Experiment, store: Store) -> None:
+    """The splits of the token store as what an MLflow run reads."""
+    for split, context in (("train", "training"), ("validation", "validation")):
+        profile = {what: store.manifest[split][what] for what in ("documents", "tokens", "bytes")}
+        name = f"{experiment.name} {split}"
+        run.dataset(name, digest=store.fingerprint, source=store.path, profile=profile, context=context)
+
+
+def tell_best(run: Run, experiment: Experiment, best: Mapping[str, Any]) -> None:
+    """The scores of the best evaluation. At step 0, or MLflow shows them as dots instead of bars."""
+    name = experiment.objective.score
+    run.metrics({f"best/eval_{name}": best["perplexity"], "best/eval_bits_per_byte": best["bits_per_byte"]}, 0)

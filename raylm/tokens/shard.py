@@ -1,0 +1,119 @@
+"""One shard of a token store: tokenized and written by one task, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raylm import tokenizer as tokenizers
+from raylm.config import CorpusConfig
+from raylm.corpus import Document, Fault, File, Ledger, Shard, documents
+from raylm.storage import read
+from raylm.tokens.store import SPLITS, checksum, local_tokenizer, write
+
+MOST_REJECTED = 100
+"""Documents of a shard that rejected.jsonl names; all are counted."""
+
+
+def write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, encoder: str) -> dict[str, Any]:
+    """Tokenize and write one shard. Its ledger, rejected documents, and what was written of each split."""
+    encode = tokenizers.encoder(local_tokenizer(path), encoder)
+    rows = {name: _Rows(encode) for name in SPLITS}
+    ledger: Ledger = Ledger()
+    rejected: list[dict[str, str]] = []
+
+    def reject(file: File, fault: Fault) -> None:
+        if len(rejected) < MOST_REJECTED:
+            rejected.append({"file": file.path, "place": fault.place, "fault": fault.what})
+
+    for document in documents(shard, corpus, ledger, reject):
+        rows["validation" if document.validation else "train"].append(document)
+    written: dict[str, Any] = {"ledger": dict(ledger), "rejected": rejected}
+    for name in SPLITS:
+        if rows[name].facts:
+            written[name] = _write_rows(path, f"{name}/shard-{index:05}.arrow", rows[name].table())
+    write(path, f"progress/{facts_name(index)}", json.dumps(written).encode())
+    return written
+
+
+def finished(path: str, index: int) -> dict[str, Any] | None:
+    """What `write_shard` said when it wrote the shard, or None if it did not yet."""
+    content = read(f"{path}/progress/{facts_name(index)}")
+    return json.loads(content) if content else None
+
+
+def facts_name(index: int) -> str:
+    return f"shard-{index:05}.json"
+
+
+class _Rows:
+    """The documents of one split in one shard: token ids in one buffer, and a row of facts for each."""
+
+    def __init__(self, encode: tokenizers.Encoder):
+        self._encode = encode
+        self._waiting: list[str] = []
+        self._characters = 0
+        self._ids: list[np.ndarray] = []
+        self._lengths: list[np.ndarray] = []
+        self.facts: list[tuple[int, int, int]] = []
+        """(bytes, hash, source) of each document."""
+
+    def append(self, document: Document) -> None:
+        self.facts.append((document.num_bytes, document.hash, document.source))
+        self._waiting.append(document.text)
+        self._characters += len(document.text)
+        if len(self._waiting) == tokenizers.BATCH or self._characters > tokenizers.LONG:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            ids, lengths = self._encode(self._waiting)
+            self._ids.append(ids)
+            self._lengths.append(lengths)
+            self._waiting, self._characters = [], 0
+
+    def table(self) -> pa.RecordBatch:
+        self._flush()
+        lengths = np.concatenate(self._lengths)
+        offsets = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=offsets[1:])
+        num_bytes, hashed, source = zip(*self.facts, strict=True)
+        return pa.record_batch(
+            {
+                "tokens": pa.ListArray.from_arrays(offsets, np.concatenate(self._ids)),
+                "num_bytes": np.array(num_bytes, np.int64),
+                "doc_id": np.array(hashed, np.uint64),
+                "source": np.array(source, np.uint16),
+            }
+        )
+
+
+def _write_rows(path: str, file: str, batch: pa.RecordBatch) -> dict[str, Any]:
+    """One Arrow IPC file of one record batch; what the manifest says of it."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    content = sink.getvalue()
+    write(path, file, content)
+    source, lengths = batch["source"].to_numpy(), np.diff(batch["tokens"].offsets.to_numpy())
+    num_bytes = batch["num_bytes"].to_numpy()
+    sources = {
+        str(index): {
+            "documents": int((source == index).sum()),
+            "tokens": int(lengths[source == index].sum()),
+            "bytes": int(num_bytes[source == index].sum()),
+        }
+        for index in np.unique(source)
+    }
+    return {
+        "file": file,
+        "size": content.size,
+        "checksum": checksum(content),
+        "documents": batch.num_rows,
+        "tokens": int(lengths.sum()),
+        "bytes": int(num_bytes.sum()),
+        "sources": sources,
+    }

@@ -1,0 +1,52 @@
+"""What became of a call to MLflow, and what of an address may be shown when that is told."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit
+
+from raylm.tracking import models
+
+
+class Unusable(Exception):
+    """A tracking URI that will never work."""
+
+
+class Busy(Exception):
+    """Another process ships this journal."""
+
+
+class Deleted(Exception):
+    """The run was deleted in MLflow."""
+
+
+class NotStored(Exception):
+    """The artifact store, which is another service, did not take an artifact."""
+
+
+def kind(error: Exception) -> str:
+    """What became of a call to MLflow: only what is `unreachable`, `denied` or `not stored` is worth another try."""
+    if isinstance(error, Deleted | NotStored | models.Unfit):
+        return {Deleted: "deleted", NotStored: "not stored", models.Unfit: "refused"}[type(error)]
+    code = getattr(error, "error_code", None)
+    answer = str(getattr(error, "json", ""))  # a proxy's own, of which MLflow knows no code
+    if code in ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED") or re.search(
+        r"\b40[13]\b|unauthori[sz]ed|forbidden", answer, re.IGNORECASE
+    ):
+        return "denied"
+    if code == "RESOURCE_DOES_NOT_EXIST":
+        return "missing"
+    if code in ("INVALID_PARAMETER_VALUE", "INVALID_STATE") or "error code 413" in str(error):
+        return "refused"
+    return "unreachable"
+
+
+def shown(uri: str) -> str:
+    """A URI without what may be secret in it: a password, in a web address a name too, and options."""
+    parts = urlsplit(uri)
+    if parts.scheme == "sqlite" or not parts.netloc:
+        return uri
+    user, _, host = parts.netloc.rpartition("@")
+    name = user.partition(":")[0]
+    kept = f"{name}@{host}" if name and not parts.scheme.startswith("http") else host
+    return parts._replace(netloc=kept, query="", fragment="").geturl()
