@@ -9,7 +9,7 @@ import shutil
 import stat
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -153,8 +153,9 @@ def ray_cluster(experiment: Experiment) -> Iterator[Finding]:
     with cluster.connect(section) as resources:
         import ray
 
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        yield Finding("cluster", "good", f"{len(nodes)} nodes, {resources.cpus:g} CPUs, {resources.gpus:g} GPUs")
+        nodes, total = [node for node in ray.nodes() if node["Alive"]], ray.cluster_resources()
+        there = f"{len(nodes)} nodes, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+        yield Finding("cluster", "good", there)
         yield Finding(
             "workers", "good", f"{resources.most_runs} runs at a time; a worker takes {_amounts(resources.per_worker)}"
         )
@@ -197,7 +198,7 @@ def tracking_of(experiment: Experiment) -> Iterator[Finding]:
         yield Finding("mlflow", "good", shown)
 
 
-def _amounts(resources: dict[str, float]) -> str:
+def _amounts(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
 
 

@@ -107,7 +107,8 @@ def _scaling(resources: Resources) -> ScalingConfig:
         if resources.num_workers == resources.most_workers
         else (resources.num_workers, resources.most_workers),
         use_gpu=bool(resources.gpus_per_worker),
-        resources_per_worker=resources.per_worker,
+        resources_per_worker=dict(resources.per_worker),
+        placement_strategy=resources.placement_strategy,
     )
 
 

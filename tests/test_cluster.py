@@ -1,9 +1,10 @@
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from raylm import cluster
+from raylm import cluster, config
 from raylm.config import ClusterConfig
 from raylm.errors import ConfigError
 
@@ -31,6 +32,39 @@ def test_more_workers_than_the_cluster_can_give_are_refused_with_the_numbers():
         resources({"CPU": 2}, use_gpu=True)
 
 
+def test_whatever_ray_knows_can_be_reserved_for_a_worker():
+    found = resources({"CPU": 8, "disk": 3}, num_workers=2, resources_per_worker={"disk": 1})
+    assert found.per_worker == {"CPU": 1, "disk": 1}
+    assert found.options == {"num_cpus": 1, "resources": {"disk": 1}}
+    assert found.most_runs == 1
+    with pytest.raises(
+        ConfigError, match=r"cluster.resources_per_worker.memory = 2 x 1.6e\+10 needs 3.2e\+10 memory, the"
+    ):
+        resources({"CPU": 8, "memory": 3e10}, num_workers=2, resources_per_worker={"memory": 16e9})
+    with pytest.raises(ConfigError, match="must not have GPU: that is cluster.gpus_per_worker"):
+        config.load(settings=["cluster.resources_per_worker={GPU: 1}"])
+
+
+def test_workers_go_where_the_accelerators_are_that_were_asked_for():
+    found = resources({"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}, accelerator_type="A10G")
+    assert found.per_worker == {"CPU": 1, "GPU": 1, "accelerator_type:A10G": 0.001}
+    with pytest.raises(ConfigError, match=r"x cluster.accelerator_type = 1 x 0.001 needs .* the cluster has 0"):
+        resources({"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}, accelerator_type="H100")
+
+
+def test_a_cluster_of_the_launcher_may_grow_as_far_as_its_file_says(tmp_path, monkeypatch):
+    from raylm.cluster import capacity
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert capacity._launched() is None
+    launched = (Path(__file__).parents[1] / "cluster.yaml").read_text()
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(launched)
+    assert capacity._launched() == {"CPU": 8 * 16, "GPU": 8}
+    assert resources(capacity._launched()).most_runs == 8, "of a head that has no CPU and no GPU"
+    with pytest.raises(ConfigError, match="9 x 1 needs 9 GPUs, the cluster has 8"):
+        resources(capacity._launched(), num_workers=9)
+
+
 def test_a_worker_trains_on_one_gpu():
     with pytest.raises(ConfigError, match="cluster.gpus_per_worker must be 1, .* got 2 with 1 worker:"):
         resources({"CPU": 8, "GPU": 2}, gpus_per_worker=2)
@@ -51,7 +85,7 @@ def test_a_ray_that_runs_already_is_left_running(ray_cluster):
     import ray
 
     with cluster.connect(ClusterConfig()) as found:
-        assert found.cpus == 2
+        assert found.total["CPU"] == 2
     assert ray.is_initialized()
 
 

@@ -467,6 +467,7 @@ train.learning_rate train.warmup_steps train.weight_decay train.lr_scheduler_typ
 train.num_epochs train.seed train.eval_every_tokens train.save_every_tokens train.arguments
 eval.paths eval.stride eval.batch_tokens eval.max_tokens
 cluster.address cluster.num_workers cluster.use_gpu cluster.cpus_per_worker cluster.gpus_per_worker
+cluster.resources_per_worker cluster.accelerator_type cluster.placement_strategy
 tracking.uri tracking.experiment
 tune.space tune.space.train.learning_rate tune.space.train.warmup_steps tune.space.blocks.block_size
 tune.num_samples tune.scheduler tune.searcher tune.metric tune.max_concurrent_trials

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 import uuid
 from pathlib import Path
 
@@ -80,6 +82,22 @@ def test_options_after_the_verb_are_the_verbs_own(command, tmp_path):
 # A cluster -----------------------------------------------------------------------------------------------------------
 
 
+def wait_for(address, process):
+    """Until a server answers there, whatever it says."""
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None, "ray start has ended"
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
+        except urllib.error.HTTPError:  # it asks for a token
+            return
+        except OSError:
+            assert time.monotonic() < deadline, f"no dashboard at {address}"
+            time.sleep(0.5)
+        else:
+            return
+
+
 @pytest.fixture(scope="module")
 def head(tmp_path_factory, free_port):
     """(dashboard's address, environment) of `ray start --head` with token authentication, on loopback ports."""
@@ -114,8 +132,10 @@ def head(tmp_path_factory, free_port):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    address = f"http://127.0.0.1:{dashboard}"
     try:
-        yield f"http://127.0.0.1:{dashboard}", environment
+        wait_for(address, process)
+        yield address, environment
     finally:
         process.terminate()
         process.wait(60)

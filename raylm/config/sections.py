@@ -71,6 +71,12 @@ def _range(value: Any) -> Any:
     return pair
 
 
+def _other_kinds(value: Mapping[str, float]) -> Mapping[str, float]:
+    for kind in {"CPU", "GPU"} & value.keys():
+        raise ValueError(f"must not have {kind}: that is cluster.{kind.lower()}s_per_worker")
+    return value
+
+
 Workers = Annotated[int, Field(ge=1)] | tuple[int, int]
 MUTABLE = ("train.learning_rate", "train.weight_decay", "train.warmup_steps", "train.arguments.")
 """Settings that may change while a trial is trained."""
@@ -311,6 +317,12 @@ class ClusterConfig(Section):
     """CPUs reserved for a worker; its torch threads."""
     gpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     """GPUs reserved for a worker that takes GPUs; a fraction lets trials share one."""
+    resources_per_worker: Annotated[Mapping[str, Annotated[float, Field(gt=0)]], AfterValidator(_other_kinds)] = {}
+    """What else is reserved for a worker, by Ray's names: {memory: 16e9} in bytes, and the cluster's custom ones."""
+    accelerator_type: str | None = None
+    """Workers only on nodes that have these, by Ray's names: A10G, H100, ..."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Several workers of a model: near each other or apart; STRICT_ are on one node, or each on one of its own."""
 
     @property
     def most_workers(self) -> int:

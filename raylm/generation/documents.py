@@ -104,8 +104,7 @@ def answers(
         written = batches.map(
             _Worker,
             fn_constructor_args=(load,),
-            num_cpus=resources.cpus_per_worker,
-            num_gpus=resources.gpus_per_worker or None,
+            **resources.options,
             max_restarts=max_failures,
             max_task_retries=max_failures,
             compute=ray.data.ActorPoolStrategy(

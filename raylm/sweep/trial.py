@@ -114,5 +114,5 @@ def release(placement_group: str | None) -> None:
 def trial_resources(resources: Resources) -> Any:
     """What a trial's own process reserves; with a worker group the workers have reservations of their own."""
     if resources.num_workers == 1:
-        return tune.PlacementGroupFactory([resources.per_worker])
+        return tune.PlacementGroupFactory([dict(resources.per_worker)])
     return tune.PlacementGroupFactory([{"CPU": 0, "memory": 1}])  # one byte: Ray refuses to reserve nothing

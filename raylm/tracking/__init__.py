@@ -160,6 +160,7 @@ class Run:
                 return
 
     def end(self, status: Status = "FINISHED") -> None:
+        self.flush()  # which closes the file: a sweep ends many runs
         self._tell({"status": status, "time": journal.now()})
 
     def end_if_running(self, status: Status) -> None:

@@ -1,0 +1,113 @@
+"""Between a command and its workers: how far they are, what they say, and whether they shall stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import ray
+
+from raylm.errors import Interrupted
+
+
+class _Board:
+    """Between a command and its workers: how far they are, what they have to say, and whether they shall stop."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self.said: list[str] = []
+        self.stopping = False
+
+    def put(self, value: float) -> None:
+        self.value = value
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def look(self) -> tuple[float | None, list[str]]:
+        """The value, and what was said since the last look."""
+        said, self.said = self.said, []
+        return self.value, said
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def is_stopping(self) -> bool:
+        return self.stopping
+
+
+Board = ray.remote(num_cpus=0)(_Board)
+
+
+@contextlib.contextmanager
+def watch(show: Callable[[float], None], say: Callable[[str], None]) -> Iterator[ray.actor.ActorHandle]:
+    """A Board, looked at about twice a second; its workers are told to stop once the process is (`signals`)."""
+    board = Board.remote()
+    over = threading.Event()
+
+    def look() -> None:
+        value, messages = ray.get(board.look.remote())
+        for message in messages:
+            say(message)
+        if value is not None:
+            show(value)
+
+    def watching() -> None:
+        told = False
+        while not over.wait(0.5):
+            if stopped_by() is not None and not told:
+                told = True
+                board.stop.remote()
+            look()
+
+    watcher = threading.Thread(target=watching, daemon=True)
+    watcher.start()
+    try:
+        yield board
+    finally:
+        over.set()
+        watcher.join()
+        look()  # what was said last
+        ray.kill(board)
+
+
+_asked: list[int] = []
+"""Signals by which this process was asked to stop, inside of `signals`."""
+
+
+def stopped_by() -> signal.Signals | None:
+    """The signal that asked this process to stop, if one did."""
+    return signal.Signals(_asked[0]) if _asked else None
+
+
+def interruption(directory: str, how: str) -> BaseException:
+    """What a command ends with that was asked to stop."""
+    told = f"{directory}: {how}; the same command goes on from there"
+    return KeyboardInterrupt(told) if stopped_by() == signal.SIGINT else Interrupted(told, directory)
+
+
+@contextlib.contextmanager
+def signals(say: Callable[[str], None]) -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C do not end the process here, but are told to whoever asks `stopped_by`.
+
+    A second Ctrl-C is one. In other threads than the main one nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if _asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        _asked.append(number)
+        say("Stopping after a checkpoint; Ctrl-C stops at once" if number == signal.SIGINT else "Stopping")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _asked.clear()
