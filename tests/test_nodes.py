@@ -1,12 +1,16 @@
 """Runs on several nodes, which are raylets of their own on this machine."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raylm import config
@@ -22,6 +26,75 @@ def nodes():
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield cluster
     cluster.shutdown()
+
+
+EMPTY = """
+    setup_commands head_setup_commands worker_setup_commands initialization_commands head_start_ray_commands
+    worker_start_ray_commands cluster_synced_files rsync_exclude rsync_filter
+"""
+
+
+@pytest.fixture
+def growing(tmp_path, free_port, monkeypatch):
+    """The address of a cluster without CPUs, whose autoscaler adds at most two nodes of one CPU."""
+    import ray
+
+    address = f"{ray.util.get_node_ip_address()}:{free_port()}"
+    head = "f" * 51 + "00000"
+    described = {
+        "cluster_name": "growing",
+        "max_workers": 2,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "head_node_id": head,
+            "launch_multiple": True,
+            "gcs_address": address,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "small": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+        },
+        "head_node_type": "ray.head.default",  # as the provider calls it
+        "idle_timeout_minutes": 5,
+        "upscaling_speed": 100,
+        **{key: {} for key in ("auth", "docker", "file_mounts")},
+        **{key: [] for key in EMPTY.split()},
+        "file_mounts_sync_continuously": False,
+    }
+    file = tmp_path / "growing.json"
+    file.write_text(json.dumps(described))
+    session = f"/tmp/raylm-{uuid.uuid4().hex[:8]}"  # a path of more than 107 characters is none for a socket
+    command = [
+        "start", "--head", "--block", "--num-cpus=0", f"--temp-dir={session}", f"--autoscaling-config={file}",
+        f"--port={address.split(':')[1]}", "--include-dashboard=false", f"--ray-client-server-port={free_port()}",
+        f"--dashboard-agent-listen-port={free_port()}",
+    ]  # fmt: skip
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    as_launched = {
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": head,
+        "RAY_CLOUD_INSTANCE_ID": head,
+        "RAY_NODE_TYPE_NAME": "ray.head.default",
+    }
+    started = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", *command],
+        env={**os.environ, **as_launched},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        until(lambda: list(Path(session).glob("session_*/logs/monitor.log")))
+        yield address
+    finally:
+        started.kill()
+        started.wait()
+        for process in psutil.process_iter(["cmdline"]):  # its own, and those of nodes that the autoscaler has added
+            if any(session in part for part in process.info["cmdline"] or ()):
+                process.kill()
+        shutil.rmtree(session, ignore_errors=True)
 
 
 def until(found):
@@ -104,3 +177,16 @@ def test_a_directory_that_other_nodes_do_not_see_is_refused(nodes, tiny, command
     assert json.loads(ended.stdout)["where"] == "storage"
     assert "not the same directory" in ended.stderr
     assert not (tmp_path / "runs" / "tokens").exists(), "before anything is prepared"
+
+
+@pytest.mark.timeout(600)
+def test_a_cluster_grows_by_what_a_run_needs(growing, tiny, tmp_path):
+    """There is no CPU at first; tokens are prepared and two workers train on the nodes that the autoscaler adds."""
+    file = tmp_path / "words.yaml"
+    config.save(tiny(f"storage={tmp_path}/runs", "name=words"), file)
+    spread = ("cluster.num_workers=2", "cluster.placement_strategy=STRICT_SPREAD")
+    command = [sys.executable, "-m", "raylm.train", "--config", file, "--json", f"cluster.address={growing}", *spread]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 CPUs are needed and the cluster has 0: waiting for nodes" in done.stderr
+    assert json.loads(done.stdout)["perplexity"] > 1

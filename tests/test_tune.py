@@ -267,8 +267,8 @@ def test_fifty_trials_leave_nothing_behind(ray_cluster, tiny):
     assert len(rows) == 50
     for what in ("actors", "groups", "temporary"):
         assert after[what] <= before[what], (before, after)
-    for what in ("files", "threads"):
-        assert after[what] <= before[what] + 5, (before, after)
+    for what in ("files", "threads"):  # one a trial would be 50; pools grow a little
+        assert after[what] <= before[what] + 10, (before, after)
     assert after["memory"] <= before["memory"] + 60, (before, after)
 
 
