@@ -224,5 +224,16 @@ def task(description: str, unit: str = "") -> Iterator[Callable[[float, float | 
     console.print(f"{description}: {time.monotonic() - started:.1f} s", soft_wrap=True)
 
 
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say what takes some seconds: a line that goes away on a terminal."""
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        console.print(f"{what} …", soft_wrap=True)
+        yield
+
+
 def _amount(done: float, total: float | None, unit: str) -> str:
     return f"{done:,.0f}{f' of {total:,.0f}' if total else ''} {unit}".strip()

@@ -149,8 +149,8 @@ def plan(experiment: Experiment) -> cli.Answer:
     sources = corpus.check(experiment.corpus)
     evaluation_corpora(experiment)
     resources = cluster.plan(experiment.cluster)
-    # Seconds of imports, after the quick checks.
-    from raylm import budget, loop, model, objective, tables, tokenizer, tokens
+    with cli.waiting("Loading PyTorch and transformers"):  # after the quick checks
+        from raylm import budget, loop, model, objective, tables, tokenizer, tokens
 
     loop.check(experiment.train, has_updates=experiment.model.lora is not None)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)

@@ -62,7 +62,7 @@ def test_verify_checks_what_is_there_and_writes_nothing(command, settings, tmp_p
 
 @pytest.mark.slow
 def test_a_prepare_that_is_killed_again_and_again_ends_with_the_same_bytes(command, tmp_path):
-    """kill -9 of the command and everything it started, as soon as some shards are there; then it runs to its end."""
+    """kill -9 of the command and all it started as soon as some shards are there; SIGTERM; then it runs to its end."""
     directory = tmp_path / "corpus"
     directory.mkdir()
     for number in range(8):
@@ -71,15 +71,21 @@ def test_a_prepare_that_is_killed_again_and_again_ends_with_the_same_bytes(comma
     settings = ["corpus.keep_any=[]", f"corpus.paths={directory}", "tokenizer.train={vocab_size: 300}"]
     whole = json.loads(command("prepare", *settings, f"storage={tmp_path}/whole", "--json").stdout)
     torn = tmp_path / "torn" / "tokens" / whole["fingerprint"]
-    for _ in range(2):
+    for deadly in (True, True, False):
         line = [sys.executable, "-m", "raylm.prepare", *settings, f"storage={tmp_path}/torn"]
         running = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
         before = len(list(torn.glob("progress/*.json")))
         while running.poll() is None and len(list(torn.glob("progress/*.json"))) < before + 2:
             time.sleep(0.02)
         assert running.poll() is None, running.stderr.read()
-        os.killpg(running.pid, signal.SIGKILL)
-        running.communicate()
+        if deadly:
+            os.killpg(running.pid, signal.SIGKILL)
+        else:
+            running.terminate()
+        _, told = running.communicate(timeout=60)
+        assert deadly or running.returncode == 75, told
+        assert b"Traceback" not in told, "nor Ray's own, of the signal or of Ray Data"
+        assert b"***" not in told
     assert not (torn / "manifest.json").exists()
     again = json.loads(command("prepare", *settings, f"storage={tmp_path}/torn", "--json").stdout)
     assert again["train"] == whole["train"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -59,13 +61,14 @@ def connect(section: ClusterConfig) -> Iterator[Resources]:
         os.environ.setdefault(name, value)
     address = "local" if local else (section.address or os.environ["RAY_ADDRESS"])
     try:
-        ray.init(
-            address=address,
-            include_dashboard=False if local else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": WORKER_ENVIRONMENT},
-        )
+        with cli.waiting("Starting Ray" if local else f"Connecting to Ray at {address}"), _own_handler(signal.SIGTERM):
+            ray.init(
+                address=address,
+                include_dashboard=False if local else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         problem = str(error).strip().split("\n")[0]
         raise ConfigError(f"cluster.address={address}: Ray cannot be reached: {problem}", "cluster.address") from error
@@ -73,6 +76,15 @@ def connect(section: ClusterConfig) -> Iterator[Resources]:
         yield _resources(section)
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_handler(number: signal.Signals) -> Iterator[None]:
+    """Have the process handle a signal afterwards as before: Ray (2.60) puts one in place that ends it."""
+    before = signal.getsignal(number)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, before)
 
 
 def _resources(section: ClusterConfig) -> Resources:

@@ -6,7 +6,6 @@ Batches are cut by the files alone: any number of workers gives the same texts.
 from __future__ import annotations
 
 import itertools
-import logging
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from raylm.config import CorpusConfig
 from raylm.corpus import Ledger, Shard, documents
 from raylm.errors import ConfigError, RaylmError, TrainingError
 from raylm.generation.writer import Writer
+from raylm.tokens import set_up_ray_data
 
 if TYPE_CHECKING:
     from raylm.cluster import Resources
@@ -79,10 +79,7 @@ def answers(
 
     shards = [{"shard": pickle.dumps(shard)} for shard in plan]
     dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
-    dataset.context.enable_progress_bars = False
-    dataset.context.execution_options.preserve_order = True
+    set_up_ray_data(dataset.context)
     # A row is a batch, and each row a block of its own: or one worker would get all that one file holds.
     dataset.context.target_max_block_size = 1
 

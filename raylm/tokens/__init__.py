@@ -18,7 +18,7 @@ files alone, and two writers of one store write the same files.
 """
 
 from raylm.tokens.store import SPLITS, Encoded, Split, Store, changed_inputs, is_store, local_copy, open_store, verify
-from raylm.tokens.write import changes, encode_files, fingerprint, prepare, store_path
+from raylm.tokens.write import changes, encode_files, fingerprint, prepare, set_up_ray_data, store_path
 
 __all__ = [
     "SPLITS",
@@ -33,6 +33,7 @@ __all__ = [
     "local_copy",
     "open_store",
     "prepare",
+    "set_up_ray_data",
     "store_path",
     "verify",
 ]

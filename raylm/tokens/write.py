@@ -264,11 +264,7 @@ def _each(function: Callable[[int, Shard], Any], numbered: Iterable[tuple[int, S
     items = [{"shard": pickle.dumps(item)} for item in numbered]
     if not items:
         return
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
+    set_up_ray_data(ray.data.DataContext.get_current())
 
     def row(item: dict[str, Any]) -> dict[str, Any]:
         # A user's error comes back as a value: Ray would bury it in a traceback of its own.
@@ -283,3 +279,16 @@ def _each(function: Callable[[int, Shard], Any], numbered: Iterable[tuple[int, S
         if isinstance(found, RaylmError):
             raise found
         yield found
+
+
+def set_up_ray_data(context: Any) -> None:
+    """Have Ray Data keep the order of rows, and tell nothing that nobody reads."""
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    levels = {
+        "": logging.WARNING,
+        "._internal.progress": logging.ERROR,  # it warns that its bars are off
+        ".exceptions": logging.CRITICAL,  # what ends an iteration is raised as well
+    }
+    for name, level in levels.items():
+        logging.getLogger(f"ray.data{name}").setLevel(level)

@@ -382,7 +382,8 @@ def _absolute(directory: str | Path) -> str:
 def _connect(uri: str, experiment: str, metric: str) -> bool:
     try:
         # A new database takes MLflow 4 s, on a busy machine 20.
-        return _server(uri).connect(experiment, metric, 60 if uri.startswith("sqlite") else PATIENCE_SECONDS)
+        with cli.waiting(f"Opening MLflow at {shown(uri)}"):
+            return _server(uri).connect(experiment, metric, 60 if uri.startswith("sqlite") else PATIENCE_SECONDS)
     except Unusable as error:
         raise ConfigError(
             f"tracking.uri={shown(uri)} cannot be used: {error}; give another, or tracking.uri=null to track nothing",
