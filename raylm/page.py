@@ -147,11 +147,14 @@ def _samplers(experiment: Experiment) -> dict[str, str]:
 
 def rows(found: Found) -> list[dict[str, Any]]:
     """A record for each trial, the best first; those that failed have their reason and no score."""
+    weighed = ("parameters", "seconds", "pareto")  # of a sweep that is over, with tune.against
+    told = {row["trial_id"]: row for row in found.result.get("trials", [])}
     return [
         {
             "trial_id": trial.trial_id,
             "status": trial.status,
             **found.scores(trial),
+            **{key: value for key, value in told.get(trial.trial_id, {}).items() if key in weighed},
             "tokens": trial.tokens,
             "settings": trial.settings,
             "failure": trial.failure,
@@ -246,13 +249,17 @@ def _section(figure: pictures.Figure | pictures.Omitted, images: Mapping[str, by
 def _trials(found: Found) -> str:
     """The ranked table."""
     settings = found.sweep.settings
-    numbers = [found.measure, "bits/byte", "tokens", *(setting.name for setting in settings.values())]
+    ranked = rows(found)
+    weighed = [name for name in ("parameters", "seconds") if ranked and name in ranked[0]]
+    numbers = [found.measure, "bits/byte", *weighed, "tokens", *(setting.name for setting in settings.values())]
     headings = "".join(f"<th class=number>{escape(name)}</th>" for name in numbers)
     lines = [f"<tr><th></th><th>trial</th>{headings}<th>status</th><th>repeat it</th></tr>"]
-    for rank, row in enumerate(rows(found), 1):
+    for rank, row in enumerate(ranked, 1):
         values = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("perplexity", "bits_per_byte")]
+        values += ["-" if row[name] is None else f"{row[name]:,.0f}" for name in weighed]
         values += [f"{row['tokens']:,}", *(cli.figure(row["settings"].get(key, "-")) for key in settings)]
         failure = f"<br><small>{escape(row['failure'])}</small>" if row["failure"] else ""
+        failure += "<br><small>on the Pareto front</small>" if row.get("pareto") else ""
         trial_id, status, command = (escape(row[name]) for name in ("trial_id", "status", "repeat"))
         lines.append(
             f'<tr data-trial="{trial_id}"><td class=number>{rank}</td><td>{trial_id}</td>'

@@ -11,14 +11,17 @@ from raylm.cli import figure
 
 
 def trials(rows: Sequence[Mapping[str, Any]], measure: str = "perplexity") -> Table:
-    """Trials in the order given: rank, id, scores, tokens, what became of it, and its settings."""
+    """Trials in the order given: rank, id, scores and what they are weighed against, tokens, status, settings."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     settings = list(dict.fromkeys(key for row in rows for key in row["settings"]))
+    weighed = [name for name in ("parameters", "seconds") if rows and name in rows[0]]
     table.add_column("", justify="right")
     table.add_column("trial")
-    for name in (measure, "bits/byte", "tokens"):
+    for name in (measure, "bits/byte", *weighed, "tokens"):
         table.add_column(name, justify="right")
     table.add_column("status")
+    if weighed:
+        table.add_column("pareto front")
     for key in settings:
         table.add_column(key.split(".", 1)[1], justify="right")
     for rank, row in enumerate(rows, 1):
@@ -27,8 +30,10 @@ def trials(rows: Sequence[Mapping[str, Any]], measure: str = "perplexity") -> Ta
             str(rank),
             row["trial_id"],
             *scores,
+            *["-" if row[name] is None else f"{row[name]:,.0f}" for name in weighed],
             f"{row['tokens']:,}",
             row["status"],
+            *["✓" * row["pareto"] for _ in weighed],
             *[figure(row["settings"].get(key, "-")) for key in settings],
             style="bold" if rank == 1 and row["perplexity"] is not None else None,
         )

@@ -219,6 +219,16 @@ def sweep(
     finally:
         record.pause(time.monotonic() - started)
     rows = [_row(trial) for trial in record.trials.values()]
+    if section.against is not None:
+        weigh(
+            rows,
+            section.against,
+            {
+                row["trial_id"]: values(experiment, store, record.trials[row["trial_id"]])
+                for row in rows
+                if row["perplexity"] is not None
+            },
+        )
     return sorted(rows, key=lambda row: (row[section.metric] is None, row[section.metric] or 0))
 
 
@@ -243,6 +253,16 @@ def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
     changed = override(experiment, {**trial.settings, "tune.space": {}})
     found = model.planned(changed, len(store.tokenizer))
     return [score, model.num_parameters(found, masked=changed.objective.is_masked)]
+
+
+def weigh(rows: list[dict[str, Any]], against: str, found: dict[str, list[float]]) -> None:
+    """Tell of each trial what its score is weighed against, and whether it is on the Pareto front: nothing beats it."""
+    for row in rows:
+        own = found.get(row["trial_id"])
+        row[against] = own[1] if own else None
+        row["pareto"] = own is not None and not any(
+            other != own and other[0] <= own[0] and other[1] <= own[1] for other in found.values()
+        )
 
 
 def finish(

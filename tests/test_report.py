@@ -70,7 +70,9 @@ def storage(tmp_path_factory):
     (storage / "tokens" / "f00d" / "manifest.json").write_text(json.dumps(splits))
     write_sweep(storage, "tune-20260101-000000-aaaa", f"corpus.paths=['{EVIL}']", trials=TRIALS)
     best = {"trial_id": "trial_00000", "perplexity": 31.5, "bits_per_byte": 1.97, "checkpoint": "/there/model"}
-    write_sweep(storage, "tune-20260102-000000-bbbb", "eval.max_tokens=64", trials=TRIALS, result_json={"best": best})
+    weighed = [{"trial_id": f"trial_{number:05d}", "parameters": 70_000, "pareto": not number} for number in range(9)]
+    over = {"best": best, "trials": weighed}
+    write_sweep(storage, "tune-20260102-000000-bbbb", "eval.max_tokens=64", trials=TRIALS, result_json=over)
     return storage
 
 
@@ -137,6 +139,12 @@ def test_the_answer_stands_at_the_top(over):
 def test_a_sweep_that_goes_on_says_so(running):
     assert "1 running, 1 completed, 1 stopped early, 1 failed. The sweep was not over" in running.text
     assert "32.00 perplexity (2.000 bits per byte) of the whole validation split" in running.text
+
+
+def test_what_trials_were_weighed_against_is_in_the_table(over, running):
+    assert "trial_00000 32.00 2.00 70,000 1,024 0.001 64 completed on the Pareto front" in over.text
+    assert over.text.count("on the Pareto front") == 1
+    assert "Pareto" not in running.text
 
 
 def test_scores_of_a_part_of_the_split_are_called_so(storage):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from raylm import budget, checkpoint, cluster, group, prepare, runs, summary, tracking, tune
+from raylm import budget, checkpoint, cluster, group, prepare, runs, summary, tables, tracking, tune
 from raylm import sweep as sweeps
 from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
 from raylm.errors import ConfigError
@@ -396,3 +396,25 @@ def children_of(parent):
     client = MlflowClient(parent.uri)
     found = client.search_runs([client.get_run(parent.run_id).info.experiment_id])
     return [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.run_id]
+
+
+def test_the_trials_that_none_beats_in_both_are_marked():
+    rows = [
+        {
+            "trial_id": name,
+            "perplexity": score,
+            "bits_per_byte": score,
+            "tokens": 8,
+            "status": "completed",
+            "settings": {},
+        }
+        for name, score in (("small", 9.0), ("better", 7.0), ("larger", 7.0), ("failed", None))
+    ]
+    tune.weigh(rows, "parameters", {"small": [9.0, 10], "better": [7.0, 20], "larger": [7.0, 30]})
+    assert {row["trial_id"]: row["pareto"] for row in rows} == {
+        "small": True, "better": True, "larger": False, "failed": False
+    }  # fmt: skip
+    assert [row["parameters"] for row in rows] == [10, 20, 30, None]
+    table = tables.trials(rows)
+    assert list(table.columns[4].cells) == ["10", "20", "30", "-"]
+    assert list(table.columns[-1].cells) == ["✓", "✓", "", ""]
