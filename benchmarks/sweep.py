@@ -8,9 +8,9 @@ with `datasets`, maps the tokenizer over it and concatenates blocks, each with t
 trial fills, and evaluates and saves as often, on the same documents. Every trial has the same tokens, whatever its
 block size. `overhead` is the time of a trial beyond its training, after the first two.
 
-2026-11-23, 2 cores without bfloat16, one run: plain 265.6 s, overhead 11.4 s a trial. raylm 183.9 s, 0.69 of that,
-overhead 0.6 s; its time has the start of Ray, tokenizing, MLflow, the final score and the report in it. With ASHA, by
-itself and with other work beside it: 172.3 s for two thirds of the tokens, at the same best perplexity.
+2026-11-23, 2 cores without bfloat16, one run: plain 235.4 s, overhead 9.4 s a trial. raylm 160.9 s, 0.68 of that,
+overhead 0.4 s; its time has 33 s in it that no trial takes: imports, Ray, tokenizing, MLflow, the report. With ASHA, by
+itself and on a slower day: 172.3 s beside 183.9 s, for two thirds of the tokens, at the same best perplexity.
 """
 
 from __future__ import annotations

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import random
 import sys
-import tempfile
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,9 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from raylm.cluster import Resources
-    from raylm.live import View
     from raylm.runs import Begun
-    from raylm.sweep import Record, Trial
+    from raylm.sweep import Trial
     from raylm.tokens import Store
     from raylm.tracking import Run, Status
 
@@ -142,18 +139,14 @@ def sweep(
     A trial that fails is a row with its reason, not an error. Interrupted or KeyboardInterrupt if the command was asked
     to stop: trials save a checkpoint then, and go on from it when the sweep does.
     """
-    from ray import tune as ray_tune
-
     from raylm import budget, cluster, live, loop, summary
     from raylm import sweep as sweeps
     from raylm.prepare import evaluation_sets
+    from raylm.sweep import tuner
 
     def stopping() -> bool:
         return cluster.stopped_by() is not None
 
-    os.environ |= TUNE_ENVIRONMENT
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    sweeps.keep_credentials()
     planned = budget.of(experiment, store)
     record = sweeps.Record(begun.directory)
     if record.trials:
@@ -178,66 +171,29 @@ def sweep(
         values=lambda trial: values(experiment, store, trial),
         stopping=stopping,
     )
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(together)
+    sets = evaluation_sets(experiment, store)
+    job = loop.Job(experiment, store.path, planned, parent, begun.directory, sets=sets)
+    limits = sweeps.Limits(section.stop, record, metric)
     started = time.monotonic()
     try:
         with (
-            tempfile.TemporaryDirectory(prefix="raylm-tune-") as scratch,  # Tune's own files, which nobody needs
             live.sweep(planned.tokens, trials.total_samples, swept, measure) as view,
             cluster.signals(cli.say),
             cluster.watch(lambda _: None, cli.say) as board,
         ):
-            sets = evaluation_sets(experiment, store)
-            job = loop.Job(experiment, store.path, planned, parent, begun.directory, board=board, sets=sets)
-            ray_tune.Tuner(
-                ray_tune.with_resources(
-                    ray_tune.with_parameters(sweeps.run_trial, template=job, resources=resources),
-                    sweeps.trial_resources(resources),
-                ),
-                tune_config=ray_tune.TuneConfig(
-                    search_alg=trials,
-                    scheduler=scheduler,
-                    num_samples=trials.total_samples,
-                    reuse_actors=resources.num_workers == 1,
-                    trial_name_creator=lambda ray_trial: ray_trial.trial_id,
-                    trial_dirname_creator=lambda ray_trial: ray_trial.trial_id,
-                ),
-                run_config=ray_tune.RunConfig(
-                    name="tune",
-                    storage_path=scratch,
-                    stop=sweeps.Limits(section.stop, record, metric),
-                    failure_config=ray_tune.FailureConfig(max_failures=experiment.cluster.max_failures),
-                    callbacks=[_watcher(record, parent, view, metric)],
-                    verbose=0,
-                ),
-            ).fit()
+            watcher = tuner.Watcher(record, parent, view.update, metric)
+            tuner.run(trials, dataclasses.replace(job, board=board), resources, limits, watcher, together=together)
             if stopping():
                 left = trials.total_samples - sum(trial.is_over for trial in record.trials.values())
-                raise cluster.interruption(
-                    begun.directory, f"stopped with {left} of {trials.total_samples} trials left"
-                )
+                how = f"stopped with {left} of {trials.total_samples} trials left"
+                raise cluster.interruption(begun.directory, how)
     finally:
         record.pause(time.monotonic() - started)
     rows = [_row(trial) for trial in record.trials.values()]
     if section.against is not None:
-        weigh(
-            rows,
-            section.against,
-            {
-                row["trial_id"]: values(experiment, store, record.trials[row["trial_id"]])
-                for row in rows
-                if row["perplexity"] is not None
-            },
-        )
+        scored = [trial for trial in record.trials.values() if trial.results and trial.failure is None]
+        weigh(rows, section.against, {trial.trial_id: values(experiment, store, trial) for trial in scored})
     return sorted(rows, key=lambda row: (row[section.metric] is None, row[section.metric] or 0))
-
-
-TUNE_ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # the newer console output of Tune talks even at verbose=0
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end a sweep at Ctrl-C as if it were complete
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files: what they say is in the record
-    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # and so is what is needed to go on
-}
 
 
 def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
@@ -384,51 +340,6 @@ def _row(trial: Trial) -> dict[str, Any]:
 
 def _failures(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{row['trial_id']} failed: {row['failure']}" for row in rows if row["failure"]]
-
-
-def _watcher(record: Record, parent: Run, view: View, metric: str) -> Any:
-    """Shows what becomes of the trials, and clears up after each."""
-    from ray.tune import Callback
-
-    from raylm.sweep import NotSaved, release
-
-    class Watcher(NotSaved, Callback):
-        def __init__(self) -> None:
-            self.reserved: dict[str, str | None] = {}
-            for trial_id, trial in record.trials.items():
-                if trial.is_over:
-                    self.show(trial_id)
-
-        def on_trial_start(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
-            record.start(trial.trial_id)
-            self.show(trial.trial_id)
-
-        def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **_: Any) -> None:
-            self.reserved[trial.trial_id] = result.get("placement_group")
-            parent.watch(trial.trial_id)  # its journal is there by now
-            self.show(trial.trial_id)
-
-        def on_trial_error(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
-            release(self.reserved.pop(trial.trial_id, None))
-            self.show(trial.trial_id)
-
-        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
-            release(self.reserved.pop(trial.trial_id, None))
-            self.show(trial.trial_id)
-
-        def show(self, trial_id: str) -> None:
-            trial = record.trials[trial_id]
-            score = trial.results[-1][metric] if trial.results else None
-            view.update(
-                trial_id,
-                status=trial.status,
-                tokens=trial.tokens,
-                perplexity=score,
-                settings=trial.settings,
-                failure=trial.failure,
-            )
-
-    return Watcher()
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ ORDER = [*PARTS, *VERBS, "__main__"]
 
 HOMES = {  # the pattern of a dotted name -> the modules that may use it
     "mlflow": {"tracking"},
-    "ray.tune": {"sweep", "tune"},
+    "ray.tune": {"sweep"},
     "optuna": {"pictures", "sweep"},
     "matplotlib": {"pictures"},
     "plotly": {"pictures"},
@@ -198,8 +198,8 @@ DATA = "blocks uses ray.data, whose home is corpus and generation and tokens"
 AWAY_FROM_HOME = [
     ("loop", "import mlflow", "loop uses mlflow, whose home is tracking"),
     ("loop", "def f():\n    from mlflow.entities import Param", "loop uses mlflow, whose home is tracking"),
-    ("train", "from ray import tune", "train uses ray.tune, whose home is sweep and tune"),
-    ("train", "from ray.tune.integration.ray_train import X", "train uses ray.tune, whose home is sweep and tune"),
+    ("train", "from ray import tune", "train uses ray.tune, whose home is sweep"),
+    ("train", "from ray.tune.integration.ray_train import X", "train uses ray.tune, whose home is sweep"),
     ("blocks", "import ray\nray.data.read_text('a')", DATA),
     ("train", "from transformers import TrainingArguments", ARGUMENTS),
     ("train", "from transformers.training_args import TrainingArguments as A", ARGUMENTS),
@@ -217,7 +217,7 @@ def test_a_library_away_from_home_is_found(module, source, fault):
     ("module", "source"),
     [
         ("tracking", "import mlflow"),
-        ("tune", "from ray import tune"),
+        ("sweep", "from ray import tune"),
         ("tokens", "import ray.data"),
         ("loop", "from transformers import TrainingArguments"),
         ("loop", "import ray.train\nfrom raylm import tracking\nself.mlflow.run\nray.database"),

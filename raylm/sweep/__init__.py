@@ -5,13 +5,15 @@ space       tune.space -> settings, drawn or searched for
 schedule    which trials go on: schedulers over tokens, brought back to where they stood
 queue       hands Tune the trials that are not over, then new ones
 trial       what one trial does, in a process of its own
+tuner       Ray Tune runs the trials, and neither prints nor keeps anything of its own
+
+Who imports tuner imports what trials train with, 5 s; the rest is quick.
 """
 
-from raylm.sweep.queue import Trials, keep_credentials
+from raylm.sweep.queue import Trials
 from raylm.sweep.record import NotSaved, Record, Trial, read
 from raylm.sweep.schedule import Limits, Recorded, scheduler
 from raylm.sweep.space import keys, points, shown
-from raylm.sweep.trial import release, run_trial, trial_resources
 
 __all__ = [
     "Limits",
@@ -20,13 +22,9 @@ __all__ = [
     "Recorded",
     "Trial",
     "Trials",
-    "keep_credentials",
     "keys",
     "points",
     "read",
-    "release",
-    "run_trial",
     "scheduler",
     "shown",
-    "trial_resources",
 ]

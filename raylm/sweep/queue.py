@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search.search_algorithm import SearchAlgorithm
@@ -13,12 +12,6 @@ from ray.tune.search.search_algorithm import SearchAlgorithm
 from raylm.sweep.record import NotSaved, Record, Trial
 from raylm.sweep.schedule import Recorded
 from raylm.sweep.space import Points
-
-
-def keep_credentials() -> None:
-    """Have Tune send no AWS credentials to trials, whose nodes have their own: Ray writes them into its logs (2.60)."""
-    names = class_cache.ENV_VARS_TO_PROPAGATE
-    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
 
 
 class Trials(NotSaved, SearchAlgorithm):

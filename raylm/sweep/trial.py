@@ -15,7 +15,6 @@ from typing import Any
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raylm import budget, checkpoint, group, storage, summary, tokens
 from raylm.cluster import Resources
@@ -97,22 +96,3 @@ def adopt(change: dict[str, Any], template: Job, job: Job) -> None:
             if attempt == 2:
                 raise
     storage.write(marker, told)
-
-
-def release(placement_group: str | None) -> None:
-    """Free what the workers of a stopped trial had reserved, or the next trial waits for it forever.
-
-    Tune kills a trial and with it Train's controller. Train has a cleaner for that case, but it asks the dashboard
-    whether the controller lives, and without a dashboard (Ray 2.60) it never learns.
-    """
-    from ray._raylet import PlacementGroupID
-
-    if placement_group is not None:
-        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(placement_group))))
-
-
-def trial_resources(resources: Resources) -> Any:
-    """What a trial's own process reserves; with a worker group the workers have reservations of their own."""
-    if resources.num_workers == 1:
-        return tune.PlacementGroupFactory([dict(resources.per_worker)])
-    return tune.PlacementGroupFactory([{"CPU": 0, "memory": 1}])  # one byte: Ray refuses to reserve nothing

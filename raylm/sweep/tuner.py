@@ -1,0 +1,124 @@
+"""Ray Tune runs the trials, and neither prints nor keeps anything of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from ray import tune
+from ray.tune.execution import class_cache
+from ray.tune.experiment import Trial as RayTrial
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from raylm.cluster import Resources
+from raylm.loop import Job
+from raylm.sweep.queue import Trials
+from raylm.sweep.record import NotSaved, Record
+from raylm.sweep.schedule import Limits
+from raylm.sweep.trial import run_trial
+from raylm.tracking import Run
+
+ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer console output of Tune talks even at verbose=0
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end a sweep at Ctrl-C as if it were complete
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files: what they say is in the record
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # and so is what is needed to go on
+}
+
+
+def run(trials: Trials, job: Job, resources: Resources, limits: Limits, watcher: Watcher, *, together: int) -> None:
+    """Run the trials that are left, each as `job` with its settings, at most so many of them side by side."""
+    os.environ |= {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(together)}
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    keep_credentials()
+    with tempfile.TemporaryDirectory(prefix="raylm-tune-") as scratch:
+        tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(run_trial, template=job, resources=resources), trial_resources(resources)
+            ),
+            tune_config=tune.TuneConfig(
+                search_alg=trials,
+                scheduler=trials.scheduler,
+                num_samples=trials.total_samples,
+                reuse_actors=resources.num_workers == 1,
+                trial_name_creator=lambda trial: trial.trial_id,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=scratch,
+                stop=limits,
+                failure_config=tune.FailureConfig(max_failures=job.experiment.cluster.max_failures),
+                callbacks=[watcher],
+                verbose=0,
+            ),
+        ).fit()
+
+
+def keep_credentials() -> None:
+    """Have Tune send no AWS credentials to trials, whose nodes have their own: Ray writes them into its logs (2.60)."""
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
+
+
+def trial_resources(resources: Resources) -> Any:
+    """What a trial's own process reserves; with a worker group the workers have reservations of their own."""
+    if resources.num_workers == 1:
+        return tune.PlacementGroupFactory([dict(resources.per_worker)])
+    return tune.PlacementGroupFactory([{"CPU": 0, "memory": 1}])  # one byte: Ray refuses to reserve nothing
+
+
+class Watcher(NotSaved, tune.Callback):
+    """Shows what becomes of the trials, and clears up after each."""
+
+    def __init__(self, record: Record, parent: Run, show: Callable[..., None], metric: str):
+        self.record, self.parent, self.metric = record, parent, metric
+        self._show = show
+        self.reserved: dict[str, str | None] = {}
+        """The placement group of a trial's workers, where it has a group of them."""
+        for trial_id, trial in record.trials.items():
+            if trial.is_over:
+                self.show(trial_id)
+
+    def on_trial_start(self, iteration: int, trials: list, trial: RayTrial, **_: Any) -> None:
+        self.record.start(trial.trial_id)
+        self.show(trial.trial_id)
+
+    def on_trial_result(self, iteration: int, trials: list, trial: RayTrial, result: dict, **_: Any) -> None:
+        self.reserved[trial.trial_id] = result.get("placement_group")
+        self.parent.watch(trial.trial_id)  # its journal is there by now
+        self.show(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: RayTrial, **_: Any) -> None:
+        release(self.reserved.pop(trial.trial_id, None))
+        self.show(trial.trial_id)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: RayTrial, **_: Any) -> None:
+        release(self.reserved.pop(trial.trial_id, None))
+        self.show(trial.trial_id)
+
+    def show(self, trial_id: str) -> None:
+        trial = self.record.trials[trial_id]
+        self._show(
+            trial_id,
+            status=trial.status,
+            tokens=trial.tokens,
+            perplexity=trial.results[-1][self.metric] if trial.results else None,
+            settings=trial.settings,
+            failure=trial.failure,
+        )
+
+
+def release(placement_group: str | None) -> None:
+    """Free what the workers of a stopped trial had reserved, or the next trial waits for it forever.
+
+    Tune kills a trial and with it Train's controller. Train has a cleaner for that case, but it asks the dashboard
+    whether the controller lives, and without a dashboard (Ray 2.60) it never learns.
+    """
+    from ray._raylet import PlacementGroupID
+
+    if placement_group is not None:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(placement_group))))
