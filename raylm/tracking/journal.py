@@ -225,7 +225,7 @@ def begin(directory: str, uri: str | None, **about: Any) -> None:
 @contextlib.contextmanager
 def alone(directory: str) -> Iterator[bool]:
     """Whether this is the only one to ship the journal, for as long as the context and the process last."""
-    if storage.is_remote(directory):  # no locks there, see mlflow.py why that does no harm
+    if storage.is_remote(directory):  # no locks there, see shipment.py why that does no harm
         yield True
         return
     file = os.open(f"{directory}/{RUN}", os.O_RDWR)
