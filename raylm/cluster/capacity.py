@@ -18,6 +18,8 @@ from raylm.errors import ConfigError
 NODE_GROUP = "ray.io/node-group"
 """The label of nodes that an autoscaler, or KubeRay, has made."""
 
+ACCELERATOR = "accelerator_type:"
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -77,6 +79,13 @@ def resources(section: ClusterConfig, total: Mapping[str, float]) -> Resources:
     found = Resources(total, per_worker, section.fewest_workers, section.most_workers, section.placement_strategy)
     for kind, wanted in found.needed.items():
         if wanted > total.get(kind, 0):
+            if ACCELERATOR in kind:
+                there = [each.removeprefix(ACCELERATOR) for each in total if ACCELERATOR in each]
+                raise ConfigError(
+                    f"cluster.accelerator_type={section.accelerator_type}: no node of the cluster has one; "
+                    f"it has {', '.join(there) or 'no accelerators'}",
+                    where="cluster.accelerator_type",
+                )
             each = f"{section.fewest_workers} x {per_worker[kind]:g}"
             no_gpu = ", or set cluster.use_gpu=false" if kind == "GPU" else ""
             raise ConfigError(
@@ -89,18 +98,18 @@ def resources(section: ClusterConfig, total: Mapping[str, float]) -> Resources:
 
 def _others(section: ClusterConfig) -> dict[str, float]:
     """What a worker takes beside CPUs and GPUs."""
-    kind = f"accelerator_type:{section.accelerator_type}"  # which nodes that have it have 1 of
+    kind = f"{ACCELERATOR}{section.accelerator_type}"  # which nodes that have it have 1 of
     return {**section.resources_per_worker, **({kind: 0.001} if section.accelerator_type else {})}
 
 
 def _setting(kind: str) -> str:
-    if kind in ("CPU", "GPU"):
-        return f"cluster.{kind.lower()}s_per_worker"
-    return "cluster.accelerator_type" if ":" in kind else f"cluster.resources_per_worker.{kind}"
+    return f"cluster.{kind.lower()}s_per_worker" if kind in ("CPU", "GPU") else f"cluster.resources_per_worker.{kind}"
 
 
 def amount_of(number: float, kind: str) -> str:
-    """3 CPUs, 2 GPUs, 1e+09 memory."""
+    """3 CPUs, 2 GPUs, 1e+09 memory, nodes with A10G."""
+    if ACCELERATOR in kind:
+        return f"nodes with {kind.removeprefix(ACCELERATOR)}"
     return f"{number:g} {kind}{'s' * (kind in ('CPU', 'GPU'))}"
 
 
@@ -116,8 +125,8 @@ def capacity(section: ClusterConfig) -> Mapping[str, float]:
         return now
     most = _launched()
     if most is None:  # nobody tells how far it grows, so whatever is asked for may come
-        asked = {"CPU": 1, "GPU": now.get("GPU", 0) or bool(section.use_gpu), **_others(section)}
-        most = {kind: math.inf for kind, amount in asked.items() if amount}
+        most = {"CPU": math.inf, "GPU": math.inf if section.use_gpu or now.get("GPU") else 0}
+    most = dict.fromkeys(_others(section), math.inf) | most  # memory, say, need not be in the launcher's file
     return {kind: max(now.get(kind, 0), most.get(kind, 0)) for kind in {*now, *most}}
 
 

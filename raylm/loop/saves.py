@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raylm import checkpoint, storage
+from raylm.checkpoint import Series
 from raylm.errors import StorageError
 from raylm.loop.session import Agreed, Job, Session, gathered
 
@@ -26,11 +27,14 @@ class Saves:
 
     def __init__(self, job: Job, session: Session, scratch: Path, say: Callable[[str], None]):
         self.job, self.session, self.scratch, self.say = job, session, scratch, say
-        self.series = job.checkpoints
         self.failed: Exception | None = None
         """Why this rank could not write its part on its own machine; it is told to the others by `commit`."""
         self.missed = 0
         """Checkpoints in a row that could not be committed."""
+
+    @property
+    def series(self) -> Series:
+        return self.job.checkpoints
 
     def describe(self, local: Path, record: dict[str, Any], progress: dict[str, Any]) -> None:
         """Say beside the first rank's part what the checkpoint is."""
