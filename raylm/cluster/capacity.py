@@ -19,6 +19,7 @@ NODE_GROUP = "ray.io/node-group"
 """The label of nodes that an autoscaler, or KubeRay, has made."""
 
 ACCELERATOR = "accelerator_type:"
+"""What the resource begins with by which Ray knows the nodes that have a kind of accelerator."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,9 @@ class Resources:
     def options(self) -> dict[str, Any]:
         """What a worker takes, as Ray's tasks and actors are told."""
         named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        found: dict[str, Any] = {named[kind]: amount for kind, amount in self.per_worker.items() if kind in named}
         custom = {kind: amount for kind, amount in self.per_worker.items() if kind not in named}
-        return {named[kind]: self.per_worker[kind] for kind in self.per_worker if kind in named} | (
-            {"resources": custom} if custom else {}
-        )
+        return {**found, "resources": custom} if custom else found
 
     def without(self, nodes: Collection[str]) -> Resources:
         """What the cluster has now but for these nodes, by their ids, which are there or gone already."""
@@ -155,10 +155,12 @@ def this_machine() -> dict[str, float]:
         "CPU": get_num_cpus(),
         "GPU": NvidiaGPUAcceleratorManager.get_current_node_num_accelerators(),
         "memory": psutil.virtual_memory().available,
-        **({f"accelerator_type:{accelerator}": 1} if accelerator else {}),
+        **({f"{ACCELERATOR}{accelerator}": 1} if accelerator else {}),
     }
 
 
 def cpus_here() -> int:
     """CPUs that this process may use."""
-    return int(this_machine()["CPU"])
+    from ray._private.utils import get_num_cpus
+
+    return int(get_num_cpus())

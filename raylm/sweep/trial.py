@@ -26,7 +26,7 @@ from raylm.sweep.space import keys
 
 
 def run_trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> None:
-    """The template's run with these settings. What goes wrong in it is reported as its result."""
+    """Train the template's run with these settings. What goes wrong in it is reported as its result."""
     trial_id = tune.get_context().get_trial_id()
     directory = f"{template.directory}/{trial_id}"
     run = template.run.child(trial_id, directory=directory, ships=False)
@@ -41,7 +41,7 @@ def run_trial(settings: dict[str, Any], *, template: Job, resources: Resources) 
         summary.tell_data(run, experiment, store)
         job = dataclasses.replace(template, experiment=experiment, budget=planned, run=run, directory=directory)
         if tune.get_checkpoint() is not None:  # of a population; all other checkpoints are the trial's own
-            adopt(Record(template.directory).changes(trial_id)[-1], template, job)
+            _adopt(Record(template.directory).changes(trial_id)[-1], template, job)
         if resources.num_workers == 1:
             group.fit_here(dataclasses.replace(job, session=InTrial))
         else:
@@ -77,7 +77,7 @@ class InTrial:
         return []
 
 
-def adopt(change: dict[str, Any], template: Job, job: Job) -> None:
+def _adopt(change: dict[str, Any], template: Job, job: Job) -> None:
     """Have a trial go on from a checkpoint of another one, as its population has decided; once, however often begun."""
     marker, told = f"{job.directory}/adopted.json", json.dumps(change).encode()
     if storage.read(marker) == told:

@@ -33,11 +33,11 @@ def run(trials: Trials, job: Job, resources: Resources, limits: Limits, watcher:
     """Run the trials that are left, each as `job` with its settings, at most so many of them side by side."""
     os.environ |= {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(together)}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    keep_credentials()
+    _keep_credentials()
     with tempfile.TemporaryDirectory(prefix="raylm-tune-") as scratch:
         tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(run_trial, template=job, resources=resources), trial_resources(resources)
+                tune.with_parameters(run_trial, template=job, resources=resources), _trial_resources(resources)
             ),
             tune_config=tune.TuneConfig(
                 search_alg=trials,
@@ -58,13 +58,13 @@ def run(trials: Trials, job: Job, resources: Resources, limits: Limits, watcher:
         ).fit()
 
 
-def keep_credentials() -> None:
+def _keep_credentials() -> None:
     """Have Tune send no AWS credentials to trials, whose nodes have their own: Ray writes them into its logs (2.60)."""
     names = class_cache.ENV_VARS_TO_PROPAGATE
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
 
 
-def trial_resources(resources: Resources) -> Any:
+def _trial_resources(resources: Resources) -> Any:
     """What a trial's own process reserves; with a worker group the workers have reservations of their own."""
     if resources.num_workers == 1:
         return tune.PlacementGroupFactory([dict(resources.per_worker)])
@@ -93,11 +93,11 @@ class Watcher(NotSaved, tune.Callback):
         self.show(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list, trial: RayTrial, **_: Any) -> None:
-        release(self.reserved.pop(trial.trial_id, None))
+        _release(self.reserved.pop(trial.trial_id, None))
         self.show(trial.trial_id)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: RayTrial, **_: Any) -> None:
-        release(self.reserved.pop(trial.trial_id, None))
+        _release(self.reserved.pop(trial.trial_id, None))
         self.show(trial.trial_id)
 
     def show(self, trial_id: str) -> None:
@@ -112,7 +112,7 @@ class Watcher(NotSaved, tune.Callback):
         )
 
 
-def release(placement_group: str | None) -> None:
+def _release(placement_group: str | None) -> None:
     """Free what the workers of a stopped trial had reserved, or the next trial waits for it forever.
 
     Tune kills a trial and with it Train's controller. Train has a cleaner for that case, but it asks the dashboard
