@@ -1,0 +1,95 @@
+"""A checkpoint -> a plain Hugging Face directory with its card, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raylm import storage
+from raylm.card.files import Files, model_files, parameters, published
+from raylm.card.text import CARD, HERE, of
+from raylm.checkpoint import OF_TRAINING, check, read_experiment
+from raylm.checkpoint.directory import EXPERIMENT, RECORD
+from raylm.errors import StorageError
+
+
+def export(checkpoint: str | Path, target: str | Path) -> str:
+    """Write the plain Hugging Face directory of a trained checkpoint: model, tokenizer, card, experiment, raylm.json.
+
+    Its place, in full. What stood there is replaced by a whole one or not at all. Weights are hard links where the file
+    system has them, and copies elsewhere; the small files are copies, to be edited freely.
+    """
+    with storage.here(str(checkpoint), but_for=OF_TRAINING) as found:
+        directory = check(found)
+        experiment = read_experiment(directory)
+        if experiment is None:
+            raise StorageError(f"{checkpoint} was not trained by raylm: it holds no {EXPERIMENT}", str(checkpoint))
+        files = model_files(directory)
+        made = of(directory, HERE, published(experiment), parameters(directory, files))
+        files |= {EXPERIMENT: directory / EXPERIMENT, RECORD: directory / RECORD, CARD: made}
+        if storage.is_remote(str(target)):
+            _send(files, str(target))
+            return str(target)
+        target = Path(target).resolve()
+        with _replaced(target) as new:
+            for name, content in files.items():
+                if isinstance(content, bytes):
+                    (new / name).write_bytes(content)
+                elif name.endswith(".safetensors"):
+                    _link(content, new / name)
+                else:
+                    shutil.copyfile(content, new / name)
+        return str(target)
+
+
+def _send(files: Files, target: str) -> None:
+    """Where nothing can be renamed: config.json, without which a directory holds no model, is removed first and written
+    last."""
+    with storage.reached(target):
+        there = storage.names(target)
+        _check_replaceable(target, there and CARD not in there)
+        storage.remove_file(f"{target}/config.json")
+        storage.remove(target)
+        for name in sorted(files, key=lambda name: name == "config.json"):
+            content = files[name]
+            if isinstance(content, bytes):
+                storage.write(f"{target}/{name}", content)
+            else:
+                storage.upload(content, f"{target}/{name}")
+
+
+def _check_replaceable(target: str | Path, is_other: object) -> None:
+    if is_other:
+        raise StorageError(f"{target} is there already and holds no exported model; move it away", where=str(target))
+
+
+@contextmanager
+def _replaced(target: Path) -> Iterator[Path]:
+    """A new directory that takes the place of `target` at the end; StorageError, and `target` as it was, on failure."""
+    _check_replaceable(target, target.exists() and not (target / CARD).exists())
+    new, old = (target.with_name(f".{target.name}-{secrets.token_hex(4)}") for _ in range(2))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except OSError as error:
+        if old.exists():
+            old.rename(target)
+        problem = error.strerror or error
+        raise StorageError(f"{target}: the model cannot be exported there: {problem}", where=str(target)) from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(file: Path, to: Path) -> None:
+    try:
+        os.link(file.resolve(), to)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(file, to)

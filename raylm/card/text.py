@@ -1,0 +1,184 @@
+"""The model card: what a model is, what its scores are of, how it was made and how it is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from raylm import cli, corpus, tokens
+from raylm.card.files import name_of
+from raylm.checkpoint import read_record
+from raylm.config import Experiment, get
+from raylm.errors import DataError
+
+if TYPE_CHECKING:
+    from raylm.tokens import Store
+
+CARD = "README.md"
+
+SETTINGS = (
+    "blocks.block_size",
+    "blocks.packing",
+    "objective.kind",
+    "train.learning_rate",
+    "train.warmup_steps",
+    "train.weight_decay",
+    "train.lr_scheduler_type",
+    "train.batch_tokens",
+    "train.seed",
+    "cluster.num_workers",
+)
+"""What tells one training from another: in every card, and with every MLflow run as parameters."""
+
+HERE = "."
+"""What a card loads that lies beside its model on a disk: right wherever the directory is moved to."""
+LOADS_HERE = re.compile(rb'(from_pretrained\(|model=)"\."')
+
+
+def of(directory: Path, repo: str, experiment: Experiment | None, num_parameters: int) -> bytes:
+    """README.md of a model that is loaded as `repo`: the one beside it, else one made of what raylm knows.
+
+    `experiment` is published. Of the one beside it nothing is changed but that it loads `repo` where it says HERE.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    if (directory / CARD).exists():
+        return LOADS_HERE.sub(rb"\1" + json.dumps(repo).encode(), (directory / CARD).read_bytes())
+    made = json.loads((directory / "config.json").read_bytes())
+    masked = any(name.endswith("ForMaskedLM") for name in made.get("architectures") or ())
+    record = read_record(directory)
+    store = _store(record)
+    base = experiment.model.path if experiment else None
+    sources = [name_of(source["name"]) for source in store.manifest["sources"]] if store else []
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="fill-mask" if masked else "text-generation",
+        tags=["raylm", *([made["model_type"]] if "model_type" in made else [])],
+        base_model=base if base and not base.startswith("./") else None,
+        datasets=[name.removeprefix("hub://").split("?")[0] for name in sources if name.startswith("hub://")] or None,
+        metrics=["perplexity"] if "perplexity" in record else None,
+    )
+    summary = f"A {made.get('model_type', 'language')} model of {num_parameters:,} parameters"
+    if experiment:
+        origin = f"from {_code(name_of(base))}" if base else "from scratch"
+        seen = f" on {record['tokens']:,} tokens" if "tokens" in record else ""
+        summary += f", trained {origin}{seen} with raylm"
+    parts = [
+        f"# {experiment.name if experiment and repo == HERE else repo.split('/')[-1]}",
+        f"{summary}.",
+        *_loading(repo, masked),
+    ]
+    if experiment and "perplexity" in record:
+        parts += _scores(record, experiment, store, masked)
+    if store:
+        parts += _data(store)
+    if experiment:
+        parts += _settings(experiment, record, repo)
+    body = "\n\n".join(parts)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")).encode()
+
+
+def _store(record: Mapping[str, Any]) -> Store | None:
+    """The token store of a model, for its ledger."""
+    if "store" not in record:
+        return None
+    try:
+        return tokens.open_store(record["store"])
+    except (DataError, OSError):
+        where = escape(str(record["store"]))
+        cli.console.print(
+            f"[yellow]warning:[/] the token store {where} is not there, so the card does not tell of the data",
+            soft_wrap=True,
+        )
+        return None
+
+
+def _loading(repo: str, masked: bool) -> list[str]:
+    task, auto, prompt = (
+        ("fill-mask", "AutoModelForMaskedLM", 'f"Once upon a {use.tokenizer.mask_token}"')
+        if masked
+        else ("text-generation", "AutoModelForCausalLM", '"Once upon a time", max_new_tokens=20')
+    )
+    code = f"""\
+```python
+from transformers import {auto}, AutoTokenizer, pipeline
+
+model = {auto}.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+
+use = pipeline("{task}", model="{repo}")
+print(use({prompt}))
+```"""
+    return ["## How to load it", code]
+
+
+def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | None, masked: bool) -> list[str]:
+    """The scores of raylm.json, and on what: the whole split, or with eval.max_tokens what stands first in it."""
+    what = "the validation split"
+    if store:
+        split = store.manifest["validation"]
+        what += f" ({split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes)"
+    if experiment.eval.max_tokens is not None:
+        what = f"the first documents of {what}, up to {experiment.eval.max_tokens:,} tokens"
+    held = f"{experiment.corpus.validation_fraction:g} of the documents, chosen by a hash of their text"
+    if given := experiment.corpus.validation_paths:
+        held = ", ".join(_code(name_of(path)) for path in given)
+    stride = f"with {experiment.eval.stride:,} new tokens in each" if experiment.eval.stride else "that do not overlap"
+    how = (
+        "from the tokens around it"
+        if masked
+        else f"in windows of the model's context {stride}, with one end-of-text token in front of a document"
+    )
+    scores = {"pseudo-perplexity" if masked else "perplexity": "perplexity", "bits per byte": "bits_per_byte"}
+    return [
+        "## Scores",
+        _table(("score", "value"), [(name, f"{record[key]:.4f}") for name, key in scores.items() if key in record]),
+        f"On {what}: {held}. Every token of every document is scored exactly once, {how}. Perplexity is per token of "
+        "this model's tokenizer; bits per byte compares models whose tokenizers differ.",
+    ]
+
+
+def _data(store: Store) -> list[str]:
+    counted = ("documents", "tokens", "bytes")
+    manifest, ledger = store.manifest, store.manifest["ledger"]
+    sources = [(_code(name_of(row["name"])), *(f"{row[what]:,}" for what in counted)) for row in manifest["sources"]]
+    splits = [(name, *(f"{manifest[name][what]:,}" for what in counted)) for name in ("train", "validation")]
+    return [
+        "## Data",
+        _table(("source, what was kept of it", *counted), sources),
+        _table(("split", *counted), splits),
+        f"**{100 * corpus.kept_fraction(ledger):.2f}% of data after filtering**: {ledger.get('kept', 0):,} of "
+        f"{ledger.get('documents', 0):,} documents that were read. What became of them:",
+        _table(("what became of it", "documents or bytes"), [(name, f"{count:,}") for name, count in ledger.items()]),
+    ]
+
+
+def _settings(experiment: Experiment, record: Mapping[str, Any], repo: str) -> list[str]:
+    shown = {key: get(experiment, key) for key in (*SETTINGS, "train.max_tokens", "train.num_epochs")}
+    if experiment.model.config is not None:
+        shown |= {f"model.config.{name}": value for name, value in experiment.model.config.items()}
+    rows = [(_code(key), _code(cli.figure(value))) for key, value in shown.items() if value is not None]
+    if "step" in record:
+        rows.append(("optimizer steps of these weights", cli.figure(record["step"])))
+    names = "" if repo == HERE else ", where local paths are left as their names"
+    return [
+        "## Settings",
+        _table(("setting", "value"), rows),
+        f"All of them are in [experiment.yaml](experiment.yaml){names}: "
+        "`raylm train --config experiment.yaml corpus.paths=...` trains such a model again.",
+    ]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _code(text: str) -> str:
+    """The text as it is in a cell of a table: a bar would end the cell, a backtick the text."""
+    return f"`{text}`".replace("|", "\\|") if "`" not in text else text.replace("|", "\\|")
