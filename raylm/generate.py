@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json as jsonlib
 import os
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +15,7 @@ import typer
 
 from raylm import cli
 from raylm.config import ClusterConfig, CorpusConfig, ModelConfig, Section, load_part, parse_setting
-from raylm.errors import ConfigError, DataError, StorageError
+from raylm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -267,7 +265,7 @@ def _written(
     from raylm import cluster, generation, tables
 
     done = tokens = 0
-    with _file(output) as write, cluster.connect(sections.cluster) as resources:
+    with generation.output_file(output) as write, cluster.connect(sections.cluster) as resources:
         worker = functools.partial(load, resources.cpus_per_worker, sections.cluster.use_gpu)
         started = time.monotonic()
         with cli.task("Writing", "documents") as advance:
@@ -297,78 +295,6 @@ def _row(answer: Answer, sources: Sequence[str]) -> dict[str, str]:
         "source": sources[answer.source],
         "doc_id": f"{answer.hash:016x}",
     }
-
-
-@contextlib.contextmanager
-def _file(output: Path) -> Iterator[Callable[[list[dict[str, str]]], None]]:
-    """A file that is there entirely, once the context has ended well, or not at all. Yields what writes rows to it."""
-    partial = output.with_name(f"{output.name}.{uuid.uuid4().hex}.partial")
-
-    @contextlib.contextmanager
-    def told() -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(
-                f"--output {output} cannot be written: {error.strerror or error}", str(output)
-            ) from error
-
-    with told():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file: Any = _Parquet(partial) if output.suffix == ".parquet" else _JsonLines(partial)
-
-    def write(rows: list[dict[str, str]]) -> None:
-        with told():
-            file.write(rows)
-
-    try:
-        yield write
-        with told():
-            file.close()
-            os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-class _JsonLines:
-    def __init__(self, path: Path):
-        self.stream = path.open("w", encoding="utf-8")
-
-    def write(self, rows: list[dict[str, str]]) -> None:
-        self.stream.writelines(jsonlib.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    def close(self) -> None:
-        self.stream.close()
-
-
-class _Parquet:
-    """Row groups of ROWS rows, so that readers can take them one by one."""
-
-    ROWS = 1000
-
-    def __init__(self, path: Path):
-        import pyarrow
-        import pyarrow.parquet
-
-        self.schema = pyarrow.schema([(name, pyarrow.string()) for name in ("prompt", "text", "source", "doc_id")])
-        self.writer = pyarrow.parquet.ParquetWriter(path, self.schema)
-        self.waiting: list[dict[str, str]] = []
-
-    def write(self, rows: list[dict[str, str]]) -> None:
-        self.waiting += rows
-        if len(self.waiting) >= self.ROWS:
-            self._flush()
-
-    def close(self) -> None:
-        if self.waiting:
-            self._flush()
-        self.writer.close()
-
-    def _flush(self) -> None:
-        import pyarrow
-
-        self.writer.write_table(pyarrow.Table.from_pylist(self.waiting, self.schema))
-        self.waiting = []
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from transformers import BertConfig, BertForMaskedLM
 from raylm import cli, tokenizer
 from raylm.config import TrainedTokenizer
 from raylm.errors import ConfigError, DataError, StorageError
-from raylm.generate import _file, generate
+from raylm.generate import generate
+from raylm.generation import output_file
 
 SHORT = ["max_new_tokens=12"]
 
@@ -208,10 +209,10 @@ def test_an_empty_corpus_is_an_error(trained_directory, questions, tmp_path):
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
 def test_a_file_is_there_entirely_or_not_at_all(name, tmp_path):
     rows = [{"prompt": f"é{n}\u2028", "text": "b\n", "source": "s", "doc_id": f"{n:016x}"} for n in range(2500)]
-    with pytest.raises(KeyError), _file(tmp_path / name) as write:
+    with pytest.raises(KeyError), output_file(tmp_path / name) as write:
         write([*rows, {"prompt": "a"}["text"]])
     assert list(tmp_path.iterdir()) == []
-    with _file(tmp_path / name) as write:
+    with output_file(tmp_path / name) as write:
         for start in range(0, 2500, 100):
             write(rows[start : start + 100])
         assert not (tmp_path / name).exists()
@@ -221,5 +222,8 @@ def test_a_file_is_there_entirely_or_not_at_all(name, tmp_path):
     else:
         lines = (tmp_path / name).read_text(encoding="utf-8").split("\n")
         assert [json.loads(line) for line in lines[:-1]] == rows
-    with pytest.raises(StorageError, match="--output .*cannot be written"), _file(tmp_path / name / "inside.jsonl"):
+    with (
+        pytest.raises(StorageError, match="--output .*cannot be written"),
+        output_file(tmp_path / name / "inside.jsonl"),
+    ):
         pass

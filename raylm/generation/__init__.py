@@ -3,10 +3,12 @@
 writer       a model and prompts -> their texts, side by side and beyond the model's context
 sampling     GenerationConfig: what is given, over what the model says, over raylm's own; checked
 documents    what a model says to every document of a corpus, by workers
+output       texts -> a .jsonl or .parquet file
 """
 
 from raylm.generation.documents import Answer, answers
+from raylm.generation.output import output_file
 from raylm.generation.sampling import settings, taken
 from raylm.generation.writer import Writer, identity, load
 
-__all__ = ["Answer", "Writer", "answers", "identity", "load", "settings", "taken"]
+__all__ = ["Answer", "Writer", "answers", "identity", "load", "output_file", "settings", "taken"]
