@@ -1,4 +1,4 @@
-"""Training and scoring on workers of Ray Train, or in this very process.
+"""Training and scoring on workers of Ray Train, or in one process: another one of Ray's, or this very one.
 
 A training begins again with less at once where memory ran out, and on what is left where a node is taken away.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -26,6 +28,8 @@ from raylm.perplexity import Documents
 
 def fit(job: Job, resources: Resources, callbacks: Sequence[Any] = ()) -> Outcome:
     """Train on a group of workers until the end of the budget or a stop."""
+    if resources.most_workers == 1 and cluster.is_local(job.experiment.cluster) and not callbacks:
+        return with_less(job, lambda: _in_process(job, resources))
     while True:
         outcome = with_less(job, lambda: _on_workers(job, resources, callbacks))
         if not (outcome.lost_nodes and resources.without(outcome.lost_nodes).most_runs):
@@ -34,11 +38,30 @@ def fit(job: Job, resources: Resources, callbacks: Sequence[Any] = ()) -> Outcom
 
 
 def fit_here(job: Job) -> Outcome:
-    """Train in this process, in Ray Train's local mode: a trial whose only worker is its own process."""
-    trainer = TorchTrainer(
-        loop.train_loop_per_worker, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)
-    )
-    return with_less(job, lambda: trainer.fit().return_value)
+    """Train in this process: a trial whose only worker is its own process."""
+    return with_less(job, lambda: _alone(job))
+
+
+def _alone(job: Job) -> Outcome:
+    """In Ray Train's local mode."""
+    train = functools.partial(loop.train_loop_per_worker, job)
+    return TorchTrainer(train, scaling_config=ScalingConfig(num_workers=0)).fit().return_value
+
+
+def _in_process(job: Job, resources: Resources) -> Outcome:
+    """In another process of this machine: it begins to train in a second or two, a group of one worker in ten."""
+    cluster.loaded()
+    task = ray.remote(**resources.options, max_calls=1, max_retries=0)(_alone)
+    for left in reversed(range(job.experiment.cluster.max_failures + 1)):
+        try:
+            return ray.get(task.remote(job))
+        except ray.exceptions.RayError as error:
+            cause = _cause(error, job.directory)
+            if not left:
+                raise cause from error
+            if job.board is not None:
+                job.board.say.remote(f"{cause}; beginning again from the last checkpoint, {left} more times at most")
+    raise AssertionError("a range of at least one")
 
 
 def with_less(job: Job, train: Callable[[], Outcome]) -> Outcome:
@@ -59,8 +82,8 @@ def with_less(job: Job, train: Callable[[], Outcome]) -> Outcome:
 def _on_workers(job: Job, resources: Resources, callbacks: Sequence[Any]) -> Outcome:
     with _bookkeeping() as kept:
         trainer = TorchTrainer(
-            loop.train_loop_per_worker,
-            train_loop_config={"job": job},
+            # Not as train_loop_config, which Ray's controller unpickles too: it would import all of this first, 4 s.
+            functools.partial(loop.train_loop_per_worker, job),
             scaling_config=_scaling(resources),
             run_config=RunConfig(
                 **kept,
@@ -90,11 +113,10 @@ def score(
     )
     if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):
         alone = dataclasses.replace(job, cpus=cluster.cpus_here(), session=loop.Alone, progress=progress)
-        return loop.score_loop_per_worker({"job": alone})
+        return loop.score_loop_per_worker(alone)
     with _bookkeeping() as kept:
         trainer = TorchTrainer(
-            loop.score_loop_per_worker,
-            train_loop_config={"job": job},
+            functools.partial(loop.score_loop_per_worker, job),
             scaling_config=_scaling(resources),
             run_config=RunConfig(**kept),
         )

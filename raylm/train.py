@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raylm import cli
 from raylm.config import Experiment, dump
@@ -29,7 +29,7 @@ def train(
 ) -> cli.Answer:
     """Train one language model on the corpus; the tokens are prepared first, unless they are there already."""
     experiment = cli.experiment(config, settings, print_config)
-    checked = plan(experiment)
+    checked = plan(experiment, begins=None if dry_run else "train")
     if dry_run:
         return checked
     from raylm import cluster, objective, runs, storage, summary, tracking
@@ -140,17 +140,20 @@ def trained(experiment: Experiment, store: Store, run: Run, begun: Begun, resour
     return cli.Answer(record, view)
 
 
-def plan(experiment: Experiment) -> cli.Answer:
-    """Check whatever can be checked before Ray starts; what the run will do."""
-    from raylm import cluster, corpus, runs, storage
+def plan(experiment: Experiment, *, begins: Literal["train", "tune"] | None = None) -> cli.Answer:
+    """Check whatever can be checked without Ray; what the run will do. If one begins then, Ray starts meanwhile."""
+    from raylm import cluster, corpus, storage
     from raylm.prepare import evaluation_corpora
 
     storage.look(experiment.storage)
     sources = corpus.check(experiment.corpus)
     evaluation_corpora(experiment)
     resources = cluster.plan(experiment.cluster)
+    if begins and resources is not None:
+        is_alone = begins == "train" and resources.most_workers == 1  # groups and trials have processes of their own
+        cluster.ahead(load="raylm.loop.trainer" if is_alone else None)
     with cli.waiting("Loading PyTorch and transformers"):  # after the quick checks
-        from raylm import budget, loop, model, objective, tables, tokenizer, tokens
+        from raylm import budget, loop, model, objective, runs, tables, tokenizer, tokens
 
     loop.check(experiment.train, has_updates=experiment.model.lora is not None)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)

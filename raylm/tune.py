@@ -41,7 +41,7 @@ def tune(
     Without --config: a small GPT-2 on the source code of Python's standard library.
     """
     experiment = cli.experiment(config, settings, print_config)
-    checked = plan(experiment)
+    checked = plan(experiment, begins=not dry_run)
     if dry_run:
         return checked
     from raylm import cluster, objective, runs, storage, summary, tracking, train
@@ -79,8 +79,11 @@ def _close(parent: Run, status: Status = "KILLED") -> None:
     parent.end(status)
 
 
-def plan(experiment: Experiment) -> cli.Answer:
-    """Check every value of the space as far as that can be done before Ray starts; what the sweep will do."""
+def plan(experiment: Experiment, *, begins: bool = False) -> cli.Answer:
+    """Check every value of the space as far as that can be done without Ray; what the sweep will do.
+
+    If it begins then, Ray starts meanwhile.
+    """
     from raylm import tables, train
 
     section = experiment.tune
@@ -90,7 +93,7 @@ def plan(experiment: Experiment) -> cli.Answer:
             "tune.space.train.learning_rate='{loguniform: [1e-4, 1e-2]}'",
             where="tune.space",
         )
-    base = train.plan(experiment)
+    base = train.plan(experiment, begins="tune" if begins else None)
     from raylm import loop, model, tokenizer
     from raylm import sweep as sweeps
 

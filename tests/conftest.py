@@ -277,7 +277,7 @@ def train_run(ray_cluster):
     def fit(job: loop.Job):
         if job.session is not Here:
             return group.fit(job, cluster.resources(job.experiment.cluster, ray.cluster_resources()))
-        return group.with_less(job, lambda: loop.train_loop_per_worker({"job": job}))
+        return group.with_less(job, lambda: loop.train_loop_per_worker(job))
 
     def run(experiment: config.Experiment, session: type | None = None, board=None):
         store, _ = prepare.prepared(experiment)

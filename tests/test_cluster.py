@@ -1,7 +1,10 @@
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raylm import cluster, config
@@ -87,6 +90,40 @@ def test_a_ray_that_runs_already_is_left_running(ray_cluster):
     with cluster.connect(ClusterConfig()) as found:
         assert found.total["CPU"] == 2
     assert ray.is_initialized()
+
+
+AHEAD = """
+import sys
+import ray
+from raylm import cluster
+from raylm.config import ClusterConfig
+cluster.ahead(load="wave")
+if "fails" in sys.argv:
+    sys.exit("no")
+with cluster.connect(ClusterConfig()):
+    cluster.loaded()
+    loaded = ray.remote(lambda: "wave" in sys.modules)
+    print(ray.get(loaded.remote()), len(ray.nodes()), "wave" in sys.modules)
+print(ray.is_initialized())
+"""
+
+
+def test_ray_starts_while_a_command_does_something_else_and_ends_with_it():
+    def run(*arguments):
+        command = [sys.executable, "-c", AHEAD, *arguments]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as it:
+            told = it.communicate(timeout=100)
+        return it, told
+
+    ended, (stdout, stderr) = run()
+    assert (ended.returncode, stdout.split()) == (0, ["True", "1", "False", "False"]), stderr
+    ended, (stdout, stderr) = run("fails")
+    assert (ended.returncode, stdout, stderr) == (1, "", "no\n")
+    ours = [one for one in psutil.process_iter(["cmdline"]) if f"_{ended.pid}/" in " ".join(one.info["cmdline"] or [])]
+    assert not ours, "no process of that Ray's session, whose name ends with the id"
 
 
 def test_whoever_watches_sees_what_a_worker_puts_and_says(ray_cluster):

@@ -15,7 +15,7 @@ import torch
 
 from raylm import checkpoint, cluster, config, loop, tracking
 from raylm.config import override
-from raylm.errors import Diverged, OutOfMemory, StorageError
+from raylm.errors import Diverged, OutOfMemory, StorageError, TrainingError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -108,6 +108,19 @@ def test_workers_killed_at_random_steps_end_with_the_same_bytes(untouched, two_w
     outcome, job = train_run(override(two_workers, {"cluster.max_failures": number}), dying(places, tmp_path))
     assert len(list(tmp_path.iterdir())) == number, "each of them died"
     ends_as(untouched, outcome, job)
+
+
+def test_the_only_worker_of_this_machine_begins_again_where_it_was_killed(tiny, train_run, tmp_path):
+    alone = tiny("train.max_tokens=3072", "train.micro_batch_tokens=64", "cluster.max_failures=1")
+    untouched, said = train_run(alone), []
+    with cluster.watch(lambda value: None, said.append) as board:
+        outcome, job = train_run(alone, dying([(0, 5)], tmp_path), board)
+    ends_as(untouched, outcome, job)
+    assert [line.split(":")[0] for line in said] == ["worker 0 failed", "going on from step 4 of 12"]
+    assert said[0].endswith("; beginning again from the last checkpoint, 1 more times at most")
+    (tmp_path / "again").mkdir()
+    with pytest.raises(TrainingError, match="worker 0 failed: WorkerCrashedError: The worker died"):
+        train_run(override(alone, {"cluster.max_failures": 0}), dying([(0, 0)], tmp_path / "again"))
 
 
 def dying_in_a_save(places: list[tuple[int, str]], marks: Path):

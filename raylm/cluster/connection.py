@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import importlib
 import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -32,6 +35,8 @@ WORKER_ENVIRONMENT = {
 DRIVER_ENVIRONMENT = {
     # A report of a worker group waits for the controller's next look at it: 2 s unless told.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Ray begins a process for each CPU before it knows the environment they shall have, and has no use for them then.
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 
@@ -51,24 +56,16 @@ def connect(section: ClusterConfig) -> Iterator[Resources]:
 
     Inside, worker output stays in Ray's own log files: a run reports through its metrics.
     """
-    if ray.is_initialized():  # somebody else's, left as it is
+    if not _begun and ray.is_initialized():  # somebody else's, left as it is
         yield _resources(section)
         return
     local = is_local(section)
     if local:
         resources(section, this_machine())  # refuse before anything starts
-    for name, value in DRIVER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     address = "local" if local else (section.address or os.environ["RAY_ADDRESS"])
     try:
         with cli.waiting("Starting Ray" if local else f"Connecting to Ray at {address}"), _own_handler(signal.SIGTERM):
-            ray.init(
-                address=address,
-                include_dashboard=False if local else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": WORKER_ENVIRONMENT},
-            )
+            _begun.pop().result() if _begun else _start(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         problem = str(error).strip().split("\n")[0]
         raise ConfigError(f"cluster.address={address}: Ray cannot be reached: {problem}", "cluster.address") from error
@@ -76,6 +73,64 @@ def connect(section: ClusterConfig) -> Iterator[Resources]:
         yield _resources(section)
     finally:
         ray.shutdown()
+
+
+_begun: list[Future] = []
+"""What `ahead` has begun and `connect` has not waited for yet."""
+_loading: list[ray.ObjectRef] = []
+"""A task that loads a module."""
+
+
+def _load(module: str) -> None:
+    importlib.import_module(module)
+
+
+def loaded() -> None:
+    """Wait for the process that `ahead` has begun: a task that comes sooner gets another one, and loads all of it."""
+    if _loading:
+        ray.wait([_loading.pop()], timeout=ANSWER_SECONDS)
+
+
+def ahead(load: str | None) -> None:
+    """Start the Ray of this machine that `connect` will ask for, while this process does something else.
+
+    One of Ray's processes loads a module, for the task of whoever waits until it has `loaded`.
+    """
+    begun: Future[None] = Future()
+
+    def start() -> None:
+        try:
+            _start("local")
+            if load is not None:
+                _loading.append(ray.remote(num_cpus=0)(_load).remote(load))
+            begun.set_result(None)
+        except Exception as error:
+            begun.set_exception(error)
+        threading.Event().wait()  # Ray's processes end with the thread that has started them
+
+    if not ray.is_initialized():
+        _begun.append(begun)
+        threading.Thread(target=start, daemon=True).start()
+
+
+@atexit.register
+def _nobody_connected() -> None:
+    if _begun:
+        with contextlib.suppress(Exception):
+            _begun.pop().result()
+            ray.shutdown()
+
+
+def _start(address: str) -> None:
+    for name, value in DRIVER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    ray.init(
+        address=address,
+        include_dashboard=False if address == "local" else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+    )
 
 
 @contextlib.contextmanager

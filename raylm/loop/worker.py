@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from raylm import checkpoint, model, objective, perplexity, storage
-from raylm.loop import trainer
 from raylm.loop.session import Agreed, Job, Outcome, Scoring
 
 
-def train_loop_per_worker(config: dict[str, Job]) -> Outcome:
+def train_loop_per_worker(job: Job) -> Outcome:
     """Train one model to the end of its budget, from its newest checkpoint if it has one."""
-    job = config["job"]
+    from raylm.loop import trainer  # 4 s, which whoever only hands out jobs does not need
+
     session = job.session()
     model.set_up_torch(job.experiment.cluster.cpus_per_worker)
     # One directory a rank: ranks on a node must not share files.
@@ -30,9 +30,8 @@ def train_loop_per_worker(config: dict[str, Job]) -> Outcome:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def score_loop_per_worker(config: dict[str, Scoring]) -> np.ndarray:
+def score_loop_per_worker(job: Scoring) -> np.ndarray:
     """What perplexity.score_documents tells of a saved model, the documents shared out among the workers."""
-    job = config["job"]
     session = job.session()
     model.set_up_torch(job.cpus)
     with storage.here(job.model, but_for=checkpoint.OF_TRAINING) as directory:

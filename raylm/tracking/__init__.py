@@ -347,12 +347,9 @@ def _origin(verb: str | None) -> dict[str, str]:
 
 
 def _ray_job() -> str | None:
-    """The id under which this command was submitted to Ray; else that of its connection, if it has one."""
+    """The id under which this command was submitted to Ray, if it was."""
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    if (found := submitted.get("metadata", {}).get("job_submission_id")) is not None:
-        return found
-    ray = sys.modules.get("ray")  # its import takes a second
-    return ray.get_runtime_context().get_job_id() if ray is not None and ray.is_initialized() else None
+    return submitted.get("metadata", {}).get("job_submission_id")
 
 
 def _begin(run: Run, *, ships: bool = True, **about: Any) -> Run:
