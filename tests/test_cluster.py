@@ -111,12 +111,8 @@ print(ray.is_initialized())
 def test_ray_starts_while_a_command_does_something_else_and_ends_with_it():
     def run(*arguments):
         command = [sys.executable, "-c", AHEAD, *arguments]
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as it:
-            told = it.communicate(timeout=100)
-        return it, told
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ended:
+            return ended, ended.communicate(timeout=100)
 
     ended, (stdout, stderr) = run()
     assert (ended.returncode, stdout.split()) == (0, ["True", "1", "False", "False"]), stderr
