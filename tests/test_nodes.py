@@ -167,6 +167,150 @@ def test_a_node_that_joins_works_along(nodes, tiny, start_command, tmp_path):
     assert re.search(r"going on from step [\d,]+ of 100,000 with 2 workers instead of 1", told.stderr)
 
 
+@pytest.fixture
+def losing(nodes, tiny, start_command, command, tmp_path):
+    """(verb, settings, settings on the cluster, files to wait for) -> two endings of a command: as ever, with --json.
+
+    Of the first one a node is killed in the middle; the other has this machine alone, and storage of its own.
+    """
+
+    def run(verb, settings, spread, pattern):
+        made = [tmp_path / name for name in ("lost.yaml", "whole.yaml")]
+        for file in made:
+            config.save(tiny(f"storage={tmp_path}/{file.stem}", "name=words", *settings), file)
+        nodes.add_node(num_cpus=1)
+        going = nodes.add_node(num_cpus=1)
+        started = start_command(verb, "--config", made[0], "--json", f"cluster.address={nodes.address}", *spread)
+        until(lambda: list((tmp_path / "lost").glob(pattern)))
+        nodes.remove_node(going, allow_graceful=False)
+        lost = started.wait()
+        assert lost.returncode == 0, lost.stderr
+        whole = command(verb, "--config", made[1], "--json")
+        assert whole.returncode == 0, whole.stderr
+        return lost, json.loads(lost.stdout), json.loads(whole.stdout)
+
+    return run
+
+
+@pytest.mark.timeout(600)
+def test_tokens_are_the_same_though_a_node_is_lost(losing, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(24):
+        texts = (f"Document {number} says {k} times {k * number} is {k * k}." * 20 for k in range(4000))
+        (corpus / f"{number:02}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    _, lost, whole = losing("prepare", [f"corpus.paths={corpus}"], [], "tokens/*/progress/*.json")
+    assert not lost["reused"]
+    assert lost["fingerprint"] == whole["fingerprint"]
+    files = {path.relative_to(whole["store"]): path for path in Path(whole["store"]).rglob("*.arrow")}
+    assert len(files) > 4
+    for name, path in files.items():
+        assert (Path(lost["store"]) / name).read_bytes() == path.read_bytes(), name
+
+
+@pytest.mark.timeout(600)
+def test_a_training_that_loses_a_node_goes_on_with_what_is_left(losing):
+    sizes = ("train.max_tokens=256000", "train.eval_every_tokens=25600")
+    ended, lost, whole = losing(
+        "train", sizes, ["cluster.num_workers=[1, 2]"], "words/train-*/checkpoints/*/manifest.json"
+    )
+    assert lost["steps"] == whole["steps"] == 1000
+    assert re.search(r"going on from step [\d,]+ of 1,000 with 1 worker instead of 2", ended.stderr)
+    assert lost["perplexity"] == pytest.approx(whole["perplexity"], rel=0.1), "dropout draws for each worker"
+
+
+@pytest.mark.timeout(600)
+def test_a_sweep_that_loses_a_node_ends_with_the_same_table(losing):
+    settings = (
+        "train.max_tokens=128000", "train.eval_every_tokens=12800", "tune.num_samples=4", "tune.scheduler=none",
+        "tune.space={train.learning_rate: {loguniform: [1e-3, 1e-1]}}",
+    )  # fmt: skip
+    _, lost, whole = losing("tune", settings, [], "words/tune-*/*/checkpoints/*/manifest.json")
+    ours, theirs = (
+        [{key: trial[key] for key in ("trial_id", "status", "tokens", "perplexity")} for trial in found["trials"]]
+        for found in (lost, whole)
+    )
+    assert [trial["status"] for trial in ours] == ["completed"] * 4
+    assert ours == theirs
+
+
+@pytest.mark.timeout(900)
+def test_a_run_whose_cluster_is_gone_goes_on_in_another_one(nodes, tiny, start_command, tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    nodes.add_node(num_cpus=1)
+    file = tmp_path / "words.yaml"
+    sizes = ("train.max_tokens=256000", "train.eval_every_tokens=12800")
+    config.save(tiny(f"storage={tmp_path}/runs", "name=words", *sizes), file)
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # seconds after which a head is lost, of 60
+    started = start_command("train", "--config", file, "--json", f"cluster.address={nodes.address}")
+    manifests = tmp_path / "runs" / "words"
+    until(lambda: list(manifests.glob("train-*/checkpoints/*/manifest.json")))
+    nodes.remove_node(nodes.head_node, allow_graceful=False)
+    assert started.wait().returncode != 0
+
+    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        ended = start_command("train", "--config", file, "--json", f"cluster.address={other.address}").wait()
+    finally:
+        other.shutdown()
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert result["resumed_from"] >= 50
+    assert result["steps"] == 1000
+    assert len(list(manifests.glob("train-*"))) == 1
+
+
+@pytest.fixture
+def another_network(free_port):
+    """The address of a cluster whose only CPUs are of a node with a network of its own."""
+    ray, bridge, there = str(Path(sys.executable).with_name("ray")), "10.77.3.1", "10.77.3.2"
+    name = f"raylm{os.getpid()}"
+    inside = ["ip", "netns", "exec", name]
+    session = f"/tmp/raylm-{uuid.uuid4().hex[:8]}"
+    address = f"{bridge}:{free_port()}"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    set_up = (
+        f"ip netns add {name}", f"ip link add {name}a type veth peer name {name}b",
+        f"ip link set {name}b netns {name}", f"ip addr add {bridge}/24 dev {name}a", f"ip link set {name}a up",
+        f"{' '.join(inside)} ip addr add {there}/24 dev {name}b", f"{' '.join(inside)} ip link set {name}b up",
+        f"{' '.join(inside)} ip link set lo up",
+    )  # fmt: skip
+    started = []
+    try:
+        for line in set_up:
+            subprocess.run(line.split(), check=True, capture_output=True)
+        head = ["--head", f"--port={address.split(':')[1]}", "--num-cpus=0", "--include-dashboard=false"]
+        ports = [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+        common = ["--block", f"--temp-dir={session}"]
+        started.append(subprocess.Popen([ray, "start", *head, *ports, *common, f"--node-ip-address={bridge}"], **quiet))
+        until(lambda: list(Path(session).glob("session_*/logs/gcs_server.out")))
+        other = [*inside, ray, "start", f"--address={address}", f"--node-ip-address={there}", "--num-cpus=2", "--block"]
+        started.append(subprocess.Popen(other, **quiet))
+        yield address
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(60)
+        for process in psutil.process_iter(["cmdline"]):
+            if any(session in part for part in process.info["cmdline"] or ()):
+                process.kill()
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "del", f"{name}a"], check=False, capture_output=True)
+        shutil.rmtree(session, ignore_errors=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2")
+@pytest.mark.timeout(600)
+def test_workers_are_reached_in_another_network(another_network, tiny, command, tmp_path):
+    """Head and command have another address than the node of both workers, and nothing listens on loopback for it."""
+    file = tmp_path / "words.yaml"
+    config.save(tiny(f"storage={tmp_path}/runs", "name=words"), file)
+    ended = command("train", "--config", file, "--json", f"cluster.address={another_network}", "cluster.num_workers=2")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["steps"] == 10
+
+
 def test_a_directory_that_other_nodes_do_not_see_is_refused(nodes, tiny, command, tmp_path):
     """/proc/self/cwd is another directory in each process, as a local one is on each node."""
     nodes.add_node(num_cpus=1)

@@ -23,8 +23,12 @@ from raylm.tokens import write
 DENIED = b"<Error><Code>%s</Code><Message>%s</Message></Error>"
 
 
+def never(method, path):
+    return False
+
+
 class Server:
-    """moto's S3 behind a door: `requests` are noted, and those that `refused` is true of are not let in."""
+    """moto's S3 behind a door: `requests` are noted; those that `refused` or `broken` are true of are not let in."""
 
     def __init__(self):
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
@@ -32,7 +36,7 @@ class Server:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.inner = DomainDispatcherApplication(create_backend_app)
         self.requests: list[tuple[str, str]] = []
-        self.refused = lambda method, path: False
+        self.refused = self.broken = never
         self.waits_seconds = 0.0
         self.server = make_server(
             "127.0.0.1", 0, self, threaded=True, request_handler=MotoRequestHandler, fd=S3.fileno()
@@ -47,10 +51,12 @@ class Server:
             return self.deny(start_response, b"InvalidAccessKeyId", b"The access key does not exist")
         if self.refused(*request):
             return self.deny(start_response, b"ExpiredToken", b"The provided token has expired")
+        if self.broken(*request):
+            return self.deny(start_response, b"InternalError", b"Please try again", "500 Internal Server Error")
         return self.inner(environ, start_response)
 
-    def deny(self, start_response, code, message):
-        start_response("403 Forbidden", [("Content-Type", "application/xml")])
+    def deny(self, start_response, code, message, status="403 Forbidden"):
+        start_response(status, [("Content-Type", "application/xml")])
         return [DENIED % (code, message)]
 
     def read(self, part):
@@ -66,7 +72,7 @@ def server():
 @pytest.fixture
 def place(server, tmp_path, monkeypatch):
     """A URI in a new bucket. What this process copies from there lies in tmp_path/tmp."""
-    server.refused, server.waits_seconds = lambda method, path: False, 0.0
+    server.refused, server.broken, server.waits_seconds = never, never, 0.0
     bucket = f"bucket-{uuid.uuid4().hex}"
     pyarrow.fs.FileSystem.from_uri(f"s3://{bucket}/?allow_bucket_creation=true")[0].create_dir(bucket)
     server.requests.clear()
@@ -74,7 +80,7 @@ def place(server, tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     yield f"s3://{bucket}/runs"
-    server.refused = lambda method, path: False
+    server.refused = server.broken = never
     for name in storage.names(f"s3://{bucket}/runs/tokens"):
         for path in (f"s3://{bucket}/runs/tokens/{name}", f"s3://{bucket}/runs/tokens/{name}/tokenizer"):
             shutil.rmtree(copies / stores.checksum(path.encode()), ignore_errors=True)  # those of Ray's workers
@@ -234,7 +240,7 @@ def test_a_run_goes_on_to_the_next_save_where_storage_fails_and_ends_if_it_stays
     series = checkpoint.Series(f"{directory}/checkpoints")
     assert series.complete() == [2, 6]
 
-    server.refused = lambda method, path: False
+    server.refused = never
     config.save(experiment, tmp_path / "tiny.yaml")
     result = train.train(config=tmp_path / "tiny.yaml", resume="must").record
     assert (result["resumed_from"], result["steps"]) == (6, 10)
@@ -246,6 +252,25 @@ def test_a_run_goes_on_to_the_next_save_where_storage_fails_and_ends_if_it_stays
     assert evaluate(result["checkpoint"]).record["perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
     with pytest.raises(StorageError, match="--resume must: no run"):
         train.train(config=tmp_path / "tiny.yaml", resume="must")
+
+
+def test_a_storage_that_answers_500_for_a_while_costs_no_save(place, server, tiny, train_run, monkeypatch):
+    """Each file of one checkpoint is taken at the third time."""
+    seen: list[str] = []
+
+    def broken(method, path):
+        if method == "PUT" and "step_00000004" in path:
+            seen.append(path)
+            return seen.count(path) <= 2
+        return False
+
+    server.broken = broken
+    monkeypatch.setattr("raylm.loop.saves.RETRIES_SECONDS", (0.1, 0.1))
+    outcome, job = train_run(tiny(f"storage={place}", "train.save_every_tokens=512", "train.keep_checkpoints=9"))
+    assert outcome.step == 10
+    assert {seen.count(path) for path in seen} == {3}
+    assert job.checkpoints.complete() == [2, 4, 6, 8, 10]
+    assert job.checkpoints.fault(4) is None
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib
 import logging
@@ -94,7 +93,8 @@ def loaded() -> None:
 def ahead(load: str | None) -> None:
     """Start the Ray of this machine that `connect` will ask for, while this process does something else.
 
-    One of Ray's processes loads a module, for the task of whoever waits until it has `loaded`.
+    One of Ray's processes loads a module, for the task of whoever waits until it has `loaded`. If nobody ever connects,
+    Ray ends with this process.
     """
     begun: Future[None] = Future()
 
@@ -111,14 +111,6 @@ def ahead(load: str | None) -> None:
     if not ray.is_initialized():
         _begun.append(begun)
         threading.Thread(target=start, daemon=True).start()
-
-
-@atexit.register
-def _nobody_connected() -> None:
-    if _begun:
-        with contextlib.suppress(Exception):
-            _begun.pop().result()
-            ray.shutdown()
 
 
 def _start(address: str) -> None:
