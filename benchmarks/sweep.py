@@ -27,17 +27,17 @@ from pathlib import Path
 ROWS = {
     "plain": [],
     "raylm": ["tune.scheduler=none"],
-    "raylm + asha": ["tune.scheduler={kind: asha, reduction_factor: 3}"],
+    "raylm + asha": ["tune.scheduler={kind: asha, reduction_factor: 4, grace_tokens: 1}"],
     "raylm + precision auto": ["tune.scheduler=none", "train.precision=auto"],
 }
-EVALUATIONS = 9
+EVALUATIONS = 16
 SPACE = "{train.learning_rate: {loguniform: [5e-4, 2e-2]}, blocks.block_size: {choice: [64, 128, 256]}}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tokens", type=int, default=184_320)
-    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=196_608)
+    parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--plain", type=json.loads)
     parser.add_argument("--home", type=Path)

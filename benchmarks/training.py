@@ -34,6 +34,7 @@ ROWS = {
     "Trainer + environment": ("trainer", "float32", True),
     "raylm": ("raylm", "float32", True),
     "raylm + precision auto": ("raylm", "auto", True),
+    "raylm x 2 workers": ("raylm", "float32", True),
 }
 
 
@@ -42,7 +43,8 @@ def main() -> None:
     for name, default in (("layers", 4), ("width", 256), ("block", 128), ("batch", 8), ("steps", 120), ("repeat", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--rows", default=",".join(ROWS), help="which of them, by their names")
+    usual = ",".join(name for name in ROWS if "workers" not in name)  # of which a GPU is too few
+    parser.add_argument("--rows", default=usual, help="by their names")
     parser.add_argument("--row")
     parser.add_argument("--home", type=Path)
     args = parser.parse_args()
@@ -72,7 +74,7 @@ def main() -> None:
         print(f"{name:<26} {middle:>10,.0f} {middle / plain:>10.2f}x   {min(found):,.0f} to {max(found):,.0f}")
 
 
-def experiment(args: argparse.Namespace, home: str | Path, precision: str = "float32"):
+def experiment(args: argparse.Namespace, home: str | Path, precision: str = "float32", workers: int = 1):
     from raylm import config
 
     batch_tokens = args.batch * args.block
@@ -88,7 +90,7 @@ def experiment(args: argparse.Namespace, home: str | Path, precision: str = "flo
             f"blocks.block_size={args.block}",
             f"model.config={{model_type: gpt2, {sizes}}}",
             f"train.batch_tokens={batch_tokens}",
-            f"train.micro_batch_tokens={batch_tokens}",
+            f"train.micro_batch_tokens={batch_tokens // workers}",
             f"train.max_tokens={batch_tokens * args.steps}",
             f"train.eval_every_tokens={batch_tokens * args.steps}",
             "train.learning_rate=5e-4",
@@ -97,7 +99,8 @@ def experiment(args: argparse.Namespace, home: str | Path, precision: str = "flo
             f"train.precision={precision}",
             "eval.max_tokens=1000",
             "tracking.uri=null",
-            f"cluster.cpus_per_worker={len(os.sched_getaffinity(0))}",
+            f"cluster.num_workers={workers}",
+            f"cluster.cpus_per_worker={len(os.sched_getaffinity(0)) // workers}",
         ],
     )
 
@@ -196,14 +199,14 @@ def trainer(args: argparse.Namespace, precision: str) -> tuple[list[float], floa
 
 
 def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], float]:
-    """`raylm train` from its prepared tokens on: a worker group of one."""
+    """`raylm train` from its prepared tokens on."""
     import cloudpickle
 
     from raylm import budget, cluster, group, loop, runs, tracking
     from raylm.prepare import prepared
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    made = experiment(args, args.home, precision)
+    made = experiment(args, args.home, precision, workers=2 if "2 workers" in args.row else 1)
     file = Path(args.home) / "times.json"
 
     class Timed(loop.WorkerGroup):

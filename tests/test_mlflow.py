@@ -26,7 +26,7 @@ PASSWORD = "canaryCanary77"
 def uri(tmp_path, tmp_path_factory, monkeypatch):
     """Of a SQLite file: a copy of an empty one, since MLflow takes seconds to make one."""
     monkeypatch.setattr(shipping, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 1.0)
     empty = tmp_path_factory.getbasetemp() / "empty.db"
     if not empty.exists():
         MlflowClient(f"sqlite:///{empty}").search_experiments()
@@ -36,9 +36,9 @@ def uri(tmp_path, tmp_path_factory, monkeypatch):
 
 
 def end_threads():
-    for known in tracking._servers.values():
+    for known in tracking.mlflow._servers.values():
         known.close(10)
-    tracking._servers.clear()
+    tracking.mlflow._servers.clear()
 
 
 def start(section, directory):

@@ -286,6 +286,35 @@ def test_a_command_keeps_all_it_has_in_object_storage(place, tiny, command, tmp_
     assert json.loads(found.stdout)["perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_in_object_storage_goes_on_where_it_was_killed(place, tiny, command, start_command, tmp_path):
+    file = tmp_path / "words.yaml"
+    sizes = ("train.max_tokens=25600", "train.eval_every_tokens=2560", "cluster.cpus_per_worker=2")
+    space = "tune.space={train.learning_rate: {grid: [1e-3, 1e-2, 3e-2]}}"
+    config.save(tiny(f"storage={place}", "name=words", "tune.scheduler=none", space, *sizes), file)
+    started = start_command("tune", "--config", file, "--json", cwd=tmp_path)
+
+    def begun():
+        names = storage.names(f"{place}/words")
+        return [name for name in names if storage.names(f"{place}/words/{name}/trial_00001/checkpoints")]
+
+    deadline = time.monotonic() + 280
+    while not begun():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    started.kill()
+    started.wait()
+    ended = command("tune", "--config", file, "--json", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "going on with 1 trials over" in ended.stderr
+    found = json.loads(ended.stdout)
+    assert [(trial["status"], trial["tokens"]) for trial in found["trials"]] == [("completed", 25600)] * 3
+    assert found["best"]["checkpoint"].startswith(f"{place}/words/tune-")
+    scored = command("evaluate", found["best"]["checkpoint"], "--json")
+    assert json.loads(scored.stdout)["perplexity"] == pytest.approx(found["best"]["perplexity"], rel=1e-6)
+
+
 # Several nodes -------------------------------------------------------------------------------------------------------
 
 

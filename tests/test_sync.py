@@ -19,9 +19,9 @@ def uri(tmp_path, tmp_path_factory, monkeypatch):
         MlflowClient(f"sqlite:///{empty}").search_experiments()
     shutil.copy(empty, tmp_path / "mlflow.db")
     yield f"sqlite:///{tmp_path}/mlflow.db"
-    for known in tracking._servers.values():
+    for known in tracking.mlflow._servers.values():
         known.close(10)
-    tracking._servers.clear()
+    tracking.mlflow._servers.clear()
 
 
 def journaled(directory, uri):

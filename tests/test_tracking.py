@@ -183,16 +183,16 @@ def section(tmp_path, tmp_path_factory):
 def impatient(monkeypatch):
     """Threads that look every moment, and none left over."""
     monkeypatch.setattr(mlflow, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 20.0)
+    monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 20.0)
     yield
     end_threads()
 
 
 def end_threads():
     """As if the process were another one."""
-    for known in tracking._servers.values():
+    for known in tracking.mlflow._servers.values():
         known.close(10)
-    tracking._servers.clear()
+    tracking.mlflow._servers.clear()
 
 
 # The journal -------------------------------------------------------------------------------------------------------
@@ -581,7 +581,7 @@ FAULTS = ["500 Internal Server Error", "429 Too Many Requests", "404 Not Found",
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("when", ["from the beginning", "in between"])
 def test_a_server_that_fails_costs_no_point_and_doubles_none(fault, when, server, gate, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     gate.fault = fault if when == "from the beginning" else None
     run = start(server, tmp_path / "run")
@@ -670,14 +670,14 @@ def test_a_refusal_names_the_variables_and_not_their_values(status, server, gate
 
 
 def test_a_server_that_was_down_and_then_refuses_is_told_of_too(server, gate, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 0.2)
     gate.close()
     run = start(server, tmp_path / "run")
     gate.fault = "401 Unauthorized"
     gate.open()
     assert not run.ship(0.2)
     eventually(lambda: any(call.endswith("get-by-name") for call in gate.calls))
-    eventually(lambda: tracking._server(server.uri).failure is not None)
+    eventually(lambda: tracking.mlflow.server(server.uri).failure is not None)
     warned = capsys.readouterr().err
     assert (warned.count("cannot be reached"), warned.count("refuses access")) == (1, 1)
 
@@ -730,7 +730,7 @@ def test_without_locks_mlflow_itself_drops_what_it_has(server, tmp_path, monkeyp
     run = start(server, tmp_path / "run")
     trained(run)
     monkeypatch.setattr(journal, "alone", lambda directory: contextlib.nullcontext(True))
-    ships = [Shipment(run.directory, tracking._server(server.uri)) for _ in range(3)]
+    ships = [Shipment(run.directory, tracking.mlflow.server(server.uri)) for _ in range(3)]
     for ship in ships:
         ship._known = set()  # as they would be if they had asked at the same time
     barrier = threading.Barrier(len(ships))
@@ -788,7 +788,7 @@ def test_what_arrived_though_nobody_heard_of_it_is_not_sent_again(server, gate, 
     gate.fault = "loses answers"
     run.metrics(dict.fromkeys(("train/loss", "train/tokens"), 1.0), 1)
     eventually(lambda: any(call.endswith("log-batch") for call in gate.calls))
-    eventually(lambda: tracking._server(server.uri).failure is not None)
+    eventually(lambda: tracking.mlflow.server(server.uri).failure is not None)
     gate.fault = None
     gate.calls.clear()
     assert run.ship(20)
@@ -856,7 +856,7 @@ def test_an_artifact_store_that_fails_holds_nothing_else_up(section, tmp_path, c
     eventually(lambda: MlflowClient(section.uri).get_run(run.run_id).info.status == "FINISHED")
     assert stored(section.uri, run) == list(LOSSES.items())
     assert not run.ship(0.2)
-    eventually(lambda: tracking._server(section.uri).failure is not None)
+    eventually(lambda: tracking.mlflow.server(section.uri).failure is not None)
     assert "does not store artifacts: [Errno 20] Not a directory" in capsys.readouterr().err
     (tmp_path / "mlartifacts").unlink()
     assert run.ship(20)
@@ -885,7 +885,7 @@ def test_a_database_that_was_removed_gets_everything_anew(section, tmp_path, tmp
     moved = TrackingConfig(uri=f"sqlite:///{tmp_path}/other/mlflow.db")
     note = tmp_path / "run" / "mlflow.json"
     note.write_text(note.read_text().replace(section.uri, moved.uri))  # the file is another, the name is not
-    tracking._server(moved.uri)._experiments["words"] = "77"  # as it was in the file that is gone
+    tracking.mlflow.server(moved.uri)._experiments["words"] = "77"  # as it was in the file that is gone
     run = start(moved, tmp_path / "run")
     trained(run)
     assert run.ship(20)
@@ -920,12 +920,12 @@ def test_a_trial_that_was_killed_is_shipped_by_the_sweep(server, tmp_path):
 
 def test_a_trial_may_leave_the_shipping_to_the_sweep(server, tmp_path):
     parent = start(server, tmp_path / "sweep")
-    of_the_sweep = dict(tracking._servers)
-    tracking._servers.clear()  # as in a process of its own
+    of_the_sweep = dict(tracking.mlflow._servers)
+    tracking.mlflow._servers.clear()  # as in a process of its own
     child = parent.child("trial_00000", ships=False)
     trained(child)
-    assert tracking._servers == {}
-    tracking._servers.update(of_the_sweep)
+    assert tracking.mlflow._servers == {}
+    tracking.mlflow._servers.update(of_the_sweep)
     parent.watch("trial_00000")
     eventually(lambda: child.left() == 0)
     assert is_whole(server.uri, child)
@@ -935,10 +935,10 @@ def test_what_is_left_at_the_end_is_told_with_the_way_out(server, gate, tmp_path
     said = []
     run = start(server, tmp_path / "run")
     trained(run)
-    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 10.0)
+    monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 10.0)
     tracking.settle(run, said.append)
     assert said == []
-    monkeypatch.setattr(tracking, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 0.1)
     gate.close()
     run.metrics({"train/loss": 1.0}, 99)
     run.child("trial_00000")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -23,6 +24,10 @@ EXPERIMENT = {  # tags of an experiment that is made here: its page opens on the
 }
 METRIC = "mlflow.experiment.primaryMetric.name"
 
+PATIENCE_SECONDS = 5.0
+"""How long a command waits for a server before it goes on without."""
+FAREWELL_SECONDS = 3.0
+"""How long a process that ends waits for a server."""
 POLL_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 
@@ -253,3 +258,21 @@ def _check_file(uri: str) -> None:
     except (OSError, sqlite3.DatabaseError) as error:
         if "locked" not in str(error):
             raise Unusable(str(error)) from error
+
+
+_servers: dict[tuple[int, str], Server] = {}
+
+
+def server(uri: str) -> Server:
+    """The one of this process: a fork has no threads."""
+    key = os.getpid(), uri
+    if key not in _servers:
+        _servers[key] = Server(uri)
+    return _servers[key]
+
+
+@atexit.register
+def _farewell() -> None:
+    for (process, _), server in _servers.items():
+        if process == os.getpid():
+            server.close(FAREWELL_SECONDS)
