@@ -230,7 +230,7 @@ def test_a_sweep_that_loses_a_node_ends_with_the_same_table(losing):
         [{key: trial[key] for key in ("trial_id", "status", "tokens", "perplexity")} for trial in found["trials"]]
         for found in (lost, whole)
     )
-    assert [trial["status"] for trial in ours] == ["completed"] * 4
+    assert [trial["status"] for trial in ours] == ["completed"] * 4, lost["trials"][-1]["failure"]
     assert ours == theirs
 
 
@@ -262,12 +262,13 @@ def test_a_run_whose_cluster_is_gone_goes_on_in_another_one(nodes, tiny, start_c
 
 
 @pytest.fixture
-def another_network(free_port):
+def another_network(free_port, monkeypatch):
     """The address of a cluster whose only CPUs are of a node with a network of its own."""
     ray, bridge, there = str(Path(sys.executable).with_name("ray")), "10.77.3.1", "10.77.3.2"
     name = f"raylm{os.getpid()}"
     inside = ["ip", "netns", "exec", name]
     session = f"/tmp/raylm-{uuid.uuid4().hex[:8]}"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     address = f"{bridge}:{free_port()}"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     set_up = (
@@ -287,6 +288,8 @@ def another_network(free_port):
         until(lambda: list(Path(session).glob("session_*/logs/gcs_server.out")))
         other = [*inside, ray, "start", f"--address={address}", f"--node-ip-address={there}", "--num-cpus=2", "--block"]
         started.append(subprocess.Popen(other, **quiet))
+        asking = f"import ray; ray.init('{address}', logging_level=50); print(ray.cluster_resources().get('CPU'))"
+        until(lambda: subprocess.run([sys.executable, "-c", asking], capture_output=True).stdout == b"2.0\n")
         yield address
     finally:
         for process in reversed(started):

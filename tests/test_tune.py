@@ -5,9 +5,11 @@ import itertools
 import json
 import math
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -88,6 +90,38 @@ def test_mlflow_has_a_parent_and_a_closed_child_for_every_trial(sweep):
     by_trial = {run.data.tags["raylm.trial"]: run.data.metrics["best/eval_perplexity"] for run in children}
     assert by_trial == {row["trial_id"]: row["perplexity"] for row in rows}
     assert client.get_run(parent.run_id).data.metrics["best/eval_perplexity"] == best["perplexity"]
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(ray_cluster, tiny, train_run, tmp_path):
+    experiment = override(
+        tiny(
+            *(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"storage={tmp_path}"),
+            *("train.max_tokens=102400", "train.eval_every_tokens=10240"),
+        ),
+        {"tune.space": {"train.learning_rate": {"grid": [1e-2]}}, "tune.num_samples": 1, "tune.scheduler": "none"},
+    )
+    killed = []
+
+    def kill():
+        deadline = time.monotonic() + 100
+        while not killed and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if list(tmp_path.glob("tiny/tune-*/trial_00000/checkpoints/*/manifest.json")):
+                every = psutil.Process().children(recursive=True)
+                killed.extend(one for one in every if one.name().startswith("ray::ImplicitFu"))
+                for one in killed:
+                    one.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    (row,), _, parent = run(experiment)
+    killer.join()
+    assert len(killed) == 1
+    assert (row["status"], row["tokens"], row["failure"]) == ("completed", 102400, None)
+    (child,) = children_of(parent)
+    assert (child.info.status, child.data.tags["raylm.attempts"]) == ("FINISHED", "2")
+    untouched, _ = train_run(override(experiment, {"train.learning_rate": 1e-2, "tracking.uri": None}))
+    assert row["perplexity"] == untouched.best["perplexity"], "to the last bit"
 
 
 def test_a_trial_that_diverges_or_cannot_be_built_is_a_row_and_the_others_go_on(ray_cluster, tiny, tmp_path):

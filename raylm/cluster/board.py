@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylm.errors import Interrupted
 
@@ -44,7 +45,8 @@ Board = ray.remote(num_cpus=0)(_Board)
 @contextlib.contextmanager
 def watch(show: Callable[[float], None], say: Callable[[str], None]) -> Iterator[ray.actor.ActorHandle]:
     """A Board, looked at about twice a second; its workers are told to stop once the process is (`signals`)."""
-    board = Board.remote()
+    here = ray.get_runtime_context().get_node_id()  # or it would go with another node that is lost
+    board = Board.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)).remote()
     over = threading.Event()
 
     def look() -> None:

@@ -129,6 +129,8 @@ class Recorded(NotSaved, TrialScheduler):
             self.inner.on_trial_remove(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
+        if trial.status == RayTrial.ERROR:  # Tune says so of a trial that it is about to begin again
+            return
         if not self.record.trials[trial.trial_id].is_over:
             last = str(trial.get_error() or "its process was lost").strip().split("\n")[-1]
             self.record.end(trial.trial_id, "failed", last)
