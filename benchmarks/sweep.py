@@ -37,7 +37,7 @@ SPACE = "{train.learning_rate: {loguniform: [5e-4, 2e-2]}, blocks.block_size: {c
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=196_608)
-    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--plain", type=json.loads)
     parser.add_argument("--home", type=Path)

@@ -6,12 +6,18 @@
 Each row is a process of its own, the rows in turn, all of it `--repeat` times; tokens a second are of the median step
 after the first tenth. `environment` rows have raylm's settings of glibc's allocator (cluster.WORKER_ENVIRONMENT).
 
-2026-11-23, 2 cores with AVX2 and no bfloat16, one repeat (another run of the first row gave 2,556):
+2026-11-23, 2 cores with AVX2 and no bfloat16, `--steps 50 --repeat 3`: medians, lowest and highest. The machine's speed
+changes by a fifth from minute to minute; the rows go in turn.
 
-    bare loop                 2,291 tokens/s        bare loop + environment   2,815
-    Trainer                   2,053                 Trainer + environment     2,340
-    raylm                     2,319, 1.13 of the Trainer, 0.99 of it in the same environment
-    raylm + precision auto    2,453, 1.19
+    bare loop                 2,354 tokens/s   2,185 to 2,700
+    Trainer                   2,370            2,052 to 2,417
+    raylm                     2,821            2,573 to 3,059    1.19 of the Trainer
+    Trainer + environment     3,010            2,538 to 3,233
+
+`--rows "raylm,raylm x 2 workers"`, in a run of its own: two workers of one core 2,197, one of two cores 2,419 (0.91):
+with 1,024 tokens a step they exchange 21 MB of gradients every half second.
+
+Not measured again with this one: `raylm + precision auto`, 1.19 of the Trainer when raylm itself was 1.13.
 """
 
 from __future__ import annotations

@@ -38,6 +38,11 @@ DRIVER_ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",
 }
 
+_begun: list[Future] = []
+"""What `ahead` has begun and `connect` has not waited for yet."""
+_loading: list[ray.ObjectRef] = []
+"""A task that loads a module."""
+
 
 def is_local(section: ClusterConfig) -> bool:
     """Whether Ray will be started on this machine, for this command alone."""
@@ -63,21 +68,18 @@ def connect(section: ClusterConfig) -> Iterator[Resources]:
         resources(section, this_machine())  # refuse before anything starts
     address = "local" if local else (section.address or os.environ["RAY_ADDRESS"])
     try:
-        with cli.waiting("Starting Ray" if local else f"Connecting to Ray at {address}"), _own_handler(signal.SIGTERM):
-            _begun.pop().result() if _begun else _start(address)
+        begun = _begun.pop() if _begun else None
+        what = "Starting Ray" if local else f"Connecting to Ray at {address}"
+        with cli.waiting(what) if begun is None or not begun.done() else contextlib.nullcontext():
+            begun.result() if begun is not None else _start(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         problem = str(error).strip().split("\n")[0]
         raise ConfigError(f"cluster.address={address}: Ray cannot be reached: {problem}", "cluster.address") from error
     try:
         yield _resources(section)
     finally:
+        _loading.clear()
         ray.shutdown()
-
-
-_begun: list[Future] = []
-"""What `ahead` has begun and `connect` has not waited for yet."""
-_loading: list[ray.ObjectRef] = []
-"""A task that loads a module."""
 
 
 def _load(module: str) -> None:
@@ -114,8 +116,10 @@ def ahead(load: str | None) -> None:
 
 
 def _start(address: str) -> None:
+    """ray.init, after which the process handles SIGTERM as before: Ray (2.60) puts a handler in place that ends it."""
     for name, value in DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    before = signal.getsignal(signal.SIGTERM)
     ray.init(
         address=address,
         include_dashboard=False if address == "local" else None,
@@ -123,15 +127,8 @@ def _start(address: str) -> None:
         logging_level=logging.ERROR,
         runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
-
-
-@contextlib.contextmanager
-def _own_handler(number: signal.Signals) -> Iterator[None]:
-    """Have the process handle a signal afterwards as before: Ray (2.60) puts one in place that ends it."""
-    before = signal.getsignal(number)
-    yield
     if threading.current_thread() is threading.main_thread():
-        signal.signal(number, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _resources(section: ClusterConfig) -> Resources:
