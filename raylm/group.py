@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -182,5 +183,13 @@ def _cause(error: Exception, where: str) -> Exception:
                 return type(seen)(seen.message, seen.where)
             seen = getattr(seen, "cause", None) or getattr(seen, "base_exc", None) or seen.__cause__
     rank, cause = next(iter(failures.items()))
+    if isinstance(cause, ray.exceptions.OutOfMemoryError):  # of 50 lines, with every process of the node
+        held = re.findall(r"actual memory used=([\d.]+GB)", str(cause))
+        node = re.findall(r"[\d.]+GB used / [\d.]+GB limit", str(cause))
+        return TrainingError(
+            f"worker {rank} was killed, for its node ran out of memory ({', '.join([*held[:1], *node])}); lower "
+            "train.micro_batch_tokens, eval.batch_tokens or the size of the model",
+            where=where,
+        )
     last = str(cause).strip().split("\n")[-1]
     return TrainingError(f"worker {rank} failed: {type(cause).__name__}: {last}", where=where)

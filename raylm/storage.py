@@ -72,6 +72,11 @@ def _file_system(root: str) -> tuple[Any, str | None]:
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(system)), None
 
 
+def absolute(path: str | Path) -> str:
+    """A path or URI that means the same in any directory."""
+    return str(path) if is_remote(str(path)) else os.path.abspath(path)
+
+
 def read(path: str) -> bytes | None:
     """A file's content; None if it is not there."""
     try:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import cloudpickle
+import psutil
 import pytest
 import torch
 
@@ -121,6 +123,22 @@ def test_the_only_worker_of_this_machine_begins_again_where_it_was_killed(tiny, 
     (tmp_path / "again").mkdir()
     with pytest.raises(TrainingError, match="worker 0 failed: WorkerCrashedError: The worker died"):
         train_run(override(alone, {"cluster.max_failures": 0}), dying([(0, 0)], tmp_path / "again"))
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_since_the_node_ran_out_of_memory_is_told_so(tiny, command, tmp_path, monkeypatch):
+    """Ray's own monitor, told that there are 3 GB more than now; the worker takes four."""
+    memory = psutil.virtual_memory()
+    monkeypatch.setenv("RAY_memory_usage_threshold", str((memory.total - memory.available + 3e9) / memory.total))
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    sizes = {"model.config.n_layer": 12, "model.config.n_head": 16, "model.config.n_embd": 1024}
+    large = override(tiny(f"storage={tmp_path}/runs"), {**sizes, "cluster.max_failures": 0})
+    config.save(large, tmp_path / "large.yaml")
+    ended = command("train", "--config", tmp_path / "large.yaml", "--json")
+    assert ended.returncode == 4, ended.stderr
+    (told,) = (line for line in ended.stderr.splitlines() if line.startswith("error: "))
+    assert re.search(r"worker 0 was killed, for its node ran out of memory \([\d.]+GB, [\d.]+GB used / [\d.]+GB", told)
+    assert told.endswith("lower train.micro_batch_tokens, eval.batch_tokens or the size of the model")
 
 
 def dying_in_a_save(places: list[tuple[int, str]], marks: Path):

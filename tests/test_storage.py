@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.fs
 import pytest
 from conftest import S3, S3_KEY, one_by_one
+from mlflow import MlflowClient
 from werkzeug.serving import make_server
 
 from raylm import card, checkpoint, cluster, config, prepare, runs, storage, tokens, tracking, train
@@ -192,6 +193,23 @@ def test_a_model_is_exported_to_object_storage_and_found_there(place, server, tr
         card.export(trained_directory, f"{place}/other")
 
 
+def test_a_file_of_a_run_is_kept_there_and_reaches_mlflow(place, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    section = config.load(None, [f"tracking.uri={uri}"]).tracking
+    run = tracking.start(section, experiment="words", name="tune-1", tags={}, directory=f"{place}/words/tune-1")
+    storage.write(f"{run.directory}/report/report.html", b"a page")
+    run.file(f"{run.directory}/report/report.html", "report/report.html")
+    (tmp_path / "here.txt").write_text("from here")
+    run.file(tmp_path / "here.txt", "there.txt")
+    run.end()
+    assert run.ship(60)
+    assert storage.read(f"{run.directory}/there.txt") == b"from here"
+    client = MlflowClient(uri)
+    found = client.download_artifacts(run.run_id, "", str(tmp_path))
+    assert (Path(found) / "report" / "report.html").read_text() == "a page"
+    assert (Path(found) / "there.txt").read_text() == "from here"
+
+
 def test_an_export_that_is_cut_off_leaves_no_model(place, server, trained_directory):
     target = f"{place}/model"
     card.export(trained_directory, target)
@@ -292,7 +310,9 @@ def test_a_sweep_in_object_storage_goes_on_where_it_was_killed(place, tiny, comm
     file = tmp_path / "words.yaml"
     sizes = ("train.max_tokens=25600", "train.eval_every_tokens=2560", "cluster.cpus_per_worker=2")
     space = "tune.space={train.learning_rate: {grid: [1e-3, 1e-2, 3e-2]}}"
-    config.save(tiny(f"storage={place}", "name=words", "tune.scheduler=none", space, *sizes), file)
+    config.save(
+        tiny(f"storage={place}", "name=words", "tune.num_samples=1", "tune.scheduler=none", space, *sizes), file
+    )
     started = start_command("tune", "--config", file, "--json", cwd=tmp_path)
 
     def begun():

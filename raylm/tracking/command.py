@@ -42,7 +42,7 @@ def start(
     """
     belongs = section.experiment or experiment
     connected = section.uri is not None and _connect(section.uri, belongs, metric)
-    run = Run(_absolute(directory), section.uri)
+    run = Run(storage.absolute(directory), section.uri)
     told = {**_origin(tags.get("raylm.verb")), **{key: str(value) for key, value in tags.items()}}
     begin(run, experiment=belongs, metric=metric, name=name, tags=told, is_child=False)
     if connected:
@@ -66,7 +66,7 @@ def settle(run: Run, say: Callable[[str], None]) -> None:
 
 def runs(directory: str | Path, uri: str | None = None) -> list[Run]:
     """Every run whose journal lies in or below a directory, parents first; bound for `uri`, or where it belongs."""
-    root = _absolute(directory)
+    root = storage.absolute(directory)
     if storage.is_remote(root):
         from pyarrow.fs import FileSelector
 
@@ -137,7 +137,3 @@ def _connect(uri: str, experiment: str, metric: str) -> bool:
             f"tracking.uri={shown(uri)} cannot be used: {error}; give another, or tracking.uri=null to track nothing",
             where="tracking.uri",
         ) from error
-
-
-def _absolute(directory: str | Path) -> str:
-    return str(directory) if storage.is_remote(str(directory)) else os.path.abspath(directory)

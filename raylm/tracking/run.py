@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -122,8 +121,10 @@ class Run:
         """
         if not self.directory:
             return
-        content, kept = Path(path).read_bytes(), f"{self.directory}/{name}"
-        if os.path.abspath(path) != kept:
+        given, kept = storage.absolute(path), f"{self.directory}/{name}"
+        with storage.reading(given) as stream:
+            content = stream.read()
+        if given != kept:
             storage.write(kept, content)
         self._artifact({"file": hashlib.sha256(content).hexdigest(), "name": name})
 
