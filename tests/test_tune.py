@@ -307,13 +307,17 @@ def test_fifty_trials_leave_nothing_behind(ray_cluster, tiny):
 
 
 @pytest.mark.slow
-def test_a_population_goes_on_from_its_best_with_other_settings(ray_cluster, tiny):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("workers", "trials", "every"), [(1, 4, 1024), (2, 2, 2048)])
+def test_a_population_goes_on_from_its_best_with_other_settings(ray_cluster, tiny, workers, trials, every):
     experiment = override(
-        tiny("train.max_tokens=5120", "name=population"),
+        tiny("train.max_tokens=5120", f"name=population-{workers}"),
         {
             "tune.space": {"train.learning_rate": {"loguniform": [1e-5, 1e-1]}},
-            "tune.num_samples": 4,
-            "tune.scheduler": {"kind": "pbt", "every_tokens": 1024},
+            "tune.num_samples": trials,
+            "tune.scheduler": {"kind": "pbt", "every_tokens": every},
+            "cluster.num_workers": workers,
+            "cluster.cpus_per_worker": 1 / workers,
         },
     )
     rows, best, parent = run(experiment)
@@ -324,9 +328,9 @@ def test_a_population_goes_on_from_its_best_with_other_settings(ray_cluster, tin
     begun = {event["begun"]: event["settings"] for event in events if "begun" in event}
     for change in changes:
         assert change["like"] != change["changed"]
-    trials = sweeps.read(parent.directory)
+    found = sweeps.read(parent.directory)
     for trial_id, change in {event["changed"]: event for event in changes}.items():
-        assert trials[trial_id].settings == change["settings"] != begun[trial_id]
+        assert found[trial_id].settings == change["settings"] != begun[trial_id]
         adopted = json.loads(Path(parent.directory, trial_id, "adopted.json").read_text())
         assert adopted == change
     schedules = [
@@ -334,9 +338,9 @@ def test_a_population_goes_on_from_its_best_with_other_settings(ray_cluster, tin
             tracking.Run(f"{parent.directory}/{trial_id}").series()["train/learning_rate"][-1][1]
             / trial.settings["train.learning_rate"]
         )
-        for trial_id, trial in trials.items()
+        for trial_id, trial in found.items()
     ]
-    assert schedules == pytest.approx([schedules[0]] * 4), "the rates are those of each trial's last settings"
+    assert schedules == pytest.approx([schedules[0]] * trials), "the rates are those of each trial's last settings"
     assert best["perplexity"] == min(row["perplexity"] for row in rows)
 
 
