@@ -308,14 +308,16 @@ def test_fifty_trials_leave_nothing_behind(ray_cluster, tiny):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("workers", "trials", "every"), [(1, 4, 1024), (2, 2, 2048)])
-def test_a_population_goes_on_from_its_best_with_other_settings(ray_cluster, tiny, workers, trials, every):
+@pytest.mark.parametrize(("workers", "trials", "unit"), [(1, 4, 512), (2, 2, 8192)])
+def test_a_population_goes_on_from_its_best_with_other_settings(ray_cluster, tiny, workers, trials, unit):
+    """The units are such that no trial of a group, which begins some seconds later, is alone with one that is over."""
+    sizes = (f"train.max_tokens={10 * unit}", f"train.eval_every_tokens={unit}")
     experiment = override(
-        tiny("train.max_tokens=5120", f"name=population-{workers}"),
+        tiny(*sizes, f"name=population-{workers}"),
         {
             "tune.space": {"train.learning_rate": {"loguniform": [1e-5, 1e-1]}},
             "tune.num_samples": trials,
-            "tune.scheduler": {"kind": "pbt", "every_tokens": every},
+            "tune.scheduler": {"kind": "pbt", "every_tokens": 2 * unit},
             "cluster.num_workers": workers,
             "cluster.cpus_per_worker": 1 / workers,
         },

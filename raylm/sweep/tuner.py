@@ -84,6 +84,7 @@ class Watcher(NotSaved, tune.Callback):
                 self.show(trial_id)
 
     def on_trial_start(self, iteration: int, trials: list, trial: RayTrial, **_: Any) -> None:
+        _release(self.reserved.pop(trial.trial_id, None))  # of its workers before a pause, or a death
         self.record.start(trial.trial_id)
         self.show(trial.trial_id)
 
