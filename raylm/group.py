@@ -53,7 +53,8 @@ def _in_process(job: Job, resources: Resources) -> Outcome:
     """In another process of this machine: it begins to train in a second or two, a group of one worker in ten."""
     cluster.loaded()
     task = ray.remote(**resources.options, max_calls=1, max_retries=0)(_alone)
-    for left in reversed(range(job.experiment.cluster.max_failures + 1)):
+    left = job.experiment.cluster.max_failures
+    while True:
         try:
             return ray.get(task.remote(job))
         except ray.exceptions.RayError as error:
@@ -62,7 +63,7 @@ def _in_process(job: Job, resources: Resources) -> Outcome:
                 raise cause from error
             if job.board is not None:
                 job.board.say.remote(f"{cause}; beginning again from the last checkpoint, {left} more times at most")
-    raise AssertionError("a range of at least one")
+            left -= 1
 
 
 def with_less(job: Job, train: Callable[[], Outcome]) -> Outcome:
