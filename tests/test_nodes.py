@@ -91,10 +91,15 @@ def growing(tmp_path, free_port, monkeypatch):
     finally:
         started.kill()
         started.wait()
-        for process in psutil.process_iter(["cmdline"]):  # its own, and those of nodes that the autoscaler has added
-            if any(session in part for part in process.info["cmdline"] or ()):
-                process.kill()
-        shutil.rmtree(session, ignore_errors=True)
+        end(session)  # and the nodes that the autoscaler has added
+
+
+def end(session):
+    """Kill what was started with this temporary directory of Ray's, and remove it."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(session in part for part in process.info["cmdline"] or ()):
+            process.kill()
+    shutil.rmtree(session, ignore_errors=True)
 
 
 def until(found):
@@ -295,14 +300,12 @@ def another_network(free_port, monkeypatch):
         for process in reversed(started):
             process.terminate()
             process.wait(60)
-        for process in psutil.process_iter(["cmdline"]):
-            if any(session in part for part in process.info["cmdline"] or ()):
-                process.kill()
+        end(session)
         subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", f"{name}a"], check=False, capture_output=True)
-        shutil.rmtree(session, ignore_errors=True)
 
 
+# Only root may make a network namespace, and with iproute2's ip alone it can be entered by name.
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2")
 @pytest.mark.timeout(600)
 def test_workers_are_reached_in_another_network(another_network, tiny, command, tmp_path):
