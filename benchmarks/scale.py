@@ -3,7 +3,8 @@
 The manifests are made up, with as many shards as `prepare` cuts from so much text; no tokens lie behind them. A process
 of its own opens each, cuts it into blocks of 1,024 and computes which block 1,000 examples of the second epoch are.
 
-2 cores, 2026-11-23:
+2026-11-23, 2 cores: 1.7 and 48 ms to open, 0.1 and 9.6 MB of memory, 8 and 195 ms for the first example, since an
+epoch's order is drawn up then as tables of 2^10 and 2^15 entries, and 1.5 and 1.9 us for each of the next.
 """
 
 import json
@@ -63,12 +64,15 @@ def measure(directory: str) -> None:
     cut = blocks.of(store.train, BlocksConfig(block_size=1024), store.eos_id)
     stream = blocks.Stream(cut, seed=0, length=2 * len(cut))
     opened = time.perf_counter()
+    stream.index(len(cut))
+    first = time.perf_counter()
     for k in range(len(cut), len(cut) + 1000):
         stream.index(k)
     drawn = time.perf_counter()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     print(
-        f"{(opened - began) * 1000:.1f} ms to open, {(drawn - opened) * 1000:.1f} us an example, "
+        f"{(opened - began) * 1000:.1f} ms to open, {(first - opened) * 1000:.1f} ms for the first example, "
+        f"{(drawn - first) * 1000:.1f} us for the next, "
         f"{grown / 1000:.1f} MB of memory, {len(cut):,} blocks"
     )
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+from array import array
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Protocol
 
@@ -33,16 +34,20 @@ def cut(values: np.ndarray, offsets: np.ndarray, start: int, stop: int, eos_id: 
     `values` are the ids of all documents without anything between them, document j being
     values[offsets[j]:offsets[j + 1]]; in the joined stream it begins at offsets[j] + j, j end-of-text tokens later.
     """
-    first = bisect.bisect_right(range(len(offsets)), start, key=lambda j: offsets[j] + j) - 1
-    last = bisect.bisect_left(range(len(offsets)), stop, lo=first, key=lambda j: offsets[j] + j)
-    # Documents first .. last - 1 lie in the window, whole or in part; the end of document j is at offsets[j + 1] + j.
-    ends = offsets[first + 1 : last + 1].astype(np.int64) + np.arange(first, last) - start
-    ends = ends[ends < stop - start]
-    block = np.empty(stop - start, np.int64)
-    is_token = np.ones(stop - start, bool)
+    size, position = stop - start, offsets.data  # a memoryview gives an element in half the time of the array
+    first = bisect.bisect_right(range(len(offsets)), start, key=lambda j: position[j] + j) - 1
+    # The end of document j is at offsets[j + 1] + j, and in a window of this size lie so many ends at most.
+    ends = offsets[first + 1 : first + 1 + size]
+    ends = ends + np.arange(first - start, first - start + len(ends))
+    ends = ends[: ends.searchsorted(size)]
+    tokens = values[start - first : stop - first - len(ends)]
+    if not len(ends):
+        return tokens.astype(np.int64)
+    block = np.empty(size, np.int64)
+    is_token = np.ones(size, bool)
     is_token[ends] = False
     block[ends] = eos_id
-    block[is_token] = values[start - first : stop - first - len(ends)]
+    block[is_token] = tokens
     return block
 
 
@@ -216,11 +221,23 @@ def permuted(position: int, size: int, key: tuple[int, int]) -> int:
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
+    rounds = _rounds(half, key)
     while True:
         left, right = position >> half, position & mask
-        for turn in range(4):
-            digest = hashlib.blake2b(b"%d %d %d %d" % (*key, turn, right), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
+        for drawn in rounds:
+            left, right = right, left ^ drawn[right]
         position = left << half | right
         if position < size:
             return position
+
+
+@lru_cache(maxsize=4)
+def _rounds(half: int, key: tuple[int, int]) -> list[array[int]]:
+    """What each round draws for each half of a position: 1 MB and 0.2 s for the blocks of 1e12 tokens."""
+    mask = (1 << half) - 1
+
+    def drawn(turn: int, right: int) -> int:
+        digest = hashlib.blake2b(b"%d %d %d %d" % (*key, turn, right), digest_size=8).digest()
+        return int.from_bytes(digest, "little") & mask
+
+    return [array("Q", (drawn(turn, right) for right in range(1 << half))) for turn in range(4)]

@@ -73,6 +73,12 @@ def test_an_order_has_every_index_once(size):
     assert sorted(permuted(position, size, (0, 0)) for position in range(size)) == list(range(size))
 
 
+def test_an_order_stays_what_it_was():
+    """Or a run would go on from a checkpoint with other examples than those that are left."""
+    assert [permuted(position, 10, (7, 1)) for position in range(10)] == [1, 8, 5, 2, 6, 7, 4, 3, 0, 9]
+    assert permuted(5, 10**9, (0, 0)) == 16_340_667
+
+
 def test_an_order_looks_shuffled():
     order = np.array([permuted(position, 10_000, (7, 0)) for position in range(10_000)])
     assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
