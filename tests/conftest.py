@@ -254,9 +254,6 @@ class Here:
     def report(self, metrics):
         pass
 
-    def agreed(self, value):
-        return value
-
     def lost_nodes(self):
         return []
 

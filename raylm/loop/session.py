@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray.train
-import ray.train.collective
 import ray.util
 import torch
 
@@ -32,9 +31,6 @@ class Session(Protocol):
     def report(self, metrics: dict[str, Any]) -> None:
         """Hand on metrics."""
 
-    def agreed(self, value: Any) -> Any:
-        """Rank 0's value."""
-
     def lost_nodes(self) -> list[str]:
         """The nodes of workers that will be taken away soon."""
 
@@ -50,9 +46,6 @@ class WorkerGroup:
     def report(self, metrics: dict[str, Any]) -> None:
         reserved = ray.util.get_current_placement_group()  # for whoever has to clear up after a trial that is stopped
         ray.train.report({**metrics, "placement_group": reserved.id.hex() if reserved else None})
-
-    def agreed(self, value: Any) -> Any:
-        return ray.train.collective.broadcast_from_rank_zero(value)
 
     def lost_nodes(self) -> list[str]:
         found = ray.train.get_preemption_info()

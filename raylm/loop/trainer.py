@@ -426,7 +426,7 @@ class _Trainer(ShardingTrainer):
         if self.session.rank == 0:
             stopping = self.job.board is not None and ray.get(self.job.board.is_stopping.remote())
             told = (stopping, step + max(1, int((step - last_step) * LOOK_SECONDS / (now - last_time))))
-        self.stopped, self.next_look = self.session.agreed(told)
+        self.stopped, self.next_look = gathered(self.session, told)[0]
         self.lost_nodes = self.session.lost_nodes()
         self.stopped = self.stopped or bool(self.lost_nodes)
 

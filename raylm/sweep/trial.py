@@ -70,9 +70,6 @@ class InTrial:
     def report(self, metrics: dict[str, Any]) -> None:
         tune.report(metrics)
 
-    def agreed(self, value: Any) -> Any:
-        return value
-
     def lost_nodes(self) -> list[str]:
         return []
 
