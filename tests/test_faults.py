@@ -314,28 +314,33 @@ def test_a_command_goes_on_where_it_was_killed_or_stopped(tiny, start_command, t
     assert not list(place.glob("*/checkpoints/*/*.bin")), "no pickles"
 
 
-def test_a_gradient_that_nobody_waits_for_stops_the_run_before_it_changes_a_weight(tiny, with_patch, tmp_path):
+def test_a_gradient_that_nobody_waits_for_stops_the_run_before_it_changes_a_weight(tiny, with_patch, monkeypatch):
     """As on a GPU: the third step's gradient is not a number, the first look at it is after the sixth."""
-    seen = tmp_path / "weights"
+    from raylm.loop import guards
+
+    seen, trainers, check = [], [], guards.Finite.check
 
     def patch(trainer, rank):
-        compute_loss, check_finite = trainer.compute_loss, trainer.check_finite
+        compute_loss = trainer.compute_loss
 
         def poisoned(self, *args, **kwargs):
+            trainers.append(self)
             loss = compute_loss(self, *args, **kwargs)
             return loss * float("nan") if self.state.global_step == 2 else loss
 
-        def checked(self):
-            seen.write_text(f"{self.state.global_step} {all(p.isfinite().all() for p in self.model.parameters())}")
-            check_finite(self)
+        trainer.compute_loss = poisoned
 
-        trainer._runs_ahead = lambda self, norm: True
-        trainer.compute_loss, trainer.check_finite = poisoned, checked
+    def checked(finite):
+        weights = trainers[-1].model.parameters()
+        seen.append((trainers[-1].state.global_step, all(weight.isfinite().all() for weight in weights)))
+        check(finite)
 
+    monkeypatch.setattr(guards.Finite, "runs_ahead", lambda *_: True)
+    monkeypatch.setattr(guards.Finite, "check", checked)
     settings = ("train.arguments.logging_steps=6", "train.eval_every_tokens=1536")
     with pytest.raises(Diverged, match="the gradient is not finite at step 3; lower train.learning_rate=0.02"):
         with_patch(patch, tiny(*settings))
-    assert seen.read_text() == "6 True"
+    assert seen == [(6, True)]
 
 
 def test_a_step_that_does_not_fit_is_done_in_smaller_pieces(tiny, ray_cluster, with_patch):

@@ -3,6 +3,7 @@
 arguments    train.* -> TrainingArguments, and train.arguments checked against that class
 session      what a worker is given to do, and where it stands among the others
 sharding     the Trainer, whose weights may be shared out among the workers
+guards       what ends a training before it spoils its weights
 saves        a checkpoint as the ranks make it together: uploaded by each, committed by the first
 trainer      the Trainer of sharding, with raylm's evaluation, checkpoints and order of examples in place of its own
 worker       one worker's training or scoring, from beginning to end

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from transformers import PrinterCallback, TrainerCallback
 
 from raylm import blocks, checkpoint, cluster, model, objective, perplexity, storage, tokens
 from raylm.checkpoint import Series
-from raylm.errors import Diverged, OutOfMemory, RaylmError
+from raylm.errors import RaylmError
 from raylm.loop import arguments
+from raylm.loop.guards import Finite, Memory
 from raylm.loop.saves import PROGRESS, Saves
 from raylm.loop.session import Agreed, Job, Outcome, Session, gathered
 from raylm.loop.sharding import ShardingTrainer
@@ -27,8 +27,6 @@ from raylm.perplexity import Documents, Score
 
 LOOK_SECONDS = 1.0
 """How long a worker trains between two looks at whether it shall stop."""
-
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 def made(job: Job, session: Session, scratch: Path) -> _Trainer:
@@ -88,7 +86,8 @@ class _Trainer(ShardingTrainer):
         """After which step, and when."""
         self.next_look = 1
         self.saves = Saves(job, session, Path(self.args.output_dir), self.say)
-        self.first_bad_step: torch.Tensor | None = None
+        self.memory = Memory(job, session, self.args.per_device_train_batch_size)
+        self.finite = Finite(job, session)
 
     # From beginning to end
 
@@ -195,93 +194,14 @@ class _Trainer(ShardingTrainer):
         return loss * self.accelerator.num_processes  # of whose gradients DDP takes the mean
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self._memory(self._too_much):
+        with self.memory.for_training():
             return super().training_step(*args, **kwargs)
 
-    @contextlib.contextmanager
-    def _memory(self, too_much: Callable[[str], OutOfMemory]) -> Iterator[None]:
-        """Where it runs out, what `too_much` says of it is raised."""
-        problem = None
-        try:
-            yield
-        except (*OUT_OF_MEMORY, RuntimeError) as error:
-            if not isinstance(error, OUT_OF_MEMORY) and "can't allocate memory" not in str(error):  # torch, on a CPU
-                raise
-            problem = too_much(str(error).split("\n")[0])
-        if problem is not None:  # outside of the except, where what filled the memory would be held on to
-            raise Agreed(problem) if self.session.world_size == 1 else problem
-
-    def _too_much(self, problem: str) -> OutOfMemory:
-        """Half as many tokens at once, from the next start on; or there is no way out."""
-        budget, held = self.job.budget, self.args.per_device_train_batch_size
-        block_size = budget.batch_tokens // budget.examples
-        if held == 1:
-            return OutOfMemory(
-                f"out of memory with a single block of blocks.block_size={block_size} tokens at once ({problem}); "
-                "lower it or the model's size, or set train.arguments.gradient_checkpointing=true",
-                "blocks.block_size",
-            )
-        fewer = held // 2 * block_size
-        storage.write(self.job.micro_batch_file, str(fewer).encode())
-        return OutOfMemory(
-            f"out of memory with {held * block_size:,} tokens at once ({problem}); going on with {fewer:,}, and "
-            f"{budget.batch_tokens:,} a step as before",
-            "train.micro_batch_tokens",
-        )
-
-    def _too_much_scored(self, problem: str) -> OutOfMemory:
-        held = self.job.experiment.eval.batch_tokens
-        return OutOfMemory(
-            f"out of memory in an evaluation with eval.batch_tokens={held} ({problem}); lower it: no figure depends on "
-            "it, and the run goes on from its last checkpoint",
-            "eval.batch_tokens",
-        )
-
-    # Divergence
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm, just before the optimizer's step: the last moment at which the weights are still sound."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is not None:  # fp16: the scaler skips a step that overflows and goes on
-            return norm
-        if self._runs_ahead(norm):
-            self._guard(norm)
-        elif not math.isfinite(norm):
-            raise Agreed(self._diverged(f"the gradient is {float(norm)} at step {self.state.global_step + 1}"))
+        if self.accelerator.scaler is None:  # fp16: the scaler skips a step that overflows and goes on
+            self.finite.before_step(self.state.global_step + 1, norm, self.inner_optimizer)
         return norm
-
-    def _runs_ahead(self, norm: Any) -> bool:
-        """Whether the norm is not known yet, and the optimizer can be told by a tensor to leave the weights alone."""
-        if self.is_fsdp_enabled or not (isinstance(norm, torch.Tensor) and norm.is_cuda):
-            return False
-        return bool(self.inner_optimizer.defaults.get("fused"))
-
-    def _guard(self, norm: torch.Tensor) -> None:
-        """Have a fused optimizer change nothing from the first bad step on, without waiting for the GPU to say so.
-
-        `found_inf` is how fp16's scaler tells it; `check_finite` tells the run.
-        """
-        if self.first_bad_step is None:
-            self.first_bad_step = torch.full((), math.inf, device=norm.device)
-        step = torch.full_like(self.first_bad_step, self.state.global_step + 1)
-        bad = torch.where(torch.isfinite(norm), torch.inf, step)
-        self.first_bad_step = torch.minimum(self.first_bad_step, bad)
-        inner = self.inner_optimizer
-        inner.grad_scale, inner.found_inf = None, torch.isfinite(self.first_bad_step).float()
-
-    def check_finite(self) -> None:
-        """Whether `_guard` has met a bad step; this waits for the GPU."""
-        if self.first_bad_step is not None and math.isfinite(first := self.first_bad_step.item()):
-            raise Agreed(self._diverged(f"the gradient is not finite at step {int(first)}"))
-
-    def _diverged(self, how: str) -> Diverged:
-        kept = self.job.checkpoints.steps() if self.session.rank == 0 else []
-        last = f"; the last checkpoint is {self.job.checkpoints.path(kept[-1])}" if kept else ""
-        return Diverged(
-            f"training diverged: {how}; lower train.learning_rate={self.args.learning_rate:g} or raise "
-            f"train.warmup_steps{last}",
-            where="train.learning_rate",
-        )
 
     # Evaluation
 
@@ -289,11 +209,11 @@ class _Trainer(ShardingTrainer):
         """Score the validation split, and decide whether the weights are kept."""
         step, budget = self.state.global_step, self.job.budget
         self.control.should_evaluate = False  # or the end of the data would evaluate the last step again
-        with self._memory(self._too_much_scored):
+        with self.memory.for_scoring():
             score = self._score(self.store.validation)
             sets = {name: self._score(documents) for name, documents in self.sets.items()}
         if not math.isfinite(score.perplexity):
-            raise Agreed(self._diverged(f"perplexity is {score.perplexity} at step {step}"))
+            raise Agreed(self.finite.diverged(f"perplexity is {score.perplexity} at step {step}"))
         self.latest = self._found(step, score.perplexity, score.bits_per_byte)
         is_best = not self.best or score.perplexity < self.best["perplexity"]
         if is_best:
@@ -460,7 +380,7 @@ class _Schedule(TrainerCallback):
         if trainer.stopped:
             control.should_save = control.should_training_stop = True
         if control.should_evaluate or control.should_log or control.should_save:
-            trainer.check_finite()
+            trainer.finite.check()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         names = {"loss": "train/loss", "learning_rate": "train/learning_rate", "grad_norm": "train/grad_norm"}

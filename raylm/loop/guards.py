@@ -1,0 +1,119 @@
+"""What ends a training before it spoils its weights: memory that runs out, a gradient that is not finite."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from raylm import storage
+from raylm.errors import Diverged, OutOfMemory
+from raylm.loop.session import Agreed, Job, Session
+
+KINDS = (torch.OutOfMemoryError, MemoryError)
+"""How a lack of memory is raised."""
+
+
+class Memory:
+    """Where it runs out, an error says what to do about it."""
+
+    def __init__(self, job: Job, session: Session, micro_batch: int):
+        self.job, self.session, self.micro_batch = job, session, micro_batch
+
+    @contextlib.contextmanager
+    def for_training(self) -> Iterator[None]:
+        with self._guarded(self._fewer_at_once):
+            yield
+
+    @contextlib.contextmanager
+    def for_scoring(self) -> Iterator[None]:
+        with self._guarded(self._too_much_scored):
+            yield
+
+    @contextlib.contextmanager
+    def _guarded(self, too_much: Callable[[str], OutOfMemory]) -> Iterator[None]:
+        problem = None
+        try:
+            yield
+        except (*KINDS, RuntimeError) as error:
+            if not isinstance(error, KINDS) and "can't allocate memory" not in str(error):  # torch, on a CPU
+                raise
+            problem = too_much(str(error).split("\n")[0])
+        if problem is not None:  # outside of the except, where what filled the memory would be held on to
+            raise Agreed(problem) if self.session.world_size == 1 else problem
+
+    def _fewer_at_once(self, problem: str) -> OutOfMemory:
+        """Half as many tokens, from the next start on; or there is no way out."""
+        budget, held = self.job.budget, self.micro_batch
+        block_size = budget.batch_tokens // budget.examples
+        if held == 1:
+            return OutOfMemory(
+                f"out of memory with a single block of blocks.block_size={block_size} tokens at once ({problem}); "
+                "lower it or the model's size, or set train.arguments.gradient_checkpointing=true",
+                "blocks.block_size",
+            )
+        fewer = held // 2 * block_size
+        storage.write(self.job.micro_batch_file, str(fewer).encode())
+        return OutOfMemory(
+            f"out of memory with {held * block_size:,} tokens at once ({problem}); going on with {fewer:,}, and "
+            f"{budget.batch_tokens:,} a step as before",
+            "train.micro_batch_tokens",
+        )
+
+    def _too_much_scored(self, problem: str) -> OutOfMemory:
+        held = self.job.experiment.eval.batch_tokens
+        return OutOfMemory(
+            f"out of memory in an evaluation with eval.batch_tokens={held} ({problem}); lower it: no figure depends on "
+            "it, and the run goes on from its last checkpoint",
+            "eval.batch_tokens",
+        )
+
+
+class Finite:
+    """Lets no optimizer step take a gradient that is not finite."""
+
+    def __init__(self, job: Job, session: Session):
+        self.job, self.session = job, session
+        self.first_bad_step: torch.Tensor | None = None
+
+    def before_step(self, step: int, norm: Any, optimizer: Any) -> None:
+        """Just before the optimizer's step: the last moment at which the weights are still sound."""
+        if self.runs_ahead(norm, optimizer):
+            self._skip(step, norm, optimizer)
+        elif not math.isfinite(norm):
+            raise Agreed(self.diverged(f"the gradient is {float(norm)} at step {step}"))
+
+    def runs_ahead(self, norm: Any, optimizer: Any) -> bool:
+        """Whether the norm is not known yet, and the optimizer can be told by a tensor to leave the weights alone."""
+        is_known = not (isinstance(norm, torch.Tensor) and norm.is_cuda)
+        is_sharded = isinstance(optimizer.param_groups[0]["params"][0], DTensor)
+        return not is_known and not is_sharded and bool(optimizer.defaults.get("fused"))
+
+    def _skip(self, step: int, norm: torch.Tensor, optimizer: Any) -> None:
+        """Have a fused optimizer change nothing from the first bad step on, without waiting for the GPU to say so.
+
+        `found_inf` is how fp16's scaler tells it; `check` tells the run.
+        """
+        if self.first_bad_step is None:
+            self.first_bad_step = torch.full((), math.inf, device=norm.device)
+        bad = torch.where(torch.isfinite(norm), torch.inf, torch.full_like(self.first_bad_step, step))
+        self.first_bad_step = torch.minimum(self.first_bad_step, bad)
+        optimizer.grad_scale, optimizer.found_inf = None, torch.isfinite(self.first_bad_step).float()
+
+    def check(self) -> None:
+        """Whether a step was skipped; this waits for the GPU."""
+        if self.first_bad_step is not None and math.isfinite(first := self.first_bad_step.item()):
+            raise Agreed(self.diverged(f"the gradient is not finite at step {int(first)}"))
+
+    def diverged(self, how: str) -> Diverged:
+        kept = self.job.checkpoints.steps() if self.session.rank == 0 else []
+        last = f"; the last checkpoint is {self.job.checkpoints.path(kept[-1])}" if kept else ""
+        rate = self.job.experiment.train.learning_rate
+        return Diverged(
+            f"training diverged: {how}; lower train.learning_rate={rate:g} or raise train.warmup_steps{last}",
+            where="train.learning_rate",
+        )
