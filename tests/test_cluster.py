@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -123,6 +124,20 @@ def test_ray_starts_while_a_command_does_something_else_and_ends_with_it():
     while any(session in " ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_ray_that_does_not_start_is_an_error_with_the_reason(tmp_path):
+    script = """
+from raylm import cluster
+from raylm.config import ClusterConfig
+with cluster.connect(ClusterConfig()):
+    pass
+"""
+    (tmp_path / "file").touch()
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / "file")}
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    problem = f"cluster.address=local: Ray does not start on this machine: [Errno 20] Not a directory: '{tmp_path}/file"
+    assert problem in told.stderr.splitlines()[-1]
 
 
 def test_whoever_watches_sees_what_a_worker_puts_and_says(ray_cluster):

@@ -72,9 +72,10 @@ def connect(section: ClusterConfig) -> Iterator[Resources]:
         what = "Starting Ray" if local else f"Connecting to Ray at {address}"
         with cli.waiting(what) if begun is None or not begun.done() else contextlib.nullcontext():
             begun.result() if begun is not None else _start(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray's have no class of their own
         problem = str(error).strip().split("\n")[0]
-        raise ConfigError(f"cluster.address={address}: Ray cannot be reached: {problem}", "cluster.address") from error
+        what = "Ray does not start on this machine" if local else "Ray cannot be reached"
+        raise ConfigError(f"cluster.address={address}: {what}: {problem}", "cluster.address") from error
     try:
         yield _resources(section)
     finally:
