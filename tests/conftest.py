@@ -1,10 +1,12 @@
 """One Ray for all tests that need one, on this machine, ended by handle; no network, no tracking unless asked for."""
 
+import contextlib
 import importlib
 import itertools
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -178,6 +180,27 @@ def be_command(arguments: list[str], cwd: Path, environment: dict[str, str], std
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     sys.argv = arguments
     importlib.import_module(arguments[0]).main()
+
+
+# MLflow's server ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def mlflow_server(root: Path, port: int, *options: str, **environment: str):
+    """`mlflow server` as its users start it, with its database in root, 10 s on a quiet machine. Gives its address."""
+    stores = ["--backend-store-uri", f"sqlite:///{root}/mlflow.db", *options]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *stores],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 # A model -------------------------------------------------------------------------------------------------------------

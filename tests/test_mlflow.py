@@ -1,17 +1,12 @@
 """What needs more of MLflow than a run: its models and registry, and its own server with passwords."""
 
-import contextlib
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 
 import mlflow.transformers
 import pytest
 import torch
-from conftest import PLAIN, copied
+from conftest import PLAIN, copied, mlflow_server
 from mlflow import MlflowClient
 from transformers import BertConfig, BertForMaskedLM
 
@@ -149,48 +144,31 @@ def test_a_model_that_was_removed_is_wanted_no_more(uri, tmp_path, capsys):
 # Passwords -----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def server_with_passwords(root):
-    """`mlflow server` as its users start it, 10 s on a quiet machine. Gives its address."""
+def server_with_passwords(root, free_port):
     (root / "auth.ini").write_text(
         "[mlflow]\ndefault_permission = READ\n"
         f"database_uri = sqlite:///{root}/auth.db\nadmin_username = admin\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         "auth_cache_ttl_seconds = 60\n"  # to check a password takes 0.1 s of CPU, and every call has one
     )
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    stores = ["--backend-store-uri", f"sqlite:///{root}/mlflow.db", "--artifacts-destination", f"{root}/artifacts"]
-    where = ["--app-name", "basic-auth", "--port", str(port), "--workers", "1"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", *where, *stores],
-        env={
-            **os.environ,
-            "MLFLOW_AUTH_CONFIG_PATH": f"{root}/auth.ini",
-            "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": "of a test",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        },
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    password = {
+        "MLFLOW_AUTH_CONFIG_PATH": f"{root}/auth.ini",
+        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "of a test",
+    }
+    return mlflow_server(
+        root, free_port(), "--app-name", "basic-auth", "--artifacts-destination", f"{root}/artifacts", **password
     )
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 @pytest.mark.slow
-def test_a_server_with_passwords(uri, trained_directory, tmp_path, monkeypatch, capfd):
+def test_a_server_with_passwords(uri, trained_directory, tmp_path, monkeypatch, capfd, free_port):
     """`uri`: of its database, which is there already."""
     (tmp_path / "root").mkdir()
     shutil.move(tmp_path / "mlflow.db", tmp_path / "root" / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
-    with server_with_passwords(tmp_path / "root") as address:
+    with server_with_passwords(tmp_path / "root", free_port) as address:
         section = TrackingConfig(uri=address, register_as="words")
         run = start(section, tmp_path / "run")
         run.metrics({"best/eval_perplexity": 8.5}, 7)

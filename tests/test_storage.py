@@ -1,16 +1,22 @@
 """Object storage: all that a command keeps, on a real S3 server on loopback; and what becomes of it when that fails."""
 
+import contextlib
 import json
 import logging
+import re
 import shutil
+import sys
 import threading
 import time
+import urllib.request
 import uuid
 from pathlib import Path
+from urllib.parse import unquote
 
+import mlflow.transformers
 import pyarrow.fs
 import pytest
-from conftest import S3, S3_KEY, one_by_one
+from conftest import S3, S3_KEY, mlflow_server, one_by_one
 from mlflow import MlflowClient
 from werkzeug.serving import make_server
 
@@ -48,7 +54,8 @@ class Server:
         request = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests.append(request)
         time.sleep(self.waits_seconds)
-        if f"Credential={S3_KEY}/" not in environ.get("HTTP_AUTHORIZATION", ""):
+        signed = unquote(environ["QUERY_STRING"]) + environ.get("HTTP_AUTHORIZATION", "")  # an address may be, too
+        if f"Credential={S3_KEY}/" not in signed:
             return self.deny(start_response, b"InvalidAccessKeyId", b"The access key does not exist")
         if self.refused(*request):
             return self.deny(start_response, b"ExpiredToken", b"The provided token has expired")
@@ -333,6 +340,97 @@ def test_a_sweep_in_object_storage_goes_on_where_it_was_killed(place, tiny, comm
     assert found["best"]["checkpoint"].startswith(f"{place}/words/tune-")
     scored = command("evaluate", found["best"]["checkpoint"], "--json")
     assert json.loads(scored.stdout)["perplexity"] == pytest.approx(found["best"]["perplexity"], rel=1e-6)
+
+
+# MLflow's artifacts ---------------------------------------------------------------------------------------------------
+
+
+def artifacts(place, tmp_path):
+    """A run in an MLflow that keeps its artifacts in object storage, where raylm writes them; it has one."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    MlflowClient(uri).create_experiment("words", f"{place}/artifacts")
+    section = config.load(None, [f"tracking.uri={uri}"]).tracking
+    run = tracking.start(section, experiment="words", name="one", tags={}, directory=tmp_path / "run")
+    run.metrics({"train/loss": 2.0}, 1)
+    run.text("a: 1\n", "experiment.yaml")
+    run.end()
+    return run
+
+
+def stored_later(place, tmp_path, capsys, when_well, why):
+    """What MLflow is given while there is a problem, and once all is well."""
+    run = artifacts(place, tmp_path)
+    assert not run.ship(2)
+    told = capsys.readouterr().err
+    assert re.search(f"warning: MLflow at .* does not store artifacts: experiment.yaml: .*{why}", told)
+    assert told.count("warning") == 1
+    client = MlflowClient(run.uri)
+    found = client.get_run(run.run_id)
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 2.0}), "all else is there"
+    when_well()
+    assert run.ship(20)
+    assert [file.path for file in client.list_artifacts(run.run_id)] == ["experiment.yaml"]
+
+
+def test_artifacts_that_object_storage_refuses_are_shipped_later(place, server, tmp_path, capsys):
+    server.refused = lambda method, path: method == "PUT"
+    why = "An error .*ExpiredToken.*; check AWS_ACCESS_KEY_ID, .* in the environment; the run goes on"
+    stored_later(place, tmp_path, capsys, lambda: setattr(server, "refused", never), why)
+
+
+def test_artifacts_that_need_a_package_are_shipped_when_it_is_there(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")  # MLflow keeps no client of boto3's for it
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    stored_later(place, tmp_path, capsys, lambda: monkeypatch.delitem(sys.modules, "boto3"), ": pip install boto3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["server", "client"])
+def test_what_mlflow_is_given_lies_in_object_storage(
+    by, place, server, tiny, command, tmp_path, free_port, monkeypatch
+):
+    """A sweep whose MLflow keeps artifacts in S3: its server writes them there, or raylm does."""
+    secret, there = f"canary{uuid.uuid4().hex}", f"{place}/artifacts"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    option = {"server": "--artifacts-destination", "client": "--default-artifact-root"}[by]
+    with mlflow_server(tmp_path, free_port(), option, there) as address, monkeypatch.context() as patch:
+        if by == "server":  # it alone needs to know how to get there
+            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+                patch.delenv(name)
+        answers(f"{address}/health")
+        file = tmp_path / "words.yaml"
+        settings = (f"tracking.uri={address}", "tracking.register_as=words")
+        config.save(tiny(f"storage={tmp_path}/runs", "name=words", *settings), file)
+        ended = command("tune", "--config", file, "--json", cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+        assert "warning" not in ended.stderr
+        result = json.loads(ended.stdout)
+
+        client = MlflowClient(address)
+        run = client.get_run(result["mlflow_run_id"])
+        assert run.info.artifact_uri.startswith(there if by == "client" else "mlflow-artifacts:/")
+        assert any(method == "PUT" and path.endswith("/report.html") for method, path in server.requests)
+        assert {each.dataset.name for each in run.inputs.dataset_inputs} == {"words train", "words validation"}
+        found = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path / "tmp")))
+        assert config.load(found / "experiment.yaml") == config.load(file)
+        assert (found / "report" / "report.html").read_bytes() == Path(result["report"]).read_bytes()
+        champion = client.get_model_version_by_alias("words", "champion")
+        assert champion.run_id == run.info.run_id
+        patch.setenv("MLFLOW_TRACKING_URI", address)
+        pipeline = mlflow.transformers.load_model("models:/words@champion")
+        assert pipeline("the cat", max_new_tokens=1)[0]["generated_text"].startswith("the cat")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "tracking.jsonl", "experiment.yaml", "report.html"} <= {path.name for path in files}
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    assert secret not in ended.stdout + ended.stderr
+
+
+def answers(address):
+    """Wait until a server does."""
+    while True:
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(address, timeout=5).close()
+        time.sleep(0.2)
 
 
 # Several nodes -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,16 @@ class Deleted(Exception):
 class NotStored(Exception):
     """The artifact store, which is another service, did not take an artifact."""
 
+    remedy = ""
+
+    def __init__(self, name: str, error: Exception):
+        # boto3 begins with the paths on both sides, of 200 characters and more.
+        super().__init__(f"{name}: {re.sub('^Failed to upload .+? to .+?: ', '', str(error))}")
+        if isinstance(error, ModuleNotFoundError):
+            self.remedy = f": pip install {error.name}"
+        elif type(error).__module__.startswith("boto"):  # it is S3, and this process writes to it
+            self.remedy = "; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL in the environment"
+
 
 def kind(error: Exception) -> str:
     """What became of a call to MLflow: only what is `unreachable`, `denied` or `not stored` is worth another try."""

@@ -136,7 +136,7 @@ class Server:
             "unreachable": f"{place} cannot be reached: {why}; {later}",
             "denied": f"{place} refuses access: check MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and "
             f"MLFLOW_TRACKING_PASSWORD, in the environment; {later}",
-            "not stored": f"{place} does not store artifacts: {why}; {later}",
+            "not stored": f"{place} does not store artifacts: {why}{getattr(error, 'remedy', '')}; {later}",
             "deleted": f"{place}: {why}; it gets no more",
             "missing": f"{place} has lost a run or an experiment, which is made anew: {why}",
         }.get(what, f"{place} refuses an entry: {why}")

@@ -193,7 +193,7 @@ class Shipment:
                 if kind(error) == "refused":
                     self.server.tell(error)
                     continue
-                raise NotStored(f"{name}: {error}") from error
+                raise NotStored(name, error) from error
         self._write(artifacts=end)
 
     def _file(self, run_id: str, name: str) -> None:
