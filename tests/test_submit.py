@@ -1,7 +1,9 @@
 """Commands as jobs of a cluster: what goes along, what is refused; and, slow, a real head that asks for a token."""
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,10 +12,13 @@ import urllib.request
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
+from conftest import mlflow_server
 from mlflow import MlflowClient
+from test_nodes import until
 
-from raylm import config, submit
+from raylm import config, submit, tracking
 from raylm.errors import ConfigError
 
 
@@ -98,14 +103,14 @@ def wait_for(address, process):
             return
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory, free_port):
-    """(dashboard's address, environment) of `ray start --head` with token authentication, on loopback ports."""
-    home = Path(os.path.realpath(tmp_path_factory.mktemp("h")))
+@contextlib.contextmanager
+def started(home, free_port, cpus, nodes=()):
+    """A cluster with token authentication, on loopback ports: its dashboard's address, the environment of whoever uses
+    it, and the processes of its nodes, the head first. Head and other nodes have so many CPUs."""
     token = home / "token"
     token.write_text(uuid.uuid4().hex * 2)
     token.chmod(0o600)
-    dashboard = free_port()
+    port, dashboard = free_port(), free_port()
     bin_directory = str(Path(sys.executable).parent)
     environment = {
         **os.environ,
@@ -115,31 +120,38 @@ def head(tmp_path_factory, free_port):
     }
     # A path of more than 107 characters is none for a socket.
     session = f"/tmp/raylm-{uuid.uuid4().hex[:8]}"
-    ports = [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
-    process = subprocess.Popen(
-        [
-            "ray",
-            "start",
-            "--head",
-            "--block",
-            "--dashboard-host=127.0.0.1",
-            "--num-cpus=2",
-            f"--temp-dir={session}",
-            *ports,
-        ],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
     address = f"http://127.0.0.1:{dashboard}"
+    processes = []
+
+    def start(*options):
+        process = subprocess.Popen(
+            ["ray", "start", "--block", f"--dashboard-agent-listen-port={free_port()}", *options],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    of_head = [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={session}"]
     try:
-        wait_for(address, process)
-        yield address, environment
+        wait_for(address, start("--head", f"--num-cpus={cpus}", *of_head))
+        for number in nodes:
+            start(f"--address=127.0.0.1:{port}", f"--num-cpus={number}")
+        yield address, environment, processes
     finally:
-        process.terminate()
-        process.wait(60)
+        for process in reversed(processes):
+            process.terminate()
+            process.wait(60)
         subprocess.run(["rm", "-rf", session], check=True)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory, free_port):
+    """(dashboard's address, environment) of a head with two CPUs."""
+    with started(Path(os.path.realpath(tmp_path_factory.mktemp("h"))), free_port, 2) as (address, environment, _):
+        yield address, environment
 
 
 @pytest.fixture
@@ -151,12 +163,14 @@ def submitted(head, tiny, tmp_path):
     )
     config.save(experiment, tmp_path / "words.yaml")
 
-    def run(*arguments, detach=False):
-        first = ["--detach", "--json"] if detach else []
-        command = [sys.executable, "-m", "raylm.submit", "--address", address, *first, *arguments]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    return lambda *arguments, detach=False: submission(address, environment, tmp_path, *arguments, detach=detach)
 
-    return run
+
+def submission(address, environment, cwd, *arguments, detach=False):
+    """The finished process of `raylm submit`."""
+    first = ["--detach", "--json"] if detach else []
+    command = [sys.executable, "-m", "raylm.submit", "--address", address, *first, *arguments]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=500)
 
 
 @pytest.mark.slow
@@ -191,3 +205,39 @@ def test_a_stopped_job_leaves_no_run_running_and_goes_on_when_submitted_again(he
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stdout
     assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_whose_head_is_lost_goes_on_when_submitted_to_another(tiny, tmp_path, free_port, monkeypatch):
+    """All processes of the head are killed, the job's among them; its worker, on another node, goes on a while."""
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # seconds after which a head is lost, of 60
+    long = ("train", "--config", "words.yaml")
+    with mlflow_server(tmp_path, free_port()) as uri:
+        sizes = ("train.max_tokens=256000", "train.eval_every_tokens=12800")
+        config.save(
+            tiny(f"storage={tmp_path}/runs", "name=words", f"tracking.uri={uri}", *sizes), tmp_path / "words.yaml"
+        )
+        place = tmp_path / "runs" / "words"
+        with started(tmp_path, free_port, 0, [1]) as (address, environment, (lost, _)):
+            assert submission(address, environment, tmp_path, *long, detach=True).returncode == 0
+            until(lambda: len(list(place.glob("train-*/checkpoints/*/manifest.json"))) > 1)
+            for process in [*psutil.Process(lost.pid).children(recursive=True), lost]:
+                process.kill()
+            with started(tmp_path, free_port, 0, [1]) as (address, environment, _):
+                again = submission(address, environment, tmp_path, *long)
+                assert again.returncode == 0, again.stdout + again.stderr
+                whole = submission(address, environment, tmp_path, *long, "name=whole")
+                assert whole.returncode == 0, whole.stdout + whole.stderr
+        saved = int(re.search(r"going on from step ([\d,]+) of 1,000", again.stdout)[1].replace(",", ""))
+        assert 50 <= saved < 1000
+        (ours,), (theirs,) = place.glob("train-*"), (tmp_path / "runs" / "whole").glob("train-*")
+        weights = [(run / "model" / "model.safetensors").read_bytes() for run in (ours, theirs)]
+        assert weights[0] == weights[1]
+        assert tracking.Run(str(ours)).series() == tracking.Run(str(theirs)).series()
+        client = MlflowClient(uri)
+        (run,) = client.search_runs([client.get_experiment_by_name("words").experiment_id])
+        assert run.info.status == "FINISHED"
+        for key, points in tracking.Run(str(ours)).series().items():
+            stored = client.get_metric_history(run.info.run_id, key)
+            assert sorted((point.step, point.value) for point in stored) == points, key
