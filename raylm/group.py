@@ -61,8 +61,7 @@ def _in_process(job: Job, resources: Resources) -> Outcome:
             cause = _cause(error, job.directory)
             if not left:
                 raise cause from error
-            if job.board is not None:
-                job.board.say.remote(f"{cause}; beginning again from the last checkpoint, {left} more times at most")
+            job.say(f"{cause}; beginning again from the last checkpoint, {left} more times at most")
             left -= 1
 
 
@@ -77,8 +76,7 @@ def with_less(job: Job, train: Callable[[], Outcome]) -> Outcome:
         except OutOfMemory as error:
             if error.where != "train.micro_batch_tokens":  # there is nothing less
                 raise
-            if job.board is not None:
-                job.board.say.remote(error.message)
+            job.say(error.message)
 
 
 def _on_workers(job: Job, resources: Resources, callbacks: Sequence[Any]) -> Outcome:

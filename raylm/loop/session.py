@@ -88,6 +88,13 @@ class Job:
     """A cluster.Board, if somebody watches: told how far the training is, and asked whether it shall stop."""
     sets: Mapping[str, str] = field(default_factory=dict)
     """The token store of each evaluation set, by its name: what prepare.evaluation_sets gives."""
+    name: str = ""
+    """What is said of the training begins with it, where there are others beside it."""
+
+    def say(self, message: str) -> None:
+        """Tell whoever watches."""
+        if self.board is not None:
+            self.board.say.remote(f"{self.name}: {message}" if self.name else message)
 
     @property
     def checkpoints(self) -> Series:

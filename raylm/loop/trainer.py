@@ -150,8 +150,8 @@ class _Trainer(ShardingTrainer):
 
     def say(self, message: str) -> None:
         """Tell whoever watches."""
-        if self.session.rank == 0 and self.job.board is not None:
-            self.job.board.say.remote(message)
+        if self.session.rank == 0:
+            self.job.say(message)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """With the settings of this run: a trial may go on from the weights of another one."""

@@ -39,7 +39,9 @@ def run_trial(settings: dict[str, Any], *, template: Job, resources: Resources) 
         run.text(dump(experiment), "experiment.yaml")
         run.parameters({**said, **_swept(template.experiment, settings)})
         summary.tell_data(run, experiment, store)
-        job = dataclasses.replace(template, experiment=experiment, budget=planned, run=run, directory=directory)
+        job = dataclasses.replace(
+            template, experiment=experiment, budget=planned, run=run, directory=directory, name=trial_id
+        )
         if tune.get_checkpoint() is not None:  # of a population; all other checkpoints are the trial's own
             _adopt(Record(template.directory).changes(trial_id)[-1], template, job)
         if resources.num_workers == 1:
