@@ -49,10 +49,10 @@ def sweep(
 
 @dataclass
 class Row:
-    """A trial, and how fast it goes in this process: one that goes on has some tokens when it is first heard of."""
+    """A trial, and how fast it goes in this process: one that goes on has some tokens already."""
 
     first: tuple[float, int]
-    """(seconds, tokens) when it was first heard of."""
+    """(seconds, tokens) when it was first heard of, or went on after it had waited."""
     last: tuple[float, int]
     """(seconds, tokens) when its tokens were last told."""
     status: str = "running"
@@ -65,7 +65,7 @@ class Row:
 
     @property
     def is_over(self) -> bool:
-        return self.status not in ("running", "paused")
+        return self.status not in ("running", "waiting")
 
     def left(self, budget_tokens: int, now: float) -> float | None:
         """Seconds until it has trained on the whole budget; None before that can be told."""
@@ -84,6 +84,8 @@ class View:
         self.keys = list(keys)
         self.measure = measure
         self.rows: dict[str, Row] = {}
+        self.gained = 0
+        """Tokens, in this process."""
         self.began = self._told = time.monotonic()
 
     def update(
@@ -106,7 +108,10 @@ class View:
         if row is None:
             row = self.rows[trial_id] = Row((now, tokens or 0), (now, tokens or 0))
         if tokens is not None:
-            row.last = now, min(tokens, self.budget_tokens)
+            before, row.last = row.tokens, (now, min(tokens, self.budget_tokens))
+            self.gained += row.tokens - before
+        if (row.status, status) == ("waiting", "running"):
+            row.first = now, row.tokens
         row.status = status or row.status
         row.perplexity = perplexity if perplexity is not None else row.perplexity
         row.settings = dict(settings) if settings is not None else row.settings
@@ -123,25 +128,27 @@ class View:
         """All trials in a line."""
         rows = list(self.rows.values())
         over = sum(row.is_over for row in rows)
+        waiting = sum(row.status == "waiting" for row in rows)
+        held = f", {waiting:,} waiting" if waiting else ""
         of = f" of {self.total_trials:,}" if self.total_trials else ""
         left = self.seconds_left()
         told = f", about {cli.duration(left)} left" if left is not None else ""
-        return f"{over:,}{of} trials over, {sum(row.tokens for row in rows):,} tokens{told}"
+        return f"{over:,}{of} trials over{held}, {sum(row.tokens for row in rows):,} tokens{told}"
 
     def seconds_left(self) -> float | None:
         """Of all trials together, at the speed so far; None before that can be told.
 
-        One to come needs as much as those that are over took: early stopping saves there what it saved so far.
+        One to come needs as much as those that are over, or wait, took: early stopping saves there what it saved so
+        far.
         """
-        rows = list(self.rows.values())
-        gained = sum(row.tokens - row.first[1] for row in rows)
-        if gained <= 0:
+        if self.gained <= 0:
             return None
-        over = [row.tokens for row in rows if row.is_over and row.status != "failed"]
-        expected = sum(over) / len(over) if over else self.budget_tokens
+        rows = list(self.rows.values())
+        done = [row.tokens for row in rows if row.status not in ("running", "failed")]
+        expected = sum(done) / len(done) if done else self.budget_tokens
         need = sum(max(0.0, expected - row.tokens) for row in rows if not row.is_over)
         need += expected * max(0, (self.total_trials or 0) - len(rows))
-        return need * (time.monotonic() - self.began) / gained
+        return need * (time.monotonic() - self.began) / self.gained
 
     def table(self) -> Table:
         """What the terminal shows."""

@@ -79,6 +79,21 @@ def test_the_time_that_is_left(clock, screen):
     assert view.summary() == "1 of 4 trials over, 800 tokens, about 3 min 20 s left"
 
 
+def test_trials_that_wait_are_not_over_and_few_of_them_go_on(clock, screen):
+    screen(terminal=True)
+    view = live.View(1000, 4, [], "perplexity")
+    view.update("trial_00000", tokens=0)
+    clock.now += 10
+    view.update("trial_00000", status="waiting", tokens=100, perplexity=9.0)
+    view.update("trial_00001", tokens=0)
+    assert view.summary() == "0 of 4 trials over, 1 waiting, 100 tokens, about 30 s left"
+    clock.now += 90
+    view.update("trial_00000", status="running")
+    clock.now += 10
+    view.update("trial_00000", tokens=200)
+    assert rows(view)[-2] == ["00000", "running", "200", "9.00", "1", "min", "20", "s"], "at its speed while it runs"
+
+
 def test_each_trial_has_its_own_time_left(clock, screen):
     screen(terminal=True)
     view = live.View(1000, 2, [], "perplexity")
