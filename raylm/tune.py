@@ -184,7 +184,7 @@ def sweep(
             cluster.signals(cli.say),
             cluster.watch(lambda _: None, cli.say) as board,
         ):
-            watcher = tuner.Watcher(record, parent, view.update, metric)
+            watcher = tuner.Watcher(scheduler, parent, view.update, metric)
             tuner.run(trials, dataclasses.replace(job, board=board), resources, limits, watcher, together=together)
             if stopping():
                 left = trials.total_samples - sum(trial.is_over for trial in record.trials.values())

@@ -1,10 +1,15 @@
 """Where settings come from, who goes on; that both stand where they stood when a sweep was cut off. Without Ray."""
 
 import itertools
+import math
 import random
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ray.tune.experiment import Trial as RayTrial
 
 from raylm import budget, sweep
@@ -197,94 +202,276 @@ BUDGET = budget.plan(
 
 
 class Controller:
-    """What a scheduler asks of Tune."""
+    """Tune without processes: it runs what the queue and the scheduler let run, and hands on one result at a time."""
 
-    def __init__(self, scheduler, trials):
-        self.scheduler, self.trials = scheduler, trials
-        self.search_alg = None
+    def __init__(self, directory, section, together):
+        self.record = sweep.Record(str(directory))
+        inner = sweep.scheduler(section, BUDGET, "best_perplexity")
+        self.scheduler = sweep.Recorded(inner, self.record, BUDGET, lambda: False)
+        self.search_alg = Queue(
+            sweep.points(section, 0),
+            self.record,
+            self.scheduler,
+            together=together,
+            values=lambda trial: [trial.results[-1]["best_perplexity"]],
+            stopping=lambda: False,
+        )
+        self.trials = []
+        self.saving = []
+        """Those that are told to wait, and do not yet."""
+        self.search_alg.add_configurations([SimpleNamespace(spec={})])
+
+    def get_trials(self):
+        return self.trials
 
     def get_live_trials(self):
-        return [trial for trial in self.trials.values() if trial.status != RayTrial.TERMINATED]
+        return [trial for trial in self.trials if trial.status != RayTrial.TERMINATED]
 
     def stop_trial(self, trial):
         if trial.status == RayTrial.RUNNING:
             self.scheduler.on_trial_complete(self, trial, trial.last_result)
         else:
             self.scheduler.on_trial_remove(self, trial)
+        self.search_alg.on_trial_complete(trial.trial_id)
         trial.set_status(RayTrial.TERMINATED)
+
+    def running(self):
+        """Those that run when every free place is taken, by name."""
+        while True:
+            while (trial := self.search_alg.next_trial()) is not None:
+                self.trials.append(trial)
+                self.scheduler.on_trial_add(self, trial)
+            chosen = self.scheduler.choose_trial_to_run(self)
+            for trial in self.trials:
+                if trial is chosen or trial.status == RayTrial.PENDING:
+                    trial.set_status(RayTrial.RUNNING)
+            if chosen is None:
+                running = {trial.trial_id: trial for trial in self.trials if trial.status == RayTrial.RUNNING}
+                return {trial_id: trial for trial_id, trial in running.items() if trial not in self.saving}
+
+    def report(self, trial, result):
+        if result is None:
+            self.stop_trial(trial)
+            return
+        decision = self.scheduler.on_trial_result(self, trial, result)
+        self.search_alg.on_trial_result(trial.trial_id, result)
+        trial.update_last_result(result)
+        if decision == self.scheduler.PAUSE:
+            self.saving.append(trial)
+        elif decision == self.scheduler.STOP or "failure" in result or result["tokens"] == BUDGET.tokens:
+            self.stop_trial(trial)
+
+    def pause(self):
+        while self.saving:
+            self.saving.pop().set_status(RayTrial.PAUSED)
+
+
+class Queue(sweep.Trials):
+    def _made(self, trial_id, settings):
+        return ray_trial(trial_id)
 
 
 def ray_trial(trial_id):
     return RayTrial("t", stub=True, trial_id=trial_id)
 
 
-def play(directory, kind, table, cut):
-    """Show a scheduler a table of scores, as Tune would, begin again from the record before step `cut`; the record."""
-    section = TuneConfig(scheduler=kind)
-    directory.mkdir()
-
-    def begun():
-        record = sweep.Record(str(directory))
-        found = sweep.Recorded(sweep.scheduler(section, BUDGET, "best_perplexity"), record, BUDGET, lambda: False)
-        trials = {trial_id: ray_trial(trial_id) for trial_id in record.trials}
-        found.replay(trials)
-        return found, record, Controller(found, trials)
-
-    scheduler, record, controller = begun()
-    for step, (trial_id, tokens, score) in enumerate(table):
-        if step == cut:
-            scheduler, record, controller = begun()
-        if trial_id not in record.trials:
-            record.begin(trial_id, {"train.seed": 1})
-            controller.trials[trial_id] = ray_trial(trial_id)
-        if record.trials[trial_id].is_over:
-            continue
-        trial = controller.trials[trial_id]
-        scheduler.on_trial_add(controller, trial)
-        if trial.status == RayTrial.PAUSED and scheduler.choose_trial_to_run(controller) is not trial:
-            continue
-        trial.set_status(RayTrial.RUNNING)
-        result = {"tokens": tokens, "best_perplexity": score, "perplexity": score, "budget_tokens": BUDGET.tokens}
-        decision = scheduler.on_trial_result(controller, trial, result)
-        trial.update_last_result(result)
-        if decision == scheduler.PAUSE:
-            trial.set_status(RayTrial.PAUSED)
-        if decision == scheduler.STOP or tokens == BUDGET.tokens:
-            controller.stop_trial(trial)
-    return sweep.read(str(directory))
+class Killed(Exception):
+    pass
 
 
-def table_of(seed, trials=9):
-    """(trial, tokens, score) in the order in which three trials at a time would report."""
+def play(directory, scheduler, scores, *, together=3, seed=0, cuts=(), searcher="random", slow=()):
+    """A sweep of trials of which each reports its row of scores, None for a failure; its events.
+
+    It is cut off after so many lines of its record, `cuts`, and begun again. Who reports next is drawn by the number of
+    results so far: the same one, cut off or not. After so many results, `slow`, who is to wait does so a result later.
+    """
+    directory.mkdir(exist_ok=True)
+    space = {"train.weight_decay": {"uniform": [0, 1]}}
+    section = TuneConfig(scheduler=scheduler, num_samples=len(scores), space=space, searcher=searcher)
+    wrote, written, cuts = sweep.Record._add, itertools.count(1), set(cuts)
+
+    def add(record, event):
+        wrote(record, event)
+        if next(written) in cuts:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep.Record, "_add", add)
+        while True:
+            controller = Controller(directory, section, together)
+            try:
+                while (running := controller.running()) or controller.saving:
+                    if running:
+                        controller.report(*_next_result(controller.record.trials, running, scores, seed))
+                    if (
+                        not running
+                        or sum(len(trial.results) for trial in controller.record.trials.values()) not in slow
+                    ):
+                        controller.pause()
+            except Killed:
+                continue
+            assert controller.search_alg.is_finished(), "or Tune would wait for ever"
+            return sweep.Record(str(directory)).events
+
+
+def _next_result(trials, running, scores, seed):
+    """(trial, result); None if it was killed between its last result and its end."""
+    for trial_id, trial in running.items():
+        if trials[trial_id].tokens == BUDGET.tokens:
+            return trial, None
+    number = sum(len(trial.results) for trial in trials.values())
+    trial_id = random.Random(f"{seed} {number}").choice(sorted(running))
+    tokens = trials[trial_id].tokens + 64
+    score = scores[int(trial_id[-5:])][tokens // 64 - 1]
+    if score is None:
+        return running[trial_id], {"tokens": BUDGET.tokens, "best_perplexity": math.inf, "failure": "diverged"}
+    return running[trial_id], {"tokens": tokens, "best_perplexity": score, "budget_tokens": BUDGET.tokens}
+
+
+def scores_of(seed, trials=9):
     source = random.Random(seed)
-    quality = {f"trial_{number:05d}": source.uniform(10, 100) for number in range(trials)}
-    left = {trial_id: list(range(64, 64 * 17, 64)) for trial_id in quality}
-    while any(left.values()):
-        trial_id = source.choice([name for name, steps in left.items() if steps][:3])
-        tokens = left[trial_id].pop(0)
-        yield trial_id, tokens, quality[trial_id] + 2000 / tokens + source.random()
+    quality = [source.uniform(10, 100) for _ in range(trials)]
+    return [[each + 2000 / tokens + source.random() for tokens in range(64, 64 * 17, 64)] for each in quality]
 
 
-@pytest.mark.parametrize("kind", ["asha", "median"])
-def test_a_scheduler_decides_as_if_the_sweep_had_never_been_cut_off(tmp_path, kind):
-    table = list(table_of(3))
-    whole = play(tmp_path / "whole", kind, table, cut=None)
-    assert {trial.status for trial in whole.values()} == {"completed", "stopped early"}
-    for cut in range(1, len(table), 7):
-        assert play(tmp_path / str(cut), kind, table, cut) == whole, f"cut before step {cut}"
+@pytest.mark.parametrize(("kind", "searcher"), [("asha", "random"), ("asha", "optuna"), ("median", "random")])
+def test_a_sweep_goes_on_as_if_it_had_never_been_cut_off(tmp_path, kind, searcher):
+    scores = scores_of(3)
+    whole = play(tmp_path / "whole", kind, scores, searcher=searcher)
+    assert {event["status"] for event in whole if "over" in event} == {"completed", "stopped early"}
+    for cut in range(1, len(whole), 2 if searcher == "random" else 7):
+        again = play(tmp_path / str(cut), kind, scores, searcher=searcher, cuts=[cut])
+        assert again == whole, f"cut off after line {cut}: {whole[cut - 1]}"
 
 
-def test_a_stop_that_nobody_heard_of_is_made_up_for(tmp_path):
-    """Killed after the result was written down, and before the trial was told."""
-    section = TuneConfig(scheduler={"kind": "asha", "grace_tokens": 64, "reduction_factor": 4.0})
+def algorithm_2(scores, rungs, eta):
+    """Li et al. 2020, to the letter, for one worker: (trial, tokens) of its jobs, until no trial is left."""
+    results, promoted, jobs = [{} for _ in rungs], [set() for _ in rungs], []
+
+    def get_job():
+        for k in reversed(range(len(rungs) - 1)):
+            candidates = sorted(results[k], key=results[k].get)[: len(results[k]) // eta]
+            if promotable := [trial for trial in candidates if trial not in promoted[k]]:
+                promoted[k].add(promotable[0])
+                return promotable[0], k + 1
+        return (len(results[0]), 0) if len(results[0]) < len(scores) else None
+
+    while job := get_job():
+        trial, k = job
+        results[k][trial] = scores[trial][rungs[k] // 64 - 1]
+        jobs.append((f"trial_{trial:05d}", rungs[k]))
+    return jobs
+
+
+@pytest.mark.parametrize(("eta", "rungs"), [(2, [64, 128, 256, 512, 1024]), (3, [64, 192, 576, 1024])])
+def test_one_worker_follows_the_paper(tmp_path, eta, rungs):
+    scores = scores_of(1, trials=30)
+    section = {"kind": "asha", "grace_tokens": 64, "reduction_factor": eta}
+    events = play(tmp_path / "sweep", section, scores, together=1)
+    jobs = [(event["result"], event["tokens"]) for event in events if event.get("tokens") in rungs]
+    assert jobs == algorithm_2(scores, rungs, eta)
+    assert 1024 in dict(jobs).values()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_every_sweep_ends_and_promotes_nobody_that_is_not_among_the_best(data):
+    """Whatever the order, the failures, the ties, and however often it is killed."""
+    eta, together = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 4))
+    score = st.sampled_from([None, *range(1, 9), *range(1, 9)])
+    scores = data.draw(st.lists(st.lists(score, min_size=16, max_size=16), min_size=1, max_size=12))
+    cuts = data.draw(st.lists(st.integers(1, 60), max_size=3))
+    section = {"kind": "asha", "grace_tokens": 64, "reduction_factor": eta}
+    order = {"seed": data.draw(st.integers(0, 9)), "slow": data.draw(st.sets(st.integers(1, 60)))}
+    with tempfile.TemporaryDirectory() as directory:
+        events = play(Path(directory), section, scores, together=together, cuts=cuts, **order)
+    rungs = sweep.scheduler(TuneConfig(scheduler=section), BUDGET, "best_perplexity").rungs
+    results, waiting, over = {rung: {} for rung in rungs}, {}, {}
+
+    def may_go_on():
+        """Those that wait among the best of their rungs, the highest rung first."""
+        best = [(rung, sorted(found, key=found.get)[: len(found) // eta]) for rung, found in results.items()]
+        return [trial for rung, trials in reversed(best) for trial in trials if waiting.get(trial) == rung]
+
+    for event in events:
+        match event:
+            case {"begun": trial}:
+                assert may_go_on() == []
+            case {"result": trial, "tokens": tokens, "best_perplexity": found}:
+                assert trial not in waiting, "it goes no further than its rung"
+                if tokens in rungs:
+                    results[tokens][trial] = found
+                    waiting[trial] = tokens
+                    if may_go_on()[:1] == [trial]:
+                        del waiting[trial]
+            case {"promoted": trial}:
+                if not may_go_on():  # in the end, for lack of one that has its whole budget
+                    assert "completed" not in over.values()
+                    assert len(waiting) + len(over) == len(scores)
+                    highest = max(waiting.values())
+                    assert trial == min((t for t in waiting if waiting[t] == highest), key=results[highest].get)
+                else:
+                    assert trial == may_go_on()[0]
+                del waiting[trial]
+            case {"over": trial, "status": status}:
+                assert (status == "stopped early") == (trial in waiting)
+                assert waiting.pop(trial, None) is None or "completed" in over.values()
+                over[trial] = status
+    assert len(over) == len(scores)
+    assert "completed" in over.values() or set(over.values()) == {"failed"}
+
+
+def test_a_trial_is_promoted_once_tune_has_paused_it(tmp_path):
+    """Three have room beside each other; the best may go on when the last one reports, and is still being paused."""
+    scores = [[10.0 + number] * 16 for number in range(3)]
+    section = {"kind": "asha", "grace_tokens": 64, "reduction_factor": 3}
+    events = play(tmp_path / "sweep", section, scores, together=4, slow={1, 2, 3})
+    assert [event["over"] for event in events if event.get("status") == "completed"] == ["trial_00000"]
+
+
+@pytest.mark.parametrize(("trials", "evaluations"), [(1, 16), (2, 17), (3, 3 + 15), (9, 9 + 3 * 2 + 13)])
+def test_what_a_sweep_costs(tmp_path, trials, evaluations):
+    """The first of so many trials is the best, those after it are worse and worse: rungs are at 1, 3 and 9 of 16."""
+    scores = [[10.0 + number] * 16 for number in range(trials)]
+    events = play(tmp_path / "sweep", {"kind": "asha", "grace_tokens": 64, "reduction_factor": 3}, scores, together=1)
+    assert sum("result" in event for event in events) == evaluations
+
+
+def test_what_was_decided_and_nobody_heard_of_is_made_up_for(tmp_path):
+    """Killed after a result was written down, and before the trial was told."""
+    found = {}
+    for kind in ("asha", "median"):
+        (tmp_path / kind).mkdir()
+        record = sweep.Record(str(tmp_path / kind))
+        for number, score in enumerate((10.0, 20.0, 30.0, 90.0)):
+            record.begin(f"trial_{number}", {})
+            for tokens in (64, 128):
+                record.result(f"trial_{number}", {"tokens": tokens, "best_perplexity": score, "budget_tokens": 1024})
+        record = sweep.Record(str(tmp_path / kind))
+        section = TuneConfig(scheduler={"kind": kind, "grace_tokens": 128, "reduction_factor": 4.0})
+        scheduler = sweep.Recorded(sweep.scheduler(section, BUDGET, "best_perplexity"), record, BUDGET, lambda: False)
+        trials = {trial_id: ray_trial(trial_id) for trial_id in record.trials}
+        scheduler.replay(trials)
+        found[kind] = [record.trials[trial_id].status for trial_id in trials], [t.status for t in trials.values()]
+    assert found["asha"] == (["running"] * 4, ["PAUSED"] * 4)
+    assert found["median"][0] == ["running", "running", "running", "stopped early"]
+    assert found["median"][1][:3] == ["PENDING"] * 3
+
+
+def test_a_trial_whose_process_is_lost_while_it_begins_to_wait_does_not_go_on(tmp_path):
     record = sweep.Record(str(tmp_path))
-    for number, score in enumerate((10.0, 20.0, 90.0)):
-        record.begin(f"trial_{number}", {})
-        record.result(f"trial_{number}", {"tokens": 64, "best_perplexity": score, "budget_tokens": 1024})
-    record = sweep.Record(str(tmp_path))
-    found = sweep.Recorded(sweep.scheduler(section, BUDGET, "best_perplexity"), record, BUDGET, lambda: False)
-    found.replay({trial_id: ray_trial(trial_id) for trial_id in record.trials})
-    assert [trial.status for trial in record.trials.values()] == ["running", "stopped early", "stopped early"]
+    inner = sweep.scheduler(TuneConfig(scheduler="asha"), BUDGET, "best_perplexity")
+    found, trial = sweep.Recorded(inner, record, BUDGET, lambda: False), ray_trial("trial_0")
+    record.begin("trial_0", {})
+    result = {"tokens": 128, "best_perplexity": 9.0, "budget_tokens": 1024}
+    assert found.on_trial_result(None, trial, result) == "PAUSE"
+    assert found.on_trial_result(None, trial, result) == "PAUSE", "begun again, it tells its last result"
+    room = SimpleNamespace(is_full=False, busy=0, has_more=False)
+    controller = SimpleNamespace(search_alg=room, get_trials=lambda: [trial])
+    assert found.choose_trial_to_run(controller) is None, "it is not paused yet"
+    trial.set_status("PAUSED")
+    assert found.choose_trial_to_run(controller) is trial
+    assert found.on_trial_result(None, trial, result) == "CONTINUE", "it was promoted"
 
 
 def test_a_failed_trial_does_not_decide_about_others(tmp_path):
@@ -299,5 +486,17 @@ def test_a_failed_trial_does_not_decide_about_others(tmp_path):
         failure = {"failure": "diverged"} if score == float("inf") else {}
         result = {"tokens": 64, "best_perplexity": score, "budget_tokens": 1024, **failure}
         decisions.append(found.on_trial_result(SimpleNamespace(), trial, result))
-    assert decisions == ["CONTINUE", "CONTINUE", "CONTINUE", "STOP", "CONTINUE"]
+    assert decisions == ["PAUSE", "CONTINUE", "CONTINUE", "PAUSE", "CONTINUE"]
+    assert not found.has_next, "one of three goes on; of five it were two"
     assert [trial.failure for trial in record.trials.values()] == [None, "diverged", "diverged", None, None]
+
+
+def test_what_is_not_a_number_ranks_last():
+    found = sweep.scheduler(TuneConfig(scheduler="asha"), BUDGET, "best_perplexity")
+    for number, score in enumerate((8.0, math.nan, math.inf, 9.0)):
+        result = {"tokens": 128, "best_perplexity": score, "budget_tokens": 1024}
+        assert found.on_trial_result(None, ray_trial(f"trial_{number}"), result) == "PAUSE"
+    for best in ("trial_0", "trial_3"):
+        assert found.next_up() == best
+        found.promote(best)
+    assert found.next_up() is None

@@ -4,6 +4,8 @@ import gc
 import itertools
 import json
 import math
+import os
+import signal
 import tempfile
 import threading
 import time
@@ -16,7 +18,7 @@ from mlflow import MlflowClient
 from raylm import budget, checkpoint, cluster, group, prepare, runs, summary, tables, tracking, tune
 from raylm import sweep as sweeps
 from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, Interrupted
 from raylm.perplexity import Score
 
 SPACE = {
@@ -147,24 +149,122 @@ def test_a_trial_that_diverges_or_cannot_be_built_is_a_row_and_the_others_go_on(
     assert statuses == {row["trial_id"]: "FAILED" if row["failure"] else "FINISHED" for row in rows}
 
 
-def test_asha_stops_the_worse_trials_early_at_a_rung_of_tokens(ray_cluster, tiny):
-    experiment = override(
-        tiny("train.max_tokens=5120"),
+def asha(experiment, rates, grace_tokens, eta, together=1, **settings):
+    """The experiment with a sweep over these learning rates."""
+    return override(
+        experiment,
         {
-            "tune.space": {"train.learning_rate": {"grid": [2e-2, 1e-6, 2e-6, 3e-6]}},
+            "tune.space": {"train.learning_rate": {"grid": rates}},
             "tune.num_samples": 1,
-            "tune.max_concurrent_trials": 1,
-            "tune.scheduler": {"kind": "asha", "grace_tokens": 1024, "reduction_factor": 4.0},
+            "tune.max_concurrent_trials": together,
+            "tune.scheduler": {"kind": "asha", "grace_tokens": grace_tokens, "reduction_factor": eta},
+            **settings,
         },
     )
-    rows, best, _ = run(experiment)
-    assert best["settings"] == {"train.learning_rate": 2e-2}
-    assert rows[0]["tokens"] == 5120
-    assert [(row["status"], row["tokens"]) for row in rows[1:]] == [("stopped early", 1024)] * 3
+
+
+def test_asha_has_trials_wait_at_rungs_of_tokens_and_the_best_go_on(ray_cluster, tiny, tmp_path):
+    """The best ones come last: nobody gets further because it was there first."""
+    experiment = asha(
+        tiny("train.max_tokens=4096", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"),
+        [3e-6, 2e-6, 1e-6, 1e-2, 2e-2],
+        grace_tokens=1024,
+        eta=4.0,
+        together=2,
+    )
+    rows, best, parent = run(experiment)
+    assert best["settings"]["train.learning_rate"] in (1e-2, 2e-2)
+    whole = [row for row in rows if row["status"] == "completed"]
+    assert {row["tokens"] for row in whole} == {4096}
+    assert {(row["status"], row["tokens"]) for row in rows if row not in whole} == {("stopped early", 1024)}
+    assert {row["settings"]["train.learning_rate"] for row in rows if row not in whole} >= {3e-6, 2e-6, 1e-6}
+    assert {run.info.status for run in children_of(parent)} == {"FINISHED"}
+
+
+def test_a_trial_that_waited_ends_as_one_that_ran_through(ray_cluster, tiny, monkeypatch):
+    """The best of three goes on twice in the end, each time in the process of the trial before: a new one takes 5 s."""
+    processes, told = set(), sweeps.Recorded.on_trial_result
+
+    def result(self, controller, trial, result):
+        processes.add(result["pid"])
+        return told(self, controller, trial, result)
+
+    monkeypatch.setattr(sweeps.Recorded, "on_trial_result", result)
+    experiment = asha(tiny("train.max_tokens=4608", "name=waits"), [2e-2, 1e-2, 1e-6], 512, 3.0)
+    rows, best, parent = run(experiment)
+    assert [(row["status"], row["tokens"]) for row in rows] == [
+        ("completed", 4608), ("stopped early", 512), ("stopped early", 512)
+    ]  # fmt: skip
+    assert promoted(parent.directory) == [best["trial_id"]] * 2
+    assert len(processes) == 1
+    alone = {**best["settings"], "train.learning_rate": {"grid": [best["settings"]["train.learning_rate"]]}}
+    through, _, untouched = run(
+        override(experiment, {"tune.space": alone, "tune.scheduler": "none", "name": "through"})
+    )
+    kept = ("perplexity", "bits_per_byte", "best_step", "tokens")
+    assert [through[0][key] for key in kept] == [rows[0][key] for key in kept]
+    ours, theirs = (
+        tracking.Run(f"{each.directory}/{trial_id}").series()
+        for each, trial_id in ((parent, best["trial_id"]), (untouched, "trial_00000"))
+    )
+    for name in ("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens", "eval/perplexity"):
+        assert ours[name], name
+        assert [point[:2] for point in ours[name]] == [point[:2] for point in theirs[name]], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["asha", "hyperband"])
+def test_a_sweep_of_which_trials_wait_stops_when_it_is_asked_to(ray_cluster, tiny, monkeypatch, kind):
+    """Tune would wait for those that nobody lets go on any more."""
+    experiment = asha(tiny("train.max_tokens=2560", f"name=stops-{kind}"), [1e-6, 2e-2, 2e-6, 1e-2], 512, 4.0)
+    experiment = override(experiment, {"tune.scheduler.kind": kind})
+    wrote, seen = sweeps.Record.result, itertools.count(1)
+
+    def result(self, *arguments):
+        wrote(self, *arguments)
+        if next(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps.Record, "result", result)
+        with pytest.raises(Interrupted, match="trials left"):
+            run(experiment)
+    gc.collect()  # the error's frames hold the sweep's lock
+    rows, *_ = run(experiment, "must")
+    assert [row["status"] for row in rows].count("completed") >= 1
+    assert len(rows) == 4
+    if kind == "asha":
+        assert [row["tokens"] for row in rows] == [2560, 512, 512, 512]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trials_of_two_workers_wait_and_go_on(ray_cluster, tiny):
+    """What the workers of one that waits had reserved is free for the next: there is room for one group only."""
+    import ray
+
+    sizes = ("train.max_tokens=8192", "train.eval_every_tokens=4096", "cluster.num_workers=2")
+    rows, _, parent = run(asha(tiny(*sizes, "name=groups"), [2e-2, 1e-6], 4096, 2.0))
+    assert [(row["trial_id"], row["status"], row["tokens"]) for row in rows] == [
+        ("trial_00000", "completed", 8192), ("trial_00001", "stopped early", 4096)
+    ]  # fmt: skip
+    assert promoted(parent.directory) == ["trial_00000"]
+    assert [result["tokens"] for result in sweeps.read(parent.directory)["trial_00000"].results] == [4096, 8192]
+    groups = ray.util.placement_group_table().values()
+    assert [group for group in groups if group["state"] != "REMOVED"] == []
 
 
 class Died(Exception):
     pass
+
+
+def attempts(directory):
+    """How often a process began to work on a trial."""
+    return sum(trial.attempts for trial in sweeps.read(str(directory)).values())
+
+
+def promoted(directory):
+    return [event["promoted"] for event in sweeps.Record(str(directory)).events if "promoted" in event]
 
 
 def dies_after(monkeypatch, results):
@@ -199,7 +299,7 @@ def test_a_sweep_that_died_twice_ends_as_if_it_had_not(ray_cluster, tiny, monkey
             "tune.scheduler": {"kind": "asha", "grace_tokens": 512, "reduction_factor": 2.0},
         },
     )
-    whole, *_ = run(experiment)
+    whole, _, untouched = run(experiment)
     for resume in ("never", "must"):
         with monkeypatch.context() as patch:
             dies_after(patch, 6)
@@ -209,9 +309,8 @@ def test_a_sweep_that_died_twice_ends_as_if_it_had_not(ray_cluster, tiny, monkey
     assert {row["status"] for row in rows} == {"completed", "stopped early"}
     kept = ("trial_id", "status", "perplexity", "bits_per_byte", "tokens", "settings", "best_step")
     assert [{key: row[key] for key in kept} for row in rows] == [{key: row[key] for key in kept} for row in whole]
-    attempts = [trial.attempts for trial in sweeps.read(parent.directory).values()]
-    assert sorted(attempts)[:-2] == [1] * 4, "what was over was not run again"
-    assert sum(attempts) <= 8
+    assert attempts(parent.directory) <= attempts(untouched.directory) + 2, "what was over or waited was not run again"
+    assert promoted(parent.directory) == promoted(untouched.directory) != []
 
 
 @pytest.mark.slow
@@ -246,9 +345,9 @@ def test_the_built_in_sweep_killed_three_times_ends_as_if_it_had_not(command, st
         {key: row[key] for key in kept} for row in theirs["trials"]
     ]
     assert ours["best"]["perplexity"] == theirs["best"]["perplexity"]
-    (directory,) = (tmp_path / "killed").glob("tiny/tune-*")
-    attempts = [trial.attempts for trial in sweeps.read(str(directory)).values()]
-    assert sum(attempts) <= 6 + 3, "nothing that was over was run again"
+    (untouched,), (directory,) = ((tmp_path / name).glob("tiny/tune-*") for name in ("whole", "killed"))
+    assert attempts(directory) <= attempts(untouched) + 3, "nothing that was over, or waited, was run again"
+    assert promoted(directory) == promoted(untouched)
     client = MlflowClient(f"sqlite:///{tmp_path}/killed.db")
     found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     assert len(found) == 7, "one for each trial, and the sweep"
@@ -413,17 +512,26 @@ def test_what_would_make_trials_incomparable_cannot_be_swept(tiny, setting, faul
         tune.plan(load(file, [f"tune.space={{{key}: {sampler}}}"]))
 
 
-def test_rungs_lie_where_trials_are_evaluated():
+@pytest.mark.parametrize(
+    ("eta", "save_every_tokens", "saves"),
+    [
+        (3.0, None, [1, 3]),  # and not 9, a step before the end
+        (2.5, None, [1, 2, 5]),
+        (1.1, None, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (3.0, 120_000, [3]),
+    ],
+)
+def test_rungs_lie_where_trials_are_saved(eta, save_every_tokens, saves):
     """Evaluated every 39,936 tokens, a rung at 40,000 would be seen at 79,872."""
+    section = {"batch_tokens": 512, "max_tokens": 360_000, "eval_every_tokens": 40_000}
     found = budget.plan(
-        TrainConfig(batch_tokens=512, max_tokens=360_000, eval_every_tokens=40_000),
+        TrainConfig(**section, save_every_tokens=save_every_tokens),
         block_size=64,
         num_workers=1,
         epoch_examples=9999,
     )
-    section = TuneConfig(scheduler=SchedulerConfig(grace_tokens=40_000, reduction_factor=3.0))
-    rungs = sweeps.scheduler(section, found, "best_perplexity")._brackets[0]._rungs
-    assert sorted(milestone for milestone, _ in rungs) == [39_936, 3 * 39_936, 9 * 39_936]
+    section = TuneConfig(scheduler=SchedulerConfig(grace_tokens=40_000, reduction_factor=eta))
+    assert sweeps.scheduler(section, found, "best_perplexity").rungs == [number * 39_936 for number in saves]
 
 
 def test_the_ends_of_a_range_stand_for_it():

@@ -346,12 +346,12 @@ class TrackingConfig(Section):
 
 class SchedulerConfig(Section):
     kind: Literal["none", "asha", "median", "hyperband", "pbt"] = "asha"
-    """none: every trial runs to its end. asha: stop the worse trials early (Li et al. 2018, arXiv:1810.05934). median:
-    stop trials that are worse than the median of the others so far. hyperband: brackets of trials that wait for each
-    other (Li et al. 2016, arXiv:1603.06560). pbt: the worst trials go on as copies of the best ones, with settings of
-    train changed a little (Jaderberg et al. 2017, arXiv:1711.09846)."""
+    """none: every trial runs to its end. asha: trials wait at rungs, and the best of them go on before new ones begin
+    (Li et al. 2020, arXiv:1810.05934). median: stop trials that are worse than the median of the others so far.
+    hyperband: brackets of trials that wait for each other (Li et al. 2016, arXiv:1603.06560). pbt: the worst trials go
+    on as copies of the best ones, with settings of train changed a little (Jaderberg et al. 2017, arXiv:1711.09846)."""
     grace_tokens: Annotated[Count, Field(ge=1)] | None = None
-    """asha, median: no trial is stopped before this many training tokens. Default: an eighth of the budget."""
+    """asha, median: no trial waits or is stopped before this many training tokens. Default: an eighth of the budget."""
     reduction_factor: Annotated[float, Field(gt=1)] = 2.0
     """asha, hyperband: one of this many trials goes on at each rung, and rungs are this factor apart."""
     every_tokens: Annotated[Count, Field(ge=1)] | None = None

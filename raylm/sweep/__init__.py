@@ -2,6 +2,7 @@
 
 record      what has happened, on disk first
 space       tune.space -> settings, drawn or searched for
+asha        trials wait at rungs, and the best go on
 schedule    which trials go on: schedulers over tokens, brought back to where they stood
 queue       hands Tune the trials that are not over, then new ones
 trial       what one trial does, in a process of its own

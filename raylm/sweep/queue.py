@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray.tune.experiment import Trial as RayTrial
@@ -29,9 +30,11 @@ class Trials(NotSaved, SearchAlgorithm):
     ):
         self.points, self.record, self.scheduler = points, record, scheduler
         self.together, self.values, self.stopping = together, values, stopping
-        self.waiting: list[RayTrial] = []
-        """Trials that were begun before, and are to go on."""
+        self.begun: list[RayTrial] = []
+        """Trials that were begun before, and are to go on; those first that wait at a rung."""
         self.handed: list[RayTrial] = []
+        self.told: set[str] = set()
+        """Trials whose score was told to where points come from."""
         for event in record.events:
             self._again(event)
 
@@ -40,13 +43,26 @@ class Trials(NotSaved, SearchAlgorithm):
         match event:
             case {"begun": trial_id}:
                 self.points.draw(trial_id)
+            case {"result": trial_id, "tokens": tokens}:
+                self._tell_at_rung(trial_id, tokens)
             case {"over": trial_id}:
-                self._tell(trial_id)
+                self._tell_in_the_end(trial_id)
 
-    def _tell(self, trial_id: str) -> None:
+    def _tell_at_rung(self, trial_id: str, tokens: int) -> None:
+        """What all have in common is the score at the first rung; most trials wait there for the end of the sweep."""
+        if tokens >= self.scheduler.first_rung:
+            results = self.record.trials[trial_id].results
+            self._tell(trial_id, [result for result in results if result["tokens"] <= tokens])
+
+    def _tell_in_the_end(self, trial_id: str) -> None:
         trial = self.record.trials[trial_id]
-        failed = trial.status == "failed" or not trial.results
-        self.points.tell(trial_id, None if failed else self.values(trial))
+        self._tell(trial_id, trial.results if trial.status != "failed" else [])
+
+    def _tell(self, trial_id: str, results: list[dict[str, Any]]) -> None:
+        if trial_id not in self.told:
+            self.told.add(trial_id)
+            trial = replace(self.record.trials[trial_id], results=results)
+            self.points.tell(trial_id, self.values(trial) if results else None)
 
     @property
     def total_samples(self) -> int:
@@ -60,18 +76,40 @@ class Trials(NotSaved, SearchAlgorithm):
         self.spec = experiments[0].spec
         made = {trial_id: self._made(trial_id, trial.settings) for trial_id, trial in self.record.trials.items()}
         self.scheduler.replay(made)
-        self.waiting = [trial for trial_id, trial in made.items() if not self.record.trials[trial_id].is_over]
+        for trial_id, trial in self.record.trials.items():
+            if trial.is_over:  # some only now: the sweep died before it could say so
+                self._tell_in_the_end(trial_id)
+        self.begun = [each for trial_id, each in made.items() if not self.record.trials[trial_id].is_over]
+        self.begun.sort(key=lambda each: each.status != RayTrial.PAUSED)
 
     def _made(self, trial_id: str, settings: dict[str, Any]) -> RayTrial:
         spec = {**self.spec, "config": dict(settings)}
-        return _create_trial_from_spec(spec, _make_parser(), trial_id=trial_id, experiment_tag=trial_id)
+        trial = _create_trial_from_spec(spec, _make_parser(), trial_id=trial_id, experiment_tag=trial_id)
+        trial.init_local_path()  # or Tune fails in the end, for one that waited and did not go on
+        return trial
+
+    @property
+    def busy(self) -> int:
+        """How many trials run, or will in a moment."""
+        return sum(trial.status in (RayTrial.PENDING, RayTrial.RUNNING) for trial in self.handed)
+
+    @property
+    def is_full(self) -> bool:
+        return self.busy >= self.together
+
+    @property
+    def has_more(self) -> bool:
+        """Whether Tune does not have all trials yet."""
+        return bool(self.begun) or len(self.record.trials) < self.points.total
 
     def next_trial(self) -> RayTrial | None:
-        busy = sum(trial.status in (RayTrial.PENDING, RayTrial.RUNNING) for trial in self.handed)
-        if busy >= self.together or self.is_finished():
+        waits = bool(self.begun) and self.begun[0].status == RayTrial.PAUSED  # and takes no room
+        if self.is_finished() or (self.is_full and not waits):
             return None
-        if self.waiting:
-            trial = self.waiting.pop(0)
+        if self.begun:
+            trial = self.begun.pop(0)
+        elif not self.has_more or self.scheduler.has_next:
+            return None
         else:
             trial_id = f"trial_{len(self.record.trials):05d}"
             settings = self.points.draw(trial_id)
@@ -80,10 +118,15 @@ class Trials(NotSaved, SearchAlgorithm):
         self.handed.append(trial)
         return trial
 
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if not self.record.trials[trial_id].is_over and "tokens" in result:
+            self._tell_at_rung(trial_id, result["tokens"])
+
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if self.record.trials[trial_id].is_over:
-            self._tell(trial_id)
+            self._tell_in_the_end(trial_id)
 
     def is_finished(self) -> bool:
-        done = not self.waiting and len(self.record.trials) >= self.points.total
+        """Whether no trial will be handed to Tune, nor one of those that wait go on: it ends their processes then."""
+        done = not self.has_more and not any(trial.status == RayTrial.PAUSED for trial in self.handed)
         return self._finished or done or self.stopping()

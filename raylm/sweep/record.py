@@ -3,6 +3,7 @@
     <sweep>/events.jsonl  {"begun": "trial_00003", "settings": {"train.learning_rate": 0.003}}
                           {"started": "trial_00003"}                     a process works on it, again after each loss
                           {"result": "trial_00003", "tokens": 81920, "perplexity": 130.5, ...}       an evaluation
+                          {"promoted": "trial_00003"}                    it waited at a rung, and goes on
                           {"changed": "trial_00003", "settings": {...}, "like": "trial_00001", "tokens": 81920}
                           {"over": "trial_00003", "status": "stopped early", "failure": null}
                           {"paused": 12.5}                               the sweep stopped, after so many seconds
@@ -77,6 +78,9 @@ class Record:
 
     def result(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
         self._add({"result": trial_id, **metrics})
+
+    def promote(self, trial_id: str) -> None:
+        self._add({"promoted": trial_id})
 
     def change(self, trial_id: str, settings: Mapping[str, Any], like: str, tokens: int) -> None:
         """By its population: it goes on as another one was after these tokens, with settings of its own."""

@@ -10,7 +10,6 @@ from typing import Any
 from ray.tune import Checkpoint
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import (
-    ASHAScheduler,
     FIFOScheduler,
     HyperBandScheduler,
     MedianStoppingRule,
@@ -21,6 +20,7 @@ from ray.tune.stopper import Stopper
 
 from raylm.budget import Budget
 from raylm.config import MUTABLE, StopConfig, TuneConfig
+from raylm.sweep.asha import Asha, rungs
 from raylm.sweep.record import Event, NotSaved, Record
 from raylm.sweep.space import Space, domains
 
@@ -45,8 +45,8 @@ def scheduler(section: TuneConfig, budget: Budget, metric: str) -> TrialSchedule
     common: dict[str, Any] = {"time_attr": "tokens", "metric": metric, "mode": "min"}
     match chosen.kind:
         case "asha":
-            rungs = {"grace_period": whole(chosen.grace_tokens), "reduction_factor": chosen.reduction_factor}
-            return ASHAScheduler(max_t=budget.tokens, **rungs, **common)
+            grace_tokens = chosen.grace_tokens or budget.tokens // 8
+            return Asha(rungs(budget, grace_tokens, chosen.reduction_factor), chosen.reduction_factor, metric)
         case "median":
             # Trials would wait for others to be compared with, and a start costs more than what it saves: never.
             return MedianStoppingRule(grace_period=whole(chosen.grace_tokens), min_time_slice=math.inf, **common)
@@ -80,6 +80,7 @@ class Recorded(NotSaved, TrialScheduler):
         self.inner, self.record, self.stopping = inner, record, stopping
         self.budget = budget
         self.is_population = isinstance(inner, PopulationBasedTraining)
+        self.asha = inner if isinstance(inner, Asha) else None
         self.added: set[str] = set()
         self.stopped: set[str] = set()
         """Trials that it has decided to stop."""
@@ -106,7 +107,7 @@ class Recorded(NotSaved, TrialScheduler):
         known = self.record.trials[trial.trial_id]
         # Tune shows the last result again when a trial ends, and a trial that was cut off makes some a second time.
         if known.is_over or "tokens" not in result or result["tokens"] <= known.tokens:
-            return self.CONTINUE
+            return self.PAUSE if self.waits(trial.trial_id) else self.CONTINUE
         if failure := result.get("failure"):
             self.record.end(trial.trial_id, "failed", failure)
             self.inner.on_trial_remove(tune_controller, trial)
@@ -137,7 +138,16 @@ class Recorded(NotSaved, TrialScheduler):
             self.inner.on_trial_error(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> RayTrial | None:
-        return None if self.stopping() else self.inner.choose_trial_to_run(tune_controller)
+        if self.stopping():
+            for trial in tune_controller.get_trials():
+                if trial.status == RayTrial.PAUSED:  # Tune would wait for it for ever
+                    tune_controller.stop_trial(trial)
+            return None
+        chosen = self.inner.choose_trial_to_run(tune_controller)
+        if self.asha is not None and chosen is not None:
+            self.record.promote(chosen.trial_id)
+            self.asha.promote(chosen.trial_id)
+        return chosen
 
     def debug_string(self) -> str:
         return self.inner.debug_string()
@@ -154,6 +164,22 @@ class Recorded(NotSaved, TrialScheduler):
     def _is_whole(self, trial: RayTrial) -> bool:
         return self.record.trials[trial.trial_id].tokens >= self.budget.tokens
 
+    # Rungs
+
+    def waits(self, trial_id: str) -> bool:
+        """Whether it waits at a rung, and may never go on."""
+        return self.asha is not None and trial_id in self.asha.waiting
+
+    @property
+    def has_next(self) -> bool:
+        """Whether one that waits may go on, before a new trial begins."""
+        return self.asha is not None and self.asha.next_up() is not None
+
+    @property
+    def first_rung(self) -> float:
+        """The tokens at which all trials are compared; infinite if there are none."""
+        return self.asha.rungs[0] if self.asha is not None and self.asha.rungs else math.inf
+
     # A population
 
     def _in_population(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
@@ -169,7 +195,7 @@ class Recorded(NotSaved, TrialScheduler):
     # What was told before
 
     def replay(self, trials: Mapping[str, RayTrial]) -> None:
-        """Show the scheduler again what the record has, in its order; those that are not over are pending afterwards.
+        """Show the scheduler again what the record has, in its order; those not over are paused or pending afterwards.
 
         A population begins anew with the trials as they are: its changes are in the record already.
         """
@@ -181,7 +207,7 @@ class Recorded(NotSaved, TrialScheduler):
             if trial_id in self.stopped and not self.record.trials[trial_id].is_over:  # died before it was told
                 self.record.end(trial_id, "completed" if self._is_whole(trial) else "stopped early")
             if not self.record.trials[trial_id].is_over:
-                trial.set_status(RayTrial.PENDING)
+                trial.set_status(RayTrial.PAUSED if self.waits(trial_id) else RayTrial.PENDING)
 
     def _again(self, past: _Past, event: Event, trials: Mapping[str, RayTrial]) -> None:
         match event:
@@ -194,6 +220,9 @@ class Recorded(NotSaved, TrialScheduler):
                 trial.update_last_result(result)
                 if self._decided(past, trial, result) == self.PAUSE:
                     trial.set_status(RayTrial.PAUSED)
+            case {"promoted": trial_id} if self.asha is not None:
+                trials[trial_id].set_status(RayTrial.RUNNING)
+                self.asha.promote(trial_id)
             case {"over": trial_id, "status": status}:
                 trial = trials[trial_id]
                 if trial.status == RayTrial.TERMINATED:

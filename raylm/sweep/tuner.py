@@ -16,8 +16,8 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from raylm.cluster import Resources
 from raylm.loop import Job
 from raylm.sweep.queue import Trials
-from raylm.sweep.record import NotSaved, Record
-from raylm.sweep.schedule import Limits
+from raylm.sweep.record import NotSaved
+from raylm.sweep.schedule import Limits, Recorded
 from raylm.sweep.trial import run_trial
 from raylm.tracking import Run
 
@@ -74,17 +74,19 @@ def _trial_resources(resources: Resources) -> Any:
 class Watcher(NotSaved, tune.Callback):
     """Shows what becomes of the trials, and clears up after each."""
 
-    def __init__(self, record: Record, parent: Run, show: Callable[..., None], metric: str):
-        self.record, self.parent, self.metric = record, parent, metric
+    def __init__(self, scheduler: Recorded, parent: Run, show: Callable[..., None], metric: str):
+        self.scheduler, self.record, self.parent, self.metric = scheduler, scheduler.record, parent, metric
         self._show = show
         self.reserved: dict[str, str | None] = {}
         """The placement group of a trial's workers, where it has a group of them."""
-        for trial_id, trial in record.trials.items():
-            if trial.is_over:
-                self.show(trial_id)
+        for trial_id in self.record.trials:
+            self.show(trial_id, runs=False)
 
     def on_trial_start(self, iteration: int, trials: list, trial: RayTrial, **_: Any) -> None:
-        _release(self.reserved.pop(trial.trial_id, None))  # of its workers before a pause, or a death
+        for each in trials:
+            # Of the workers before a pause, or a death; not at the pause, when Train would begin again with others.
+            if each is trial or each.status == RayTrial.PAUSED:
+                _release(self.reserved.pop(each.trial_id, None))
         self.record.start(trial.trial_id)
         self.show(trial.trial_id)
 
@@ -101,11 +103,12 @@ class Watcher(NotSaved, tune.Callback):
         _release(self.reserved.pop(trial.trial_id, None))
         self.show(trial.trial_id)
 
-    def show(self, trial_id: str) -> None:
+    def show(self, trial_id: str, runs: bool = True) -> None:
         trial = self.record.trials[trial_id]
+        waits = not trial.is_over and (not runs or self.scheduler.waits(trial_id))
         self._show(
             trial_id,
-            status=trial.status,
+            status="waiting" if waits else trial.status,
             tokens=trial.tokens,
             perplexity=trial.results[-1][self.metric] if trial.results else None,
             settings=trial.settings,

@@ -1,0 +1,110 @@
+"""Asynchronous successive halving: every trial waits at a rung, and whenever there is room the best of them go on.
+
+    rungs, in tokens    81,920     245,760    of 737,280, with an eta of 3
+    trial_00000         130 waits
+    trial_00001         120 ---->  101 waits             first of 3 results at its rung: floor(3 / 3) = 1 may go on
+    trial_00002         150 waits                        there is room, and nobody may go on: a new trial begins
+
+This is algorithm 2 of Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning" (arXiv:1810.05934). Ray's
+ASHAScheduler only stops trials: the first ones of a sweep meet nobody at their rungs and train to the end, however bad.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import FIFOScheduler
+
+from raylm.budget import Budget
+
+
+def rungs(budget: Budget, grace_tokens: int, eta: float) -> list[int]:
+    """Training tokens at which trials wait: grace_tokens, eta times as many, and so on, each in whole saves.
+
+    A trial is evaluated at each save and goes on from there, so that no step is made twice. None lies less than a save
+    before the end: it would spare next to nothing.
+    """
+    between = budget.save_every * budget.batch_tokens
+    found, rung = [], max(1, round(grace_tokens / between)) * between
+    while rung <= budget.tokens - between:
+        found.append(rung)
+        rung = max(rung + between, round(rung * eta / between) * between)
+    return found
+
+
+class Asha(FIFOScheduler):
+    """Trials wait at rungs; whoever is among the best floor(n / eta) of n results at one goes on, highest rung first.
+
+    Only then does a new trial begin. In the end, when nothing runs, nobody may go on and no trial is to come, those
+    that wait are stopped. Until a trial has ended by itself the best one of the highest rung goes on instead, from rung
+    to rung, so that even a sweep of fewer than eta trials has one with its whole budget. Equal scores rank in the order
+    in which they came; what is not a number ranks last.
+    """
+
+    def __init__(self, rungs: list[int], eta: float, metric: str):
+        super().__init__()
+        self.rungs, self.eta = rungs, eta
+        self._metric = metric
+        self.scores: list[dict[str, float]] = [{} for _ in rungs]
+        """At each rung, of each trial that has come there; less is better."""
+        self.waiting: dict[str, int] = {}
+        """Trials that wait, and the number of their rung."""
+        self.has_one = False
+        """Whether a trial has ended by itself."""
+
+    def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        score = result[self._metric]
+        reached = [number for number, rung in enumerate(self.rungs) if rung <= result["tokens"]]
+        new = [number for number in reached if trial.trial_id not in self.scores[number]]
+        for number in new:
+            self.scores[number][trial.trial_id] = math.inf if math.isnan(score) else score
+        if not new or result["tokens"] >= result["budget_tokens"]:
+            return self.CONTINUE
+        self.waiting[trial.trial_id] = new[-1]
+        if self.next_up() != trial.trial_id:
+            return self.PAUSE
+        self.promote(trial.trial_id)  # it would only make room for itself
+        return self.CONTINUE
+
+    def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
+        self.has_one = True
+
+    def on_trial_remove(self, tune_controller: Any, trial: RayTrial) -> None:
+        self.waiting.pop(trial.trial_id, None)
+
+    on_trial_error = on_trial_remove
+
+    def choose_trial_to_run(self, tune_controller: Any) -> RayTrial | None:
+        """The trial to promote, if there is room; whoever takes it calls `promote`. Tune begins new ones by itself."""
+        queue = tune_controller.search_alg
+        if not self.waiting or queue.is_full:
+            return None
+        chosen = self.next_up()
+        trials = {trial.trial_id: trial for trial in tune_controller.get_trials()}
+        if chosen is None and not queue.busy and not queue.has_more:
+            if not self.has_one:
+                chosen = self._best(max(self.waiting.values()), len(self.scores[0]))[0]
+            for trial_id in [] if chosen else list(self.waiting):
+                tune_controller.stop_trial(trials[trial_id])
+        # Tune takes a moment to pause a trial, and would pause it after it was promoted.
+        return trials[chosen] if chosen and trials[chosen].status == RayTrial.PAUSED else None
+
+    def next_up(self) -> str | None:
+        """The trial that may go on next, if any may."""
+        for number in reversed(range(len(self.rungs))):
+            if best := self._best(number, math.floor(len(self.scores[number]) / self.eta)):
+                return best[0]
+        return None
+
+    def promote(self, trial_id: str) -> None:
+        del self.waiting[trial_id]
+
+    def _best(self, number: int, most: int) -> list[str]:
+        """Those of the best so many of a rung that wait there, the best first."""
+        scores = self.scores[number]
+        return [name for name in sorted(scores, key=scores.__getitem__)[:most] if self.waiting.get(name) == number]
+
+    def debug_string(self) -> str:
+        return f"{len(self.waiting)} trials wait at rungs"
