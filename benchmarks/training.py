@@ -225,7 +225,7 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
 
             def on_step_end(self, args, state, control, **more) -> None:
                 times.append(time.perf_counter())
-                if state.global_step == state.max_steps:
+                if state.global_step == state.max_steps and self.trainer.session.rank == 0:
                     file.write_text(json.dumps(times))
                 plain(self, args, state, control, **more)
 
