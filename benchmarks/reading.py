@@ -7,6 +7,9 @@ The built-in corpus in blocks of 64, 128 and 256 tokens, one process:
 
 In turn, five times each; the fastest turn counts. Also the tenth example beside the ten thousandth: what it costs to go
 on in the middle.
+
+2026-11-23, 2 cores: 5.7, 11.5 and 22.8 million tokens/s at 64, 128 and 256 tokens, 13.1, 12.8 and 12.7 times those of
+the Dataset; example 10 in 9.0, 9.0 and 9.2 us, example 10,000 in 11.9, 8.7 and 9.3 us.
 """
 
 import tempfile

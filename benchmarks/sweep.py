@@ -13,7 +13,7 @@ block size. `overhead` is the time of a trial beyond its training, after the fir
     plain            656.1 s          overhead 9.6 s a trial
     raylm            389.6 s   0.59   overhead 0.5 s, best perplexity 218.64, 3,932,160 tokens
 
-With ASHA trials wait after 2 and after 6 of their 16 evaluations, and one of three goes on.
+With ASHA trials wait after 1, 3 and 9 of their 16 evaluations, and one of three goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 ROWS = {
     "plain": [],
     "raylm": ["tune.scheduler=none"],
-    "raylm + asha": ["tune.scheduler={kind: asha, reduction_factor: 3, grace_tokens: 21_845}"],
+    "raylm + asha": ["tune.scheduler={kind: asha, reduction_factor: 3, grace_tokens: 12_288}"],
     "raylm + precision auto": ["tune.scheduler=none", "train.precision=auto"],
 }
 EVALUATIONS = 16

@@ -14,8 +14,9 @@ changes by a fifth from minute to minute; the rows go in turn.
     raylm                     2,821            2,573 to 3,059    1.19 of the Trainer
     Trainer + environment     3,010            2,538 to 3,233
 
-`--rows "raylm,raylm x 2 workers"`, in a run of its own: two workers of one core 2,197, one of two cores 2,419 (0.91):
-with 1,024 tokens a step they exchange 21 MB of gradients every half second.
+`--rows "raylm,raylm x 2 workers"`, in a run of its own: two workers of one core 2,215, one of two cores 2,422 (0.91);
+with `--batch 32` 2,680 and 2,850 (0.94). Bare processes with DDP have 1.05 to 1.1 there. Beside a worker group Ray has
+processes of its own, and two workers on two cores leave them none.
 
 Not measured again with this one: `raylm + precision auto`, 1.19 of the Trainer when raylm itself was 1.13.
 """

@@ -150,6 +150,30 @@ def compiled_graphs(trainer):
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # DeepSpeed compiles when it is first imported
+def test_states_of_the_optimizer_shared_out_by_deepspeed(two_workers, train_run):
+    pytest.importorskip("deepspeed")
+    auto = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    settings = {**auto, "zero_optimization": {"stage": 2}}
+    experiment = override(two_workers, {"train.arguments.deepspeed": settings})
+    plain, _ = train_run(two_workers)
+    outcome, job = train_run(experiment)
+    assert outcome.best["perplexity"] == pytest.approx(plain.best["perplexity"], rel=1e-4)
+    assert list(Path(job.checkpoints.path(outcome.best["step"])).glob("global_step*/zero_pp_rank_1_*"))
+    with cluster.watch(lambda value: None, lambda message: None) as board:
+        board.stop.remote()  # after the first step, then
+        stopped, again = train_run(experiment, board=board)
+    assert (stopped.step, stopped.stopped) == (1, True)
+    with cluster.watch(lambda value: None, lambda message: None) as board:
+        ended = train_run.go_on(again, experiment, board)
+    assert ended.best == outcome.best
+
+    settings["zero_optimization"]["stage"] = 3
+    with pytest.raises(ConfigError, match=r"stage must be 1 or 2, got 3; train\.arguments\.fsdp=true"):
+        loop.check(override(two_workers, {"train.arguments.deepspeed": settings}).train)
+
+
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [

@@ -85,6 +85,9 @@ def check(section: TrainConfig, *, has_updates: bool = False) -> None:
             raise ConfigError(f"train.arguments: {problem}", where="train.arguments") from None
     if made.fsdp and has_updates:
         raise ConfigError("model.lora cannot be combined with train.arguments.fsdp; leave one out", where="model.lora")
+    if made.deepspeed and made.hf_deepspeed_config.is_zero3():
+        key = "train.arguments.deepspeed.zero_optimization.stage"
+        raise ConfigError(f"{key} must be 1 or 2, got 3; train.arguments.fsdp=true shares out the weights", where=key)
     sharding = made.fsdp_plugin_args or {}
     for name, only in (("fsdp_version", 2), ("state_dict_type", "FULL_STATE_DICT")):
         if (found := sharding.get(name, only)) != only:
