@@ -189,7 +189,10 @@ class Recorded(NotSaved, TrialScheduler):
         decision = self.inner.on_trial_result(_Keeper(tune_controller), trial, result)
         if trial.config != settings:
             donor = trial.latest_checkpoint_result.checkpoint.path.split("/")[-2]
-            self.record.change(trial.trial_id, trial.config, donor, self.record.trials[donor].tokens)
+            like = self.record.trials[donor]
+            if like.tokens >= self.budget.tokens:  # with other settings there is nothing left to train
+                trial.set_config(dict(like.settings))
+            self.record.change(trial.trial_id, trial.config, donor, like.tokens)
         return decision
 
     # What was told before
