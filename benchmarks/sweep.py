@@ -16,8 +16,8 @@ block size. `overhead` is the time of a trial beyond its training, after the fir
     plain            609.6 s          overhead 10.1 s a trial
     raylm + asha     105.4 s   0.17   overhead 0.4 s, best perplexity 218.64, 774,144 tokens
 
-With ASHA trials wait after 1, 3 and 9 of their 16 evaluations, and one of three goes on. It found the same best trial with
-other rungs too: after 2 and 6 of 16, one of three, in 162.6 s; after 2 and 8, one of four, in 128.8 s.
+With ASHA trials wait after 1, 3 and 9 of their 16 evaluations, and one of three goes on. It found the same best trial
+with other rungs too: after 2 and 6 of 16, one of three, in 162.6 s; after 2 and 8, one of four, in 128.8 s.
 """
 
 from __future__ import annotations
