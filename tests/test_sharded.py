@@ -56,6 +56,16 @@ def sharded(two_workers):
     return override(two_workers, {"train.arguments.fsdp": True})
 
 
+def stopped_and_begun_again(train_run, experiment):
+    """(outcome, job) of a run that is stopped after its first step and goes on then."""
+    with cluster.watch(lambda value: None, lambda message: None) as board:
+        board.stop.remote()
+        stopped, job = train_run(experiment, board=board)
+    assert (stopped.step, stopped.stopped) == (1, True)
+    with cluster.watch(lambda value: None, lambda message: None) as board:
+        return train_run.go_on(job, experiment, board), job
+
+
 def elements_here(trainer):
     """How many of the weights a worker has, and how many there are."""
     weights = list(trainer.model.parameters())
@@ -104,12 +114,7 @@ def test_sharded_weights_train_as_whole_ones_do(trained, two_workers, train_run)
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_where_it_was_stopped(trained, sharded, train_run):
     outcome, job, _ = trained
-    with cluster.watch(lambda value: None, lambda message: None) as board:
-        board.stop.remote()  # after the first step, then
-        stopped, again = train_run(sharded, board=board)
-    assert (stopped.step, stopped.stopped) == (1, True)
-    with cluster.watch(lambda value: None, lambda message: None) as board:
-        ended = train_run.go_on(again, sharded, board)
+    ended, again = stopped_and_begun_again(train_run, sharded)
     assert ended.best == outcome.best
     assert again.run.series()["train/loss"] == job.run.series()["train/loss"]
 
@@ -162,12 +167,7 @@ def test_states_of_the_optimizer_shared_out_by_deepspeed(two_workers, train_run)
     outcome, job = train_run(experiment)
     assert outcome.best["perplexity"] == pytest.approx(plain.best["perplexity"], rel=1e-4)
     assert list(Path(job.checkpoints.path(outcome.best["step"])).glob("global_step*/zero_pp_rank_1_*"))
-    with cluster.watch(lambda value: None, lambda message: None) as board:
-        board.stop.remote()  # after the first step, then
-        stopped, again = train_run(experiment, board=board)
-    assert (stopped.step, stopped.stopped) == (1, True)
-    with cluster.watch(lambda value: None, lambda message: None) as board:
-        ended = train_run.go_on(again, experiment, board)
+    ended, _ = stopped_and_begun_again(train_run, experiment)
     assert ended.best == outcome.best
 
     settings["zero_optimization"]["stage"] = 3
