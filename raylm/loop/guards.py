@@ -24,15 +24,11 @@ class Memory:
     def __init__(self, job: Job, session: Session, micro_batch: int):
         self.job, self.session, self.micro_batch = job, session, micro_batch
 
-    @contextlib.contextmanager
-    def for_training(self) -> Iterator[None]:
-        with self._guarded(self._fewer_at_once):
-            yield
+    def for_training(self) -> contextlib.AbstractContextManager[None]:
+        return self._guarded(self._fewer_at_once)
 
-    @contextlib.contextmanager
-    def for_scoring(self) -> Iterator[None]:
-        with self._guarded(self._too_much_scored):
-            yield
+    def for_scoring(self) -> contextlib.AbstractContextManager[None]:
+        return self._guarded(self._too_much_scored)
 
     @contextlib.contextmanager
     def _guarded(self, too_much: Callable[[str], OutOfMemory]) -> Iterator[None]:
