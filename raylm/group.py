@@ -1,4 +1,4 @@
-"""Training and scoring on workers of Ray Train, or in one process: another one of Ray's, or this very one.
+"""Training and scoring on workers of Ray Train, or in one process: one of its own, or this very one.
 
 A training begins again with less at once where memory ran out, and on what is left where a node is taken away.
 """
@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from raylm import cli, cluster, loop, runs
 from raylm.cluster import Resources
@@ -29,10 +27,10 @@ from raylm.perplexity import Documents
 
 def fit(job: Job, resources: Resources, callbacks: Sequence[Any] = ()) -> Outcome:
     """Train on a group of workers until the end of the budget or a stop."""
-    if resources.most_workers == 1 and cluster.is_local(job.experiment.cluster) and not callbacks:
-        return with_less(job, lambda: _in_process(job, resources))
+    if cluster.alone(job.experiment.cluster) and not callbacks:
+        return with_less(job, lambda: _in_process(job))
     while True:
-        outcome = with_less(job, lambda: _on_workers(job, resources, callbacks))
+        outcome = with_less(job, lambda: _in_group(job, resources, callbacks))
         if not (outcome.lost_nodes and resources.without(outcome.lost_nodes).most_runs):
             return outcome
         cli.say(f"a node is being taken away; going on without it from step {outcome.step:,}")
@@ -45,23 +43,24 @@ def fit_here(job: Job) -> Outcome:
 
 def _alone(job: Job) -> Outcome:
     """In Ray Train's local mode."""
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     train = functools.partial(loop.train_loop_per_worker, job)
     return TorchTrainer(train, scaling_config=ScalingConfig(num_workers=0)).fit().return_value
 
 
-def _in_process(job: Job, resources: Resources) -> Outcome:
-    """In another process of this machine: it begins to train in a second or two, a group of one worker in ten."""
-    cluster.loaded()
-    task = ray.remote(**resources.options, max_calls=1, max_retries=0)(_alone)
+def _in_process(job: Job) -> Outcome:
+    """In another process of this machine, and in a new one where that dies."""
     left = job.experiment.cluster.max_failures
     while True:
         try:
-            return ray.get(task.remote(job))
-        except ray.exceptions.RayError as error:
-            cause = _cause(error, job.directory)
+            with cluster.process() as process:
+                return process.call(_alone, job)
+        except RaylmError as error:
             if not left:
-                raise cause from error
-            job.say(f"{cause}; beginning again from the last checkpoint, {left} more times at most")
+                raise type(error)(error.message, error.where or job.directory) from error
+            job.say(f"{error}; beginning again from the last checkpoint, {left} more times at most")
             left -= 1
 
 
@@ -79,19 +78,9 @@ def with_less(job: Job, train: Callable[[], Outcome]) -> Outcome:
             job.say(error.message)
 
 
-def _on_workers(job: Job, resources: Resources, callbacks: Sequence[Any]) -> Outcome:
-    with _bookkeeping() as kept:
-        trainer = TorchTrainer(
-            # Not as train_loop_config, which Ray's controller unpickles too: it would import all of this first, 4 s.
-            functools.partial(loop.train_loop_per_worker, job),
-            scaling_config=_scaling(resources),
-            run_config=RunConfig(
-                **kept,
-                failure_config=FailureConfig(max_failures=job.experiment.cluster.max_failures),
-                callbacks=list(callbacks),
-            ),
-        )
-        return _result(trainer, job.directory)
+def _in_group(job: Job, resources: Resources, callbacks: Sequence[Any]) -> Outcome:
+    train = functools.partial(loop.train_loop_per_worker, job)
+    return _on_workers(train, resources, job.directory, job.experiment.cluster.max_failures, callbacks)
 
 
 def score(
@@ -114,24 +103,35 @@ def score(
     if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):
         alone = dataclasses.replace(job, cpus=cluster.cpus_here(), session=loop.Alone, progress=progress)
         return loop.score_loop_per_worker(alone)
+    return _on_workers(functools.partial(loop.score_loop_per_worker, job), resources, directory)
+
+
+def _on_workers(
+    function: Callable[[], Any], resources: Resources, where: str, max_failures: int = 0, callbacks: Sequence[Any] = ()
+) -> Any:
+    """What a function returns on rank 0 of a group of workers.
+
+    It has what it needs in itself, not from train_loop_config, which Ray's controller unpickles too: 4 s of imports.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig  # 0.8 s, and a lone worker trains without
+    from ray.train.torch import TorchTrainer
+
     with _bookkeeping() as kept:
         trainer = TorchTrainer(
-            functools.partial(loop.score_loop_per_worker, job),
-            scaling_config=_scaling(resources),
-            run_config=RunConfig(**kept),
+            function,
+            scaling_config=ScalingConfig(
+                num_workers=resources.num_workers
+                if resources.num_workers == resources.most_workers
+                else (resources.num_workers, resources.most_workers),
+                use_gpu=bool(resources.gpus_per_worker),
+                resources_per_worker=dict(resources.per_worker),
+                placement_strategy=resources.placement_strategy,
+            ),
+            run_config=RunConfig(
+                **kept, failure_config=FailureConfig(max_failures=max_failures), callbacks=list(callbacks)
+            ),
         )
-        return _result(trainer, directory)
-
-
-def _scaling(resources: Resources) -> ScalingConfig:
-    return ScalingConfig(
-        num_workers=resources.num_workers
-        if resources.num_workers == resources.most_workers
-        else (resources.num_workers, resources.most_workers),
-        use_gpu=bool(resources.gpus_per_worker),
-        resources_per_worker=dict(resources.per_worker),
-        placement_strategy=resources.placement_strategy,
-    )
+        return _result(trainer, where)
 
 
 @contextlib.contextmanager
@@ -176,19 +176,30 @@ def _cause(error: Exception, where: str) -> Exception:
     """What a worker raised; raylm's own errors, of any rank, before the others': ranks die of each other's death."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     for failure in failures.values():
-        seen = failure
-        while seen is not None:
+        for seen in _unwrapped(failure):
             if isinstance(seen, RaylmError):
                 return type(seen)(seen.message, seen.where)
-            seen = getattr(seen, "cause", None) or getattr(seen, "base_exc", None) or seen.__cause__
+    for rank, failure in failures.items():
+        for seen in _unwrapped(failure):
+            if isinstance(seen, ray.exceptions.OutOfMemoryError):  # of 50 lines, with every process of the node
+                held = re.findall(r"actual memory used=([\d.]+GB)", str(seen))
+                node = re.findall(r"[\d.]+GB used / [\d.]+GB limit", str(seen))
+                return TrainingError(
+                    f"worker {rank} was killed, for its node ran out of memory ({', '.join([*held[:1], *node])}); "
+                    "lower train.micro_batch_tokens, eval.batch_tokens or the size of the model",
+                    where=where,
+                )
     rank, cause = next(iter(failures.items()))
-    if isinstance(cause, ray.exceptions.OutOfMemoryError):  # of 50 lines, with every process of the node
-        held = re.findall(r"actual memory used=([\d.]+GB)", str(cause))
-        node = re.findall(r"[\d.]+GB used / [\d.]+GB limit", str(cause))
-        return TrainingError(
-            f"worker {rank} was killed, for its node ran out of memory ({', '.join([*held[:1], *node])}); lower "
-            "train.micro_batch_tokens, eval.batch_tokens or the size of the model",
-            where=where,
-        )
     last = str(cause).strip().split("\n")[-1]
     return TrainingError(f"worker {rank} failed: {type(cause).__name__}: {last}", where=where)
+
+
+def _unwrapped(error: BaseException) -> Iterator[BaseException]:
+    """An error of Ray's, and those that are wrapped in it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        inner = (
+            getattr(seen, name, None) for name in ("cause", "base_exc", "controller_failure", "health_check_failure")
+        )
+        seen = next(filter(None, inner), seen.__cause__)

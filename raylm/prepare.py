@@ -84,8 +84,28 @@ def check_nodes(experiment: Experiment) -> None:
         )
 
 
+def is_to_do(experiment: Experiment) -> bool:
+    """Whether a token store of a run is not there yet, its own or that of an evaluation set."""
+    from raylm import tokenizer, tokens
+
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
+    path = tokens.store_path(experiment.storage, experiment.corpus, chosen)
+    if not tokens.is_store(path):
+        return True
+    known = tokenizer_of(path)
+    corpora = evaluation_corpora(experiment).values()
+    return not all(tokens.is_store(tokens.store_path(experiment.storage, corpus, known)) for corpus in corpora)
+
+
+def tokenizer_of(store: str) -> TokenizerConfig:
+    """The tokenizer that a token store was made with."""
+    from raylm import tokens
+
+    return TokenizerConfig(path=os.path.join(tokens.local_copy(store), "tokenizer"))
+
+
 def prepared(experiment: Experiment) -> tuple[Store, bool]:
-    """The experiment's token store, and whether it was there already. Ray is connected, progress is shown."""
+    """The experiment's token store, and whether it was there already. Progress is shown."""
     from raylm import tokenizer, tokens
 
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
@@ -112,13 +132,14 @@ def evaluation_corpus(paths: Sequence[str], how: CorpusConfig, key: str) -> Corp
 
 
 def evaluation_sets(experiment: Experiment, store: Store) -> dict[str, str]:
-    """The token store of each evaluation set, by the tokenizer of the run's store. Ray is connected, progress is shown.
+    """The token store of each evaluation set, by the tokenizer of the run's store. Progress is shown; Ray is connected
+    unless nothing `is_to_do`.
 
     A store that is there already is used. A set is the `train` split of its store: nothing is held out.
     """
     from raylm import tokens
 
-    tokenizer = TokenizerConfig(path=os.path.join(tokens.local_copy(store.path), "tokenizer"))
+    tokenizer = tokenizer_of(store.path)
     found = {}
     for name, corpus in evaluation_corpora(experiment).items():
         empty = nothing_to_score(experiment.eval.key(name), corpus.paths)

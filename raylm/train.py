@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -32,8 +33,7 @@ def train(
     checked = plan(experiment, begins=None if dry_run else "train")
     if dry_run:
         return checked
-    from raylm import cluster, objective, runs, storage, summary, tracking
-    from raylm.prepare import prepared
+    from raylm import cluster, objective, prepare, runs, storage, summary, tracking
 
     storage.check(experiment.storage)
     begun = runs.begin(experiment, "train", os.path.basename(checked.record["store"]), resume)
@@ -42,12 +42,18 @@ def train(
     run = summary.start(experiment, begun.directory, begun.name, "train")
     status: tracking.Status = "FAILED"
     try:
-        with cluster.connect(experiment.cluster) as resources:
-            check_nodes(experiment)
-            store, reused = prepared(experiment)
+        with contextlib.ExitStack() as connection:
+            resources = cluster.alone(experiment.cluster)
+            if resources is None or prepare.is_to_do(experiment):
+                resources = connection.enter_context(cluster.connect(experiment.cluster))
+                check_nodes(experiment)
+            store, reused = prepare.prepared(experiment)
             if not reused:  # else the plan has told
                 objective.warn_of_absent(experiment.objective, store)
-            answer = trained(experiment, store, run, begun, resources)
+            sets = prepare.evaluation_sets(experiment, store)
+            if cluster.alone(experiment.cluster):
+                connection.close()  # the worker has the machine for itself
+            answer = trained(experiment, store, sets, run, begun, resources)
             begun.end(answer.record)
             status = "FINISHED"
             return answer
@@ -78,14 +84,14 @@ def check_nodes(experiment: Experiment) -> None:
         )
 
 
-def trained(experiment: Experiment, store: Store, run: Run, begun: Begun, resources: Resources) -> cli.Answer:
+def trained(
+    experiment: Experiment, store: Store, sets: dict[str, str], run: Run, begun: Begun, resources: Resources
+) -> cli.Answer:
     """Train to the end of the budget, export the best model and score it."""
     from raylm import budget, card, cluster, group, loop, summary, tables, tracking
     from raylm.perplexity import Score
-    from raylm.prepare import evaluation_sets
 
     planned = budget.of(experiment, store)
-    sets = evaluation_sets(experiment, store)
     run.parameters(summary.parameters(experiment, store, planned))
     run.text(dump(experiment), "experiment.yaml")
     summary.tell_data(run, experiment, store)
@@ -141,26 +147,31 @@ def trained(experiment: Experiment, store: Store, run: Run, begun: Begun, resour
 
 
 def plan(experiment: Experiment, *, begins: Literal["train", "tune"] | None = None) -> cli.Answer:
-    """Check whatever can be checked without Ray; what the run will do. If one begins then, Ray starts meanwhile."""
-    from raylm import cluster, corpus, storage
+    """Check whatever can be checked without Ray; what the run will do.
+
+    If one begins then, what it needs starts meanwhile: the process of its worker, Ray.
+    """
+    from raylm import cluster, corpus, storage, tokenizer, tokens
     from raylm.prepare import evaluation_corpora
 
     storage.look(experiment.storage)
     sources = corpus.check(experiment.corpus)
     evaluation_corpora(experiment)
     resources = cluster.plan(experiment.cluster)
-    if begins and resources is not None:
-        is_alone = begins == "train" and resources.most_workers == 1  # groups and trials have processes of their own
-        cluster.ahead(load="raylm.loop.trainer" if is_alone else None)
-    with cli.waiting("Loading PyTorch and transformers"):  # after the quick checks
-        from raylm import budget, loop, model, objective, runs, tables, tokenizer, tokens
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
+    store = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
+    is_alone = begins == "train" and cluster.alone(experiment.cluster) is not None
+    if is_alone:
+        cluster.begin()
+    if begins and resources is not None and not (is_alone and tokens.is_store(store)):
+        cluster.ahead()
+    with cli.waiting("Loading PyTorch and transformers"), cli.importing():  # after the quick checks
+        from raylm import budget, loop, model, objective, runs, tables
 
     loop.check(experiment.train, has_updates=experiment.model.lora is not None)
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     known: Any = chosen.train or tokenizer.load_section(chosen)
     objective.check(experiment.objective, experiment.blocks, known)
     found = model.planned(experiment, chosen.train.vocab_size if chosen.train else len(known))
-    store = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
     if tokens.is_store(store):
         objective.warn_of_absent(experiment.objective, tokens.open_store(store))
     planned = budget.plan(

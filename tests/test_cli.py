@@ -40,6 +40,8 @@ def verb(settings: cli.Settings = None, config: cli.ConfigFile = None, print_con
             raise ZeroDivisionError("division by zero")
         case "interrupted":
             raise KeyboardInterrupt
+        case "stopped":
+            raise KeyboardInterrupt("stopped after step 3, which is saved")
         case "nan":
             return cli.Answer({"perplexity": float("nan")}, "nan")
     with cli.task("Working", "things") as advance:
@@ -93,6 +95,7 @@ FAILURES = {
     "fails": {"error": "nothing in /data/[ab] at x.yaml:100:3\ntwo lines", "where": "corpus.paths", "exit_code": 3},
     "breaks": {"error": "ZeroDivisionError: division by zero", "where": None, "exit_code": 1},
     "interrupted": {"error": "interrupted", "where": None, "exit_code": 130},
+    "stopped": {"error": "stopped after step 3, which is saved", "where": None, "exit_code": 130},
 }
 
 

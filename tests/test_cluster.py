@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from raylm import cluster, config
 from raylm.config import ClusterConfig
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, TrainingError
 
 
 def resources(total, **settings):
@@ -98,13 +99,11 @@ import sys
 import ray
 from raylm import cluster
 from raylm.config import ClusterConfig
-cluster.ahead(load="wave")
+cluster.ahead()
 if "fails" in sys.argv:
     sys.exit("no")
 with cluster.connect(ClusterConfig()):
-    cluster.loaded()
-    loaded = ray.remote(lambda: "wave" in sys.modules)
-    print(ray.get(loaded.remote()), len(ray.nodes()), "wave" in sys.modules)
+    print(len(ray.nodes()))
 print(ray.is_initialized())
 """
 
@@ -116,7 +115,7 @@ def test_ray_starts_while_a_command_does_something_else_and_ends_with_it():
             return ended, ended.communicate(timeout=100)
 
     ended, (stdout, stderr) = run()
-    assert (ended.returncode, stdout.split()) == (0, ["True", "1", "False", "False"]), stderr
+    assert (ended.returncode, stdout.split()) == (0, ["1", "False"]), stderr
     ended, (stdout, stderr) = run("fails")
     assert (ended.returncode, stdout, stderr) == (1, "", "no\n")
     deadline = time.monotonic() + 30
@@ -147,7 +146,8 @@ def test_whoever_watches_sees_what_a_worker_puts_and_says(ray_cluster):
 
     @ray.remote
     def work(board):
-        ray.get([board.put.remote(5.0), board.say.remote("half of it")])
+        board.put(5.0)
+        board.say("half of it")
 
     with cluster.watch(seen.append, said.append) as board:
         ray.get(work.remote(board))
@@ -159,17 +159,94 @@ def test_whoever_watches_sees_what_a_worker_puts_and_says(ray_cluster):
 
 
 def test_a_signal_tells_the_workers_to_stop_and_a_second_ctrl_c_ends_the_command(ray_cluster):
-    import ray
-
     said = []
     with pytest.raises(KeyboardInterrupt), cluster.signals(said.append), cluster.watch(print, print) as board:  # noqa: PT012
-        assert not ray.get(board.is_stopping.remote())
+        assert not board.is_stopping()
         signal.raise_signal(signal.SIGINT)
         deadline = time.monotonic() + 60
-        while not ray.get(board.is_stopping.remote()) and time.monotonic() < deadline:
+        while not board.is_stopping() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert cluster.stopped_by() == signal.SIGINT
-        assert ray.get(board.is_stopping.remote())
+        assert board.is_stopping()
         signal.raise_signal(signal.SIGINT)
     assert "Ctrl-C stops at once" in said[0]
     assert cluster.stopped_by() is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a process is given to do, as a loop.Job."""
+
+    what: str
+    board: object = None
+
+
+def working(work):
+    """In another process, which has no other words than those of `Work.what`."""
+    import os
+    import time
+
+    if work.what == "stop":
+        work.board.say("here")
+        while not work.board.is_stopping():
+            time.sleep(0.01)
+    if work.what == "die":
+        print("by itself", flush=True)
+        os._exit(3)
+    if work.what == "fail":
+        raise ValueError("no such thing\nas this")
+    if work.what == "sleep":
+        time.sleep(100)
+    return os.environ["CUDA_VISIBLE_DEVICES"], os.environ["MALLOC_TOP_PAD_"], os.getpid()
+
+
+def called(what, board=None):
+    with cluster.process("wave") as process:
+        return process.call(working, Work(what, board))
+
+
+def test_a_process_of_this_machine_does_one_thing_on_one_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    cluster.begin("wave")
+    gpu, kept, process = called("look")
+    assert (gpu, kept) == ("2", cluster.WORKER_ENVIRONMENT["MALLOC_TOP_PAD_"])
+    assert not psutil.pid_exists(process)
+    board = cluster.Board()
+    board.say = lambda message: board.stop()
+    assert called("stop", board)[0] == "2"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for what, problem, said in (
+        ("fail", "failed: ValueError: as this", "in working"),
+        ("die", "ended with exit code 3", "by itself"),
+    ):
+        with pytest.raises(TrainingError, match=f"^worker 0 {problem}; .* has all that it said$") as error:
+            called(what)
+        assert said in Path(error.value.where).read_text()
+    assert called("look")
+    assert len(list(tmp_path.iterdir())) == 2, "one of each that failed"
+
+
+ORPHAN = """
+from pathlib import Path
+import os, signal, sys, threading, time
+from raylm import cluster
+from raylm.config import ClusterConfig
+sys.path.insert(0, sys.argv[1])
+import test_cluster
+
+with cluster.process("wave") as process:
+    print(process._process.pid, flush=True)
+    threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    process.call(test_cluster.working, test_cluster.Work("sleep"))
+"""
+
+
+def test_a_process_does_not_outlive_a_command_that_is_killed():
+    told = subprocess.run(
+        [sys.executable, "-c", ORPHAN, str(Path(__file__).parent)], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == -signal.SIGKILL, told.stderr
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(int(told.stdout)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -58,7 +58,7 @@ def sharded(two_workers):
 def stopped_and_begun_again(train_run, experiment):
     """(outcome, job) of a run that is stopped after its first step and goes on then."""
     with cluster.watch(lambda value: None, lambda message: None) as board:
-        board.stop.remote()
+        board.stop()
         stopped, job = train_run(experiment, board=board)
     assert (stopped.step, stopped.stopped) == (1, True)
     with cluster.watch(lambda value: None, lambda message: None) as board:

@@ -13,8 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raylm.errors import Interrupted
 
 
-class _Board:
-    """Between a command and its workers: how far they are, what they have to say, and whether they shall stop."""
+class Board:
+    """How far the workers are, what they have to say, and whether they shall stop."""
 
     def __init__(self) -> None:
         self.value: float | None = None
@@ -39,18 +39,41 @@ class _Board:
         return self.stopping
 
 
-Board = ray.remote(num_cpus=0)(_Board)
+class SharedBoard:
+    """A Board that workers on all nodes are in touch with: an actor of Ray's, beside the command."""
+
+    def __init__(self) -> None:
+        here = ray.get_runtime_context().get_node_id()  # or it would go with another node that is lost
+        beside = NodeAffinitySchedulingStrategy(here, soft=False)
+        self.actor = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=beside).remote()
+
+    def put(self, value: float) -> None:
+        self.actor.put.remote(value)
+
+    def say(self, message: str) -> None:
+        self.actor.say.remote(message)
+
+    def look(self) -> tuple[float | None, list[str]]:
+        return ray.get(self.actor.look.remote())
+
+    def stop(self) -> None:
+        self.actor.stop.remote()
+
+    def is_stopping(self) -> bool:
+        return ray.get(self.actor.is_stopping.remote())
 
 
 @contextlib.contextmanager
-def watch(show: Callable[[float], None], say: Callable[[str], None]) -> Iterator[ray.actor.ActorHandle]:
-    """A Board, looked at about twice a second; its workers are told to stop once the process is (`signals`)."""
-    here = ray.get_runtime_context().get_node_id()  # or it would go with another node that is lost
-    board = Board.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)).remote()
+def watch(show: Callable[[float], None], say: Callable[[str], None]) -> Iterator[Board | SharedBoard]:
+    """A board, shared if Ray is connected, and looked at about twice a second.
+
+    Its workers are told to stop once the process is (`signals`).
+    """
+    board = SharedBoard() if ray.is_initialized() else Board()
     over = threading.Event()
 
     def look() -> None:
-        value, messages = ray.get(board.look.remote())
+        value, messages = board.look()
         for message in messages:
             say(message)
         if value is not None:
@@ -61,7 +84,7 @@ def watch(show: Callable[[float], None], say: Callable[[str], None]) -> Iterator
         while not over.wait(0.5):
             if stopped_by() is not None and not told:
                 told = True
-                board.stop.remote()
+                board.stop()
             look()
 
     watcher = threading.Thread(target=watching, daemon=True)
@@ -72,7 +95,8 @@ def watch(show: Callable[[float], None], say: Callable[[str], None]) -> Iterator
         over.set()
         watcher.join()
         look()  # what was said last
-        ray.kill(board)
+        if isinstance(board, SharedBoard):
+            ray.kill(board.actor)
 
 
 _asked: list[int] = []

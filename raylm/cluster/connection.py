@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import signal
@@ -18,18 +17,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylm import cli
 from raylm.cluster.capacity import Resources, amount_of, capacity, resources, this_machine
+from raylm.cluster.process import WORKER_ENVIRONMENT
 from raylm.config import ClusterConfig
 from raylm.errors import ConfigError
-
-WORKER_ENVIRONMENT = {
-    # glibc gives big buffers back to the kernel at every step and asks for them again; keeping them is worth
-    # 1.16 to 1.37 of training speed on CPUs, with identical losses.
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "MALLOC_TOP_PAD_": str(2**26),
-    "TOKENIZERS_PARALLELISM": "true",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-}
 
 DRIVER_ENVIRONMENT = {
     # A report of a worker group waits for the controller's next look at it: 2 s unless told.
@@ -40,8 +30,6 @@ DRIVER_ENVIRONMENT = {
 
 _begun: list[Future] = []
 """What `ahead` has begun and `connect` has not waited for yet."""
-_loading: list[ray.ObjectRef] = []
-"""A task that loads a module."""
 
 
 def is_local(section: ClusterConfig) -> bool:
@@ -52,6 +40,12 @@ def is_local(section: ClusterConfig) -> bool:
 def plan(section: ClusterConfig) -> Resources | None:
     """The resources of a run on this machine, without starting Ray; None for a cluster elsewhere."""
     return resources(section, this_machine()) if is_local(section) else None
+
+
+def alone(section: ClusterConfig) -> Resources | None:
+    """The resources of a run's one worker on this machine, which needs no Ray; None of any other run."""
+    found = plan(section)
+    return found if found is not None and found.most_workers == 1 else None
 
 
 @contextlib.contextmanager
@@ -79,33 +73,19 @@ def connect(section: ClusterConfig) -> Iterator[Resources]:
     try:
         yield _resources(section)
     finally:
-        _loading.clear()
         ray.shutdown()
 
 
-def _load(module: str) -> None:
-    importlib.import_module(module)
-
-
-def loaded() -> None:
-    """Wait for the process that `ahead` has begun: a task that comes sooner gets another one, and loads all of it."""
-    if _loading:
-        ray.wait([_loading.pop()], timeout=ANSWER_SECONDS)
-
-
-def ahead(load: str | None) -> None:
+def ahead() -> None:
     """Start the Ray of this machine that `connect` will ask for, while this process does something else.
 
-    One of Ray's processes loads a module, for the task of whoever waits until it has `loaded`. If nobody ever connects,
-    Ray ends with this process.
+    If nobody ever connects, Ray ends with this process.
     """
     begun: Future[None] = Future()
 
     def start() -> None:
         try:
             _start("local")
-            if load is not None:
-                _loading.append(ray.remote(num_cpus=0)(_load).remote(load))
             begun.set_result(None)
         except Exception as error:
             begun.set_exception(error)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import ray.train
-import ray.util
 import torch
 
 from raylm.budget import Budget
@@ -39,16 +37,22 @@ class WorkerGroup:
     """A worker of Ray Train."""
 
     def __init__(self) -> None:
-        context = ray.train.get_context()
+        from ray import train  # 0.8 s, which a command that only hands out the job does not need
+
+        self._train = train
+        context = train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
 
     def report(self, metrics: dict[str, Any]) -> None:
-        reserved = ray.util.get_current_placement_group()  # for whoever has to clear up after a trial that is stopped
-        ray.train.report({**metrics, "placement_group": reserved.id.hex() if reserved else None})
+        import ray
+
+        # For whoever has to clear up after a trial that is stopped; a Ray that is not there would be started.
+        reserved = ray.util.get_current_placement_group() if ray.is_initialized() else None
+        self._train.report({**metrics, "placement_group": reserved.id.hex() if reserved else None})
 
     def lost_nodes(self) -> list[str]:
-        found = ray.train.get_preemption_info()
+        found = self._train.get_preemption_info()
         return list(found.preempted_node_ids) if found is not None else []
 
 
@@ -85,7 +89,7 @@ class Job:
     """The run's own."""
     session: type[Session] = WorkerGroup
     board: Any = None
-    """A cluster.Board, if somebody watches: told how far the training is, and asked whether it shall stop."""
+    """What cluster.watch gives, if somebody watches: told how far the training is, and asked whether it shall stop."""
     sets: Mapping[str, str] = field(default_factory=dict)
     """The token store of each evaluation set, by its name: what prepare.evaluation_sets gives."""
     name: str = ""
@@ -94,7 +98,7 @@ class Job:
     def say(self, message: str) -> None:
         """Tell whoever watches."""
         if self.board is not None:
-            self.board.say.remote(f"{self.name}: {message}" if self.name else message)
+            self.board.say(f"{self.name}: {message}" if self.name else message)
 
     @property
     def checkpoints(self) -> Series:

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
@@ -344,7 +343,7 @@ class _Trainer(ShardingTrainer):
         (last_step, last_time), self.looked = self.looked, (step, now)
         told = None
         if self.session.rank == 0:
-            stopping = self.job.board is not None and ray.get(self.job.board.is_stopping.remote())
+            stopping = self.job.board is not None and self.job.board.is_stopping()
             told = (stopping, step + max(1, int((step - last_step) * LOOK_SECONDS / (now - last_time))))
         self.stopped, self.next_look = gathered(self.session, told)[0]
         self.lost_nodes = self.session.lost_nodes()
@@ -390,7 +389,7 @@ class _Schedule(TrainerCallback):
             self.trainer.job.run.metrics(values, state.global_step)
             self.trainer.job.run.system_metrics(state.global_step)
             if self.trainer.job.board is not None:
-                self.trainer.job.board.put.remote(values["train/tokens"])
+                self.trainer.job.board.put(values["train/tokens"])
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.keep()

@@ -49,7 +49,8 @@ class Server:
             logging.getLogger(name).setLevel(level)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        import mlflow  # noqa: F401 - 2 s, here rather than in a thread beside the imports of the training
+        with cli.importing():
+            import mlflow  # noqa: F401 - 2 s, here rather than in a thread beside the imports of the training
 
         self.uri = uri
         self.failure: Exception | None = None
