@@ -14,9 +14,16 @@ changes by a fifth from minute to minute; the rows go in turn.
     raylm                     2,821            2,573 to 3,059    1.19 of the Trainer
     Trainer + environment     3,010            2,538 to 3,233
 
-`--rows "raylm,raylm x 2 workers"`, in a run of its own: two workers of one core 2,215, one of two cores 2,422 (0.91);
-with `--batch 32` 2,680 and 2,850 (0.94). Bare processes with DDP have 1.05 to 1.1 there. Beside a worker group Ray has
-processes of its own, and two workers on two cores leave them none.
+Two workers of one core each beside one of two, in a run of its own: `--steps 40 --repeat 2 --rows "bare loop +
+environment,bare loop x 2 processes,raylm,raylm x 2 workers"`
+
+    bare loop + environment   2,457 tokens/s   2,434 to 2,480
+    bare loop x 2 processes   2,467            2,421 to 2,513    1.00 of one process: DDP by itself
+    raylm                     2,340            2,313 to 2,366
+    raylm x 2 workers         2,178            2,111 to 2,245    0.93 of one worker
+
+Two processes that never wait for each other have 1.18 here; gloo takes that back, at this batch. Beside a worker group Ray
+has processes of its own, 6 % of the CPU, and two workers on two cores leave them none.
 
 Not measured again with this one: `raylm + precision auto`, 1.19 of the Trainer when raylm itself was 1.13.
 """
@@ -42,6 +49,7 @@ ROWS = {
     "raylm": ("raylm", "float32", True),
     "raylm + precision auto": ("raylm", "auto", True),
     "raylm x 2 workers": ("raylm", "float32", True),
+    "bare loop x 2 processes": ("twice", "float32", True),
 }
 
 
@@ -50,7 +58,7 @@ def main() -> None:
     for name, default in (("layers", 4), ("width", 256), ("block", 128), ("batch", 8), ("steps", 120), ("repeat", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    usual = ",".join(name for name in ROWS if "workers" not in name)  # of which a GPU is too few
+    usual = ",".join(name for name in ROWS if " x 2 " not in name)  # for which a GPU is too few
     parser.add_argument("--rows", default=usual, help="by their names")
     parser.add_argument("--row")
     parser.add_argument("--home", type=Path)
@@ -123,7 +131,7 @@ def prepare(args: argparse.Namespace, home: str) -> None:
 
 def measured(args: argparse.Namespace) -> dict:
     kind, precision, _ = ROWS[args.row]
-    times, losses = {"bare": bare, "trainer": trainer, "raylm": raylm_run}[kind](args, precision)
+    times, losses = {"bare": bare, "twice": bare_twice, "trainer": trainer, "raylm": raylm_run}[kind](args, precision)
     each = [after - before for before, after in itertools.pairwise(times)]
     rate = args.batch * args.block / statistics.median(each[len(each) // 10 :])
     return {"tokens_per_second": rate, "told": f"loss {losses:.4f}"}
@@ -146,15 +154,19 @@ def blocks_of(args: argparse.Namespace):
     return [stream[number] for number in range(len(stream))], network.to(device).train(), device
 
 
-def bare(args: argparse.Namespace, precision: str) -> tuple[list[float], float]:
+def bare(args: argparse.Namespace, precision: str, rank: int = 0, world: int = 1) -> tuple[list[float], float]:
     import numpy as np
     import torch
 
     rows, network, device = blocks_of(args)
+    if world > 1:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) // world)
+        network = torch.nn.parallel.DistributedDataParallel(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-4, weight_decay=0.01)
     times, loss = [], torch.zeros(())
     for step in range(args.steps):
-        ids = torch.from_numpy(np.stack(rows[step * args.batch : (step + 1) * args.batch]).astype(np.int64)).to(device)
+        mine = rows[step * args.batch + rank : (step + 1) * args.batch : world]
+        ids = torch.from_numpy(np.stack(mine).astype(np.int64)).to(device)
         loss = network(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -164,6 +176,25 @@ def bare(args: argparse.Namespace, precision: str) -> tuple[list[float], float]:
             torch.cuda.synchronize()
         times.append(time.perf_counter())
     return times, float(loss)
+
+
+def bare_twice(args: argparse.Namespace, precision: str) -> tuple[list[float], float]:
+    """The bare loop in two processes, with DDP over gloo: what two workers could reach."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as directory:
+        torch.multiprocessing.spawn(bare_rank, (args, directory), nprocs=2)
+        return tuple(json.loads(Path(directory, "times.json").read_text()))
+
+
+def bare_rank(rank: int, args: argparse.Namespace, directory: str) -> None:
+    import torch
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/met", rank=rank, world_size=2)
+    measured = bare(args, "float32", rank, 2)
+    if rank == 0:
+        Path(directory, "times.json").write_text(json.dumps(measured))
+    torch.distributed.destroy_process_group()
 
 
 def trainer(args: argparse.Namespace, precision: str) -> tuple[list[float], float]:
