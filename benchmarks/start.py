@@ -4,8 +4,9 @@
 
 From the start of the process to the time that the first step's loss is logged; the two in turn, `--repeat` times.
 
-2026-11-23, 2 cores, five times each: the script 6.9 s (5.5 to 7.5), raylm 10.8 s (10.1 to 12.2). With the worker as a task
-of Ray it was 15.8 s the same day, beside a script of 6.1 s: Ray is up after 5 s, has a worker after 7, which imports then.
+2026-11-23, 2 cores, five times each: the script 6.9 s (5.5 to 7.5), raylm 10.8 s (10.1 to 12.2). With the worker as a
+task of Ray it was 15.8 s the same day, beside a script of 6.1 s: Ray is up after 5 s and has a worker after 7, which
+imports then.
 """
 
 from __future__ import annotations

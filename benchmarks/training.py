@@ -22,8 +22,8 @@ environment,bare loop x 2 processes,raylm,raylm x 2 workers"`
     raylm                     2,340            2,313 to 2,366
     raylm x 2 workers         2,178            2,111 to 2,245    0.93 of one worker
 
-Two processes that never wait for each other have 1.18 here; gloo takes that back, at this batch. Beside a worker group Ray
-has processes of its own, 6 % of the CPU, and two workers on two cores leave them none.
+Two processes that never wait for each other have 1.18 here; gloo takes that back, at this batch. Beside a worker group
+Ray has processes of its own, 6 % of the CPU, and two workers on two cores leave them none.
 
 Not measured again with this one: `raylm + precision auto`, 1.19 of the Trainer when raylm itself was 1.13.
 """

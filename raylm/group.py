@@ -26,7 +26,7 @@ from raylm.perplexity import Documents
 
 
 def fit(job: Job, resources: Resources, callbacks: Sequence[Any] = ()) -> Outcome:
-    """Train on a group of workers until the end of the budget or a stop."""
+    """Train until the end of the budget or a stop."""
     if cluster.alone(job.experiment.cluster) and not callbacks:
         return with_less(job, lambda: _in_process(job))
     while True:
@@ -186,7 +186,7 @@ def _cause(error: Exception, where: str) -> Exception:
                 node = re.findall(r"[\d.]+GB used / [\d.]+GB limit", str(seen))
                 return TrainingError(
                     f"worker {rank} was killed, for its node ran out of memory ({', '.join([*held[:1], *node])}); "
-                    "lower train.micro_batch_tokens, eval.batch_tokens or the size of the model",
+                    f"{cluster.LESS_MEMORY}",
                     where=where,
                 )
     rank, cause = next(iter(failures.items()))

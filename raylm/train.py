@@ -43,15 +43,17 @@ def train(
     status: tracking.Status = "FAILED"
     try:
         with contextlib.ExitStack() as connection:
-            resources = cluster.alone(experiment.cluster)
-            if resources is None or prepare.is_to_do(experiment):
+            alone = cluster.alone(experiment.cluster)
+            if alone is not None and not prepare.is_to_do(experiment):
+                resources = alone
+            else:
                 resources = connection.enter_context(cluster.connect(experiment.cluster))
                 check_nodes(experiment)
             store, reused = prepare.prepared(experiment)
             if not reused:  # else the plan has told
                 objective.warn_of_absent(experiment.objective, store)
             sets = prepare.evaluation_sets(experiment, store)
-            if cluster.alone(experiment.cluster):
+            if alone is not None:
                 connection.close()  # the worker has the machine for itself
             answer = trained(experiment, store, sets, run, begun, resources)
             begun.end(answer.record)

@@ -18,10 +18,11 @@ from raylm.cluster.connection import (
     other_nodes,
     plan,
 )
-from raylm.cluster.process import WORKER_ENVIRONMENT, begin, process
+from raylm.cluster.process import LESS_MEMORY, WORKER_ENVIRONMENT, begin, process
 
 __all__ = [
     "DRIVER_ENVIRONMENT",
+    "LESS_MEMORY",
     "WORKER_ENVIRONMENT",
     "Board",
     "Resources",

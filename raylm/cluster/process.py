@@ -41,6 +41,8 @@ WORKER_ENVIRONMENT = {
 TRAINER = "raylm.loop.trainer"
 """What a training spends 5 s on to import."""
 
+LESS_MEMORY = "lower train.micro_batch_tokens, eval.batch_tokens or the size of the model"
+
 CLEARING_SECONDS = 10.0
 """How long a process may take to end once it has given its answer."""
 
@@ -111,16 +113,13 @@ class Process:
         self._log.close()
 
     def _send(self, what: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # `call` finds out how it died
+        with contextlib.suppress(ConnectionError):  # `call` finds out how it died
             self._connection.send_bytes(cloudpickle.dumps(what))
 
     def _death(self) -> TrainingError:
         status = self._process.wait()
         if status == -signal.SIGKILL:
-            return TrainingError(
-                "worker 0 was killed, most likely since the machine ran out of memory; lower train.micro_batch_tokens, "
-                "eval.batch_tokens or the size of the model"
-            )
+            return TrainingError(f"worker 0 was killed, most likely since the machine ran out of memory; {LESS_MEMORY}")
         how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
         return self._failure(f"ended with {how}")
 

@@ -304,7 +304,8 @@ class EvalConfig(Section):
 
 class ClusterConfig(Section):
     address: str | None = None
-    """A Ray cluster. Default: RAY_ADDRESS if set (as in a submitted job), else Ray is started on this machine."""
+    """A Ray cluster. Default: RAY_ADDRESS if set (as in a submitted job), else this machine, where Ray is
+    started if there is something to prepare, or there are several workers or trials."""
     num_workers: Annotated[Workers, BeforeValidator(_range)] = 1
     """Processes that train one model together. [1, 4]: as many as the cluster has room for, one at least and four at
     most, more or fewer while it trains; a step has the same examples all the same."""
