@@ -82,6 +82,15 @@ def test_every_point_of_a_grid_with_each_draw():
     assert sorted(pairs) == sorted(3 * list(itertools.product([1, 2], [32, 64])))
 
 
+def test_every_point_of_grids_alone_once():
+    space = {"train.seed": {"grid": [1, 2]}, "blocks.block_size": {"grid": [32, 64]}}
+    first = {"blocks.block_size": 128}
+    found = drawn(space=space, num_samples=3, points=(first,))
+    pairs = [(point["train.seed"], point["blocks.block_size"]) for point in found]
+    assert pairs[:2] == [(1, 128), (2, 128)]
+    assert sorted(pairs[2:]) == list(itertools.product([1, 2], [32, 64]))
+
+
 def test_optuna_looks_where_results_were_good():
     points = sweep.points(
         TuneConfig(space={"train.weight_decay": {"uniform": [0, 1]}}, num_samples=40, searcher="optuna"), 0

@@ -378,7 +378,7 @@ class TuneConfig(Section):
     Ranges that depend on each other: a name without a dot -> {choice: [mapping, mapping, ...]}, of which a trial gets
     one, with keys -> values or samplers."""
     num_samples: Annotated[Count, Field(ge=1)] = 8
-    """Trials drawn from the space; each point of a grid is drawn this often."""
+    """Trials drawn from the space; each point of a grid is drawn this often, of grids alone once."""
     points: Annotated[tuple[dict[str, Any], ...], Strict(False)] = ()
     """Settings to try first, [{train.learning_rate: 1e-3}]: these are in place of what the first trials would draw."""
     searcher: Literal["random", "optuna"] = "random"

@@ -52,7 +52,9 @@ class Drawn:
     def __init__(self, section: TuneConfig, seed: int):
         random = _BackwardsCompatibleNumpyRng(seed)
         self._points: list[dict[str, Any]] = []
-        for number in range(section.num_samples):
+        # Of grids alone every draw is the same, and trials of the same settings end with the same bytes.
+        is_drawn = any("grid" not in sampler for sampler in section.space.values())
+        for number in range(section.num_samples if is_drawn else len(section.points) + 1):
             given = section.points[number] if number < len(section.points) else {}
             left = {key: sampler for key, sampler in section.space.items() if key not in given}
             for _, found in generate_variants({"config": domains(left)}, random_state=random):
