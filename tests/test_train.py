@@ -164,16 +164,6 @@ def test_a_plan_starts_no_ray_and_writes_nothing(tiny, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_worker_with_prepared_tokens_needs_no_ray(tiny, command, tmp_path, monkeypatch):
-    config.save(tiny(f"storage={tmp_path}/runs"), tmp_path / "tiny.yaml")
-    assert command("prepare", "--config", tmp_path / "tiny.yaml").returncode == 0
-    monkeypatch.setenv("RAY_TMPDIR", "/dev/null/nowhere")
-    ended = command("train", "--config", tmp_path / "tiny.yaml")
-    assert ended.returncode == 0, ended.stderr
-    ended = command("train", "--config", tmp_path / "tiny.yaml", "tokenizer.train.vocab_size=310")
-    assert "Ray does not start on this machine" in ended.stderr, "where there is something to prepare"
-
-
 def test_a_plan_refuses_what_ray_would_find_out_late(tiny):
     with pytest.raises(ConfigError, match="cluster.num_workers"):
         train.plan(tiny("cluster.num_workers=1024", "train.batch_tokens=32768", "train.max_tokens=32768"))
