@@ -94,6 +94,7 @@ def test_mlflow_has_a_parent_and_a_closed_child_for_every_trial(sweep):
     assert client.get_run(parent.run_id).data.metrics["best/eval_perplexity"] == best["perplexity"]
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(ray_cluster, tiny, train_run, tmp_path):
     experiment = override(
         tiny(

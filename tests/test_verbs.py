@@ -70,11 +70,9 @@ def test_tokens_are_prepared_once(swept):
 
 def test_one_worker_with_prepared_tokens_needs_no_ray(swept, monkeypatch):
     directory, config, _ = swept
-    monkeypatch.setenv("RAY_TMPDIR", "/dev/null/nowhere")
+    monkeypatch.setenv("RAY_TMPDIR", "/dev/null/nowhere")  # where none can start
     code, answer, stderr = raylm("train", "--config", config, cwd=directory)
     assert (code, answer and answer["steps"]) == (0, 10), stderr
-    code, answer, _ = raylm("train", "--config", config, "tokenizer.train.vocab_size=310", cwd=directory)
-    assert "Ray does not start on this machine" in answer["error"], "where there is something to prepare"
 
 
 @pytest.mark.slow
