@@ -1,7 +1,7 @@
-# make demo     set-up, then the main job: python -m raylm.tune
-# make test     set-up, then every test but the slow ones; make test-all: those too
-# make lint     set-up, then ruff and mypy
-# make setup    .venv with everything in it; done again only when pyproject.toml or constraints.txt change
+# make demo     installs raylm in .venv, then runs the main job: python -m raylm.tune
+# make test     installs what the tests need too, then runs every test but the slow ones; make test-all: those too
+# make lint     ruff and mypy
+# make setup    .venv with all of it; repeated only when pyproject.toml or constraints.txt change
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,9 +14,9 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
-setup: .venv/ready
+setup: .venv/dev
 
-demo: setup
+demo: .venv/raylm
 	@$(VENV) -m raylm.tune
 
 test: setup
@@ -30,6 +30,10 @@ lint: setup
 	@$(VENV) -m ruff format --check .
 	@$(VENV) -m mypy
 
+# Everything that builds a package is installed first, in the versions of constraints.txt, because some dependencies of
+# the tests come as source only (rouge_score, sqlitedict, word2number) and a build in isolation ignores constraints.
+BUILD := hatchling editables setuptools
+
 # What pip does becomes one line that changes on a terminal, and nothing elsewhere; its errors stay as they are.
 PIP := $(VENV) -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
 ONE_LINE := { if [ -t 2 ]; then \
@@ -37,11 +41,16 @@ ONE_LINE := { if [ -t 2 ]; then \
 		printf '\r\033[K  %s %.60s' "$$verb" "$$what" >&2 ;; esac; done; printf '\r\033[K' >&2; \
 	else cat >/dev/null; fi; }
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/raylm: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "raylm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not found). Try: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "Setting up .venv: about 190 packages, 2 GB, a few minutes the first time …"
+	@echo "Installing raylm in .venv: about 130 packages, 2 GB, a few minutes the first time …"
 	@$(PYTHON) -m venv .venv
-	@$(PIP) hatchling editables | $(ONE_LINE)
+	@$(PIP) $(BUILD) | $(ONE_LINE)
+	@$(PIP) --no-build-isolation --editable '.[all]' | $(ONE_LINE)
+	@touch $@
+
+.venv/dev: .venv/raylm
+	@echo "Installing what the tests need in .venv: about 60 packages more …"
 	@$(PIP) --no-build-isolation --editable '.[all,dev]' | $(ONE_LINE)
 	@touch $@
