@@ -1,6 +1,7 @@
 import bz2
 import csv
 import gzip
+import itertools
 import json
 import lzma
 import random
@@ -10,6 +11,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raylm.config import CorpusConfig
 from raylm.corpus import (
@@ -19,10 +22,13 @@ from raylm.corpus import (
     documents,
     formats,
     hashes,
+    holdout,
     kept_fraction,
+    passages,
     reader,
     select,
     shards,
+    split,
 )
 from raylm.errors import DataError
 
@@ -515,3 +521,178 @@ def test_a_nested_column_that_is_null_is_a_bad_row(tmp_path):
 def test_a_template_that_cannot_be_filled_in_is_a_config_error(text):
     with pytest.raises(ValueError, match="must "):
         CorpusConfig(text=text)
+
+
+# Passages ------------------------------------------------------------------------------------------------------------
+
+
+def prose(paragraphs, seed=0):
+    """Paragraphs of 20 to 120 words, with a blank line after each."""
+    draw = random.Random(seed)
+    words = [f"{draw.choice('bdfgk')}{draw.choice('aeiou')}{draw.choice('lmnrst')}" for _ in range(60)]
+
+    def paragraph():
+        return " ".join(draw.choice(words) + draw.choice(["", "", "", ".", ","]) for _ in range(draw.randint(20, 120)))
+
+    return "".join(paragraph() + "\n\n" for _ in range(paragraphs))
+
+
+TEXT = st.text(st.sampled_from("ab é。.!?\n\r \t\u2028\0語")) | st.text()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(TEXT, max_size=30), st.integers(1, 60))
+def test_passages_joined_are_the_text_and_bounded(parts, times):
+    text = "".join(parts) * times
+    cut = list(passages.passages(text))
+    assert "".join(cut) == text
+    assert all(500 <= len(passage) <= 1000 for passage in cut) or len(cut) == 1
+
+
+@pytest.mark.parametrize(
+    ("between", "ends"),
+    [("\n\n", "\n\n"), ("\r\n \r\n", "\r\n \r\n"), ("\n", "\n"), (". ", ". "), ("。", "。"), (" ", " "), ("", "w")],
+)
+def test_passages_end_where_the_text_does(between, ends):
+    cut = list(passages.passages(between.join(["w" * 70] * 200)))
+    assert len(cut) >= 14
+    assert all(passage.endswith(ends) for passage in cut[:-1])
+    assert all(len(passage) < 600 for passage in cut[:-1]) or not between
+
+
+def test_fifty_kilobytes_are_well_over_sixty_passages():
+    text = prose(200)[:50_000]
+    assert 65 <= len(list(passages.passages(text))) <= 100
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(TEXT, min_size=1, max_size=30), st.integers(1, 60), st.floats(0.01, 0.99))
+def test_a_text_split_by_passages_loses_nothing(tmp_path_factory, parts, times, fraction):
+    text = "".join(parts) * times
+    path = tmp_path_factory.mktemp("passages") / "a.txt"
+    path.write_bytes(text.encode())
+    corpus = CorpusConfig(paths=str(path), split_by="passage", validation_fraction=fraction)
+    assert "".join(texts(corpus)) == (text.removeprefix("\ufeff") if text.strip() else "")
+
+
+def test_training_passages_are_joined_up_to_the_next_one_held_out(tmp_path):
+    text = prose(200)
+    (tmp_path / "novel.txt").write_text(text)
+    corpus = CorpusConfig(paths=str(tmp_path), split_by="passage", validation_fraction=0.1)
+    ledger = Ledger()
+    found = read(corpus, ledger)
+    held_out = [document.text for document in found if document.validation]
+    cut = list(passages.passages(text))
+    assert held_out == [passage for passage in cut if passage in set(held_out)]
+    assert 0.03 * len(cut) < len(held_out) < 0.2 * len(cut)
+    assert max(len(document.text) for document in found) > 5000
+    assert not any(first.validation is second.validation is False for first, second in itertools.pairwise(found))
+    assert (ledger["documents"], ledger["kept"], ledger["passages"]) == (1, 1, len(cut))
+    assert len({document.hash for document in found}) == len(found)
+
+
+@pytest.mark.parametrize("settings", [{"validation_fraction": 0}, {"validation_paths": "valid"}, {"split_by": None}])
+def test_without_a_split_by_passages_a_document_stays_whole(tmp_path, monkeypatch, settings):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train").write_text(prose(20))
+    (tmp_path / "valid").write_text(prose(30, seed=1))
+    whole = [document.text for document in read(CorpusConfig(paths="train", **{"split_by": "passage", **settings}))]
+    assert whole == [prose(20), prose(30, seed=1)][: len(whole)]
+
+
+def test_filters_and_selection_are_of_documents_before_they_are_cut(tmp_path):
+    for number, text in enumerate(["short", prose(50), prose(50), prose(50, seed=1), prose(50, seed=2)]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    corpus = CorpusConfig(paths=str(tmp_path), split_by="passage", min_chars=1000, deduplicate=True, max_documents=2)
+    plan = chosen(shards(check(corpus)), corpus)
+    ledger = Ledger()
+    found = "".join(document.text for shard in plan for document in documents(shard, corpus, ledger))
+    assert found == prose(50) + prose(50, seed=1)
+    assert (ledger["filtered: min_chars"], ledger["filtered: duplicates"], ledger["kept"]) == (1, 1, 2)
+
+
+# Holdout -------------------------------------------------------------------------------------------------------------
+
+
+def held(corpus):
+    return holdout(check(corpus), corpus)
+
+
+def validation(corpus, found):
+    """The texts of the validation split, if the corpus is split as found."""
+    update = {"split_by": found.split_by, "validation_fraction": found.validation_fraction}
+    return {document.text for document in read(corpus.model_copy(update=update)) if document.validation}
+
+
+@pytest.mark.parametrize(
+    ("count", "split_by", "at_least"),
+    [(1, "passage", 1), (49, "passage", 9), (50, "document", 10), (300, "document", 30)],
+)
+def test_a_corpus_of_few_documents_is_split_by_passages(tmp_path, count, split_by, at_least):
+    for number in range(count):
+        (tmp_path / f"{number}.txt").write_text(prose(5, seed=number))
+    corpus = CorpusConfig(paths=str(tmp_path), validation_fraction=0.001)
+    found = held(corpus)
+    assert (found.split_by, found.documents, found.complete) == (split_by, count, True)
+    assert len(validation(corpus, found)) >= at_least
+    assert len(validation(corpus, found)) <= max(1, found.units // 5) + 1
+    given = corpus.model_copy(update={"split_by": "document"})
+    assert held(given).split_by == "document"
+    assert held(given).units == count
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 400), st.integers(0, 10**6))
+def test_the_validation_split_is_never_too_small_by_bad_luck(tmp_path_factory, count, seed):
+    path = tmp_path_factory.mktemp("holdout") / "a.jsonl"
+    write_jsonl(path, [{"text": f"{seed} {number}"} for number in range(count)])
+    corpus = CorpusConfig(paths=str(path), split_by="document", validation_fraction=1e-5)
+    assert max(1, min(30, count // 5)) <= len(validation(corpus, held(corpus))) < count
+
+
+def test_a_fraction_that_holds_out_enough_is_not_changed(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": f"{number}"} for number in range(2500)])
+    corpus = CorpusConfig(paths=str(tmp_path))
+    assert held(corpus) == split.Holdout("document", 0.05, 2000, 2000, False)
+    little = held(corpus.model_copy(update={"validation_fraction": 0.001}))
+    assert little.validation_fraction < 0.03
+    assert len(validation(corpus, little)) >= 30
+
+
+def test_what_decides_nothing_is_not_looked_at(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    for section in ({"validation_fraction": 0}, {"validation_paths": str(tmp_path), "split_by": "passage"}):
+        corpus = CorpusConfig(paths=str(tmp_path), **section)
+        found = held(corpus)
+        assert (found.split_by, found.units) == (corpus.split_by or "document", 0)
+        assert found.validation_fraction == corpus.validation_fraction
+
+
+def test_a_data_set_of_the_hub_is_many_documents_and_not_loaded(hub, monkeypatch):
+    corpus = CorpusConfig(paths=hub)
+    sources = check(corpus)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    reader.data_set_rows.cache_clear()
+    assert holdout(sources, corpus) == split.Holdout("document", 0.05, 50, 0, False)
+
+
+def test_the_look_at_a_corpus_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(split, "MOST_BYTES", 100_000)
+    for number in range(60):
+        (tmp_path / f"{number:02}.txt").write_text(prose(60, seed=number))
+    found = held(CorpusConfig(paths=str(tmp_path)))
+    assert found.split_by == "document"
+    assert (found.documents, found.complete) == (60, False)
+    assert found.units < 20
+    assert found.validation_fraction == 12 / 60
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "novel.txt").write_text(prose(400))
+    found = held(CorpusConfig(paths=f"{tmp_path}/large"))
+    assert (found.split_by, found.documents, found.units, found.complete) == ("passage", 1, 0, False)
+
+
+def test_the_look_selects_as_the_corpus_is_selected(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": f"{number % 100}"} for number in range(1000)])
+    for section, count in ({"deduplicate": True}, 100), ({"max_documents": 70}, 70), ({"max_documents": 40}, 40):
+        found = held(CorpusConfig(paths=str(tmp_path), **section))
+        assert (found.documents, found.complete) == (count, True)

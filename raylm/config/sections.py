@@ -121,7 +121,11 @@ class CorpusConfig(Section):
     validation_paths: Strings = ()
     """Sources held out for validation, instead of a fraction of `paths`."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Part of the documents held out, chosen by a hash of their content. Not used with validation_paths."""
+    """Part of the text held out, chosen by a hash of the content of each document or passage. Not used with
+    validation_paths."""
+    split_by: Literal["document", "passage"] | None = None
+    """What is held out: whole documents, or passages of 500 to 1,000 characters, where a corpus of few long documents
+    has enough of them. Default: passages for fewer than 50 documents."""
     keep_any: Strings = ()
     """Keep only documents that contain at least one of these strings; empty keeps all."""
     keep_matching: Annotated[str, AfterValidator(_regular_expression)] | None = None

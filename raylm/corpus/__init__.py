@@ -5,7 +5,9 @@
     text         plain text, lines or parts between separators, and source code -> texts
     columns      rows with columns -> texts: JSON, CSV, Parquet, Arrow, data sets
     formats      a file, or a part of one -> texts, whatever its format
+    passages     a document -> passages
     reader       shards of files -> documents: hashed, filtered, counted, of the train or the validation split
+    split        how to split a corpus: by documents or passages, and how much of it to hold out
 
 What a shard holds, which documents are kept and which side of the split they fall on depends on the files and the
 settings alone, not on processes or their order.
@@ -25,17 +27,20 @@ from raylm.corpus.reader import (
     shards,
 )
 from raylm.corpus.sources import File, Source
+from raylm.corpus.split import Holdout, holdout
 
 __all__ = [
     "Document",
     "Fault",
     "File",
+    "Holdout",
     "Ledger",
     "Shard",
     "Source",
     "check",
     "documents",
     "hashes",
+    "holdout",
     "kept_fraction",
     "select",
     "selected",

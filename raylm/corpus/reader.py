@@ -1,7 +1,7 @@
 """Shards of files -> documents: hashed, filtered, counted, and on one side of the split.
 
-A document's side is decided by a hash of its content, so duplicates fall on one side, in whatever order or process they
-are read. Nothing is left out uncounted: the ledger says how many and why.
+The side of a document, or of a passage of it, is decided by a hash of its content, so duplicates fall on one side, in
+whatever order or process they are read. Nothing is left out uncounted: the ledger says how many and why.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from raylm.config import CorpusConfig
 from raylm.corpus.columns import arrow_batches, data_set_rows
 from raylm.corpus.formats import texts
+from raylm.corpus.passages import passages
 from raylm.corpus.piece import Fault, Piece
 from raylm.corpus.sources import File, Source, find, format_of
 from raylm.errors import DataError
@@ -41,6 +42,9 @@ class Shard(NamedTuple):
 
 
 class Document(NamedTuple):
+    """With corpus.split_by: passage a part of a document as it was read: a passage that is held out, or all that stands
+    between two of them."""
+
     text: str
     num_bytes: int
     """Of the text in UTF-8."""
@@ -149,7 +153,54 @@ def documents(
     ledger: Ledger,
     reject: Callable[[File, Fault], None] = lambda file, fault: None,
 ) -> Iterator[Document]:
-    """The kept documents of a shard, in the order of its files.
+    """The documents of a shard in the order of its files, each on one side of the split.
+
+    Those that `kept` gives; with corpus.split_by: passage each is cut. Joined in their order, its parts are the text.
+    """
+    below = corpus.validation_fraction * 2**64
+    by_passage = corpus.split_by == "passage" and below and not corpus.validation_paths
+    for piece, text, encoded in kept(shard, corpus, ledger, reject):
+        if by_passage:
+            yield from _split(text, piece.source, below, ledger)
+        else:
+            digest = content_hash(encoded)
+            held_out = piece.validation if corpus.validation_paths else digest < below
+            yield Document(text, len(encoded), digest, piece.source, held_out)
+
+
+def _split(text: str, source: int, below: float, ledger: Ledger) -> Iterator[Document]:
+    """Passages with a hash below a limit, each a validation document; and all between two of them as a training one.
+
+    Training passages are joined, so that the model sees long stretches of text, with an end-of-text token only where
+    something is missing. Validation passages are not, even if they are neighbours: trials are compared document by
+    document, and each passage is one by itself, the same one wherever it stands.
+    """
+
+    def document(text: str, held_out: bool) -> Document:
+        encoded = text.encode()
+        return Document(text, len(encoded), content_hash(encoded), source, held_out)
+
+    training: list[str] = []
+    for passage in passages(text):
+        ledger["passages"] += 1
+        if content_hash(passage.encode()) >= below:
+            training.append(passage)
+            continue
+        if training:
+            yield document("".join(training), False)
+            training = []
+        yield document(passage, True)
+    if training:
+        yield document("".join(training), False)
+
+
+def kept(
+    shard: Shard,
+    corpus: CorpusConfig,
+    ledger: Ledger,
+    reject: Callable[[File, Fault], None] = lambda file, fault: None,
+) -> Iterator[tuple[Piece, str, bytes]]:
+    """(piece, text, UTF-8 bytes) of the documents of a shard that pass the filters and are selected, in its order.
 
     The ledger counts every document that was read. One that cannot be used is a DataError, or with
     corpus.on_bad_row: skip it is counted and handed to `reject`.
@@ -185,11 +236,14 @@ def documents(
             if keep is not None and not keep[passed - 1]:
                 ledger["filtered: duplicates"] += 1
                 continue
-            digest = int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big")
-            held_out = piece.validation if corpus.validation_paths else digest < corpus.validation_fraction * 2**64
             ledger["kept"] += 1
             ledger["kept bytes"] += len(encoded)
-            yield Document(text, len(encoded), digest, piece.source, held_out)
+            yield piece, text, encoded
+
+
+def content_hash(encoded: bytes) -> int:
+    """64 bits of blake2b."""
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big")
 
 
 def _filters(corpus: CorpusConfig) -> Callable[[str], str | None]:
@@ -219,7 +273,7 @@ def selected(corpus: CorpusConfig) -> bool:
 
 def hashes(shard: Shard, corpus: CorpusConfig) -> bytes:
     """The hashes of a shard's documents that pass the filters, 8 bytes each."""
-    return np.array([document.hash for document in documents(shard, corpus, Ledger())], np.uint64).tobytes()
+    return np.array([content_hash(encoded) for _, _, encoded in kept(shard, corpus, Ledger())], np.uint64).tobytes()
 
 
 def select(plan: list[Shard], hashed: Iterator[bytes], corpus: CorpusConfig) -> list[Shard]:

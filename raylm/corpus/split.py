@@ -1,0 +1,119 @@
+"""How to hold out a validation split of a corpus: by documents or by passages, and how much of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from raylm.config import CorpusConfig
+from raylm.corpus.passages import MOST_CHARS, passages
+from raylm.corpus.piece import Piece
+from raylm.corpus.reader import Ledger, Shard, content_hash, hashes, kept, select, selected, shards
+from raylm.corpus.sources import HUB, Source
+
+FEW_DOCUMENTS = 50
+"""Fewer are split by passages: a twentieth of them would be two documents, and two rank no trials."""
+
+ENOUGH_UNITS = 30
+"""Of the validation split, to rank trials by."""
+
+MOST_UNITS = 2_000
+MOST_BYTES = 64_000_000
+"""Of text that is looked at: a few seconds at most."""
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """How a corpus is split. A unit is what falls on one side of the split as a whole: a document, or a passage."""
+
+    split_by: Literal["document", "passage"]
+    validation_fraction: float
+    documents: int
+    """Different documents that are kept: all of them if `complete`, else at least as many."""
+    units: int
+    """Different units that were seen."""
+    complete: bool
+    """Whether all of the corpus was seen."""
+
+
+def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
+    """How to split the corpus so that its validation split can rank trials, after a look at the text.
+
+    The answer depends on the files and the corpus section alone. The text is read in this process, source after source,
+    until MOST_UNITS units or MOST_BYTES are seen. A hub:// source is not looked at; it stands for many documents.
+
+    `split_by` is corpus.split_by where that is given; else passage if there are fewer than FEW_DOCUMENTS documents.
+
+    `validation_fraction` is corpus.validation_fraction, raised as far as needed for max(1, min(ENOUGH_UNITS, a fifth of
+    the units)) different units in the validation split:
+
+    - This is certain if all units were seen, or 5 x ENOUGH_UNITS of them: their hashes tell. (If corpus.max_documents
+      leaves documents out of a corpus that was not seen whole, others than those may be kept: then it is likely.)
+    - It holds on average if fewer were seen: then the documents are long, 64 MB of them fewer than 150.
+    - A corpus of a single unit is not split: its fraction stays.
+
+    With corpus.validation_paths, or a fraction of 0, there is nothing to decide: nothing is read and nothing changes.
+    """
+    fraction = corpus.validation_fraction
+    if corpus.validation_paths or not fraction:
+        return Holdout(corpus.split_by or "document", fraction, documents=0, units=0, complete=False)
+    local = [source for source in sources if not source.name.startswith(HUB)]
+    # One piece a shard, so that those which were not looked at can be counted.
+    plan = [shard._replace(pieces=(piece,)) for shard in shards(local) for piece in shard.pieces]
+    look = _look(plan, corpus)
+    if look.complete and selected(corpus):
+        look = _look(select(plan, (hashes(shard, corpus) for shard in plan), corpus), corpus)
+    complete = look.complete and len(local) == len(sources)
+    num_documents = min(len(look.documents) + look.unread, corpus.max_documents or 2**63)
+    if len(local) < len(sources):
+        num_documents = max(num_documents, FEW_DOCUMENTS)
+    split_by = corpus.split_by or ("passage" if num_documents < FEW_DOCUMENTS else "document")
+    units = sorted(look.passages if split_by == "passage" else look.documents)
+    if len(units) > 1 and (complete or len(units) >= 5 * ENOUGH_UNITS):
+        highest = units[max(1, min(ENOUGH_UNITS, len(units) // 5)) - 1]
+        # In millionths, as it is shown to people; one more, since the hash must be below it.
+        fraction = max(fraction, (highest * 10**6 // 2**64 + 1) / 10**6)
+    elif not complete and len(local) == len(sources):
+        at_least = num_documents if split_by == "document" else MOST_BYTES // (4 * MOST_CHARS)
+        fraction = max(fraction, max(1, min(ENOUGH_UNITS, at_least // 5)) / at_least)
+    return Holdout(split_by, min(fraction, 1 - 1e-6), num_documents, len(units), complete)
+
+
+class _Look(NamedTuple):
+    documents: set[int]
+    passages: set[int]
+    """Content hashes. Of passages only as long as the corpus may be split by them."""
+    unread: int
+    """Documents there are at least in the pieces that were not reached."""
+    complete: bool
+
+
+def _look(plan: list[Shard], corpus: CorpusConfig) -> _Look:
+    documents: set[int] = set()
+    cut: set[int] = set()
+    ledger: Ledger = Ledger()
+
+    def is_enough() -> bool:
+        return ledger["bytes"] >= MOST_BYTES or len(cut if corpus.split_by == "passage" else documents) >= MOST_UNITS
+
+    for number, shard in enumerate(plan):
+        (piece,) = shard.pieces
+        if is_enough() or (_is_document(piece, corpus) and piece.file.size > MOST_BYTES):
+            return _Look(documents, cut, _fewest_documents(plan[number:], corpus), False)
+        for _, text, encoded in kept(shard, corpus, ledger):
+            documents.add(content_hash(encoded))
+            if corpus.split_by == "passage" or len(documents) < FEW_DOCUMENTS:
+                cut.update(content_hash(passage.encode()) for passage in passages(text))
+            if is_enough():
+                return _Look(documents, cut, _fewest_documents(plan[number + 1 :], corpus), False)
+    return _Look(documents, cut, 0, True)
+
+
+def _is_document(piece: Piece, corpus: CorpusConfig) -> bool:
+    """Whether a piece is one document, which is read as a whole."""
+    return piece.format in ("text", "python") and corpus.separator is None
+
+
+def _fewest_documents(plan: list[Shard], corpus: CorpusConfig) -> int:
+    pieces = [piece for shard in plan for piece in shard.pieces]
+    return sum(1 if _is_document(piece, corpus) else FEW_DOCUMENTS for piece in pieces)
