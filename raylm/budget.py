@@ -7,12 +7,16 @@ For example, batch_tokens 2048, block_size 128, 2 workers, micro_batch_tokens 51
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from raylm import blocks
 from raylm.config import Experiment, TrainConfig
 from raylm.errors import DataError
 from raylm.tokens import Store
+
+FEW_PASSES = 4
+"""Up to four passes over a text are nearly worth as much new text (Muennighoff et al. 2023, arXiv:2305.16264)."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,30 @@ class Budget:
     save_every: int
     """Steps between checkpoints, beside those of the best evaluations and the last step."""
 
+    epoch_tokens: int | None = None
+    """Tokens of one pass over the training split, once that is known."""
+
     @property
     def tokens(self) -> int:
         return self.steps * self.batch_tokens
+
+    @property
+    def passes(self) -> float | None:
+        """Over the training split."""
+        return self.tokens / self.epoch_tokens if self.epoch_tokens else None
+
+    def warnings(self, section: TrainConfig) -> Iterator[str]:
+        """What a run of this budget will most likely be sorry for."""
+        if self.passes is not None and self.passes > 1.5 * FEW_PASSES:
+            yield (
+                f"{self.passes:,.0f} passes over {self.epoch_tokens:,} tokens of training text: expect overfitting; "
+                f"train.max_tokens={FEW_PASSES * (self.epoch_tokens or 0)} makes {FEW_PASSES}"
+            )
+        if section.warmup_steps >= self.steps:
+            yield (
+                f"train.warmup_steps={section.warmup_steps:g} is all of the {self.steps:,} steps: the learning "
+                "rate never reaches its peak; below 1 it is a fraction of the steps"
+            )
 
     def shared_by(self, num_workers: int, micro_batch_tokens: int) -> Budget:
         """The same steps of the same examples, on so many workers that each hold at most so many tokens at once."""
@@ -73,6 +98,7 @@ def plan(section: TrainConfig, *, block_size: int, num_workers: int, epoch_examp
         examples=section.batch_tokens // block_size,
         micro_batch=1,
         accumulation=1,
+        epoch_tokens=epoch_examples * block_size if epoch_examples is not None else None,
         eval_every=eval_every,
         save_every=in_steps(section.save_every_tokens) if section.save_every_tokens else eval_every,
     )

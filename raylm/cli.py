@@ -65,10 +65,21 @@ class Answer:
 
 
 def figure(value: Any) -> str:
-    """A number as a person writes it: 400,384 and 0.00312."""
+    """A number as a person writes it: 400,384, 1,057,006 and 0.00312."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as a person says them: 512 bytes, 49.9 KB, 3.0 GB."""
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} bytes"
+    for unit in ("KB", "MB", "GB"):
+        num_bytes /= 1000
+        if num_bytes < 999.95:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1000:.1f} TB"
 
 
 def duration(seconds: float) -> str:
@@ -86,9 +97,27 @@ def say(message: str) -> None:
     console.print(message, soft_wrap=True, markup=False)
 
 
-def experiment(config: Path | None, settings: list[str] | None, print_config: bool = False) -> experiments.Experiment:
-    """The experiment of the command line. With `print_config` it is printed and the command ends."""
+def warn(message: str) -> None:
+    """A line about what is most likely not meant."""
+    console.print(f"[yellow]warning:[/] {_escaped(message)}", soft_wrap=True)
+
+
+def experiment(
+    config: Path | None,
+    settings: list[str] | None,
+    print_config: bool = False,
+    complete: Callable[..., experiments.Experiment] | None = None,
+    keeps: bool = True,
+) -> experiments.Experiment:
+    """The experiment of the command line. With `print_config` it is printed and the command ends.
+
+    `complete`: a function of `derived`, for settings that follow from the text; `keeps`: write down what it decides.
+    """
     loaded = experiments.load(config, settings or [])
+    if complete is not None:
+        keys = [setting.partition("=")[0].strip() for setting in settings or []]
+        without = config is None and experiments.names_text(keys)
+        loaded = complete(loaded, without_config=without, keeps=keeps and not print_config)
     if print_config:
         raise _Done(Answer(loaded.model_dump(mode="json"), experiments.dump(loaded, comments=True).rstrip()))
     return loaded

@@ -33,9 +33,9 @@ def inspect(
     json: cli.Json = False,
 ) -> cli.Answer:
     """Show the data as the model will see it: documents, their tokens, blocks, a batch, lengths, the ledger."""
-    from raylm import prepare
+    from raylm import derived, prepare
 
-    experiment = cli.experiment(config, settings, print_config)
+    experiment = cli.experiment(config, settings, print_config, derived.text, keeps=not dry_run)
     if dry_run:
         return prepare.plan(experiment)
     store, _ = prepare.ready(experiment)

@@ -102,20 +102,25 @@ def build(
     found = configuration(
         section, vocab_size=len(tokenizer), block_size=block_size, eos_id=tokenizer.eos_token_id, masked=masked
     )
-    kind, dtype = _auto_class(masked), getattr(torch, section.dtype)
+    dtype = getattr(torch, section.dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # a pretrained model may lack its head, and LoRA's first weights are random too
         if section.path is None:
-            network = kind.from_config(found, dtype=dtype)
+            network = untrained(found, masked=masked, dtype=dtype)
         else:
             # Without GgufConfig the weights stay packed: such a model can be neither trained nor saved.
             packed = {"gguf_file": section.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
             options = _options(section) | (packed if section.gguf_file else {})
-            network = kind.from_pretrained(section.path, config=found, dtype=dtype, **options)
+            network = _auto_class(masked).from_pretrained(section.path, config=found, dtype=dtype, **options)
         _learn_padding(network, tokenizer.eos_token_id, new=section.path is None)
         if section.lora is not None:
             _add_updates(network, section.lora)
     return network
+
+
+def untrained(found: PreTrainedConfig, *, masked: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of this configuration, its weights drawn by torch's generator."""
+    return _auto_class(masked).from_config(found, dtype=dtype)
 
 
 def num_parameters(found: PreTrainedConfig, *, masked: bool = False) -> int:

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from raylm import cli, config, pictures, storage, tracking
+from raylm import cli, config, pictures, storage, tables, tracking
 from raylm import sweep as sweeps
 from raylm.config import Experiment
 from raylm.errors import ConfigError, StorageError
@@ -78,9 +78,13 @@ def measure(experiment: Experiment) -> str:
     return experiment.objective.score.replace("_", "-")
 
 
-def scored_on(limit: int | None) -> str:
-    """What text a score is of, by eval.max_tokens."""
-    return "the whole validation split" if limit is None else f"the first {limit:,} validation tokens"
+def scored_on(limit: int | None, facts: journal.Facts | None = None) -> str:
+    """What text a score is of, by eval.max_tokens; of how much, by the parameters of its run."""
+    what = "the whole validation split" if limit is None else f"the first {limit:,} validation tokens"
+    told = facts.parameters if facts is not None else {}
+    if "scored_documents" not in told:
+        return what
+    return f"{what}: {int(told['scored_documents']):,} documents, {int(told['scored_tokens']):,} tokens"
 
 
 def is_sweep(directory: str) -> bool:
@@ -156,6 +160,8 @@ def rows(found: Found) -> list[dict[str, Any]]:
             **found.scores(trial),
             **{key: value for key, value in told.get(trial.trial_id, {}).items() if key in weighed},
             "tokens": trial.tokens,
+            "best_tokens": trial.best_tokens,
+            "last_perplexity": trial.results[-1].get("perplexity") if trial.results else None,
             "settings": trial.settings,
             "failure": trial.failure,
             "repeat": found.command(trial),
@@ -193,7 +199,8 @@ def page(found: Found, drawn: Sequence[pictures.Figure | pictures.Omitted], imag
         _answer(found),
         *[_section(figure, images, interactive=script is not None) for figure in drawn],
         "<h2>All trials</h2>",
-        f"<p class=caption>Ranked by {scored_on(found.experiment.eval.max_tokens)}. {FOLLOW if script else ''}</p>",
+        f"<p class=caption>Ranked by {scored_on(found.experiment.eval.max_tokens, found.facts)}. "
+        f"{FOLLOW if script else ''}</p>",
         _trials(found),
         f"<p class=caption>{OF_A_POPULATION}</p>" if found.experiment.tune.scheduler.kind == "pbt" else "",
         "<h2>The sweep</h2>",
@@ -260,7 +267,8 @@ def _trials(found: Found) -> str:
         values += [f"{row['tokens']:,}", *(cli.figure(row["settings"].get(key, "-")) for key in settings)]
         failure = f"<br><small>{escape(row['failure'])}</small>" if row["failure"] else ""
         failure += "<br><small>on the Pareto front</small>" if row.get("pareto") else ""
-        trial_id, status, command = (escape(row[name]) for name in ("trial_id", "status", "repeat"))
+        trial_id, command = escape(row["trial_id"]), escape(row["repeat"])
+        status = escape("; ".join([row["status"], *tables.overfitting(row)]))
         lines.append(
             f'<tr data-trial="{trial_id}"><td class=number>{rank}</td><td>{trial_id}</td>'
             + "".join(f"<td class=number>{escape(value)}</td>" for value in values)

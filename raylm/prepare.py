@@ -33,7 +33,9 @@ def prepare(
     json: cli.Json = False,
 ) -> cli.Answer:
     """Turn the corpus into a token store, once for all runs that share corpus and tokenizer."""
-    experiment = cli.experiment(config, settings, print_config)
+    from raylm import derived
+
+    experiment = cli.experiment(config, settings, print_config, derived.text, keeps=not dry_run)
     if dry_run:
         return plan(experiment)
     if verify:

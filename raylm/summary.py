@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raylm import card, model, tracking
+from raylm import card, model, perplexity, tracking
 from raylm.budget import Budget
 from raylm.config import Experiment, get
 from raylm.tokens import Store
@@ -34,7 +34,15 @@ def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str
         "tokens": budget.tokens,
         "steps": budget.steps,
         "store": store.fingerprint,
+        **{f"scored_{what}": count for what, count in scored(experiment, store).items()},
     }
+
+
+def scored(experiment: Experiment, store: Store) -> dict[str, int | None]:
+    """How many documents, and tokens of them, an evaluation during training is made of."""
+    split = store.validation
+    documents = perplexity.first_documents(split, experiment.eval.max_tokens)
+    return {"documents": documents, "tokens": sum(len(split[index]) for index in range(documents))}
 
 
 def tell_data(run: Run, experiment: Experiment, store: Store) -> None:

@@ -32,12 +32,20 @@ def trials(rows: Sequence[Mapping[str, Any]], measure: str = "perplexity") -> Ta
             *scores,
             *["-" if row[name] is None else f"{row[name]:,.0f}" for name in weighed],
             f"{row['tokens']:,}",
-            row["status"],
+            "; ".join([row["status"], *overfitting(row)]),
             *["✓" * row["pareto"] for _ in weighed],
             *[figure(row["settings"].get(key, "-")) for key in settings],
             style="bold" if rank == 1 and row["perplexity"] is not None else None,
         )
     return table
+
+
+def overfitting(row: Mapping[str, Any]) -> list[str]:
+    """When a training was at its best, if it ended clearly worse than that; else nothing."""
+    best, last, tokens = row["perplexity"], row["last_perplexity"], row["best_tokens"]
+    if best is None or last is None or tokens is None or not last > 1.05 * best:
+        return []
+    return [f"overfitted: {figure(best)} at {tokens:,} tokens, {figure(last)} at the end"]
 
 
 def facts(pairs: Mapping[str, Any]) -> str:

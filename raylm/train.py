@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any, Literal
 
 from raylm import cli
-from raylm.config import Experiment, dump
+from raylm.config import Experiment, dump, from_environment
 from raylm.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 
 if TYPE_CHECKING:
@@ -29,11 +29,13 @@ def train(
     json: cli.Json = False,
 ) -> cli.Answer:
     """Train one language model on the corpus; the tokens are prepared first, unless they are there already."""
-    experiment = cli.experiment(config, settings, print_config)
+    from raylm import derived
+
+    experiment = cli.experiment(config, settings, print_config, derived.training, keeps=not dry_run)
     checked = plan(experiment, begins=None if dry_run else "train")
     if dry_run:
         return checked
-    from raylm import cluster, objective, prepare, runs, storage, summary, tracking
+    from raylm import cluster, prepare, runs, storage, summary, tracking
 
     storage.check(experiment.storage)
     begun = runs.begin(experiment, "train", os.path.basename(checked.record["store"]), resume)
@@ -51,7 +53,7 @@ def train(
                 check_nodes(experiment)
             store, reused = prepare.prepared(experiment)
             if not reused:  # else the plan has told
-                objective.warn_of_absent(experiment.objective, store)
+                warn(experiment, store)
             sets = prepare.evaluation_sets(experiment, store)
             if alone is not None:
                 connection.close()  # the worker has the machine for itself
@@ -111,6 +113,8 @@ def trained(
             raise cluster.interruption(begun.directory, f"stopped after step {outcome.step:,}, which is saved")
     seconds = time.monotonic() - started
     best = dict(outcome.best)
+    ending = {"best_tokens": best["tokens"], "last_perplexity": outcome.last.get("perplexity")}
+    overfitting = tables.overfitting({**best, **ending})
     target = f"{begun.directory}/model"
     card.export(job.checkpoints.path(best["step"]), target)
     if experiment.eval.max_tokens is not None:  # the figure to compare is of the whole split
@@ -130,6 +134,7 @@ def trained(
         "tokens": outcome.step * planned.batch_tokens,
         "steps": outcome.step,
         "best_step": best["step"],
+        **ending,
         "resumed_from": begun.step,
         "tokens_per_second": trained_here / seconds,
         "mlflow_run_id": run.run_id,
@@ -141,6 +146,7 @@ def trained(
             "tokens": record["tokens"],
             "tokens/s": round(record["tokens_per_second"]) or None,
             "checkpoint": target,
+            "training": next(iter(overfitting), None),
             "generate": f'{sys.executable} -m raylm.generate {target} --prompt "..."',
             "mlflow": tracking.how_to_look(experiment.tracking),
         }
@@ -153,7 +159,7 @@ def plan(experiment: Experiment, *, begins: Literal["train", "tune"] | None = No
 
     If one begins then, what it needs starts meanwhile: the process of its worker, Ray.
     """
-    from raylm import cluster, corpus, storage, tokenizer, tokens
+    from raylm import cluster, corpus, storage, tokenizer, tokens, tracking
     from raylm.prepare import evaluation_corpora
 
     storage.look(experiment.storage)
@@ -168,20 +174,25 @@ def plan(experiment: Experiment, *, begins: Literal["train", "tune"] | None = No
     if begins and resources is not None and not (is_alone and tokens.is_store(store)):
         cluster.ahead()
     with cli.waiting("Loading PyTorch and transformers"), cli.importing():  # after the quick checks
-        from raylm import budget, loop, model, objective, runs, tables
+        from raylm import budget, loop, model, objective, runs, summary, tables
 
     loop.check(experiment.train, has_updates=experiment.model.lora is not None)
     known: Any = chosen.train or tokenizer.load_section(chosen)
     objective.check(experiment.objective, experiment.blocks, known)
     found = model.planned(experiment, chosen.train.vocab_size if chosen.train else len(known))
+    scored: dict[str, int | None] = {"documents": None, "tokens": None}
     if tokens.is_store(store):
-        objective.warn_of_absent(experiment.objective, tokens.open_store(store))
-    planned = budget.plan(
-        experiment.train,
-        block_size=experiment.blocks.block_size,
-        num_workers=experiment.cluster.most_workers,
-        epoch_examples=None,
-    )
+        opened = tokens.open_store(store)
+        warn(experiment, opened)
+        planned: budget.Budget | None = budget.of(experiment, opened)
+        scored = summary.scored(experiment, opened)
+    else:
+        planned = budget.plan(
+            experiment.train,
+            block_size=experiment.blocks.block_size,
+            num_workers=experiment.cluster.most_workers,
+            epoch_examples=None,
+        )
     num_files = sum(len(source.files) for source in sources)
     num_bytes = sum(source.num_bytes for source in sources)
     record = {
@@ -190,16 +201,32 @@ def plan(experiment: Experiment, *, begins: Literal["train", "tune"] | None = No
         "parameters": model.num_parameters(found, masked=experiment.objective.is_masked),
         "steps": planned.steps if planned else None,
         "tokens": planned.tokens if planned else None,
+        "passes": planned.passes if planned else None,
+        "scored_documents": scored["documents"],
+        "scored_tokens": scored["tokens"],
         "micro_batch": planned.micro_batch if planned else None,
         "accumulation": planned.accumulation if planned else None,
         "num_workers": experiment.cluster.num_workers,
         "resources_per_worker": resources.per_worker if resources else None,
         "cluster": "this machine" if resources else "elsewhere",
         "storage": runs.directory_of(experiment),
-        "tracking": experiment.tracking.uri,
+        "tracking": tracking.shown(experiment.tracking.uri) if experiment.tracking.uri else None,
+        "experiment": experiment.tracking.experiment or experiment.name,
     }
     pairs = {name.replace("_", " "): value for name, value in record.items() if name != "corpus"}
-    return cli.Answer(record, tables.facts({"corpus": f"{num_files:,} files, {num_bytes / 1e6:.1f} MB", **pairs}))
+    for key, variable in from_environment(experiment).items():
+        name = {"tracking.uri": "tracking", "tracking.experiment": "experiment"}[key]
+        pairs[name] = f"{pairs[name]} (from {variable})"
+    return cli.Answer(record, tables.facts({"corpus": f"{num_files:,} files, {cli.size(num_bytes)}", **pairs}))
+
+
+def warn(experiment: Experiment, store: Store) -> None:
+    """Say what the training will most likely be sorry for, before it starts."""
+    from raylm import budget, objective
+
+    objective.warn_of_absent(experiment.objective, store)
+    for warning in budget.of(experiment, store).warnings(experiment.train):
+        cli.warn(warning)
 
 
 def main() -> None:

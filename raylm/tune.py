@@ -40,11 +40,13 @@ def tune(
 
     Without --config: a small GPT-2 on the source code of Python's standard library.
     """
-    experiment = cli.experiment(config, settings, print_config)
+    from raylm import derived
+
+    experiment = cli.experiment(config, settings, print_config, derived.training, keeps=not dry_run)
     checked = plan(experiment, begins=not dry_run)
     if dry_run:
         return checked
-    from raylm import cluster, objective, runs, storage, summary, tracking, train
+    from raylm import cluster, runs, storage, summary, tracking, train
     from raylm.prepare import prepared
 
     storage.check(experiment.storage)
@@ -58,7 +60,7 @@ def tune(
             train.check_nodes(experiment)
             store, reused = prepared(experiment)
             if not reused:  # else the plan has told
-                objective.warn_of_absent(experiment.objective, store)
+                train.warn(experiment, store)
             rows = sweep(experiment, store, parent, begun, resources)
             best = finish(experiment, store, parent, resources, rows)
         found = answer(experiment, begun, parent, rows, best, reused)
@@ -334,6 +336,8 @@ def _row(trial: Trial) -> dict[str, Any]:
         "perplexity": last.get("best_perplexity"),
         "bits_per_byte": last.get("best_bits_per_byte"),
         "tokens": trial.tokens,
+        "best_tokens": trial.best_tokens,
+        "last_perplexity": last.get("perplexity"),
         "settings": trial.settings,
         "checkpoint": last.get("best_checkpoint"),
         "best_step": last.get("best_step", 0),

@@ -7,7 +7,7 @@ board        how far the workers are, what they say, and whether they shall stop
 """
 
 from raylm.cluster.board import Board, SharedBoard, interruption, signals, stopped_by, watch
-from raylm.cluster.capacity import Resources, cpus_here, resources, workers
+from raylm.cluster.capacity import Resources, cpus_here, resources, this_machine, workers
 from raylm.cluster.connection import (
     DRIVER_ENVIRONMENT,
     ahead,
@@ -41,6 +41,7 @@ __all__ = [
     "resources",
     "signals",
     "stopped_by",
+    "this_machine",
     "watch",
     "workers",
 ]

@@ -6,7 +6,18 @@ space      tune.space: samplers of settings, and whole spaces to choose from
 files      load, override, save
 """
 
-from raylm.config.files import BUILT_IN, dump, get, load, load_part, override, parse_setting, save
+from raylm.config.files import (
+    BUILT_IN,
+    dump,
+    from_environment,
+    get,
+    load,
+    load_part,
+    names_text,
+    override,
+    parse_setting,
+    save,
+)
 from raylm.config.sections import (
     MUTABLE,
     BlocksConfig,
@@ -48,10 +59,12 @@ __all__ = [
     "TuneConfig",
     "corners",
     "dump",
+    "from_environment",
     "get",
     "is_sampler",
     "load",
     "load_part",
+    "names_text",
     "override",
     "parse_setting",
     "save",

@@ -1,7 +1,8 @@
 """YAML and command line -> experiment; experiment -> YAML.
 
-The layers, each over the one before: defaults of the sections < file < section.key=value. Without a file the built-in
-experiment stands in its place. All faults of a file and a command line are told at once.
+The layers, each over the one before: defaults of the sections < environment < file < section.key=value. Without a file
+the built-in experiment stands in its place, unless a setting names text of the user's own. All faults of a file and a
+command line are told at once.
 """
 
 from __future__ import annotations
@@ -33,15 +34,28 @@ Tree = dict[str, Any]
 Part = typing.TypeVar("Part", bound=Section)
 
 
-def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) -> Experiment:
-    """The checked experiment of a YAML file (default: the built-in one) with `section.key=value` settings on top.
+ENVIRONMENT = {"tracking.uri": "MLFLOW_TRACKING_URI", "tracking.experiment": "MLFLOW_EXPERIMENT_NAME"}
+"""Variables that users of MLflow have set already. RAY_ADDRESS is read by `cluster`, because it belongs to a place and not
+to an experiment."""
 
-    Local paths are absolute afterwards, since Ray's workers run in directories of their own.
+
+def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) -> Experiment:
+    """The checked experiment of a YAML file with `section.key=value` settings on top.
+
+    Without a file it is the built-in example, unless the settings name text (corpus.paths): then nothing of the example
+    applies. `model_fields_set` of a section tells what was given. Local paths are absolute afterwards because Ray's
+    workers run in directories of their own.
     """
-    tree, lines = _read(Path(path) if path is not None else BUILT_IN)
     layer = dict(parse_setting(setting) for setting in settings)
-    _put(tree, layer)
+    if path is None and not names_text(layer):
+        path = BUILT_IN
+    tree, lines = _read(Path(path)) if path is not None else ({}, {})
     places = lines | dict.fromkeys(layer, "command line:")
+    for key, variable in ENVIRONMENT.items():
+        if os.environ.get(variable) and not _is_given(tree, key):
+            _put(tree, {key: os.environ[variable]})
+            places.setdefault(key, f"{variable}:")
+    _put(tree, layer)
     experiment = _validate(tree, places)
     faults = [
         (f"tune.space.{key}", text)
@@ -58,6 +72,20 @@ def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) ->
     return _absolute(experiment)
 
 
+def names_text(keys: Iterable[str]) -> bool:
+    """Whether one of these dotted keys gives a corpus."""
+    return any(key.split(".")[:2] in (["corpus", "paths"], ["corpus", "validation_paths"]) for key in keys)
+
+
+def from_environment(experiment: Experiment) -> dict[str, str]:
+    """Dotted key -> variable of the environment, of the settings whose value is the variable's."""
+    return {
+        key: variable
+        for key, variable in ENVIRONMENT.items()
+        if (value := os.environ.get(variable)) and get(experiment, key) in (value, _absolute_uri(value))
+    }
+
+
 def load_part(part: type[Part], settings: Iterable[str]) -> Part:
     """Some sections of an experiment alone, of `section.key=value` settings: for commands that need no more of it."""
     layer = dict(parse_setting(setting) for setting in settings)
@@ -72,7 +100,7 @@ def load_part(part: type[Part], settings: Iterable[str]) -> Part:
 
 def override(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
     """A copy with the dotted settings replaced, checked as a whole."""
-    tree = experiment.model_dump()
+    tree = experiment.model_dump(exclude_unset=True)  # what nobody has set stays so
     _put(tree, settings)
     return _validate(tree, {})
 
@@ -194,6 +222,15 @@ def _put(root: Tree, layer: Mapping[str, Any]) -> None:
         tree[last] = value
 
 
+def _is_given(tree: Tree, key: str) -> bool:
+    value: Any = tree
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return False
+        value = value[part]
+    return True
+
+
 # Checks ------------------------------------------------------------------------------------------------------------
 
 
@@ -242,24 +279,26 @@ def _absolute(experiment: Experiment) -> Experiment:
     def local_or_id(path: str | None) -> str | None:
         return local(path) if path and (path[0] in "./~" or os.path.exists(path)) else path
 
-    given = experiment.eval.paths
-    uri = experiment.tracking.uri
+    sets = experiment.eval.paths
+    found = {
+        "storage": local(experiment.storage),
+        "corpus.paths": [local(path) for path in experiment.corpus.paths],
+        "corpus.validation_paths": [local(path) for path in experiment.corpus.validation_paths],
+        "eval.paths": {name: [local(path) for path in paths] for name, paths in sets.items()}
+        if isinstance(sets, Mapping)
+        else [local(path) for path in sets],
+        "tokenizer.path": local_or_id(experiment.tokenizer.path),
+        "model.path": local_or_id(experiment.model.path),
+        "tracking.uri": _absolute_uri(experiment.tracking.uri),
+    }
+    return override(experiment, {key: value for key, value in found.items() if value})
+
+
+def _absolute_uri(uri: str | None) -> str | None:
+    """An MLflow store whose SQLite file means the same in any directory."""
     if uri and uri.startswith("sqlite:///") and uri != "sqlite:///:memory:":
-        uri = "sqlite:///" + local(uri.removeprefix("sqlite:///"))
-    return override(
-        experiment,
-        {
-            "storage": local(experiment.storage),
-            "corpus.paths": [local(path) for path in experiment.corpus.paths],
-            "corpus.validation_paths": [local(path) for path in experiment.corpus.validation_paths],
-            "eval.paths": {name: [local(path) for path in paths] for name, paths in given.items()}
-            if isinstance(given, Mapping)
-            else [local(path) for path in given],
-            "tokenizer.path": local_or_id(experiment.tokenizer.path),
-            "model.path": local_or_id(experiment.model.path),
-            "tracking.uri": uri,
-        },
-    )
+        return f"sqlite:///{os.path.abspath(os.path.expanduser(uri.removeprefix('sqlite:///')))}"
+    return uri
 
 
 def _commented(section: BaseModel, depth: int = 0) -> CommentedMap:

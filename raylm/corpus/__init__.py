@@ -27,9 +27,10 @@ from raylm.corpus.reader import (
     shards,
 )
 from raylm.corpus.sources import File, Source
-from raylm.corpus.split import Holdout, holdout
+from raylm.corpus.split import ENOUGH_UNITS, Holdout, holdout
 
 __all__ = [
+    "ENOUGH_UNITS",
     "Document",
     "Fault",
     "File",

@@ -34,6 +34,8 @@ class Holdout:
     """Different units that were seen."""
     complete: bool
     """Whether all of the corpus was seen."""
+    num_bytes: int
+    """Of the kept text, in UTF-8; if not `complete` about, from the size of the files and the part of them seen."""
 
 
 def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
@@ -55,8 +57,9 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
     With corpus.validation_paths, or a fraction of 0, there is nothing to decide: nothing is read and nothing changes.
     """
     fraction = corpus.validation_fraction
+    on_disk = sum(source.num_bytes for source in sources if not source.validation)
     if corpus.validation_paths or not fraction:
-        return Holdout(corpus.split_by or "document", fraction, documents=0, units=0, complete=False)
+        return Holdout(corpus.split_by or "document", fraction, 0, 0, complete=False, num_bytes=on_disk)
     local = [source for source in sources if not source.name.startswith(HUB)]
     # One piece a shard, so that those which were not looked at can be counted.
     plan = [shard._replace(pieces=(piece,)) for shard in shards(local) for piece in shard.pieces]
@@ -76,7 +79,10 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
     elif not complete and len(local) == len(sources):
         at_least = num_documents if split_by == "document" else MOST_BYTES // (4 * MOST_CHARS)
         fraction = max(fraction, max(1, min(ENOUGH_UNITS, at_least // 5)) / at_least)
-    return Holdout(split_by, min(fraction, 1 - 1e-6), num_documents, len(units), complete)
+    num_bytes = look.ledger["kept bytes"]
+    if not complete and look.ledger["bytes"]:
+        num_bytes = round(on_disk * num_bytes / look.ledger["bytes"])
+    return Holdout(split_by, min(fraction, 1 - 1e-6), num_documents, len(units), complete, num_bytes or on_disk)
 
 
 class _Look(NamedTuple):
@@ -86,6 +92,7 @@ class _Look(NamedTuple):
     unread: int
     """Documents there are at least in the pieces that were not reached."""
     complete: bool
+    ledger: Ledger
 
 
 def _look(plan: list[Shard], corpus: CorpusConfig) -> _Look:
@@ -99,14 +106,14 @@ def _look(plan: list[Shard], corpus: CorpusConfig) -> _Look:
     for number, shard in enumerate(plan):
         (piece,) = shard.pieces
         if is_enough() or (_is_document(piece, corpus) and piece.file.size > MOST_BYTES):
-            return _Look(documents, cut, _fewest_documents(plan[number:], corpus), False)
+            return _Look(documents, cut, _fewest_documents(plan[number:], corpus), False, ledger)
         for _, text, encoded in kept(shard, corpus, ledger):
             documents.add(content_hash(encoded))
             if corpus.split_by == "passage" or len(documents) < FEW_DOCUMENTS:
                 cut.update(content_hash(passage.encode()) for passage in passages(text))
             if is_enough():
-                return _Look(documents, cut, _fewest_documents(plan[number + 1 :], corpus), False)
-    return _Look(documents, cut, 0, True)
+                return _Look(documents, cut, _fewest_documents(plan[number + 1 :], corpus), False, ledger)
+    return _Look(documents, cut, 0, True, ledger)
 
 
 def _is_document(piece: Piece, corpus: CorpusConfig) -> bool:

@@ -118,6 +118,8 @@ class Outcome:
     """Metrics of the best evaluation, by perplexity; empty if there was none."""
     step: int
     """The last optimizer step."""
+    last: dict[str, Any] = field(default_factory=dict)
+    """Metrics of the last evaluation."""
     stopped: bool = False
     """Whether it was asked to stop before the end."""
     lost_nodes: list[str] = field(default_factory=list)

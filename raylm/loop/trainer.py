@@ -104,7 +104,7 @@ class _Trainer(ShardingTrainer):
         if self.begins_at < self.job.budget.steps and not self._is_patience_over():
             self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
         step = self.state.global_step or self.begins_at
-        return Outcome(self.best, step, stopped=self.stopped, lost_nodes=self.lost_nodes)
+        return Outcome(self.best, step, last=self.latest, stopped=self.stopped, lost_nodes=self.lost_nodes)
 
     def _newest(self, series: Series) -> tuple[int | None, list[str]]:
         """As rank 0 finds it: verifying a checkpoint reads all of it."""

@@ -46,6 +46,12 @@ class Trial:
         return self.status != "running"
 
     @property
+    def best_tokens(self) -> int | None:
+        """Tokens that it was trained on when its score was best."""
+        best = self.results[-1].get("best_step") if self.results else None
+        return next((result["tokens"] for result in self.results if result["step"] == best), None)
+
+    @property
     def tokens(self) -> int:
         """Tokens that it was trained on, up to its last evaluation."""
         return self.results[-1]["tokens"] if self.results else 0
