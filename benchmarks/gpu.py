@@ -34,6 +34,7 @@ def job_of(home: str, session: type, *settings: str) -> loop.Job:
             f"storage={home}",
             "name=gpu",
             "corpus.keep_any=[]",
+            "corpus.max_chars=null",
             "blocks.block_size=256",
             "model.config={model_type: gpt2, n_layer: 4, n_head: 4, n_embd: 256, resid_pdrop: 0.1}",
             "train.batch_tokens=16384",

@@ -105,14 +105,26 @@ def plan(section: TrainConfig, *, block_size: int, num_workers: int, epoch_examp
     return budget.shared_by(num_workers, section.micro_batch_tokens)
 
 
+def no_validation(experiment: Experiment) -> DataError:
+    """The error that nothing is held out."""
+    section = experiment.corpus
+    if section.validation_paths:
+        why = f"corpus.validation_paths={', '.join(section.validation_paths)} holds no text"
+    elif not section.validation_fraction:
+        why = "corpus.validation_fraction=0 holds nothing out"
+    else:
+        why = "the text is a single passage, which cannot be split"
+    return DataError(
+        f"the validation split is empty, so no perplexity can be told: {why}; give more text, "
+        "a corpus.validation_fraction such as 0.05, or corpus.validation_paths",
+        where="corpus.validation_fraction",
+    )
+
+
 def of(experiment: Experiment, store: Store) -> Budget:
     """The budget of a run over a token store; DataError if there is nothing to train or score on."""
     if not store.validation.num_tokens:
-        raise DataError(
-            "the validation split is empty, so no perplexity can be told; raise corpus.validation_fraction="
-            f"{experiment.corpus.validation_fraction:g} or give corpus.validation_paths",
-            where="corpus.validation_fraction",
-        )
+        raise no_validation(experiment)
     section = experiment.blocks
     found = plan(
         experiment.train,

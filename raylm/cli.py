@@ -107,17 +107,17 @@ def experiment(
     settings: list[str] | None,
     print_config: bool = False,
     complete: Callable[..., experiments.Experiment] | None = None,
-    keeps: bool = True,
 ) -> experiments.Experiment:
     """The experiment of the command line. With `print_config` it is printed and the command ends.
 
-    `complete`: a function of `derived`, for settings that follow from the text; `keeps`: write down what it decides.
+    `complete`: a function of `derived`, for settings that follow from the text and the machine.
     """
     loaded = experiments.load(config, settings or [])
     if complete is not None:
-        keys = [setting.partition("=")[0].strip() for setting in settings or []]
-        without = config is None and experiments.names_text(keys)
-        loaded = complete(loaded, without_config=without, keeps=keeps and not print_config)
+        layer = dict(map(experiments.parse_setting, settings or []))
+        without = config is None and experiments.names_text(layer)
+        if without or not print_config:
+            loaded = complete(loaded, without_config=without)
     if print_config:
         raise _Done(Answer(loaded.model_dump(mode="json"), experiments.dump(loaded, comments=True).rstrip()))
     return loaded

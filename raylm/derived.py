@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from raylm import cli, corpus, storage
-from raylm.budget import FEW_PASSES
+from raylm import cli
 from raylm.config import Experiment, ModelConfig, override
-from raylm.corpus import Holdout
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # whoever has a wrong setting is told before these are imported
     from transformers import PreTrainedConfig
+
+    from raylm.corpus import Holdout
 
 TOKENS_PER_PARAMETER = 10
 """A larger model is taken as long as its budget has this many tokens for each parameter outside the embeddings. 20 are
@@ -37,6 +37,9 @@ START_SECONDS = 60.0
 
 OVERHEAD = 1.4
 """Time of a trial over that of its bare training steps: evaluations, checkpoints, and the trials beside it."""
+
+HELD_OUT_BYTES = 300_000
+"""Of a large corpus, for validation: 100,000 tokens are scored in seconds, and 5 % of a corpus of 3 GB in an hour."""
 
 TRIALS = 8
 ETA = 3
@@ -53,28 +56,28 @@ BYTES_PER_TOKEN = 3.0
 """Of English and source code in a small vocabulary: 2.2 with 512 entries, 3.6 with 8,192."""
 
 
-def text(experiment: Experiment, *, without_config: bool, keeps: bool) -> Experiment:
+def text(experiment: Experiment, *, without_config: bool) -> Experiment:
     """The experiment with its split decided; without a --config with a tokenizer, too, unless one was given.
 
-    Reads some of the text, unless it was decided before. `keeps`: write the decision down.
+    Reads some of the text, unless it was decided before.
     """
-    return (_text if without_config else _split)(experiment, keeps)[0]
+    return (_text if without_config else _split)(experiment)[0]
 
 
-def training(experiment: Experiment, *, without_config: bool, keeps: bool) -> Experiment:
+def training(experiment: Experiment, *, without_config: bool) -> Experiment:
     """`text`; without a --config with a model, a budget of a few passes and a sweep of about ten minutes here, too."""
     if not without_config:
-        return _split(experiment, keeps)[0]
+        return _split(experiment)[0]
     moot = {"train": {"micro_batch_tokens", "save_every_tokens", "keep_checkpoints"}}
     given = experiment.model_dump(mode="json", exclude_unset=True, include=set(GO_INTO_SIZES), exclude=moot)
-    complete, held = _text(experiment, keeps)
-    sizes = _decided(experiment, "sizes", given, lambda: _sizes(complete, held), keeps)
+    complete, held = _text(experiment)
+    sizes = _decided(experiment, "sizes", given, lambda: _sizes(complete, held))
     found = override(complete, {key: value for key, value in sizes.items() if not _is_given(experiment, key)})
     section = found.model
     layers, width = (section.config or {}).get("n_layer"), (section.config or {}).get("n_embd")
     what = section.path or f"{layers} layers of width {width}"
     cli.say(
-        f"No --config, so sizes follow from {cli.size(held.num_bytes)} of text and this machine: {what}, "
+        f"No --config, so sizes follow from {cli.size(_size(held))} of text and this machine: {what}, "
         f"{found.train.max_tokens or 0:,} tokens a training; --print-config shows them as a file"
     )
     return found
@@ -89,19 +92,24 @@ def _is_given(experiment: Experiment, key: str) -> bool:
     return name in given or (name == "max_tokens" and section == "train" and "num_epochs" in given)
 
 
-def _split(experiment: Experiment, keeps: bool) -> tuple[Experiment, Holdout]:
+def _split(experiment: Experiment) -> tuple[Experiment, Holdout]:
+    from raylm import corpus
+
     section = experiment.corpus
 
     def look() -> dict[str, Any]:
         with cli.waiting("Looking at the text"):
             return dataclasses.asdict(corpus.holdout(corpus.check(section), section))
 
-    found = Holdout(**_decided(experiment, "split", section.model_dump(mode="json"), look, keeps))
+    found = corpus.Holdout(**_decided(experiment, "split", section.model_dump(mode="json"), look))
     documents = f"{found.documents:,} document{'s' * (found.documents != 1)}"
     if found.split_by == "passage" and section.split_by is None:
+        held = f"{100 * found.validation_fraction:.2g} %"
+        if found.complete:
+            held = f"about {max(1, found.units * found.validation_fraction):.0f} of {found.units:,}"
         cli.say(
-            f"The text is {documents}, too few to hold some out: the split is by passages of them, "
-            f"{100 * found.validation_fraction:.2g} % for validation; corpus.split_by=document for whole documents"
+            f"The text is {documents}, too few to hold any out: passages of them are held out for validation, {held}; "
+            "corpus.split_by=document holds out whole documents"
         )
     elif found.validation_fraction > section.validation_fraction:
         cli.say(
@@ -112,16 +120,28 @@ def _split(experiment: Experiment, keeps: bool) -> tuple[Experiment, Holdout]:
     return override(experiment, settings), found
 
 
-def _text(experiment: Experiment, keeps: bool) -> tuple[Experiment, Holdout]:
-    experiment, held = _split(experiment, keeps)
+def _text(experiment: Experiment) -> tuple[Experiment, Holdout]:
+    from raylm import corpus
+
+    given = experiment.corpus
+    experiment, held = _split(experiment)
+    enough = max(HELD_OUT_BYTES, 3 * corpus.ENOUGH_UNITS * held.unit_bytes)
+    if "validation_fraction" not in given.model_fields_set and _size(held) * held.validation_fraction > enough:
+        held = dataclasses.replace(held, validation_fraction=round(enough / _size(held), 7))
+        experiment = override(experiment, {"corpus.validation_fraction": held.validation_fraction})
     section, objective = experiment.tokenizer, experiment.objective
     if section.path is not None or (section.train is None and experiment.model.path is not None):
         return experiment, held
     needs = {"masked": ("<mask>",), "fill_in_middle": objective.sentinels}.get(objective.kind, ())
-    trained = {"vocab_size": _vocabulary(held.num_bytes), "special_tokens": ["<|endoftext|>", *needs]}
+    trained = {"vocab_size": _vocabulary(_size(held)), "special_tokens": ["<|endoftext|>", *needs]}
     if section.train is not None:
         trained |= section.train.model_dump(exclude_unset=True)
     return override(experiment, {"tokenizer.train": trained}), held
+
+
+def _size(held: Holdout) -> int:
+    """Bytes of the text; a data set that does not say is taken for a large one."""
+    return held.num_bytes or 100_000_000
 
 
 def _vocabulary(num_bytes: int) -> int:
@@ -135,21 +155,31 @@ def _vocabulary(num_bytes: int) -> int:
 # Decided once --------------------------------------------------------------------------------------------------------
 
 
-def _decided(
-    experiment: Experiment, what: str, given: Any, decide: Callable[[], dict[str, Any]], keeps: bool
-) -> dict[str, Any]:
+_decisions: dict[str, dict[str, Any]] = {}
+"""Those of this process by the file that they belong in, as long as `keep` has not written them."""
+
+
+def keep() -> None:
+    """Write down what was decided, once all else has been checked: an error leaves nothing behind."""
+    from raylm import storage
+
+    while _decisions:
+        path, found = _decisions.popitem()
+        storage.write(path, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def _decided(experiment: Experiment, what: str, given: Any, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was decided for these settings in the experiment's storage, or is decided now."""
+    from raylm import storage
+
     name = hashlib.blake2b(json.dumps(given, sort_keys=True).encode(), digest_size=8).hexdigest()
     path = f"{experiment.storage.rstrip('/')}/decided/{what}-{name}.json"
     storage.look(experiment.storage)
     written = storage.read(path)
     if written is not None:
         return json.loads(written)
-    found = decide()
-    if keeps:
-        storage.check(experiment.storage)
-        storage.write(path, (json.dumps(found, indent=1) + "\n").encode())
-    return found
+    _decisions[path] = decide()
+    return _decisions[path]
 
 
 # Sizes ---------------------------------------------------------------------------------------------------------------
@@ -157,7 +187,7 @@ def _decided(
 
 def _sizes(experiment: Experiment, held: Holdout) -> dict[str, Any]:
     """Settings of model, blocks, budget, evaluations and sweep that go with what was given; dotted key -> value."""
-    from raylm import cluster
+    from raylm import budget, cluster, corpus
 
     with cli.waiting("Loading PyTorch and transformers"), cli.importing():
         from raylm import model, tokenizer
@@ -168,20 +198,20 @@ def _sizes(experiment: Experiment, held: Holdout) -> dict[str, Any]:
     known = tokenizer.chosen(experiment.tokenizer, experiment.model)
     vocab_size = known.train.vocab_size if known.train is not None else len(tokenizer.load_section(known))
     masked = experiment.objective.is_masked
-    text_tokens = max(1, int(held.num_bytes * (1 - experiment.corpus.validation_fraction) / BYTES_PER_TOKEN))
+    text_tokens = max(1, int(_size(held) * (1 - experiment.corpus.validation_fraction) / BYTES_PER_TOKEN))
     seconds = (SWEEP_SECONDS - START_SECONDS) * EVALUATIONS / _rounds(together) / OVERHEAD
 
-    def budget(section: ModelConfig) -> int:
+    def affordable(section: ModelConfig) -> int:
         """Training tokens of one trial of this model."""
         found = model.configuration(section, vocab_size=vocab_size, block_size=MEASURED[1], masked=masked)
-        return min(FEW_PASSES * text_tokens, int(_tokens_per_second(found, masked, threads) * seconds))
+        return min(budget.FEW_PASSES * text_tokens, int(_tokens_per_second(found, masked, threads) * seconds))
 
     section, width, rate = experiment.model, None, 1e-4
     with cli.waiting("Measuring how fast this machine trains"):
         if section.path is not None or {"model_type", "path"} & (section.config or {}).keys():
-            tokens = budget(section)
+            tokens = affordable(section)
         else:
-            section, width, tokens = _largest(section, masked, budget)
+            section, width, tokens = _largest(section, masked, affordable)
             rate = 5e-3 * min(1.0, 128 / width)
     train, blocks = experiment.train, experiment.blocks
     if train.max_tokens is not None:
@@ -192,12 +222,14 @@ def _sizes(experiment: Experiment, held: Holdout) -> dict[str, Any]:
     elif section.path is not None and (most := model.context(model.pretrained_configuration(section))):
         sizes = [size for size in sizes if size <= most] or [most]
     batch = train.batch_tokens
-    if "batch_tokens" not in train.model_fields_set:
-        # Some thousand steps, of examples of every size for every worker.
-        least = max(sizes) * math.lcm(*range(experiment.cluster.fewest_workers, experiment.cluster.most_workers + 1))
+    workers = math.lcm(*range(experiment.cluster.fewest_workers, experiment.cluster.most_workers + 1))
+    if "batch_tokens" in train.model_fields_set:
+        sizes = [size for size in sizes if batch % (size * workers) == 0] or [batch // workers]
+    else:  # some thousand steps, with examples of every size for every worker
+        least = max(sizes) * workers
         batch = least * 2 ** max(0, min(6, round(math.log2(tokens / 1000 / least))))
     between = max(1, tokens // EVALUATIONS // batch) * batch
-    evaluated = max(tokens // 30, int(held.num_bytes * corpus.ENOUGH_UNITS / max(1, held.units) / BYTES_PER_TOKEN))
+    evaluated = max(tokens // 30, int(corpus.ENOUGH_UNITS * held.unit_bytes / BYTES_PER_TOKEN))
     is_new = section.path is None
     return {
         **({"model.config": section.config} if is_new else {}),
@@ -224,7 +256,9 @@ def _rounds(together: int) -> int:
     return sum(-(-trials // together) * evaluations for trials, evaluations in waits)
 
 
-def _largest(section: ModelConfig, masked: bool, budget: Callable[[ModelConfig], int]) -> tuple[ModelConfig, int, int]:
+def _largest(
+    section: ModelConfig, masked: bool, affordable: Callable[[ModelConfig], int]
+) -> tuple[ModelConfig, int, int]:
     """The largest of SHAPES whose budget pays for its size, its width, and that budget."""
     found: tuple[ModelConfig, int, int] | None = None
     for layers, width, heads in SHAPES:
@@ -232,7 +266,7 @@ def _largest(section: ModelConfig, masked: bool, budget: Callable[[ModelConfig],
         larger = section.model_copy(update={"config": config})
         if found is not None and found[2] < 12 * layers * width**2 * TOKENS_PER_PARAMETER:
             break  # not even the budget of the smaller one would do
-        tokens = budget(larger)
+        tokens = affordable(larger)
         if found is not None and tokens < 12 * layers * width**2 * TOKENS_PER_PARAMETER:
             break
         found = larger, width, tokens

@@ -35,7 +35,7 @@ def inspect(
     """Show the data as the model will see it: documents, their tokens, blocks, a batch, lengths, the ledger."""
     from raylm import derived, prepare
 
-    experiment = cli.experiment(config, settings, print_config, derived.text, keeps=not dry_run)
+    experiment = cli.experiment(config, settings, print_config, derived.text)
     if dry_run:
         return prepare.plan(experiment)
     store, _ = prepare.ready(experiment)

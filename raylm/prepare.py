@@ -35,7 +35,7 @@ def prepare(
     """Turn the corpus into a token store, once for all runs that share corpus and tokenizer."""
     from raylm import derived
 
-    experiment = cli.experiment(config, settings, print_config, derived.text, keeps=not dry_run)
+    experiment = cli.experiment(config, settings, print_config, derived.text)
     if dry_run:
         return plan(experiment)
     if verify:
@@ -43,6 +43,10 @@ def prepare(
     from raylm import tokens
 
     store, reused = ready(experiment)
+    if not store.validation.num_tokens:
+        from raylm import budget
+
+        cli.warn(budget.no_validation(experiment).message)
     record = {"store": store.path, "fingerprint": store.fingerprint, "reused": reused}
     for name in tokens.SPLITS:
         record[name] = {what: store.manifest[name][what] for what in ("documents", "tokens", "bytes")}
@@ -51,13 +55,14 @@ def prepare(
 
 def ready(experiment: Experiment) -> tuple[Store, bool]:
     """`prepared`, with a Ray of its own if the store is not there yet."""
-    from raylm import cluster, storage, tokenizer, tokens
+    from raylm import cluster, derived, storage, tokenizer, tokens
 
     storage.look(experiment.storage)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     if tokens.is_store(tokens.store_path(experiment.storage, experiment.corpus, chosen)):
         return prepared(experiment)
     storage.check(experiment.storage)
+    derived.keep()
     with cluster.connect(experiment.cluster):
         check_nodes(experiment)
         return prepared(experiment)

@@ -31,13 +31,14 @@ def train(
     """Train one language model on the corpus; the tokens are prepared first, unless they are there already."""
     from raylm import derived
 
-    experiment = cli.experiment(config, settings, print_config, derived.training, keeps=not dry_run)
+    experiment = cli.experiment(config, settings, print_config, derived.training)
     checked = plan(experiment, begins=None if dry_run else "train")
     if dry_run:
         return checked
     from raylm import cluster, prepare, runs, storage, summary, tracking
 
     storage.check(experiment.storage)
+    derived.keep()
     begun = runs.begin(experiment, "train", os.path.basename(checked.record["store"]), resume)
     for directory in begun.abandoned:
         summary.start(experiment, directory, os.path.basename(directory), "train").end_if_running("KILLED")

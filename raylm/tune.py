@@ -42,7 +42,7 @@ def tune(
     """
     from raylm import derived
 
-    experiment = cli.experiment(config, settings, print_config, derived.training, keeps=not dry_run)
+    experiment = cli.experiment(config, settings, print_config, derived.training)
     checked = plan(experiment, begins=not dry_run)
     if dry_run:
         return checked
@@ -50,6 +50,7 @@ def tune(
     from raylm.prepare import prepared
 
     storage.check(experiment.storage)
+    derived.keep()
     begun = runs.begin(experiment, "tune", os.path.basename(checked.record["store"]), resume)
     for directory in begun.abandoned:
         _close(summary.start(experiment, directory, os.path.basename(directory), "tune"))

@@ -244,6 +244,7 @@ def trained_directory(tmp_path_factory) -> Path:
     experiment = config.load(
         None,
         [
+            "name=tiny",
             f"storage={home}/runs",
             f"corpus.paths=['{home}/notes/**/*.md', 'hub://stories?split=train']",
             f"eval.paths=['s3://key:{TOKEN}@bucket/held/out.txt']",

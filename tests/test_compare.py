@@ -40,7 +40,7 @@ def trained(storage):
     def make(name, *settings, store="f00d", result=None):
         directory = f"{storage}/words/{name}"
         where = [f"storage={storage}", "name=words", "tracking.uri=null", f"train.max_tokens={BUDGET}"]
-        experiment = config.load(None, [*where, "train.batch_tokens=256", *settings])
+        experiment = config.load(None, [*where, "train.batch_tokens=256", "blocks.block_size=64", *settings])
         run = tracking.start(experiment.tracking, experiment="words", name=name, tags={}, directory=directory)
         run.parameters({"store": store} if store else {})
         run.text(config.dump(experiment), "experiment.yaml")

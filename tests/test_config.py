@@ -52,6 +52,37 @@ def test_without_a_file_the_built_in_experiment():
     assert config.load().name == "tiny"
 
 
+@pytest.mark.parametrize("setting", ["corpus.paths=notes", "corpus.validation_paths=[a, b]", "corpus={paths: notes}"])
+def test_nothing_of_the_example_applies_to_a_corpus_of_ones_own(setting):
+    found, example = config.load(None, [setting]), config.load()
+    for name in ("keep_any", "max_chars", "validation_fraction"):
+        assert getattr(found.corpus, name) == config.CorpusConfig.model_fields[name].default
+    for name in ("name", "tokenizer", "blocks", "model", "train", "tune"):
+        assert getattr(found, name) == config.Experiment.model_fields[name].get_default(call_default_factory=True)
+        assert getattr(found, name) != getattr(example, name)
+
+
+def test_what_nobody_has_set_is_known():
+    found = config.override(config.load(None, ["corpus.paths=notes", "train.seed=3"]), {"train.weight_decay": 0.0})
+    assert found.train.model_fields_set == {"seed", "weight_decay"}
+    assert found.model.model_fields_set == set()
+
+
+def test_variables_of_mlflow_are_defaults_below_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "own.yaml"
+    file.write_text("tracking: {experiment: from the file}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "from the environment")
+    found = config.load(file)
+    assert (found.tracking.uri, found.tracking.experiment) == (f"sqlite:///{tmp_path}/mine.db", "from the file")
+    assert config.from_environment(found) == {"tracking.uri": "MLFLOW_TRACKING_URI"}
+    assert config.load().tracking.experiment == "from the environment"
+    assert config.load(file, ["tracking.uri=null"]).tracking.uri is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert config.load(file).tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
 def test_an_empty_file_is_all_defaults(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     defaults = config.override(

@@ -16,7 +16,7 @@ def experiment(tmp_path, monkeypatch):
         (tmp_path / "corpus" / f"{number}.txt").write_text("hello <world>\n" * 2**number)
     (tmp_path / "corpus" / "empty.txt").write_text("")
     return config.load(
-        None,
+        config.BUILT_IN,
         [
             f"corpus.paths={tmp_path}/corpus",
             f"storage={tmp_path}",

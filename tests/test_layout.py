@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 PARTS = """
     errors config cli cluster storage corpus tokenizer tokens blocks model objective perplexity checkpoint card runs
-    tracking budget summary loop group generation sweep tables live pictures page
+    tracking budget summary derived loop group generation sweep tables live pictures page
 """.split()
 VERBS = "prepare train tune evaluate generate inspect push sync report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]

@@ -20,6 +20,7 @@ def settings(tmp_path):
         f"storage={tmp_path}/runs",
         "tokenizer.train={vocab_size: 300}",
         "corpus.validation_fraction=0.3",
+        "corpus.split_by=document",
     ]
 
 
@@ -68,7 +69,7 @@ def test_a_prepare_that_is_killed_again_and_again_ends_with_the_same_bytes(comma
     for number in range(8):
         rows = (json.dumps({"text": f"Row {row} of {number} says hello. " * 9}) for row in range(60_000))
         (directory / f"{number}.jsonl").write_text("\n".join(rows))
-    settings = ["corpus.keep_any=[]", f"corpus.paths={directory}", "tokenizer.train={vocab_size: 300}"]
+    settings = [f"corpus.paths={directory}", "tokenizer.train={vocab_size: 300}"]
     whole = json.loads(command("prepare", *settings, f"storage={tmp_path}/whole", "--json").stdout)
     torn = tmp_path / "torn" / "tokens" / whole["fingerprint"]
     for deadly in (True, True, False):

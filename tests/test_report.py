@@ -29,7 +29,7 @@ def write_sweep(storage, name, *settings, trials, result_json=None):
     """A sweep's directory. Each trial: its settings, (tokens, perplexity) of its evaluations, how it ended, why."""
     directory = f"{storage}/words/{name}"
     experiment = config.load(
-        None,
+        config.BUILT_IN,
         [f"storage={storage}", "name=words", "tracking.uri=null", f"train.max_tokens={BUDGET}",
          "train.batch_tokens=256", *settings],
     )  # fmt: skip
@@ -277,3 +277,20 @@ def test_a_sweep_of_another_version_is_named(storage):
     journal.write_text(journal.read_text().replace("max_tokens: 1024", "most_tokens: 1024"))
     with pytest.raises(ConfigError, match=r"tune-20260108-000000-0000: its experiment.*train.most_tokens: unknown key"):
         page.read(directory)
+
+
+def test_a_trial_that_was_best_long_before_its_end_is_called_overfitted():
+    row = {"perplexity": 846.1, "best_tokens": 81_920, "last_perplexity": 1_057_006.2}
+    assert tables.overfitting(row) == ["overfitted: 846.1 at 81,920 tokens, 1,057,006 at the end"]
+    assert tables.overfitting({**row, "last_perplexity": 850.0}) == []
+    assert tables.overfitting({**row, "perplexity": None}) == []
+
+
+def test_a_row_of_the_report_says_when_its_trial_was_best(storage):
+    directory = write_sweep(
+        storage, "tune-20260101-000000-cccc", trials=[({RATE: 1e-3}, [(256, 20.0)], "completed", None)]
+    )
+    Record(directory).result("trial_00000", {**result(1024, 90.0), "best_perplexity": 20.0, "best_step": 1})
+    (row,) = page.rows(page.read(directory))
+    assert (row["best_tokens"], row["last_perplexity"], row["tokens"]) == (256, 90.0, 1024)
+    assert "completed; overfitted: 20 at 256 tokens, 90 at the end" in Path(page.build(directory)).read_text()

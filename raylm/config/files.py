@@ -35,8 +35,8 @@ Part = typing.TypeVar("Part", bound=Section)
 
 
 ENVIRONMENT = {"tracking.uri": "MLFLOW_TRACKING_URI", "tracking.experiment": "MLFLOW_EXPERIMENT_NAME"}
-"""Variables that users of MLflow have set already. RAY_ADDRESS is read by `cluster`, because it belongs to a place and not
-to an experiment."""
+"""Variables that users of MLflow have set already. RAY_ADDRESS is read by `cluster`: it belongs to a place, not to an
+experiment."""
 
 
 def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) -> Experiment:
@@ -72,9 +72,12 @@ def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) ->
     return _absolute(experiment)
 
 
-def names_text(keys: Iterable[str]) -> bool:
-    """Whether one of these dotted keys gives a corpus."""
-    return any(key.split(".")[:2] in (["corpus", "paths"], ["corpus", "validation_paths"]) for key in keys)
+def names_text(layer: Mapping[str, Any]) -> bool:
+    """Whether one of these settings names text: corpus.paths, corpus.validation_paths, or a whole section with them."""
+    tree: Tree = {}
+    _put(tree, {key: value for key, value in layer.items() if key.partition(".")[0] == "corpus"})
+    section = tree.get("corpus")
+    return isinstance(section, dict) and bool({"paths", "validation_paths"} & section.keys())
 
 
 def from_environment(experiment: Experiment) -> dict[str, str]:

@@ -35,7 +35,10 @@ class Holdout:
     complete: bool
     """Whether all of the corpus was seen."""
     num_bytes: int
-    """Of the kept text, in UTF-8; if not `complete` about, from the size of the files and the part of them seen."""
+    """Of the kept text, in UTF-8; if not `complete` about, by the size of the files and what is kept of the seen; 0 if
+    no size is known."""
+    unit_bytes: int
+    """Of a unit on average; 0 if none was seen."""
 
 
 def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
@@ -59,7 +62,7 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
     fraction = corpus.validation_fraction
     on_disk = sum(source.num_bytes for source in sources if not source.validation)
     if corpus.validation_paths or not fraction:
-        return Holdout(corpus.split_by or "document", fraction, 0, 0, complete=False, num_bytes=on_disk)
+        return Holdout(corpus.split_by or "document", fraction, 0, 0, complete=False, num_bytes=on_disk, unit_bytes=0)
     local = [source for source in sources if not source.name.startswith(HUB)]
     # One piece a shard, so that those which were not looked at can be counted.
     plan = [shard._replace(pieces=(piece,)) for shard in shards(local) for piece in shard.pieces]
@@ -79,10 +82,18 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
     elif not complete and len(local) == len(sources):
         at_least = num_documents if split_by == "document" else MOST_BYTES // (4 * MOST_CHARS)
         fraction = max(fraction, max(1, min(ENOUGH_UNITS, at_least // 5)) / at_least)
-    num_bytes = look.ledger["kept bytes"]
+    num_bytes = seen = look.ledger["kept bytes"]
     if not complete and look.ledger["bytes"]:
         num_bytes = round(on_disk * num_bytes / look.ledger["bytes"])
-    return Holdout(split_by, min(fraction, 1 - 1e-6), num_documents, len(units), complete, num_bytes or on_disk)
+    return Holdout(
+        split_by,
+        min(fraction, 1 - 1e-6),
+        num_documents,
+        len(units),
+        complete,
+        num_bytes=num_bytes or on_disk,
+        unit_bytes=seen // max(1, len(units)),
+    )
 
 
 class _Look(NamedTuple):

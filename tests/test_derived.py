@@ -1,0 +1,166 @@
+"""Settings that follow from the text and the machine; the speed of training is really measured, in a second or two."""
+
+import json
+
+import pytest
+
+from raylm import budget, config, derived
+from raylm.derived import _rounds, _vocabulary
+
+NOTES = "Note {}. The harbour was quiet, and {} boats came in before noon.\n\nNobody wrote down why.\n\n" * 8
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """12 files of some 800 characters."""
+    directory = tmp_path / "notes"
+    directory.mkdir()
+    for number in range(12):
+        numbers = [number * 31 + each for each in range(16)]
+        (directory / f"{number:02}.txt").write_text(NOTES.format(*numbers), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture
+def load(tmp_path, notes):
+    derived._decisions.clear()
+
+    def make(*settings, file=None):
+        return config.load(file, [f"corpus.paths={notes}", f"storage={tmp_path}/runs", "tracking.uri=null", *settings])
+
+    return make
+
+
+def decisions(tmp_path):
+    return sorted(path.name.partition("-")[0] for path in tmp_path.glob("runs/decided/*.json"))
+
+
+def test_a_corpus_of_few_documents_is_split_by_passages_with_or_without_a_config(load, tmp_path):
+    for without_config in (True, False):
+        found = derived.text(load(), without_config=without_config)
+        assert found.corpus.split_by == "passage"
+        assert found.corpus.validation_fraction >= load().corpus.validation_fraction
+        assert (found.tokenizer.train is not None) == without_config
+
+
+def test_what_was_decided_stays_when_the_corpus_has_grown(load, notes, tmp_path):
+    first = derived.text(load(), without_config=True)
+    derived.keep()
+    for number in range(200):
+        (notes / f"more-{number}.txt").write_text(f"Another note, the {number}th of them.\n" * 40, encoding="utf-8")
+    assert derived.text(load(), without_config=True) == first
+    anew = derived.text(load("corpus.min_chars=2"), without_config=True)
+    assert (first.corpus.split_by, anew.corpus.split_by) == ("passage", "document")
+    derived.keep()
+    assert decisions(tmp_path) == ["split", "split"]
+
+
+def test_nothing_is_written_before_it_is_kept(load, tmp_path):
+    derived.training(load(), without_config=True)
+    assert decisions(tmp_path) == []
+
+
+def test_the_split_that_was_given_is_kept(load):
+    settings = ["corpus.split_by=document", "corpus.validation_fraction=0.5"]
+    found = derived.text(load(*settings), without_config=True)
+    assert (found.corpus.split_by, found.corpus.validation_fraction) == ("document", 0.5)
+    assert derived.text(load("corpus.validation_fraction=0"), without_config=True).corpus.split_by
+
+
+def test_the_validation_split_of_two_documents_is_not_empty(load, notes):
+    for file in sorted(notes.iterdir())[2:]:
+        file.unlink()
+    found = derived.text(load("corpus.split_by=document"), without_config=True)
+    assert found.corpus.validation_fraction > 0.05
+
+
+def test_sizes_are_a_few_passes_and_one_experiment(load, tmp_path):
+    found = derived.training(load(), without_config=True)
+    size = sum(file.stat().st_size for file in (tmp_path / "notes").iterdir())
+    assert found.train.max_tokens <= budget.FEW_PASSES * size
+    assert found.train.max_tokens % (derived.EVALUATIONS * found.train.batch_tokens) == 0
+    assert found.train.eval_every_tokens * derived.EVALUATIONS == found.train.max_tokens
+    assert found.model.config["n_embd"] == 64, "the smallest: there is little text"
+    for size in found.tune.space["blocks.block_size"]["choice"]:
+        config.override(found, {"blocks.block_size": size})
+    derived.keep()
+    assert decisions(tmp_path) == ["sizes", "split"]
+    assert derived.training(load(), without_config=True) == found, "it is read again, not measured again"
+
+
+def test_a_sweep_that_is_given_more_trials_keeps_its_sizes(load):
+    first = derived.training(load(), without_config=True)
+    derived.keep()
+    settings = ["tune.num_samples=20", "train.keep_checkpoints=5", "cluster.max_failures=1", "tune.stop.seconds=9"]
+    again = derived.training(load(*settings), without_config=True)
+    assert (again.train.max_tokens, again.model) == (first.train.max_tokens, first.model)
+    assert again.tune.num_samples == 20
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "value"),
+    [
+        ("train.max_tokens=40960", "train.max_tokens", 40_960),
+        ("train.num_epochs=2", "train.max_tokens", None),
+        ("train.learning_rate=1e-3", "train.learning_rate", 1e-3),
+        ("train.batch_tokens=1024", "train.batch_tokens", 1024),
+        ("train.batch_tokens=96", "blocks.block_size", 96),
+        ("blocks.block_size=32", "blocks.block_size", 32),
+        ("tokenizer.train.vocab_size=300", "tokenizer.train.vocab_size", 300),
+        ("tune.space={train.seed: {randint: [0, 9]}}", "tune.space", {"train.seed": {"randint": [0, 9]}}),
+        ("model.config={model_type: llama, num_hidden_layers: 1, hidden_size: 32, intermediate_size: 64, "
+         "num_attention_heads: 2, num_key_value_heads: 2}", "model.config.model_type", "llama"),
+        ("model.config.n_layer=1", "model.config.n_embd", 64),
+    ],
+)  # fmt: skip
+def test_what_is_given_stays(load, setting, key, value):
+    found = derived.training(load(setting), without_config=True)
+    assert config.get(found, key) == value
+    assert config.override(found, {}) == found
+
+
+@pytest.mark.parametrize("kind", ["masked", "fill_in_middle"])
+def test_every_objective_has_a_model_and_the_tokens_that_it_needs(load, kind):
+    found = derived.training(load(f"objective.kind={kind}"), without_config=True)
+    assert found.model.config["model_type"] == ("bert" if kind == "masked" else "gpt2")
+    needed = ["<mask>"] if kind == "masked" else found.objective.sentinels
+    assert {*needed} < {*found.tokenizer.train.special_tokens}
+
+
+def test_a_config_decides_all_but_the_split(load, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("model: {config: {model_type: gpt2}}\ntokenizer: {train: {}}\n")
+    given = load(file=file)
+    found = derived.training(given, without_config=False)
+    assert found.model_dump(exclude={"corpus"}) == given.model_dump(exclude={"corpus"})
+
+
+@pytest.mark.parametrize(("size", "entries"), [(0, 512), (50_000, 512), (1_000_000, 2048), (3_000_000_000, 8192)])
+def test_the_vocabulary_grows_with_the_text(size, entries):
+    assert _vocabulary(size) == entries
+
+
+@pytest.mark.parametrize(("together", "rounds"), [(1, 18), (2, 12), (8, 9)])
+def test_trials_that_run_side_by_side_take_less_time(together, rounds):
+    """8 trials to the first evaluation, 2 of them two evaluations more, 1 of those the other six."""
+    assert _rounds(together) == rounds
+
+
+@pytest.mark.slow  # 60 s
+@pytest.mark.timeout(900)
+def test_a_sweep_over_own_notes_without_a_config(command, notes, tmp_path):
+    for number in range(60):
+        (notes / f"more-{number}.md").write_text(NOTES.format(*range(number, number + 16)), encoding="utf-8")
+    arguments = [f"corpus.paths={notes}", "name=notes", "--json"]
+    planned = json.loads(command("tune", *arguments, "--dry-run", cwd=tmp_path).stdout)
+    ended = command("tune", *arguments, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    best = found["best"]
+    assert best["perplexity"] < 300, "512 tokens: an untrained model is at 512"
+    (trial,) = [trial for trial in found["trials"] if trial["trial_id"] == best["trial_id"]]
+    assert trial["status"] == "completed"
+    assert trial["tokens"] <= 1.5 * planned["tokens"]
+    told = json.loads(command("tune", *arguments, "--dry-run", cwd=tmp_path).stdout)
+    assert told["scored_documents"] >= 10
+    assert told["passes"] <= budget.FEW_PASSES
