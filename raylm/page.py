@@ -78,13 +78,13 @@ def measure(experiment: Experiment) -> str:
     return experiment.objective.score.replace("_", "-")
 
 
-def scored_on(limit: int | None, facts: journal.Facts | None = None) -> str:
-    """What text a score is of, by eval.max_tokens; of how much, by the parameters of its run."""
+def scored_on(limit: int | None, parameters: Mapping[str, Any] | None = None) -> str:
+    """What text a score is of, by eval.max_tokens; and how much that is, by the parameters of its run."""
     what = "the whole validation split" if limit is None else f"the first {limit:,} validation tokens"
-    told = facts.parameters if facts is not None else {}
-    if "scored_documents" not in told:
+    if parameters is None or "scored_documents" not in parameters:
         return what
-    return f"{what}: {int(told['scored_documents']):,} documents, {int(told['scored_tokens']):,} tokens"
+    documents, tokens = (int(parameters[f"scored_{each}"]) for each in ("documents", "tokens"))
+    return f"{what}: {documents:,} document{'s' * (documents != 1)}, {tokens:,} tokens"
 
 
 def is_sweep(directory: str) -> bool:
@@ -199,7 +199,7 @@ def page(found: Found, drawn: Sequence[pictures.Figure | pictures.Omitted], imag
         _answer(found),
         *[_section(figure, images, interactive=script is not None) for figure in drawn],
         "<h2>All trials</h2>",
-        f"<p class=caption>Ranked by {scored_on(found.experiment.eval.max_tokens, found.facts)}. "
+        f"<p class=caption>Ranked by {scored_on(found.experiment.eval.max_tokens, found.facts.parameters)}. "
         f"{FOLLOW if script else ''}</p>",
         _trials(found),
         f"<p class=caption>{OF_A_POPULATION}</p>" if found.experiment.tune.scheduler.kind == "pbt" else "",

@@ -34,15 +34,15 @@ def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str
         "tokens": budget.tokens,
         "steps": budget.steps,
         "store": store.fingerprint,
-        **{f"scored_{what}": count for what, count in scored(experiment, store).items()},
+        **scored(experiment, store),
     }
 
 
-def scored(experiment: Experiment, store: Store) -> dict[str, int | None]:
+def scored(experiment: Experiment, store: Store) -> dict[str, int]:
     """How many documents, and tokens of them, an evaluation during training is made of."""
     split = store.validation
     documents = perplexity.first_documents(split, experiment.eval.max_tokens)
-    return {"documents": documents, "tokens": sum(len(split[index]) for index in range(documents))}
+    return {"scored_documents": documents, "scored_tokens": sum(len(split[index]) for index in range(documents))}
 
 
 def tell_data(run: Run, experiment: Experiment, store: Store) -> None:

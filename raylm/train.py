@@ -181,7 +181,7 @@ def plan(experiment: Experiment, *, begins: Literal["train", "tune"] | None = No
     known: Any = chosen.train or tokenizer.load_section(chosen)
     objective.check(experiment.objective, experiment.blocks, known)
     found = model.planned(experiment, chosen.train.vocab_size if chosen.train else len(known))
-    scored: dict[str, int | None] = {"documents": None, "tokens": None}
+    scored: dict[str, int] = {}
     if tokens.is_store(store):
         opened = tokens.open_store(store)
         warn(experiment, opened)
@@ -203,8 +203,8 @@ def plan(experiment: Experiment, *, begins: Literal["train", "tune"] | None = No
         "steps": planned.steps if planned else None,
         "tokens": planned.tokens if planned else None,
         "passes": planned.passes if planned else None,
-        "scored_documents": scored["documents"],
-        "scored_tokens": scored["tokens"],
+        "scored_documents": scored.get("scored_documents"),
+        "scored_tokens": scored.get("scored_tokens"),
         "micro_batch": planned.micro_batch if planned else None,
         "accumulation": planned.accumulation if planned else None,
         "num_workers": experiment.cluster.num_workers,

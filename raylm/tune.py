@@ -46,7 +46,7 @@ def tune(
     checked = plan(experiment, begins=not dry_run)
     if dry_run:
         return checked
-    from raylm import cluster, runs, storage, summary, tracking, train
+    from raylm import cluster, page, runs, storage, summary, tracking, train
     from raylm.prepare import prepared
 
     storage.check(experiment.storage)
@@ -64,7 +64,8 @@ def tune(
                 train.warn(experiment, store)
             rows = sweep(experiment, store, parent, begun, resources)
             best = finish(experiment, store, parent, resources, rows)
-        found = answer(experiment, begun, parent, rows, best, reused)
+        scored_on = page.scored_on(experiment.eval.max_tokens, summary.scored(experiment, store))
+        found = answer(experiment, begun, parent, rows, best, reused, scored_on)
         status = "FINISHED"
         return dataclasses.replace(found, exit_code=TrainingError.exit_code if strict and _failures(rows) else 0)
     except (KeyboardInterrupt, Interrupted):
@@ -268,6 +269,7 @@ def answer(
     rows: list[dict[str, Any]],
     best: dict[str, Any] | None,
     reused: bool,
+    scored_on: str,
 ) -> cli.Answer:
     """The ranked table, and what to do next; TrainingError if no trial has a result."""
     from raylm import tables, tracking
@@ -286,6 +288,7 @@ def answer(
         "sweep": begun.name,
         "mlflow_run_id": parent.run_id,
         "tokens_reused": reused,
+        "scored_on": scored_on,
         "best": named(
             {key: best[key] for key in ("trial_id", "checkpoint", "perplexity", "bits_per_byte", "settings")}
         ),
@@ -294,7 +297,8 @@ def answer(
     begun.end(record)
     if (page := _page(begun.directory, parent)) is not None:
         record["report"] = page
-    failures = "\n".join(_failures(rows))
+    ranking = measure.replace("_", "-") if experiment.tune.metric == "perplexity" else "bits per byte"
+    notes = [f"ranked by {ranking} on {scored_on}", *_failures(rows)]
     tracking.settle(parent, cli.say)
     comparison = tracking.compare(parent)  # which links it from the sweep's own page, too
     facts = tables.facts(
@@ -310,9 +314,7 @@ def answer(
             else tracking.how_to_look(experiment.tracking),
         }
     )
-    return cli.Answer(
-        record, (tables.trials(rows, measure.replace("_", "-")), *([failures] if failures else []), "", facts)
-    )
+    return cli.Answer(record, (tables.trials(rows, measure.replace("_", "-")), "\n".join(notes), "", facts))
 
 
 def _page(directory: str, parent: Run) -> str | None:
