@@ -6,6 +6,8 @@ import json
 import lzma
 import random
 import re
+import subprocess
+import sys
 
 import datasets
 import pyarrow as pa
@@ -80,6 +82,42 @@ def test_big_files_are_read_in_parts_and_every_row_once(tmp_path):
         pieces = [piece for piece, _ in reader._pieces(whole, most)]
         assert len(pieces) > 10
         assert [text for piece in pieces for text in formats.texts(piece, corpus)] == rows
+
+
+MEMORY_OF_READING = """
+import re, sys
+import pyarrow.parquet
+from raylm.config import CorpusConfig
+from raylm.corpus import Ledger, check, documents, shards
+
+def most():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+corpus = CorpusConfig(paths=sys.argv[1])
+pyarrow.parquet.ParquetFile(sys.argv[1])
+before = most()
+size = sum(document.num_bytes for shard in shards(check(corpus)) for document in documents(shard, corpus, Ledger()))
+print((most() - before) / size)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "most"),
+    [
+        (50_000, 0.8),  # was 1.1: a whole column as it is stored
+        (900, 3.6),  # was 6.0 and 10.1: and decoded, and in Python. Of one page, stored and decompressed, at least 2
+    ],
+)
+@pytest.mark.parametrize("last", ["", "\U0001f642"])  # with which each character takes 4 bytes in Python
+def test_a_parquet_file_of_one_row_group_is_not_read_whole(rows, most, last, tmp_path):
+    text = random.Random(0).randbytes(60_000_000).translate(bytes(32 + byte % 95 for byte in range(256))).decode()
+    length = len(text) // rows
+    table = pa.table({"text": [text[row * length : (row + 1) * length] + last for row in range(rows)]})
+    pa.parquet.write_table(table, tmp_path / "one.parquet")
+    assert pa.parquet.ParquetFile(tmp_path / "one.parquet").num_row_groups == 1
+    command = [sys.executable, "-c", MEMORY_OF_READING, str(tmp_path / "one.parquet")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert float(told) < most
 
 
 def test_the_standard_library_is_a_source():

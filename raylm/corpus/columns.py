@@ -20,6 +20,9 @@ from raylm.corpus.text import decoded, lines
 from raylm.errors import DataError
 from raylm.storage import file_system
 
+BATCH_BYTES = 8_000_000
+"""Of rows, read or decoded at a time: one request of an object storage, and little beside the process itself."""
+
 
 class Columns:
     """corpus.text -> the text of a row: a column, a dotted path into one, or a template of them in braces."""
@@ -170,24 +173,43 @@ def read_csv(piece: Piece, corpus: CorpusConfig) -> Texts:
 
 
 def read_parquet(piece: Piece, corpus: CorpusConfig) -> Texts:
+    """Rows of row groups, about BATCH_BYTES at a time.
+
+    A page must be in memory whole, as it is stored and decompressed. Pages are of about 1 MB, but pyarrow looks at their
+    size after every 1024 rows only when it writes them: with long rows one page is the whole text.
+    """
     import pyarrow.parquet
 
     with opened(piece.file) as stream:
-        file = pyarrow.parquet.ParquetFile(stream)
+        # Its defaults read the column of a row group whole, and whole again while its rows are decoded.
+        file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BATCH_BYTES)
         columns = Columns(corpus)
         names = columns.top(file.schema_arrow.names, piece.file.path)
         groups = range(piece.start, file.num_row_groups if piece.stop is None else piece.stop)
         before = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-        batches = file.iter_batches(batch_size=1024, row_groups=list(groups), columns=names)
-        yield from _batches(batches, columns, before)
+        try:
+            for group in groups:
+                known = file.metadata.row_group(group)
+                rows = _rows_at_a_time(known.num_rows, known.total_byte_size)
+                yield from _batches(file.iter_batches(rows, row_groups=[group], columns=names), columns, before)
+                before += known.num_rows
+        finally:
+            pyarrow.default_memory_pool().release_unused()  # of pages, which it would keep for the next file
 
 
 def _batches(batches: Any, columns: Columns, number: int = 0) -> Texts:
     """Rows of record batches, of the needed columns alone; `number` is that of the row before."""
     for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield _row_text(columns, row, f"row {number}")
+        rows = _rows_at_a_time(batch.num_rows, batch.nbytes)
+        for first in range(0, batch.num_rows, rows):
+            for row in batch.slice(first, rows).to_pylist():
+                number += 1
+                yield _row_text(columns, row, f"row {number}")
+
+
+def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:
+    """How many of so many rows have about BATCH_BYTES: one at least, 1024 at most."""
+    return min(1024, max(1, BATCH_BYTES * num_rows // max(1, num_bytes)))
 
 
 def read_arrow(piece: Piece, corpus: CorpusConfig) -> Texts:
