@@ -175,8 +175,8 @@ def read_csv(piece: Piece, corpus: CorpusConfig) -> Texts:
 def read_parquet(piece: Piece, corpus: CorpusConfig) -> Texts:
     """Rows of row groups, about BATCH_BYTES at a time.
 
-    A page must be in memory whole, as it is stored and decompressed. Pages are of about 1 MB, but pyarrow looks at their
-    size after every 1024 rows only when it writes them: with long rows one page is the whole text.
+    A page must be in memory whole, as it is stored and decompressed. Pages are of about 1 MB, but pyarrow looks at
+    their size after every 1024 rows only when it writes them: with long rows one page is the whole text.
     """
     import pyarrow.parquet
 
