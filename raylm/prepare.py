@@ -132,7 +132,7 @@ def evaluation_corpus(paths: Sequence[str], how: CorpusConfig, key: str) -> Corp
     """A corpus of the paths that the setting `key` gave: read as `how` says, nothing filtered and nothing held out."""
     from raylm import corpus
 
-    reading = {name: getattr(how, name) for name in ("text", "join", "separator", "on_bad_row")}
+    reading = {name: getattr(how, name) for name in ("text", "join", "separator", "encoding", "on_bad_row")}
     made = CorpusConfig(paths=tuple(paths), validation_fraction=0, **reading)
     corpus.check(made, key)
     return made
@@ -196,6 +196,8 @@ def plan(experiment: Experiment) -> cli.Answer:
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
     exists = tokens.is_store(path)
     lines = [f"{source.name}: {len(source.files):,} files, {source.num_bytes:,} bytes" for source in sources]
+    if others := corpus.left_out(sources):
+        lines.append(f"left out: {others}")
     lines.append(f"store: {path} ({'there already' if exists else 'to be written'})")
     record = {
         "store": path,

@@ -521,3 +521,43 @@ def test_every_config_of_the_repository_loads(path):
 
 def test_the_built_in_experiment_is_a_file_of_configs():
     assert config.BUILT_IN.read_text() == (CONFIGS / "tiny.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("corpus.text={weird}", "{weird}"),
+        ("tokenizer.eos_token=[SEP]", "[SEP]"),
+        ("corpus.text='{a}: {b}'", "{a}: {b}"),
+        ('corpus.separator="\\n"', "\n"),
+        ("corpus.separator=\n\n", "\n\n"),
+        ("corpus.separator= ", " "),
+        ("corpus.separator=", None),
+        ("corpus.separator=null", None),
+        ("corpus.join=", ""),
+        ("name=2024", "2024"),
+        ("corpus.keep_matching=a: [b", "a: [b"),
+        ("corpus.paths=[a.txt, b.txt]", ["a.txt", "b.txt"]),
+        ("corpus.paths={a,b}/*.txt", "{a,b}/*.txt"),
+        ("corpus.paths=*.txt", "*.txt"),
+        ("corpus.paths=2024-99-99", "2024-99-99"),
+        ("corpus.paths=caf\udce9.txt", "caf\udce9.txt"),
+        ("eval.paths={books: a.txt}", {"books": "a.txt"}),
+        ("eval.paths={a,b}.txt", "{a,b}.txt"),
+        ("eval.paths.books={a,b}.txt", "{a,b}.txt"),
+        ("tokenizer.train.special_tokens=[SEP]", ["SEP"]),
+        ("tokenizer.train={}", {}),
+        ("train.seed=5", 5),
+        ("model.config={model_type: gpt2}", {"model_type": "gpt2"}),
+    ],
+)
+def test_where_a_text_is_wanted_it_stays_as_it_was_typed(setting, value):
+    assert config.parse_setting(setting) == (setting.partition("=")[0], value)
+
+
+def test_escapes_are_understood_however_they_are_quoted(load):
+    for setting in ("corpus.separator=\\n\\n", "corpus.separator='\\n\\n'", 'corpus.separator="\\n\\n"'):
+        assert load("", setting).corpus.separator == "\n\n"
+    assert load("corpus: {separator: '\\n'}").corpus.separator == "\n"
+    assert load("", "corpus.text=Q: {q}\\nA: {a}").corpus.text == "Q: {q}\nA: {a}"
+    assert load("", "corpus.keep_matching=\\n\\d").corpus.keep_matching == "\\n\\d"  # re has its own

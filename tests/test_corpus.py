@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import random
 import re
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylm.config import CorpusConfig
+from raylm.config import CorpusConfig, parse_setting
 from raylm.corpus import (
     Ledger,
     Shard,
@@ -26,12 +27,14 @@ from raylm.corpus import (
     hashes,
     holdout,
     kept_fraction,
+    left_out,
     passages,
     reader,
     select,
     shards,
     split,
 )
+from raylm.corpus.piece import whole
 from raylm.errors import DataError
 
 
@@ -77,9 +80,9 @@ def test_big_files_are_read_in_parts_and_every_row_once(tmp_path):
     rows = [f"{number} " + "x" * (number % 97) for number in range(3000)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl")
-    whole = reader._whole(check(corpus)[0].files[0], 0, check(corpus)[0])
+    (source,) = check(corpus)
     for most in (100, 977, 5000):
-        pieces = [piece for piece, _ in reader._pieces(whole, most)]
+        pieces = [piece for piece, _ in reader._pieces(whole(source.files[0], 0, source), most)]
         assert len(pieces) > 10
         assert [text for piece in pieces for text in formats.texts(piece, corpus)] == rows
 
@@ -342,7 +345,8 @@ def test_bad_rows_can_be_skipped_counted_and_listed(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n{"text": 5}\n{"te\n{"text": "b"}\n')
     (tmp_path / "b.txt").write_bytes(b"c\xff")
     (tmp_path / "c.parquet").write_bytes(b"")
-    corpus = CorpusConfig(paths=str(tmp_path), on_bad_row="skip")
+    files = [f"{tmp_path}/{name}" for name in ("a.jsonl", "b.txt", "c.parquet")]
+    corpus = CorpusConfig(paths=files, on_bad_row="skip")
     ledger, rejected = Ledger(), []
     (shard,) = shards(check(corpus))
     found = documents(shard, corpus, ledger, lambda file, fault: rejected.append(fault.of(file)))
@@ -369,7 +373,7 @@ def test_the_row_of_a_fault_far_into_a_big_file(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(rows))
     corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl")
     source = check(corpus)[0]
-    pieces = [piece for piece, _ in reader._pieces(reader._whole(source.files[0], 0, source), 1000)]
+    pieces = [piece for piece, _ in reader._pieces(whole(source.files[0], 0, source), 1000)]
     faults = [row for piece in pieces for row in formats.texts(piece, corpus) if isinstance(row, formats.Fault)]
     assert len(pieces) > 10
     assert [fault.place for fault in faults] == ["row 1501"]
@@ -698,9 +702,10 @@ def test_a_fraction_that_holds_out_enough_is_not_changed(tmp_path):
 
 
 def test_what_decides_nothing_is_not_looked_at(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xff")
-    for section in ({"validation_fraction": 0}, {"validation_paths": str(tmp_path), "split_by": "passage"}):
-        corpus = CorpusConfig(paths=str(tmp_path), **section)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xff")
+    for section in ({"validation_fraction": 0}, {"validation_paths": str(path), "split_by": "passage"}):
+        corpus = CorpusConfig(paths=str(path), **section)
         found = held(corpus)
         assert (found.split_by, found.units) == (corpus.split_by or "document", 0)
         assert found.validation_fraction == corpus.validation_fraction
@@ -734,3 +739,262 @@ def test_the_look_selects_as_the_corpus_is_selected(tmp_path):
     for section, count in ({"deduplicate": True}, 100), ({"max_documents": 70}, 70), ({"max_documents": 40}, 40):
         found = held(CorpusConfig(paths=str(tmp_path), **section))
         assert (found.documents, found.complete) == (count, True)
+
+
+# As people have it ---------------------------------------------------------------------------------------------------
+
+
+def names(source):
+    return [os.path.basename(file.path) for file in source.files]
+
+
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+
+
+def notes(path):
+    """A directory of notes with what else lies in one."""
+    for name, content in {
+        "a.md": b"# notes",
+        "b.py": b"import os",
+        "c.pdf": b"%PDF-1.4 begins like text",
+        "d.png": PNG,
+        "e.PNG": PNG,
+        "f.so": b"\x7fELF\0\0",
+        "g.pt": b"PK\x03\x04\0\0",
+        "h.txt": "naïve".encode("cp1252"),
+        "i": b"\0\1",
+        "data.csv": b"year;price\n2024;5\n",
+        "package.json": b'{"name": "notes", "dependencies": {}}',
+        "tsconfig.json": b"{// comment\n}",
+        "backup.tar.gz": gzip.compress(b"a.md\0\0\0"),
+        "many.jsonl": b'{"id": 1}\n',
+    }.items():
+        (path / name).write_bytes(content)
+    return path
+
+
+def test_of_a_mixed_directory_what_is_text_is_read_and_the_rest_counted(tmp_path):
+    (source,) = check(CorpusConfig(paths=str(notes(tmp_path))))
+    assert names(source) == ["a.md", "b.py"]
+    assert source.left_out == {
+        ".pdf": 1, ".png": 2, ".so": 1, ".pt": 1, ".txt": 1, "without a suffix": 1, ".tar.gz": 1,
+        ".csv without corpus.text": 1, ".json without corpus.text": 2, ".jsonl without corpus.text": 1,
+    }  # fmt: skip
+    assert left_out([source]).startswith("2 .png, 2 .json without corpus.text, ")
+    latin = CorpusConfig(paths=f"{tmp_path}/*.txt", encoding="cp1252")
+    assert texts(latin) == ["naïve"]
+
+
+def test_a_file_that_was_named_is_not_left_out(tmp_path):
+    notes(tmp_path)
+    for name, says in {
+        "d.png": "invalid UTF-8",
+        "data.csv": "no column 'text'",
+        "h.txt": "byte 2: invalid UTF-8",
+    }.items():
+        with pytest.raises(DataError, match=f"{name}.*{says}"):
+            read(CorpusConfig(paths=f"{tmp_path}/{name}"))
+
+
+def test_a_directory_with_nothing_to_read_is_an_error(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    with pytest.raises(
+        DataError, match=r"corpus\.paths: .*: nothing to read in it: 1 \.png, 1 \.txt; .*corpus\.encoding"
+    ):
+        check(CorpusConfig(paths=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["jsonl", "csv", "parquet"])
+def test_a_directory_of_tables_without_the_column_is_an_error(tmp_path, name):
+    for part in "ab":
+        WRITERS[f"a.{name}"](tmp_path / f"{part}.{name}")
+    with pytest.raises(DataError, match=r"no column 'txt'"):
+        check(CorpusConfig(paths=str(tmp_path), text="txt"))
+    (tmp_path / "README.md").write_text("what it is")
+    with pytest.raises(DataError, match=r"no column 'txt'"):  # else a typo would train on the README
+        check(CorpusConfig(paths=str(tmp_path), text="txt"))
+
+
+def test_a_torn_table_beside_text_is_an_error(tmp_path):
+    (tmp_path / "README.md").write_text("what it is")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(DataError, match=r"a\.parquet .*torn"):
+        check(CorpusConfig(paths=str(tmp_path)))
+
+
+def test_a_found_file_that_turns_out_to_be_no_text_is_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_bytes(b"x" * 5000 + b"\xff")
+    ledger = Ledger()
+    assert [document.text for document in read(CorpusConfig(paths=str(tmp_path)), ledger)] == ["one"]
+    assert ledger["bad rows"] == 1
+
+
+def test_runs_token_stores_and_mlflow_are_never_corpus(tmp_path):
+    for name in (
+        "a.txt",
+        "mlflow.db-journal",
+        "mlruns/0/meta.yaml",
+        "mlartifacts/0/x/experiment.yaml",
+        "runs/notes/train-20261123-101500-3fa2/metrics.jsonl",
+        "runs/tokens/0123456789abcdef/manifest.json",
+        "runs/of-mine.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    for paths in (str(tmp_path), f"{tmp_path}/**", f"file://{tmp_path}"):
+        (source,) = check(CorpusConfig(paths=paths))
+        assert names(source) == ["a.txt", "of-mine.txt"]
+        assert source.left_out == {"of runs and tracking": 5}
+
+
+def test_links_to_nothing_and_in_circles_are_counted(tmp_path):
+    (tmp_path / "data" / "real").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data" / "real" / "a.txt").write_text("here")
+    (tmp_path / "elsewhere" / "b.txt").write_text("behind a link")
+    for name, target in {
+        "2024": tmp_path / "elsewhere",
+        "again": "real",
+        "circle": ".",
+        "circle2": "..",
+        "itself": "itself",
+        "nothing.txt": "no such file",
+    }.items():
+        os.symlink(target, tmp_path / "data" / name)
+    os.mkfifo(tmp_path / "data" / "pipe")
+    for paths in (f"{tmp_path}/data", f"{tmp_path}/data/**/*.txt"):
+        (source,) = check(CorpusConfig(paths=paths))
+        assert names(source) == ["b.txt", "a.txt"]
+    (source,) = check(CorpusConfig(paths=f"{tmp_path}/data"))
+    assert source.left_out == {
+        "links to nothing": 2,
+        "no regular files": 1,
+        "links to directories that are read already": 4,  # 2024 is below circle2, too
+    }
+
+
+def test_braces_in_globs(tmp_path):
+    for name in ("a/1.txt", "b/2.txt", "b/3.md", "c/4.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for root in (str(tmp_path), f"file://{tmp_path}"):
+        for paths, expected in {
+            "{a,b}/*.txt": ["a/1.txt", "b/2.txt"],
+            "{a,c}": ["a/1.txt", "c/4.txt"],
+            "**/*.{txt,md}": ["a/1.txt", "b/2.txt", "b/3.md", "c/4.txt"],
+            "{b/{2,3}.*,c/*}": ["b/2.txt", "b/3.md", "c/4.txt"],
+        }.items():
+            assert texts(CorpusConfig(paths=f"{root}/{paths}")) == expected
+
+
+def test_names_with_quotes_spaces_newlines_braces_and_bytes(tmp_path):
+    found = ['it\'s "one".txt', "a b.txt", "new\nline.txt", "{x,y}.txt", "[z].txt", "caf\udce9.txt", "語.txt", "*.txt"]
+    for name in found:
+        (tmp_path / name).write_text(name.encode("utf-8", "replace").decode())
+        _, value = parse_setting(f"corpus.paths={tmp_path}/{name}")
+        assert texts(CorpusConfig(paths=value)) == [name.encode("utf-8", "replace").decode()]
+    assert len(texts(CorpusConfig(paths=str(tmp_path)))) == len(found)
+
+
+def test_a_separator_matches_the_line_ends_of_windows(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\nmore\r\n\r\ntwo\n\nthree\r\n\nfour")
+    expected = ["one\r\nmore", "two", "three", "four"]
+    assert texts(CorpusConfig(paths=str(tmp_path), separator="\n\n")) == expected
+    assert texts(CorpusConfig(paths=str(tmp_path), separator="\\n\\n")) == expected
+    (tmp_path / "a.txt").write_bytes(b"".join(b"x" * 1023 + b"\r\n\r\n" for _ in range(5000)))
+    assert texts(CorpusConfig(paths=str(tmp_path), separator="\n\n")) == ["x" * 1023] * 5000
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "cp1252"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.csv.gz"])
+def test_text_of_other_encodings(tmp_path, encoding, name):
+    content = "text\nnaïve café\n"
+    encoded = content.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(encoded) if name.endswith(".gz") else encoded)
+    # A byte order mark tells; what has none must be told.
+    corpus = CorpusConfig(paths=str(tmp_path), encoding="cp1252" if encoding == "cp1252" else "utf-8")
+    assert texts(corpus) == [content if name == "a.txt" else "naïve café"]
+
+
+def test_text_that_is_not_of_its_encoding_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"abc\x81")
+    with pytest.raises(DataError, match=r"a\.txt: not text in cp1252"):
+        read(CorpusConfig(paths=f"{tmp_path}/a.txt", encoding="cp1252"))
+    with pytest.raises(ValueError, match="must be an encoding that Python knows"):
+        CorpusConfig(encoding="latin-99")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_of_a_csv_is_found(tmp_path, delimiter):
+    write_csv(tmp_path / "a.csv", delimiter)
+    assert texts(CorpusConfig(paths=f"{tmp_path}/a.csv")) == [row["text"] for row in ROWS]
+    with pytest.raises(DataError, match="no column 'body'; columns: id, text"):
+        check(CorpusConfig(paths=f"{tmp_path}/a.csv", text="body"))
+
+
+def test_a_row_of_csv_with_more_fields_than_the_header_is_not_cut(tmp_path):
+    (tmp_path / "a.csv").write_text("text\nhello, world\n")
+    with pytest.raises(DataError, match=r"row 1, line 2: has more fields than the header, 1; is a ',' unquoted\?"):
+        read(CorpusConfig(paths=f"{tmp_path}/a.csv"))
+    (tmp_path / "a.csv").write_text("id,text\n1,hello,,\n")
+    assert texts(CorpusConfig(paths=f"{tmp_path}/a.csv")) == ["hello"]
+
+
+@pytest.mark.parametrize(
+    "content", [{"data": [{"text": "a"}, {"text": "b"}], "version": 1}, {"id1": {"text": "a"}, "id2": {"text": "b"}}]
+)
+def test_one_object_of_records(tmp_path, content):
+    (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
+    assert texts(CorpusConfig(paths=str(tmp_path))) == ["a", "b"]
+    with pytest.raises(DataError, match=r"row 1: corpus\.text: no column 'txt'; columns: text"):
+        check(CorpusConfig(paths=str(tmp_path), text="txt"))
+
+
+def test_an_error_names_some_of_many_columns(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({f"{'x' * 200}{number}": 1 for number in range(5000)}))
+    with pytest.raises(DataError, match="and 4,980 more") as error:
+        check(CorpusConfig(paths=str(tmp_path)))
+    assert len(str(error.value)) < 2500
+
+
+CHAT = {
+    "title": "Sky",
+    "messages": [{"role": "user", "content": "Why is it blue?"}, {"role": "assistant", "content": "Scattering."}],
+}
+
+
+def test_a_template_over_a_list_of_messages_is_filled_in_for_each(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [CHAT])
+    corpus = CorpusConfig(paths=str(tmp_path), text="{messages.role}: {messages.content}", join="\\n")
+    assert texts(corpus) == ["user: Why is it blue?\nassistant: Scattering."]
+    with pytest.raises(DataError, match=r"{messages.role} and {messages.content} are lists, and go together only"):
+        read(CorpusConfig(paths=str(tmp_path), text="{title} {messages.role}: {messages.content}"))
+    assert texts(CorpusConfig(paths=str(tmp_path), text="{title}: {messages.content}", join=" / ")) == [
+        "Sky: Why is it blue? / Scattering."
+    ]
+
+
+def test_lists_of_lists_are_joined(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": [[{"text": "a"}, {"text": "b"}], [{"text": "c"}]]}])
+    assert texts(CorpusConfig(paths=str(tmp_path), text="messages.text")) == ["a b c"]
+
+
+def test_the_error_of_a_row_names_the_way_out(tmp_path):
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"text": ["a", None]}), path)
+    with pytest.raises(DataError, match=r"row 2: .* got null; corpus\.on_bad_row=skip leaves such documents out"):
+        read(CorpusConfig(paths=str(path)))
+    write_jsonl(tmp_path / "b.jsonl", [{"body": "a"}])
+    with pytest.raises(DataError, match="columns: body$"):  # to skip all of them is no way out
+        check(CorpusConfig(paths=f"{tmp_path}/b.jsonl"))
+
+
+def test_a_binary_column_that_holds_utf8_is_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"text": pa.array(["naïve".encode(), b"\xff"], pa.binary())}), path)
+    corpus = CorpusConfig(paths=str(path), on_bad_row="skip")
+    assert texts(corpus) == ["naïve"]
+    with pytest.raises(DataError, match=r"row 2: corpus\.text: column 'text' holds bytes that are not UTF-8"):
+        read(CorpusConfig(paths=str(path)))

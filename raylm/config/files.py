@@ -13,7 +13,7 @@ import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -188,15 +188,50 @@ def _places(root: Node | None, name: str) -> dict[str, str]:
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
-    """(dotted key, value) of `section.key=value`, the value as YAML has it."""
+    """(dotted key, value) of `section.key=value`, the value as YAML has it.
+
+    Where a text is wanted it stays as it was typed, whatever YAML makes of it: {question}, [SEP], 007, a file's name.
+    Only null, and quotes around the whole, mean what they do in YAML; where several texts may be given, so does [a, b].
+    """
     key, equals, text = setting.partition("=")
-    if not equals or not key.strip():
+    key = key.strip()
+    if not equals or not key:
         raise ConfigError(f"{setting!r} is not a setting; write section.key=value", where=setting)
+    takes = _kinds(key)
+    takes_text = bool({str, tuple} & takes)
     try:
-        return key.strip(), YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
+        value = YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
+        if takes_text:
+            return key, text
         problem = str(getattr(error, "problem", error)).split("\n")[0]
         raise ConfigError(f"{setting}: the value is not YAML: {problem}", where=key) from None
+    is_quoted = isinstance(value, str) and text.lstrip()[:1] in ("'", '"')
+    is_null = value is None and (text.strip() if text else takes != {str})
+    has_shape = (isinstance(value, list) and tuple in takes) or (isinstance(value, dict) and dict in takes)
+    return key, value if not takes_text or is_quoted or is_null or has_shape else text
+
+
+def _kinds(key: str) -> set[type]:
+    """The types that a setting takes: str, tuple (of texts), dict, NoneType; none of them for one of another type."""
+    *parents, last = _parts(key)
+    section: Any = Experiment
+    for part in parents:
+        section = section_of(section, part)
+    if parents == ["eval", "paths"]:
+        return {str, tuple}
+    if section is None or last not in section.model_fields:
+        return set()
+    annotation = section.model_fields[last].annotation
+    members = typing.get_args(annotation) if typing.get_origin(annotation) is not tuple else (annotation,)
+    found: set[Any] = set()
+    for member in members or (annotation,):
+        plain = typing.get_args(member)[0] if typing.get_origin(member) is Annotated else member
+        if plain == tuple[str, ...]:
+            found.add(tuple)
+        elif plain in (str, type(None)) or typing.get_origin(plain) is dict:
+            found.add(typing.get_origin(plain) or plain)
+    return found
 
 
 def _parts(key: str) -> list[str]:

@@ -49,6 +49,19 @@ def _regular_expression(value: str) -> str:
     return value
 
 
+def _unescaped(value: str) -> str:
+    r"""Text in which \n, \r, \t and \f stand for the characters, even where YAML or a shell has left them alone."""
+    return re.sub(r"\\([nrtf])", lambda match: {"n": "\n", "r": "\r", "t": "\t", "f": "\f"}[match[1]], value)
+
+
+def _encoding(value: str) -> str:
+    try:
+        "".encode(value)
+    except LookupError:
+        raise ValueError(f"must be an encoding that Python knows, such as cp1252 or utf-16; got {value!r}") from None
+    return value
+
+
 def _template(value: str) -> str:
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(value) if name is not None]
@@ -83,6 +96,7 @@ MUTABLE = ("train.learning_rate", "train.weight_decay", "train.warmup_steps", "t
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Count = Annotated[int, BeforeValidator(_whole)]  # 1e6 is a float in YAML and a fine number of tokens
+Escaped = Annotated[str, AfterValidator(_unescaped)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_listed), Strict(False)]
 
 
@@ -111,13 +125,18 @@ class CorpusConfig(Section):
     paths: Strings = ()
     """Where the text is: files, directories, globs, s3:// and the like; hub://ID?split=train[:5000] (also &config=,
     &revision=, &streaming=true); python://stdlib and python://PACKAGE for source code."""
-    text: Annotated[str, AfterValidator(_template)] = "text"
+    text: Annotated[Escaped, AfterValidator(_template)] = "text"
     """In files with columns, the one that holds the text, by a dotted path into it (answers.text), or a template of
-    several: "Question: {question}\\nAnswer: {answers.text}"."""
-    join: str = " "
+    several: "Question: {question}\\nAnswer: {answers.text}". One whose columns are all of the same list of objects,
+    "{messages.role}: {messages.content}", is filled in for each of them."""
+    join: Escaped = " "
     """Put between the texts of a column that holds a list of them."""
-    separator: str | None = None
-    """In plain text files, what ends a document: "\\n" makes every line one. Default: a file is a document."""
+    separator: Escaped | None = None
+    """In plain text files, what ends a document: \\n makes every line one, \\n\\n every paragraph. Default: a file is a
+    document."""
+    encoding: Annotated[str, AfterValidator(_encoding)] = "utf-8"
+    """Of plain text and CSV files, by its name in Python: cp1252, gb18030, utf-16. Files with a byte order mark are
+    read as that says."""
     validation_paths: Strings = ()
     """Sources held out for validation, instead of a fraction of `paths`."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -137,10 +156,10 @@ class CorpusConfig(Section):
     deduplicate: bool = False
     """Keep only the first of documents with exactly the same text. The corpus is read twice."""
     max_documents: Annotated[Count, Field(ge=1)] | None = None
-    """Stop after this many kept documents, in the order of the sources."""
+    """Keep at most this many documents: the first of each source in turn, then the second of each, and so on."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A document that cannot be read (not UTF-8, not JSON, no text): stop, or leave it out, counted and listed in the
-    store's rejected.jsonl."""
+    store's rejected.jsonl. A plain text file in a directory or glob is left out in either case."""
 
 
 class TrainedTokenizer(Section):

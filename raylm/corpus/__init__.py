@@ -5,6 +5,7 @@
     text         plain text, lines or parts between separators, and source code -> texts
     columns      rows with columns -> texts: JSON, CSV, Parquet, Arrow, data sets
     formats      a file, or a part of one -> texts, whatever its format
+    listing      corpus.paths -> the files that can be read; what else lies there is counted
     passages     a document -> passages
     reader       shards of files -> documents: hashed, filtered, counted, of the train or the validation split
     split        how to split a corpus: by documents or passages, and how much of it to hold out
@@ -13,12 +14,12 @@ What a shard holds, which documents are kept and which side of the split they fa
 settings alone, not on processes or their order.
 """
 
+from raylm.corpus.listing import check, left_out
 from raylm.corpus.piece import Fault
 from raylm.corpus.reader import (
     Document,
     Ledger,
     Shard,
-    check,
     documents,
     hashes,
     kept_fraction,
@@ -43,6 +44,7 @@ __all__ = [
     "hashes",
     "holdout",
     "kept_fraction",
+    "left_out",
     "select",
     "selected",
     "shards",

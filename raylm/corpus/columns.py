@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import difflib
 import io
+import itertools
 import json
 import string
 import sys
@@ -14,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from raylm.config import CorpusConfig
-from raylm.corpus.piece import Fault, Piece, Texts, decompressed, opened
+from raylm.corpus.piece import Fault, Piece, Texts, as_utf8, decompressed, opened
 from raylm.corpus.sources import File, load_data_set
 from raylm.corpus.text import decoded, lines
 from raylm.errors import DataError
@@ -33,23 +35,55 @@ class Columns:
             self.parts = [(before, name) for before, name, _, _ in string.Formatter().parse(corpus.text)]
         else:
             self.parts = [("", corpus.text)]
-        self.names = [name for _, name in self.parts if name is not None]
+        self.names = list(dict.fromkeys(name for _, name in self.parts if name is not None))
+        self.together = self._of_one_list()
 
     def text(self, row: dict[str, Any]) -> str:
-        """The row's text; LookupError saying which column does not give one."""
-        return "".join(before + (self._value(row, name) if name is not None else "") for before, name in self.parts)
+        """The row's text; LookupError saying which column does not give one, KeyError if there is none of that name."""
+        values = {name: self._value(row, name) for name in self.names}
+        lists = [name for name in self.together if not isinstance(values[name], str)]
+        if not lists:
+            return self._filled(values)
+        if len({*self.names} - {*lists}) or len({len(values[name]) for name in lists}) > 1:
+            raise LookupError(
+                f"corpus.text: {' and '.join(f'{{{name}}}' for name in lists)} are lists, and go together only in a "
+                "template of nothing else, with as many items in each; name one of them, or take the others out"
+            )
+        items = zip(*(values[name] for name in lists), strict=True)
+        return self.join.join(self._filled(dict(zip(lists, item, strict=True))) for item in items)
 
-    def _value(self, row: dict[str, Any], name: str) -> str:
+    def _of_one_list(self) -> list[str]:
+        """The columns whose values may be those of one list of objects: {messages.role}: {messages.content}."""
+        parents = [name.rpartition(".")[0] for name in self.names]
+        return [name for name, parent in zip(self.names, parents, strict=True) if parent and parents.count(parent) > 1]
+
+    def _filled(self, values: dict[str, Any]) -> str:
+        return "".join(before + (self._joined(values[name]) if name is not None else "") for before, name in self.parts)
+
+    def _joined(self, value: Any) -> str:
+        return value if isinstance(value, str) else self.join.join(self._joined(item) for item in value)
+
+    def _value(self, row: dict[str, Any], name: str) -> Any:
+        """A text, or a list of texts or of such lists."""
         value: Any = row
         if name in row:
             value = row[name]
         else:
             for key in name.split("."):
                 value = self._inside(value, key, name, row)
+        return self._texts(value, name)
+
+    def _texts(self, value: Any, name: str) -> Any:
         if isinstance(value, str):
             return value
-        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-            return self.join.join(value)
+        if isinstance(value, bytes):
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                raise LookupError(f"corpus.text: column {name!r} holds bytes that are not UTF-8") from None
+        if isinstance(value, (list, tuple)):
+            with contextlib.suppress(LookupError):
+                return [self._texts(item, name) for item in value]
         raise LookupError(f"corpus.text: column {name!r} must hold text, got {_shown(value)}")
 
     def _inside(self, value: Any, key: str, name: str, row: dict[str, Any]) -> Any:
@@ -58,7 +92,7 @@ class Columns:
         if not isinstance(value, dict):
             raise LookupError(f"corpus.text: there is no {key} of {name} in {_shown(value)}")
         if key not in value:
-            raise LookupError(missing(name if value is row else f"{key} in {name}", list(value)))
+            raise KeyError(missing(name if value is row else f"{key} in {name}", list(value)))
         return value[key]
 
     def top(self, names: list[str], where: str) -> list[str]:
@@ -70,16 +104,23 @@ class Columns:
         return list(dict.fromkeys(needed))
 
 
+MOST_NAMED = 20
+"""Columns that an error names: an object of records has one for each of them."""
+
+
 def missing(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
-    return f"corpus.text: no column {name!r}; columns: {', '.join(map(str, names))}" + (
-        f". Did you mean {near[0]!r}?" if near else ""
-    )
+    shown = ", ".join(_short(each) for each in names[:MOST_NAMED])
+    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+    return f"corpus.text: no column {name!r}; columns: {shown}{more}" + (f". Did you mean {near[0]!r}?" if near else "")
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _short(json.dumps(value, default=str, ensure_ascii=False))
+
+
+def _short(text: Any) -> str:
+    return str(text) if len(str(text)) <= 60 else str(text)[:57] + "..."
 
 
 def _row_text(columns: Columns, row: Any, place: str) -> str | Fault:
@@ -88,7 +129,7 @@ def _row_text(columns: Columns, row: Any, place: str) -> str | Fault:
     try:
         return columns.text(row)
     except LookupError as error:
-        return Fault(place, error.args[0])
+        return Fault(place, error.args[0], may_skip=not isinstance(error, KeyError))
 
 
 def read_jsonl(piece: Piece, corpus: CorpusConfig) -> Texts:
@@ -100,12 +141,13 @@ def read_jsonl(piece: Piece, corpus: CorpusConfig) -> Texts:
 
             start = len(codecs.BOM_UTF8) if not begin and line.startswith(codecs.BOM_UTF8) else 0
             fault: tuple[int | None, str]
+            may_skip = True
             try:
                 text = _row_text(columns, json.loads(line[start:].decode()), "")
                 if isinstance(text, str):
                     yield text
                     continue
-                fault = None, text.what
+                fault, may_skip = (None, text.what), text.may_skip
             except UnicodeDecodeError as error:
                 fault = error.start, "invalid UTF-8"
             except json.JSONDecodeError as error:
@@ -114,7 +156,7 @@ def read_jsonl(piece: Piece, corpus: CorpusConfig) -> Texts:
                 fault = None, "not JSON: nested too deep"
             at, what = fault
             place = f"row {number + 1 + _lines_before(piece)}"
-            yield Fault(place if at is None else f"{place}, byte {begin + start + at}", what)
+            yield Fault(place if at is None else f"{place}, byte {begin + start + at}", what, may_skip)
 
 
 def _lines_before(piece: Piece) -> int:
@@ -130,9 +172,9 @@ def _lines_before(piece: Piece) -> int:
 
 
 def read_json(piece: Piece, corpus: CorpusConfig) -> Texts:
-    """The objects of a .json file: the items of a list, or one after the other."""
+    """The objects of a .json file: the items of a list, one after the other, or those that its one object holds."""
     columns = Columns(corpus)
-    with decompressed(piece) as stream:
+    with as_utf8(piece, "utf-8") as stream:
         content = decoded(stream.read(), 0)
     if isinstance(content, Fault):
         yield content
@@ -142,10 +184,26 @@ def read_json(piece: Piece, corpus: CorpusConfig) -> Texts:
     while position < len(content):
         if content[position] == "]" and not content[position + 1 :].strip():
             return
-        number += 1
-        row, position = decoder.raw_decode(content, position)
-        yield _row_text(columns, row, f"row {number}")
+        try:
+            row, position = decoder.raw_decode(content, position)
+        except RecursionError:
+            yield Fault(f"row {number + 1}", "not JSON: nested too deep")
+            return
         position = _skip(content, position, " \t\r\n,")
+        is_alone = not number and position == len(content)
+        for inner in _records(row, columns) if is_alone else [row]:
+            number += 1
+            yield _row_text(columns, inner, f"row {number}")
+
+
+def _records(row: Any, columns: Columns) -> list[Any]:
+    """The rows of a file's one object: {"data": [{...}, ...]} and {"id1": {...}, ...} hold them; else it is one."""
+    if not isinstance(row, dict) or any(name in row or name.split(".")[0] in row for name in columns.names):
+        return [row]
+    lists = [value for value in row.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(lists) == 1:
+        return lists[0]
+    return list(row.values()) if row and all(isinstance(value, dict) for value in row.values()) else [row]
 
 
 def _skip(content: str, position: int, characters: str) -> int:
@@ -157,19 +215,35 @@ def _skip(content: str, position: int, characters: str) -> int:
 def read_csv(piece: Piece, corpus: CorpusConfig) -> Texts:
     columns = Columns(corpus)
     csv.field_size_limit(sys.maxsize)
-    with decompressed(piece) as stream:
+    with as_utf8(piece, corpus.encoding) as stream:
         # A byte that is not UTF-8 becomes a lone surrogate, so that the row it is in can be named.
         characters = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.DictReader(characters, delimiter="\t" if piece.format == "tsv" else ",")
-        columns.top(list(rows.fieldnames or ()), piece.file.path)
+        header = characters.readline()
+        delimiter = "\t" if piece.format == "tsv" else _delimiter(header, columns)
+        rows = csv.DictReader(itertools.chain([header], characters), delimiter=delimiter)
+        names = list(rows.fieldnames or ())
+        columns.top(names, piece.file.path)
         try:
             for number, row in enumerate(rows, 1):
-                text = _row_text(columns, row, f"row {number}, line {rows.line_num}")
+                place = f"row {number}, line {rows.line_num}"
+                text = _row_text(columns, row, place)
+                if any(row.pop(None, ())):
+                    text = Fault(place, f"has more fields than the header, {len(names)}; is a {delimiter!r} unquoted?")
                 if isinstance(text, str) and not text.isascii() and any("\udc80" <= char <= "\udcff" for char in text):
-                    text = Fault(f"row {number}, line {rows.line_num}", "invalid UTF-8")
+                    text = Fault(place, "invalid UTF-8")
                 yield text
         except csv.Error as error:
             raise DataError(f"{piece.file.path}: line {rows.line_num}: {error}", piece.file.path) from None
+
+
+def _delimiter(header: str, columns: Columns) -> str:
+    """The one with which the header has the columns that are needed, else the one with which it has the most."""
+
+    def fitness(delimiter: str) -> tuple[bool, int]:
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        return all(name in names or name.split(".")[0] in names for name in columns.names), len(names)
+
+    return max(",;\t|", key=fitness)
 
 
 def read_parquet(piece: Piece, corpus: CorpusConfig) -> Texts:

@@ -51,6 +51,9 @@ def texts(piece: Piece, corpus: CorpusConfig) -> Texts:
         return
     try:
         yield from READERS[piece.format](piece, corpus)
+    except UnicodeDecodeError as error:
+        encoding = corpus.encoding if error.encoding == "charmap" else error.encoding
+        yield Fault("", f"not text in {encoding}: {error.reason}")
     except (EOFError, OSError, zlib.error, lzma.LZMAError, pyarrow.ArrowException, json.JSONDecodeError) as error:
         kind = piece.compression or piece.format
         raise DataError(

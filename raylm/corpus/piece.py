@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from raylm.corpus.sources import File
+from raylm.corpus.sources import File, Source, format_of
+from raylm.errors import DataError
 from raylm.storage import file_system
 
 
@@ -23,8 +25,15 @@ class Piece(NamedTuple):
     """Index of its source."""
     validation: bool = False
     """Whether that source is one of corpus.validation_paths."""
+    is_found: bool = False
+    """Whether it was found in a directory or by a glob, and not named itself."""
     start: int = 0
     stop: int | None = None
+
+
+def whole(file: File, index: int, source: Source) -> Piece:
+    """All of a file of the source at this index."""
+    return Piece(file, *format_of(file.path, source.name), index, source.validation, source.is_found)
 
 
 class Fault(NamedTuple):
@@ -33,9 +42,17 @@ class Fault(NamedTuple):
     place: str
     """In its file, like "row 2, byte 24"; empty for the file itself."""
     what: str
+    may_skip: bool = True
+    """Whether there may be others that can be used; not if the file has no such column."""
 
     def of(self, file: File) -> str:
         return ": ".join(part for part in (file.path, self.place, self.what) if part)
+
+    def error(self, file: File) -> DataError:
+        way_out = "; corpus.on_bad_row=skip leaves such documents out and counts them" if self.may_skip else ""
+        if "UTF-8" in self.what:
+            way_out = f"; corpus.encoding=cp1252, for example, reads text of another encoding{way_out}"
+        return DataError(f"{self.of(file)}{way_out}", file.path if self.may_skip else "corpus.text")
 
 
 Texts = Iterator[str | Fault]
@@ -64,3 +81,40 @@ def decompressed(piece: Piece) -> Any:
 
             return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
     return raw
+
+
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # which begins as that of UTF-16 does
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def as_utf8(piece: Piece, encoding: str) -> Any:
+    """The piece's file as a binary stream of UTF-8: decompressed, and from the encoding that its byte order mark tells,
+    else the given one. A UnicodeDecodeError says which it is not of."""
+    stream = decompressed(piece)
+    head = stream.peek(4)
+    marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+    if not marked and (codecs.lookup(encoding).name == "utf-8" or head.startswith(codecs.BOM_UTF8)):
+        return stream
+    return io.BufferedReader(_Recoded(stream, marked or encoding), 1 << 20)
+
+
+class _Recoded(io.RawIOBase):
+    def __init__(self, stream: Any, encoding: str):
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        recoded = b""
+        block = b" "
+        while block and not recoded:
+            block = self._stream.read(max(1, len(buffer) // 4))  # one byte may become four
+            recoded = self._decoder.decode(block, final=not block).encode("utf-8", "surrogatepass")
+        buffer[: len(recoded)] = recoded
+        return len(recoded)

@@ -20,11 +20,8 @@ from raylm.config import CorpusConfig
 from raylm.corpus.columns import arrow_batches, data_set_rows
 from raylm.corpus.formats import texts
 from raylm.corpus.passages import passages
-from raylm.corpus.piece import Fault, Piece
-from raylm.corpus.sources import File, Source, find, format_of
-from raylm.errors import DataError
-
-FIRST_FILES = 100  # of a source, that are opened before anything starts: well below a second
+from raylm.corpus.piece import Fault, Piece, whole
+from raylm.corpus.sources import File, Source
 
 Ledger = Counter  # what happened to documents -> how many; "bytes" are UTF-8 bytes of the documents that were read
 
@@ -54,28 +51,6 @@ class Document(NamedTuple):
     validation: bool
 
 
-def check(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
-    """The files of every source; DataError if one has none, or if the first ones cannot be read as they are named.
-
-    `key` is the setting that corpus.paths was given as.
-
-    Lists directories and reads the first document of some files: no Ray, and well below a second for local files.
-    """
-    if not corpus.paths and not corpus.validation_paths:
-        raise DataError("corpus.paths is empty; give files, directories or globs of text", "corpus.paths")
-    sources = [find(key, path) for path in corpus.paths]
-    sources += [find("corpus.validation_paths", path, validation=True) for path in corpus.validation_paths]
-    for index, source in enumerate(sources):
-        for file in source.files[:FIRST_FILES]:
-            piece = _whole(file, index, source)
-            if piece.format in ("text", "python", "hub") and not piece.compression:
-                continue
-            first = next(texts(piece, corpus), None)
-            if isinstance(first, Fault) and corpus.on_bad_row == "error":
-                raise DataError(first.of(file), file.path)
-    return sources
-
-
 # Shards --------------------------------------------------------------------------------------------------------------
 
 
@@ -89,7 +64,7 @@ def shards(sources: list[Source]) -> list[Shard]:
     size = 0
     for index, source in enumerate(sources):
         for file in source.files:
-            for piece, num_bytes in _pieces(_whole(file, index, source), most):
+            for piece, num_bytes in _pieces(whole(file, index, source), most):
                 if pieces and (size + num_bytes > most or piece.validation != pieces[-1].validation):
                     made.append(Shard(tuple(pieces), size))
                     pieces, size = [], 0
@@ -98,32 +73,28 @@ def shards(sources: list[Source]) -> list[Shard]:
     return [*made, Shard(tuple(pieces), size)]
 
 
-def _whole(file: File, index: int, source: Source) -> Piece:
-    return Piece(file, *format_of(file.path, source.name), index, source.validation)
-
-
-def _pieces(whole: Piece, most: int) -> Iterator[tuple[Piece, int]]:
+def _pieces(piece: Piece, most: int) -> Iterator[tuple[Piece, int]]:
     """The piece, or parts of about `most` bytes of it where the format has places to cut; and the bytes of each."""
-    file = whole.file
-    if whole.format == "hub" or (whole.format == "saved" and file.size > most):
-        yield from _data_set_pieces(whole, most)
-    elif file.size <= most or whole.compression or "://" in file.path:
-        yield whole, file.size
-    elif whole.format == "jsonl":
-        yield from _ranges(whole, file.size, file.size, most)
-    elif whole.format == "parquet":
+    file = piece.file
+    if piece.format == "hub" or (piece.format == "saved" and file.size > most):
+        yield from _data_set_pieces(piece, most)
+    elif file.size <= most or piece.compression or "://" in file.path:
+        yield piece, file.size
+    elif piece.format == "jsonl":
+        yield from _ranges(piece, file.size, file.size, most)
+    elif piece.format == "parquet":
         import pyarrow.parquet
 
         groups = pyarrow.parquet.ParquetFile(file.path).num_row_groups
-        yield from _ranges(whole, groups, file.size, most)
-    elif whole.format == "arrow":
+        yield from _ranges(piece, groups, file.size, most)
+    elif piece.format == "arrow":
         import pyarrow
 
         with pyarrow.memory_map(file.path) as source:
             rows = sum(batch.num_rows for batch in arrow_batches(source))
-        yield from _ranges(whole, rows, file.size, most)
+        yield from _ranges(piece, rows, file.size, most)
     else:
-        yield whole, file.size
+        yield piece, file.size
 
 
 def _data_set_pieces(whole: Piece, most: int) -> Iterator[tuple[Piece, int]]:
@@ -215,9 +186,11 @@ def kept(
             if keep is not None and passed == len(keep) and corpus.max_documents is not None:
                 return
             if isinstance(text, Fault):
-                # The standard library has files of bad encodings for its own tests, and nobody to repair them.
-                if corpus.on_bad_row == "error" and piece.format != "python":
-                    raise DataError(text.of(piece.file), piece.file.path)
+                # The standard library has files of bad encodings for its own tests, and nobody to repair them. What
+                # turns out to be no text in the middle of a directory is none that somebody has asked for.
+                is_asked_for = piece.format != "python" and not (piece.format == "text" and piece.is_found)
+                if corpus.on_bad_row == "error" and is_asked_for:
+                    raise text.error(piece.file)
                 ledger["bad rows"] += 1
                 reject(piece.file, text)
                 continue

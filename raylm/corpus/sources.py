@@ -1,6 +1,6 @@
 """corpus.paths -> the files behind them.
 
-/data/books  notes.jsonl  *.txt.gz      local files, directories, globs
+/data/books  notes.jsonl  {a,b}/**/*.gz  local files, directories, globs
 s3://bucket/dir  gs://…  hdfs://…       whatever pyarrow.fs reads; other schemes through fsspec where it is installed
 /data/saved                             a directory of datasets' save_to_disk
 hub://eli5_category?split=train[:5000]  a data set of the Hugging Face Hub; also &config= &revision= &streaming=true
@@ -12,9 +12,12 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+import re
+import stat
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from raylm.errors import DataError
@@ -38,6 +41,17 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 NOT_TEXT = ("__pycache__", "site-packages", "dist-packages", "node_modules")
 """Directories that are not the user's text, wherever they lie below one that is."""
 
+OF_RUNS = re.compile(r"/(?:[a-z]+-\d{8}-\d{6}-[0-9a-f]{4}|tokens/[0-9a-f]{16}|mlruns|mlartifacts)/|/mlflow\.db[^/]*$")
+"""Runs, token stores and MLflow's files: they lie in the user's directory if the command was called there."""
+
+BINARY = frozenset(
+    ".7z .avi .bin .bmp .class .db .dll .doc .docx .dylib .eot .epub .exe .flac .gif .gguf .h5 .heic .ico .jar .jpeg "
+    ".jpg .m4a .mkv .mov .mp3 .mp4 .mpeg .npy .npz .o .odp .ods .odt .ogg .onnx .otf .pdf .pickle .pkl .png .ppt .pptx "
+    ".pt .pth .pyc .rar .rtf .safetensors .so .sqlite .sqlite3 .tar .tgz .tif .tiff .ttf .wav .webm .webp .whl .wmv "
+    ".woff .woff2 .xls .xlsx .zip".split()
+)
+"""Suffixes of files that hold no plain text, even if they begin like it, as some .pdf and .pkl do."""
+
 
 class File(NamedTuple):
     path: str
@@ -54,6 +68,10 @@ class Source:
     name: str
     files: tuple[File, ...]
     validation: bool = False
+    is_found: bool = False
+    """Whether the files were found in a directory or by a glob, and not named themselves."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Kind -> files of it that lie there and are not read."""
 
     @property
     def num_bytes(self) -> int:
@@ -61,25 +79,51 @@ class Source:
 
 
 def find(key: str, path: str, validation: bool = False) -> Source:
-    """The files of one entry, sorted; DataError naming the setting `key` if there is none."""
+    """The files of one entry, sorted; DataError naming the setting `key` if there is none.
+
+    Of those that are found in a directory or by a glob, what is no text by its name is left out and counted.
+    """
+    left_out: Counter[str] = Counter()
+    is_found = False
     if path.startswith(PYTHON):
         found = [_local(file) for file in _python_files(key, path)]
     elif path.startswith(HUB):
         found = [_data_set(key, path)]
     elif "://" in path:
-        found = list(_remote_files(key, path))
+        found, is_found = _remote_files(key, path)
     elif os.path.isdir(path) and is_saved(path):
         found = [_saved(key, path)]
-    elif os.path.isdir(path):
-        found = [_local(file) for file in _walk(path)]
     elif os.path.isfile(path):
         found = [_local(path)]
     else:
-        found = [_local(file) for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
-    if not found:
+        is_found = True
+        paths = _walk(path, left_out) if os.path.isdir(path) else _glob(path, left_out)
+        found = list(_regular(paths, left_out))
+    if is_found:
+        start = len(re.split(r"[*?\[{]", path)[0].rstrip("/"))
+        found = list(_text_by_name(found, start, left_out))
+    if not found and not left_out:
         what = "no files in it" if os.path.isdir(path) else "no such file, directory or glob"
         raise DataError(f"{key}: {path}: {what}", key)
-    return Source(path, tuple(sorted(found)), validation)
+    return Source(path, tuple(sorted(found)), validation, is_found, left_out)
+
+
+def _text_by_name(found: list[File], start: int, left_out: Counter[str]) -> Iterator[File]:
+    """Files but those that are no text by their names. What they were found in has `start` characters."""
+    for file in found:
+        if OF_RUNS.search(file.path, start):
+            left_out["of runs and tracking"] += 1
+        elif os.path.splitext(file.path)[1].lower() in BINARY:
+            left_out[suffix(file.path)] += 1
+        else:
+            yield file
+
+
+def suffix(path: str) -> str:
+    """The kind of a file by its name: .png, .tar.gz."""
+    stem, last = os.path.splitext(os.path.basename(path))
+    before = os.path.splitext(stem)[1] if last.lower() in COMPRESSIONS else ""
+    return (before + last).lower() or "without a suffix"
 
 
 def format_of(path: str, source: str) -> tuple[str, str | None]:
@@ -105,16 +149,67 @@ def _local(path: str) -> File:
     return File(path, status.st_size, str(status.st_mtime_ns))
 
 
-def _walk(directory: str) -> Iterator[str]:
-    for parent, directories, files in os.walk(directory):
+def _regular(paths: Iterator[str], left_out: Counter[str]) -> Iterator[File]:
+    for path in paths:
+        try:
+            is_regular = stat.S_ISREG(os.stat(path).st_mode)  # a pipe would be waited for
+        except OSError:
+            left_out["links to nothing"] += 1
+            continue
+        if is_regular:
+            yield _local(path)
+        else:
+            left_out["no regular files"] += 1
+
+
+def _walk(directory: str, left_out: Counter[str]) -> Iterator[str]:
+    """The files below a directory, also behind links; each directory once, however many links lead to it."""
+    visited = set()
+
+    def unreadable(error: OSError) -> None:
+        left_out["directories that cannot be read"] += 1
+
+    for parent, directories, files in os.walk(directory, followlinks=True, onerror=unreadable):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:
+            left_out["links to directories that are read already"] += 1
+            directories.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
         directories[:] = [name for name in directories if name not in NOT_TEXT and not name.startswith(".")]
+        directories.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))  # links last
         yield from (os.path.join(parent, name) for name in files if not name.startswith("."))
+
+
+def _glob(pattern: str, left_out: Counter[str]) -> Iterator[str]:
+    """What matches, with ** for any directories and {a,b} for one of these."""
+    for each in _alternatives(pattern):
+        before, recursive, _ = each.partition("**")
+        if os.path.isdir(each):
+            yield from _walk(each, left_out)
+        elif recursive:  # Python's own follows links that lead in a circle for ever
+            from fsspec.utils import glob_translate  # type: ignore[import-untyped]
+
+            matches = re.compile(glob_translate(each)).match
+            for top in glob.glob(os.path.dirname(before) or "."):
+                yield from (path for path in _walk(top, left_out) if matches(path.removeprefix("./")))
+        else:
+            yield from (path for path in glob.glob(each) if os.path.lexists(path) and not os.path.isdir(path))
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """a{b,c} as a shell has it: ab, ac."""
+    match = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    chosen = (pattern[: match.start()] + each + pattern[match.end() :] for each in match[1].split(","))
+    return list(dict.fromkeys(path for each in chosen for path in _alternatives(each)))
 
 
 def _python_files(key: str, path: str) -> list[str]:
     name = path.removeprefix(PYTHON)
     if name == "stdlib":
-        return [file for file in _walk(sysconfig.get_path("stdlib")) if file.endswith(".py")]
+        return [file for file in _walk(sysconfig.get_path("stdlib"), Counter()) if file.endswith(".py")]
     try:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
     except ValueError:  # a module that was put together by hand has no spec
@@ -127,13 +222,15 @@ def _python_files(key: str, path: str) -> list[str]:
         )
     if not spec.submodule_search_locations:
         return [spec.origin] if spec.origin and spec.origin.endswith(".py") else []
-    return [file for place in spec.submodule_search_locations for file in _walk(place) if file.endswith(".py")]
+    places = spec.submodule_search_locations
+    return [file for place in places for file in _walk(place, Counter()) if file.endswith(".py")]
 
 
 # Remote --------------------------------------------------------------------------------------------------------------
 
 
-def _remote_files(key: str, uri: str) -> Iterator[File]:
+def _remote_files(key: str, uri: str) -> tuple[list[File], bool]:
+    """The files of a URI, and whether they were found in a directory or by a glob."""
     from pyarrow.fs import FileSelector, FileType
 
     try:
@@ -145,26 +242,27 @@ def _remote_files(key: str, uri: str) -> Iterator[File]:
             found = system.get_file_info(FileSelector(path, recursive=True))
             found = [file for file in found if "/." not in file.path[len(path) :]]
         else:
-            found = _remote_glob(system, path)
+            found = [file for each in _alternatives(path) for file in _remote_glob(system, each)]
     except (OSError, ImportError, ValueError) as error:
         raise DataError(f"{key}: {uri}: {str(error).splitlines()[0]}", key) from None
     behind = getattr(getattr(system, "handler", None), "fs", None)
     start = uri.rstrip("/").removesuffix(path)  # s3:// of s3://bucket/dir, whose path is bucket/dir
-    for file in found:
-        if file.type == FileType.File:
-            name = behind.unstrip_protocol(file.path) if behind else start + file.path
-            yield File(name, file.size, str(file.mtime_ns))
+    files = [file for file in found if file.type == FileType.File]
+    names = [behind.unstrip_protocol(file.path) if behind else start + file.path for file in files]
+    listed = [File(name, file.size, str(file.mtime_ns)) for name, file in zip(names, files, strict=True)]
+    return listed, info.type != FileType.File
 
 
 def _remote_glob(system: Any, pattern: str) -> list[Any]:
-    import re
-
-    from fsspec.utils import glob_translate  # type: ignore[import-untyped]
-    from pyarrow.fs import FileSelector
+    from fsspec.utils import glob_translate
+    from pyarrow.fs import FileSelector, FileType
 
     before = re.split(r"[*?\[]", pattern)[0]
     if before == pattern:
-        return []
+        info = system.get_file_info(pattern)
+        return (
+            system.get_file_info(FileSelector(pattern, recursive=True)) if info.type == FileType.Directory else [info]
+        )
     matches = re.compile(glob_translate(pattern)).match
     everything = system.get_file_info(FileSelector(before.rpartition("/")[0], recursive=True, allow_not_found=True))
     return [file for file in everything if matches(file.path)]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 import tokenize
 from collections.abc import Iterator
 from typing import Any
 
 from raylm.config import CorpusConfig
-from raylm.corpus.piece import Fault, Piece, Texts, decompressed, opened
+from raylm.corpus.piece import Fault, Piece, Texts, as_utf8, opened
 
 
 def read_text(piece: Piece, corpus: CorpusConfig) -> Texts:
-    with decompressed(piece) as stream:
+    with as_utf8(piece, corpus.encoding) as stream:
         if corpus.separator is None:
             yield decoded(stream.read(), 0)
         elif corpus.separator == "\n":
@@ -52,16 +53,18 @@ def lines(piece: Piece, stream: Any) -> Iterator[tuple[int, bytes]]:
 
 
 def _separated(stream: Any, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """(offset, part) between separators; nothing after the last one is no part."""
+    """(offset, part) between separators, whose line ends may be those of Windows; nothing after the last is no part."""
+    find = re.compile(re.escape(separator).replace(b"\\\n", rb"\r?\n")).search
+    longest = len(separator) + separator.count(b"\n")
     begin, rest, searched = 0, bytearray(), 0
     while more := stream.read(1 << 20):
         rest += more
-        while (end := rest.find(separator, searched)) >= 0:
-            yield begin, bytes(rest[:end])
-            del rest[: end + len(separator)]
-            begin += end + len(separator)
+        while match := find(rest, searched):
+            yield begin, bytes(rest[: match.start()])
+            begin += match.end()
+            del rest[: match.end()]
             searched = 0
-        searched = max(0, len(rest) - len(separator) + 1)
+        searched = max(0, len(rest) - longest + 1)
     if rest.strip():
         yield begin, bytes(rest)
 

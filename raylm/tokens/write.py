@@ -16,7 +16,7 @@ from typing import Any
 from raylm import cli
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig, TokenizerConfig
-from raylm.corpus import Ledger, Shard, Source, check, documents, hashes, select, selected, shards
+from raylm.corpus import Ledger, Shard, Source, check, documents, hashes, left_out, select, selected, shards
 from raylm.errors import DataError, RaylmError
 from raylm.storage import names, read, remove
 from raylm.tokens.shard import facts_name, finished, write_shard
@@ -88,6 +88,8 @@ def prepare(
         return open_store(path), True
     if known := changes(storage, corpus, tokenizer, sources):
         cli.console.print(f"{known}; a new store is written", soft_wrap=True)
+    if others := left_out(sources):
+        cli.say(f"corpus.paths: left out, because they are no text to train on: {others}")
     settings = _settings(corpus, tokenizer)
     try:
         manifest = _write_store(path, corpus, tokenizer, sources, progress)
@@ -117,12 +119,15 @@ def _write_store(
     written = _write_shards(path, plan, corpus, encoder["name"], progress)
     splits = _splits(written)
     ledger = sum((Ledger(shard["ledger"]) for shard in written), Ledger())
+    for source in sources:
+        ledger.update({f"left out: {kind}": count for kind, count in source.left_out.items()})
     if not splits["train"]["documents"]:
-        why = ", ".join(f"{what}: {count}" for what, count in ledger.items())
+        why = ", ".join(f"{what}: {count}" for what, count in ledger.items()) or "documents: 0"
         raise DataError(f"corpus: no document is left to train on; of what was read, {why}", "corpus")
     rejected = [fault for shard in written for fault in shard["rejected"]]
     if rejected:
         write(path, "rejected.jsonl", "".join(json.dumps(fault) + "\n" for fault in rejected).encode())
+        cli.say(f"{ledger['bad rows']:,} documents cannot be read and are left out; see {path}/rejected.jsonl")
     return {
         "tokenizer": {**_tokenizer_facts(path), "encoder": encoder},
         "ledger": dict(ledger),

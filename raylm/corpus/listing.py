@@ -1,0 +1,138 @@
+"""The sources of a corpus with the files that can be read, before anything starts."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import lzma
+import zlib
+from collections import Counter
+from functools import lru_cache
+
+from raylm.config import CorpusConfig
+from raylm.corpus.formats import texts
+from raylm.corpus.piece import BYTE_ORDER_MARKS, Fault, Piece, decompressed, whole
+from raylm.corpus.sources import Source, find, suffix
+from raylm.errors import DataError
+
+FIRST_FILES = 100  # of a source, that are opened before anything starts: well below a second
+
+HEAD_BYTES = 1024
+"""Of a file, that tell whether it is text."""
+
+TABLES_OF_ANYTHING = ("json", "csv", "tsv")
+"""Formats in which much else is kept beside text: settings, figures, logs."""
+
+
+def check(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
+    """The files of every source; DataError if one has none, or if the first ones cannot be read as they are named.
+
+    `key` is the setting that corpus.paths was given as.
+
+    A file that was named must be readable. Of those that were found in a directory or by a glob, what is not text is
+    left out and counted by its kind; so is a file with columns but without corpus.text, if others have text.
+
+    Lists directories and reads the first bytes or the first document of files: no Ray, and below a second for some
+    thousand local files.
+    """
+    if not corpus.paths and not corpus.validation_paths:
+        raise DataError("corpus.paths is empty; give files, directories or globs of text", "corpus.paths")
+    sources = [find(key, path) for path in corpus.paths]
+    sources += [find("corpus.validation_paths", path, validation=True) for path in corpus.validation_paths]
+    readable = []
+    for source in sources:
+        if source.is_found:
+            source = _readable("corpus.validation_paths" if source.validation else key, source, corpus)
+        readable.append(source)
+        for file in source.files[:FIRST_FILES]:
+            piece = whole(file, 0, source)
+            if piece.format in ("text", "python", "hub") and not piece.compression:
+                continue
+            problem = _problem(piece, corpus)
+            if isinstance(problem, DataError):
+                raise problem
+            if problem and corpus.on_bad_row == "error" and not (piece.format == "text" and piece.is_found):
+                raise problem.error(file)
+    return readable
+
+
+def left_out(sources: list[Source]) -> str:
+    """What lies in the corpus and is not read, as a line: "12 .png, 2 .csv without corpus.text"; empty if nothing."""
+    return _counted(sum((Counter(source.left_out) for source in sources), Counter()))
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+
+
+def _readable(key: str, source: Source, corpus: CorpusConfig) -> Source:
+    """The source without the files that cannot be read; DataError if it has no others."""
+    kinds = Counter(source.left_out)
+    pieces = []
+    for piece in (whole(file, 0, source) for file in source.files):
+        if piece.format == "text" and not _is_text(piece, corpus.encoding):
+            kinds[suffix(piece.file.path)] += 1
+        else:
+            pieces.append(piece)
+    useless = _useless(pieces, corpus)
+    kinds.update(f"{suffix(piece.file.path)} without corpus.text" for piece in useless)
+    files = tuple(piece.file for piece in pieces if piece not in useless)
+    if not files:
+        raise DataError(
+            f"{key}: {source.name}: nothing to read in it: {_counted(kinds)}; text is UTF-8, or has a byte order mark, "
+            "or is of another corpus.encoding",
+            key,
+        )
+    return dataclasses.replace(source, files=files, left_out=dict(kinds))
+
+
+def _useless(pieces: list[Piece], corpus: CorpusConfig) -> set[Piece]:
+    """The files with columns that have no corpus.text, in a directory where others give text.
+
+    Where corpus.text is set those are others with columns: else it would be a mistake that only a line tells of.
+    """
+    if len({piece.format for piece in pieces}) < 2:
+        return set()
+    tables = [piece for piece in pieces if piece.format != "text"]
+    problems = {piece: problem for piece in tables if (problem := _problem(piece, corpus))}
+    has_rows = len(problems) < len(tables)
+    has_text = len(tables) < len(pieces) and corpus.text == CorpusConfig.model_fields["text"].default
+    if not has_rows and not has_text:
+        return set()
+    # A torn .parquet is a loss; a .json that is not JSON is the settings of some program.
+    return {piece for piece, it in problems.items() if piece.format in TABLES_OF_ANYTHING or _is_no_column(it)}
+
+
+def _is_no_column(problem: Fault | DataError) -> bool:
+    return problem.where == "corpus.text" if isinstance(problem, DataError) else not problem.may_skip
+
+
+@lru_cache(maxsize=100_000)  # a command asks several times, and a .json file is read as a whole
+def _problem(piece: Piece, corpus: CorpusConfig) -> Fault | DataError | None:
+    """What is wrong with the first document of a file, or with the file."""
+    try:
+        first = next(texts(piece, corpus), None)
+    except DataError as error:
+        return error
+    return first if isinstance(first, Fault) else None
+
+
+@lru_cache(maxsize=100_000)
+def _is_text(piece: Piece, encoding: str) -> bool:
+    """Whether a local file begins like text: no byte is 0, and all are of its encoding."""
+    if "://" in piece.file.path:  # a request each: what is no text is found when it is read
+        return True
+    try:
+        with decompressed(piece) as stream:
+            head = stream.read(HEAD_BYTES)
+    except PermissionError:
+        return False
+    except (EOFError, OSError, zlib.error, lzma.LZMAError):
+        return True  # torn, of which reading it tells more
+    if head.startswith(tuple(BYTE_ORDER_MARKS)):
+        return True
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return "\0" not in text
