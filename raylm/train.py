@@ -218,7 +218,9 @@ def plan(experiment: Experiment, *, begins: Literal["train", "tune"] | None = No
     for key, variable in from_environment(experiment).items():
         name = {"tracking.uri": "tracking", "tracking.experiment": "experiment"}[key]
         pairs[name] = f"{pairs[name]} (from {variable})"
-    return cli.Answer(record, tables.facts({"corpus": f"{num_files:,} files, {cli.size(num_bytes)}", **pairs}))
+    others = corpus.left_out(sources)
+    found = f"{num_files:,} files, {cli.size(num_bytes)}" + (f"; left out: {others}" if others else "")
+    return cli.Answer(record, tables.facts({"corpus": found, **pairs}))
 
 
 def warn(experiment: Experiment, store: Store) -> None:
