@@ -46,8 +46,8 @@ class Saves:
         except OSError as error:
             self.failed = error
 
-    def commit(self, step: int, local: Path, *, best: int | None, is_last_chance: bool) -> None:
-        """Make a checkpoint of every rank's `local`, which is removed, and remove older ones but the best.
+    def commit(self, step: int, local: Path, *, best: int | None, is_last_chance: bool) -> bool:
+        """Make a checkpoint of every rank's `local`, which is removed; whether it is there now. Remove older ones.
 
         One that cannot be made is told of, and training goes on; StorageError for all ranks if it is the second in a
         row, the last chance, or of a disk that is full.
@@ -56,7 +56,7 @@ class Saves:
         shutil.rmtree(local, ignore_errors=True)
         if problem is None:
             self.missed = 0
-            return
+            return True
         self.missed += 1
         if self.session.rank == 0:
             with contextlib.suppress(Exception):  # what is left of it has no manifest, and is no checkpoint
@@ -64,6 +64,7 @@ class Saves:
         if self.missed == 2 or is_last_chance or isinstance(problem, StorageError):
             raise Agreed(self._cannot(step, problem))
         self.say(f"the checkpoint of step {step:,} could not be written ({problem}); training until the next one")
+        return False
 
     def _committed(self, step: int, local: Path, best: int | None) -> Exception | None:
         """What went wrong on any rank, if anything."""

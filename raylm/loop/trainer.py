@@ -72,6 +72,9 @@ class _Trainer(ShardingTrainer):
         super().__init__(**kwargs)
         self.job, self.session, self.store = job, session, store
         self.best: dict[str, Any] = {}
+        """The best evaluation whose checkpoint is there."""
+        self.better: dict[str, Any] | None = None
+        """An evaluation that is better than that, until its checkpoint is there, too."""
         self.latest: dict[str, Any] = {}
         self.worse_in_a_row = 0
         """Evaluations since the best one."""
@@ -216,7 +219,7 @@ class _Trainer(ShardingTrainer):
         self.latest = self._found(step, score.perplexity, score.bits_per_byte)
         is_best = not self.best or score.perplexity < self.best["perplexity"]
         if is_best:
-            self.best = {name: self.latest[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
+            self.better = {name: self.latest[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
         self.worse_in_a_row = 0 if is_best else self.worse_in_a_row + 1
         if self.session.rank == 0:
             name = self.job.experiment.objective.score
@@ -309,12 +312,15 @@ class _Trainer(ShardingTrainer):
         """Commit the checkpoint that was just written to this machine, remove older ones, and report the evaluation."""
         step = self.state.global_step
         local = Path(self.args.output_dir) / f"checkpoint-{step}"
-        self.saves.describe(local, *self._told(step, gathered(self.session, self._tr_loss.item())))
-        self.saves.commit(step, local, best=self.best.get("step"), is_last_chance=self.stopped)
-        if self.latest.get("step") == step:
+        best, self.better = self.better or self.best, None
+        self.saves.describe(local, *self._told(step, best, gathered(self.session, self._tr_loss.item())))
+        is_last_chance = self.stopped or step == self.job.budget.steps or self._is_patience_over()
+        if self.saves.commit(step, local, best=best.get("step"), is_last_chance=is_last_chance):
+            self.best = best
+        if self.latest.get("step") == step and self.best:
             self.session.report(self._reported())
 
-    def _told(self, step: int, losses: list[float]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _told(self, step: int, best: dict[str, Any], losses: list[float]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What stands beside the weights: their score if they have one; and what the Trainer forgets."""
         evaluated = self.latest if self.latest.get("step") == step else {}
         record = {
@@ -322,7 +328,7 @@ class _Trainer(ShardingTrainer):
             "tokens": step * self.job.budget.batch_tokens,
             "perplexity": evaluated.get("perplexity"),
             "bits_per_byte": evaluated.get("bits_per_byte"),
-            "best": self.best,
+            "best": best,
             "store": self.job.store,
             "mlflow_run_id": self.job.run.run_id,
         }
