@@ -132,6 +132,7 @@ def run(verb: Callable[..., Answer | None] | typer.Typer) -> None:
         app = typer.Typer(add_completion=False)
         add(app, verb)
     signal.signal(signal.SIGTERM, _terminated)
+    _keep_stderr()
     with _stdout_for_result(as_json) as stdout:
         exit_code = _run(app, as_json, stdout)
         stdout.flush()
@@ -224,6 +225,14 @@ def _stdout_for_result(as_json: bool) -> Iterator[Any]:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as stdout:
         os.dup2(2, 1)
         yield stdout
+
+
+def _keep_stderr() -> None:
+    """Have sys.stderr stay where it is when descriptor 2 is turned away from what libraries write there."""
+    with contextlib.suppress(AttributeError, OSError):  # there is none, or one in memory
+        if sys.stderr.fileno() == 2:
+            encoding = sys.stderr.encoding
+            sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=encoding, errors="backslashreplace")
 
 
 def _escaped(text: str) -> str:

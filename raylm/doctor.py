@@ -122,6 +122,9 @@ def libraries() -> Iterator[Finding]:
 
 def token(fix: bool) -> Iterator[Finding]:
     """Ray writes its token so that every user of the machine can read it (2.60)."""
+    if os.environ.get("RAY_AUTH_TOKEN"):  # which Ray takes before a file's
+        yield Finding("ray token", "good", "RAY_AUTH_TOKEN")
+        return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
     if not path.exists():
         yield Finding(
@@ -145,7 +148,8 @@ def ray_cluster(experiment: Experiment) -> Iterator[Finding]:
     from raylm import cluster
 
     section = experiment.cluster
-    if cluster.is_local(section):
+    address = cluster.address(section)
+    if address is None:
         resources = cluster.plan(section)
         assert resources is not None
         yield Finding("cluster", "good", f"this machine; a worker takes {_amounts(resources.per_worker)}")
@@ -155,7 +159,7 @@ def ray_cluster(experiment: Experiment) -> Iterator[Finding]:
 
         nodes, total = [node for node in ray.nodes() if node["Alive"]], ray.cluster_resources()
         there = f"{len(nodes)} nodes, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-        yield Finding("cluster", "good", there)
+        yield Finding("cluster", "good", f"{address}: {there}")
         yield Finding(
             "workers", "good", f"{resources.most_runs} runs at a time; a worker takes {_amounts(resources.per_worker)}"
         )

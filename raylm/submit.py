@@ -23,8 +23,12 @@ from raylm.errors import ConfigError, StorageError
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+    from raylm.cluster import Address
+
 VERBS = ("prepare", "train", "tune", "evaluate", "generate", "inspect", "push", "sync", "report", "compare")
 DASHBOARD = "http://127.0.0.1:8265"
+ANSWER_SECONDS = 8.0
+"""How long a dashboard may take to answer."""
 START_SECONDS = 60
 """How long a cluster that answers may take until it takes jobs."""
 STOP_SECONDS = 60
@@ -37,7 +41,7 @@ def submit(
     ],
     address: Annotated[
         str | None,
-        typer.Option("--address", help=f"The cluster's dashboard. Default: RAY_API_SERVER_ADDRESS, or {DASHBOARD}."),
+        typer.Option(help=f"The cluster's dashboard. Default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or {DASHBOARD}."),
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the job.")] = False,
     dry_run: cli.DryRun = False,
@@ -51,7 +55,8 @@ def submit(
     verb, *arguments = command
     if verb not in VERBS:
         raise ConfigError(f"{verb}: not a command of raylm that can be submitted; these can: {', '.join(VERBS)}", verb)
-    where = _address(address)
+    dashboard = _dashboard(address)
+    where = dashboard.value
     from raylm import tables
 
     with tempfile.TemporaryDirectory(prefix="raylm-submit-") as directory:
@@ -60,10 +65,10 @@ def submit(
         record: dict[str, Any] = {"address": where, "entrypoint": entrypoint, "files": sorted(os.listdir(directory))}
         if dry_run:
             return cli.Answer(record, tables.facts({**record, "files": " ".join(record["files"]) or None}))
-        client = _client(where)
+        client = _client(dashboard)
         job = _submitted(
             client,
-            where,
+            dashboard,
             entrypoint=entrypoint,
             runtime_env={
                 "working_dir": directory,
@@ -87,20 +92,29 @@ def submit(
     return cli.Answer(record, f"{job}: {str(info.status).lower()}, exit code {exit_code}", exit_code=exit_code % 256)
 
 
-def _address(given: str | None) -> str:
-    """The dashboard's address; ConfigError if others could listen to, or use, what is meant for the user alone."""
-    address = given or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
-    parts = urlsplit(address)
+def _dashboard(given: str | None) -> Address:
+    """Where the cluster takes jobs; ConfigError if others could listen to, or use, what is meant for the user alone."""
+    from raylm import cluster
+
+    head = os.environ.get("RAY_ADDRESS", "")  # or a dashboard, as Ray's own tools take it
+    named = (
+        ("--address", given),
+        ("RAY_API_SERVER_ADDRESS", os.environ.get("RAY_API_SERVER_ADDRESS")),
+        ("RAY_ADDRESS", head if head.startswith("http") else None),
+        ("--address", DASHBOARD),
+    )
+    dashboard = next(cluster.Address(value, setting) for setting, value in named if value)
+    parts = urlsplit(dashboard.value)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--address must be the dashboard's, http://HOST:8265, got {address}", "--address")
-    if parts.scheme == "http" and not _is_loopback(parts.hostname) and not _has_token():
+        raise ConfigError(f"{dashboard}: must be the dashboard's, http://HOST:8265", dashboard.setting)
+    if parts.scheme == "http" and not _is_loopback(parts.hostname) and not cluster.has_token():
         raise ConfigError(
-            f"--address {address}: whoever reaches it could run anything there; have the cluster ask for a token "
+            f"{dashboard}: whoever reaches it could run anything there; have the cluster ask for a token "
             "(RAY_AUTH_MODE=token, `ray get-auth-token --generate`), or reach it through a tunnel: "
             "ssh -L 8265:127.0.0.1:8265 HOST",
-            "--address",
+            dashboard.setting,
         )
-    return address
+    return dashboard
 
 
 def _is_loopback(host: str) -> bool:
@@ -108,12 +122,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _has_token() -> bool:
-    """Whether Ray will find a token to show."""
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).expanduser().exists()
 
 
 def _packed(arguments: list[str], directory: Path) -> list[str]:
@@ -138,19 +146,40 @@ def _packed(arguments: list[str], directory: Path) -> list[str]:
     return packed
 
 
-def _client(address: str) -> JobSubmissionClient:
+def _client(dashboard: Address) -> JobSubmissionClient:
+    """Of a cluster that answers, and takes the token that is here; StorageError within some seconds of another."""
+    import requests
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of all that it packs
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
+    from raylm import cluster
+
+    def refused(problem: object) -> StorageError:
+        return StorageError(f"{dashboard}: {str(problem).strip().splitlines()[0]}", dashboard.setting)
+
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        problem = str(error).strip().split("\n")[0]
-        raise StorageError(f"--address {address}: no Ray cluster answers there: {problem}", "--address") from error
+        # Ray's client waits for ever for one that takes connections and says nothing.
+        requests.get(f"{dashboard.value.rstrip('/')}/api/version", timeout=ANSWER_SECONDS, stream=True).close()
+    except requests.Timeout as error:
+        raise refused(f"no Ray cluster answers there within {ANSWER_SECONDS:g} s") from error
+    except requests.RequestException as error:
+        reason: BaseException = error  # the innermost says it in a few words
+        while reason.__context__ is not None:
+            reason = reason.__context__
+        problem = reason if isinstance(reason, OSError) else "what listens on this port is something else"
+        raise refused(f"no Ray cluster answers there: {problem}") from error
+    for chatty in ("ray", JobSubmissionClient.__module__):  # they tell of all that is packed, and of a closed socket
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    cluster.show_token()
+    try:
+        return JobSubmissionClient(dashboard.value)
+    except AuthenticationError as error:
+        raise refused(cluster.no_token()) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:  # of a server that is no dashboard, too
+        raise refused(f"no Ray cluster answers there: {error}") from error
 
 
-def _submitted(client: JobSubmissionClient, address: str, **job: Any) -> str:
+def _submitted(client: JobSubmissionClient, dashboard: Address, **job: Any) -> str:
     """The job's id. A cluster that has just begun takes none for some seconds."""
     deadline = time.monotonic() + START_SECONDS
     while True:
@@ -159,7 +188,7 @@ def _submitted(client: JobSubmissionClient, address: str, **job: Any) -> str:
         except RuntimeError as error:
             problem = str(error).strip().split("\n")[0]
             if "No available agent" not in problem or time.monotonic() > deadline:
-                raise StorageError(f"--address {address}: the cluster takes no job: {problem}", "--address") from error
+                raise StorageError(f"{dashboard}: the cluster takes no job: {problem}", dashboard.setting) from error
         time.sleep(1)
 
 

@@ -163,10 +163,12 @@ def plan(experiment: Experiment, *, begins: Literal["train", "tune"] | None = No
     from raylm import cluster, corpus, storage, tokenizer, tokens, tracking
     from raylm.prepare import evaluation_corpora
 
+    if begins:
+        cluster.check_reachable(experiment.cluster)
     storage.look(experiment.storage)
     sources = corpus.check(experiment.corpus)
     evaluation_corpora(experiment)
-    resources = cluster.plan(experiment.cluster)
+    resources, elsewhere = cluster.plan(experiment.cluster), cluster.address(experiment.cluster)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     store = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
     is_alone = begins == "train" and cluster.alone(experiment.cluster) is not None
@@ -209,7 +211,7 @@ def plan(experiment: Experiment, *, begins: Literal["train", "tune"] | None = No
         "accumulation": planned.accumulation if planned else None,
         "num_workers": experiment.cluster.num_workers,
         "resources_per_worker": resources.per_worker if resources else None,
-        "cluster": "this machine" if resources else "elsewhere",
+        "cluster": f"{elsewhere.value} ({elsewhere.setting})" if elsewhere else "this machine",
         "storage": runs.directory_of(experiment),
         "tracking": tracking.shown(experiment.tracking.uri) if experiment.tracking.uri else None,
         "experiment": experiment.tracking.experiment or experiment.name,

@@ -13,13 +13,16 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylm import cli
+from raylm.cluster.address import Address, address, check, is_local
 from raylm.cluster.capacity import Resources, amount_of, capacity, resources, this_machine
+from raylm.cluster.output import Log, begin, to_file
 from raylm.cluster.process import WORKER_ENVIRONMENT
 from raylm.config import ClusterConfig
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, RaylmError, TrainingError
 
 DRIVER_ENVIRONMENT = {
     # A report of a worker group waits for the controller's next look at it: 2 s unless told.
@@ -30,11 +33,6 @@ DRIVER_ENVIRONMENT = {
 
 _begun: list[Future] = []
 """What `ahead` has begun and `connect` has not waited for yet."""
-
-
-def is_local(section: ClusterConfig) -> bool:
-    """Whether Ray will be started on this machine, for this command alone."""
-    return section.address == "local" or not (section.address or os.environ.get("RAY_ADDRESS"))
 
 
 def plan(section: ClusterConfig) -> Resources | None:
@@ -48,32 +46,66 @@ def alone(section: ClusterConfig) -> Resources | None:
     return found if found is not None and found.most_workers == 1 else None
 
 
+def check_reachable(section: ClusterConfig) -> None:
+    """ConfigError if `connect` will not reach the cluster: before anything is loaded or begun for it."""
+    elsewhere = address(section)
+    if elsewhere is not None and not ray.is_initialized():
+        with to_file():
+            check(elsewhere)
+
+
 @contextlib.contextmanager
 def connect(section: ClusterConfig) -> Iterator[Resources]:
     """A connection to Ray for the duration of a command; a Ray that was started for it ends with it.
 
-    Inside, worker output stays in Ray's own log files: a run reports through its metrics.
+    Inside, what Ray says goes to a file, which an error names, and worker output to Ray's own log files: a run reports
+    through its metrics.
     """
     if not _begun and ray.is_initialized():  # somebody else's, left as it is
         yield _resources(section)
         return
-    local = is_local(section)
-    if local:
+    elsewhere = address(section)
+    if elsewhere is None:
         resources(section, this_machine())  # refuse before anything starts
-    address = "local" if local else (section.address or os.environ["RAY_ADDRESS"])
+    with to_file() as log:
+        _connect(elsewhere, log)
+        try:
+            with _told_of_no_worker():
+                yield _resources(section)
+        except Exception as error:
+            if type(error) is TrainingError:
+                raise TrainingError(error.message + log.named(), error.where) from error
+            if not isinstance(error, RaylmError) and (named := log.named()):
+                cli.say(named.removeprefix("; "))
+            raise
+        finally:
+            ray.shutdown()
+
+
+def _connect(elsewhere: Address | None, log: Log) -> None:
+    """Connect to a cluster, or to the Ray of this machine that is started for it, or was ahead of it."""
+    begun = _begun.pop() if _begun else None
+    what = "Starting Ray" if elsewhere is None else f"Connecting to Ray at {elsewhere.value}"
     try:
-        begun = _begun.pop() if _begun else None
-        what = "Starting Ray" if local else f"Connecting to Ray at {address}"
         with cli.waiting(what) if begun is None or not begun.done() else contextlib.nullcontext():
-            begun.result() if begun is not None else _start(address)
+            if begun is not None:
+                begun.result()
+                return
+            if elsewhere is not None:
+                check(elsewhere)
+            _start("local" if elsewhere is None else elsewhere.value)
+    except RaylmError:
+        raise
     except Exception as error:  # Ray's have no class of their own
-        problem = str(error).strip().split("\n")[0]
-        what = "Ray does not start on this machine" if local else "Ray cannot be reached"
-        raise ConfigError(f"cluster.address={address}: {what}: {problem}", "cluster.address") from error
-    try:
-        yield _resources(section)
-    finally:
-        ray.shutdown()
+        named, setting = elsewhere or "cluster.address=local", elsewhere.setting if elsewhere else "cluster.address"
+        what = "Ray cannot be reached" if elsewhere else "Ray does not start on this machine"
+        raise ConfigError(f"{named}: {what}: {_problem(error)}{log.named()}", setting) from error
+
+
+def _problem(error: Exception) -> str:
+    """The first line of what Ray says; all of it, where that line only announces the others."""
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]
 
 
 def ahead() -> None:
@@ -92,6 +124,7 @@ def ahead() -> None:
         threading.Event().wait()  # Ray's processes end with the thread that has started them
 
     if not ray.is_initialized():
+        begin()
         _begun.append(begun)
         threading.Thread(target=start, daemon=True).start()
 
@@ -100,12 +133,17 @@ def _start(address: str) -> None:
     """ray.init, after which the process handles SIGTERM as before: Ray (2.60) puts a handler in place that ends it."""
     for name, value in DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if address == "local":
+        # A command that was started by `uv run` would have Ray pack the directory it is in, and start each worker by
+        # `uv run` in an environment that has no Ray. Here they have the command's own interpreter. Ray reads the
+        # variable of this name once, when it is imported.
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     before = signal.getsignal(signal.SIGTERM)
     ray.init(
         address=address,
         include_dashboard=False if address == "local" else None,
         log_to_driver=False,
-        logging_level=logging.ERROR,
+        logging_level=logging.WARNING,
         runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
     if threading.current_thread() is threading.main_thread():
@@ -113,13 +151,42 @@ def _start(address: str) -> None:
 
 
 def _resources(section: ClusterConfig) -> Resources:
-    """Those of the cluster that is connected; nodes that will have to be added to it are told of."""
+    """Those of the cluster that is connected; nodes, or a room, that will have to be waited for are told of."""
     found = resources(section, capacity(section))
-    now = ray.cluster_resources()
-    missing = {kind: wanted for kind, wanted in found.needed.items() if wanted > now.get(kind, 0)}
-    for kind, wanted in missing.items():
-        cli.say(f"{amount_of(wanted, kind)} are needed and the cluster has {now.get(kind, 0):g}: waiting for nodes")
+    now, free = ray.cluster_resources(), ray.available_resources()
+    for kind, wanted in found.needed.items():
+        if wanted > now.get(kind, 0):
+            cli.say(f"{amount_of(wanted, kind)} are needed and the cluster has {now.get(kind, 0):g}: waiting for nodes")
+        elif wanted > free.get(kind, 0):
+            others = f"the cluster has {now[kind]:g}, of which {free.get(kind, 0):g} are free"
+            cli.say(f"{amount_of(wanted, kind)} are needed and {others}: waiting for others to end")
     return found
+
+
+WORKER_SECONDS = 60.0
+"""How long Ray's first worker process may take to come until its absence is told: 1 to 3 s are usual."""
+
+
+@contextlib.contextmanager
+def _told_of_no_worker() -> Iterator[None]:
+    """Say so if Ray, connected, has no worker process after a minute: whatever is done on one would wait for ever.
+
+    The process that answers is the one that does the first work.
+    """
+    first = ray.remote(num_cpus=0, max_retries=0)(lambda: None).remote().future()
+
+    def tell() -> None:
+        if not first.done():
+            logs = ray._private.worker._global_node.get_logs_dir_path()
+            cli.say(f"Ray has started no worker in {WORKER_SECONDS:g} s, and this waits for one; Ray's logs: {logs}")
+
+    timer = threading.Timer(WORKER_SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 ANSWER_SECONDS = 60.0

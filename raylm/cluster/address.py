@@ -1,0 +1,184 @@
+"""Which cluster a command uses, whether it is there, and the token that it asks for."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from concurrent.futures import Future
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from ray._private import services
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError, RayError
+
+from raylm.config import ClusterConfig
+from raylm.errors import ConfigError
+
+ANSWER_SECONDS = 5.0
+"""How long a cluster may take to answer; ray.init waits over ten minutes for one that is not there."""
+
+JOB = "raylm submit --address http://HOST:8265 VERB …"
+
+HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What a client of HTTP/2, and so of gRPC, begins with: the preface, and settings that change nothing."""
+
+SETTINGS = 4
+"""The type of the frame by which a server of HTTP/2 answers: the fourth byte."""
+
+
+class Address(NamedTuple):
+    """A cluster as it was named, and the setting or variable that named it."""
+
+    value: str
+    setting: str
+
+    def __str__(self) -> str:
+        return f"{self.setting}={self.value}"
+
+
+def address(section: ClusterConfig) -> Address | None:
+    """The cluster that a command uses; None where Ray is started on this machine, for the command alone."""
+    named = (("cluster.address", section.address), ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS")))
+    for setting, value in named:
+        if value:
+            return None if value == "local" else Address(value, setting)
+    return None
+
+
+def is_local(section: ClusterConfig) -> bool:
+    """Whether Ray will be started on this machine, for this command alone."""
+    return address(section) is None
+
+
+# Whether it is there -------------------------------------------------------------------------------------------------
+
+
+def check(address: Address) -> None:
+    """ConfigError, within ten seconds, if this process cannot connect to the cluster: none answers, it does not take
+    the token that is here, or it has no node on this machine."""
+
+    def refused(problem: str) -> ConfigError:
+        return ConfigError(f"{address}: {problem}", address.setting)
+
+    host, port = _host_and_port(address)
+    problem = _unreachable(host, port)
+    if problem is not None:
+        raise refused(f"no Ray cluster can be reached there: {problem}")
+    show_token()
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and not has_token():
+        raise refused(no_token())  # GcsClient would end this process
+    try:
+        client = GcsClient(address=f"{host}:{port}")
+        nodes = {node.hex() for node in client.get_all_node_info(timeout=ANSWER_SECONDS)}
+    except AuthenticationError as error:
+        raise refused(no_token()) from error
+    except RayError as error:
+        raise refused("what answers there is not the head of a Ray cluster, whose port is 6379 by default") from error
+    if nodes.isdisjoint(services.find_node_ids()):
+        raise refused(
+            "no node of this cluster runs on this machine, and a command needs one beside it; run it on a node, or "
+            f"send it there: {JOB}"
+        )
+
+
+def _host_and_port(address: Address) -> tuple[str, int]:
+    """As Ray understands them: auto finds a cluster of this machine, localhost is this node's own address."""
+    way_out = "give the head's HOST:PORT, auto for the cluster that this machine is a node of, or local"
+    if address.value.startswith("ray://"):
+        problem = f"Ray Client (ray://) is not supported; on a node of the cluster {way_out}; from elsewhere: {JOB}"
+        raise ConfigError(f"{address}: {problem}", address.setting)
+    if "://" in address.value:
+        problem = f"not an address that a command connects to; {way_out}; to a dashboard jobs are sent: {JOB}"
+        raise ConfigError(f"{address}: {problem}", address.setting)
+    value = address.value
+    if value == "auto":
+        try:
+            value = services.get_ray_address_from_environment("auto", None)
+        except ConnectionError:
+            problem = "no Ray cluster runs on this machine: `ray start --head` starts one"
+            raise ConfigError(f"{address}: {problem}", address.setting) from None
+    try:
+        parts = urlsplit(f"//{value}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise ConfigError(f"{address}: not an address; {way_out}", address.setting)
+    return services.resolve_ip_for_localhost(host), port
+
+
+def _unreachable(host: str, port: int) -> str | None:
+    """Why no server of gRPC answers there; None if one does. A name that is looked up for long is given up, too."""
+    found: Future[str | None] = Future()
+
+    def look() -> None:
+        found.set_result(_why_unreachable(host, port))
+
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        return found.result(2 * ANSWER_SECONDS - 1)
+    except TimeoutError:
+        return f"{host} takes too long to look up and to answer"
+
+
+def _why_unreachable(host: str, port: int) -> str | None:
+    try:
+        with socket.create_connection((host, port), ANSWER_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+                return None
+            connection.sendall(HTTP2_HELLO)
+            answer = connection.recv(4, socket.MSG_WAITALL)
+    except socket.gaierror:
+        return f"the host name {host} is not known"
+    except ConnectionRefusedError:
+        return f"{host} is there, and nothing listens on port {port}"
+    except TimeoutError:
+        return f"{host}:{port} does not answer within {ANSWER_SECONDS:g} s"
+    except OSError as error:
+        return f"{host}:{port}: {error.strerror or error}"
+    return None if answer[3:] == bytes([SETTINGS]) else f"what listens on port {port} is no Ray head"
+
+
+# Its token -----------------------------------------------------------------------------------------------------------
+
+
+def token_source() -> str:
+    """Where Ray looks for the token that it shows to clusters, as its user would name it."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return f"RAY_AUTH_TOKEN_PATH={path}" if path else "~/.ray/auth_token"
+
+
+def has_token() -> bool:
+    """Whether Ray finds a token to show."""
+    try:
+        return AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    except AuthenticationError:  # RAY_AUTH_TOKEN_PATH names no file, or an empty one
+        return False
+
+
+def show_token() -> None:
+    """Have Ray show the token that is there to whatever cluster it connects to, unless RAY_AUTH_MODE is set.
+
+    It does so by itself for a cluster of this machine only, and a cluster that asks for none does not mind.
+    """
+    if has_token():
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def no_token() -> str:
+    """Why a cluster that asks for a token was not shown the right one, and the way out."""
+    source, mode = token_source(), os.environ.get("RAY_AUTH_MODE", "token")
+    head = "`ray get-auth-token` on its head prints the one that it takes"
+    if not has_token():
+        return (
+            f"it asks for a token, and there is none in {source}: {head}; put it into ~/.ray/auth_token (chmod 600) or "
+            "RAY_AUTH_TOKEN"
+        )
+    if mode.lower() != "token":
+        return f"it asks for a token, and RAY_AUTH_MODE={mode} holds that of {source} back: export RAY_AUTH_MODE=token"
+    return f"it does not take the token of {source}: {head}"

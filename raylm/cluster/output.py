@@ -1,0 +1,90 @@
+"""What Ray says on its own, in a file instead of on the terminal.
+
+Ray speaks in three ways: its C++ core writes to descriptor 2, its loggers to sys.stderr, and what goes wrong in other
+processes it prints to sys.stdout. Our own lines, tracebacks and warnings go to sys.stderr, which in a command is
+not descriptor 2 (cli.run), so that the descriptor can be turned away.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from ray._private import worker
+from ray._private.log import PlainRayHandler
+
+
+class Log:
+    """A file that takes whatever Ray says until `end`, when it is removed unless an error has named it."""
+
+    def __init__(self) -> None:
+        descriptor, self.path = tempfile.mkstemp(prefix="raylm-ray-", suffix=".log")
+        self._file = os.fdopen(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+        self._is_named = False
+        self._terminal = None if _is_descriptor_2(sys.stderr) else os.dup(2)
+        if self._terminal is not None:
+            os.dup2(descriptor, 2)
+        self._emit, self._print = PlainRayHandler.emit, worker.print_to_stdstream
+        PlainRayHandler.emit = lambda handler, record: self._add(handler.format(record))
+        worker.print_to_stdstream = lambda data, ignore_prefix: self._add("\n".join(data["lines"]))
+        atexit.register(self._remove)
+
+    def named(self) -> str:
+        """The end of an error's message that names the file; empty if Ray has said nothing."""
+        if not os.path.getsize(self.path):
+            return ""
+        self._is_named = True
+        return f"; {self.path} has what Ray said"
+
+    def end(self) -> None:
+        PlainRayHandler.emit = self._emit
+        worker.print_to_stdstream = self._print
+        if self._terminal is not None:
+            os.dup2(self._terminal, 2)
+            os.close(self._terminal)
+        self._file.close()
+        self._remove()
+        atexit.unregister(self._remove)
+
+    def _add(self, text: str) -> None:
+        with contextlib.suppress(ValueError):  # a thread of Ray's that is late: the file is closed
+            self._file.write(f"{text}\n")
+
+    def _remove(self) -> None:
+        if not self._is_named:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+
+def _is_descriptor_2(stream: Any) -> bool:
+    try:
+        return stream.fileno() == 2
+    except (AttributeError, OSError):  # nothing, or something in memory
+        return False
+
+
+_log: Log | None = None
+
+
+def begin() -> Log:
+    """The log of this process's Ray, which begins now unless it has before."""
+    global _log
+    _log = _log or Log()
+    return _log
+
+
+@contextlib.contextmanager
+def to_file() -> Iterator[Log]:
+    """The log of this process's Ray, which ends with the block."""
+    global _log
+    log = begin()
+    try:
+        yield log
+    finally:
+        _log = None
+        log.end()
