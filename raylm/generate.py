@@ -232,16 +232,16 @@ def _documents(section: CorpusConfig, mask: str) -> tuple[list[Source], list[Sha
     ledger: corpus.Ledger = corpus.Ledger()
     with cli.task("Reading", "documents") as advance:
 
-        def hashes() -> Iterator[bytes]:
-            for shard in plan:
+        def hashes(shards: list[corpus.Shard]) -> Iterator[bytes]:
+            for shard in shards:
                 found = []
                 for document in corpus.documents(shard, section, ledger):
-                    found.append(document.hash)
+                    found.append((document.hash, document.source))
                     ledger["with mask"] += mask in document.text
                 advance(ledger["kept"], None)
-                yield np.array(found, np.uint64).tobytes()
+                yield np.array(found, corpus.SEEN).tobytes()
 
-        chosen = corpus.select(plan, hashes(), section)
+        chosen = corpus.select(plan, hashes, section)
     has_mask = ledger.pop("with mask", 0)
     documents = sum(int(np.unpackbits(np.frombuffer(shard.keep or b"", np.uint8)).sum()) for shard in chosen)
     if not documents:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 
 from raylm.config import CorpusConfig, parse_setting
 from raylm.corpus import (
+    SEEN,
+    File,
     Ledger,
     Shard,
     check,
@@ -34,7 +37,7 @@ from raylm.corpus import (
     shards,
     split,
 )
-from raylm.corpus.piece import whole
+from raylm.corpus.piece import Piece, whole
 from raylm.errors import DataError
 
 
@@ -500,7 +503,7 @@ def test_each_filter_keeps_and_counts(tmp_path):
 
 
 def chosen(plan, corpus):
-    return select(plan, (hashes(shard, corpus) for shard in plan), corpus)
+    return select(plan, lambda shards: (hashes(shard, corpus) for shard in shards), corpus)
 
 
 @pytest.mark.parametrize("files_a_shard", [1, 3, 10])
@@ -544,13 +547,75 @@ def test_no_more_is_read_than_needed(tmp_path):
     plan = [Shard((piece,), 1) for piece in whole.pieces]
     read_shards = []
 
-    def hashed():
-        for number, shard in enumerate(plan):
+    def hashed(shards):
+        for number, shard in enumerate(shards):
             read_shards.append(number)
             yield hashes(shard, corpus)
 
-    assert len(select(plan, hashed(), corpus)) == 3
+    assert len(select(plan, hashed, corpus)) == 3
     assert read_shards == [0, 1, 2]
+
+
+@pytest.mark.parametrize("files_a_shard", [1, 2, 3, 10])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_documents": 4}, ["a0", "a1", "b0", "c0"]),
+        ({"max_documents": 7}, ["a0", "a1", "a2", "b0", "c0", "c1", "c2"]),
+        ({"max_documents": 100}, ["a0", "a1", "a2", "a3", "a4", "b0", "c0", "c1", "c2"]),
+        ({"max_documents": 5, "validation_paths": "d/*"}, ["a0", "a1", "b0", "c0", "d0"]),
+    ],
+)
+def test_documents_are_taken_from_the_sources_in_turn(tmp_path, monkeypatch, settings, expected, files_a_shard):
+    monkeypatch.chdir(tmp_path)
+    for name in "a0 a1 a2 a3 a4 b0 c0 c1 c2 d0 d1".split():
+        (tmp_path / name[0]).mkdir(exist_ok=True)
+        (tmp_path / name[0] / name).write_text(name)
+    corpus = CorpusConfig(paths=["a", "b/b*", "c/*"], **settings)
+    pieces = [piece for shard in shards(check(corpus)) for piece in shard.pieces]
+    sides = [[piece for piece in pieces if piece.validation is side] for side in (False, True)]
+    plan = [
+        Shard(tuple(side[first : first + files_a_shard]), 1)
+        for side in sides
+        for first in range(0, len(side), files_a_shard)
+    ]
+    plan = chosen(plan, corpus)
+    assert [document.text for shard in plan for document in documents(shard, corpus, Ledger())] == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=12), min_size=1, max_size=4),
+    st.integers(1, 20),
+    st.booleans(),
+    st.integers(1, 5),
+)
+def test_a_selection_is_the_same_however_the_shards_are_cut(sources, most, deduplicate, docs_a_shard):
+    corpus = CorpusConfig(max_documents=most, deduplicate=deduplicate)
+    documents = [(ord(text), index) for index, texts in enumerate(sources) for text in texts]
+    cut = [documents[first : first + docs_a_shard] for first in range(0, len(documents), docs_a_shard)]
+    file = File("a", 1, "")
+    plan = [
+        Shard(tuple(Piece(file, "text", None, index) for _, index in part), number) for number, part in enumerate(cut)
+    ]
+
+    def read(some):
+        return (np.array(cut[shard.num_bytes], SEEN).tobytes() for shard in some)
+
+    kept = []
+    for shard in select(plan, read, corpus):
+        bits = np.unpackbits(np.frombuffer(shard.keep, np.uint8), count=shard.num_bits)
+        kept += [document for document, bit in zip(cut[shard.num_bytes], bits, strict=False) if bit]
+    turns, expected = {}, []
+    for at, (text, index) in enumerate(documents):
+        turns[index] = turns.get(index, -1) + 1
+        expected.append((turns[index], at, text, index))
+    first, contents = [], set()
+    for _, at, text, index in sorted(expected):
+        if len(first) < most and not (deduplicate and text in contents):
+            first.append((at, text, index))
+            contents.add(text)
+    assert kept == [(text, index) for _, text, index in sorted(first)]
 
 
 def test_a_nested_column_that_is_null_is_a_bad_row(tmp_path):
@@ -712,7 +777,7 @@ def test_what_decides_nothing_is_not_looked_at(tmp_path):
 
 
 def test_a_data_set_of_the_hub_is_many_documents_and_not_loaded(hub, monkeypatch):
-    corpus = CorpusConfig(paths=hub)
+    corpus = CorpusConfig(paths=hub, deduplicate=True)
     sources = check(corpus)
     monkeypatch.setattr(datasets, "load_dataset", None)
     reader.data_set_rows.cache_clear()

@@ -8,6 +8,7 @@
     listing      corpus.paths -> the files that can be read; what else lies there is counted
     passages     a document -> passages
     reader       shards of files -> documents: hashed, filtered, counted, of the train or the validation split
+    selection    of duplicates and under corpus.max_documents, which documents to keep
     split        how to split a corpus: by documents or passages, and how much of it to hold out
 
 What a shard holds, which documents are kept and which side of the split they fall on depends on the files and the
@@ -21,17 +22,16 @@ from raylm.corpus.reader import (
     Ledger,
     Shard,
     documents,
-    hashes,
     kept_fraction,
-    select,
-    selected,
     shards,
 )
+from raylm.corpus.selection import SEEN, hashes, select, selected
 from raylm.corpus.sources import File, Source
 from raylm.corpus.split import ENOUGH_UNITS, Holdout, holdout
 
 __all__ = [
     "ENOUGH_UNITS",
+    "SEEN",
     "Document",
     "Fault",
     "File",

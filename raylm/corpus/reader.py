@@ -239,50 +239,6 @@ def _filters(corpus: CorpusConfig) -> Callable[[str], str | None]:
     return left_out
 
 
-def selected(corpus: CorpusConfig) -> bool:
-    """Whether keeping a document depends on the ones before it, so that `select` is needed."""
-    return corpus.deduplicate or corpus.max_documents is not None
-
-
-def hashes(shard: Shard, corpus: CorpusConfig) -> bytes:
-    """The hashes of a shard's documents that pass the filters, 8 bytes each."""
-    return np.array([content_hash(encoded) for _, _, encoded in kept(shard, corpus, Ledger())], np.uint64).tobytes()
-
-
-def select(plan: list[Shard], hashed: Iterator[bytes], corpus: CorpusConfig) -> list[Shard]:
-    """The shards with the documents to keep: the first of each content, and corpus.max_documents of them in all.
-
-    Of a document in corpus.paths and corpus.validation_paths the latter is kept, or validation would be of texts that
-    were trained on.
-    `hashed` gives the hashes of each shard in order, and is read no further than needed. Holds 8 bytes a document.
-    """
-    found: list[np.ndarray] = []
-    most = corpus.max_documents
-    total, look_at = 0, most or 0
-    for chunk in hashed:
-        found.append(np.frombuffer(chunk, np.uint64))
-        total += len(found[-1])
-        if most is not None and total >= look_at:
-            different = len(np.unique(np.concatenate(found))) if corpus.deduplicate else total
-            if different >= most:
-                break
-            look_at = total + most - different
-    joined = np.concatenate(found) if found else np.empty(0, np.uint64)
-    keep = np.ones(len(joined), bool)
-    if corpus.deduplicate:
-        training = [not shard.pieces[0].validation for shard in plan[: len(found)]]
-        order = np.argsort(np.repeat(training, [len(part) for part in found]), kind="stable")
-        keep[:] = False
-        keep[order[np.unique(joined[order], return_index=True)[1]]] = True
-    ends = np.cumsum([len(part) for part in found])
-    last = len(joined) if most is None else int(np.searchsorted(np.cumsum(keep), most)) + 1
-    chosen = []
-    for shard, end, part in zip(plan, ends, found, strict=False):
-        mask = keep[end - len(part) : min(int(end), last)]
-        chosen.append(shard._replace(keep=np.packbits(mask).tobytes(), num_bits=len(mask)))
-    return chosen
-
-
 def kept_fraction(ledger: dict[str, int]) -> float:
     """Part of the documents that were kept, as in "3.26% of data after filtering"."""
     return ledger.get("kept", 0) / max(1, ledger.get("documents", 0))

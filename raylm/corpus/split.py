@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 from raylm.config import CorpusConfig
 from raylm.corpus.passages import MOST_CHARS, passages
 from raylm.corpus.piece import Piece
-from raylm.corpus.reader import Ledger, Shard, content_hash, hashes, kept, select, selected, shards
+from raylm.corpus.reader import Ledger, Shard, content_hash, kept, shards
+from raylm.corpus.selection import hashes, select, selected
 from raylm.corpus.sources import HUB, Source
 
 FEW_DOCUMENTS = 50
@@ -68,7 +69,7 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
     plan = [shard._replace(pieces=(piece,)) for shard in shards(local) for piece in shard.pieces]
     look = _look(plan, corpus)
     if look.complete and selected(corpus):
-        look = _look(select(plan, (hashes(shard, corpus) for shard in plan), corpus), corpus)
+        look = _look(select(plan, lambda shards: (hashes(shard, corpus) for shard in shards), corpus), corpus)
     complete = look.complete and len(local) == len(sources)
     num_documents = min(len(look.documents) + look.unread, corpus.max_documents or 2**63)
     if len(local) < len(sources):

@@ -108,8 +108,7 @@ def _write_store(
 ) -> dict[str, Any]:
     plan = shards(sources)
     if selected(corpus):
-        hashed = _each(lambda index, shard: hashes(shard, corpus), enumerate(plan))
-        plan = select(plan, hashed, corpus)
+        plan = select(plan, lambda some: _each(lambda index, shard: hashes(shard, corpus), enumerate(some)), corpus)
     _write_tokenizer(path, section, plan, corpus)
     encoder = tokenizers.choose_encoder(local_tokenizer(path), _sample(plan, corpus, CHECKED_BYTES))
     if encoder["differs"]:

@@ -1,0 +1,110 @@
+"""Which documents to keep where that depends on others: duplicates, and corpus.max_documents."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from raylm.config import CorpusConfig
+from raylm.corpus.reader import Ledger, Shard, content_hash, kept
+
+SEEN = np.dtype([("hash", np.uint64), ("source", np.uint16)])
+"""A document that passes the filters, as `select` is told of it."""
+
+
+def selected(corpus: CorpusConfig) -> bool:
+    """Whether keeping a document depends on others, so that `select` is needed."""
+    return corpus.deduplicate or corpus.max_documents is not None
+
+
+def hashes(shard: Shard, corpus: CorpusConfig) -> bytes:
+    """The SEEN of a shard's documents that pass the filters, 10 bytes each."""
+    found = [(content_hash(encoded), piece.source) for piece, _, encoded in kept(shard, corpus, Ledger())]
+    return np.array(found, SEEN).tobytes()
+
+
+def select(plan: list[Shard], read: Callable[[list[Shard]], Iterator[bytes]], corpus: CorpusConfig) -> list[Shard]:
+    """The shards with the documents to keep: one of each content, and corpus.max_documents of them in all.
+
+    These are taken from the sources in turn: the first document of each, then the second of each, and so on. Of a
+    content the first document is kept, but one of corpus.validation_paths before one of corpus.paths: or validation
+    would be of texts that were trained on.
+    `read` gives the SEEN of some shards in order, and is read no further than needed. Holds 10 bytes a document.
+    """
+    if not plan:
+        return []
+    most = corpus.max_documents
+    order = _in_turn(plan) if most is not None else range(len(plan))
+    found: dict[int, np.ndarray] = {}
+    left = Counter(piece.source for shard in plan for piece in shard.pieces)
+    look_at = most or 0
+    for number, chunk in zip(order, read([plan[number] for number in order]), strict=True):
+        found[number] = np.frombuffer(chunk, SEEN)
+        left -= Counter(piece.source for piece in plan[number].pieces)
+        if most is None or sum(len(part) for part in found.values()) < look_at:
+            continue
+        different = _num_certain(found, left, corpus)
+        if different >= most:
+            break
+        look_at = sum(len(part) for part in found.values()) + most - different
+    read_shards = sorted(found)
+    parts = [found[number] for number in read_shards]
+    seen = np.concatenate(parts) if parts else np.empty(0, SEEN)
+    training = np.repeat(
+        [not plan[number].pieces[0].validation for number in read_shards], [len(part) for part in parts]
+    )
+    keep = _kept(seen, training.astype(bool), corpus)
+    chosen = []
+    for number, mask in zip(read_shards, np.split(keep, np.cumsum([len(part) for part in parts])), strict=False):
+        if most is not None:  # nothing is read after the last one
+            mask = mask[: np.flatnonzero(mask)[-1] + 1] if mask.any() else mask[:0]
+        if len(mask) or most is None:
+            chosen.append(plan[number]._replace(keep=np.packbits(mask).tobytes(), num_bits=len(mask)))
+    return chosen
+
+
+def _in_turn(plan: list[Shard]) -> list[int]:
+    """The order in which to read shards: the first of each source, then the second of each, and so on."""
+    num_read: Counter[int] = Counter()
+    rounds = []
+    for shard in plan:
+        sources = {piece.source for piece in shard.pieces}
+        rounds.append(max((num_read[source] for source in sources), default=0))
+        num_read |= Counter(dict.fromkeys(sources, rounds[-1] + 1))
+    return sorted(range(len(plan)), key=rounds.__getitem__)
+
+
+def _turns(source: np.ndarray) -> np.ndarray:
+    """Of each document, how many of its source stand before it."""
+    by_source = np.argsort(source, kind="stable")
+    _, first, counts = np.unique(source[by_source], return_index=True, return_counts=True)
+    turns = np.empty(len(source), np.int64)
+    turns[by_source] = np.arange(len(source)) - np.repeat(first, counts)
+    return turns
+
+
+def _num_certain(found: dict[int, np.ndarray], left: Counter[int], corpus: CorpusConfig) -> int:
+    """How many documents, or different ones, come before any that has not been read yet."""
+    seen = np.concatenate([found[number] for number in sorted(found)])
+    turns = _turns(seen["source"])
+    unread = [source for source, pieces in left.items() if pieces > 0]
+    certain = seen[turns < min((np.sum(seen["source"] == source) for source in unread), default=len(seen))]
+    return len(np.unique(certain["hash"])) if corpus.deduplicate else len(certain)
+
+
+def _kept(seen: np.ndarray, training: np.ndarray, corpus: CorpusConfig) -> np.ndarray:
+    """Which documents to keep, as bools."""
+    most = corpus.max_documents
+    order = np.arange(len(seen)) if most is None else np.argsort(_turns(seen["source"]), kind="stable")
+    if not corpus.deduplicate:
+        order = order[:most]
+    else:
+        firsts = np.sort(np.unique(seen["hash"][order], return_index=True)[1])
+        order = order if most is None or len(firsts) <= most else order[: firsts[most]]
+        order = order[np.argsort(training[order], kind="stable")]
+        order = order[np.unique(seen["hash"][order], return_index=True)[1]]
+    keep = np.zeros(len(seen), bool)
+    keep[order] = True
+    return keep
