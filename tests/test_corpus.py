@@ -760,7 +760,11 @@ def test_the_validation_split_is_never_too_small_by_bad_luck(tmp_path_factory, c
 def test_a_fraction_that_holds_out_enough_is_not_changed(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"{number}"} for number in range(2500)])
     corpus = CorpusConfig(paths=str(tmp_path))
-    assert held(corpus) == split.Holdout("document", 0.05, 2000, 2000, False)
+    found = held(corpus)
+    assert (found.split_by, found.validation_fraction, found.documents, found.units) == ("document", 0.05, 2000, 2000)
+    assert not found.complete
+    assert found.unit_bytes == 3
+    assert found.num_bytes == pytest.approx((tmp_path / "a.jsonl").stat().st_size, rel=0.01), "all that is read is kept"
     little = held(corpus.model_copy(update={"validation_fraction": 0.001}))
     assert little.validation_fraction < 0.03
     assert len(validation(corpus, little)) >= 30
@@ -781,7 +785,9 @@ def test_a_data_set_of_the_hub_is_many_documents_and_not_loaded(hub, monkeypatch
     sources = check(corpus)
     monkeypatch.setattr(datasets, "load_dataset", None)
     reader.data_set_rows.cache_clear()
-    assert holdout(sources, corpus) == split.Holdout("document", 0.05, 50, 0, False)
+    found = holdout(sources, corpus)
+    assert (found.split_by, found.validation_fraction, found.documents) == ("document", 0.05, 50)
+    assert (found.units, found.unit_bytes, found.complete) == (0, 0, False)
 
 
 def test_the_look_at_a_corpus_is_bounded(tmp_path, monkeypatch):

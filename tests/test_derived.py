@@ -104,7 +104,6 @@ def test_a_sweep_that_is_given_more_trials_keeps_its_sizes(load):
         ("train.num_epochs=2", "train.max_tokens", None),
         ("train.learning_rate=1e-3", "train.learning_rate", 1e-3),
         ("train.batch_tokens=1024", "train.batch_tokens", 1024),
-        ("train.batch_tokens=96", "blocks.block_size", 96),
         ("blocks.block_size=32", "blocks.block_size", 32),
         ("tokenizer.train.vocab_size=300", "tokenizer.train.vocab_size", 300),
         ("tune.space={train.seed: {randint: [0, 9]}}", "tune.space", {"train.seed": {"randint": [0, 9]}}),
