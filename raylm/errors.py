@@ -6,6 +6,7 @@
         TrainingError         exit 4    the training itself
             Diverged                    loss, gradient or perplexity is no number any more
             OutOfMemory                 a step did not fit; with smaller micro-batches it may
+            WorkerFailed                a worker died, or failed of something that may be gone at the next attempt
         StorageError          exit 5    storage or a checkpoint
         Interrupted           exit 75   stopped from outside; the same command goes on
 
@@ -50,6 +51,10 @@ class Diverged(TrainingError):
 
 
 class OutOfMemory(TrainingError):
+    pass
+
+
+class WorkerFailed(TrainingError):
     pass
 
 

@@ -1,6 +1,8 @@
 """Training and scoring on workers of Ray Train, or in one process: one of its own, or this very one.
 
-A training begins again with less at once where memory ran out, and on what is left where a node is taken away.
+A training starts again with less at once where memory ran out, on what is left where a node is taken away, and from its
+last checkpoint where a worker died, whatever it was doing. Deaths are counted here alone: Ray Train's own count takes a
+death while the group starts for a fault of its controller, which ends the run, or does not count it at all.
 """
 
 from __future__ import annotations
@@ -11,29 +13,79 @@ import functools
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raylm import cli, cluster, loop, runs
 from raylm.cluster import Resources
 from raylm.config import Experiment
-from raylm.errors import OutOfMemory, RaylmError, TrainingError
+from raylm.errors import OutOfMemory, RaylmError, TrainingError, WorkerFailed
 from raylm.loop import Job, Outcome
 from raylm.perplexity import Documents
+
+CLEARING_SECONDS = 60.0
+"""How long the workers of an attempt that failed may take to end: longer than Ray takes to give up a node."""
+
+Result = TypeVar("Result")
 
 
 def fit(job: Job, resources: Resources, callbacks: Sequence[Any] = ()) -> Outcome:
     """Train until the end of the budget or a stop."""
-    if cluster.alone(job.experiment.cluster) and not callbacks:
-        return with_less(job, lambda: _in_process(job))
+
+    def attempt() -> Outcome:
+        if cluster.alone(job.experiment.cluster) and not callbacks:
+            return with_less(job, lambda: _in_process(job))
+        while True:
+            outcome = with_less(job, lambda: _in_group(job, resources, callbacks))
+            if not (outcome.lost_nodes and resources.without(outcome.lost_nodes).most_runs):
+                return outcome
+            cli.say(f"a node is being taken away; going on without it from step {outcome.step:,}")
+
+    def stopped() -> Outcome | None:
+        """The outcome if the training was asked to stop and has a checkpoint, so that no worker need start for it."""
+        if job.board is None or not job.board.is_stopping():
+            return None
+        step, _ = job.checkpoints.newest()
+        return Outcome({}, step, stopped=True) if step is not None else None
+
+    return _despite_failures(attempt, job.experiment.cluster.max_failures, job.say, job.directory, stopped)
+
+
+def _despite_failures(
+    attempt: Callable[[], Result],
+    max_failures: int,
+    say: Callable[[str], None],
+    where: str,
+    stopped: Callable[[], Result | None] = lambda: None,
+) -> Result:
+    """What an attempt gives that may be made again, each time a worker fails, at most `max_failures` times.
+
+    After a failure, what `stopped` gives, if anything, is taken in place of another attempt.
+    """
+    failures = 0
     while True:
-        outcome = with_less(job, lambda: _in_group(job, resources, callbacks))
-        if not (outcome.lost_nodes and resources.without(outcome.lost_nodes).most_runs):
-            return outcome
-        cli.say(f"a node is being taken away; going on without it from step {outcome.step:,}")
+        try:
+            return attempt()
+        except (WorkerFailed, _Uncounted) as error:
+            failures += isinstance(error, WorkerFailed)
+            if (outcome := stopped()) is not None:
+                return outcome
+            if failures > max_failures:
+                tried = f"tried {failures} times" if max_failures else "tried once"
+                told = f"{error} ({tried}: cluster.max_failures={max_failures})"
+                raise WorkerFailed(told, getattr(error, "where", None) or where) from error
+            attempts = f", attempt {failures + 1} of at most {max_failures + 1}" if failures else ""
+            say(f"{error}; starting again{attempts}")
+
+
+class _Uncounted(Exception):
+    """An attempt ended for a reason that is not counted: nodes were taken away, or are not there yet."""
 
 
 def fit_here(job: Job) -> Outcome:
@@ -51,17 +103,9 @@ def _alone(job: Job) -> Outcome:
 
 
 def _in_process(job: Job) -> Outcome:
-    """In another process of this machine, and in a new one where that dies."""
-    left = job.experiment.cluster.max_failures
-    while True:
-        try:
-            with cluster.process() as process:
-                return process.call(_alone, job)
-        except RaylmError as error:
-            if not left:
-                raise type(error)(error.message, error.where or job.directory) from error
-            job.say(f"{error}; beginning again from the last checkpoint, {left} more times at most")
-            left -= 1
+    """In another process of this machine."""
+    with cluster.process() as process:
+        return process.call(_alone, job)
 
 
 def with_less(job: Job, train: Callable[[], Outcome]) -> Outcome:
@@ -80,7 +124,7 @@ def with_less(job: Job, train: Callable[[], Outcome]) -> Outcome:
 
 def _in_group(job: Job, resources: Resources, callbacks: Sequence[Any]) -> Outcome:
     train = functools.partial(loop.train_loop_per_worker, job)
-    return _on_workers(train, resources, job.directory, job.experiment.cluster.max_failures, callbacks)
+    return _on_workers(train, resources, job.directory, callbacks)
 
 
 def score(
@@ -103,13 +147,14 @@ def score(
     if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):
         alone = dataclasses.replace(job, cpus=cluster.cpus_here(), session=loop.Alone, progress=progress)
         return loop.score_loop_per_worker(alone)
-    return _on_workers(functools.partial(loop.score_loop_per_worker, job), resources, directory)
+    score = functools.partial(loop.score_loop_per_worker, job)
+    return _despite_failures(
+        lambda: _on_workers(score, resources, directory), experiment.cluster.max_failures, cli.say, directory
+    )
 
 
-def _on_workers(
-    function: Callable[[], Any], resources: Resources, where: str, max_failures: int = 0, callbacks: Sequence[Any] = ()
-) -> Any:
-    """What a function returns on rank 0 of a group of workers.
+def _on_workers(function: Callable[[], Any], resources: Resources, where: str, callbacks: Sequence[Any] = ()) -> Any:
+    """What a function returns on rank 0 of a group of workers. Nothing is left of the group if that fails.
 
     It has what it needs in itself, not from train_loop_config, which Ray's controller unpickles too: 4 s of imports.
     """
@@ -128,7 +173,9 @@ def _on_workers(
                 placement_strategy=resources.placement_strategy,
             ),
             run_config=RunConfig(
-                **kept, failure_config=FailureConfig(max_failures=max_failures), callbacks=list(callbacks)
+                **kept,
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                callbacks=list(callbacks),
             ),
         )
         return _result(trainer, where)
@@ -167,31 +214,126 @@ def _result(trainer: Any, where: str) -> Any:
         fit()
     if not failures:
         return results[0]
-    if isinstance(failures[0], Exception):
-        raise _cause(failures[0], where) from failures[0]
-    raise failures[0]  # a trial that the scheduler stops
+    if not isinstance(failures[0], Exception):
+        raise failures[0]  # a trial that the scheduler stops
+    _clear()
+    raise _cause(failures[0], where) from failures[0]
+
+
+def _clear() -> None:
+    """End the worker groups that this process has started, and free what they had reserved.
+
+    Ray Train (2.60) leaves both behind where a worker dies while it loads the function, or the controller at any time.
+    Workers live on for up to 3 s, and could write to the checkpoints that the next attempt reads; what is reserved
+    stays so until the job ends. ray.util.state tells of neither without a dashboard.
+    """
+    from ray.core.generated.gcs_pb2 import ActorTableData, PlacementGroupTableData
+
+    state = ray._private.state.state._connect_and_get_accessor()
+    context = ray.get_runtime_context()
+    here, job = bytes.fromhex(context.get_worker_id()), ray.JobID.from_hex(context.get_job_id())
+    until = time.monotonic() + CLEARING_SECONDS
+    while True:
+        actors = [ActorTableData.FromString(each) for each in state.get_actor_table(job, None)]
+        controllers = {
+            actor.actor_id: actor.address.worker_id
+            for actor in actors
+            if actor.class_name == "TrainController" and actor.owner_address.worker_id == here
+        }
+        for group in map(PlacementGroupTableData.FromString, state.get_placement_group_table()):
+            if group.creator_actor_id in controllers and group.state != PlacementGroupTableData.REMOVED:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+        left = [
+            actor
+            for actor in actors
+            if actor.actor_id in controllers
+            or (actor.class_name == "RayTrainWorker" and actor.owner_address.worker_id in controllers.values())
+            if actor.state != ActorTableData.DEAD or _runs_here(actor)
+        ]
+        if not left:
+            return
+        if time.monotonic() > until:
+            raise TrainingError(
+                f"{len(left)} processes of a worker group that failed do not end, as process {left[0].pid} on "
+                f"{left[0].address.ip_address}; end them, or they may write to its checkpoints"
+            )
+        time.sleep(0.1)
+
+
+def _runs_here(actor: Any) -> bool:
+    """Whether the process of an actor runs on this node: Ray calls it dead some 0.3 s before it has ended."""
+    if actor.address.node_id.hex() != ray.get_runtime_context().get_node_id():
+        return False
+    try:
+        return psutil.Process(actor.pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _cause(error: Exception, where: str) -> Exception:
-    """What a worker raised; raylm's own errors, of any rank, before the others': ranks die of each other's death."""
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    for failure in failures.values():
-        for seen in _unwrapped(failure):
-            if isinstance(seen, RaylmError):
-                return type(seen)(seen.message, seen.where)
-    for rank, failure in failures.items():
-        for seen in _unwrapped(failure):
-            if isinstance(seen, ray.exceptions.OutOfMemoryError):  # of 50 lines, with every process of the node
-                held = re.findall(r"actual memory used=([\d.]+GB)", str(seen))
-                node = re.findall(r"[\d.]+GB used / [\d.]+GB limit", str(seen))
-                return TrainingError(
-                    f"worker {rank} was killed, for its node ran out of memory ({', '.join([*held[:1], *node])}); "
-                    f"{cluster.LESS_MEMORY}",
-                    where=where,
-                )
+    """What a worker raised; raylm's own errors, of any rank, before the others': ranks die of each other's death.
+
+    WorkerFailed if the next attempt may end better, _Uncounted if this one is not to be counted.
+    """
+    failures = getattr(error, "worker_failures", None) or {None: error}
+    every = [(rank, seen) for rank, failure in failures.items() for seen in _unwrapped(failure)]
+    for _, seen in every:
+        if isinstance(seen, RaylmError):
+            return type(seen)(seen.message, seen.where)
+    for rank, seen in every:
+        if isinstance(seen, ray.exceptions.OutOfMemoryError):  # of 50 lines, with every process of the node
+            held = re.findall(r"actual memory used=([\d.]+GB)", str(seen))
+            node = re.findall(r"[\d.]+GB used / [\d.]+GB limit", str(seen))
+            return WorkerFailed(
+                f"{_named(rank)} was killed, because its node ran out of memory ({', '.join([*held[:1], *node])}); "
+                f"{cluster.LESS_MEMORY}",
+                where=where,
+            )
+    for rank, seen in every:
+        if death := _death(rank, seen, where):
+            return death
     rank, cause = next(iter(failures.items()))
     last = str(cause).strip().split("\n")[-1]
-    return TrainingError(f"worker {rank} failed: {type(cause).__name__}: {last}", where=where)
+    may_pass = all(any(isinstance(seen, cluster.MAY_PASS) for seen in _unwrapped(each)) for each in failures.values())
+    kind = WorkerFailed if may_pass else TrainingError
+    return kind(f"{_named(rank)} failed: {type(cause).__name__}: {last}", where=where)
+
+
+def _death(rank: int | None, error: BaseException, where: str) -> Exception | None:
+    """What an error of Ray's says of a process that died, if it does."""
+    from ray.train.v2._internal import exceptions as of_train
+
+    if isinstance(error, of_train.WorkerGroupStartupTimeoutError):
+        return _Uncounted(f"{cluster.workers(error.num_workers)} had no room within a minute")
+    if isinstance(error, of_train.WorkerGroupStartupFailedError):
+        return WorkerFailed(f"a worker died while its group started; {_FOR_MEMORY}", where)
+    if isinstance(error, of_train.WorkerHealthCheckTimeoutError):
+        return WorkerFailed(f"{_named(rank)} gave no sign of life for minutes", where)
+    if not isinstance(error, _DEATHS) or getattr(error, "actor_init_failed", False):
+        return None
+    if getattr(error, "preempted", False):
+        return _Uncounted(f"{_named(rank)} died with its node, which was taken away")
+    told = dict(re.findall(r"^\s*(class_name|pid|ip): (\S+)$", str(error), re.MULTILINE))
+    classes = {"RayTrainWorker": "a worker", "TrainController": "Ray Train's controller"}
+    name = _named(rank) if rank is not None else classes.get(told.get("class_name", ""), _named(None))
+    place = f" (process {told['pid']} on {told['ip']})" if {"pid", "ip"} <= told.keys() else ""
+    if "node has died" in str(error):
+        return WorkerFailed(f"{name}{place} died with its node", where)
+    return WorkerFailed(f"{name}{place} died; {_FOR_MEMORY}", where)
+
+
+_DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,  # with the process that held it
+)
+
+_FOR_MEMORY = f"if memory ran out, {cluster.LESS_MEMORY}"
+
+
+def _named(rank: int | None) -> str:
+    return "a process of the worker group" if rank is None else f"worker {rank}"
 
 
 def _unwrapped(error: BaseException) -> Iterator[BaseException]:

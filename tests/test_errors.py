@@ -11,6 +11,7 @@ EXIT_CODES = {
     errors.TrainingError: 4,
     errors.Diverged: 4,
     errors.OutOfMemory: 4,
+    errors.WorkerFailed: 4,
     errors.StorageError: 5,
     errors.Interrupted: 75,
 }

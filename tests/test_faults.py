@@ -1,23 +1,28 @@
 """Runs that are killed, stopped, or run out of something: real worker groups, real signals."""
 
+import contextlib
 import json
+import math
 import os
 import random
 import re
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import cloudpickle
 import psutil
 import pytest
+import ray
 import torch
+from ray.train import ControllerError, WorkerGroupError
 
-from raylm import checkpoint, cluster, config, loop, tracking
+from raylm import checkpoint, cluster, config, group, loop, tracking
 from raylm.config import override
-from raylm.errors import Diverged, OutOfMemory, StorageError, TrainingError
+from raylm.errors import ConfigError, Diverged, OutOfMemory, StorageError, TrainingError, WorkerFailed
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -104,7 +109,7 @@ def randomly(number):
     return drawn.sample([(rank, step) for rank in (0, 1) for step in range(12)], number)
 
 
-@pytest.mark.parametrize("number", [5, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("number", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_workers_killed_at_random_steps_end_with_the_same_bytes(untouched, two_workers, train_run, tmp_path, number):
     places = randomly(number)
     outcome, job = train_run(override(two_workers, {"cluster.max_failures": number}), dying(places, tmp_path))
@@ -119,10 +124,230 @@ def test_the_only_worker_of_this_machine_begins_again_where_it_was_killed(tiny, 
         outcome, job = train_run(alone, dying([(0, 5)], tmp_path), board)
     ends_as(untouched, outcome, job)
     assert [line.split(",")[0] for line in said] == ["worker 0 was killed", "going on from step 4 of 12"]
-    assert said[0].endswith("; beginning again from the last checkpoint, 1 more times at most")
+    assert said[0].endswith("; starting again, attempt 2 of at most 2")
     (tmp_path / "again").mkdir()
-    with pytest.raises(TrainingError, match="worker 0 was killed, most likely since the machine ran out of memory;"):
+    once = (
+        r"^worker 0 was killed, most likely because the machine ran out of memory; lower .* \(tried once: cluster.max_"
+    )
+    with pytest.raises(TrainingError, match=once):
         train_run(override(alone, {"cluster.max_failures": 0}), dying([(0, 0)], tmp_path / "again"))
+
+
+def test_a_training_that_was_asked_to_stop_starts_no_worker_again_for_it(tiny, train_run, tmp_path):
+    """Its only worker dies after the checkpoint of step 4, and the command is asked to stop before there is another."""
+
+    class Stopped(cluster.Board):
+        def say(self, message):
+            super().say(message)
+            self.stop()
+
+    board = Stopped()
+    alone = tiny("train.max_tokens=3072", "train.micro_batch_tokens=64", "cluster.max_failures=1")
+    outcome, _ = train_run(alone, dying([(0, 5)], tmp_path), board)
+    assert (outcome.step, outcome.stopped) == (4, True)
+    assert len(board.look()[1]) == 1, "nobody has resumed"
+
+
+LOST = "The actor is dead because its worker process has died."
+
+
+def died(text=f"\tclass_name: RayTrainWorker\n\tpid: 7\n\tip: 10.0.0.2\n{LOST}", **kwargs):
+    return ray.exceptions.RayActorError(error_msg=text, **kwargs)
+
+
+CLOSED = RuntimeError("Connection closed by peer")
+"""What torch has for a rank whose neighbour died."""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (WorkerGroupError("", {1: died()}), WorkerFailed, "worker 1 (process 7 on 10.0.0.2) died; if memory ran out,"),
+        (WorkerGroupError("", {1: died("its node has died")}), WorkerFailed, "worker 1 died with its node"),
+        (WorkerGroupError("", {0: CLOSED, 1: died()}), WorkerFailed, "worker 1 (process 7 on 10.0.0.2) died"),
+        (WorkerGroupError("", {0: CLOSED}), WorkerFailed, "worker 0 failed: RuntimeError: Connection closed by peer"),
+        (WorkerGroupError("", {0: died(preempted=True)}), group._Uncounted, "worker 0 died with its node, which was"),
+        (ControllerError(died()), WorkerFailed, "a worker (process 7 on 10.0.0.2) died"),
+        (died("class_name: TrainController"), WorkerFailed, "Ray Train's controller died"),
+        (WorkerGroupError("", {0: ImportError("no torch"), 1: CLOSED}), TrainingError, "worker 0 failed: ImportError"),
+        (ControllerError(died(actor_init_failed=True)), TrainingError, "a process of the worker group failed"),
+        (
+            WorkerGroupError("", {0: CLOSED, 1: ConfigError("no such model", "model.name")}),
+            ConfigError,
+            "no such model",
+        ),
+    ],
+)
+def test_deaths_are_told_from_errors_that_would_come_again(error, kind, told):
+    found = group._cause(error, "here")
+    assert type(found) is kind
+    assert str(found).startswith(told)
+
+
+def test_failures_are_counted_over_all_attempts_and_told_in_one_line():
+    said, endings = [], [WorkerFailed("one died"), group._Uncounted("a node went"), WorkerFailed("two died"), "trained"]
+
+    def attempt():
+        ending = endings.pop(0)
+        if isinstance(ending, Exception):
+            raise ending
+        return ending
+
+    assert group._despite_failures(attempt, 2, said.append, "here") == "trained"
+    assert said == [
+        "one died; starting again, attempt 2 of at most 3",
+        "a node went; starting again, attempt 2 of at most 3",
+        "two died; starting again, attempt 3 of at most 3",
+    ]
+    endings += [WorkerFailed("one died"), WorkerFailed("two died")]
+    with pytest.raises(WorkerFailed, match=r"^two died \(tried 2 times: cluster.max_failures=1\)$") as failed:
+        group._despite_failures(attempt, 1, said.append, "here")
+    assert failed.value.where == "here"
+    endings += [ConfigError("no such model")]
+    with pytest.raises(ConfigError):
+        group._despite_failures(attempt, 3, said.append, "here")
+
+
+class Killer(threading.Thread):
+    """Kills processes of Ray Train's, one an attempt: those of STARTS."""
+
+    def __init__(self, points):
+        super().__init__(daemon=True)
+        self.points = points
+        self.killed = []
+        self.is_over = threading.Event()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.is_over.set()
+        self.join()
+
+    def run(self):
+        gone = set()
+        for kind, title, seconds, which in self.points:
+            first_seen = {}
+            while not self.is_over.wait(0.002):
+                seen = {pid: told for pid, told in self.titles(f"ray::{kind}") if pid not in gone}
+                for pid, told in seen.items():
+                    if title in told:
+                        first_seen.setdefault(pid, time.monotonic())
+                if len(seen) <= which:
+                    continue
+                pid = sorted(seen)[which]
+                if time.monotonic() - first_seen.get(pid, math.inf) >= seconds:
+                    os.kill(pid, signal.SIGKILL)
+                    self.killed.append((kind, title, seconds, which))
+                    gone |= seen.keys()  # the others of this attempt, which end in a moment
+                    break
+
+    @staticmethod
+    def titles(beginning):
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if (told := " ".join(process.cmdline()).strip()).startswith(beginning):
+                    yield process.pid, told
+
+
+def killed_at(points, untouched, two_workers, train_run):
+    with Killer(points) as killer:
+        outcome, job = train_run(override(two_workers, {"cluster.max_failures": len(points)}))
+    assert killer.killed == points
+    ends_as(untouched, outcome, job)
+    groups = ray.util.placement_group_table().values()
+    assert [each for each in groups if each["state"] != "REMOVED"] == []
+
+
+def test_a_worker_killed_while_its_group_starts_ends_with_the_same_bytes(untouched, two_workers, train_run):
+    killed_at([("RayTrainWorker", "run_train_fn", 0, 1)], untouched, two_workers, train_run)
+
+
+WORKER = "RayTrainWorker"
+
+STARTS = [
+    *[(WORKER, title, 0, which) for title in ("", "get_metadata", "init_train_context") for which in (0, 1)],
+    *[("execute", "", 0, which) for which in (0, 1)],  # a worker's title while it joins the others
+    *[(WORKER, "run_train_fn", seconds, which) for seconds in (0, 1, 2, 4, 8) for which in (0, 1)],
+    *[("TrainController", "", seconds, 0) for seconds in (0, 1, 2, 4, 8, 12)],
+]
+"""What is killed (a title's beginning), when (what the title holds, and how long after), and which of them."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("points", [STARTS[part::4] for part in range(4)], ids=range(4))  # 6 attempts each: 90 s
+def test_workers_and_controllers_killed_while_they_start(untouched, two_workers, train_run, points):
+    killed_at(points, untouched, two_workers, train_run)
+
+
+def dying_late(places: list[tuple[int, str]], marks: Path):
+    """A session whose workers die, one an attempt, at (rank, "in an evaluation" or "at the end")."""
+
+    def patch(trainer, rank):
+        waiting = [number for number in range(len(places)) if not (marks / f"{number}").exists()]
+
+        def dies_after(name, point):
+            plain = getattr(trainer, name)
+
+            def call(*args):
+                result = plain(*args)
+                if waiting and places[waiting[0]] == (rank, point):
+                    (marks / f"{waiting[0]}").touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+
+            setattr(trainer, name, call)
+
+        dies_after("_score", "in an evaluation")
+        dies_after("run", "at the end")
+
+    return patched(patch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_workers_killed_in_an_evaluation_and_at_the_end(untouched, two_workers, train_run, tmp_path):
+    """5 attempts, 75 s. In the last one nobody trains: the newest checkpoint is that of the last step."""
+    places = [(rank, point) for point in ("in an evaluation", "at the end") for rank in (0, 1)]
+    experiment = override(two_workers, {"cluster.max_failures": len(places)})
+    outcome, job = train_run(experiment, dying_late(places, tmp_path))
+    assert len(list(tmp_path.iterdir())) == len(places), "each of them died"
+    ends_as(untouched, outcome, job)
+
+
+def raising(error: Exception):
+    """A session whose last worker has an error of its own."""
+
+    def patch(trainer, rank):
+        def run(self):
+            if rank == 1:
+                raise error
+            return plain(self)
+
+        plain, trainer.run = trainer.run, run
+
+    return patched(patch)
+
+
+@pytest.mark.slow  # 15 s each
+@pytest.mark.parametrize("error", [ImportError("no module named nothing"), ConfigError("no such model", "model.name")])
+def test_what_would_come_again_is_not_tried_again(two_workers, train_run, error):
+    said = []
+    with cluster.watch(lambda value: None, said.append) as board, pytest.raises((TrainingError, ConfigError)) as failed:
+        train_run(two_workers, raising(error), board)
+    assert said == []
+    assert str(error) in failed.value.message
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_worker_that_dies_too_often_is_told_of_in_one_line(two_workers, train_run, tmp_path):
+    experiment = override(two_workers, {"cluster.max_failures": 1})
+    told = r"^worker [01] .* \(tried 2 times: cluster.max_failures=1\)$"
+    with pytest.raises(WorkerFailed, match=told):
+        train_run(experiment, dying([(0, 1), (1, 2)], tmp_path))
 
 
 @pytest.mark.slow
@@ -137,9 +362,10 @@ def test_a_worker_that_is_killed_since_the_node_ran_out_of_memory_is_told_so(tin
     ended = command("train", "--config", tmp_path / "large.yaml", "--json")
     assert ended.returncode == 4, ended.stderr
     (told,) = (line for line in ended.stderr.splitlines() if line.startswith("error: "))
-    killed = r"worker [01] was killed, for its node ran out of memory \([\d.]+GB, [\d.]+GB used / [\d.]+GB"
+    killed = r"worker [01] was killed, because its node ran out of memory \([\d.]+GB, [\d.]+GB used / [\d.]+GB"
     assert re.search(killed, told)
-    assert told.endswith("lower train.micro_batch_tokens, eval.batch_tokens or the size of the model")
+    lower = "lower train.micro_batch_tokens, eval.batch_tokens or the size of the model"
+    assert told.endswith(f"; {lower} (tried once: cluster.max_failures=0)")
 
 
 def dying_in_a_save(places: list[tuple[int, str]], marks: Path):

@@ -21,11 +21,12 @@ from raylm.cluster.connection import (
     other_nodes,
     plan,
 )
-from raylm.cluster.process import LESS_MEMORY, WORKER_ENVIRONMENT, begin, process
+from raylm.cluster.process import LESS_MEMORY, MAY_PASS, WORKER_ENVIRONMENT, begin, process
 
 __all__ = [
     "DRIVER_ENVIRONMENT",
     "LESS_MEMORY",
+    "MAY_PASS",
     "WORKER_ENVIRONMENT",
     "Address",
     "Board",

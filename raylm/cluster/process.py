@@ -26,7 +26,7 @@ from typing import Any
 from ray import cloudpickle
 
 from raylm import cli
-from raylm.errors import RaylmError, TrainingError
+from raylm.errors import RaylmError, TrainingError, WorkerFailed
 
 WORKER_ENVIRONMENT = {
     # glibc gives big buffers back to the kernel at every step and asks for them again; keeping them is worth
@@ -40,6 +40,10 @@ WORKER_ENVIRONMENT = {
 
 TRAINER = "raylm.loop.trainer"
 """What a training spends 5 s on to import."""
+
+MAY_PASS = (OSError, RuntimeError)
+"""What a worker may raise that the next attempt need not meet: storage and networks have their moments, and torch has a
+RuntimeError for a GPU that fails and for a rank that has gone."""
 
 LESS_MEMORY = "lower train.micro_batch_tokens, eval.batch_tokens or the size of the model"
 
@@ -77,8 +81,8 @@ class Process:
     def call(self, function: Callable[[Any], Any], job: Any) -> Any:
         """What the function gives for the job there, whose board is in touch with the job's own here.
 
-        TrainingError if the process dies, or with an exception that is none of raylm's: it names the file with whatever
-        the process has said.
+        WorkerFailed if the process dies or raises what may pass, TrainingError for any other exception that is none of
+        raylm's: it names the file with whatever the process has said.
         """
         board, told = job.board, False
         self._send((function, dataclasses.replace(job, board=None)))
@@ -92,13 +96,15 @@ class Process:
                 kind, value = self._connection.recv()
             except (EOFError, ConnectionError):
                 raise self._death() from None
-            self._answered = kind in ("returned", "raised", "failed")
+            self._answered = kind in ("returned", "raised", "failed", "failed for now")
             if kind == "returned":
                 return value
             if kind == "raised":
                 raise value
             if kind == "failed":
-                raise self._failure(f"failed: {value}")
+                raise TrainingError(*self._told(f"failed: {value}"))
+            if kind == "failed for now":
+                raise WorkerFailed(*self._told(f"failed: {value}"))
             if board is not None:
                 getattr(board, kind)(value)
 
@@ -116,18 +122,21 @@ class Process:
         with contextlib.suppress(ConnectionError):  # `call` finds out how it died
             self._connection.send_bytes(cloudpickle.dumps(what))
 
-    def _death(self) -> TrainingError:
+    def _death(self) -> WorkerFailed:
         status = self._process.wait()
         if status == -signal.SIGKILL:
-            return TrainingError(f"worker 0 was killed, most likely since the machine ran out of memory; {LESS_MEMORY}")
+            return WorkerFailed(
+                f"worker 0 was killed, most likely because the machine ran out of memory; {LESS_MEMORY}"
+            )
         how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
-        return self._failure(f"ended with {how}")
+        return WorkerFailed(*self._told(f"ended with {how}"))
 
-    def _failure(self, how: str) -> TrainingError:
+    def _told(self, how: str) -> tuple[str, str]:
+        """How the process ended, and the file with all that it said."""
         self._log.seek(0)
         with tempfile.NamedTemporaryFile(prefix="raylm-worker-", suffix=".log", delete=False) as kept:
             kept.write(self._log.read())
-        return TrainingError(f"worker 0 {how}; {kept.name} has all that it said", kept.name)
+        return f"worker 0 {how}; {kept.name} has all that it said", kept.name
 
 
 class _Wire:
@@ -179,7 +188,7 @@ def serve() -> None:
     except Exception as error:
         traceback.print_exc()
         last = str(error).strip().split("\n")[-1]
-        answer = "failed", f"{type(error).__name__}: {last}"
+        answer = "failed for now" if isinstance(error, MAY_PASS) else "failed", f"{type(error).__name__}: {last}"
     wire.tell(*answer)
 
 
