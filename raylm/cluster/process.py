@@ -34,6 +34,9 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**26),
+    # Each trial of a sweep runs in a new thread, which glibc gives an arena of its own, and what is kept there is of no
+    # use to the next: 36 trials of 8 million parameters took 4.6 GB in one process, and 0.9 GB with one arena for all.
+    "MALLOC_ARENA_MAX": "1",
     "TOKENIZERS_PARALLELISM": "true",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
 }
