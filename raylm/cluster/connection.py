@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -138,6 +139,8 @@ def _start(address: str) -> None:
         # `uv run` in an environment that has no Ray. Here they have the command's own interpreter. Ray reads the
         # variable of this name once, when it is imported.
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+        if shutil.which("bash") is None:  # by which Ray starts every worker; without it all would wait for ever
+            os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), os.defpath]))
     before = signal.getsignal(signal.SIGTERM)
     ray.init(
         address=address,
