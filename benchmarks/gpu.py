@@ -43,6 +43,7 @@ def job_of(home: str, session: type, *settings: str) -> loop.Job:
             "train.eval_every_tokens=1638400",
             "eval.max_tokens=10000",
             "tracking.uri=null",
+            "cluster.cpus_per_worker=1",
             *settings,
         ],
     )

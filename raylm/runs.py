@@ -2,6 +2,7 @@
 
 <storage>/<name>/train-20261123-101500-3fa2/
     run.json        the settings and the token store it was begun with
+    decided.json    what raylm found for settings that are auto, for as long as the run goes on
     lock            held by the command that works on it; the system lets go of it when that dies. Not on remote
                     storage, which has none: there one command at a time is up to whoever starts them
     checkpoints/    see checkpoint.Series
@@ -17,13 +18,13 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal
 
-from raylm import storage
+from raylm import cli, storage
 from raylm.checkpoint import Series
-from raylm.config import Experiment
+from raylm.config import Experiment, get, override
 from raylm.errors import ConfigError, StorageError
 
 Resume = Literal["auto", "never", "must"]
@@ -46,6 +47,29 @@ class Begun:
     lock: IO[str] | None
     abandoned: list[str] = field(default_factory=list)
     """Directories of runs that nobody works on and nobody will go on with."""
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What settings that are auto were found to be when the run started: dotted key -> value."""
+        return json.loads(storage.read(f"{self.directory}/decided.json") or b"{}")
+
+    def settled(self, experiment: Experiment, found: Mapping[str, Any]) -> Experiment:
+        """The experiment with what was found for settings that are auto, which is kept for when the run resumes.
+
+        Told where it has to be another value than the one that the run started with.
+        """
+        values = {key: value for key, value in found.items() if get(experiment, key) == "auto"}
+        before = self.decided
+        for key in values.keys() & before.keys():
+            if values[key] != before[key]:
+                cli.say(
+                    f"{key}={before[key]:g}, as when the run started, does not fit here: {values[key]:g} instead, and "
+                    "results may differ in their last bits"
+                )
+        if new := {key: value for key, value in values.items() if key not in before}:
+            with storage.reached(self.directory):
+                storage.write(f"{self.directory}/decided.json", (json.dumps({**before, **new}) + "\n").encode())
+        return override(experiment, values)
 
     def end(self, result: dict[str, Any]) -> None:
         """Nobody goes on with this run any more."""

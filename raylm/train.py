@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from raylm import cli
@@ -46,11 +47,12 @@ def train(
     status: tracking.Status = "FAILED"
     try:
         with contextlib.ExitStack() as connection:
-            alone = cluster.alone(experiment.cluster)
+            decided = begun.decided.get("cluster.cpus_per_worker")
+            alone = cluster.alone(experiment.cluster, decided=decided)
             if alone is not None and not prepare.is_to_do(experiment):
                 resources = alone
             else:
-                resources = connection.enter_context(cluster.connect(experiment.cluster))
+                resources = connection.enter_context(cluster.connect(experiment.cluster, decided=decided))
                 check_nodes(experiment)
             store, reused = prepare.prepared(experiment)
             if not reused:  # else the plan has told
@@ -96,6 +98,7 @@ def trained(
     from raylm import budget, card, cluster, group, loop, summary, tables, tracking
     from raylm.perplexity import Score
 
+    experiment = begun.settled(experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
     planned = budget.of(experiment, store)
     run.parameters(summary.parameters(experiment, store, planned))
     run.text(dump(experiment), "experiment.yaml")
@@ -155,10 +158,16 @@ def trained(
     return cli.Answer(record, view)
 
 
-def plan(experiment: Experiment, *, begins: Literal["train", "tune"] | None = None) -> cli.Answer:
+def plan(
+    experiment: Experiment,
+    *,
+    begins: Literal["train", "tune"] | None = None,
+    trials_at_a_time: Callable[[], int] = lambda: 1,
+) -> cli.Answer:
     """Check whatever can be checked without Ray; what the run will do.
 
-    If one begins then, what it needs starts meanwhile: the process of its worker, Ray.
+    If one begins then, what it needs starts meanwhile: the process of its worker, Ray. How many trials there are at a
+    time is asked in the end, since that takes imports.
     """
     from raylm import cluster, corpus, storage, tokenizer, tokens, tracking
     from raylm.prepare import evaluation_corpora
@@ -196,6 +205,7 @@ def plan(experiment: Experiment, *, begins: Literal["train", "tune"] | None = No
             num_workers=experiment.cluster.most_workers,
             epoch_examples=None,
         )
+    resources = cluster.plan(experiment.cluster, trials=trials_at_a_time())
     num_files = sum(len(source.files) for source in sources)
     num_bytes = sum(source.num_bytes for source in sources)
     record = {

@@ -57,7 +57,9 @@ def tune(
     parent = summary.start(experiment, begun.directory, begun.name, "tune")
     status: tracking.Status = "FAILED"
     try:
-        with cluster.connect(experiment.cluster) as resources:
+        decided = begun.decided.get("cluster.cpus_per_worker")
+        trials = trials_at_a_time(experiment)
+        with cluster.connect(experiment.cluster, trials=trials, decided=decided) as resources:
             train.check_nodes(experiment)
             store, reused = prepared(experiment)
             if not reused:  # else the plan has told
@@ -97,7 +99,9 @@ def plan(experiment: Experiment, *, begins: bool = False) -> cli.Answer:
             "tune.space.train.learning_rate='{loguniform: [1e-4, 1e-2]}'",
             where="tune.space",
         )
-    base = train.plan(experiment, begins="tune" if begins else None)
+    base = train.plan(
+        experiment, begins="tune" if begins else None, trials_at_a_time=lambda: trials_at_a_time(experiment)
+    )
     from raylm import loop, model, tokenizer
     from raylm import sweep as sweeps
 
@@ -138,6 +142,14 @@ def plan(experiment: Experiment, *, begins: bool = False) -> cli.Answer:
     return cli.Answer(record, f"{base.view}\n{tables.facts(lines)}")
 
 
+def trials_at_a_time(experiment: Experiment) -> int:
+    """At most, whatever the cluster holds."""
+    from raylm import sweep as sweeps
+
+    trials = sweeps.points(experiment.tune, experiment.train.seed).total
+    return min(trials, experiment.tune.max_concurrent_trials or trials)
+
+
 def sweep(
     experiment: Experiment, store: Store, parent: Run, begun: Begun, resources: Resources
 ) -> list[dict[str, Any]]:
@@ -154,6 +166,7 @@ def sweep(
     def stopping() -> bool:
         return cluster.stopped_by() is not None
 
+    experiment = begun.settled(experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
     planned = budget.of(experiment, store)
     record = sweeps.Record(begun.directory)
     if record.trials:

@@ -19,15 +19,57 @@ def resources(total, **settings):
 
 
 def test_gpus_are_taken_where_there_are_any():
-    assert resources({"CPU": 8, "GPU": 2}).per_worker == {"CPU": 1, "GPU": 1}
-    assert resources({"CPU": 8}).per_worker == {"CPU": 1}
-    assert resources({"CPU": 8, "GPU": 2}, use_gpu=False).per_worker == {"CPU": 1}
+    assert resources({"CPU": 8, "GPU": 2}).per_worker == {"CPU": 4, "GPU": 1}
+    assert resources({"CPU": 8}).per_worker == {"CPU": 8}
+    assert resources({"CPU": 8, "GPU": 2}, use_gpu=False).per_worker == {"CPU": 8}
 
 
 def test_runs_side_by_side_are_limited_by_what_is_scarcest():
     assert resources({"CPU": 8, "GPU": 2}).most_runs == 2
     assert resources({"CPU": 8, "GPU": 2}, gpus_per_worker=0.25).most_runs == 8
-    assert resources({"CPU": 8}, num_workers=3).most_runs == 2
+    assert resources({"CPU": 8}, num_workers=3, cpus_per_worker=1).most_runs == 2
+
+
+LAPTOP = [(1, {"CPU": 2})]
+NODES = [(1, {"CPU": 4}), (3, {"CPU": 16})]
+GPUS = [(1, {"CPU": 4}), (2, {"CPU": 16, "GPU": 4}), (1, {"CPU": 9, "GPU": 2, "accelerator_type:A10G": 1})]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings", "trials", "cpus"),
+    [
+        (LAPTOP, {}, 1, 2),
+        (LAPTOP, {}, 8, 1),
+        (LAPTOP, {"num_workers": 2}, 1, 1),
+        (LAPTOP, {"num_workers": (1, 4)}, 1, 1),
+        (LAPTOP, {"cpus_per_worker": 0.5}, 8, 0.5),
+        ([(1, {"CPU": 7})], {}, 2, 3),
+        (NODES, {}, 1, 16),
+        (NODES, {"num_workers": 4}, 1, 8),  # 5 of them fit on three nodes; 3 with 16
+        (NODES, {"num_workers": 2}, 3, 8),
+        (NODES, {"num_workers": 2}, 8, 3),
+        (GPUS, {}, 1, 4),
+        (GPUS, {}, 100, 4),
+        (GPUS, {"gpus_per_worker": 0.5}, 100, 2),
+        (GPUS, {"accelerator_type": "A10G"}, 1, 4),
+        (GPUS, {"use_gpu": False}, 1, 16),
+        ([(1, {"CPU": 2, "GPU": 8})], {}, 1, 1),
+        ([(float("inf"), {"CPU": 8})], {"num_workers": 64}, 1, 8),
+    ],
+)
+def test_cpus_are_divided_by_the_workers_that_train_at_a_time(nodes, settings, trials, cpus):
+    total = {kind: sum(count * node.get(kind, 0) for count, node in nodes) for _, each in nodes for kind in each}
+    found = cluster.resources(ClusterConfig(**settings), total, nodes, trials=trials)
+    assert found.cpus_per_worker == cpus
+
+
+def test_cpus_are_those_of_the_start_for_as_long_as_they_fit():
+    def cpus(decided, **settings):
+        return cluster.resources(ClusterConfig(**settings), {"CPU": 8}, decided=decided, trials=4).cpus_per_worker
+
+    assert (cpus(None), cpus(3), cpus(8), cpus(16)) == (2, 3, 8, 2)
+    assert (cpus(4, num_workers=2), cpus(6, num_workers=2)) == (4, 1)
+    assert cpus(4, cpus_per_worker=1) == 1, "which was asked for"
 
 
 def test_more_workers_than_the_cluster_can_give_are_refused_with_the_numbers():
@@ -39,8 +81,8 @@ def test_more_workers_than_the_cluster_can_give_are_refused_with_the_numbers():
 
 def test_whatever_ray_knows_can_be_reserved_for_a_worker():
     found = resources({"CPU": 8, "disk": 3}, num_workers=2, resources_per_worker={"disk": 1})
-    assert found.per_worker == {"CPU": 1, "disk": 1}
-    assert found.options == {"num_cpus": 1, "resources": {"disk": 1}}
+    assert found.per_worker == {"CPU": 4, "disk": 1}
+    assert found.options == {"num_cpus": 4, "resources": {"disk": 1}}
     assert found.most_runs == 1
     with pytest.raises(
         ConfigError, match=r"cluster.resources_per_worker.memory = 2 x 1.6e\+10 needs 3.2e\+10 memory, the"
@@ -52,7 +94,7 @@ def test_whatever_ray_knows_can_be_reserved_for_a_worker():
 
 def test_workers_go_where_the_accelerators_are_that_were_asked_for():
     found = resources({"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}, accelerator_type="A10G")
-    assert found.per_worker == {"CPU": 1, "GPU": 1, "accelerator_type:A10G": 0.001}
+    assert found.per_worker == {"CPU": 8, "GPU": 1, "accelerator_type:A10G": 0.001}
     with pytest.raises(ConfigError, match=r"accelerator_type=H100: no node of the cluster has one; it has A10G"):
         resources({"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}, accelerator_type="H100")
 
@@ -64,10 +106,73 @@ def test_a_cluster_of_the_launcher_may_grow_as_far_as_its_file_says(tmp_path, mo
     assert capacity._launched() is None
     launched = (Path(__file__).parents[1] / "cluster.yaml").read_text()
     (tmp_path / "ray_bootstrap_config.yaml").write_text(launched)
-    assert capacity._launched() == {"CPU": 8 * 16, "GPU": 8}
-    assert resources(capacity._launched()).most_runs == 8, "of a head that has no CPU and no GPU"
+    nodes = capacity._launched()
+    total = capacity._sum(nodes)
+    assert total == {"CPU": 8 * 16, "GPU": 8}
+    found = cluster.resources(ClusterConfig(), total, nodes)
+    assert (found.most_runs, found.cpus_per_worker) == (8, 16), "of a head that has no CPU and no GPU"
     with pytest.raises(ConfigError, match="9 x 1 needs 9 GPUs, the cluster has 8"):
-        resources(capacity._launched(), num_workers=9)
+        resources(total, num_workers=9)
+
+
+ON_ONE_CPU = """
+import os
+from raylm import cluster
+from raylm.config import ClusterConfig
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+with cluster.connect(ClusterConfig()) as resources:
+    print(cluster.cpus_here(), resources.total["CPU"], resources.cpus_per_worker)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="of Linux")
+def test_ray_has_the_cpus_that_the_command_may_use():
+    told = subprocess.run([sys.executable, "-c", ON_ONE_CPU], capture_output=True, text=True, timeout=100)
+    assert told.stdout.split() == ["1", "1.0", "1"], told.stderr
+
+
+def test_cpus_are_those_of_the_machine_where_no_call_tells_more(monkeypatch):
+    from raylm.cluster import capacity
+
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "process_cpu_count", lambda: 6, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(capacity, "_quotas", list)
+    assert cluster.cpus_here() == 6
+    monkeypatch.setattr(capacity, "_quotas", lambda: [2.5, 4.0])
+    assert cluster.cpus_here() == 2
+    monkeypatch.setattr(capacity, "_quotas", lambda: [0.25])
+    assert cluster.cpus_here() == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quotas"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, [1.5]),  # a container
+        ("0::/\n", {}, []),  # a machine without quotas
+        (
+            "0::/a.slice/b.scope\n",
+            {"a.slice/b.scope/cpu.max": "max 100000", "a.slice/cpu.max": "300000 100000"},
+            [3.0],
+        ),
+        ("0::/../other\n", {"cpu.max": "200000 100000"}, [2.0]),
+        (
+            "3:memory:/x\n4:cpu,cpuacct:/docker/1f\n0::/\n",  # version 1; inside, the group is the top of the tree
+            {"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            [0.5],
+        ),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, []),
+    ],
+)
+def test_the_quotas_of_control_groups(groups, files, quotas, tmp_path):
+    from raylm.cluster import capacity
+
+    (tmp_path / "groups").write_text(groups)
+    for name, content in files.items():
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text(content)
+    assert list(capacity._quotas(tmp_path / "groups", tmp_path / "tree")) == quotas
+    assert list(capacity._quotas(tmp_path / "no Linux")) == []
 
 
 def test_a_worker_trains_on_one_gpu():

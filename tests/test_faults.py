@@ -8,6 +8,7 @@ import random
 import re
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -539,6 +540,54 @@ def test_a_command_goes_on_where_it_was_killed_or_stopped(tiny, start_command, t
     series = tracking.Run(str(directory)).series()
     assert {key: series[key] for key in job.run.series()} == job.run.series()
     assert not list(place.glob("*/checkpoints/*/*.bin")), "no pickles"
+
+
+ON_SOME_CPUS = """
+import os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv.pop(1))])
+from raylm.train import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(cluster.cpus_here() < 2, reason="needs two CPUs")
+def test_a_run_resumes_with_the_threads_it_started_with_where_they_fit(tiny, train_run, tmp_path):
+    def started(name, cpus):
+        """`raylm train` on so many CPUs, and where it is."""
+        made = tiny(f"storage={tmp_path}/runs", f"name={name}", *sizes, "cluster.cpus_per_worker=auto")
+        config.save(made, tmp_path / f"{name}.yaml")
+        argv = [sys.executable, "-c", ON_SOME_CPUS, str(cpus), "--config", f"{tmp_path}/{name}.yaml", "--json"]
+        return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def killed(name, cpus):
+        """One that has a checkpoint."""
+        process, deadline = started(name, cpus), time.monotonic() + 200
+        while not list(tmp_path.glob(f"runs/{name}/train-*/checkpoints/*/manifest.json")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        process.kill()
+        process.communicate()
+
+    def resumed(name, cpus):
+        stdout, stderr = started(name, cpus).communicate(timeout=300)
+        result = json.loads(stdout)
+        assert result["resumed_from"]
+        (directory,) = tmp_path.glob(f"runs/{name}/train-*")
+        return checkpoint.read_experiment(result["checkpoint"]).cluster.cpus_per_worker, directory, stderr
+
+    sizes = ("train.max_tokens=51200", "train.eval_every_tokens=5120")
+    killed("few", 1)
+    threads, directory, _ = resumed("few", 2)
+    _, job = train_run(tiny(*sizes, "cluster.cpus_per_worker=1"))
+    assert threads == 1
+    assert left(directory, 200) == left(job.directory, 200)
+    killed("many", 2)
+    threads, _, said = resumed("many", 1)
+    assert threads == 1
+    assert "cluster.cpus_per_worker=2, as when the run started, does not fit here: 1 instead" in said
 
 
 def test_a_gradient_that_nobody_waits_for_stops_the_run_before_it_changes_a_weight(tiny, with_patch, monkeypatch):

@@ -70,6 +70,22 @@ def test_what_changes_nothing_about_a_run_may_change(experiment):
     assert begin(again).directory == first.directory
 
 
+def test_what_was_auto_stays_what_it_was_when_the_run_started(experiment, capsys):
+    key, first = "cluster.cpus_per_worker", begin(experiment)
+    assert first.decided == {}
+    assert first.settled(experiment, {key: 2}).cluster.cpus_per_worker == 2
+    stop(first, step=40)
+    second = begin(experiment)
+    assert second.decided == {key: 2}
+    assert second.settled(experiment, {key: 2}).cluster.cpus_per_worker == 2
+    assert capsys.readouterr().err == ""
+    assert second.settled(experiment, {key: 1}).cluster.cpus_per_worker == 1
+    assert f"{key}=2, as when the run started, does not fit here: 1 instead" in capsys.readouterr().err
+    given = config.override(experiment, {key: 4})
+    assert second.settled(given, {key: 4}) == given
+    assert second.decided == {key: 2}, "for when it fits again"
+
+
 def test_a_run_without_a_checkpoint_is_gone_on_with_or_given_up(experiment):
     first = begin(experiment)
     stop(first)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from raylm import budget, checkpoint, cluster, group, prepare, runs, summary, tables, tracking, tune
+from raylm import budget, checkpoint, cluster, group, prepare, runs, summary, tables, tracking, train, tune
 from raylm import sweep as sweeps
 from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
 from raylm.errors import ConfigError, Interrupted
@@ -515,6 +515,21 @@ def test_a_plan_counts_trials_and_writes_nothing(tiny, tmp_path):
     assert record["trials"] == 6, "three draws of each of two points of the grid"
     assert record["most_tokens"] == 6 * 2560
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_cpus_are_divided_by_the_trials_at_a_time(tiny, monkeypatch):
+    monkeypatch.setattr(cluster.capacity, "cpus_here", lambda: 12)
+    experiment = override(tiny("cluster.cpus_per_worker=auto"), {"tune.space": SPACE, "tune.num_samples": 3})
+
+    def cpus(plan, **settings):
+        changed = override(experiment, {key.replace("__", "."): value for key, value in settings.items()})
+        return plan(changed).record["resources_per_worker"]["CPU"]
+
+    assert cpus(tune.plan) == 2, "of six trials"
+    assert cpus(tune.plan, tune__max_concurrent_trials=2) == 6
+    assert cpus(tune.plan, cluster__num_workers=2) == 1
+    assert cpus(tune.plan, tune__num_samples=100) == 1
+    assert cpus(train.plan) == 12
 
 
 def test_a_sweep_over_nothing_is_refused(tiny):

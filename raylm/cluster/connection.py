@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylm import cli
 from raylm.cluster.address import Address, address, check, is_local
-from raylm.cluster.capacity import Resources, amount_of, capacity, resources, this_machine
+from raylm.cluster.capacity import Resources, amount_of, capacity, cpus_here, resources, this_machine
 from raylm.cluster.output import Log, begin, to_file
 from raylm.cluster.process import WORKER_ENVIRONMENT
 from raylm.config import ClusterConfig
@@ -36,14 +36,14 @@ _begun: list[Future] = []
 """What `ahead` has begun and `connect` has not waited for yet."""
 
 
-def plan(section: ClusterConfig) -> Resources | None:
+def plan(section: ClusterConfig, *, trials: int = 1, decided: float | None = None) -> Resources | None:
     """The resources of a run on this machine, without starting Ray; None for a cluster elsewhere."""
-    return resources(section, this_machine()) if is_local(section) else None
+    return resources(section, this_machine(), trials=trials, decided=decided) if is_local(section) else None
 
 
-def alone(section: ClusterConfig) -> Resources | None:
+def alone(section: ClusterConfig, *, decided: float | None = None) -> Resources | None:
     """The resources of a run's one worker on this machine, which needs no Ray; None of any other run."""
-    found = plan(section)
+    found = plan(section, decided=decided)
     return found if found is not None and found.most_workers == 1 else None
 
 
@@ -56,23 +56,23 @@ def check_reachable(section: ClusterConfig) -> None:
 
 
 @contextlib.contextmanager
-def connect(section: ClusterConfig) -> Iterator[Resources]:
+def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = None) -> Iterator[Resources]:
     """A connection to Ray for the duration of a command; a Ray that was started for it ends with it.
 
     Inside, what Ray says goes to a file, which an error names, and worker output to Ray's own log files: a run reports
-    through its metrics.
+    through its metrics. `trials`, `decided`: as `capacity.resources` takes them.
     """
     if not _begun and ray.is_initialized():  # somebody else's, left as it is
-        yield _resources(section)
+        yield _resources(section, trials, decided)
         return
     elsewhere = address(section)
     if elsewhere is None:
-        resources(section, this_machine())  # refuse before anything starts
+        plan(section)  # refuse before anything starts
     with to_file() as log:
         _connect(elsewhere, log)
         try:
             with _told_of_no_worker():
-                yield _resources(section)
+                yield _resources(section, trials, decided)
         except Exception as error:
             if type(error) is TrainingError:
                 raise TrainingError(error.message + log.named(), error.where) from error
@@ -144,6 +144,7 @@ def _start(address: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
     ray.init(
         address=address,
+        num_cpus=cpus_here() if address == "local" else None,
         include_dashboard=False if address == "local" else None,
         log_to_driver=False,
         logging_level=logging.WARNING,
@@ -153,9 +154,9 @@ def _start(address: str) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _resources(section: ClusterConfig) -> Resources:
+def _resources(section: ClusterConfig, trials: int, decided: float | None) -> Resources:
     """Those of the cluster that is connected; nodes, or a room, that will have to be waited for are told of."""
-    found = resources(section, capacity(section))
+    found = resources(section, *capacity(section), trials=trials, decided=decided)
     now, free = ray.cluster_resources(), ray.available_resources()
     for kind, wanted in found.needed.items():
         if wanted > now.get(kind, 0):

@@ -84,6 +84,12 @@ def _range(value: Any) -> Any:
     return pair
 
 
+def _amount_or_auto(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf):
+        return value
+    raise ValueError(f"must be auto or a number more than 0, got {value!r}")
+
+
 def _other_kinds(value: Mapping[str, float]) -> Mapping[str, float]:
     for kind in {"CPU", "GPU"} & value.keys():
         raise ValueError(f"must not have {kind}: that is cluster.{kind.lower()}s_per_worker")
@@ -337,8 +343,10 @@ class ClusterConfig(Section):
     not counted."""
     use_gpu: bool | None = None
     """Whether a worker takes GPUs. Default: if the cluster has any."""
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
-    """CPUs reserved for a worker; its torch threads."""
+    cpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_amount_or_auto)] = "auto"
+    """CPUs reserved for a worker; its torch threads. auto: the CPUs of the cluster divided by the workers that train at
+    a time, or by the GPUs where workers take GPUs. Decided when a run or sweep starts, and kept when it resumes: with
+    another number of threads, sums differ in their last bits."""
     gpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     """GPUs reserved for a worker that takes GPUs; a fraction lets trials share one."""
     resources_per_worker: Annotated[Mapping[str, Annotated[float, Field(gt=0)]], AfterValidator(_other_kinds)] = {}

@@ -17,7 +17,9 @@ def train_loop_per_worker(job: Job) -> Outcome:
     from raylm.loop import trainer  # 4 s, which whoever only hands out jobs does not need
 
     session = job.session()
-    model.set_up_torch(job.experiment.cluster.cpus_per_worker)
+    cpus = job.experiment.cluster.cpus_per_worker
+    assert cpus != "auto", "it is decided when a run starts (Begun.settled)"
+    model.set_up_torch(cpus)
     # One directory a rank: ranks on a node must not share files.
     scratch = tempfile.mkdtemp(prefix=f"raylm-rank{session.rank}-")
     try:
