@@ -52,6 +52,23 @@ def test_without_a_file_the_built_in_experiment():
     assert config.load().name == "tiny"
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("train.arguments={logging_first_step: true}", {"logging_first_step": True}),
+        ("tune.space={train.seed: {randint: [0, 9]}}", {"train.seed": {"randint": [0, 9]}}),
+        ("model.config={model_type: gpt2}", {"model_type": "gpt2"}),
+        ("cluster.resources_per_worker={memory: 1e9}", {"memory": 1e9}),
+        ("tokenizer.train={vocab_size: 300}", {"vocab_size": 300}),
+        ("tune.points=[{train.seed: 1}]", [{"train.seed": 1}]),
+        ("cluster.num_workers=[1, 4]", [1, 4]),
+        ("eval.paths={a: b}", {"a": "b"}),
+    ],
+)
+def test_a_mapping_on_the_command_line_stays_one(setting, value):
+    assert config.parse_setting(setting)[1] == value
+
+
 @pytest.mark.parametrize("setting", ["corpus.paths=notes", "corpus.validation_paths=[a, b]", "corpus={paths: notes}"])
 def test_nothing_of_the_example_applies_to_a_corpus_of_ones_own(setting):
     found, example = config.load(None, [setting]), config.load()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -223,9 +224,10 @@ def _kinds(key: str) -> set[type]:
     if section is None or last not in section.model_fields:
         return set()
     annotation = section.model_fields[last].annotation
-    members = typing.get_args(annotation) if typing.get_origin(annotation) is not tuple else (annotation,)
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(annotation) if is_union else (annotation,)
     found: set[Any] = set()
-    for member in members or (annotation,):
+    for member in members:
         plain = typing.get_args(member)[0] if typing.get_origin(member) is Annotated else member
         if plain == tuple[str, ...]:
             found.add(tuple)
