@@ -148,7 +148,7 @@ def ray_cluster(experiment: Experiment) -> Iterator[Finding]:
     from raylm import cluster
 
     section = experiment.cluster
-    address = cluster.address(section)
+    address = cluster.address_of(section)
     if address is None:
         resources = cluster.plan(section)
         assert resources is not None

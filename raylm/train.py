@@ -177,7 +177,7 @@ def plan(
     storage.look(experiment.storage)
     sources = corpus.check(experiment.corpus)
     evaluation_corpora(experiment)
-    resources, elsewhere = cluster.plan(experiment.cluster), cluster.address(experiment.cluster)
+    resources, elsewhere = cluster.plan(experiment.cluster), cluster.address_of(experiment.cluster)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     store = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
     is_alone = begins == "train" and cluster.alone(experiment.cluster) is not None

@@ -1,8 +1,12 @@
+import contextlib
 import dataclasses
+import http.server
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import psutil
 import pytest
 
 from raylm import cluster, config
+from raylm.cluster.address import check
 from raylm.config import ClusterConfig
 from raylm.errors import ConfigError, TrainingError
 
@@ -189,6 +194,63 @@ def test_a_submitted_job_uses_the_cluster_it_is_in(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert not cluster.is_local(ClusterConfig())
     assert cluster.is_local(ClusterConfig(address="local"))
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert cluster.is_local(ClusterConfig())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A cluster has half a second to answer."""
+    monkeypatch.setattr("raylm.cluster.address.ANSWER_SECONDS", 0.5)
+
+
+def refused(value, problem):
+    with pytest.raises(ConfigError, match=f"^cluster.address={value}: {problem}") as error:
+        check(cluster.address_of(ClusterConfig(address=value)))
+    assert error.value.where == "cluster.address"
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("ray://head:10001", r"Ray Client \(ray://\) is not supported; .* raylm submit --address"),
+        ("http://head:8265", "not an address that a command connects to; .* raylm submit --address"),
+        ("head", "not an address; give the head's HOST:PORT, auto"),
+        ("head:port", "not an address"),
+        ("nobody.invalid:6379", "no Ray cluster can be reached there: the host name nobody.invalid is not known"),
+    ],
+)
+def test_an_address_of_no_cluster_is_named_with_what_is_accepted(value, problem):
+    refused(value, problem)
+
+
+def test_a_cluster_that_is_not_there_is_told_before_ray_waits_for_it(quick, free_port):
+    there = "no Ray cluster can be reached there: "
+    refused(f"127.0.0.2:{free_port()}", f"{there}127.0.0.2 is there, and nothing listens on port")
+    with socket.create_server(("127.0.0.2", 0), backlog=0) as silent:  # that takes one connection, and says nothing
+        value = f"127.0.0.2:{silent.getsockname()[1]}"
+        refused(value, f"{there}{value} does not answer within 0.5 s")
+        with contextlib.ExitStack() as full:  # and no other: packets are swallowed
+            for _ in range(2):
+                waiting = full.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(("127.0.0.2", silent.getsockname()[1]))
+            refused(value, f"{there}{value} does not answer within 0.5 s")
+    with http.server.HTTPServer(("127.0.0.2", 0), http.server.SimpleHTTPRequestHandler) as dashboard:
+        threading.Thread(target=dashboard.serve_forever, daemon=True).start()
+        refused(f"127.0.0.2:{dashboard.server_port}", f"{there}what listens on port .* is no Ray head")
+        dashboard.shutdown()
+
+
+def test_what_named_the_cluster_is_named(monkeypatch, command, tmp_path, free_port):
+    value = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", value)
+    told = command("tune", cwd=tmp_path)
+    assert told.returncode == 2
+    assert told.stderr.startswith(f"error: RAY_ADDRESS={value}: no Ray cluster can be reached there")
+    assert list(tmp_path.iterdir()) == [], "nothing was begun for it"
+    planned = command("tune", "--dry-run", cwd=tmp_path)
+    assert f"{value} (RAY_ADDRESS)" in planned.stdout
 
 
 def test_a_ray_that_runs_already_is_left_running(ray_cluster):
@@ -242,6 +304,98 @@ with cluster.connect(ClusterConfig()):
     told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     problem = f"cluster.address=local: Ray does not start on this machine: [Errno 20] Not a directory: '{tmp_path}/file"
     assert problem in told.stderr.splitlines()[-1]
+
+
+SAYING = """
+import logging, os, sys, time
+import ray
+from raylm import cli, cluster
+from raylm.config import ClusterConfig
+from raylm.errors import TrainingError
+
+def verb(outcome: str) -> cli.Answer:
+    cluster.ahead()
+    with cluster.connect(ClusterConfig()):
+        said = [file for file in os.listdir(os.environ["TMPDIR"]) if file.startswith("raylm-ray-")][0]
+        ray._private.utils.push_error_to_driver(ray._private.worker.global_worker, "kind", "of another process")
+        os.write(2, b"of the core\\n")
+        logging.getLogger("ray.data").warning("of a logger")
+        until = time.monotonic() + 30
+        while "of another process" not in open(f"{os.environ['TMPDIR']}/{said}").read():
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        print("of ours", file=sys.stderr)
+        if outcome == "fails":
+            raise TrainingError("worker 0 failed")
+        if outcome == "crashes":
+            raise ValueError("no value")
+    os.write(2, b"later\\n")
+    return cli.Answer({}, "done")
+
+cli.run(verb)
+"""
+
+
+def test_what_ray_says_is_in_a_file_that_an_error_names(tmp_path):
+    def told(outcome):
+        command = [sys.executable, "-c", SAYING, outcome]
+        environment = {**os.environ, "TMPDIR": str(tmp_path), "RAY_TMPDIR": "/tmp"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+
+    def files():
+        return [str(file) for file in tmp_path.glob("raylm-ray-*")]
+
+    done = told("ends")
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert done.stderr.splitlines()[-2:] == ["of ours", "later"]
+    assert "of another" not in done.stderr
+    assert files() == []
+    failed = told("fails")
+    (file,) = files()
+    assert (failed.returncode, failed.stdout) == (4, "")
+    assert failed.stderr.splitlines()[-2:] == ["of ours", f"error: worker 0 failed; {file} has what Ray said"]
+    said = Path(file).read_text()
+    assert all(what in said for what in ("of another process", "of the core", "of a logger"))
+    Path(file).unlink()
+    crashed = told("crashes")
+    (file,) = files()
+    assert f"{file} has what Ray said\nTraceback" in crashed.stderr, "a fault of ours is seen whole"
+    assert crashed.stderr.endswith("error: ValueError: no value\n")
+
+
+def test_under_uv_run_workers_have_the_commands_interpreter(tmp_path, tiny):
+    """Ray's hook looks for a parent process `uv run …`, and would start each worker by such a command."""
+    (tmp_path / "run").write_text('"$@"\n')  # of a shell that is called uv
+    config.save(tiny(f"storage={tmp_path}/runs"), tmp_path / "words.yaml")
+    command = [sys.executable, "-m", "raylm.prepare", "--config", "words.yaml"]
+    with subprocess.Popen(
+        ["uv", "run", *command],
+        executable="/bin/sh", cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            _, stderr = process.communicate(timeout=100)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)
+            raise
+    assert process.returncode == 0, stderr
+    assert list(tmp_path.glob("runs/tokens/*/manifest.json"))
+
+
+def test_a_worker_that_does_not_come_is_told_of():
+    """Seen in a process of its own, where no worker can start: its interpreter is not there."""
+    script = """
+import ray, time
+from raylm.cluster import connection
+from raylm.config import ClusterConfig
+connection.WORKER_SECONDS = 3
+init = ray.init
+ray.init = lambda runtime_env, **more: init(runtime_env={**runtime_env, "py_executable": "no-such-python"}, **more)
+with connection.connect(ClusterConfig()):
+    time.sleep(6)
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    assert "Ray has started no worker in 3 s, and this waits for one; Ray's logs: /" in told.stderr
 
 
 def test_whoever_watches_sees_what_a_worker_puts_and_says(ray_cluster):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -11,46 +12,68 @@ import urllib.error
 import urllib.request
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 from conftest import mlflow_server
 from mlflow import MlflowClient
+from ray._raylet import AuthenticationTokenLoader
 from test_nodes import until
 
 from raylm import config, submit, tracking
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, StorageError
 
 
 @pytest.fixture
 def no_token(monkeypatch, tmp_path):
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with monkeypatch.context() as patch:
+        patch.delenv("RAY_AUTH_TOKEN", raising=False)
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+        AuthenticationTokenLoader.instance().reset_cache()
+        yield
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 @pytest.mark.parametrize("address", ["http://10.0.0.5:8265", "http://head.example:8265", "http://0.0.0.0:8265"])
 def test_a_cluster_that_anybody_may_use_is_refused(no_token, monkeypatch, address):
     with pytest.raises(ConfigError, match="have the cluster ask for a token"):
-        submit._address(address)
+        submit._dashboard(address)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
-    assert submit._address(address) == address
+    AuthenticationTokenLoader.instance().reset_cache()
+    assert submit._dashboard(address).value == address
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "http://localhost:1", "http://[::1]:2", "https://head:3"])
 def test_addresses_that_others_cannot_listen_to(no_token, address):
-    assert submit._address(address) == address
+    assert submit._dashboard(address).value == address
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head:8265", "127.0.0.1"])
 def test_what_is_not_a_dashboard_is_named(address):
-    with pytest.raises(ConfigError, match=f"must be the dashboard's, http://HOST:8265, got {address}"):
-        submit._address(address)
+    with pytest.raises(ConfigError, match=f"^--address={address}: must be the dashboard's, http://HOST:8265"):
+        submit._dashboard(address)
 
 
 def test_the_address_of_the_environment_is_taken(no_token, monkeypatch):
-    assert submit._address(None) == submit.DASHBOARD
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert submit._dashboard(None) == (submit.DASHBOARD, "--address"), "RAY_ADDRESS is a head's"
+    monkeypatch.setenv("RAY_ADDRESS", "https://cluster:8")
+    assert submit._dashboard(None) == ("https://cluster:8", "RAY_ADDRESS")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "https://cluster:9")
-    assert submit._address(None) == "https://cluster:9"
+    assert submit._dashboard(None) == ("https://cluster:9", "RAY_API_SERVER_ADDRESS")
+    assert submit._dashboard("https://cluster:10") == ("https://cluster:10", "--address")
+
+
+def test_a_dashboard_that_does_not_answer_is_named_with_the_reason(no_token, monkeypatch):
+    monkeypatch.setattr(submit, "ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(StorageError, match=f"^--address={address}: no Ray cluster answers there within 0.5 s"):
+            submit._client(submit._dashboard(address))
+    with pytest.raises(StorageError, match=f"^--address={address}: no Ray cluster answers there: .*refused"):
+        submit._client(submit._dashboard(address))
 
 
 def test_files_that_are_named_go_along(tmp_path, monkeypatch):
@@ -103,30 +126,48 @@ def wait_for(address, process):
             return
 
 
+class Cluster(NamedTuple):
+    """Of processes that were started by `ray start`, as its user meets it."""
+
+    dashboard: str
+    head: str
+    """The address that commands connect to."""
+    environment: dict[str, str]
+    """Of whoever uses it, on the machine of the head: HOME, with the token in it, and nothing of Ray."""
+    processes: list[subprocess.Popen]
+    """The head first."""
+
+
+def somebody(home):
+    """The environment of a user with this HOME, who has set nothing of Ray's authentication."""
+    ours = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return {**kept, "HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def with_token(home, token=None):
+    """A HOME with a token of Ray's in it, another one each time unless it is given."""
+    (home / ".ray").mkdir(parents=True)
+    file = home / ".ray" / "auth_token"
+    file.write_text(token or uuid.uuid4().hex * 2)
+    file.chmod(0o600)
+    return home
+
+
 @contextlib.contextmanager
 def started(home, free_port, cpus, nodes=()):
-    """A cluster with token authentication, on loopback ports: its dashboard's address, the environment of whoever uses
-    it, and the processes of its nodes, the head first. Head and other nodes have so many CPUs."""
-    token = home / "token"
-    token.write_text(uuid.uuid4().hex * 2)
-    token.chmod(0o600)
+    """A cluster on loopback ports, with token authentication if its user has a token. The head and each of the other
+    nodes have so many CPUs."""
+    environment = somebody(home)
     port, dashboard = free_port(), free_port()
-    bin_directory = str(Path(sys.executable).parent)
-    environment = {
-        **os.environ,
-        "PATH": f"{bin_directory}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-    }
     # A path of more than 107 characters is none for a socket.
     session = f"/tmp/raylm-{uuid.uuid4().hex[:8]}"
-    address = f"http://127.0.0.1:{dashboard}"
     processes = []
 
-    def start(*options):
+    def start(*options, **more):
         process = subprocess.Popen(
             ["ray", "start", "--block", f"--dashboard-agent-listen-port={free_port()}", *options],
-            env=environment,
+            env={**environment, **more},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -135,11 +176,12 @@ def started(home, free_port, cpus, nodes=()):
         return process
 
     of_head = [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={session}"]
+    cluster = Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment, processes)
     try:
-        wait_for(address, start("--head", f"--num-cpus={cpus}", *of_head))
+        wait_for(cluster.dashboard, start("--head", f"--num-cpus={cpus}", *of_head))
         for number in nodes:
-            start(f"--address=127.0.0.1:{port}", f"--num-cpus={number}")
-        yield address, environment, processes
+            start(f"--address={cluster.head}", f"--num-cpus={number}", RAY_AUTH_MODE="token")
+        yield cluster
     finally:
         for process in reversed(processes):
             process.terminate()
@@ -149,28 +191,81 @@ def started(home, free_port, cpus, nodes=()):
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory, free_port):
-    """(dashboard's address, environment) of a head with two CPUs."""
-    with started(Path(os.path.realpath(tmp_path_factory.mktemp("h"))), free_port, 2) as (address, environment, _):
-        yield address, environment
+    """A Cluster with two CPUs that asks for a token, as `ray start --head` makes it where there is one."""
+    with started(with_token(tmp_path_factory.mktemp("user") / "home"), free_port, 2) as cluster:
+        yield cluster
 
 
 @pytest.fixture
 def submitted(head, tiny, tmp_path):
     """(arguments...) -> the finished process of `raylm submit` with tiny's experiment; its MLflow lies in tmp_path."""
-    address, environment = head
     experiment = config.override(
         tiny(), {"storage": str(tmp_path / "runs"), "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
     )
     config.save(experiment, tmp_path / "words.yaml")
 
-    return lambda *arguments, detach=False: submission(address, environment, tmp_path, *arguments, detach=detach)
+    return lambda *arguments, detach=False: submission(head, tmp_path, *arguments, detach=detach)
 
 
-def submission(address, environment, cwd, *arguments, detach=False):
-    """The finished process of `raylm submit`."""
+def submission(cluster, cwd, *arguments, detach=False, environment=None):
+    """The finished process of `raylm submit`, in the environment of the cluster's user unless another is given."""
     first = ["--detach", "--json"] if detach else []
-    command = [sys.executable, "-m", "raylm.submit", "--address", address, *first, *arguments]
+    command = [sys.executable, "-m", "raylm.submit", "--address", cluster.dashboard, *first, *arguments]
+    environment = environment or cluster.environment
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.slow
+def test_a_token_that_is_there_is_shown_and_what_is_missing_is_told(head, tmp_path):
+    done = submission(head, tmp_path, "inspect", "--help")
+    assert (done.returncode, "raylm.inspect" in done.stdout) == (0, True), done.stderr
+    others = {
+        "it asks for a token, and there is none in ~/.ray/auth_token: `ray get-auth-token` on": somebody(tmp_path),
+        "it does not take the token of ~/.ray/auth_token": somebody(with_token(tmp_path / "other")),
+        "it asks for a token, and RAY_AUTH_MODE=disabled holds": {**head.environment, "RAY_AUTH_MODE": "disabled"},
+        "it asks for a token, and there is none in RAY_AUTH_TOKEN_PATH=none": {
+            **head.environment,
+            "RAY_AUTH_TOKEN_PATH": "none",
+        },
+    }
+    for problem, environment in others.items():
+        refused = submission(head, tmp_path, "inspect", "--help", environment=environment)
+        assert refused.returncode == 5
+        assert refused.stderr.startswith(f"error: --address={head.dashboard}: {problem}")
+        assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_no_token_is_used_with_and_without_one(tmp_path, free_port):
+    (tmp_path / "none").mkdir()
+    with started(tmp_path / "none", free_port, 1) as cluster:
+        for home in (tmp_path / "none", with_token(tmp_path / "some")):
+            done = submission(cluster, tmp_path, "inspect", "--help", environment=somebody(home))
+            assert done.returncode == 0, done.stderr
+            found = doctor(cluster, tmp_path, somebody(home))
+            assert found["cluster"]["found"] == f"cluster.address={cluster.head}: 1 nodes, 1 CPUs, 0 GPUs"
+
+
+def doctor(cluster, cwd, environment):
+    """What `raylm doctor` finds, by its name, of a cluster that cluster.address names."""
+    settings = [f"cluster.address={cluster.head}", "tracking.uri=null"]
+    done = subprocess.run(
+        [sys.executable, "-m", "raylm.doctor", "--json", *settings],
+        env=environment, cwd=cwd, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert "gcs_client" not in done.stderr
+    return {finding["what"]: finding for finding in json.loads(done.stdout)["findings"]}
+
+
+@pytest.mark.slow
+def test_commands_that_connect_show_the_token_too(head, tmp_path):
+    found = doctor(head, tmp_path, head.environment)
+    assert found["cluster"]["found"] == f"cluster.address={head.head}: 1 nodes, 2 CPUs, 0 GPUs"
+    found = doctor(head, tmp_path, somebody(tmp_path))
+    problem = f"cluster.address={head.head}: it asks for a token, and there is none in ~/.ray/auth_token"
+    assert found["cluster.address"]["found"].startswith(problem)
+    found = doctor(head, tmp_path, {**somebody(tmp_path), "RAY_AUTH_MODE": "token"})
+    assert found["cluster.address"]["found"].startswith(problem), "where Ray's own core would abort"
 
 
 @pytest.mark.slow
@@ -187,7 +282,7 @@ def test_a_job_has_its_commands_output_and_exit_code(submitted, tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_job_leaves_no_run_running_and_goes_on_when_submitted_again(head, submitted, tmp_path):
-    address, environment = head
+    environment = {**head.environment, "RAY_AUTH_MODE": "token"}  # which Ray's own command needs
     long = ("train", "--config", "words.yaml", "train.max_tokens=256000", "train.eval_every_tokens=5120")
     job = json.loads(submitted(*long, detach=True).stdout)["job"]
     deadline = time.monotonic() + 120
@@ -195,7 +290,11 @@ def test_a_stopped_job_leaves_no_run_running_and_goes_on_when_submitted_again(he
         assert time.monotonic() < deadline, "it never saved"
         time.sleep(0.5)
     stop = subprocess.run(
-        ["ray", "job", "stop", "--address", address, job], env=environment, capture_output=True, text=True, timeout=120
+        ["ray", "job", "stop", "--address", head.dashboard, job],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert stop.returncode == 0, stop.stderr
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -219,15 +318,17 @@ def test_a_job_whose_head_is_lost_goes_on_when_submitted_to_another(tiny, tmp_pa
             tiny(f"storage={tmp_path}/runs", "name=words", f"tracking.uri={uri}", *sizes), tmp_path / "words.yaml"
         )
         place = tmp_path / "runs" / "words"
-        with started(tmp_path, free_port, 0, [1]) as (address, environment, (lost, _)):
-            assert submission(address, environment, tmp_path, *long, detach=True).returncode == 0
+        home = with_token(tmp_path / "home")
+        with started(home, free_port, 0, [1]) as cluster:
+            lost = cluster.processes[0]
+            assert submission(cluster, tmp_path, *long, detach=True).returncode == 0
             until(lambda: len(list(place.glob("train-*/checkpoints/*/manifest.json"))) > 1)
             for process in [*psutil.Process(lost.pid).children(recursive=True), lost]:
                 process.kill()
-            with started(tmp_path, free_port, 0, [1]) as (address, environment, _):
-                again = submission(address, environment, tmp_path, *long)
+            with started(home, free_port, 0, [1]) as cluster:
+                again = submission(cluster, tmp_path, *long)
                 assert again.returncode == 0, again.stdout + again.stderr
-                whole = submission(address, environment, tmp_path, *long, "name=whole")
+                whole = submission(cluster, tmp_path, *long, "name=whole")
                 assert whole.returncode == 0, whole.stdout + whole.stderr
         saved = int(re.search(r"going on from step ([\d,]+) of 1,000", again.stdout)[1].replace(",", ""))
         assert 50 <= saved < 1000

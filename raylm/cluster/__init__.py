@@ -8,7 +8,7 @@ process      a process of this machine for the one worker of a run, which needs 
 board        how far the workers are, what they say, and whether they shall stop
 """
 
-from raylm.cluster.address import Address, address, has_token, is_local, no_token, show_token, token_source
+from raylm.cluster.address import Address, address_of, has_token, is_local, no_token, show_token, token_source
 from raylm.cluster.board import Board, SharedBoard, interruption, signals, stopped_by, watch
 from raylm.cluster.capacity import Resources, cpus_here, resources, this_machine, workers
 from raylm.cluster.connection import (
@@ -32,7 +32,7 @@ __all__ = [
     "Board",
     "Resources",
     "SharedBoard",
-    "address",
+    "address_of",
     "ahead",
     "alone",
     "begin",

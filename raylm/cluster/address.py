@@ -20,6 +20,9 @@ from raylm.errors import ConfigError
 ANSWER_SECONDS = 5.0
 """How long a cluster may take to answer; ray.init waits over ten minutes for one that is not there."""
 
+LOOKUP_SECONDS = 3.0
+"""How long the address of a host may take to be looked up; resolvers give up after ten to thirty."""
+
 JOB = "raylm submit --address http://HOST:8265 VERB …"
 
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -39,7 +42,7 @@ class Address(NamedTuple):
         return f"{self.setting}={self.value}"
 
 
-def address(section: ClusterConfig) -> Address | None:
+def address_of(section: ClusterConfig) -> Address | None:
     """The cluster that a command uses; None where Ray is started on this machine, for the command alone."""
     named = (("cluster.address", section.address), ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS")))
     for setting, value in named:
@@ -50,7 +53,7 @@ def address(section: ClusterConfig) -> Address | None:
 
 def is_local(section: ClusterConfig) -> bool:
     """Whether Ray will be started on this machine, for this command alone."""
-    return address(section) is None
+    return address_of(section) is None
 
 
 # Whether it is there -------------------------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ def _unreachable(host: str, port: int) -> str | None:
 
     threading.Thread(target=look, daemon=True).start()
     try:
-        return found.result(2 * ANSWER_SECONDS - 1)
+        return found.result(LOOKUP_SECONDS + ANSWER_SECONDS)
     except TimeoutError:
         return f"{host} takes too long to look up and to answer"
 

@@ -18,9 +18,9 @@ from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylm import cli
-from raylm.cluster.address import Address, address, check, is_local
+from raylm.cluster import output
+from raylm.cluster.address import Address, address_of, check, is_local
 from raylm.cluster.capacity import Resources, amount_of, capacity, cpus_here, resources, this_machine
-from raylm.cluster.output import Log, begin, to_file
 from raylm.cluster.process import WORKER_ENVIRONMENT
 from raylm.config import ClusterConfig
 from raylm.errors import ConfigError, RaylmError, TrainingError
@@ -49,9 +49,9 @@ def alone(section: ClusterConfig, *, decided: float | None = None) -> Resources 
 
 def check_reachable(section: ClusterConfig) -> None:
     """ConfigError if `connect` will not reach the cluster: before anything is loaded or begun for it."""
-    elsewhere = address(section)
+    elsewhere = address_of(section)
     if elsewhere is not None and not ray.is_initialized():
-        with to_file():
+        with output.to_file():
             check(elsewhere)
 
 
@@ -65,10 +65,10 @@ def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = 
     if not _begun and ray.is_initialized():  # somebody else's, left as it is
         yield _resources(section, trials, decided)
         return
-    elsewhere = address(section)
+    elsewhere = address_of(section)
     if elsewhere is None:
         plan(section)  # refuse before anything starts
-    with to_file() as log:
+    with output.to_file() as log:
         _connect(elsewhere, log)
         try:
             with _told_of_no_worker():
@@ -83,7 +83,7 @@ def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = 
             ray.shutdown()
 
 
-def _connect(elsewhere: Address | None, log: Log) -> None:
+def _connect(elsewhere: Address | None, log: output.Log) -> None:
     """Connect to a cluster, or to the Ray of this machine that is started for it, or was ahead of it."""
     begun = _begun.pop() if _begun else None
     what = "Starting Ray" if elsewhere is None else f"Connecting to Ray at {elsewhere.value}"
@@ -98,9 +98,9 @@ def _connect(elsewhere: Address | None, log: Log) -> None:
     except RaylmError:
         raise
     except Exception as error:  # Ray's have no class of their own
-        named, setting = elsewhere or "cluster.address=local", elsewhere.setting if elsewhere else "cluster.address"
+        named = elsewhere or Address("local", "cluster.address")
         what = "Ray cannot be reached" if elsewhere else "Ray does not start on this machine"
-        raise ConfigError(f"{named}: {what}: {_problem(error)}{log.named()}", setting) from error
+        raise ConfigError(f"{named}: {what}: {_problem(error)}{log.named()}", named.setting) from error
 
 
 def _problem(error: Exception) -> str:
@@ -125,7 +125,7 @@ def ahead() -> None:
         threading.Event().wait()  # Ray's processes end with the thread that has started them
 
     if not ray.is_initialized():
-        begin()
+        output.begin()
         _begun.append(begun)
         threading.Thread(target=start, daemon=True).start()
 
@@ -155,7 +155,7 @@ def _start(address: str) -> None:
 
 
 def _resources(section: ClusterConfig, trials: int, decided: float | None) -> Resources:
-    """Those of the cluster that is connected; nodes, or a room, that will have to be waited for are told of."""
+    """Those of the cluster that is connected; what will have to be waited for is told."""
     found = resources(section, *capacity(section), trials=trials, decided=decided)
     now, free = ray.cluster_resources(), ray.available_resources()
     for kind, wanted in found.needed.items():
