@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import io
 import json
 import os
 import signal
@@ -219,6 +220,8 @@ class _Stopped(Exception):
 def _stdout_for_result(as_json: bool) -> Iterator[Any]:
     """stdout; with --json everybody else's prints, of libraries and subprocesses too, go to stderr meanwhile."""
     if not as_json:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may have what the terminal's encoding has not
+            sys.stdout.reconfigure(errors="backslashreplace")
         yield sys.stdout
         return
     sys.stdout.flush()

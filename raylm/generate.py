@@ -111,7 +111,7 @@ def _parsed(settings: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
             raise ConfigError(
                 f"{name}: generate takes settings of corpus and cluster, and model.trust_remote_code", name
             )
-        if name.startswith("corpus.validation_"):
+        if name.startswith(("corpus.validation_", "corpus.split_by")):
             raise ConfigError(f"{name}: generate goes on from every document; nothing is held out", name)
     return given, dotted
 

@@ -186,7 +186,7 @@ def write(found: Found) -> str:
         storage.write(f"{found.directory}/{EXPERIMENT}", found.facts.artifacts[EXPERIMENT]["text"].encode())
         for name, image in images.items():
             storage.write(f"{found.directory}/report/{name}.png", image)
-        storage.write(path, page(found, drawn, images).encode())
+        storage.write(path, page(found, drawn, images).encode(errors="backslashreplace"))
     return path
 
 

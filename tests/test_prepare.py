@@ -95,3 +95,35 @@ def test_a_prepare_that_is_killed_again_and_again_ends_with_the_same_bytes(comma
     assert len(files) > 10
     for file in files:
         assert (torn / file).read_bytes() == (tmp_path / "whole" / "tokens" / whole["fingerprint"] / file).read_bytes()
+
+
+def raylm_in_c(*arguments, cwd):
+    """A command in the C locale, where Python itself knows only ASCII, and with a terminal that refuses the rest."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, "-m", f"raylm.{arguments[0]}", *arguments[1:]]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+
+
+NAMES = {"not-utf8": "caf\udce9 \"x\" 'y'\n.txt", "not-ascii": "語é.txt"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_of_any_bytes_is_shown_in_any_locale(tmp_path, name):
+    (tmp_path / NAMES[name]).write_text("text " * 1000)
+    done = raylm_in_c("prepare", "--dry-run", f"corpus.paths={NAMES[name]}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 files, 5,000 bytes" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_whose_name_is_of_any_bytes_is_trained_on_in_any_locale(tmp_path, name):
+    paragraphs = (" ".join(f"w{number * factor % 97}" for factor in range(60)) for number in range(150))
+    (tmp_path / NAMES[name]).write_text("\n\n".join(paragraphs))
+    settings = ("corpus.split_by=passage", "corpus.keep_any=[]", "tokenizer.train={vocab_size: 300}", "name=any")
+    sizes = ("blocks.block_size=32", "train.batch_tokens=512", "train.max_tokens=1024")
+    done = raylm_in_c("train", f"corpus.paths={NAMES[name]}", *settings, *sizes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "perplexity" in done.stdout
+    (card,) = tmp_path.glob("runs/any/train-*/model/README.md")
+    assert "perplexity" in card.read_text(encoding="utf-8")

@@ -167,10 +167,9 @@ def test_a_store_travels_by_its_path(corpus, tmp_path):
 
 
 def test_a_bad_file_fails_by_name_and_leaves_no_store(corpus, tmp_path):
-    bad = tmp_path / "corpus" / "05.txt"
-    bad.write_bytes(b"abc\xff")
-    corpus = corpus.model_copy(update={"paths": (*corpus.paths, str(bad))})  # else it is left out
-    with pytest.raises(DataError, match=r"05\.txt: byte 3: invalid UTF-8"):
+    (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    corpus = corpus.model_copy(update={"paths": (*corpus.paths, f"{tmp_path}/bad.txt")})
+    with pytest.raises(DataError, match=r"bad\.txt: byte 3: invalid UTF-8"):
         tokens.prepare(corpus, TokenizerConfig(path=str(_tokenizer(tmp_path))), storage=str(tmp_path))
     assert not list(tmp_path.glob("tokens/*/manifest.json"))
 

@@ -80,7 +80,7 @@ def of(directory: Path, repo: str, experiment: Experiment | None, num_parameters
     if experiment:
         parts += _settings(experiment, record, repo)
     body = "\n\n".join(parts)
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")).encode()
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")).encode(errors="backslashreplace")
 
 
 def _store(record: Mapping[str, Any]) -> Store | None:
@@ -125,7 +125,8 @@ def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | No
         what += f" ({split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes)"
     if experiment.eval.max_tokens is not None:
         what = f"the first documents of {what}, up to {experiment.eval.max_tokens:,} tokens"
-    held = f"{experiment.corpus.validation_fraction:g} of the documents, chosen by a hash of their text"
+    units = "passages" if experiment.corpus.split_by == "passage" else "documents"
+    held = f"{experiment.corpus.validation_fraction:g} of the {units}, chosen by a hash of their text"
     if given := experiment.corpus.validation_paths:
         held = ", ".join(_code(name_of(path)) for path in given)
     stride = f"with {experiment.eval.stride:,} new tokens in each" if experiment.eval.stride else "that do not overlap"

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
+import ray._private.utils as ray_utils
 from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -141,6 +142,9 @@ def _start(address: str) -> None:
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
         if shutil.which("bash") is None:  # by which Ray starts every worker; without it all would wait for ever
             os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), os.defpath]))
+    # Ray sends the command line to the cluster in UTF-8, and the names of files in it may be of any bytes.
+    entrypoint = ray_utils.get_entrypoint_name().encode("utf-8", "backslashreplace").decode()
+    ray_utils.get_entrypoint_name = lambda: entrypoint
     before = signal.getsignal(signal.SIGTERM)
     ray.init(
         address=address,
