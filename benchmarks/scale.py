@@ -42,9 +42,9 @@ def simulate(directory: Path, tokens: int) -> int:
         for number in range(count)
     ]
     manifest = {
-        "format": 1,
+        "format": 2,
         "fingerprint": "f" * 16,
-        "tokenizer": {"eos_id": 0, "vocab_size": 50_257, "files": {}},
+        "tokenizer": {"frames": {"auto": [0, 0]}, "vocab_size": 50_257, "files": {}},
         "sources": [],
         "ledger": {},
         "train": {"shards": shards},
@@ -61,7 +61,7 @@ def measure(directory: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
     store = tokens.open_store(directory)
-    cut = blocks.of(store.train, BlocksConfig(block_size=1024), store.eos_id)
+    cut = blocks.of(store.train, BlocksConfig(block_size=1024), store.frame("auto"))
     stream = blocks.Stream(cut, seed=0, length=2 * len(cut))
     opened = time.perf_counter()
     stream.index(len(cut))

@@ -147,7 +147,7 @@ def blocks_of(args: argparse.Namespace):
     made = experiment(args, args.home)
     store, _ = ready(made)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    cut = blocks.of(tokens.open_store(store.path).train, made.blocks, store.eos_id)
+    cut = blocks.of(tokens.open_store(store.path).train, made.blocks, store.frame("auto"))
     stream = blocks.Stream(cut, seed=0, length=args.steps * args.batch)
     network = model.build(made.model, store.tokenizer, block_size=args.block, seed=0, masked=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,13 +1,15 @@
 """Token store -> training examples of block_size tokens, cut when they are read.
 
     documents   [5 6 7] [8 9] [10 11 12 13]        token ids, any length
-    joined      5 6 7 E 8 9 E 10 11 12 13 E        E = end-of-text id, after every document
+    joined      5 6 7 E 8 9 E 10 11 12 13 E        E = end-of-text id, after every document and so before the next
 
     packed      [5 6 7 E] [8 9 E 10] [11 12 13 E]  cut at 4, across documents: one row = one training example
-    chunked     [5 6 7 E] [10 11 12 13]            cut at 4 inside each document, the shorter tails dropped
-    padded      [5 6 7 E] [8 9 E] [10 11 12 13]    a document a row, cut off at 4; padded when rows make a batch
+    chunked     [E 5 6 7] [E 10 11 12]             cut at 4 inside each document, the shorter tails dropped
+    padded      [E 5 6 7] [E 8 9 E] [E 10 11 12]   a document a row, cut off at 4; padded when rows make a batch
 
-The store has no end-of-text tokens, so the joined stream is never written anywhere: a block is found by arithmetic on
+Where a document has another token in front, B, that stands there, too (tokenizer.Frame): joined B 5 6 7 E B 8 9 E.
+
+The store has none of these tokens, so the joined stream is never written anywhere: a block is found by arithmetic on
 the number of tokens and documents before it, and copied out of the memory map.
 """
 
@@ -25,28 +27,36 @@ import numpy as np
 
 from raylm.config import BlocksConfig
 from raylm.errors import DataError
+from raylm.tokenizer import Frame
 from raylm.tokens import Split
 
 
-def cut(values: np.ndarray, offsets: np.ndarray, start: int, stop: int, eos_id: int) -> np.ndarray:
-    """Positions start:stop of the documents joined by `eos_id`, int64.
+def cut(values: np.ndarray, offsets: np.ndarray, start: int, stop: int, frame: Frame) -> np.ndarray:
+    """Positions start:stop of the documents joined with their frames, int64.
 
     `values` are the ids of all documents without anything between them, document j being
-    values[offsets[j]:offsets[j + 1]]; in the joined stream it begins at offsets[j] + j, j end-of-text tokens later.
+    values[offsets[j]:offsets[j + 1]]; in the joined stream its frame begins at offsets[j] + j * frame.in_stream.
     """
-    size, position = stop - start, offsets.data  # a memoryview gives an element in half the time of the array
-    first = bisect.bisect_right(range(len(offsets)), start, key=lambda j: position[j] + j) - 1
-    # The end of document j is at offsets[j + 1] + j, and in a window of this size lie so many ends at most.
+    size, around = stop - start, frame.in_stream
+    position = offsets.data  # a memoryview gives an element in half the time of the array
+    first = bisect.bisect_right(range(len(offsets)), start, key=lambda j: position[j] + j * around) - 1
+    # The end of document j is at offsets[j + 1] + (j + 1) * around - 1; a window of this size has so many at most.
     ends = offsets[first + 1 : first + 1 + size]
-    ends = ends + np.arange(first - start, first - start + len(ends))
+    ends = ends + np.arange((first + 1) * around - 1 - start, len(ends) * around + first * around - start, around)
     ends = ends[: ends.searchsorted(size)]
-    tokens = values[start - first : stop - first - len(ends)]
-    if not len(ends):
+    begins = ends[:0]
+    if around == 2:
+        begins = np.concatenate(([position[first] + 2 * first - start], ends + 1))
+        begins = begins[(begins >= 0) & (begins < size)]
+    before = first * around + (around == 2 and start > position[first] + 2 * first)
+    tokens = values[start - before : stop - before - len(ends) - len(begins)]
+    if not len(ends) + len(begins):
         return tokens.astype(np.int64)
     block = np.empty(size, np.int64)
     is_token = np.ones(size, bool)
-    is_token[ends] = False
-    block[ends] = eos_id
+    is_token[ends] = is_token[begins] = False
+    block[ends] = frame.end
+    block[begins] = frame.prefix if frame.prefix is not None else frame.end  # where there are any, it is
     block[is_token] = tokens
     return block
 
@@ -67,23 +77,23 @@ class Blocks(Protocol):
     def __getitem__(self, index: int) -> np.ndarray: ...
 
 
-def of(split: Split, section: BlocksConfig, eos_id: int) -> Blocks:
+def of(split: Split, section: BlocksConfig, frame: Frame) -> Blocks:
     """The blocks of a split, cut as the section says. Takes milliseconds: nothing is copied until a block is read."""
     kinds: dict[str, type] = {"packed": Packed, "chunked": Chunked, "padded": Padded}
-    return kinds[section.packing](split, section, eos_id)
+    return kinds[section.packing](split, section, frame)
 
 
 class Packed:
-    """Documents joined by end-of-text tokens and cut across: the course's "concatenate and chunk".
+    """Documents joined and cut across: the course's "concatenate and chunk".
 
     The tail that does not fill a block is dropped: at most block_size - 1 tokens of the whole split.
     """
 
-    def __init__(self, split: Split, section: BlocksConfig, eos_id: int):
+    def __init__(self, split: Split, section: BlocksConfig, frame: Frame):
         self.split = split
         self.block_size = section.block_size
-        self.eos_id = eos_id
-        self._first = [0, *accumulate(tokens + documents for documents, tokens in split.shards)]
+        self.frame = frame
+        self._first = [0, *accumulate(tokens + frame.in_stream * documents for documents, tokens in split.shards)]
         """Where each shard begins in the joined stream."""
         self.dropped_tokens = self._first[-1] % self.block_size
 
@@ -98,25 +108,26 @@ class Packed:
         parts = []
         while start < stop:
             begin, end = self._first[shard], min(stop, self._first[shard + 1])
-            parts.append(cut(*self.split.arrays(shard), start - begin, end - begin, self.eos_id))
+            parts.append(cut(*self.split.arrays(shard), start - begin, end - begin, self.frame))
             start, shard = end, shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class Chunked:
-    """Windows inside a document and its end-of-text token; a tail shorter than block_size is dropped.
+    """Windows inside a document and its frame; a tail shorter than block_size is dropped.
 
     Holds 8 bytes a document.
     """
 
-    def __init__(self, split: Split, section: BlocksConfig, eos_id: int):
+    def __init__(self, split: Split, section: BlocksConfig, frame: Frame):
         self.split = split
         self.block_size = section.block_size
-        self.eos_id = eos_id
-        self._blocks = [np.cumsum((lengths + 1) // self.block_size, dtype=np.int64) for lengths in split.lengths()]
+        self.frame = frame
+        around = len(frame.around(()))
+        self._blocks = [np.cumsum((lengths + around) // self.block_size, dtype=np.int64) for lengths in split.lengths()]
         """Of each shard, the blocks up to and with each document."""
         self._first = [0, *accumulate(int(blocks[-1]) for blocks in self._blocks)]
-        self.dropped_tokens = split.num_tokens + len(split) - len(self) * self.block_size
+        self.dropped_tokens = split.num_tokens + around * len(split) - len(self) * self.block_size
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -129,55 +140,63 @@ class Chunked:
         document = int(np.searchsorted(blocks, number, side="right"))
         before = int(blocks[document - 1]) if document else 0
         values, offsets = self.split.arrays(shard)
-        start = int(offsets[document]) + document + (number - before) * self.block_size
-        return cut(values, offsets, start, start + self.block_size, self.eos_id)
+        framed = self.frame.around(values[offsets[document] : offsets[document + 1]])
+        start = (number - before) * self.block_size
+        return framed[start : start + self.block_size]
 
 
 class Padded:
-    """A document and its end-of-text token, cut off after block_size tokens."""
+    """A document and its frame, cut off after block_size tokens."""
 
-    def __init__(self, split: Split, section: BlocksConfig, eos_id: int):
+    def __init__(self, split: Split, section: BlocksConfig, frame: Frame):
         self.split = split
         self.block_size = section.block_size
-        self.eos_id = eos_id
+        self.frame = frame
 
     @cached_property
     def dropped_tokens(self) -> int:
-        return sum(int(np.maximum(lengths + 1 - self.block_size, 0).sum()) for lengths in self.split.lengths())
+        around = len(self.frame.around(()))
+        return sum(int(np.maximum(lengths + around - self.block_size, 0).sum()) for lengths in self.split.lengths())
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return np.append(self.split[index][: self.block_size].astype(np.int64), self.eos_id)[: self.block_size]
+        return self.frame.around(self.split[index][: self.block_size])[: self.block_size]
 
 
-def batch(rows: Sequence[np.ndarray], section: BlocksConfig, eos_id: int) -> dict[str, np.ndarray]:
+def batch(rows: Sequence[np.ndarray], section: BlocksConfig, frame: Frame) -> dict[str, np.ndarray]:
     """Rows as a model takes them, each int64 of shape (len(rows), longest row):
 
     input_ids        shorter rows are filled with end-of-text tokens
-    labels           the same ids, and IGNORED for what is not predicted: padding, and a token with nothing before it
+    labels           the same ids, and IGNORED for what is not predicted: padding, a token with nothing before it, a
+                     prefix, and without a prefix the first token of a document
     attention_mask   if padded: 0 for padding
-    position_ids     if documents are isolated: they start again at 0 with each, and where they do attention ends.
+    position_ids     if documents are isolated: they start again at 0 with each frame, and where they do attention ends.
                      There is no attention mask then, and the model must be called with use_cache=False: transformers
                      looks for restarts only without the one and the other, and says nothing if it does not look.
     """
     longest = max(len(row) for row in rows)
-    input_ids = np.full((len(rows), longest), eos_id, np.int64)
+    input_ids = np.full((len(rows), longest), frame.end, np.int64)
     real = np.zeros((len(rows), longest), bool)
     for number, row in enumerate(rows):
         input_ids[number, : len(row)] = row
         real[number, : len(row)] = True
-    first = np.zeros_like(real)
-    first[:, 0] = True
+    begins = np.zeros_like(real)  # a frame
+    if frame.prefix is None:
+        begins[:, 1:] = input_ids[:, :-1] == frame.end
+    else:
+        begins |= input_ids == frame.prefix
+    # An end that is the next document's prefix, too, is predicted: by the last token of the document before.
+    unpredicted = np.zeros_like(real) if frame.prefix == frame.end else begins.copy()
+    begins[:, 0] = unpredicted[:, 0] = True
     made = {"input_ids": input_ids}
     if section.packing == "padded":
         made["attention_mask"] = real.astype(np.int64)
     elif section.isolate_documents:
-        first[:, 1:] |= input_ids[:, :-1] == eos_id
         columns = np.arange(longest)
-        made["position_ids"] = columns - np.maximum.accumulate(np.where(first, columns, 0), axis=1)
-    made["labels"] = np.where(real & ~first, input_ids, IGNORED)
+        made["position_ids"] = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
+    made["labels"] = np.where(real & ~unpredicted, input_ids, IGNORED)
     return made
 
 

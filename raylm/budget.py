@@ -130,7 +130,7 @@ def of(experiment: Experiment, store: Store) -> Budget:
         experiment.train,
         block_size=section.block_size,
         num_workers=experiment.cluster.most_workers,
-        epoch_examples=len(blocks.of(store.train, section, store.eos_id)),
+        epoch_examples=len(blocks.of(store.train, section, store.frame(experiment.tokenizer.prefix))),
     )
     assert found is not None  # the examples are known
     return found

@@ -60,10 +60,11 @@ def evaluate(
         counts = {name: len(numbers) for name, numbers in sets.items()}
         shown = {f"documents of {name}": count for name, count in counts.items()}
         return cli.Answer({"model": model, "sets": counts}, tables.facts({"model": model, **shown}))
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoTokenizer
 
     from raylm import group, storage
     from raylm import model as models
+    from raylm.tokenizer import frame
 
     here = str(directory.resolve())
     with cli.task("Scoring", "documents") as progress:
@@ -79,7 +80,10 @@ def evaluate(
         else "perplexity"
     )
     scored = Scored(rows, found, sets, measure, keywords=bool(experiment.objective.keywords))
-    record = {"model": model, **scored.record()}
+    known = AutoTokenizer.from_pretrained(directory, trust_remote_code=experiment.model.trust_remote_code)
+    prefix = frame(known, experiment.tokenizer.prefix).prefix
+    token = None if prefix is None else known.convert_ids_to_tokens(prefix)
+    record = {"model": model, "prefix": token, **scored.record()}
     if record["nll"] is None:
         raise StorageError(
             f"{model}: the likelihood of the text is not a finite number: the model has diverged or is damaged", model

@@ -142,6 +142,7 @@ def score(
         cpus=resources.cpus_per_worker if resources is not None else cluster.cpus_here(),
         use_gpu=experiment.cluster.use_gpu,
         keywords=experiment.objective.keywords,
+        prefix=experiment.tokenizer.prefix,
         trust_remote_code=experiment.model.trust_remote_code,
     )
     if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):

@@ -11,6 +11,8 @@ from raylm import cli
 from raylm.config import Experiment
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from rich.console import RenderableType
     from rich.text import Text
 
@@ -52,9 +54,10 @@ def look(experiment: Experiment, store: Store, examples: int) -> dict[str, Any]:
     from raylm import blocks, corpus, tokens
 
     section = experiment.blocks
-    cut = blocks.of(store.train, section, store.eos_id)
+    frame = store.frame(experiment.tokenizer.prefix)
+    cut = blocks.of(store.train, section, frame)
     rows = [cut[index] for index in range(min(max(examples, 2), len(cut)))]
-    batch = blocks.batch(rows, section, store.eos_id) if rows else {}
+    batch = blocks.batch(rows, section, frame) if rows else {}
     manifest = store.manifest
     return {
         "store": store.path,
@@ -65,7 +68,11 @@ def look(experiment: Experiment, store: Store, examples: int) -> dict[str, Any]:
         "splits": {
             name: {what: manifest[name][what] for what in ("documents", "tokens", "bytes")} for name in tokens.SPLITS
         },
-        "tokenizer": {key: manifest["tokenizer"][key] for key in ("vocab_size", "eos_token", "eos_id", "encoder")},
+        "tokenizer": {key: manifest["tokenizer"][key] for key in ("vocab_size", "eos_token", "encoder")},
+        "frame": {
+            name: None if token is None else {"token": store.tokenizer.convert_ids_to_tokens(token), "id": token}
+            for name, token in frame._asdict().items()
+        },
         "lengths": lengths(store.train),
         "documents": [
             {
@@ -82,7 +89,7 @@ def look(experiment: Experiment, store: Store, examples: int) -> dict[str, Any]:
             "train": len(cut),
             "dropped_tokens": cut.dropped_tokens,
             "examples": [
-                {"tokens": len(row), "documents_end": int((row == store.eos_id).sum()), "pieces": pieces(store, row)}
+                {"tokens": len(row), "documents_end": int((row == frame.end).sum()), "pieces": pieces(store, row)}
                 for row in rows[:examples]
             ],
         },
@@ -162,14 +169,15 @@ def view(record: dict[str, Any]) -> RenderableType:
         ledger,
         heading("Splits"),
         splits,
-        heading(f"Tokens: vocabulary of {tokenizer['vocab_size']:,}, end of text {tokenizer['eos_token']!r}"),
+        heading(f"Tokens: vocabulary of {tokenizer['vocab_size']:,}; {framed(record['frame'])}"),
         Text(f"ids by {tokenizer['encoder']['name']} {tokenizer['encoder']['version']}"),
         heading("Lengths of training documents"),
         histogram,
     ]
+    special = {side["token"] for side in record["frame"].values() if side is not None}
     for number, document in enumerate(record["documents"]):
         parts.append(heading(f"Document {number}: {document['bytes']:,} bytes, {document['tokens']:,} tokens"))
-        parts.append(marked(document["pieces"], document["tokens"], tokenizer["eos_token"]))
+        parts.append(marked(document["pieces"], document["tokens"], special))
     parts.append(
         heading(
             f"Blocks: {cut['packing']}, {cut['train']:,} of {cut['block_size']:,} tokens, "
@@ -180,18 +188,24 @@ def view(record: dict[str, Any]) -> RenderableType:
         parts.append(
             heading(f"Block {number}: {block['tokens']:,} tokens, {block['documents_end']} documents end in it")
         )
-        parts.append(marked(block["pieces"], block["tokens"], tokenizer["eos_token"]))
+        parts.append(marked(block["pieces"], block["tokens"], special))
     parts += [heading("Batch"), batch, Text(f"labels that are not predicted: {record['not_predicted']:,}")]
     return Group(*parts)
 
 
-def marked(found: list[str], tokens: int, eos_token: str) -> Text:
-    """Tokens in their order with a bar between them, new lines shown, end-of-text tokens standing out."""
+def framed(frame: dict[str, Any]) -> str:
+    """The tokens around a document, in words."""
+    prefix = repr(frame["prefix"]["token"]) if frame["prefix"] else "nothing"
+    return f"{prefix} in front of a document, {frame['end']['token']!r} behind it"
+
+
+def marked(found: list[str], tokens: int, special: Collection[str]) -> Text:
+    """Tokens in their order with a bar between them, new lines shown, those of the frame standing out."""
     from rich.text import Text
 
     text = Text()
     for piece in found:
-        style = "bold white on red" if piece == eos_token else ""
+        style = "bold white on red" if piece in special else ""
         text.append(piece.replace("\n", "⏎\n").replace("\t", "⇥   "), style)
         text.append("|", "dim")
     if tokens > len(found):

@@ -1,12 +1,13 @@
 """Summed negative log-likelihood -> perplexity, bits per byte.
 
-Per document, with one end-of-text token in front; every token of every document is scored exactly once, in windows of
-the model's context. Context 4, stride 4, a document of tokens a to f (E: end of text):
+Per document, with its prefix in front (tokenizer.Frame); every token of every document is scored exactly once, in
+windows of the model's context. Context 4, stride 4, a document of tokens a to f (P: prefix):
 
-    reads   E a b c         scores  a b c d
+    reads   P a b c         scores  a b c d
     reads   b c d e         scores        e f     the last window slides back, so that its context is full
 
 The definition of lm-evaluation-harness' rolling log-likelihood; a smaller stride gives every token more context.
+Without a prefix the first token of a document is not scored, and not counted.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from raylm.objective import Keywords
+    from raylm.tokenizer import Frame
 
 
 class Documents(Protocol):
@@ -96,19 +98,16 @@ class MaskedTokens(NamedTuple):
     """
 
     mask_id: int
-    first_id: int
-    """In front of every window, and `last_id` behind it: the tokenizer's own tokens, or end of text."""
-    last_id: int
+    frame: Frame
+    """Around every window."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> MaskedTokens:
-        first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
-        eos = tokenizer.eos_token_id
-        return cls(tokenizer.mask_token_id, eos if first is None else first, eos if last is None else last)
+    def of(cls, tokenizer: PreTrainedTokenizerBase, frame: Frame) -> MaskedTokens:
+        return cls(tokenizer.mask_token_id, frame)
 
 
 class Window(NamedTuple):
-    """Positions in a document with the end-of-text token put in front (position 0)."""
+    """Positions in a document with its prefix put in front (position 0)."""
 
     start: int
     """First token read."""
@@ -137,7 +136,7 @@ def score_documents(
     model: PreTrainedModel,
     documents: Documents,
     *,
-    eos_id: int,
+    frame: Frame,
     context: int,
     stride: int | None = None,
     batch_tokens: int = 16384,
@@ -166,19 +165,20 @@ def score_documents(
         for done, index in enumerate(chosen):
             ids = documents[index]
             marks = keywords.marked(ids) if keywords is not None else np.zeros(len(ids), bool)
-            rows[index, 1] = len(ids)
+            scored = len(ids) if frame.prefix is not None or masked is not None else max(0, len(ids) - 1)
+            rows[index, 1] = scored
             rows[index, 2] = documents.document_bytes(index)
-            rows[index, 4] = marks.sum().item()
-            yield from _parts(index, ids, marks, eos_id, context, stride or context, masked)
+            rows[index, 4] = marks[len(ids) - scored :].sum().item()
+            yield from _parts(index, ids, marks, frame, context, stride or context, masked)
             if progress is not None:
                 progress(done + 1, len(chosen))
 
     batches = _batches(read(), context, batch_tokens)
     for batch in _as_many(batches, device) if together and world_size > 1 else batches:
         if not batch:
-            model(input_ids=torch.full((1, 1), eos_id, device=device))
+            model(input_ids=torch.full((1, 1), frame.end, device=device))
             continue
-        each = _nll(model, batch, eos_id, device) if masked is None else _masked_nll(model, batch, masked, device)
+        each = _nll(model, batch, frame.end, device) if masked is None else _masked_nll(model, batch, masked, device)
         numbers = torch.tensor([part.document for part in batch])
         rows[:, 0].index_add_(0, numbers, each[:, 0].cpu())
         rows[:, 3].index_add_(0, numbers, each[:, 1].cpu())
@@ -226,22 +226,24 @@ def _parts(
     index: int,
     document: np.ndarray,
     marks: np.ndarray,
-    eos_id: int,
+    frame: Frame,
     context: int,
     stride: int,
     masked: MaskedTokens | None,
 ) -> Iterator[Part]:
     if masked is None:
-        ids = np.concatenate(([eos_id], document)).astype(np.int64)
-        for window in windows(len(document), context, stride):
+        ids = frame.around(document)[:-1]
+        marks = marks[len(document) - len(ids) + 1 :]
+        for window in windows(len(ids) - 1, context, stride):
             start, end, scored = window
             yield Part(index, ids[start : end + 1], scored, marks[end - scored : end])
         return
-    room = max(1, context - 2)
+    around = len(masked.frame.around(()))
+    room = max(1, context - around)
     for start in range(0, len(document), room):
-        ids = np.concatenate(([masked.first_id], document[start : start + room], [masked.last_id])).astype(np.int64)
-        for place in range(1, len(ids) - 1):
-            yield Part(index, ids, place, marks[start + place - 1 : start + place])
+        ids = masked.frame.around(document[start : start + room])
+        for place in range(len(ids) - around):
+            yield Part(index, ids, place + around - 1, marks[start + place : start + place + 1])
 
 
 def _batches(parts: Iterable[Part], context: int, batch_tokens: int) -> Iterator[Sequence[Part]]:
@@ -256,13 +258,13 @@ def _batches(parts: Iterable[Part], context: int, batch_tokens: int) -> Iterator
             del pool[-count:]
 
 
-def _nll(model: PreTrainedModel, batch: Sequence[Part], eos_id: int, device: torch.device) -> torch.Tensor:
+def _nll(model: PreTrainedModel, batch: Sequence[Part], padding: int, device: torch.device) -> torch.Tensor:
     """Summed nll of each window's scored tokens, and of the keywords among them, float64 of shape (windows, 2).
 
     Padding is on the right, where causal models do not look.
     """
     longest = max(len(part.ids) for part in batch) - 1
-    inputs = torch.full((len(batch), longest), eos_id)
+    inputs = torch.full((len(batch), longest), padding)
     targets = torch.full((len(batch), longest), -100)
     marked = torch.zeros((len(batch), longest), dtype=torch.bool)
     for row, (_, ids, scored, marks) in enumerate(batch):
@@ -281,7 +283,7 @@ def _masked_nll(
 ) -> torch.Tensor:
     """The nll of each window's masked token, and again if it is of a keyword, float64 of shape (windows, 2)."""
     longest = max(len(part.ids) for part in batch)
-    inputs = torch.full((len(batch), longest), masked.last_id)
+    inputs = torch.full((len(batch), longest), masked.frame.end)
     attention = torch.zeros_like(inputs)
     for row, (_, ids, place, _) in enumerate(batch):
         inputs[row, : len(ids)] = torch.from_numpy(ids)

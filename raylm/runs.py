@@ -132,7 +132,7 @@ def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:
     kept = {
         key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in may_change)
     }
-    return {**kept, "tokens": store}
+    return {**kept, "tokenizer.prefix": experiment.tokenizer.prefix, "tokens": store}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -34,8 +34,15 @@ def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str
         "tokens": budget.tokens,
         "steps": budget.steps,
         "store": store.fingerprint,
+        "prefix": prefix(experiment, store),
         **scored(experiment, store),
     }
+
+
+def prefix(experiment: Experiment, store: Store) -> str | None:
+    """The token in front of every document, in training and when it is scored."""
+    token = store.frame(experiment.tokenizer.prefix).prefix
+    return None if token is None else store.tokenizer.convert_ids_to_tokens(token)
 
 
 def scored(experiment: Experiment, store: Store) -> dict[str, int]:

@@ -135,6 +135,7 @@ def trained(
         "checkpoint": target,
         measure: best["perplexity"],
         "bits_per_byte": best["bits_per_byte"],
+        "prefix": summary.prefix(experiment, store),
         "tokens": outcome.step * planned.batch_tokens,
         "steps": outcome.step,
         "best_step": best["step"],

@@ -67,7 +67,7 @@ def tune(
             rows = sweep(experiment, store, parent, begun, resources)
             best = finish(experiment, store, parent, resources, rows)
         scored_on = page.scored_on(experiment.eval.max_tokens, summary.scored(experiment, store))
-        found = answer(experiment, begun, parent, rows, best, reused, scored_on)
+        found = answer(experiment, begun, parent, rows, best, reused, scored_on, summary.prefix(experiment, store))
         status = "FINISHED"
         return dataclasses.replace(found, exit_code=TrainingError.exit_code if strict and _failures(rows) else 0)
     except (KeyboardInterrupt, Interrupted):
@@ -283,6 +283,7 @@ def answer(
     best: dict[str, Any] | None,
     reused: bool,
     scored_on: str,
+    prefix: str | None,
 ) -> cli.Answer:
     """The ranked table, and what to do next; TrainingError if no trial has a result."""
     from raylm import tables, tracking
@@ -302,6 +303,7 @@ def answer(
         "mlflow_run_id": parent.run_id,
         "tokens_reused": reused,
         "scored_on": scored_on,
+        "prefix": prefix,
         "best": named(
             {key: best[key] for key in ("trial_id", "checkpoint", "perplexity", "bits_per_byte", "settings")}
         ),

@@ -210,9 +210,9 @@ PLAIN = ("config.json", "generation_config.json", "model.safetensors", "tokenize
 """The files of `trained_directory` without what raylm and the Trainer add."""
 
 MANIFEST = {
-    "format": 1,
+    "format": 2,
     "fingerprint": "f",
-    "tokenizer": {"eos_id": 0, "vocab_size": 260},
+    "tokenizer": {"frames": {"auto": [0, 0]}, "vocab_size": 260},
     "ledger": {"documents": 4, "bytes": 1234, "filtered: min_chars": 1, "kept": 3, "kept bytes": 1200},
     "train": {"documents": 2, "tokens": 500, "bytes": 1000, "shards": []},
     "validation": {"documents": 1, "tokens": 100, "bytes": 200, "shards": []},

@@ -6,6 +6,7 @@ import pytest
 from raylm.blocks import Packed, Stream, batch, cut, of, permuted
 from raylm.config import BlocksConfig
 from raylm.errors import DataError
+from raylm.tokenizer import Frame
 
 DOCUMENTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
 
@@ -34,11 +35,11 @@ class Documents:
 
 
 def blocks_of(*shards, **settings):
-    return of(Documents(*shards), BlocksConfig(**settings), eos_id=0)
+    return of(Documents(*shards), BlocksConfig(**settings), Frame(0, 0))
 
 
 def packed(*shards, block_size):
-    return Packed(Documents(*shards), BlocksConfig(block_size=block_size), eos_id=0)
+    return Packed(Documents(*shards), BlocksConfig(block_size=block_size), Frame(0, 0))
 
 
 def test_blocks_span_documents():
@@ -58,14 +59,16 @@ def test_blocks_span_shards():
     ]
 
 
-def test_every_window_of_the_joined_stream():
+@pytest.mark.parametrize("frame", [Frame(0, 0), Frame(None, 0), Frame(100, 0)])
+def test_every_window_of_the_joined_stream(frame):
     rng = np.random.default_rng(0)
     documents = [rng.integers(1, 99, size=size).tolist() for size in rng.integers(0, 6, size=40)]
-    joined = [token for document in documents for token in (*document, 0)]
+    before = [100] if frame.prefix == 100 else []
+    joined = [token for document in documents for token in (*before, *document, 0)]
     values, offsets = Documents(documents).arrays(0)
     for start in range(len(joined)):
         for stop in range(start + 1, min(start + 20, len(joined)) + 1):
-            assert cut(values, offsets, start, stop, 0).tolist() == joined[start:stop]
+            assert cut(values, offsets, start, stop, frame).tolist() == joined[start:stop]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 63, 64, 65, 1000])
@@ -105,35 +108,35 @@ def test_a_split_shorter_than_a_block_is_an_error():
 @pytest.mark.parametrize("shards", [[DOCUMENTS], [DOCUMENTS[:1], DOCUMENTS[1:]], [[d] for d in DOCUMENTS]])
 def test_chunked_blocks_stay_inside_a_document(shards):
     blocks = blocks_of(*shards, block_size=4, packing="chunked")
-    assert [block.tolist() for block in blocks] == [[5, 6, 7, 0], [10, 11, 12, 13]]
-    assert blocks.dropped_tokens == 4  # 8 9 E, and E
-    assert [block.tolist() for block in blocks_of(*shards, block_size=2, packing="chunked")] == [
-        [5, 6],
-        [7, 0],
-        [8, 9],
-        [10, 11],
-        [12, 13],
+    assert [block.tolist() for block in blocks] == [[0, 5, 6, 7], [0, 8, 9, 0], [0, 10, 11, 12]]
+    assert blocks.dropped_tokens == 3  # E, and 13 E
+    assert [block.tolist() for block in blocks_of(*shards, block_size=3, packing="chunked")] == [
+        [0, 5, 6],
+        [0, 8, 9],
+        [0, 10, 11],
+        [12, 13, 0],
     ]
 
 
 def test_padded_blocks_are_documents_cut_off():
     blocks = blocks_of(DOCUMENTS, block_size=4, packing="padded")
-    assert [block.tolist() for block in blocks] == [[5, 6, 7, 0], [8, 9, 0], [10, 11, 12, 13]]
-    assert blocks.dropped_tokens == 1
+    assert [block.tolist() for block in blocks] == [[0, 5, 6, 7], [0, 8, 9, 0], [0, 10, 11, 12]]
+    assert blocks.dropped_tokens == 3
 
 
 def test_every_way_to_cut_accounts_for_every_token():
     rng = np.random.default_rng(1)
     shards = [[rng.integers(1, 99, size=n).tolist() for n in rng.integers(0, 30, size=20)] for _ in range(3)]
-    total = sum(len(document) + 1 for shard in shards for document in shard)
-    for packing in ("packed", "chunked", "padded"):
+    documents = [document for shard in shards for document in shard]
+    for packing, around in (("packed", 1), ("chunked", 2), ("padded", 2)):
+        total = sum(len(document) + around for document in documents)
         blocks = blocks_of(*shards, block_size=8, packing=packing)
         assert sum(len(block) for block in blocks) + blocks.dropped_tokens == total
 
 
 def test_a_batch_of_packed_blocks():
     section = BlocksConfig(block_size=4)
-    made = batch([np.array([5, 6, 7, 0]), np.array([8, 9, 0, 10])], section, eos_id=0)
+    made = batch([np.array([5, 6, 7, 0]), np.array([8, 9, 0, 10])], section, Frame(0, 0))
     assert {name: array.tolist() for name, array in made.items()} == {
         "input_ids": [[5, 6, 7, 0], [8, 9, 0, 10]],
         "labels": [[-100, 6, 7, 0], [-100, 9, 0, 10]],
@@ -141,7 +144,7 @@ def test_a_batch_of_packed_blocks():
 
 
 def test_a_batch_of_padded_rows():
-    made = batch([np.array([5, 6, 7, 0]), np.array([8, 0])], BlocksConfig(block_size=4, packing="padded"), eos_id=0)
+    made = batch([np.array([5, 6, 7, 0]), np.array([8, 0])], BlocksConfig(block_size=4, packing="padded"), Frame(0, 0))
     assert {name: array.tolist() for name, array in made.items()} == {
         "input_ids": [[5, 6, 7, 0], [8, 0, 0, 0]],
         "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
@@ -151,12 +154,40 @@ def test_a_batch_of_padded_rows():
 
 def test_a_batch_of_isolated_documents():
     section = BlocksConfig(block_size=6, isolate_documents=True)
-    made = batch([np.array([5, 6, 0, 8, 9, 0]), np.array([0, 0, 7, 8, 9, 10])], section, eos_id=0)
+    made = batch([np.array([5, 6, 0, 8, 9, 0]), np.array([0, 0, 7, 8, 9, 10])], section, Frame(0, 0))
     assert {name: array.tolist() for name, array in made.items()} == {
         "input_ids": [[5, 6, 0, 8, 9, 0], [0, 0, 7, 8, 9, 10]],
-        "position_ids": [[0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 2, 3]],
-        "labels": [[-100, 6, 0, -100, 9, 0], [-100, -100, -100, 8, 9, 10]],
+        "position_ids": [[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4]],
+        "labels": [[-100, 6, 0, 8, 9, 0], [-100, 0, 7, 8, 9, 10]],
     }
+
+
+def test_a_prefix_of_its_own_stands_before_every_document_and_is_not_predicted():
+    """As Llama's <s> (1) before and </s> (0) behind."""
+    frame, documents = Frame(1, 0), Documents(DOCUMENTS)
+    rows = list(of(documents, BlocksConfig(block_size=5), frame))
+    assert [row.tolist() for row in rows] == [[1, 5, 6, 7, 0], [1, 8, 9, 0, 1], [10, 11, 12, 13, 0]]
+    section = BlocksConfig(block_size=5, isolate_documents=True)
+    assert {name: array.tolist() for name, array in batch(rows, section, frame).items()} == {
+        "input_ids": [[1, 5, 6, 7, 0], [1, 8, 9, 0, 1], [10, 11, 12, 13, 0]],
+        "position_ids": [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0], [0, 1, 2, 3, 4]],
+        "labels": [[-100, 5, 6, 7, 0], [-100, 8, 9, 0, -100], [-100, 11, 12, 13, 0]],
+    }
+    for packing in ("chunked", "padded"):
+        (first, *_) = of(documents, BlocksConfig(block_size=4, packing=packing), frame)
+        assert first.tolist() == [1, 5, 6, 7]
+
+
+def test_without_a_prefix_the_first_token_of_a_document_is_not_predicted():
+    frame = Frame(None, 0)
+    rows = list(of(Documents(DOCUMENTS), BlocksConfig(block_size=6), frame))
+    assert [row.tolist() for row in rows] == [[5, 6, 7, 0, 8, 9], [0, 10, 11, 12, 13, 0]]
+    for isolated, positions in ((False, None), (True, [[0, 1, 2, 3, 0, 1], [0, 0, 1, 2, 3, 4]])):
+        made = batch(rows, BlocksConfig(block_size=6, isolate_documents=isolated), frame)
+        assert made["labels"].tolist() == [[-100, 6, 7, 0, -100, 9], [-100, -100, 11, 12, 13, 0]]
+        assert (made["position_ids"].tolist() if isolated else None) == positions
+    (first, *_) = of(Documents(DOCUMENTS), BlocksConfig(block_size=4, packing="padded"), frame)
+    assert first.tolist() == [5, 6, 7, 0]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -177,11 +208,11 @@ def test_isolated_documents_are_predicted_as_if_each_stood_alone(kind):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, vocab_size=100, bos_token_id=0, eos_token_id=0, **sizes[kind])
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    documents = [[5, 6, 7, 0], [8, 9, 0], [10, 11, 12, 13, 0]]
+    documents = [[0, 5, 6, 7], [0, 8, 9], [0, 10, 11, 12, 13]]
     block = np.concatenate(documents)
 
     def logits(section, rows):
-        made = batch(rows, section, eos_id=0)
+        made = batch(rows, section, Frame(0, 0))
         del made["labels"]
         with torch.no_grad():
             return model(**{name: torch.from_numpy(array) for name, array in made.items()}, use_cache=False).logits

@@ -208,7 +208,8 @@ def test_an_exported_model_is_a_plain_directory_that_scores_the_same(tmp_path, m
     store, _ = tokens.prepare(corpus, tokenizer, storage=str(tmp_path))
     sizes = {"vocab_size": 260, "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 64}
     network = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
-    score = perplexity.score(network, store.validation, eos_id=store.eos_id, context=64, stride=None, batch_tokens=256)
+    how = {"frame": store.frame("auto"), "context": 64, "stride": None, "batch_tokens": 256}
+    score = perplexity.score(network, store.validation, **how)
     trained = tmp_path / "step_00000010"
     network.save_pretrained(trained)
     store.tokenizer.save_pretrained(trained)

@@ -71,7 +71,7 @@ def score(model, *names):
     for name in names:
         ids = np.array(trained.tokenizer(TEXTS[name], add_special_tokens=False)["input_ids"])
         documents.append(ids, len(TEXTS[name].encode()), 0, name)
-    how = {"eos_id": trained.tokenizer.eos_token_id, "context": trained.context, "masked": trained.masked}
+    how = {"frame": trained.frame(), "context": trained.context, "masked": trained.masked()}
     return perplexity.score(trained.model, documents, **how)
 
 
@@ -251,7 +251,7 @@ def test_a_set_is_tokenized_once_as_the_run_is_and_nothing_of_it_is_left_out(ray
     words = " ".join(TEXTS[name] for name in ("books/a.txt", "books/b.txt")).split()
     assert [store.tokenizer.decode(ids) for ids in books.train] == words
     assert len(books.validation) == 0
-    assert books.eos_id == store.eos_id
+    assert books.frame("auto") == store.frame("auto")
     times = {path: os.stat(f"{path}/manifest.json").st_mtime_ns for path in found.values()}
     assert prepare.evaluation_sets(experiment, store) == found
     assert times == {path: os.stat(f"{path}/manifest.json").st_mtime_ns for path in found.values()}

@@ -95,8 +95,9 @@ def test_padding_is_not_read_by_a_model_without_a_table_of_positions(llama):
 def test_within_the_context_the_likeliest_tokens_are_those_of_transformers(directory):
     whole = writer(directory, do_sample=False, max_new_tokens=12)
     prompt = "import @"  # with which no other token begins
-    given = torch.tensor([whole.tokenizer(prompt)["input_ids"]])
-    theirs = whole.network.generate(given, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    given = torch.tensor([[0, *whole.tokenizer(prompt)["input_ids"]]])  # behind the prefix
+    mask = torch.ones_like(given)  # or they take the prefix for padding
+    theirs = whole.network.generate(given, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert whole.texts([prompt]) == [(whole.tokenizer.decode(theirs[0], skip_special_tokens=True), 12)]
 
 
@@ -137,7 +138,7 @@ def test_the_last_token_of_a_prompt_may_be_the_beginning_of_a_longer_one(directo
     assert all(whole.decoded([token]).startswith(" ") for token in row.allowed)
     assert _Row(whole, "<|endoftext|>").allowed is None
     whole._write([row], 0, None)
-    assert row.ids[1] in row.allowed
+    assert row.ids[2] in row.allowed
     assert row.text(row.ids) == whole.decoded(row.ids)
 
 
@@ -150,7 +151,7 @@ def test_a_prompt_stays_though_its_repetition_is_forbidden(directory):
 
 def test_beyond_the_context_the_last_half_of_it_is_read(directory):
     whole = writer(directory, max_new_tokens=8)
-    row = _Row(whole, "@" * CONTEXT)
+    row = _Row(whole, "@" * (CONTEXT - 1))
     assert len(row.window()) == CONTEXT - 1  # without the last, which is made again
     row.add([5], 1)
     assert row.window() == row.ids[-CONTEXT // 2 :]

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from raylm import card, checkpoint, loop, model, objective, train
+from raylm import tokenizer as tokenizers
 from raylm.config import Experiment, ModelConfig
 from raylm.errors import ConfigError, RaylmError
 from raylm.loop.trainer import _Trainer
@@ -363,7 +364,7 @@ def test_biases_and_norms_do_not_decay(tmp_path, tokenizer):
 def trainer_of(experiment, tokenizer, directory, **arguments):
     """raylm's Trainer for four steps of two random blocks, without Ray."""
     network = model.build(experiment.model, tokenizer, block_size=8)
-    batches = objective.of(experiment.objective, experiment.blocks, tokenizer, 0)
+    batches = objective.of(experiment.objective, experiment.blocks, tokenizer, tokenizers.frame(tokenizer), 0)
     objective.attach(network, shifted=batches.shifted)
     common = {
         "output_dir": str(directory),

@@ -52,7 +52,7 @@ def byte():
 
 
 def batches(tokens, cut=PADDED, seed=0, **settings):
-    return objective.of(ObjectiveConfig(**settings), cut, tokens, seed)
+    return objective.of(ObjectiveConfig(**settings), cut, tokens, tokenizer.frame(tokens), seed)
 
 
 def ids(tokens, text):

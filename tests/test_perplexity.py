@@ -10,9 +10,11 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from raylm import checkpoint, tokenizer
 from raylm.config import TrainedTokenizer
 from raylm.perplexity import MaskedTokens, Score, Window, first_documents, score, score_documents, windows
+from raylm.tokenizer import Frame
 
 CONTEXT = 8
 EOS = 0
+FRAME = Frame(EOS, EOS)
 
 
 class Documents(list):
@@ -86,7 +88,7 @@ def test_every_token_is_scored_exactly_once(length, stride):
 @pytest.mark.parametrize("stride", [1, 3, CONTEXT])
 def test_equals_a_naive_float64_reference(network, documents, stride):
     nll, tokens, of_thirds = reference(network, documents, CONTEXT, stride)
-    found = score(network, documents, eos_id=EOS, context=CONTEXT, stride=stride, keywords=EveryThird())
+    found = score(network, documents, frame=FRAME, context=CONTEXT, stride=stride, keywords=EveryThird())
     assert found.tokens == tokens == sum(map(len, documents))
     assert found.nll == pytest.approx(nll, rel=1e-6)
     assert found.bytes == 3 * tokens
@@ -96,9 +98,25 @@ def test_equals_a_naive_float64_reference(network, documents, stride):
     assert found.keyword_tokens == sum((document % 3 == 0).sum() for document in documents)
 
 
+@pytest.mark.parametrize("prefix", [1, None])
+def test_another_prefix_or_none(network, documents, prefix):
+    """By hand, for documents of one window; without a prefix their first tokens are neither scored nor counted."""
+    short = Documents(document for document in documents if len(document) < CONTEXT)
+    rows = score_documents(network, short, frame=Frame(prefix, EOS), context=CONTEXT, keywords=EveryThird())
+    for row, document in zip(rows, short, strict=True):
+        text = torch.tensor([*([] if prefix is None else [prefix]), *document.tolist()])
+        with torch.no_grad():
+            likely = network(input_ids=text[None]).logits[0].log_softmax(-1)
+        each = -likely[:-1].gather(1, text[1:, None])[:, 0].double()
+        assert row[0] == pytest.approx(each.sum().item(), rel=1e-5)
+        assert row[1] == len(text) - 1
+        assert row[3] == pytest.approx(each[text[1:] % 3 == 0].sum().item(), rel=1e-5)
+        assert row[4] == (text[1:] % 3 == 0).sum()
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 20, 64, 100_000])
 def test_does_not_depend_on_the_batch(network, documents, batch_tokens):
-    how = {"eos_id": EOS, "context": CONTEXT, "keywords": EveryThird()}
+    how = {"frame": FRAME, "context": CONTEXT, "keywords": EveryThird()}
     found = score(network, documents, batch_tokens=batch_tokens, **how)
     expected = score(network, documents, **how)
     assert (found.tokens, found.bytes, found.keyword_tokens) == (
@@ -120,7 +138,7 @@ def test_scores_of_sets_add_up_to_that_of_all_their_documents(network, lengths, 
     random = np.random.default_rng(5)
     sets = [Documents(random.integers(1, 23, length).astype(np.uint16) for length in each) for each in lengths]
     everything = Documents(document for documents in sets for document in documents)
-    how = {"eos_id": EOS, "context": CONTEXT, "stride": stride, "keywords": EveryThird()}
+    how = {"frame": FRAME, "context": CONTEXT, "stride": stride, "keywords": EveryThird()}
     whole = score(network, everything, batch_tokens=batch_tokens, **how)
     found = sum((score(network, documents, **how) for documents in sets), Score())
     assert (found.tokens, found.bytes, found.keyword_tokens) == (whole.tokens, whole.bytes, whole.keyword_tokens)
@@ -147,8 +165,8 @@ def test_a_masked_model_predicts_each_token_from_all_the_others_in_its_window(ba
                 thirds -= each if window[place] % 3 == 0 else 0
         expected.append(nll)
         of_thirds.append(thirds)
-    masked = MaskedTokens(mask_id=3, first_id=1, last_id=2)
-    how = {"eos_id": EOS, "context": CONTEXT, "masked": masked, "batch_tokens": batch_tokens, "keywords": EveryThird()}
+    masked = MaskedTokens(mask_id=3, frame=Frame(1, 2))
+    how = {"frame": FRAME, "context": CONTEXT, "masked": masked, "batch_tokens": batch_tokens, "keywords": EveryThird()}
     rows = score_documents(bert, documents, **how)
     assert rows[:, 0] == pytest.approx(expected, rel=1e-5)
     assert rows[:, 1].tolist() == [1, 6, 7, 15]
@@ -157,8 +175,8 @@ def test_a_masked_model_predicts_each_token_from_all_the_others_in_its_window(ba
 
 
 def test_documents_are_scored_one_by_one(network, documents):
-    rows = score_documents(network, documents, eos_id=EOS, context=CONTEXT)
-    alone = [score(network, Documents([document]), eos_id=EOS, context=CONTEXT) for document in documents]
+    rows = score_documents(network, documents, frame=FRAME, context=CONTEXT)
+    alone = [score(network, Documents([document]), frame=FRAME, context=CONTEXT) for document in documents]
     assert rows[:, 1:3].tolist() == [[one.tokens, one.bytes] for one in alone]
     assert rows[:, 0] == pytest.approx([one.nll for one in alone], rel=1e-6)
 
@@ -199,7 +217,7 @@ def test_the_same_first_documents_for_every_trial(documents):
 
 def test_leaves_the_model_training_if_it_was(network, documents):
     network.train()
-    score(network, Documents(documents[:1]), eos_id=EOS, context=CONTEXT)
+    score(network, Documents(documents[:1]), frame=FRAME, context=CONTEXT)
     assert network.training
     network.eval()
 
@@ -224,6 +242,5 @@ def test_agrees_with_lm_evaluation_harness(tmp_path):
     trained = checkpoint.load(tmp_path)
     documents = Documents(np.array(trained.tokenizer(text)["input_ids"]) for text in corpus)
     assert (min(map(len, documents)), max(map(len, documents)) > 8 * 16) == (1, True)
-    eos_id = trained.tokenizer.eos_token_id
-    rows = score_documents(trained.model, documents, eos_id=eos_id, context=trained.context)
+    rows = score_documents(trained.model, documents, frame=trained.frame(), context=trained.context)
     assert rows[:, 0] == pytest.approx(expected, rel=1e-4)

@@ -96,7 +96,7 @@ def test_sharded_weights_are_scored_by_all_workers_and_kept_as_a_plain_directory
     assert (set(told["missing_keys"]), set(told["unexpected_keys"])) == (set(), set())
     context = checkpoint.load(directory).context
     found = perplexity.score(
-        network, store.validation, eos_id=store.eos_id, context=context, max_tokens=section.max_tokens
+        network, store.validation, frame=store.frame("auto"), context=context, max_tokens=section.max_tokens
     )
     assert found.perplexity == pytest.approx(outcome.best["perplexity"], rel=1e-5)
 

@@ -150,15 +150,15 @@ def test_the_first_documents_are_the_same_ones_however_they_are_cut(corpus, tmp_
 def test_blocks_of_a_store_are_its_joined_documents(corpus, tmp_path, monkeypatch):
     small_shards(monkeypatch, corpus, 2000)
     store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
-    joined = [token for ids in store.train for token in (*ids.tolist(), store.eos_id)]
-    blocks = Packed(store.train, BlocksConfig(block_size=32), store.eos_id)
+    joined = [token for ids in store.train for token in (*ids.tolist(), store.frame("auto").end)]
+    blocks = Packed(store.train, BlocksConfig(block_size=32), store.frame("auto"))
     assert len(blocks) == len(joined) // 32
     assert np.concatenate(list(blocks)).tolist() == joined[: len(blocks) * 32]
 
 
 def test_a_store_travels_by_its_path(corpus, tmp_path):
     store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
-    blocks = Packed(store.train, BlocksConfig(block_size=32), store.eos_id)
+    blocks = Packed(store.train, BlocksConfig(block_size=32), store.frame("auto"))
     blocks[0]
     sent = pickle.dumps(blocks)
     assert len(sent) < 1000
@@ -233,7 +233,7 @@ def test_a_remote_store_is_the_same_store(corpus, tmp_path, monkeypatch):
     assert remote.path.startswith("file://")
     assert contents(remote.path.removeprefix("file://")) == contents(local.path)
     assert [ids.tolist() for ids in remote.train] == [ids.tolist() for ids in local.train]
-    assert remote.tokenizer.eos_token_id == local.eos_id
+    assert remote.frame("auto") == local.frame("auto")
     assert tokens.verify(remote) == []
     assert tokens.prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")[1]
 

@@ -117,6 +117,11 @@ print(use({prompt}))
     return ["## How to load it", code]
 
 
+def _in_front(record: Mapping[str, Any]) -> str:
+    prefix = record.get("prefix")
+    return f"the token {_code(prefix)}" if prefix else "nothing"
+
+
 def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | None, masked: bool) -> list[str]:
     """The scores of raylm.json, and on what: the whole split, or with eval.max_tokens what stands first in it."""
     what = "the validation split"
@@ -133,7 +138,7 @@ def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | No
     how = (
         "from the tokens around it"
         if masked
-        else f"in windows of the model's context {stride}, with one end-of-text token in front of a document"
+        else f"in windows of the model's context {stride}, with {_in_front(record)} in front of a document"
     )
     scores = {"pseudo-perplexity" if masked else "perplexity": "perplexity", "bits per byte": "bits_per_byte"}
     return [

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm import config, model, storage
+from raylm import tokenizer as tokenizers
 from raylm.config import Experiment
 from raylm.errors import StorageError
 from raylm.perplexity import MaskedTokens
+from raylm.tokenizer import Frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,10 +43,15 @@ class Trained:
     record: dict[str, Any]
     """raylm.json, or empty."""
 
-    @property
-    def masked(self) -> MaskedTokens | None:
+    def frame(self, prefix: str | None = None) -> Frame:
+        """What stands around every document: by tokenizer.prefix, or as the model was trained."""
+        own = self.experiment.tokenizer.prefix if self.experiment is not None else "auto"
+        return tokenizers.frame(self.tokenizer, prefix or own)
+
+    def masked(self, prefix: str | None = None) -> MaskedTokens | None:
         """How the model is scored if it is a masked one."""
-        return MaskedTokens.of(self.tokenizer) if model.is_masked(self.model.config) else None
+        is_masked = model.is_masked(self.model.config)
+        return MaskedTokens.of(self.tokenizer, self.frame(prefix)) if is_masked else None
 
     @property
     def context(self) -> int:

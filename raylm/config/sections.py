@@ -191,6 +191,10 @@ class TokenizerConfig(Section):
     """The GGUF file to read the tokenizer from, in the directory or repository of `path`."""
     eos_token: str | None = None
     """The end-of-text token, of those that the tokenizer has. Default: the one it names itself."""
+    prefix: Literal["auto", "bos", "eos", "none"] = "auto"
+    """The token in front of every document, in training, scores and prompts. auto: the begin-of-text token if the
+    tokenizer puts it there itself, as Llama's and Gemma's do; else the end-of-text token. none: nothing, so that the
+    first token of a document is not predicted. The token store does not depend on it."""
 
 
 class BlocksConfig(Section):

@@ -75,7 +75,7 @@ class Writer:
 
     def texts(self, prompts: Sequence[str], show: Callable[[str], None] | None = None) -> list[Text]:
         """The text of each prompt. `show`, with one prompt: called with each piece of its text when it is made."""
-        if (masked := self.trained.masked) is not None:
+        if (masked := self.trained.masked()) is not None:
             return [self._filled(prompt, masked) for prompt in prompts]
         rows = [_Row(self, prompt) for prompt in prompts]
         for batch in self._batches(rows):
@@ -170,14 +170,15 @@ class Writer:
         """The prompt with the likeliest token in the place of each mask, read in the windows that scores are of."""
         ids = np.array(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], np.int64)
         filled = ids.copy()
-        room = max(1, self.trained.context - 2)
+        around = len(masked.frame.around(()))
+        room = max(1, self.trained.context - around)
         for start in range(0, len(ids), room):
-            window = np.array([masked.first_id, *ids[start : start + room], masked.last_id])
+            window = masked.frame.around(ids[start : start + room])
             places = np.flatnonzero(window == masked.mask_id)
             if len(places):
                 with torch.inference_mode():
                     logits = self.network(input_ids=torch.from_numpy(window)[None].to(self.network.device)).logits
-                filled[start + places - 1] = logits[0, places].argmax(-1).cpu()
+                filled[start + places - around + 1] = logits[0, places].argmax(-1).cpu()
         return Text(self.decoded(filled.tolist()), int(np.count_nonzero(ids == masked.mask_id)))
 
 
@@ -197,9 +198,9 @@ class _Row:
         if ids and ids[-1] not in (*tokenizer.all_special_ids, *writer.how.eos_token_id):
             self.last, self.healed = ids.pop(), 1
             self.allowed = writer.beginning_with(self.last) if self.spelled == prompt else [self.last]
-        first = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-        self.ids = [*first, *ids] or [tokenizer.eos_token_id]
-        """All tokens, those of the prompt and those made; in front what the tokenizer puts there, as Llama's does."""
+        frame = writer.trained.frame()
+        self.ids = [*frame.around(ids)[:-1].tolist()] or [frame.end]
+        """All tokens, those of the prompt and those made, behind the prefix that the model's documents have."""
         self.left = writer.how.max_new_tokens + self.healed
         context = writer.trained.context
         self.start = len(self.ids) - max(context // 2, context - self.left) if len(self.ids) >= context else 0

@@ -141,5 +141,7 @@ class Scoring:
     session: type[Any] = WorkerGroup
     progress: Callable[[float, float | None], None] | None = None
     keywords: tuple[str, ...] = ()
+    prefix: str = "auto"
+    """tokenizer.prefix."""
     trust_remote_code: bool = False
     """Whether code that lies beside the model may run."""

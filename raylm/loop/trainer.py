@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
 
-from raylm import blocks, checkpoint, cluster, model, objective, perplexity, storage, tokens
+from raylm import blocks, checkpoint, cluster, model, objective, perplexity, storage, summary, tokens
 from raylm.checkpoint import Series
 from raylm.errors import RaylmError
 from raylm.loop import arguments
@@ -23,6 +23,7 @@ from raylm.loop.saves import PROGRESS, Saves
 from raylm.loop.session import Agreed, Job, Outcome, Session, gathered
 from raylm.loop.sharding import ShardingTrainer
 from raylm.perplexity import Documents, Score
+from raylm.tokenizer import Frame
 
 LOOK_SECONDS = 1.0
 """How long a worker trains between two looks at whether it shall stop."""
@@ -34,7 +35,8 @@ def made(job: Job, session: Session, scratch: Path) -> _Trainer:
     smaller = storage.read(job.micro_batch_file)
     budget = job.budget.shared_by(session.world_size, int(smaller) if smaller else experiment.train.micro_batch_tokens)
     store = tokens.open_store(job.store)
-    cut = blocks.of(store.train, experiment.blocks, store.eos_id)
+    frame = store.frame(experiment.tokenizer.prefix)
+    cut = blocks.of(store.train, experiment.blocks, frame)
     network = model.build(
         experiment.model,
         store.tokenizer,
@@ -42,7 +44,7 @@ def made(job: Job, session: Session, scratch: Path) -> _Trainer:
         seed=experiment.train.seed,
         masked=experiment.objective.is_masked,
     )
-    batches = objective.of(experiment.objective, experiment.blocks, store.tokenizer, experiment.train.seed)
+    batches = objective.of(experiment.objective, experiment.blocks, store.tokenizer, frame, experiment.train.seed)
     args = arguments.of(experiment, budget, str(scratch))
     is_sharded = bool(args.fsdp)
     if session.world_size == 1:  # nobody to share the weights with
@@ -257,7 +259,12 @@ class _Trainer(ShardingTrainer):
     def masked(self) -> perplexity.MaskedTokens | None:
         """How the model is scored if it is a masked one."""
         is_masked = self.job.experiment.objective.is_masked
-        return perplexity.MaskedTokens.of(self.store.tokenizer) if is_masked else None
+        return perplexity.MaskedTokens.of(self.store.tokenizer, self.frame) if is_masked else None
+
+    @property
+    def frame(self) -> Frame:
+        """What stands around every document."""
+        return self.store.frame(self.job.experiment.tokenizer.prefix)
 
     @cached_property
     def sets(self) -> dict[str, Documents]:
@@ -273,7 +280,7 @@ class _Trainer(ShardingTrainer):
         return perplexity.score(
             self.model,
             documents,
-            eos_id=self.store.eos_id,
+            frame=self.frame,
             context=model.context(self.model.config) or self.job.experiment.blocks.block_size,
             stride=section.stride,
             batch_tokens=section.batch_tokens,
@@ -330,6 +337,7 @@ class _Trainer(ShardingTrainer):
             "bits_per_byte": evaluated.get("bits_per_byte"),
             "best": best,
             "store": self.job.store,
+            "prefix": summary.prefix(self.job.experiment, self.store),
             "mlflow_run_id": self.job.run.run_id,
         }
         progress = {

@@ -41,11 +41,11 @@ def score_loop_per_worker(job: Scoring) -> np.ndarray:
     return perplexity.score_documents(
         trained.model.to(model.device(job.use_gpu)),
         job.documents,
-        eos_id=trained.tokenizer.eos_token_id,
+        frame=trained.frame(job.prefix),
         context=trained.context,
         stride=job.section.stride,
         batch_tokens=job.section.batch_tokens,
-        masked=trained.masked,
+        masked=trained.masked(job.prefix),
         keywords=objective.Keywords(job.keywords, trained.tokenizer),
         rank=session.rank,
         world_size=session.world_size,

@@ -23,6 +23,7 @@ from raylm.blocks import IGNORED
 from raylm.config import BlocksConfig, ObjectiveConfig, TrainedTokenizer
 from raylm.errors import ConfigError
 from raylm.objective.keywords import Keywords
+from raylm.tokenizer import Frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,9 @@ Example = tuple[int, np.ndarray]
 """An example's number in the order of training, and its token ids."""
 
 
-def of(section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Batches:
+def of(
+    section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, frame: Frame, seed: int
+) -> Batches:
     """What makes batches for an objective: the Trainer's collator."""
     kinds: dict[str, type[Batches]] = {
         "causal": Causal,
@@ -40,7 +43,7 @@ def of(section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokeniz
         "fill_in_middle": FillInMiddle,
     }
     check(section, cut, tokenizer)
-    return kinds[section.kind](section, cut, tokenizer, seed)
+    return kinds[section.kind](section, cut, tokenizer, frame, seed)
 
 
 def check(section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase | TrainedTokenizer) -> None:
@@ -96,16 +99,26 @@ class Batches:
     shifted = True
     """Whether the output at a token predicts the next one, or the token itself."""
 
-    def __init__(self, section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, seed: int):
-        self.section, self.cut, self.seed = section, cut, seed
-        self.eos_id: int = tokenizer.eos_token_id
+    def __init__(
+        self,
+        section: ObjectiveConfig,
+        cut: BlocksConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        frame: Frame,
+        seed: int,
+    ):
+        self.section, self.cut, self.tokenizer, self.frame, self.seed = section, cut, tokenizer, frame, seed
+        self.set_up()
+
+    def set_up(self) -> None:
+        """What an objective needs besides."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         made = self.arrays(examples)
         return {name: torch.from_numpy(values) for name, values in made.items()}
 
     def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        return blocks.batch([row for _, row in examples], self.cut, self.eos_id)
+        return blocks.batch([row for _, row in examples], self.cut, self.frame)
 
     def items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """This batch's part of what the loss of the global batch is divided by."""
@@ -129,9 +142,8 @@ class KeywordWeighted(Causal):
     the causal one. Otherwise it is the course's formula: the mean over rows of weight x the row's mean loss.
     """
 
-    def __init__(self, section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, seed: int):
-        super().__init__(section, cut, tokenizer, seed)
-        self.keywords = Keywords(section.keywords, tokenizer)
+    def set_up(self) -> None:
+        self.keywords = Keywords(self.section.keywords, self.tokenizer)
 
     def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         made = super().arrays(examples)
@@ -156,11 +168,10 @@ class Masked(Batches):
 
     shifted = False
 
-    def __init__(self, section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, seed: int):
-        super().__init__(section, cut, tokenizer, seed)
-        self.mask_id: int = tokenizer.mask_token_id
-        self.special_ids = np.array([*tokenizer.all_special_ids, self.eos_id])
-        self.vocab_size = len(tokenizer)
+    def set_up(self) -> None:
+        self.mask_id: int = self.tokenizer.mask_token_id
+        self.special_ids = np.array([*self.tokenizer.all_special_ids, *self.frame.around(())])
+        self.vocab_size = len(self.tokenizer)
 
     def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         made = super().arrays(examples)
@@ -188,19 +199,19 @@ class FillInMiddle(Causal):
     a row longer: what exceeds block_size is cut off at its end.
     """
 
-    def __init__(self, section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, seed: int):
-        super().__init__(section, cut, tokenizer, seed)
-        self.sentinel_ids = [tokenizer.convert_tokens_to_ids(token) for token in section.sentinels]
+    def set_up(self) -> None:
+        self.sentinel_ids = [self.tokenizer.convert_tokens_to_ids(token) for token in self.section.sentinels]
 
     def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         return super().arrays([(number, self.transformed(number, row)) for number, row in examples])
 
     def transformed(self, number: int, row: np.ndarray) -> np.ndarray:
         random = self.random(number)
-        ends = np.flatnonzero(row == self.eos_id)
+        around = self.frame.around(())
+        places = np.flatnonzero(np.isin(row, around))
         parts: list[Any] = []
-        for piece in np.split(row, np.stack([ends, ends + 1], axis=1).ravel()):
-            whole = len(piece) == 0 or piece[0] == self.eos_id or random.random() >= self.section.rate
+        for piece in np.split(row, np.stack([places, places + 1], axis=1).ravel()):
+            whole = len(piece) == 0 or piece[0] in around or random.random() >= self.section.rate
             parts += [piece] if whole else self.moved(piece, random)
         return np.concatenate(parts)[: self.cut.block_size].astype(row.dtype)
 

@@ -23,11 +23,12 @@ from raylm.config import CorpusConfig
 from raylm.corpus import File, Source, check
 from raylm.errors import DataError
 from raylm.storage import file_system, is_remote, read
+from raylm.tokenizer import Frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1
+FORMAT = 2
 
 SPLITS = ("train", "validation")
 
@@ -107,11 +108,15 @@ class Store:
         self.path = path
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
-        self.eos_id: int = manifest["tokenizer"]["eos_id"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         sources = [source["name"] for source in manifest["sources"]]
         self.train = Split(path, "train", manifest["train"]["shards"], sources)
         self.validation = Split(path, "validation", manifest["validation"]["shards"], sources)
+
+    def frame(self, prefix: str) -> Frame:
+        """What stands around each document, by tokenizer.prefix."""
+        known = self.manifest["tokenizer"]["frames"]
+        return Frame(*known[prefix]) if prefix in known else tokenizers.frame(self.tokenizer, prefix)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

@@ -67,7 +67,7 @@ def store_path(
 def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
     return {
         "corpus": corpus.model_dump(mode="json"),
-        "tokenizer": tokenizer.model_dump(mode="json"),
+        "tokenizer": tokenizer.model_dump(mode="json", exclude={"prefix"}),
         "tokenizer_version": tokenizers.version(tokenizer),
     }
 
@@ -196,7 +196,9 @@ def _sample(plan: list[Shard], corpus: CorpusConfig, most: int) -> Iterator[str]
 def _tokenizer_facts(path: str) -> dict[str, Any]:
     made = tokenizers.load(local_tokenizer(path))
     files = {name: checksum(read(f"{path}/tokenizer/{name}")) for name in names(f"{path}/tokenizer")}
-    return {"vocab_size": len(made), "eos_id": made.eos_token_id, "eos_token": made.eos_token, "files": files}
+    prefixes = ("auto", "eos", "none", *(["bos"] if made.bos_token_id is not None else []))
+    frames = {prefix: tokenizers.frame(made, prefix) for prefix in prefixes}
+    return {"vocab_size": len(made), "eos_token": made.eos_token, "frames": frames, "files": files}
 
 
 # Shards --------------------------------------------------------------------------------------------------------------
