@@ -6,6 +6,7 @@ A verb is a function of the options below that returns an Answer. `run` gives it
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -14,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -54,6 +56,10 @@ INTERRUPTED = 130  # by Ctrl-C, as shells say it
 
 console = Console(stderr=True, highlight=False, emoji=False)  # or ":100:" of file.yaml:100:3 becomes a picture
 """Where progress and errors go. Results go to stdout."""
+
+
+unanswered: list[threading.Thread] = []
+"""Threads whose request a server may never answer: a command ends without them."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,18 @@ def run(verb: Callable[..., Answer | None] | typer.Typer) -> None:
         exit_code = _run(app, as_json, stdout)
         stdout.flush()
     sys.stderr.flush()
+    if any(thread.is_alive() for thread in unanswered):
+        _leave(exit_code)
     sys.exit(exit_code)
+
+
+def _leave(exit_code: int) -> None:
+    """End the process as usual, but for pyarrow's part, which waits until every request to S3 has failed."""
+    import pyarrow.fs
+
+    atexit.unregister(pyarrow.fs.ensure_s3_finalized)
+    atexit._run_exitfuncs()
+    os._exit(exit_code)
 
 
 def add(app: typer.Typer, verb: Callable[..., Answer | None], name: str | None = None) -> None:

@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from raylm import cli
 from raylm.errors import ConfigError, RaylmError, StorageError
 
 PIECE = 2**22
@@ -30,6 +31,10 @@ PIECE = 2**22
 
 ANSWER_SECONDS = 8.0
 """How long `storage` may take to answer when a command begins."""
+
+S3_ATTEMPTS = 3
+"""Of a request, as in AWS's own tools. Each fails after 3 s where a server says nothing: pyarrow's default, 31 of them,
+takes 100 s for a read and 290 s for a write."""
 
 NOT_IN_A_URI = re.compile(r"://[^/@]*:[^@]*@|\?")
 """name:password@, where the password may have a slash, and ?option=…"""
@@ -62,14 +67,21 @@ def _file_system(root: str) -> tuple[Any, str | None]:
     import pyarrow
     import pyarrow.fs
 
-    in_one = "?allow_delayed_open=true" if root.startswith("s3://") else ""  # a small file is one request, not three
     try:
-        return pyarrow.fs.FileSystem.from_uri(f"{root}{in_one}")
+        system, path = pyarrow.fs.FileSystem.from_uri(root)
     except pyarrow.ArrowInvalid:
         import fsspec  # type: ignore[import-untyped]
 
         system, _ = fsspec.core.url_to_fs(root)
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(system)), None
+    if system.type_name == "s3":
+        _, (options,) = system.__reduce__()  # what the URI and the environment say; not all of it can stand in a URI
+        options |= {
+            "allow_delayed_open": True,  # a small file is one request, not three
+            "retry_strategy": pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+        }
+        system = pyarrow.fs.S3FileSystem(**options)
+    return system, path
 
 
 def absolute(path: str | Path) -> str:
@@ -274,6 +286,7 @@ def _in_time(act: Callable[[], object], storage: str, done: str) -> None:
             failures.append(error)
 
     thread = threading.Thread(target=acting, daemon=True)  # a server that does not answer can keep it for minutes
+    cli.unanswered.append(thread)
     thread.start()
     thread.join(ANSWER_SECONDS)
     if thread.is_alive():

@@ -5,6 +5,8 @@ import json
 import logging
 import re
 import shutil
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -21,9 +23,11 @@ from mlflow import MlflowClient
 from werkzeug.serving import make_server
 
 from raylm import card, checkpoint, cluster, config, prepare, runs, storage, tokens, tracking, train
-from raylm.errors import ConfigError, StorageError
+from raylm.corpus import sources
+from raylm.errors import ConfigError, DataError, StorageError
 from raylm.evaluate import evaluate
 from raylm.generate import generate
+from raylm.sweep import Record
 from raylm.tokens import store as stores
 from raylm.tokens import write
 
@@ -131,6 +135,52 @@ def test_a_storage_that_does_not_answer_is_refused_in_time(place, server, monkey
         storage.look(place)
 
 
+@pytest.fixture
+def silent(monkeypatch):
+    """A server that takes connections and says nothing, in the place of S3; those that it has taken."""
+    taken = []
+
+    def take():
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                taken.append(listener.accept())
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        threading.Thread(target=take, daemon=True).start()
+        storage._file_system.cache_clear()
+        yield taken
+        listener.shutdown(socket.SHUT_RDWR)
+    storage._file_system.cache_clear()
+
+
+LOOK = """
+import atexit
+from raylm import cli, storage
+
+storage.ANSWER_SECONDS, storage.S3_ATTEMPTS = 1, 1000  # of 3 s each
+atexit.register(print, "closed")
+
+def look() -> None:
+    storage.look("s3://bucket/runs")
+
+cli.run(look)
+"""
+
+
+def test_a_command_ends_without_the_answer_of_a_storage_that_says_nothing(silent):
+    done = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (5, "closed\n")
+    assert done.stderr.startswith("error: storage=s3://bucket/runs cannot be read: no answer in 1 seconds")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_corpus_on_a_server_that_says_nothing_is_asked_for_a_few_times(silent):
+    with pytest.raises(DataError, match=r"^corpus.paths: s3://bucket/notes/\*.md: .*Timeout was reached"):
+        sources.find("corpus.paths", "s3://bucket/notes/*.md")
+    assert len(silent) == storage.S3_ATTEMPTS
+
+
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for directory, problem in ((f"{tmp_path}/file/runs", "Not a directory"), ("/proc/runs", "/proc/runs")):
@@ -215,6 +265,21 @@ def test_a_file_of_a_run_is_kept_there_and_reaches_mlflow(place, tmp_path):
     found = client.download_artifacts(run.run_id, "", str(tmp_path))
     assert (Path(found) / "report" / "report.html").read_text() == "a page"
     assert (Path(found) / "there.txt").read_text() == "from here"
+
+
+def test_a_sweep_ends_where_its_record_cannot_be_written_twice(place, server):
+    record = Record(f"{place}/words/tune-1")
+    record.begin("trial_00000", {})
+    server.refused = lambda method, path: True
+    record.end("trial_00000", "completed")
+    with pytest.raises(
+        StorageError, match=r"tune-1/events.jsonl cannot be written: .*expired.*; once it can, the same"
+    ):
+        record.pause(1.0)
+    server.refused = never
+    record.pause(2.0)
+    kinds = [next(iter(event)) for event in Record(record.directory).events]
+    assert kinds == ["begun", "over", "paused", "paused"], "nothing is lost meanwhile"
 
 
 def test_an_export_that_is_cut_off_leaves_no_model(place, server, trained_directory):

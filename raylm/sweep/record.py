@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raylm.errors import StorageError
 from raylm.tracking import journal
 
 EVENTS = "events.jsonl"
@@ -69,6 +70,8 @@ class Record:
         """By trial id, in the order in which they were begun."""
         self.seconds = 0.0
         """How long commands have worked on the sweep before."""
+        self.problem: StorageError | None = None
+        """Why the last lines could not be written; they wait for the next."""
         for event in self.events:
             self._apply(event)
 
@@ -99,7 +102,17 @@ class Record:
         self._add({"paused": round(seconds, 3)})
 
     def _add(self, event: Event) -> None:
-        self._log.append(event, durable="over" in event)
+        """StorageError where lines can be written neither at once nor with the next one."""
+        before, self.problem = self.problem, None
+        try:
+            self._log.append(event, durable="over" in event or before is not None)
+        except OSError as error:
+            self.problem = StorageError(
+                f"{self._log.path} cannot be written: {error.strerror}; once it can, the same command goes on",
+                self.directory,
+            )
+            if before is not None:
+                raise self.problem from error
         self._apply(event)
 
     def _apply(self, event: Event) -> None:

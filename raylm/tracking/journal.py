@@ -57,6 +57,8 @@ class Log:
         self.path = path
         self._lock = threading.Lock()
         self._waiting: list[bytes] = []
+        self._is_refused = False
+        """Whether the remote storage did not take them the last time."""
         self._file: int | None = None
         self._timer: threading.Timer | None = None
 
@@ -78,6 +80,12 @@ class Log:
 
     def flush(self) -> None:
         self.append(durable=True)
+
+    def farewell(self) -> None:
+        """What still waits when the process ends, unless the remote storage has just failed: it may take a minute."""
+        if not self._is_refused:
+            with contextlib.suppress(OSError):
+                self.flush()
 
     def read(self, start: int = 0) -> tuple[list[dict[str, Any]], int]:
         """The records from byte `start` on but torn ones, and the byte after the last."""
@@ -142,8 +150,9 @@ class Log:
             try:
                 storage.write(self.path, (storage.read(self.path) or b"") + b"".join(self._waiting))
             except Exception as error:  # pyarrow's, fsspec's and the cloud's own errors
+                self._is_refused = True
                 raise OSError(None, str(error)) from error
-            self._waiting = []
+            self._waiting, self._is_refused = [], False
 
     def _upload_later(self) -> None:
         with self._lock, contextlib.suppress(OSError):  # they go on waiting
@@ -164,7 +173,7 @@ def log(directory: str, name: str) -> Log:
     """The file of a journal: one object a process, so that its lines wait in one place."""
     found = Log(f"{directory}/{name}")
     if storage.is_remote(directory):
-        atexit.register(found.flush)
+        atexit.register(found.farewell)
     return found
 
 
@@ -214,11 +223,12 @@ def begin(directory: str, uri: str | None, **about: Any) -> None:
     """Make a journal, or let the run whose journal it is go on. OSError if that cannot be."""
     if not storage.is_remote(directory):
         os.makedirs(directory, exist_ok=True)
-    records: list[dict[str, Any]] = [{"status": "RUNNING", "time": now(), "uri": uri}]
+    began = now()
+    records: list[dict[str, Any]] = [{"status": "RUNNING", "time": began, "uri": uri}]
     if not facts(directory).run:
         log(directory, METRICS).close()  # of a run that was removed
         metrics.cache_clear()
-        records.insert(0, {"run": {"id": uuid.uuid4().hex, "time": now(), **about}})
+        records.insert(0, {"run": {"id": uuid.uuid4().hex, "time": began, **about}})
     log(directory, RUN).append(*records, durable=True)
 
 
