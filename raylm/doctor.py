@@ -8,7 +8,6 @@ import platform
 import shutil
 import stat
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -191,11 +190,9 @@ def tracking_of(experiment: Experiment) -> Iterator[Finding]:
         return
     shown = tracking.shown(uri)
     if uri.startswith("http"):
-        try:
-            with urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=5):
-                yield Finding("mlflow", "good", shown)
-        except OSError as error:
-            yield Finding("mlflow", "bad", f"{shown} does not answer: {error}", "runs go on without it: raylm sync")
+        problem = tracking.problem(uri)
+        way_out = "runs go on without it: raylm sync" if problem else ""
+        yield Finding("mlflow", "bad" if problem else "good", problem or shown, way_out)
     elif uri.startswith("sqlite") and not cluster.is_local(experiment.cluster):
         yield Finding("mlflow", "bad", f"{shown} is a file of one machine", "set tracking.uri to a server")
     else:

@@ -1,8 +1,10 @@
 """What raylm doctor finds on this machine, and what it mends."""
 
 import stat
+import time
 
 import pytest
+from conftest import mlflow_server
 
 from raylm import config, doctor
 from raylm.doctor import Finding
@@ -53,6 +55,29 @@ def test_libraries_are_held_against_what_raylm_asks_for(monkeypatch):
 def test_tracking(settings, what, verdict):
     findings = list(doctor.tracking_of(config.load(None, settings)))
     assert found(findings, what).verdict == verdict
+
+
+@pytest.mark.slow
+def test_a_server_of_mlflow_is_asked_as_runs_ask_it(tmp_path, free_port):
+    """Not for its health, which it tells anybody: by a name that it does not know it refuses all else."""
+    port = free_port()
+    experiment = config.load(None, [f"tracking.uri=http://127.0.0.1:{port}"])
+
+    def asked(allowed):
+        with mlflow_server(tmp_path, port, "--allowed-hosts", allowed):
+            for _ in range(60):
+                (finding,) = doctor.tracking_of(experiment)
+                if "cannot be reached" not in finding.found:
+                    break
+                time.sleep(1)  # nobody answers at first
+            return finding
+
+    refused = asked("mlflow.example")
+    assert refused.verdict == "bad"
+    assert "answers 'Invalid Host header'" in refused.found
+    said, _, way_out = refused.found.rpartition(" ")
+    assert said.endswith("start it with --allowed-hosts")
+    assert asked(way_out) == Finding("mlflow", "good", f"http://127.0.0.1:{port}")
 
 
 def test_the_screen_has_everything_and_the_exit_code_tells_of_the_worst(command, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from raylm import cli, storage
 from raylm.config import TrackingConfig
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, StorageError
 from raylm.tracking import journal, mlflow
 from raylm.tracking.failures import Unusable, shown
 from raylm.tracking.run import COMMIT, JOB, NOTE, SOURCE, Run, begin, sync_command
@@ -54,14 +54,18 @@ def settle(run: Run, say: Callable[[str], None]) -> None:
     """Wait at the end of a command for what MLflow has not, as long as it takes some; else `say` how to ship it."""
     if run.uri is None:
         return
-    family = [run, *run.children().values()]
     deadline = time.monotonic() + SETTLE_SECONDS
     left = math.inf
-    while (now_left := sum(one.left() for one in family)) < left and time.monotonic() < deadline:
-        if run.ship(2 * mlflow.PATIENCE_SECONDS):
-            return
-        left = now_left
-    say(f"MLflow has not got {now_left:,} entries yet; to ship them: {sync_command(run)}")
+    try:
+        family = [run, *run.children().values()]
+        while (now_left := sum(one.left() for one in family)) < left and time.monotonic() < deadline:
+            if run.ship(2 * mlflow.PATIENCE_SECONDS):
+                return
+            left = now_left
+    except (OSError, StorageError):  # nobody can tell how many: the storage is gone
+        say(f"MLflow has not got all entries yet; to ship them: {sync_command(run)}")
+    else:
+        say(f"MLflow has not got {now_left:,} entries yet; to ship them: {sync_command(run)}")
 
 
 def runs(directory: str | Path, uri: str | None = None) -> list[Run]:
@@ -77,6 +81,11 @@ def runs(directory: str | Path, uri: str | None = None) -> list[Run]:
         files = [str(file) for file in Path(root).rglob(journal.RUN)]
     found = sorted(file.rpartition("/")[0] for file in files)
     return [Run(where, uri or journal.facts(where).uri) for where in found]
+
+
+def problem(uri: str) -> str | None:
+    """Why the MLflow of a uri cannot be used, and the way out; None if it can."""
+    return mlflow.server(uri).problem(mlflow.PATIENCE_SECONDS)
 
 
 def how_to_look(section: TrackingConfig) -> str | None:

@@ -7,6 +7,12 @@ from urllib.parse import urlsplit
 
 from raylm.tracking import models
 
+WRONG_HOST = "Invalid Host header"
+"""What `mlflow server` says to a name that is not among its --allowed-hosts, with the status of a missing password."""
+
+CUT_OFF = ("unreachable", "denied", "wrong host")
+"""Kinds of failure that every other call would have, too."""
+
 
 class Unusable(Exception):
     """A tracking URI that will never work."""
@@ -35,9 +41,14 @@ class NotStored(Exception):
 
 
 def kind(error: Exception) -> str:
-    """What became of a call to MLflow: only what is `unreachable`, `denied` or `not stored` is worth another try."""
+    """What became of a call to MLflow.
+
+    Only what is `unreachable`, `denied`, the `wrong host` or `not stored` is worth another try.
+    """
     if isinstance(error, Deleted | NotStored | models.Unfit):
         return {Deleted: "deleted", NotStored: "not stored", models.Unfit: "refused"}[type(error)]
+    if WRONG_HOST in str(error):
+        return "wrong host"
     code = getattr(error, "error_code", None)
     answer = str(getattr(error, "json", ""))  # a proxy's own, of which MLflow knows no code
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED") or re.search(

@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from raylm import cli
 from raylm.tracking import journal
-from raylm.tracking.failures import Busy, Deleted, Unusable, kind, shown
+from raylm.tracking.failures import CUT_OFF, WRONG_HOST, Busy, Deleted, Unusable, kind, shown
 from raylm.tracking.shipment import Shipment
 
 EXPERIMENT = {  # tags of an experiment that is made here: its page opens on the runs, and not on traces of agents
@@ -57,10 +58,10 @@ class Server:
         """Of the last round, since somebody began to wait."""
         self._client: Any = None
         self._experiments: dict[str, str] = {}
-        self._wanted: tuple[str, str] | None = None
-        """An experiment that is to be found before anything is shipped, and its metric."""
+        self._question: Callable[[], object] | None = None
+        """What is to be asked before anything is shipped."""
         self._refusal: Exception | None = None
-        """Why it was not."""
+        """Why it was not answered."""
         self._shipments: dict[str, Shipment] = {}
         self._changed = threading.Condition()
         self._urgent = self._closing = False
@@ -73,17 +74,18 @@ class Server:
     def connect(self, experiment: str, metric: str, timeout_seconds: float) -> bool:
         """Whether the server answers in time. Unusable if it never will."""
         _check_file(self.uri)
-        with self._changed:
-            self._wanted, self._refusal = (experiment, metric), None
-        self._await(lambda: self._wanted is None or self._refusal is not None, timeout_seconds)
-        if self._wanted is None:
+        refusal = self._asked(lambda: self.experiment(experiment, metric), timeout_seconds)
+        if refusal is None:
             return True
-        refusal = self._refusal or TimeoutError(f"no answer within {timeout_seconds:g} s")
-        self._wanted = None  # whoever ships asks for it again, and tells what else goes wrong
         if self._is_hopeless(refusal):
             raise Unusable(self.reason(refusal)) from refusal
-        self.tell(refusal)
+        self.tell(refusal)  # whoever ships asks for it again, and tells what else goes wrong
         return False
+
+    def problem(self, timeout_seconds: float) -> str | None:
+        """Why the server does not answer in time, and the way out; None if it does."""
+        refusal = self._asked(lambda: self.client.search_experiments(max_results=1), timeout_seconds)
+        return None if refusal is None else self._told_of(refusal)
 
     def watch(self, directory: str) -> None:
         """Ship this journal, and what will be added to it."""
@@ -109,6 +111,16 @@ class Server:
             self._changed.notify_all()
         self._thread.join(timeout_seconds)
 
+    def _asked(self, question: Callable[[], object], timeout_seconds: float) -> Exception | None:
+        """Why the server does not answer a question in time; None if it does."""
+        with self._changed:
+            self._question, self._refusal = question, None
+        self._await(lambda: self._question is None or self._refusal is not None, timeout_seconds)
+        if self._question is None:
+            return None
+        self._question = None
+        return self._refusal or TimeoutError(f"no answer within {timeout_seconds:g} s")
+
     def _await(self, done: Callable[[], bool], timeout_seconds: float) -> bool:
         """Whether it is done in time, with the thread kept from pausing for longer than a second."""
         urge = time.monotonic()
@@ -131,17 +143,23 @@ class Server:
         if what in self._told:
             return
         self._told.add(what)
+        later = "; the run goes on, and what MLflow has missed is shipped later"
+        warning = f"warning: {self._told_of(error)}{later if what in (*CUT_OFF, 'not stored') else ''}"
+        cli.console.print(warning, style="yellow", markup=False, soft_wrap=True)
+
+    def _told_of(self, error: Exception) -> str:
+        """A failure in a sentence, with the way out."""
         place, why = f"MLflow at {shown(self.uri)}", self.reason(error)
-        later = "the run goes on, and what MLflow has missed is shipped later"
-        problem = {
-            "unreachable": f"{place} cannot be reached: {why}; {later}",
+        return {
+            "unreachable": f"{place} cannot be reached: {why}",
             "denied": f"{place} refuses access: check MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and "
-            f"MLFLOW_TRACKING_PASSWORD, in the environment; {later}",
-            "not stored": f"{place} does not store artifacts: {why}{getattr(error, 'remedy', '')}; {later}",
+            "MLFLOW_TRACKING_PASSWORD, in the environment",
+            "wrong host": f"{place} answers {WRONG_HOST!r}: it does not know this name as its own; start it with "
+            f"--allowed-hosts {urlsplit(shown(self.uri)).netloc}",
+            "not stored": f"{place} does not store artifacts: {why}{getattr(error, 'remedy', '')}",
             "deleted": f"{place}: {why}; it gets no more",
             "missing": f"{place} has lost a run or an experiment, which is made anew: {why}",
-        }.get(what, f"{place} refuses an entry: {why}")
-        cli.console.print(f"warning: {problem}", style="yellow", markup=False, soft_wrap=True)
+        }.get(kind(error), f"{place} refuses an entry: {why}")
 
     def reason(self, error: Exception) -> str:
         """An error in a few words, without a secret."""
@@ -179,12 +197,12 @@ class Server:
     def _round(self) -> Exception | None:
         """Ship what is there; the first failure, if any."""
         failure: Exception | None = None
-        if (wanted := self._wanted) is not None:
+        if (question := self._question) is not None:
             try:
-                self.experiment(*wanted)
-                self._wanted = None
+                question()
+                self._question = None
             except Exception as error:
-                self._refusal = error  # of which connect tells
+                self._refusal = error  # of which whoever asked tells
                 return error
         with self._changed:
             shipments = list(self._shipments.values())
@@ -196,7 +214,7 @@ class Server:
             except Exception as error:
                 self.tell(error)
                 failure = failure or error
-                if kind(error) in ("unreachable", "denied"):
+                if kind(error) in CUT_OFF:
                     break
             if shipment.is_over:
                 with self._changed:
