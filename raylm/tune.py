@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -13,7 +14,7 @@ import typer
 
 from raylm import cli
 from raylm.config import Experiment, corners, dump, override
-from raylm.errors import ConfigError, Interrupted, TrainingError
+from raylm.errors import ConfigError, Interrupted, StorageError, TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,8 +81,9 @@ def tune(
 
 def _close(parent: Run, status: Status = "KILLED") -> None:
     """End a sweep in MLflow, and what still runs of its trials."""
-    for child in parent.children().values():
-        child.end_if_running("KILLED")
+    with contextlib.suppress(StorageError):  # which has ended the sweep, too
+        for child in parent.children().values():
+            child.end_if_running("KILLED")
     parent.end(status)
 
 
@@ -256,10 +258,10 @@ def finish(
         child = children.get(row["trial_id"])
         if child is None:
             continue
+        child.end_late("FAILED" if row["status"] == "failed" else "FINISHED")
         if row["perplexity"] is not None:
             summary.tell_best(child, experiment, row)
         child.tags({"raylm.status": row["status"]})
-        child.end("FAILED" if row["status"] == "failed" else "FINISHED")
         row["mlflow_run_id"] = child.run_id
     if not rows or rows[0]["perplexity"] is None:
         return None

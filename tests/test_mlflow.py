@@ -141,6 +141,51 @@ def test_a_model_that_was_removed_is_wanted_no_more(uri, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+# The environment -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A database that MLflow's variables name, with an experiment and a run; the settings say otherwise."""
+    database = tmp_path / "elsewhere.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "77")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    return database
+
+
+def test_variables_of_mlflow_send_no_run_elsewhere(uri, elsewhere, trained_directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = TrackingConfig(uri=uri, register_as="words")
+    run = start(section, tmp_path / "run")
+    run.metrics({"best/eval_perplexity": 8.5}, 0)
+    run.text("a: 1", "experiment.yaml")
+    run.model(copied(trained_directory, tmp_path / "run" / "model", PLAIN), section, 7, never)
+    run.child("trial_00000").end()
+    run.end()
+    assert run.ship(20)
+    client = MlflowClient(uri)
+    assert {found.name for found in client.search_experiments()} == {"Default", "words"}
+    assert client.get_model_version_by_alias("words", "champion").run_id == run.run_id
+    assert not elsewhere.exists()
+    assert not (tmp_path / "mlruns").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracked", [True, False])
+def test_nor_do_trials_and_their_trainers(tracked, uri, elsewhere, tiny, command, tmp_path):
+    experiment = tiny(f"storage={tmp_path}/runs", "tracking.experiment=words")
+    file = tmp_path / "experiment.yaml"
+    file.write_text(config.dump(experiment))
+    done = command("tune", "--config", file, f"tracking.uri={uri if tracked else 'null'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {each.name for each in MlflowClient(uri).search_experiments()}
+    assert found == ({"Default", "words"} if tracked else {"Default"})
+    assert not elsewhere.exists()
+    assert not (tmp_path / "mlruns").exists()
+
+
 # Passwords -----------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
+from mlflow.server.security_utils import INVALID_HOST_MSG
 from werkzeug.serving import make_server
 
 from raylm import tracking
@@ -129,6 +130,9 @@ class Gate:
         elif fault == "answers HTML":
             respond("200 OK", [("Content-Type", "text/html")])
             return [b"<html>Please sign in</html>"]
+        elif fault == "wrong host":
+            respond("403 Forbidden", [("Content-Type", "text/plain")])
+            return [INVALID_HOST_MSG.encode()]
         if fault and fault[0].isdigit():
             respond(fault, [("Content-Type", "text/plain")])
             return [b"no"]
@@ -227,7 +231,7 @@ def test_a_run_without_a_journal_takes_everything_and_keeps_nothing(tmp_path, mo
     run.system_metrics(1)
     run.model("a", TrackingConfig(log_model=True), 1, print)
     run.child("trial_00000").end()
-    run.watch("trial_00000")
+    run.trial("trial_00000").watch()
     run.end_if_running("FAILED")
     assert run.children() == {}
     assert run.series() == {}
@@ -669,6 +673,59 @@ def test_a_refusal_names_the_variables_and_not_their_values(status, server, gate
     assert is_whole(server.uri, run)
 
 
+def test_a_trial_that_waits_has_ended_and_runs_again_when_it_goes_on(server, tmp_path):
+    client = MlflowClient(server.uri)
+    parent = start(server, tmp_path / "run")
+    ends = []
+    for step in (1, 2):
+        child = parent.child("trial_00000")
+        child.metrics({"train/loss": LOSSES[step]}, step)
+        assert parent.ship(20)
+        assert client.get_run(child.run_id).info.status == "RUNNING"
+        child.end()
+        assert parent.ship(20)
+        info = client.get_run(child.run_id).info
+        assert info.status == "FINISHED"
+        ends.append(info.end_time)
+        time.sleep(0.01)
+    assert ends[0] < ends[1]
+    parent.child("trial_00000").end()  # all of it before anybody ships
+    assert parent.ship(20)
+    assert client.get_run(child.run_id).info.end_time > ends[1]
+
+
+def test_a_run_that_nobody_ended_ends_when_it_told_its_last(section, tmp_path):
+    parent = start(section, tmp_path / "run")
+    child = parent.child("trial_00000")
+    child.metrics({"train/loss": 2.0}, 1)
+    ((record,), _) = journal.log(child.directory, journal.METRICS).read()
+    time.sleep(0.01)
+    child.end_if_running("KILLED")
+    child.end_late("FINISHED")  # as the sweep has found it to be, later
+    parent.trial("trial_00001").end_late("FINISHED")  # it never began
+    assert parent.ship(20)
+    info = MlflowClient(section.uri).get_run(child.run_id).info
+    assert (info.status, info.end_time) == ("FINISHED", record["time"])
+    assert list(parent.children()) == ["trial_00000"]
+
+
+def test_a_server_that_does_not_know_its_name_is_not_told_as_one_that_wants_a_password(server, gate, tmp_path, capsys):
+    gate.fault = "wrong host"
+    run = start(server, tmp_path / "run")
+    trained(run)
+    assert not run.ship(0.2)
+    problem = tracking.problem(server.uri)
+    assert problem.startswith(f"MLflow at {server.uri} answers 'Invalid Host header'")
+    assert problem.endswith(f"start it with --allowed-hosts 127.0.0.1:{gate.port}")
+    warned = capsys.readouterr().err
+    assert f"warning: {problem}; the run goes on" in warned
+    assert "MLFLOW_TRACKING_TOKEN" not in warned
+    gate.fault = None
+    assert tracking.problem(server.uri) is None
+    assert run.ship(20)
+    assert is_whole(server.uri, run)
+
+
 def test_a_server_that_was_down_and_then_refuses_is_told_of_too(server, gate, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 0.2)
     gate.close()
@@ -926,7 +983,7 @@ def test_a_trial_may_leave_the_shipping_to_the_sweep(server, tmp_path):
     trained(child)
     assert tracking.mlflow._servers == {}
     tracking.mlflow._servers.update(of_the_sweep)
-    parent.watch("trial_00000")
+    parent.trial("trial_00000").watch()
     eventually(lambda: child.left() == 0)
     assert is_whole(server.uri, child)
 

@@ -20,6 +20,7 @@ from raylm import sweep as sweeps
 from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
 from raylm.errors import ConfigError, Interrupted
 from raylm.perplexity import Score
+from raylm.tracking import journal
 
 SPACE = {
     "train.learning_rate": {"choice": [2e-2, 1e-2]},
@@ -83,6 +84,8 @@ def test_mlflow_has_a_parent_and_a_closed_child_for_every_trial(sweep):
     assert len(found) == 5
     assert {run.data.tags["raylm.trial"] for run in children} == {row["trial_id"] for row in rows}
     assert {run.info.status for run in found} == {"FINISHED"}
+    began, ended = ([getattr(run.info, what) for run in children] for what in ("start_time", "end_time"))
+    assert min(ended) <= max(began), "a trial's run ends with it, and not with the sweep: two at a time make room"
     keys = {frozenset(run.data.params) for run in children}
     assert len(keys) == 1, "the same keys, or the runs cannot be compared"
     assert next(iter(keys)) - set(found[0].data.params) == set(experiment.tune.space), "which the sweep has no value of"
@@ -179,7 +182,12 @@ def test_asha_has_trials_wait_at_rungs_of_tokens_and_the_best_go_on(ray_cluster,
     assert {row["tokens"] for row in whole} == {4096}
     assert {(row["status"], row["tokens"]) for row in rows if row not in whole} == {("stopped early", 1024)}
     assert {row["settings"]["train.learning_rate"] for row in rows if row not in whole} >= {3e-6, 2e-6, 1e-6}
-    assert {run.info.status for run in children_of(parent)} == {"FINISHED"}
+    for child in children_of(parent):
+        trial_id = child.data.tags["raylm.trial"]
+        ends = 1 + promoted(parent.directory).count(trial_id)
+        told = statuses(parent, trial_id)
+        assert [status for status, _ in told] == ["RUNNING", "FINISHED"] * ends, "while it waits it does not run"
+        assert (child.info.status, child.info.end_time) == told[-1]
 
 
 def test_a_trial_that_waited_ends_as_one_that_ran_through(ray_cluster, tiny, monkeypatch):
@@ -262,6 +270,12 @@ class Died(Exception):
 def attempts(directory):
     """How often a process began to work on a trial."""
     return sum(trial.attempts for trial in sweeps.read(str(directory)).values())
+
+
+def statuses(parent, trial_id):
+    """(status, time) of a trial's run, as its journal has them."""
+    records, _ = journal.log(f"{parent.directory}/{trial_id}", journal.RUN).read()
+    return [(record["status"], record["time"]) for record in records if "status" in record]
 
 
 def promoted(directory):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ray import tune
@@ -16,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from raylm.cluster import Resources
 from raylm.loop import Job
 from raylm.sweep.queue import Trials
-from raylm.sweep.record import NotSaved
+from raylm.sweep.record import NotSaved, Record
 from raylm.sweep.schedule import Limits, Recorded
 from raylm.sweep.trial import run_trial
 from raylm.tracking import Run
@@ -34,7 +35,7 @@ def run(trials: Trials, job: Job, resources: Resources, limits: Limits, watcher:
     os.environ |= {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(together)}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     _keep_credentials()
-    with tempfile.TemporaryDirectory(prefix="raylm-tune-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="raylm-tune-") as scratch, _told(trials.record):
         tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(run_trial, template=job, resources=resources), _trial_resources(resources)
@@ -58,6 +59,17 @@ def run(trials: Trials, job: Job, resources: Resources, limits: Limits, watcher:
         ).fit()
 
 
+@contextlib.contextmanager
+def _told(record: Record) -> Iterator[None]:
+    """That the sweep's record cannot be written, as such: Tune makes a text of the traceback of what ends it."""
+    try:
+        yield
+    except tune.TuneError as error:
+        if record.problem is not None:
+            raise record.problem from error
+        raise
+
+
 def _keep_credentials() -> None:
     """Have Tune send no AWS credentials to trials, whose nodes have their own: Ray writes them into its logs (2.60)."""
     names = class_cache.ENV_VARS_TO_PROPAGATE
@@ -79,6 +91,7 @@ class Watcher(NotSaved, tune.Callback):
         self._show = show
         self.reserved: dict[str, str | None] = {}
         """The placement group of a trial's workers, where it has a group of them."""
+        self._running: dict[str, RayTrial] = {}
         for trial_id in self.record.trials:
             self.show(trial_id, runs=False)
 
@@ -88,20 +101,41 @@ class Watcher(NotSaved, tune.Callback):
             if each is trial or each.status == RayTrial.PAUSED:
                 _release(self.reserved.pop(each.trial_id, None))
         self.record.start(trial.trial_id)
+        self._running[trial.trial_id] = trial
         self.show(trial.trial_id)
 
     def on_trial_result(self, iteration: int, trials: list, trial: RayTrial, result: dict, **_: Any) -> None:
         self.reserved[trial.trial_id] = result.get("placement_group")
-        self.parent.watch(trial.trial_id)  # its journal is there by now
+        self.parent.trial(trial.trial_id).watch()  # its journal is there by now
         self.show(trial.trial_id)
+
+    def on_step_end(self, iteration: int, trials: list, **_: Any) -> None:
+        for trial_id in [name for name, trial in self._running.items() if trial.status == RayTrial.PAUSED]:
+            self._end(trial_id)
 
     def on_trial_error(self, iteration: int, trials: list, trial: RayTrial, **_: Any) -> None:
         _release(self.reserved.pop(trial.trial_id, None))
+        self._end(trial.trial_id)
         self.show(trial.trial_id)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: RayTrial, **_: Any) -> None:
         _release(self.reserved.pop(trial.trial_id, None))
+        self._end(trial.trial_id)
         self.show(trial.trial_id)
+
+    def _end(self, trial_id: str) -> None:
+        """End the run in MLflow of a trial that is over or waits; that of one that goes on is RUNNING again.
+
+        One that was cut off has not ended: it goes on when the sweep does.
+        """
+        trial, stopped = self.record.trials[trial_id], self._running.pop(trial_id, None)
+        run = self.parent.trial(trial_id)
+        if stopped is None or not run.is_running:  # it waited, maybe since before the sweep was killed
+            if trial.is_over:
+                run.end_late("FAILED" if trial.status == "failed" else "FINISHED")
+        elif trial.is_over or stopped.status == RayTrial.PAUSED:
+            run.end("FAILED" if trial.status == "failed" else "FINISHED")
+        run.watch()
 
     def show(self, trial_id: str, runs: bool = True) -> None:
         trial = self.record.trials[trial_id]

@@ -149,9 +149,29 @@ class Run:
         self.flush()  # which closes the file: a sweep ends many runs
         self._tell({"status": status, "time": journal.now()})
 
+    def end_late(self, status: Status) -> None:
+        """End a run whose own process did not live to do so: when it told its last, not now.
+
+        One that has ended keeps its time, whatever its status becomes.
+        """
+        if not self.directory:
+            return
+        with storage.reached(self.directory):
+            known = journal.facts(self.directory)
+            points = journal.log(self.directory, journal.METRICS).read()[0] if known.status == "RUNNING" else []
+        if known.run and known.status != status:
+            last = max([known.time, *(record["time"] for record in points if "time" in record)])
+            self._tell({"status": status, "time": last})
+
     def end_if_running(self, status: Status) -> None:
-        if self.directory and journal.facts(self.directory).status == "RUNNING":
-            self.end(status)
+        if self.is_running:
+            self.end_late(status)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has begun and not ended since, as far as its journal says."""
+        with storage.reached(self.directory):
+            return bool(self.directory) and journal.facts(self.directory).status == "RUNNING"
 
     def child(self, trial_id: str, directory: str | Path | None = None, *, ships: bool = True) -> Run:
         """The run of a trial under this one: the one it had before, if it was interrupted, else a new one.
@@ -176,18 +196,23 @@ class Run:
             ships=ships,
         )
 
-    def watch(self, trial_id: str) -> None:
-        """Ship the run of a trial, which has begun, and what will be added to it, from this process."""
+    def trial(self, trial_id: str) -> Run:
+        """The run of a trial under this one, which has begun by a call of `child`."""
+        return Run(f"{self.directory}/{trial_id}", self.uri) if self.directory else self
+
+    def watch(self) -> None:
+        """Ship this run, which another process has begun, and what will be added to it, from this one."""
         if self.directory and self.uri is not None:
-            mlflow.server(self.uri).watch(f"{self.directory}/{trial_id}")
+            mlflow.server(self.uri).watch(self.directory)
 
     def children(self) -> dict[str, Run]:
         """Trial id -> run of every trial that has begun."""
         found: dict[str, Run] = {}
-        for name in storage.names(self.directory) if self.directory else []:
-            about = journal.facts(f"{self.directory}/{name}").run
-            if about.get("is_child"):
-                found[about["tags"][TRIAL]] = Run(f"{self.directory}/{name}", self.uri)
+        with storage.reached(self.directory):
+            for name in storage.names(self.directory) if self.directory else []:
+                about = journal.facts(f"{self.directory}/{name}").run
+                if about.get("is_child"):
+                    found[about["tags"][TRIAL]] = Run(f"{self.directory}/{name}", self.uri)
         return found
 
     def flush(self) -> None:

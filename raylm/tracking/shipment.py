@@ -50,7 +50,7 @@ class Shipment:
         self._end = note.metrics
         self._owed: dict[Place, Point] = {}
         self._known: set[Place] | None = None  # the points that MLflow has; None: it is to be asked
-        self._status: str | None = None  # that the run has in MLflow, if known
+        self._status: tuple[str, int] | None = None  # that the run has in MLflow, and since when, if known
 
     def _noted(self) -> Note:
         return journal.note(self.directory, shown(self.server.uri))
@@ -110,7 +110,7 @@ class Shipment:
         else:
             tags = {**about["tags"], JOURNAL: about["id"], **self._parent(about["is_child"])}
             run_id = self.server.client.create_run(experiment_id, about["time"], tags, about["name"]).info.run_id
-            self._known, self._status = set(), "RUNNING"
+            self._known, self._status = set(), ("RUNNING", about["time"])
         self._write(run_id=run_id)
         return run_id
 
@@ -170,12 +170,12 @@ class Shipment:
             self._send(client.log_batch, run_id, tags=tags[start : start + MOST_OTHERS])
         if datasets:  # of those that it has MLflow itself takes no second one
             self._send(client.log_inputs, run_id, datasets=datasets)
-        if told.status not in (None, self._status):
+        if told.status is not None and (told.status, told.time) != self._status:
             if told.status == "RUNNING":
                 client.update_run(run_id, status="RUNNING")
-            else:
+            else:  # with a time of its own each time: a trial that waited and went on ends twice
                 client.set_terminated(run_id, told.status, told.time)
-            self._status = told.status
+            self._status = told.status, told.time
         self._write(facts=end)
 
     def _artifacts(self, run_id: str) -> None:
