@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ from transformers import (
     pytorch_utils,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from raylm import hub
 from raylm.config import Experiment, ModelConfig
 from raylm.errors import ConfigError
 
@@ -81,7 +84,8 @@ def configuration(
 
 
 def planned(experiment: Experiment, vocab_size: int = 0) -> PreTrainedConfig:
-    """The configuration of an experiment's model."""
+    """The configuration of an experiment's model, whose weights are there if it is a pretrained one."""
+    _check_weights(experiment.model)
     return configuration(
         experiment.model,
         vocab_size=vocab_size,
@@ -111,7 +115,8 @@ def build(
             # Without GgufConfig the weights stay packed: such a model can be neither trained nor saved.
             packed = {"gguf_file": section.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
             options = _options(section) | (packed if section.gguf_file else {})
-            network = _auto_class(masked).from_pretrained(section.path, config=found, dtype=dtype, **options)
+            with hub.loading(ConfigError, "model.path", section.path):
+                network = _auto_class(masked).from_pretrained(section.path, config=found, dtype=dtype, **options)
         _learn_padding(network, tokenizer.eos_token_id, new=section.path is None)
         if section.lora is not None:
             _add_updates(network, section.lora)
@@ -174,33 +179,54 @@ def _options(section: ModelConfig) -> dict[str, Any]:
 def pretrained_configuration(section: ModelConfig) -> PreTrainedConfig:
     """The configuration of the model at model.path; ConfigError if there is none, or if it needs code not trusted."""
     path = section.path
+    assert path is not None
     if section.gguf_file is not None and importlib.util.find_spec("gguf") is None:
         raise ConfigError("model.gguf_file needs gguf: pip install gguf", where="model.gguf_file")
     packed = {"gguf_file": section.gguf_file} if section.gguf_file else {}
-    try:
-        return AutoConfig.from_pretrained(path, **_options(section), **packed)
-    except (OSError, ValueError, ImportError) as error:
-        if "custom code" in str(error):
+    with hub.loading(ConfigError, "model.path", path, gguf_file=section.gguf_file):
+        if section.gguf_file is None and os.path.isdir(path):
+            _check_configuration(path)
+        try:
+            return AutoConfig.from_pretrained(path, **_options(section), **packed)
+        except ValueError as error:
+            if "custom code" not in str(error):
+                raise
             raise ConfigError(
-                f"model.path={path} comes with code of its own; read it, then let it run with "
-                "model.trust_remote_code=true",
+                "it comes with code of its own; read it, then let it run with model.trust_remote_code=true",
                 where="model.trust_remote_code",
             ) from None
+
+
+def _check_configuration(directory: str) -> None:
+    """ConfigError if there is no model's configuration in a directory."""
+    names = sorted(os.listdir(directory))
+    if CONFIG_NAME in names:
+        return
+    if packed := [name for name in names if name.endswith(".gguf")]:
+        raise ConfigError(f"it has no {CONFIG_NAME}; give model.gguf_file={packed[0]}", where="model.gguf_file")
+    inside = [name for name in names if os.path.isfile(os.path.join(directory, name, CONFIG_NAME))]
+    hint = f"; did you mean {os.path.join(directory, inside[-1])}?" if inside else ""
+    raise ConfigError(f"it has no {CONFIG_NAME}{hint}", where="model.path")
+
+
+def _check_weights(section: ModelConfig) -> None:
+    """ConfigError if the model's directory has no weights."""
+    path = section.path
+    if path is None or section.gguf_file is not None or not os.path.isdir(path):
+        return
+    if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in os.listdir(path)):
         raise ConfigError(
-            f"model.path={path} is neither a model directory nor a model the Hub gave us: {_first_line(error)}",
+            f"model.path={path}: it has a {CONFIG_NAME} and no weights, no {SAFE_WEIGHTS_NAME}; for a new model of "
+            f"that shape give model.config={{path: {path}}}",
             where="model.path",
-        ) from None
+        )
 
 
 def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id: int | None) -> PreTrainedConfig:
     fields = dict(fields)
     if (path := fields.pop("path", None)) is not None:
-        try:
+        with hub.loading(ConfigError, "model.config.path", path, or_file=True):
             given = AutoConfig.from_pretrained(path).to_dict()
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"model.config.path={path}: no configuration found there: {_first_line(error)}", "model.config.path"
-            ) from None
     else:
         given = {"model_type": fields.pop("model_type", None)}
     kind = given["model_type"]

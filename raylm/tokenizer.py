@@ -6,6 +6,7 @@ token is not needed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.util
@@ -20,16 +21,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from raylm import cli, hub
 from raylm.config import ModelConfig, TokenizerConfig, TrainedTokenizer
 from raylm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+FILES = ("tokenizer", "vocab", "merges", "special", "added", "spiece", "sentencepiece")
+"""How the names of a tokenizer's files begin."""
+
 BATCH = 64  # documents: 1.5 times encode_batch with all of them, and memory stays flat
 
 LONG = 1_000_000
 """Characters of a document, or of a batch, beyond which it is encoded in parts: tokenizers needs 130 bytes for each."""
+
+PROBES = ("A word", "naïve", "ﬁ", "two  spaces ", " x", "don't", "1234", "東京", "a\n\n\tb")
+"""What tokenizers differ in, beside the words that they know: case, accents, spaces, quotes, digits, Chinese, lines."""
 
 OVERLAP = 20_000
 """Characters that one part of a long document shares with the next."""
@@ -37,21 +45,87 @@ OVERLAP = 20_000
 
 def chosen(section: TokenizerConfig, model: ModelConfig) -> TokenizerConfig:
     """The section with its default filled in: the pretrained model's own tokenizer, of its revision or GGUF file."""
-    if section.path is not None or section.train is not None:
+    if section.train is not None:
+        return section
+    if section.path is not None:
+        _check_files(section.path, "tokenizer.path", section.gguf_file)
         return section
     if model.path is None:
+        if (path := (model.config or {}).get("path")) and (why := hub.fault(path, or_file=True)):
+            raise ConfigError(f"model.config.path={path}: {why}", "model.config.path")
         raise ConfigError(
             "tokenizer: a model from a config has no tokenizer of its own; give tokenizer.path or tokenizer.train",
             "tokenizer",
         )
+    _check_files(model.path, "model.path", section.gguf_file or model.gguf_file)
     own = {name: getattr(section, name) or getattr(model, name) for name in ("revision", "gguf_file")}
     return section.model_copy(update={"path": model.path, **own})
 
 
-def load_section(section: TokenizerConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer that a section of settings names by its path."""
+def _check_files(path: str, key: str, gguf_file: str | None) -> None:
+    """ConfigError if there is no tokenizer at a path that the setting `key` gave, by the names of its files."""
+    why = hub.fault(path, gguf_file=gguf_file)
+    if why is None and gguf_file is None and os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        ours = [name for name in names if name.startswith(FILES)]
+        packed = [name for name in names if name.endswith(".gguf")]
+        if not ours and packed:
+            why = f"there is no tokenizer in it but in a GGUF file; give {key.split('.')[0]}.gguf_file={packed[0]}"
+        elif not ours:
+            why = (
+                "there is no tokenizer in it, no tokenizer.json nor anything like it; give tokenizer.path, or "
+                "tokenizer.train for one of your own text"
+            )
+        elif not {"tokenizer.json", "tokenizer_config.json", "config.json"} & {*names}:
+            why = (
+                f"{', '.join(ours)} alone do not say how text is split, and GPT-2, RoBERTa and Qwen do it differently; "
+                'put a tokenizer_config.json beside them, {"tokenizer_class": "GPT2Tokenizer"} if it is GPT-2\'s'
+            )
+    if why is not None:
+        raise ConfigError(f"{key}={path}: {why}", key)
+
+
+def load_section(section: TokenizerConfig, key: str = "tokenizer.path") -> PreTrainedTokenizerFast:
+    """The tokenizer that a section of settings names by its path, which the setting `key` gave."""
     assert section.path is not None
-    return load(section.path, revision=section.revision, gguf_file=section.gguf_file, eos_token=section.eos_token)
+    tokenizer = load(
+        section.path, revision=section.revision, gguf_file=section.gguf_file, eos_token=section.eos_token, key=key
+    )
+    if section.gguf_file is None and (how := _other_rules(tokenizer, section.path, section.revision)):
+        _say_once(f"{key}={section.path}: {how}")
+    return tokenizer
+
+
+_say_once = lru_cache(cli.say)
+
+
+def _other_rules(tokenizer: PreTrainedTokenizerFast, path: str, revision: str | None) -> str | None:
+    """How a tokenizer, as transformers has loaded it, reads text otherwise than its tokenizer.json does; else None.
+
+    transformers gives some classes rules of their own: BertTokenizer makes everything lower case unless
+    tokenizer_config.json says do_lower_case=false, whatever tokenizer.json has.
+    """
+    from tokenizers import Tokenizer
+    from transformers.utils import cached_file
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    file = cached_file(path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if backend is None or file is None:
+        return None
+    in_file = Tokenizer.from_file(file)
+    in_file.no_truncation()
+    in_file.no_padding()
+    entries = in_file.get_vocab_size()
+    own = (in_file.decode([entry]) for entry in range(0, entries, max(1, entries // 1000)))
+    for text in (*PROBES, *own):
+        by_file, loaded = (each.encode(text, add_special_tokens=False).tokens for each in (in_file, backend))
+        if by_file != loaded:
+            return (
+                f"transformers reads {text!r} as {' '.join(loaded)}, its tokenizer.json as {' '.join(by_file)}: "
+                f"{type(tokenizer).__name__} has rules of its own, for which tokenizer_config.json has settings such "
+                "as do_lower_case; going on with those of transformers"
+            )
+    return None
 
 
 def load(
@@ -60,16 +134,14 @@ def load(
     revision: str | None = None,
     gguf_file: str | None = None,
     eos_token: str | None = None,
+    key: str | None = None,
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of a directory or Hub id. Without an end-of-text token: DataError."""
     from transformers import AutoTokenizer
 
     options = {"revision": revision, "gguf_file": gguf_file}
-    try:
+    with hub.loading(DataError, key, os.fspath(path), gguf_file=gguf_file):
         tokenizer = AutoTokenizer.from_pretrained(path, **{name: value for name, value in options.items() if value})
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise DataError(f"tokenizer.path: {path}: no tokenizer found there: {first}", "tokenizer.path") from None
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise DataError(
@@ -157,7 +229,7 @@ def version(section: TokenizerConfig) -> dict[str, str]:
         return {
             file.name: hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
             for file in sorted(files)
-            if file.name.startswith(("tokenizer", "vocab", "merges", "special", "added", "spiece", "sentencepiece"))
+            if file.name.startswith(FILES)
         }
     return {"commit": _commit(section.path, section.revision)}
 
@@ -167,11 +239,11 @@ def _commit(path: str, revision: str | None) -> str:
     """The commit that a Hub id stands for now; of the local cache if the Hub cannot be reached."""
     import huggingface_hub
 
-    try:
-        return huggingface_hub.model_info(path, revision=revision, timeout=10).sha or ""
-    except Exception:  # any of a dozen: no network, offline mode, a private repository
-        cached = huggingface_hub.try_to_load_from_cache(path, "tokenizer_config.json", revision=revision)
-        return os.path.basename(os.path.dirname(cached)) if isinstance(cached, str) else ""
+    if hub.out_of_reach() is None:
+        with contextlib.suppress(Exception):  # any of a dozen, such as a private repository
+            return huggingface_hub.model_info(path, revision=revision, timeout=10).sha or ""
+    cached = huggingface_hub.try_to_load_from_cache(path, "tokenizer_config.json", revision=revision)
+    return os.path.basename(os.path.dirname(cached)) if isinstance(cached, str) else ""
 
 
 # Training ------------------------------------------------------------------------------------------------------------

@@ -190,7 +190,8 @@ def plan(
         from raylm import budget, loop, model, objective, runs, summary, tables
 
     loop.check(experiment.train, has_updates=experiment.model.lora is not None)
-    known: Any = chosen.train or tokenizer.load_section(chosen)
+    key = "tokenizer.path" if experiment.tokenizer.path else "model.path"
+    known: Any = chosen.train or tokenizer.load_section(chosen, key)
     objective.check(experiment.objective, experiment.blocks, known)
     found = model.planned(experiment, chosen.train.vocab_size if chosen.train else len(known))
     scored: dict[str, int] = {}

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PARTS = """
-    errors config cli cluster storage corpus tokenizer tokens blocks model objective perplexity checkpoint card runs
+    errors config cli cluster storage hub corpus tokenizer tokens blocks model objective perplexity checkpoint card runs
     tracking budget summary derived loop group generation sweep tables live pictures page
 """.split()
 VERBS = "prepare train tune evaluate generate inspect push sync report compare submit doctor".split()

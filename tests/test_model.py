@@ -130,8 +130,37 @@ def test_an_unknown_field_names_a_near_one():
 
 
 def test_a_path_that_holds_no_model_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"model.path="):
-        model.configuration(ModelConfig(path=str(tmp_path)), vocab_size=1, block_size=2)
+    def refused(path, why, **given):
+        with pytest.raises(ConfigError, match=rf"^model.path={path}: {why}"):
+            model.configuration(ModelConfig(path=str(path), **given), vocab_size=1, block_size=2)
+
+    refused(tmp_path / "gone", "there is no such directory$")
+    refused(tmp_path, "the directory is empty$")
+    (tmp_path / "text.txt").touch()
+    refused(tmp_path / "text.txt", "it is a file; give the directory that it is in")
+    refused(tmp_path, "it has no config.json$")
+    (tmp_path / "step_1").mkdir()
+    GPT2Config().save_pretrained(tmp_path / "step_1")
+    refused(tmp_path, f"it has no config.json; did you mean {tmp_path}/step_1")
+    (tmp_path / "q4.gguf").touch()
+    refused(tmp_path, "it has no config.json; give model.gguf_file=q4.gguf$")
+    refused(tmp_path, "there is no q8.gguf in it; its GGUF files: q4.gguf$", gguf_file="q8.gguf")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": "three"}')
+    refused(tmp_path, "it cannot be loaded: .*n_layer")
+
+
+def test_a_directory_without_weights_is_refused_by_the_plan(tmp_path, tiny):
+    GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"no weights, no model.safetensors; .* model.config={{path: {tmp_path}}}$"):
+        train.plan(tiny(f"model.path={tmp_path}"))
+
+
+def test_damaged_weights_are_the_settings_fault(tmp_path, tokenizer):
+    """And not the worker's, which would be begun again."""
+    GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=300).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=rf"^model.path={tmp_path}: it cannot be loaded: SafetensorError: "):
+        model.build(ModelConfig(path=str(tmp_path)), tokenizer, block_size=8)
 
 
 def test_new_weights_depend_on_the_seed_alone(tokenizer):
@@ -167,7 +196,7 @@ def test_positions_and_vocabulary_of_another_models_configuration_follow_too(tmp
         assert (found.eos_token_id, found.pad_token_id) == (3, 3)
     with pytest.raises(ConfigError, match=r"model.config.n_layers: .* did you mean n_layer\?"):
         model.configuration(ModelConfig(config={"path": str(tmp_path), "n_layers": 2}), vocab_size=3, block_size=2)
-    with pytest.raises(ConfigError, match=r"model.config.path=.*nowhere: no configuration"):
+    with pytest.raises(ConfigError, match=r"model.config.path=.*nowhere: there is no such directory"):
         model.configuration(ModelConfig(config={"path": str(tmp_path / "nowhere")}), vocab_size=3, block_size=2)
 
 

@@ -49,9 +49,73 @@ def test_a_tokenizer_without_end_of_text_is_refused_with_the_way_out(trained):
         tokenizer.load(trained)
 
 
-def test_no_tokenizer_at_a_path(tmp_path):
-    with pytest.raises(DataError, match=r"tokenizer\.path: .*no tokenizer found"):
-        tokenizer.load(tmp_path)
+def chosen(path, gguf_file=None):
+    return tokenizer.chosen(TokenizerConfig(path=str(path), gguf_file=gguf_file), ModelConfig())
+
+
+@pytest.mark.parametrize("key", ["tokenizer.path", "model.path"])
+def test_a_directory_without_a_tokenizer_is_refused_before_anything_starts(tmp_path, key):
+    """By every verb, whichever setting names the directory."""
+
+    def refused(path, why):
+        sections = (
+            (TokenizerConfig(path=path), ModelConfig())
+            if key == "tokenizer.path"
+            else (
+                TokenizerConfig(),
+                ModelConfig(path=path),
+            )
+        )
+        with pytest.raises(ConfigError, match=rf"^{key}={path}: {why}") as raised:
+            tokenizer.chosen(*sections)
+        assert raised.value.where == key
+
+    refused(str(tmp_path / "gone"), "there is no such directory")
+    refused(str(tmp_path), "the directory is empty")
+    (tmp_path / "config.json").write_text("{}")
+    refused(str(tmp_path), "there is no tokenizer in it.*; give tokenizer.path, or tokenizer.train")
+    (tmp_path / "q4.gguf").touch()
+    refused(str(tmp_path), f".*; give {key.split('.')[0]}.gguf_file=q4.gguf")
+
+
+def test_a_vocabulary_alone_does_not_say_how_text_is_split(trained, tmp_path):
+    """It is that of GPT-2, RoBERTa or Qwen; a line of JSON tells, and then it loads."""
+    model = json.loads((trained / "tokenizer.json").read_text())["model"]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (bare / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    with pytest.raises(
+        ConfigError, match=r"merges.txt, vocab.json alone .*tokenizer_config.json beside them, (\{.*\})"
+    ):
+        chosen(bare)
+    (bare / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    loaded = tokenizer.load_section(chosen(bare))
+    assert loaded(TEXTS[0]).input_ids == tokenizer.load(trained)(TEXTS[0]).input_ids
+
+
+def test_a_damaged_tokenizer_is_one_line_that_names_the_file(trained):
+    (trained / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=rf"^tokenizer.path={trained}: tokenizer.json is damaged: Expecting .*\Z"):
+        tokenizer.load_section(chosen(trained))
+
+
+def test_a_tokenizer_that_transformers_reads_by_other_rules_is_named(tmp_path, capsys):
+    made = tokenizer.train(TEXTS + ["Hello"] * 9, TrainedTokenizer(kind="wordpiece", vocab_size=300))
+    made.save_pretrained(tmp_path)
+    tokenizer.load_section(chosen(tmp_path))
+    assert capsys.readouterr().err == ""
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(settings | {"tokenizer_class": "BertTokenizer"}))
+    tokenizer.load_section(chosen(tmp_path))
+    tokenizer.load_section(chosen(tmp_path))
+    said = capsys.readouterr().err
+    assert said.count(f"tokenizer.path={tmp_path}: transformers reads 'A word' as ") == 1
+    assert "do_lower_case" in said
+    file.write_text(json.dumps(settings | {"tokenizer_class": "BertTokenizer", "do_lower_case": False}))
+    tokenizer.load_section(chosen(tmp_path))
+    assert capsys.readouterr().err == ""
 
 
 def test_the_models_own_tokenizer_is_the_default():

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from raylm import hub
 from raylm.errors import DataError
 from raylm.storage import file_system
 
@@ -316,18 +317,16 @@ def _data_set(key: str, path: str) -> File:
     except ValueError as error:
         raise DataError(f"{key}: {path}: {error}", key) from None
     import datasets
-    import huggingface_hub
 
     if os.path.isdir(asked.name):  # data files on this machine; tasks run in directories of their own
         path = path.replace(asked.name, os.path.abspath(asked.name), 1)
+    silent = None if os.path.isdir(asked.name) else hub.out_of_reach()
     try:
-        if not (os.path.isdir(asked.name) or huggingface_hub.constants.HF_HUB_OFFLINE):
-            # A Hub that is out of reach is found out here at once; datasets tries for half a minute.
-            huggingface_hub.dataset_info(asked.name, revision=asked.revision, timeout=10)
         builder = datasets.load_dataset_builder(asked.name, asked.config, revision=asked.revision)
     except Exception as error:  # of the Hub, the network, the data set's own card
         why = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(f"{key}: {path}: {why}; HF_HUB_OFFLINE=1 reads what was downloaded before", key) from None
+        why = f"it is not in this machine's cache of the Hugging Face Hub, {silent}" if silent else why
+        raise DataError(f"{key}: {path}: {why}", key) from None
     splits = builder.info.splits or {}
     base = asked.split.partition("[")[0]
     if splits and base not in splits and "+" not in base:

@@ -1,0 +1,141 @@
+"""What is loaded by a path: from a directory of this machine, or from the Hugging Face Hub by its id.
+
+Whether the Hub answers is found out once, within seconds. Where it does not, what was downloaded before is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+
+from raylm import cli
+from raylm.errors import RaylmError
+
+
+@contextlib.contextmanager
+def loading(
+    kind: type[RaylmError], key: str | None, path: str, *, gguf_file: str | None = None, or_file: bool = False
+) -> Iterator[None]:
+    """Inside, something is loaded from a path that the setting `key` gave; what goes wrong is raised in one line, as
+    that kind of error. See `fault` for the other arguments."""
+    why, where = fault(path, gguf_file=gguf_file, or_file=or_file), None
+    if why is None:
+        try:
+            yield
+            return
+        except RaylmError as error:
+            why, where = error.message, error.where
+        except Exception as error:  # libraries raise all sorts where a file is damaged
+            why = _reason(path, error)
+    raise kind(f"{key}={path}: {why}" if key else f"{path}: {why}", where or key or path)
+
+
+def fault(path: str, *, gguf_file: str | None = None, or_file: bool = False) -> str | None:
+    """Why nothing can be loaded from a path, as far as that is seen from outside; None if there may be something.
+
+    `gguf_file` is to be in the directory; `or_file`: the path of a file will do.
+    """
+    if os.path.isfile(path):
+        return None if or_file else f"it is a file; give the directory that it is in: {os.path.dirname(path) or '.'}"
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        if not is_id(path):
+            return "there is no such directory"
+        out_of_reach()  # before anything asks the Hub again and again
+        return None
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    if gguf_file is not None and gguf_file not in names:
+        there = ", ".join(sorted(name for name in names if name.endswith(".gguf"))) or "none"
+        return f"there is no {gguf_file} in it; its GGUF files: {there}"
+    return None if names else "the directory is empty"
+
+
+def is_id(path: str) -> bool:
+    """Whether a path can be an id on the Hub: NAME or OWNER/NAME."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def out_of_reach() -> str | None:
+    """Why the Hub cannot be asked; None if it can.
+
+    If it does not answer, this process and those that it starts are in huggingface_hub's offline mode from then on:
+    each file that is asked for would be tried six times, for half a minute.
+    """
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE=1 keeps it from being asked; unset that where there is a network"
+    problem = _silence()
+    if problem is None:
+        return None
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    cli.say(f"{constants.ENDPOINT} cannot be reached: {problem}; what was downloaded before is used")
+    return "which cannot be reached; with HF_HUB_OFFLINE=1 it is not even tried"
+
+
+def _silence() -> str | None:
+    """Why the Hub gives no answer in the time that huggingface_hub gives it for one; None if it gives any."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            answers.put(None)
+        except Exception as error:  # of the network, a proxy, a certificate
+            answers.put(_first_line(error))
+
+    # In a thread: a name server that is silent, or several addresses that are, take a multiple of the timeout.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except queue.Empty:
+        return f"no answer in {constants.HF_HUB_ETAG_TIMEOUT} s"
+
+
+def _reason(path: str, error: Exception) -> str:
+    """Why something could not be loaded from a path."""
+    if not os.path.exists(path) and (why := out_of_reach()):
+        return f"there is no such directory, and it is not in this machine's cache of the Hugging Face Hub, {why}"
+    if os.path.isdir(path):
+        for name in sorted(os.listdir(path)):
+            if name.endswith(".json") and (why := _damage(os.path.join(path, name))):
+                return f"{name} {why}"
+    known = isinstance(error, (OSError, ValueError))  # whose messages are sentences
+    return _first_line(error) if known else f"it cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+
+
+def _damage(file: str) -> str | None:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            json.load(stream)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ValueError as error:
+        return f"is damaged: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
