@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,7 @@ def run(verb: Callable[..., Answer | None] | typer.Typer) -> None:
         add(app, verb)
     signal.signal(signal.SIGTERM, _terminated)
     _keep_stderr()
+    _quiet_libraries()
     with _stdout_for_result(as_json) as stdout:
         exit_code = _run(app, as_json, stdout)
         stdout.flush()
@@ -156,6 +158,14 @@ def _leave(exit_code: int) -> None:
     atexit.unregister(pyarrow.fs.ensure_s3_finalized)
     atexit._run_exitfuncs()
     os._exit(exit_code)
+
+
+def _quiet_libraries() -> None:
+    """Keep off the screen what libraries warn their programmers of, unless Python or they were told to say it."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def add(app: typer.Typer, verb: Callable[..., Answer | None], name: str | None = None) -> None:
@@ -195,7 +205,7 @@ def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
         return fail(str(stopped) or "interrupted", None, INTERRUPTED)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
-            return fail(error.format_message(), None, ConfigError.exit_code)
+            return fail(_usage(error), None, ConfigError.exit_code)
         traceback.print_exc()
         return fail(f"{type(error).__name__}: {error}", None, 1)
     if answer == INTERRUPTED:  # before the verb has begun
@@ -205,6 +215,18 @@ def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
     elif isinstance(answer, Answer):
         _show(answer.view, stdout)
     return answer if isinstance(answer, int) else getattr(answer, "exit_code", 0)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line; for options of other tools, how raylm is told the same."""
+    context = getattr(error, "ctx", None)
+    parameters = context.command.params if context is not None else []
+    if not hasattr(error, "possibilities") or not any(parameter.name == "settings" for parameter in parameters):
+        return error.format_message()
+    known = [name for parameter in parameters for name in parameter.opts]
+    told = experiments.as_settings(sys.argv[1:], known)
+    how = f": {told}" if told else ", other fields of TrainingArguments as train.arguments.name=value"
+    return f"{error.format_message()}; settings are given as section.key=value{how}"
 
 
 def _called(app: typer.Typer) -> Any:

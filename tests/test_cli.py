@@ -91,6 +91,28 @@ def test_without_json_the_view_is_on_stdout_as_it_is(verb):
     assert "Working …" in done.stderr
 
 
+def test_options_of_other_tools_are_told_as_settings(verb):
+    """The first try of those who know transformers' run_clm.py."""
+    done = verb("--model_name_or_path", "gpt2", "--learning-rate=1e-3", "--max_steps", "9", "--json", "--foo", "1")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"] == (
+        "No such option: --model_name_or_path; settings are given as section.key=value: model.path=gpt2 "
+        "train.learning_rate=1e-3, train.max_tokens for --max_steps"
+    )
+    assert "train.arguments.name=value" in verb("--adam_beta1", "0.8").stderr
+    assert verb("--config").stderr == "error: Option '--config' requires an argument.\n"
+
+
+def test_libraries_do_not_warn_on_the_screen(tmp_path):
+    """Unless Python is told to let them."""
+    (tmp_path / "warns.py").write_text(
+        "from raylm import cli\n\ndef verb() -> cli.Answer:\n    import warnings\n"
+        "    warnings.warn('of old', FutureWarning)\n    return cli.Answer({}, 'done')\n\ncli.run(verb)\n"
+    )
+    assert run(tmp_path / "warns.py").stderr == ""
+    assert "FutureWarning: of old" in run("-Wdefault", tmp_path / "warns.py").stderr
+
+
 FAILURES = {
     "fails": {"error": "nothing in /data/[ab] at x.yaml:100:3\ntwo lines", "where": "corpus.paths", "exit_code": 3},
     "breaks": {"error": "ZeroDivisionError: division by zero", "where": None, "exit_code": 1},
@@ -127,7 +149,11 @@ def test_a_bug_shows_its_traceback(verb):
 @pytest.mark.parametrize(
     ("argv", "error"),
     [
-        (["--nope"], "No such option: --nope"),
+        (
+            ["--nope"],
+            "No such option: --nope; settings are given as section.key=value, other fields of TrainingArguments as "
+            "train.arguments.name=value",
+        ),
         (["--config"], "Option '--config' requires an argument."),
         (["train.seed"], "'train.seed' is not a setting; write section.key=value"),
         (["train.seed=x"], "command line: train.seed: must be a whole number, got 'x'"),

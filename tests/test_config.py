@@ -216,6 +216,9 @@ FAULTS = {
     "cluster: {use_gpu: 1}": "1:11 cluster.use_gpu: must be true or false, got 1",
     "name: a/b": "1:1 name: must be text like ^[A-Za-z0-9][A-Za-z0-9._-]*$, got 'a/b'",
     "tune: {metric: loss}": "1:8 tune.metric: must be one of 'perplexity' or 'bits_per_byte', got 'loss'",
+    "tune: {space: {train.learning_rate: [1e-4, 1e-2]}}": "1:16 tune.space.train.learning_rate: must be a sampler, "
+    "got [0.0001, 0.01]; {choice: [a, b]} draws one of these values, {uniform: [low, high]} or {loguniform: [low, "
+    "high]} any between",
     "tune: {scheduler: foo}": "1:8 tune.scheduler.kind: must be one of 'none', 'asha', 'median', 'hyperband' or 'pbt', "
     "got 'foo'",
     "blocks: {block_size: 100}\ntrain: {batch_tokens: 1000, max_tokens: 999}": "2:29 train.max_tokens: must be at "

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import one_by_one
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -128,6 +129,38 @@ def test_arguments_of_the_trainer_are_checked(tiny):
         loop.check(tiny("train.lr_scheduler_type=cosinus").train)
 
 
+def test_a_schedule_gets_the_arguments_that_it_needs_or_is_refused(tiny):
+    from transformers import SchedulerType, get_scheduler
+
+    from raylm.loop import arguments
+
+    def schedule(kind, given):
+        experiment = tiny(f"train.lr_scheduler_type={kind}", f"train.arguments.lr_scheduler_kwargs={given}")
+        loop.check(experiment.train)
+        planned = budget.plan(experiment.train, block_size=32, num_workers=1, epoch_examples=None)
+        made = arguments.of(experiment, planned, "/nowhere")
+        weights = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        rates = get_scheduler(kind, weights, 0, planned.steps, made.lr_scheduler_kwargs).lr_lambdas[0]
+        return [round(rates(step), 2) for step in range(planned.steps + 1)]
+
+    for kind in set(SchedulerType) - set(arguments.BY_SCORE) - {SchedulerType.CONSTANT}:
+        assert len(schedule(kind.value, "{}")) == 11
+    assert schedule("warmup_stable_decay", "{}") == [1.0] * 10 + [0.0]
+    assert schedule("warmup_stable_decay", "{num_decay_steps: 4}") == [1.0] * 7 + [0.85, 0.5, 0.15, 0.0]
+    assert schedule("cosine_with_min_lr", "{}")[-1] == 0.1
+    assert schedule("cosine_with_min_lr", "{min_lr: 0.5}")[-1] == 0.5
+    with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs=.* is not what .*=linear takes: .*num_decay_steps"):
+        schedule("linear", "{num_decay_steps: 4}")
+
+
+def test_an_optimizer_of_a_package_that_is_not_there_is_refused_before_anything_starts(tiny):
+    with pytest.raises(ConfigError, match=r"^train.arguments.optim=adamw_bnb_8bit: .*pip install -U bitsandbytes"):
+        loop.check(tiny("train.arguments.optim=adamw_bnb_8bit").train)
+    with pytest.raises(ConfigError, match=r"^train.arguments.use_liger_kernel needs liger-kernel"):
+        loop.check(tiny("train.arguments.use_liger_kernel=true").train)
+    loop.check(tiny("train.arguments.optim=adafactor").train)
+
+
 def test_the_best_evaluation_and_the_last_steps_are_checkpoints(train_run, tiny):
     experiment = tiny("train.save_every_tokens=2048", "train.keep_checkpoints=1")  # steps 8 and 10; the best may be any
     outcome, job = train_run(experiment)
@@ -142,7 +175,7 @@ def test_sizes_that_do_not_fit_are_told_before_ray_starts(tiny):
         "model.config.model_type=t5",
         "train.lr_scheduler_type=reduce_lr_on_plateau",
     ):
-        with pytest.raises(ConfigError, match=r"^model(\.config.*)?: |^train\.arguments: "):
+        with pytest.raises(ConfigError, match=r"^model(\.config.*)?: |^train\.lr_scheduler_type must be one of "):
             train.plan(tiny(setting))
 
 

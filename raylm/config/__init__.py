@@ -3,6 +3,7 @@
 sections   every setting: type, default, unit, effect
 faults     what is wrong with an experiment, where it stands, and the way out
 space      tune.space: samplers of settings, and whole spaces to choose from
+names      what other tools call a setting
 files      load, override, save
 """
 
@@ -18,6 +19,7 @@ from raylm.config.files import (
     parse_setting,
     save,
 )
+from raylm.config.names import OWNED, as_settings
 from raylm.config.sections import (
     MUTABLE,
     BlocksConfig,
@@ -41,6 +43,7 @@ from raylm.config.space import SAMPLERS, corners, is_sampler, spaces
 __all__ = [
     "BUILT_IN",
     "MUTABLE",
+    "OWNED",
     "SAMPLERS",
     "BlocksConfig",
     "ClusterConfig",
@@ -57,6 +60,7 @@ __all__ = [
     "TrainConfig",
     "TrainedTokenizer",
     "TuneConfig",
+    "as_settings",
     "corners",
     "dump",
     "from_environment",

@@ -44,6 +44,11 @@ def _fault(details: Any) -> tuple[str, str]:
         return key, text
     if kind == "value_error":
         return key, str(context["error"])
+    if kind == "dict_type" and key.startswith("tune.space."):
+        return key, (
+            f"must be a sampler, got {show(value)}; {{choice: [a, b]}} draws one of these values, "
+            "{uniform: [low, high]} or {loguniform: [low, high]} any between"
+        )
     if kind == "extra_forbidden":
         return key, _unknown(key)
     accepted = {
@@ -76,16 +81,16 @@ def _unknown(key: str) -> str:
         return "unknown key"
     known = list(section.model_fields)
     near = difflib.get_close_matches(last, known, n=1)
-    everywhere = [
-        f"{name}.{setting}"
-        for name in Experiment.model_fields
-        if (inner := section_of(Experiment, name))
-        for setting in inner.model_fields
-    ]
-    elsewhere = [full for full in everywhere if full.split(".")[1] == last]
+    elsewhere = settings_named(last)
     guess = f", did you mean {near[0]}?" if near else f", did you mean {elsewhere[0]}?" if elsewhere else ""
     owner = f"section {'.'.join(parents)}" if parents else "an experiment"
     return f"unknown key{guess or ';'} {owner} takes: {', '.join(known)}"
+
+
+def settings_named(name: str) -> list[str]:
+    """The dotted keys of the settings of all sections that have this name."""
+    sections = ((key, section_of(Experiment, key)) for key in Experiment.model_fields)
+    return [f"{key}.{name}" for key, section in sections if section is not None and name in section.model_fields]
 
 
 def exclusive_faults(tree: Any, section: type[Section], key: str = "") -> Iterator[tuple[str, str]]:

@@ -282,7 +282,9 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's decay; not applied to biases and norms."""
     lr_scheduler_type: str = "cosine"
-    """The schedule after warmup, by its name in transformers: linear, cosine, constant_with_warmup, ..."""
+    """The schedule after warmup, by its name in transformers: linear, cosine, constant_with_warmup, ... Its own
+    arguments are train.arguments.lr_scheduler_kwargs; where it needs some, warmup_stable_decay decays over a tenth of
+    the steps, cosine_with_min_lr and cosine_warmup_with_min_lr to a tenth of the rate."""
     batch_tokens: Annotated[Count, Field(ge=2)] = 32768
     """Tokens of one optimizer step over all workers: a multiple of block_size x num_workers."""
     micro_batch_tokens: Annotated[Count, Field(ge=1)] = 8192

@@ -9,53 +9,27 @@ import tempfile
 from typing import Any
 
 import torch
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 from raylm.budget import Budget
-from raylm.config import Experiment, TrainConfig
+from raylm.config import OWNED, Experiment, TrainConfig
 from raylm.errors import ConfigError
 
-# TrainingArguments that raylm derives or answers for, and the setting to use instead.
-OWNED = {
-    "learning_rate": "train.learning_rate",
-    "warmup_steps": "train.warmup_steps",
-    "weight_decay": "train.weight_decay",
-    "lr_scheduler_type": "train.lr_scheduler_type",
-    "seed": "train.seed",
-    "data_seed": "train.seed",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "tf32": "train.precision",
-    "max_steps": "train.max_tokens",
-    "num_train_epochs": "train.num_epochs",
-    "per_device_train_batch_size": "train.batch_tokens and train.micro_batch_tokens",
-    "gradient_accumulation_steps": "train.batch_tokens and train.micro_batch_tokens",
-    "per_device_eval_batch_size": "eval.batch_tokens",
-    "eval_strategy": "train.eval_every_tokens",
-    "eval_steps": "train.eval_every_tokens",
-    "save_strategy": "train.save_every_tokens",
-    "save_steps": "train.save_every_tokens",
-    "save_total_limit": "train.keep_checkpoints",
-    "output_dir": "storage",
-    "report_to": "tracking.uri",
-    "use_cpu": "cluster.use_gpu",
-    "no_cuda": "cluster.use_gpu",
-    "hub_token": "HF_TOKEN in the environment",
-    "push_to_hub": "nothing: raylm push publishes a model",
-    "auto_find_batch_size": "train.micro_batch_tokens",
-    "train_sampling_strategy": "train.seed",
-    "eval_on_start": "train.eval_every_tokens",
-    "save_only_model": "train.save_every_tokens",
-    "load_best_model_at_end": "nothing: the best checkpoint is kept and exported",
-    "ignore_data_skip": "nothing: a run that goes on begins at its own example",
-    "enable_jit_checkpoint": "nothing: a run that is asked to stop saves a checkpoint",
-    "logging_nan_inf_filter": "nothing: a loss that is not finite ends the run",
-}
+BY_SCORE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+"""Schedules that the Trainer steps after evaluations of its own."""
+
+WITH_MINIMUM = (SchedulerType.COSINE_WITH_MIN_LR, SchedulerType.COSINE_WARMUP_WITH_MIN_LR)
+
+NEEDED = {"deepspeed": "deepspeed", "use_liger_kernel": "liger-kernel"}
+"""Packages that arguments need, and without which the Trainer fails on the workers alone."""
+
+STEPS = 100
+"""Of the training that a schedule is tried for."""
 
 
 def check(section: TrainConfig, *, has_updates: bool = False) -> None:
     """Refuse what the Trainer would refuse on the workers, with model.lora if that `has_updates` of its own."""
-    schedules = [schedule.value for schedule in SchedulerType]
+    schedules = [schedule.value for schedule in SchedulerType if schedule not in BY_SCORE]
     if section.lr_scheduler_type not in schedules:
         raise ConfigError(
             f"train.lr_scheduler_type must be one of {', '.join(schedules)}, got {section.lr_scheduler_type!r}",
@@ -70,12 +44,11 @@ def check(section: TrainConfig, *, has_updates: bool = False) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f", did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{key}: not a field of transformers.TrainingArguments{hint}", where=key)
-    if section.arguments.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-        key = "train.arguments.deepspeed"
-        raise ConfigError(
-            f"{key} needs deepspeed, which is not installed: pip install deepspeed, or set train.arguments.fsdp=true",
-            where=key,
-        )
+    for name, package in NEEDED.items():
+        if section.arguments.get(name) and importlib.util.find_spec(package.replace("-", "_")) is None:
+            key = f"train.arguments.{name}"
+            other = ", or set train.arguments.fsdp=true" if name == "deepspeed" else ""
+            raise ConfigError(f"{key} needs {package}, which is not installed: pip install {package}{other}", where=key)
     kind = {"lr_scheduler_type": section.lr_scheduler_type}
     with tempfile.TemporaryDirectory() as directory:
         try:
@@ -83,6 +56,9 @@ def check(section: TrainConfig, *, has_updates: bool = False) -> None:
         except (ImportError, TypeError, ValueError) as error:
             problem = str(error).strip().split("\n")[0]
             raise ConfigError(f"train.arguments: {problem}", where="train.arguments") from None
+    _check_schedule(made)
+    if "optim" in section.arguments:
+        _check_optimizer(made)
     if made.fsdp and has_updates:
         raise ConfigError("model.lora cannot be combined with train.arguments.fsdp; leave one out", where="model.lora")
     if made.deepspeed and made.hf_deepspeed_config.is_zero3():
@@ -93,6 +69,45 @@ def check(section: TrainConfig, *, has_updates: bool = False) -> None:
         if (found := sharding.get(name, only)) != only:
             key = f"train.arguments.fsdp_config.{name.removeprefix('fsdp_')}"
             raise ConfigError(f"{key} must be {only}, got {found}; leave it out", where=key)
+
+
+def _check_schedule(made: TrainingArguments) -> None:
+    """ConfigError if the schedule does not take the arguments that it will get."""
+    weights = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=made.learning_rate)
+    try:
+        get_scheduler(made.lr_scheduler_type, weights, 0, STEPS, _schedule_arguments(made, STEPS))
+    except (TypeError, ValueError) as error:
+        key = "train.arguments.lr_scheduler_kwargs"
+        problem = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"{key}={made.lr_scheduler_kwargs} is not what train.lr_scheduler_type={made.lr_scheduler_type.value} "
+            f"takes: {problem}",
+            where=key,
+        ) from None
+
+
+def _check_optimizer(made: TrainingArguments) -> None:
+    """ConfigError if the optimizer cannot be had, such as one of a package that is not installed."""
+    from transformers import Trainer  # 2 s, which the usual optimizer does not need
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(made)
+    except (ImportError, ValueError) as error:
+        problem = str(error).strip().split("\n")[0]
+        if "pass a" in problem:  # model, to some optimizers
+            return
+        key = "train.arguments.optim"
+        raise ConfigError(f"{key}={made.optim.value}: {problem}", where=key) from None
+
+
+def _schedule_arguments(made: TrainingArguments, steps: int) -> dict[str, Any]:
+    """The arguments of the schedule's own, with what transformers leaves to the user where it is not given."""
+    given = made.lr_scheduler_kwargs or {}
+    if made.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+        return {"num_decay_steps": max(1, steps // 10), **given}
+    if made.lr_scheduler_type in WITH_MINIMUM and "min_lr" not in given:
+        return {"min_lr_rate": 0.1, **given}
+    return given
 
 
 def of(experiment: Experiment, budget: Budget, scratch: str) -> TrainingArguments:
@@ -123,7 +138,9 @@ def of(experiment: Experiment, budget: Budget, scratch: str) -> TrainingArgument
         "ddp_find_unused_parameters": False,
         **precision(section, on_gpu),
     }
-    return TrainingArguments(**{**ours, **section.arguments})
+    made = TrainingArguments(**{**ours, **section.arguments})
+    made.lr_scheduler_kwargs = _schedule_arguments(made, budget.steps)
+    return made
 
 
 def precision(section: TrainConfig, on_gpu: bool) -> dict[str, bool]:
