@@ -509,3 +509,34 @@ def test_a_process_does_not_outlive_a_command_that_is_killed():
     while psutil.pid_exists(int(told.stdout)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+LITTER = """
+import gc, threading, time
+import ray
+from raylm import cluster
+from raylm.config import ClusterConfig
+
+class Cycle:
+    def __init__(self, number):
+        self.itself, self.ref = self, ray.put(number)
+
+def collect():
+    while ray.is_initialized():
+        time.sleep(0.0002)
+    gc.collect()
+
+gc.disable()
+with cluster.connect(ClusterConfig(address="local")):
+    for number in range(2000):
+        Cycle(number)
+    threading.Thread(target=collect, daemon=True).start()
+    time.sleep(0.3)
+raise SystemExit(3)
+"""
+
+
+def test_what_ray_data_leaves_behind_does_not_end_the_command():
+    """Cycles with references in them, collected by a thread while Ray shuts down: Ray ends the process with exit 1."""
+    ended = subprocess.run([sys.executable, "-c", LITTER], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (3, "Starting Ray …\n")

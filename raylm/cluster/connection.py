@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -81,6 +82,9 @@ def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = 
                 cli.say(named.removeprefix("; "))
             raise
         finally:
+            # Ray ends the process (exit 1, "the core worker has already been shutdown") if a thread, such as the one
+            # that imports MLflow, collects what Ray Data has left behind while Ray shuts down.
+            gc.collect()
             ray.shutdown()
 
 
