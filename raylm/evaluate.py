@@ -128,7 +128,7 @@ def validation(directory: Path) -> Split:
         raise ConfigError(
             f"{directory} was not trained by raylm, so nothing says what to score; give --text FILE", "--text"
         )
-    if not tokens.is_store(store):
+    if tokens.damage(store) is None:
         raise DataError(f"{directory} was trained with the token store {store}, which is gone; give --text FILE", store)
     split = tokens.open_store(store).validation
     if not split.num_tokens:

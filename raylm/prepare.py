@@ -175,12 +175,15 @@ def verified(experiment: Experiment) -> cli.Answer:
     storage.look(experiment.storage)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen)
-    if not tokens.is_store(path):
+    faults = tokens.damage(path)
+    if faults is None:
         known = tokens.changes(experiment.storage, experiment.corpus, chosen)
         raise DataError(f"{path}: no token store there{known and f'; {known}'}; run raylm prepare", path)
-    store = tokens.open_store(path)
-    if faults := tokens.verify(store):
-        raise DataError(f"{path} is damaged: {'; '.join(faults)}; remove it and run raylm prepare", path)
+    if not faults:
+        store = tokens.open_store(path)
+        faults = tokens.verify(store)
+    if faults:
+        raise DataError(f"{path} is damaged: {tokens.shown(faults)}; remove it and run raylm prepare", path)
     files = sum(len(store.manifest[name]["shards"]) for name in tokens.SPLITS)
     record = {"store": path, "fingerprint": store.fingerprint, "verified": True, "shards": files}
     return cli.Answer(record, f"{path}: {files} shards, all as they were written")
@@ -194,11 +197,19 @@ def plan(experiment: Experiment) -> cli.Answer:
     sources = corpus.check(experiment.corpus)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
-    exists = tokens.is_store(path)
+    faults = tokens.damage(path)
+    exists = faults == []
+    state = (
+        "there already"
+        if exists
+        else f"damaged, to be written again: {tokens.shown(faults)}"
+        if faults
+        else "to be written"
+    )
     lines = [f"{source.name}: {len(source.files):,} files, {source.num_bytes:,} bytes" for source in sources]
     if others := corpus.left_out(sources):
         lines.append(f"left out: {others}")
-    lines.append(f"store: {path} ({'there already' if exists else 'to be written'})")
+    lines.append(f"store: {path} ({state})")
     record = {
         "store": path,
         "fingerprint": os.path.basename(path),

@@ -204,6 +204,15 @@ def names(path: str) -> list[str]:
     return sorted(info.base_name for info in _inside(path))
 
 
+def sizes(path: str) -> dict[str, int]:
+    """Bytes of each file in a directory by its name; none if it is not there."""
+    if not is_remote(path):
+        if not os.path.isdir(path):
+            return {}
+        return {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.is_file()}
+    return {info.base_name: info.size for info in _inside(path) if info.is_file}
+
+
 def _files(path: str) -> list[str]:
     return sorted(info.base_name for info in _inside(path) if info.is_file)
 

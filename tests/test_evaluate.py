@@ -205,6 +205,14 @@ def test_what_to_score_must_be_said_where_no_store_is_there(causal, tmp_path):
     checkpoint.describe(directory, Experiment(), {"store": f"{tmp_path}/gone"})
     with pytest.raises(DataError, match=r"was trained with the token store .*/gone, which is gone; give --text"):
         evaluate(str(directory))
+    manifest = {"format": 1, "fingerprint": "f", "tokenizer": {"eos_id": 0, "vocab_size": 9}, "sources": []}
+    shards = [{"file": "train/shard-00000.arrow", "size": 9, "documents": 1, "tokens": 1, "bytes": 1}]
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "manifest.json").write_text(
+        json.dumps({**manifest, "train": {"shards": shards}, "validation": {"shards": []}})
+    )
+    with pytest.raises(DataError, match=r"gone is damaged: train/shard-00000.arrow: missing; run raylm prepare"):
+        evaluate(str(directory))
 
 
 def test_a_model_that_diverged_has_no_figure(causal, texts, tmp_path):

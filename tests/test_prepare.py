@@ -41,6 +41,13 @@ def test_prepare_writes_a_store_and_then_finds_it(command, settings, tmp_path):
     ended = command("prepare", *settings, "--verify", "--json")
     assert ended.returncode == 3
     assert "train/shard-00000.arrow: 4 of" in json.loads(ended.stdout)["error"]
+    assert (
+        "damaged, to be written again: train/shard-00000.arrow: 4 of"
+        in command("prepare", *settings, "--dry-run").stdout
+    )
+    ended = command("prepare", *settings, "--json")
+    assert json.loads(ended.stdout) == first
+    assert "train/shard-00000.arrow: 4 of" in ended.stderr
 
 
 def test_a_path_that_matches_nothing_ends_before_anything_is_written(command, tmp_path):

@@ -252,6 +252,72 @@ def test_verify_finds_every_change_of_a_file(corpus, tmp_path, monkeypatch):
     assert tokens.verify(store) == ["train/shard-00000.arrow: missing"]
 
 
+@pytest.mark.parametrize("uri", ["{}", "file://{}/remote"])
+@pytest.mark.parametrize(
+    "file", ["train/shard-00001.arrow", "validation/shard-00000.arrow", "tokenizer/tokenizer.json"]
+)
+def test_a_store_that_lacks_a_file_is_named_where_it_is_opened_and_written_again(
+    corpus, tmp_path, monkeypatch, capfd, file, uri
+):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    small_shards(monkeypatch, corpus, 20_000)
+    storage = uri.format(tmp_path)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=storage)
+    path = Path(store.path.removeprefix("file://"))
+    assert tokens.damage(store.path) == []
+    before = contents(path)
+    faults = [f"{file}: missing"]
+    if not file.startswith("tokenizer/"):
+        faults.append(f"{file}: 7 of {len(before[file])} bytes")
+    for fault in faults:
+        (path / file).unlink()
+        if "7 of" in fault:
+            (path / file).write_bytes(b"partial")
+        assert tokens.damage(store.path) == [fault]
+        with pytest.raises(
+            DataError, match=rf"^{store.path} is damaged: {fault}; run raylm prepare .* writes it again$"
+        ):
+            tokens.open_store(store.path)
+        capfd.readouterr()
+        again, reused = tokens.prepare(corpus, TOKENIZER, storage=storage)
+        assert (again.path, reused) == (store.path, False)
+        assert f"{store.path} is damaged: {fault}; it is written again" in capfd.readouterr().err
+        assert contents(path) == before
+
+
+def test_a_manifest_that_is_none_is_written_again(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    manifest = Path(store.path) / "manifest.json"
+    before = manifest.read_bytes()
+    manifest.write_bytes(before[:100])
+    with pytest.raises(DataError, match=r"manifest.json is damaged; remove .* and run raylm prepare"):
+        tokens.open_store(store.path)
+    assert tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))[1] is False
+    assert manifest.read_bytes() == before
+
+
+def test_a_shard_of_other_bytes_is_named_when_it_is_read(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    shard = Path(store.path) / "train" / "shard-00000.arrow"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(DataError, match=rf"^{shard} cannot be read: .*; remove {store.path} and run raylm prepare"):
+        tokens.open_store(store.path).train[0]
+
+
+def test_a_copy_of_a_remote_store_that_lost_a_file_is_made_again(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
+    (tmp_path / "node").mkdir()
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")
+    copy = Path(tokens.local_copy(store.path))
+    (copy / "train" / "shard-00000.arrow").unlink()
+    tokens.store.local_copy.cache_clear()
+    assert tokens.local_copy(store.path) == str(copy)
+    assert (copy / "train" / "shard-00000.arrow").exists()
+
+
 def test_input_that_changed_is_named_and_makes_another_store(corpus, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(write, "_each", one_by_one)
     before, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))

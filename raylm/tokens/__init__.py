@@ -17,7 +17,19 @@ cut. The same files and settings give the same bytes, however many tasks write t
 files alone, and two writers of one store write the same files.
 """
 
-from raylm.tokens.store import SPLITS, Encoded, Split, Store, changed_inputs, is_store, local_copy, open_store, verify
+from raylm.tokens.store import (
+    SPLITS,
+    Encoded,
+    Split,
+    Store,
+    changed_inputs,
+    damage,
+    is_store,
+    local_copy,
+    open_store,
+    shown,
+    verify,
+)
 from raylm.tokens.write import changes, encode_files, fingerprint, prepare, set_up_ray_data, store_path
 
 __all__ = [
@@ -27,6 +39,7 @@ __all__ = [
     "Store",
     "changed_inputs",
     "changes",
+    "damage",
     "encode_files",
     "fingerprint",
     "is_store",
@@ -34,6 +47,7 @@ __all__ = [
     "open_store",
     "prepare",
     "set_up_ray_data",
+    "shown",
     "store_path",
     "verify",
 ]

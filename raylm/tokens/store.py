@@ -22,7 +22,7 @@ from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig
 from raylm.corpus import File, Source, check
 from raylm.errors import DataError
-from raylm.storage import file_system, is_remote, read
+from raylm.storage import file_system, is_remote, read, sizes
 from raylm.tokenizer import Frame
 
 if TYPE_CHECKING:
@@ -94,7 +94,14 @@ class Split:
     def _batch(self, shard: int) -> pa.RecordBatch:
         if shard not in self._batches:
             path = os.path.join(local_copy(self._key[0]), self._files[shard])
-            self._batches[shard] = pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
+            try:
+                self._batches[shard] = pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
+            except (OSError, pa.ArrowInvalid) as error:
+                raise DataError(
+                    f"{path} cannot be read: {str(error).splitlines()[0]}; remove {self._key[0]} and run raylm prepare "
+                    "with the same settings",
+                    self._key[0],
+                ) from None
         return self._batches[shard]
 
     def __reduce__(self) -> tuple:
@@ -157,21 +164,65 @@ class Encoded:
 def open_store(path: str | os.PathLike) -> Store:
     """The store of a directory or URI. Reads the manifest alone; shards are mapped when they are first read."""
     path = os.fspath(path)
-    content = read(f"{path}/manifest.json")
-    if content is None:
+    manifest = _manifest(path)
+    if manifest is None:
         raise DataError(f"{path}: no token store there (it has no manifest.json); run raylm prepare", path)
+    if faults := _damage(path, manifest):
+        raise DataError(
+            f"{path} is damaged: {shown(faults)}; run raylm prepare with the same settings, which writes it again", path
+        )
+    return Store(path, manifest)
+
+
+def damage(path: str) -> list[str] | None:
+    """What is seen to be wrong with a store without reading it; nothing if it is whole, None if there is no store."""
     try:
-        manifest = json.loads(content)
-        if manifest["format"] != FORMAT:
-            raise DataError(f"{path}: a store of format {manifest['format']}, this raylm reads {FORMAT}", path)
-        return Store(path, manifest)
-    except (ValueError, KeyError):
-        raise DataError(f"{path}/manifest.json is damaged; remove {path} and run raylm prepare", path) from None
+        manifest = _manifest(path)
+        return None if manifest is None else _damage(path, manifest)
+    except DataError:
+        return ["manifest.json: not one"]
 
 
 def is_store(path: str) -> bool:
     """Whether a store is there, entirely: then `prepare` needs no Ray."""
-    return read(f"{path}/manifest.json") is not None
+    return damage(path) == []
+
+
+def shown(faults: list[str]) -> str:
+    """The first few of them."""
+    return "; ".join(faults[:3]) + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")
+
+
+def _manifest(path: str) -> dict[str, Any] | None:
+    """What a store says of itself; None if there is none."""
+    content = read(f"{path}/manifest.json")
+    if content is None:
+        return None
+    try:
+        manifest = json.loads(content)
+        if manifest["format"] != FORMAT:
+            raise DataError(f"{path}: a store of format {manifest['format']}, this raylm reads {FORMAT}", path)
+        for key in ("fingerprint", "tokenizer", "sources", *SPLITS):
+            manifest[key]
+        return manifest
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}/manifest.json is damaged; remove {path} and run raylm prepare", path) from None
+
+
+def _damage(path: str, manifest: dict[str, Any]) -> list[str]:
+    """The files of a store that are not there, or have other sizes than its manifest says."""
+    expected = {shard["file"]: shard["size"] for name in SPLITS for shard in manifest[name]["shards"]}
+    expected |= {f"tokenizer/{name}": None for name in manifest["tokenizer"].get("files", ())}
+    found = {
+        f"{part}/{name}": size for part in (*SPLITS, "tokenizer") for name, size in sizes(f"{path}/{part}").items()
+    }
+    faults = []
+    for file, size in expected.items():
+        if file not in found:
+            faults.append(f"{file}: missing")
+        elif size is not None and found[file] != size:
+            faults.append(f"{file}: {found[file]} of {size} bytes")
+    return faults
 
 
 @lru_cache(maxsize=8)
@@ -225,7 +276,9 @@ def local_copy(path: str) -> str:
 
     copy = copy_of(path)
     if os.path.exists(copy):
-        return copy
+        if not damage(copy):
+            return copy
+        shutil.rmtree(copy, ignore_errors=True)  # what clears up /tmp goes by files
     os.makedirs(os.path.dirname(copy), mode=0o700, exist_ok=True)
     partial = f"{copy}.{uuid.uuid4().hex}"
     system, inner = file_system(path)

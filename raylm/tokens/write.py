@@ -27,9 +27,11 @@ from raylm.tokens.store import (
     Store,
     changed_inputs,
     checksum,
+    damage,
     is_store,
     local_tokenizer,
     open_store,
+    shown,
     write,
 )
 
@@ -84,9 +86,14 @@ def prepare(
     """
     sources = check(corpus)
     path = store_path(storage, corpus, tokenizer, sources)
-    if is_store(path):
+    if (faults := damage(path)) == []:
         return open_store(path), True
-    if known := changes(storage, corpus, tokenizer, sources):
+    if faults:
+        cli.say(f"{path} is damaged: {shown(faults)}; it is written again")
+        remove(f"{path}/progress")
+        if any(fault.startswith("tokenizer/") for fault in faults):
+            remove(f"{path}/tokenizer")
+    elif known := changes(storage, corpus, tokenizer, sources):
         cli.console.print(f"{known}; a new store is written", soft_wrap=True)
     if others := left_out(sources):
         cli.say(f"corpus.paths: left out, because they are no text to train on: {others}")
@@ -145,9 +152,9 @@ def changes(storage: str, corpus: CorpusConfig, tokenizer: TokenizerConfig, sour
         path = f"{storage.rstrip('/')}/tokens/{name}"
         manifest = json.loads(read(f"{path}/manifest.json") or b"{}")
         if manifest.get("settings") == settings:
-            found = changed_inputs(open_store(path), sources)
-            shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-            return f"the corpus has changed since store {name}: {shown}"
+            found = changed_inputs(Store(path, manifest), sources)
+            few = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+            return f"the corpus has changed since store {name}: {few}"
     return ""
 
 
