@@ -36,6 +36,10 @@ FREE = (
 """Settings that may change while a run goes on: they change nothing about it, or are known by the tokens."""
 
 
+BUDGET = ("train.max_tokens", "train.num_epochs")
+"""How long a run trains, of which it has one or none."""
+
+
 @dataclass(frozen=True)
 class Begun:
     """A run that this command works on."""
@@ -93,11 +97,15 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
     ConfigError if that run was begun with other settings or on other tokens than these.
     """
     place, terms = directory_of(experiment), _terms(experiment, verb, store)
-    abandoned = []
+    abandoned, finished = [], None
     for name in reversed([name for name in storage.names(place) if name.startswith(f"{verb}-")]):
         directory = f"{place}/{name}"
         written = storage.read(f"{directory}/run.json")
-        if written is None or storage.read(f"{directory}/result.json") is not None:
+        if written is None:
+            continue
+        if (result := storage.read(f"{directory}/result.json")) is not None:
+            if verb == "train" and finished is None and _trained_less(json.loads(written), json.loads(result), terms):
+                finished = directory
             continue
         lock = _locked(directory)
         if lock is None:  # somebody works on it
@@ -119,6 +127,13 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
         return Begun(name, directory, step, lock, abandoned)
     if resume == "must":
         raise StorageError(f"--resume must: no run in {place} stopped before its end", place)
+    if finished is not None and resume == "auto":
+        schedule = experiment.train.lr_scheduler_type
+        cli.say(
+            f"{finished} is a finished run of the same settings with a smaller budget. It cannot go on: its learning "
+            f"rate has followed its schedule ({schedule}) to the end. A new run begins; to train that run's model "
+            f"further instead, give model.path={finished}/model"
+        )
     name = named(verb)
     directory = f"{place}/{name}"
     storage.write(f"{directory}/run.json", (json.dumps(terms, indent=1) + "\n").encode())
@@ -133,6 +148,15 @@ def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:
         key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in may_change)
     }
     return {**kept, "tokenizer.prefix": experiment.tokenizer.prefix, "tokens": store}
+
+
+def _trained_less(then: dict[str, Any], result: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a run that is over has a model, and differs from the one that is asked for by a smaller budget alone."""
+    differences = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    if "error" in result or not differences or not {*differences} <= {*BUDGET}:
+        return False
+    asked = next((key for key in BUDGET if now.get(key) is not None), None)
+    return asked is None or then.get(asked) is None or then[asked] < now[asked]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -44,6 +44,32 @@ def test_a_run_that_is_over_is_not_gone_on_with(experiment):
     assert begin(experiment).directory != first.directory
 
 
+def test_a_finished_run_with_a_smaller_budget_is_told_with_the_way_to_train_its_model_further(experiment, capsys):
+    """It cannot go on by itself: its learning rate has followed the schedule to the end."""
+    first = begin(experiment)
+    first.end({"perplexity": 3.5})
+    more = config.override(experiment, {"train.max_tokens": 2 * experiment.train.max_tokens})
+    assert begin(more).directory != first.directory
+    said = capsys.readouterr().err
+    assert said.startswith(f"{first.directory} is a finished run of the same settings with a smaller budget.")
+    assert said.endswith(
+        f"schedule (cosine) to the end. A new run begins; to train that run's model further instead, "
+        f"give model.path={first.directory}/model\n"
+    )
+    begin(config.override(experiment, {"train.num_epochs": 30}))
+    assert first.directory in capsys.readouterr().err, "budgets that cannot be compared"
+    begin(more, resume="never")
+    begin(config.override(more, {"train.seed": 7}))
+    begin(config.override(experiment, {"train.max_tokens": experiment.train.max_tokens // 2}))
+    begin(more, store="another")
+    assert capsys.readouterr().err == ""
+    other = config.override(experiment, {"name": "other"})
+    failed = begin(other)
+    failed.end({"error": "diverged"})
+    begin(config.override(other, {"train.max_tokens": 2 * experiment.train.max_tokens}))
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("settings", "store", "told"),
     [
