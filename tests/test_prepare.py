@@ -127,7 +127,13 @@ def test_a_name_of_any_bytes_is_shown_in_any_locale(tmp_path, name):
 def test_a_text_whose_name_is_of_any_bytes_is_trained_on_in_any_locale(tmp_path, name):
     paragraphs = (" ".join(f"w{number * factor % 97}" for factor in range(60)) for number in range(150))
     (tmp_path / NAMES[name]).write_text("\n\n".join(paragraphs))
-    settings = ("corpus.split_by=passage", "corpus.keep_any=[]", "tokenizer.train={vocab_size: 300}", "name=any")
+    settings = (
+        "corpus.split_by=passage",
+        "corpus.validation_fraction=0.2",
+        "corpus.keep_any=[]",
+        "tokenizer.train={vocab_size: 300}",
+        "name=any",
+    )
     sizes = ("blocks.block_size=32", "train.batch_tokens=512", "train.max_tokens=1024")
     done = raylm_in_c("train", f"corpus.paths={NAMES[name]}", *settings, *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
