@@ -292,9 +292,7 @@ def _row(answer: Answer, sources: Sequence[str]) -> dict[str, str]:
     return {
         "prompt": answer.prompt,
         "text": answer.text,
-        "source": sources[answer.source]
-        .encode(errors="backslashreplace")
-        .decode(),  # a name of any bytes
+        "source": sources[answer.source].encode(errors="backslashreplace").decode(),  # a name of any bytes
         "doc_id": f"{answer.hash:016x}",
     }
 
