@@ -46,7 +46,7 @@ OF_RUNS = re.compile(
     r"/(?:[a-z]+-\d{8}-\d{6}-[0-9a-f]{4}|tokens/[0-9a-f]{16}|mlruns|mlartifacts)/"
     r"|/decided/[a-z]+-[0-9a-f]{16}\.json$|/mlflow\.db[^/]*$"
 )
-"""Runs, token stores, decisions and MLflow's files: they lie in the user's directory if the command was called there."""
+"""Runs, token stores, decisions and MLflow's files: in the user's directory if the command was called there."""
 
 BINARY = frozenset(
     ".7z .avi .bin .bmp .class .db .dll .doc .docx .dylib .eot .epub .exe .flac .gif .gguf .h5 .heic .ico .jar .jpeg "
