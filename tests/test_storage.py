@@ -273,7 +273,7 @@ def test_a_sweep_ends_where_its_record_cannot_be_written_twice(place, server):
     server.refused = lambda method, path: True
     record.end("trial_00000", "completed")
     with pytest.raises(
-        StorageError, match=r"tune-1/events.jsonl cannot be written: .*expired.*; once it can, the same"
+        StorageError, match=r"tune-1/events.jsonl cannot be written: .*ACCESS_DENIED.*; once it can, the same"
     ):
         record.pause(1.0)
     server.refused = never
