@@ -169,7 +169,6 @@ def project(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.xfail(strict=True, reason="the built-in experiment's filter is applied to a text of one's own")
 def test_what_needs_nothing_runs_in_order(home, project):
     for block in COMMANDS:
         if block.needs:
