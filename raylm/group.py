@@ -155,13 +155,14 @@ def score(
 
 
 def _on_workers(function: Callable[[], Any], resources: Resources, where: str, callbacks: Sequence[Any] = ()) -> Any:
-    """What a function returns on rank 0 of a group of workers. Nothing is left of the group if that fails.
+    """What a function returns on rank 0 of a group of workers, of which nothing is left if that fails.
 
     It has what it needs in itself, not from train_loop_config, which Ray's controller unpickles too: 4 s of imports.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # 0.8 s, and a lone worker trains without
     from ray.train.torch import TorchTrainer
 
+    _left_over()  # by a trial's process that was killed
     with _bookkeeping() as kept:
         trainer = TorchTrainer(
             function,
@@ -222,37 +223,9 @@ def _result(trainer: Any, where: str) -> Any:
 
 
 def _clear() -> None:
-    """End the worker groups that this process has started, and free what they had reserved.
-
-    Ray Train (2.60) leaves both behind where a worker dies while it loads the function, or the controller at any time.
-    Workers live on for up to 3 s, and could write to the checkpoints that the next attempt reads; what is reserved
-    stays so until the job ends. ray.util.state tells of neither without a dashboard.
-    """
-    from ray.core.generated.gcs_pb2 import ActorTableData, PlacementGroupTableData
-
-    state = ray._private.state.state._connect_and_get_accessor()
-    context = ray.get_runtime_context()
-    here, job = bytes.fromhex(context.get_worker_id()), ray.JobID.from_hex(context.get_job_id())
+    """Wait until nothing is left of the worker groups that this process has started."""
     until = time.monotonic() + CLEARING_SECONDS
-    while True:
-        actors = [ActorTableData.FromString(each) for each in state.get_actor_table(job, None)]
-        controllers = {
-            actor.actor_id: actor.address.worker_id
-            for actor in actors
-            if actor.class_name == "TrainController" and actor.owner_address.worker_id == here
-        }
-        for group in map(PlacementGroupTableData.FromString, state.get_placement_group_table()):
-            if group.creator_actor_id in controllers and group.state != PlacementGroupTableData.REMOVED:
-                remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-        left = [
-            actor
-            for actor in actors
-            if actor.actor_id in controllers
-            or (actor.class_name == "RayTrainWorker" and actor.owner_address.worker_id in controllers.values())
-            if actor.state != ActorTableData.DEAD or _runs_here(actor)
-        ]
-        if not left:
-            return
+    while left := _left_over():
         if time.monotonic() > until:
             raise TrainingError(
                 f"{len(left)} processes of a worker group that failed do not end, as process {left[0].pid} on "
@@ -261,12 +234,38 @@ def _clear() -> None:
         time.sleep(0.1)
 
 
+def _left_over() -> list[Any]:
+    """The actors that are left of the worker groups that this process has started; what they had reserved is freed.
+
+    Ray Train (2.60) leaves both behind where a worker dies while it loads the function, or the controller at any time.
+    Workers live on for up to 3 s, and could write to the checkpoints that the next attempt reads; what is reserved, by
+    the controller of a trial whose process died too, stays so until the job ends. ray.util.state tells of none of it
+    without a dashboard.
+    """
+    from ray.core.generated.gcs_pb2 import ActorTableData, PlacementGroupTableData
+
+    state = ray._private.state.state._connect_and_get_accessor()
+    context = ray.get_runtime_context()
+    here, job = bytes.fromhex(context.get_worker_id()), ray.JobID.from_hex(context.get_job_id())
+    actors = [ActorTableData.FromString(each) for each in state.get_actor_table(job, None)]
+    controllers = [actor for actor in actors if actor.class_name == "TrainController"]
+    ours = [actor for actor in controllers if actor.owner_address.worker_id == here]
+    owners = {actor.actor_id for actor in controllers if actor in ours or actor.state == ActorTableData.DEAD}
+    for group in map(PlacementGroupTableData.FromString, state.get_placement_group_table()):
+        if group.creator_actor_id in owners and group.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    processes = {actor.address.worker_id for actor in ours}
+    ours += [actor for actor in actors if actor.owner_address.worker_id in processes and not actor.is_detached]
+    return [actor for actor in ours if actor.state != ActorTableData.DEAD or _runs_here(actor)]
+
+
 def _runs_here(actor: Any) -> bool:
-    """Whether the process of an actor runs on this node: Ray calls it dead some 0.3 s before it has ended."""
+    """Whether an actor's process runs on this node: Ray calls it dead up to 2 s before it has ended."""
     if actor.address.node_id.hex() != ray.get_runtime_context().get_node_id():
         return False
     try:
-        return psutil.Process(actor.pid).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(actor.pid)
+        return process.name().startswith("ray::") and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

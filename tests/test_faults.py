@@ -135,18 +135,17 @@ def test_the_only_worker_of_this_machine_begins_again_where_it_was_killed(tiny, 
 
 
 def test_a_training_that_was_asked_to_stop_starts_no_worker_again_for_it(tiny, train_run, tmp_path):
-    """Its only worker dies after the checkpoint of step 4, and the command is asked to stop before there is another."""
+    """Its only worker dies after the checkpoint of step 4, and the command is asked to stop at that moment."""
 
     class Stopped(cluster.Board):
-        def say(self, message):
-            super().say(message)
-            self.stop()
+        def is_stopping(self):
+            return any(tmp_path.iterdir())
 
     board = Stopped()
     alone = tiny("train.max_tokens=3072", "train.micro_batch_tokens=64", "cluster.max_failures=1")
     outcome, _ = train_run(alone, dying([(0, 5)], tmp_path), board)
     assert (outcome.step, outcome.stopped) == (4, True)
-    assert len(board.look()[1]) == 1, "nobody has resumed"
+    assert board.look()[1] == [], "nobody has started again"
 
 
 LOST = "The actor is dead because its worker process has died."
@@ -349,6 +348,32 @@ def test_a_worker_that_dies_too_often_is_told_of_in_one_line(two_workers, train_
     told = r"^worker [01] .* \(tried 2 times: cluster.max_failures=1\)$"
     with pytest.raises(WorkerFailed, match=told):
         train_run(experiment, dying([(0, 1), (1, 2)], tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_trials_whose_workers_and_controllers_are_killed_end_with_the_same_table(tiny, command, tmp_path):
+    """A trial's own process first, while it starts its group, then three of Ray Train's; two sweeps, 150 s."""
+    settings = {
+        "cluster.num_workers": 2,
+        "cluster.max_failures": 3,
+        "tune.space": {"train.learning_rate": {"grid": [2e-2, 1e-2]}},
+        "tune.scheduler": "none",
+        "tune.num_samples": 1,
+    }
+    trains = [(WORKER, "get_metadata", 0, 1), (WORKER, "run_train_fn", 1, 0), ("TrainController", "", 8, 0)]
+    tables = []
+    for points in ([], [("ImplicitFunc", "", 8, 0), *trains]):
+        config.save(override(tiny(f"storage={tmp_path}/{len(points)}"), settings), tmp_path / "sweep.yaml")
+        with Killer(points) as killer:
+            ended = command("tune", "--config", tmp_path / "sweep.yaml", "--json")
+        assert ended.returncode == 0, ended.stderr
+        assert killer.killed == points
+        assert ended.stderr.count("starting again") == (len(trains) if points else 0)
+        rows = json.loads(ended.stdout)["trials"]
+        tables.append([(row["trial_id"], row["status"], row["perplexity"], row["tokens"]) for row in rows])
+    assert tables[0] == tables[1]
+    assert {row[1] for row in tables[0]} == {"completed"}
 
 
 @pytest.mark.slow
