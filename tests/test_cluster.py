@@ -319,7 +319,7 @@ def verb(outcome: str) -> cli.Answer:
         said = [file for file in os.listdir(os.environ["TMPDIR"]) if file.startswith("raylm-ray-")][0]
         ray._private.utils.push_error_to_driver(ray._private.worker.global_worker, "kind", "of another process")
         os.write(2, b"of the core\\n")
-        logging.getLogger("ray.data").warning("of a logger")
+        logging.getLogger("ray.data").error("of a logger")
         until = time.monotonic() + 30
         while "of another process" not in open(f"{os.environ['TMPDIR']}/{said}").read():
             assert time.monotonic() < until

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -170,6 +171,7 @@ def show_token() -> None:
     It does so by itself for a cluster of this machine only, and a cluster that asks for none does not mind.
     """
     if has_token():
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that it does
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 

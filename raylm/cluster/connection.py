@@ -155,7 +155,7 @@ def _start(address: str) -> None:
         num_cpus=cpus_here() if address == "local" else None,
         include_dashboard=False if address == "local" else None,
         log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
     if threading.current_thread() is threading.main_thread():
