@@ -142,6 +142,7 @@ def run(verb: Callable[..., Answer | None] | typer.Typer) -> None:
     signal.signal(signal.SIGTERM, _terminated)
     _keep_stderr()
     _quiet_libraries()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # why, cluster.WORKER_ENVIRONMENT says
     with _stdout_for_result(as_json) as stdout:
         exit_code = _run(app, as_json, stdout)
         stdout.flush()

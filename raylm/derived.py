@@ -189,6 +189,7 @@ def _sizes(experiment: Experiment, held: Holdout) -> dict[str, Any]:
     """Settings of model, blocks, budget, evaluations and sweep that go with what was given; dotted key -> value."""
     from raylm import budget, cluster, corpus
 
+    cluster.check_reachable(experiment.cluster)  # before what takes seconds
     with cli.waiting("Loading PyTorch and transformers"), cli.importing():
         from raylm import model, tokenizer
 

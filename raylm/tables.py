@@ -42,7 +42,7 @@ def trials(rows: Sequence[Mapping[str, Any]], measure: str = "perplexity") -> Ta
 
 def overfitting(row: Mapping[str, Any]) -> list[str]:
     """When a training was at its best, if it ended clearly worse than that; else nothing."""
-    best, last, tokens = row["perplexity"], row["last_perplexity"], row["best_tokens"]
+    best, last, tokens = (row.get(key) for key in ("perplexity", "last_perplexity", "best_tokens"))
     if best is None or last is None or tokens is None or not last > 1.05 * best:
         return []
     return [f"overfitted: {figure(best)} at {tokens:,} tokens, {figure(last)} at the end"]

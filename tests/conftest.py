@@ -38,6 +38,16 @@ TOKEN = "hf_canaryCanaryCanaryCanaryCanaryCana"
 WORDS = "the cat sat on a mat and saw one dog run far to sea".split()
 
 
+FROM_ELSEWHERE = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+"""Variables that raylm honours, and that MLflow and Ray set in this process for good once they are used in it."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    for name in FROM_ELSEWHERE:
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """Connected to a Ray of two CPUs that was started for the tests; raylm.cluster.Resources of one worker."""

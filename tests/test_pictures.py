@@ -103,7 +103,7 @@ def test_a_failure_far_away_leaves_the_others_their_room():
     figure = figures.parallel(sweep)
     places = {line.name: line.points[0][1] for line in figure.lines}
     assert (places["trial_00001"], places["trial_00005"]) == (pytest.approx(0.5), ABOVE)
-    assert (0, ABOVE, "1e+06") in figure.texts
+    assert (0, ABOVE, "1,000,000") in figure.texts
     assert figures.heat(sweep, "unknown").cells == figures.heat(SWEEP, "unknown").cells
     assert figures.heat(sweep, "unknown").caption.endswith("Far outside: trial_00005, failed.")
 

@@ -17,11 +17,12 @@ from typing import Any
 import ray
 import ray._private.utils as ray_utils
 from ray._private import ray_constants
+from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylm import cli
 from raylm.cluster import output
-from raylm.cluster.address import Address, address_of, check, is_local
+from raylm.cluster.address import Address, address_of, check, has_token, is_local
 from raylm.cluster.capacity import Resources, amount_of, capacity, cpus_here, resources, this_machine
 from raylm.cluster.process import WORKER_ENVIRONMENT
 from raylm.config import ClusterConfig
@@ -144,6 +145,8 @@ def _start(address: str) -> None:
         # `uv run` in an environment that has no Ray. Here they have the command's own interpreter. Ray reads the
         # variable of this name once, when it is imported.
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+        if not has_token():  # or Ray writes one into ~/.ray, readable by all, and ends where there is no such place
+            os.environ["RAY_AUTH_TOKEN"] = generate_new_authentication_token()
         if shutil.which("bash") is None:  # by which Ray starts every worker; without it all would wait for ever
             os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), os.defpath]))
     # Ray sends the command line to the cluster in UTF-8, and the names of files in it may be of any bytes.

@@ -68,7 +68,7 @@ def store_path(
 
 def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
     return {
-        "corpus": corpus.model_dump(mode="json"),
+        "corpus": {**corpus.model_dump(mode="json"), "split_by": corpus.split_by or "document"},
         "tokenizer": tokenizer.model_dump(mode="json", exclude={"prefix"}),
         "tokenizer_version": tokenizers.version(tokenizer),
     }
