@@ -103,7 +103,7 @@ def _split(experiment: Experiment) -> tuple[Experiment, Holdout]:
 
     found = corpus.Holdout(**_decided(experiment, "split", section.model_dump(mode="json"), look))
     documents = f"{found.documents:,} document{'s' * (found.documents != 1)}"
-    if found.split_by == "passage" and section.split_by is None:
+    if found.split_by == "passage" and section.split_by is None and not (found.complete and found.units < 2):
         held = f"{100 * found.validation_fraction:.2g} %"
         if found.complete:
             held = f"about {max(1, found.units * found.validation_fraction):.0f} of {found.units:,}"
