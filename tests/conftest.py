@@ -38,13 +38,10 @@ TOKEN = "hf_canaryCanaryCanaryCanaryCanaryCana"
 WORDS = "the cat sat on a mat and saw one dog run far to sea".split()
 
 
-FROM_ELSEWHERE = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-"""Variables that raylm honours, and that MLflow and Ray set in this process for good once they are used in it."""
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    for name in FROM_ELSEWHERE:
+    """MLflow sets for good what raylm takes for the user's wish, once it is used in this process."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         os.environ.pop(name, None)
 
 
@@ -168,9 +165,9 @@ def start_command(tmp_path_factory):
     def start(verb: str, *argv: object, cwd: Path | None = None) -> Started:
         stdout, stderr = (outputs / f"{next(numbers)}-{name}" for name in ("stdout", "stderr"))
         arguments = [f"raylm.{verb}", *map(str, argv)]
-        process = processes.Process(
-            target=be_command, args=(arguments, cwd or Path.cwd(), dict(os.environ), stdout, stderr)
-        )
+        # Ray, once it is used in this process, sets how its own clusters are reached: none of a command's business.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+        process = processes.Process(target=be_command, args=(arguments, cwd or Path.cwd(), environment, stdout, stderr))
         process.start()
         return Started(process, arguments, stdout, stderr)
 
