@@ -130,7 +130,7 @@ with cluster.connect(ClusterConfig()) as resources:
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="of Linux")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="sched_setaffinity is a call of Linux")
 def test_ray_has_the_cpus_that_the_command_may_use():
     told = subprocess.run([sys.executable, "-c", ON_ONE_CPU], capture_output=True, text=True, timeout=100)
     assert told.stdout.split() == ["1", "1.0", "1"], told.stderr
