@@ -18,30 +18,44 @@ import psutil
 import pytest
 from conftest import mlflow_server
 from mlflow import MlflowClient
-from ray._raylet import AuthenticationTokenLoader
 from test_nodes import until
 
-from raylm import config, submit, tracking
+from raylm import cluster, config, submit, tracking
 from raylm.errors import ConfigError, StorageError
 
 
 @pytest.fixture
-def no_token(monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        patch.delenv("RAY_AUTH_TOKEN", raising=False)
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-        AuthenticationTokenLoader.instance().reset_cache()
-        yield
-    AuthenticationTokenLoader.instance().reset_cache()
+def no_token(monkeypatch):
+    """As where Ray finds none. What Ray itself finds stays as it is: a process connected to a cluster that asks for a
+    token is ended by Ray's core once there is none."""
+    monkeypatch.setattr(cluster, "has_token", lambda: False)
 
 
-@pytest.mark.parametrize("address", ["http://10.0.0.5:8265", "http://head.example:8265", "http://0.0.0.0:8265"])
-def test_a_cluster_that_anybody_may_use_is_refused(no_token, monkeypatch, address):
+OPEN = ["http://10.0.0.5:8265", "http://head.example:8265", "http://0.0.0.0:8265"]
+"""Dashboards that others than their user reach."""
+
+
+@pytest.mark.parametrize("address", OPEN)
+def test_a_cluster_that_anybody_may_use_is_refused(no_token, address):
     with pytest.raises(ConfigError, match="have the cluster ask for a token"):
         submit._dashboard(address)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
-    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@pytest.mark.parametrize("address", OPEN)
+def test_a_cluster_that_asks_for_a_token_is_not_refused(monkeypatch, address):
+    monkeypatch.setattr(cluster, "has_token", lambda: True)
     assert submit._dashboard(address).value == address
+
+
+def test_the_token_is_looked_for_where_ray_does(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    address = "--address=http://10.255.255.1:8265"  # of nobody
+    without = command("submit", address, "tune")
+    assert (without.returncode, "have the cluster ask for a token" in without.stderr) == (2, True), without.stderr
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("t" * 64)
+    having = command("submit", address, "tune")
+    assert "no Ray cluster answers there" in having.stderr, having.stderr
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "http://localhost:1", "http://[::1]:2", "https://head:3"])
