@@ -1,6 +1,8 @@
 import contextlib
 import dataclasses
 import http.server
+import ipaddress
+import json
 import os
 import signal
 import socket
@@ -290,6 +292,27 @@ def test_ray_starts_while_a_command_does_something_else_and_ends_with_it():
     while any(session in " ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+LISTENING = """
+import json, os
+import psutil, ray
+from raylm import cluster
+from raylm.config import ClusterConfig
+with cluster.connect(ClusterConfig()):
+    ray.get(ray.remote(lambda: 0).remote())
+    ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    sockets = [one for one in psutil.net_connections("inet") if one.pid in ours and not one.raddr]
+    print(json.dumps([(psutil.Process(one.pid).name(), one.laddr.ip) for one in sockets]))
+"""
+
+
+def test_a_ray_of_this_machine_listens_on_loopback_alone():
+    told = subprocess.run([sys.executable, "-c", LISTENING], capture_output=True, text=True, timeout=100, check=True)
+    listening = json.loads(told.stdout)
+    assert {"raylet", "gcs_server"} <= {name for name, _ in listening}
+    addresses = [(name, ipaddress.ip_address(address.removeprefix("::ffff:"))) for name, address in listening]
+    assert [(name, str(address)) for name, address in addresses if not address.is_loopback] == []
 
 
 def test_a_ray_that_does_not_start_is_an_error_with_the_reason(tmp_path):

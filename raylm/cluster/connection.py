@@ -153,16 +153,31 @@ def _start(address: str) -> None:
     entrypoint = ray_utils.get_entrypoint_name().encode("utf-8", "backslashreplace").decode()
     ray_utils.get_entrypoint_name = lambda: entrypoint
     before = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        address=address,
-        num_cpus=cpus_here() if address == "local" else None,
-        include_dashboard=False if address == "local" else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
-    )
+    with _on_loopback() if address == "local" else contextlib.nullcontext():
+        ray.init(
+            address=address,
+            num_cpus=cpus_here() if address == "local" else None,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started inside listens on the loopback address alone, as it always does on macOS and Windows.
+
+    Elsewhere it takes an address that other machines reach, in place of 127.0.0.1 too, and some of its ports answer
+    without a token.
+    """
+    ray_constants.ENABLE_RAY_CLUSTER, before = False, ray_constants.ENABLE_RAY_CLUSTER
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _resources(section: ClusterConfig, trials: int, decided: float | None) -> Resources:
