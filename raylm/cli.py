@@ -30,6 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from raylm import config as experiments
 from raylm.errors import ConfigError, Interrupted, RaylmError
+from raylm.redaction import redacted
 
 Settings = Annotated[
     list[str] | None,
@@ -127,7 +128,7 @@ def experiment(
         if without or not print_config:
             loaded = complete(loaded, without_config=without)
     if print_config:
-        raise _Done(Answer(loaded.model_dump(mode="json"), experiments.dump(loaded, comments=True).rstrip()))
+        raise _Done(Answer(redacted(loaded.model_dump(mode="json")), experiments.dump(loaded, comments=True).rstrip()))
     return loaded
 
 
@@ -191,7 +192,7 @@ def _terminated(number: int, frame: object) -> None:
 def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
     def fail(error: str, where: str | None, exit_code: int) -> int:
         if as_json:
-            print(json.dumps({"error": error, "where": where, "exit_code": exit_code}), file=stdout)
+            print(json.dumps(redacted({"error": error, "where": where, "exit_code": exit_code})), file=stdout)
         for line in error.split("\n"):
             console.print(f"[red]error:[/] {_escaped(line)}", soft_wrap=True)
         return exit_code
@@ -274,8 +275,16 @@ def _keep_stderr() -> None:
     """Have sys.stderr stay where it is when descriptor 2 is turned away from what libraries write there."""
     with contextlib.suppress(AttributeError, OSError):  # there is none, or one in memory
         if sys.stderr.fileno() == 2:
-            encoding = sys.stderr.encoding
-            sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=encoding, errors="backslashreplace")
+            descriptor = os.fdopen(os.dup(2), "wb")
+            sys.stderr = _Redacting(descriptor, sys.stderr.encoding, "backslashreplace", line_buffering=True)
+
+
+class _Redacting(io.TextIOWrapper):
+    """stderr, where a password that stands in an address is never seen, whoever writes it."""
+
+    def write(self, text: str) -> int:
+        super().write(redacted(text))
+        return len(text)
 
 
 def _escaped(text: str) -> str:

@@ -15,6 +15,7 @@ import typer
 from raylm import cli
 from raylm.config import Experiment
 from raylm.errors import ConfigError, StorageError
+from raylm.redaction import redacted
 from raylm.report import located, there
 
 ELSEWHERE = ("name", "storage", "tracking", "tune")
@@ -230,16 +231,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
         elif f"{prefix}{key}".partition(".")[0] not in ELSEWHERE:
-            yield f"{prefix}{key}", _safe(value)
-
-
-def _safe(value: Any) -> Any:
-    """Without a password in a URI."""
-    from raylm import tracking
-
-    if isinstance(value, list):
-        return [_safe(each) for each in value]
-    return tracking.shown(value) if isinstance(value, str) and "://" in value and "@" in value else value
+            yield f"{prefix}{key}", redacted(value)
 
 
 def warnings(sides: Sequence[Side]) -> list[str]:

@@ -18,6 +18,7 @@ from raylm import cli, config, pictures, storage, tables, tracking
 from raylm import sweep as sweeps
 from raylm.config import Experiment
 from raylm.errors import ConfigError, StorageError
+from raylm.redaction import redacted
 from raylm.sweep.record import EVENTS, Trial
 from raylm.tracking import journal
 
@@ -287,7 +288,7 @@ def _about(found: Found) -> dict[str, Any]:
     tokens = {f"{split} tokens": manifest.get(split, {}).get("tokens") for split in ("train", "validation")}
     trained = sum(trial.tokens for trial in found.sweep.trials)
     return {
-        "corpus": ", ".join(tracking.shown(path) if "@" in path else path for path in experiment.corpus.paths),
+        "corpus": ", ".join(redacted(experiment.corpus.paths)),
         "token store": fingerprint,
         **tokens,
         "model": facts.parameters.get("model"),

@@ -249,13 +249,29 @@ def remove(path: str) -> None:
 # What a command finds out before it begins ---------------------------------------------------------------------------
 
 
+OF_A_JOB = "/runtime_resources/working_dir_files/"
+"""What is in the path of the directory in which Ray runs a job that was submitted with files."""
+
+
+def check_stays(key: str, place: str) -> None:
+    """ConfigError naming the setting if its place is in the directory of this job, which Ray removes after it."""
+    if OF_A_JOB in place:
+        raise ConfigError(
+            f"{key}={place}: the directory in which Ray runs this job, and removes it with all in it; give an absolute "
+            "path or an address, which is there after the job, too",
+            key,
+        )
+
+
 def look(storage: str) -> None:
     """Read what is in the place that the setting names; an error that names it if that cannot be done in time."""
     _in_time(lambda: names(storage), storage, "read")
 
 
 def check(storage: str) -> None:
-    """Write a file there and remove it again; an error that names the setting if that cannot be done in time."""
+    """Write a file there and remove it again; an error that names the setting if that cannot be done in time, or if
+    the place does not stay."""
+    check_stays("storage", storage)
     _in_time(lambda: remove_file(mark(storage)), storage, "written")
 
 

@@ -19,6 +19,7 @@ import typer
 
 from raylm import cli
 from raylm.errors import ConfigError, StorageError
+from raylm.redaction import redacted
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -55,6 +56,13 @@ def submit(
     verb, *arguments = command
     if verb not in VERBS:
         raise ConfigError(f"{verb}: not a command of raylm that can be submitted; these can: {', '.join(VERBS)}", verb)
+    for argument in arguments:
+        if redacted(argument) != argument:
+            raise ConfigError(
+                f"{redacted(argument)}: must come without the password that is in it, since Ray shows a job's command "
+                "line to whoever asks; give it in the environment of the nodes, as MLFLOW_TRACKING_PASSWORD",
+                argument.partition("=")[0],
+            )
     dashboard = _dashboard(address)
     where = dashboard.value
     from raylm import tables

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PARTS = """
-    errors config cli cluster storage hub corpus tokenizer tokens blocks model objective perplexity checkpoint card runs
-    tracking budget summary derived loop group generation sweep tables live pictures page
+    errors redaction config cli cluster storage hub corpus tokenizer tokens blocks model objective perplexity checkpoint
+    card runs tracking budget summary derived loop group generation sweep tables live pictures page
 """.split()
 VERBS = "prepare train tune evaluate generate inspect push sync report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]
@@ -26,7 +26,7 @@ HOMES = {  # the pattern of a dotted name -> the modules that may use it
     "ruamel": {"config"},
 }
 
-LIGHT = {"errors", "config", "cli", *VERBS}
+LIGHT = {"errors", "redaction", "config", "cli", *VERBS}
 """What a verb may import at its top: `--help` runs it."""
 
 HEAVY = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raylm import config, loop
+from raylm import config, corpus, loop
 from raylm.config import override
 from raylm.errors import ConfigError
 
@@ -44,6 +44,45 @@ def test_secrets_of_the_environment_and_of_addresses_are_found_nowhere_afterward
     assert [name for name, content in seen.items() if SECRET in content] == []
 
 
+ADDRESSES = [f"https://somebody:{SECRET}@mlflow.example", f"postgresql://somebody:{SECRET}/{SECRET}@db.example/mlflow"]
+
+
+@pytest.mark.parametrize("uri", ADDRESSES)
+@pytest.mark.parametrize("option", ["--dry-run", "--print-config"])
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_a_password_is_not_printed(command, tiny, tmp_path, uri, option, as_json):
+    file = tmp_path / "words.yaml"
+    config.save(tiny(f"storage={tmp_path}/runs"), file)
+    result = command("train", "--config", file, f"tracking.uri={uri}", option, *as_json)
+    assert result.returncode == 0, result.stderr
+    assert "example" in result.stdout
+    assert SECRET not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("uri", ADDRESSES)
+def test_a_password_is_not_told_in_an_error(command, uri):
+    result = command("train", "--json", f"tracking.uri={uri}", f"corpus.paths={uri}", f"tokenizer.path={uri}")
+    assert result.returncode != 0
+    assert "example" in result.stdout
+    assert SECRET not in result.stdout + result.stderr
+
+
+def test_a_password_is_not_sent_to_a_cluster_with_a_command(command):
+    result = command("submit", "tune", f"tracking.uri={ADDRESSES[0]}")
+    assert result.returncode == 2
+    assert "tracking.uri=https://mlflow.example: must come without the password that is in it" in result.stderr
+    assert SECRET not in result.stderr
+
+
+def test_a_password_of_a_corpus_is_refused():
+    experiment = config.load(None, [f"corpus.paths=s3://key:{SECRET}@bucket/words"])
+    with pytest.raises(
+        ConfigError, match=r"corpus\.paths: s3://key@bucket/words: must come without the pass"
+    ) as caught:
+        corpus.check(experiment.corpus)
+    assert SECRET not in caught.value.message
+
+
 def test_a_password_in_an_address_is_not_written_down():
     experiment = config.load(
         None, [f"tracking.uri=https://me:{SECRET}@mlflow.example", f"corpus.paths=[s3://k:{SECRET}@b/c]"]
@@ -51,7 +90,7 @@ def test_a_password_in_an_address_is_not_written_down():
     for comments in (False, True):
         text = config.dump(experiment, comments=comments)
         assert SECRET not in text
-        assert "https://me@mlflow.example" in text
+        assert "https://mlflow.example" in text
         assert "s3://k@b/c" in text
     assert SECRET in experiment.tracking.uri, "it is used all the same"
 

@@ -181,6 +181,12 @@ def test_a_corpus_on_a_server_that_says_nothing_is_asked_for_a_few_times(silent)
     assert len(silent) == storage.S3_ATTEMPTS
 
 
+def test_a_place_that_goes_with_the_job_is_refused():
+    place = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1/runs"
+    with pytest.raises(ConfigError, match=f"^storage={place}: the directory in which Ray runs this job, and removes"):
+        storage.check(place)
+
+
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for directory, problem in ((f"{tmp_path}/file/runs", "Not a directory"), ("/proc/runs", "/proc/runs")):

@@ -250,6 +250,18 @@ def test_a_token_that_is_there_is_shown_and_what_is_missing_is_told(head, tmp_pa
 
 
 @pytest.mark.slow
+def test_what_would_go_with_the_job_is_refused(submitted, tmp_path):
+    """Ray runs a job in a directory of its own, where relative paths lead to."""
+    kept = ["tune", "--config", tmp_path / "words.yaml"]
+    for setting in ("storage=runs", "tracking.uri=sqlite:///mlflow.db"):
+        done = submitted(*map(str, kept), setting)
+        assert done.returncode == 2, done.stderr
+        key, _, place = setting.replace("sqlite:///", "").partition("=")
+        told = rf"error: {key}=\S+/working_dir_files/\S+/{place}: the directory in which Ray runs this job"
+        assert re.search(told, done.stdout + done.stderr), done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_a_cluster_that_asks_for_no_token_is_used_with_and_without_one(tmp_path, free_port):
     (tmp_path / "none").mkdir()
     with started(tmp_path / "none", free_port, 1) as cluster:

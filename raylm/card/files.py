@@ -11,6 +11,7 @@ from typing import Any
 
 from raylm.config import Experiment
 from raylm.errors import StorageError
+from raylm.redaction import redacted
 
 Files = dict[str, Path | bytes]
 """Name in the published directory -> the file that is published, or its content."""
@@ -108,7 +109,7 @@ def named(value: Any, key: str = "") -> Any:
     if not isinstance(value, str):
         return value
     shown = name_of(value) if key else value
-    return CREDENTIALS.sub("", value) if shown == value else f"./{shown}"  # with ./ it is no Hub id
+    return CREDENTIALS.sub("", redacted(value)) if shown == value else f"./{shown}"  # with ./ it is no Hub id
 
 
 def name_of(place: str) -> str:

@@ -27,6 +27,7 @@ from raylm.cluster.capacity import Resources, amount_of, capacity, cpus_here, re
 from raylm.cluster.process import WORKER_ENVIRONMENT
 from raylm.config import ClusterConfig
 from raylm.errors import ConfigError, RaylmError, TrainingError
+from raylm.redaction import redacted
 
 DRIVER_ENVIRONMENT = {
     # A report of a worker group waits for the controller's next look at it: 2 s unless told.
@@ -149,8 +150,9 @@ def _start(address: str) -> None:
             os.environ["RAY_AUTH_TOKEN"] = generate_new_authentication_token()
         if shutil.which("bash") is None:  # by which Ray starts every worker; without it all would wait for ever
             os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), os.defpath]))
-    # Ray sends the command line to the cluster in UTF-8, and the names of files in it may be of any bytes.
-    entrypoint = ray_utils.get_entrypoint_name().encode("utf-8", "backslashreplace").decode()
+    # Ray keeps the command line with the cluster and in its logs, in UTF-8: there may be a password in it, and names of
+    # files of any bytes.
+    entrypoint = redacted(ray_utils.get_entrypoint_name().encode("utf-8", "backslashreplace").decode())
     ray_utils.get_entrypoint_name = lambda: entrypoint
     before = signal.getsignal(signal.SIGTERM)
     with _on_loopback() if address == "local" else contextlib.nullcontext():

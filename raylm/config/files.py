@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from raylm.config.faults import config_error, exclusive_faults, faults_of, secti
 from raylm.config.sections import Experiment, Section
 from raylm.config.space import corners, entry_fault, sampler_fault
 from raylm.errors import ConfigError
+from raylm.redaction import redacted
 
 BUILT_IN = Path(__file__).parents[1] / "tiny.yaml"  # configs/tiny.yaml itself
 
@@ -120,7 +120,7 @@ def get(experiment: Experiment, key: str) -> Any:
 def dump(experiment: Experiment, *, comments: bool = False) -> str:
     """The whole experiment as YAML, loadable again; with each setting's description as a comment on request.
 
-    Without the passwords of URIs: this is printed, kept beside checkpoints and sent to MLflow.
+    Without the passwords in addresses: this is printed, kept beside checkpoints and sent to MLflow.
     """
     text = io.StringIO()
     yaml = YAML()
@@ -128,7 +128,7 @@ def dump(experiment: Experiment, *, comments: bool = False) -> str:
     yaml.representer.ignore_aliases = lambda data: True
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     yaml.dump(_commented(experiment) if comments else experiment.model_dump(mode="json"), text)
-    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1@", text.getvalue())
+    return redacted(text.getvalue())
 
 
 def save(experiment: Experiment, path: str | os.PathLike) -> None:

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from raylm import hub
-from raylm.errors import DataError
+from raylm.errors import ConfigError, DataError
+from raylm.redaction import redacted
 from raylm.storage import file_system
 
 PYTHON = "python://"
@@ -87,6 +88,12 @@ def find(key: str, path: str, validation: bool = False) -> Source:
 
     Of those that are found in a directory or by a glob, what is no text by its name is left out and counted.
     """
+    if redacted(path) != path:
+        raise ConfigError(
+            f"{key}: {redacted(path)}: must come without the password that is in it, since it is written down in many "
+            "places; give it in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            key,
+        )
     left_out: Counter[str] = Counter()
     is_found = False
     if path.startswith(PYTHON):

@@ -41,6 +41,8 @@ def start(
     never work is a ConfigError.
     """
     belongs = section.experiment or experiment
+    if section.uri is not None:
+        storage.check_stays("tracking.uri", shown(section.uri))
     connected = section.uri is not None and _connect(section.uri, belongs, metric)
     run = Run(storage.absolute(directory), section.uri)
     told = {**_origin(tags.get("raylm.verb")), **{key: str(value) for key, value in tags.items()}}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import urlsplit
 
+from raylm.redaction import redacted
 from raylm.tracking import models
 
 WRONG_HOST = "Invalid Host header"
@@ -63,11 +63,5 @@ def kind(error: Exception) -> str:
 
 
 def shown(uri: str) -> str:
-    """A URI without what may be secret in it: a password, in a web address a name too, and options."""
-    parts = urlsplit(uri)
-    if parts.scheme == "sqlite" or not parts.netloc:
-        return uri
-    user, _, host = parts.netloc.rpartition("@")
-    name = user.partition(":")[0]
-    kept = f"{name}@{host}" if name and not parts.scheme.startswith("http") else host
-    return parts._replace(netloc=kept, query="", fragment="").geturl()
+    """A tracking URI as it is named to people: without a password, and without options."""
+    return uri if uri.startswith("sqlite") else redacted(uri).partition("?")[0]

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from raylm import cli
+from raylm.redaction import redacted
 from raylm.tracking import journal
 from raylm.tracking.failures import CUT_OFF, WRONG_HOST, Busy, Deleted, Unusable, kind, shown
 from raylm.tracking.shipment import Shipment
@@ -167,7 +168,7 @@ class Server:
         known = re.search(r"\[Errno -?\d+\] [\w ]+|timed out|too many \d+ error responses|error code \d+", text)
         if known:
             return known[0]
-        text = re.sub(r"(://)[^/@\s]*@", r"\1", text.replace(self.uri, shown(self.uri)))
+        text = redacted(text.replace(self.uri, shown(self.uri)))
         return text.split("\n")[0][:300] or type(error).__name__
 
     def _is_hopeless(self, error: Exception) -> bool:
