@@ -140,7 +140,7 @@ def run(verb: Callable[..., Answer | None] | typer.Typer) -> None:
     else:
         app = typer.Typer(add_completion=False)
         add(app, verb)
-    signal.signal(signal.SIGTERM, _terminated)
+    _heed_signals()
     _keep_stderr()
     _quiet_libraries()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # why, cluster.WORKER_ENVIRONMENT says
@@ -184,9 +184,36 @@ def add(app: typer.Typer, verb: Callable[..., Answer | None], name: str | None =
     app.command(name, context_settings=others if getattr(verb, "passes_on", False) else None)(command)
 
 
-def _terminated(number: int, frame: object) -> None:
-    """End as an error does, so that what was begun is closed."""
-    raise Interrupted("terminated; the same command goes on from there")
+FORK_SECONDS = 0.05
+"""When a signal that came in the midst of a fork is heeded. A fork takes a millisecond or two."""
+
+_forking: list[bool] = []
+"""Not empty while this process forks."""
+
+
+def _heed_signals() -> None:
+    """Have SIGTERM and Ctrl-C end the command as an error does, so that what was begun is closed.
+
+    Not in the midst of a fork, of which a start of Ray has several: an exception in what Python calls before and after
+    it is lost, and with it the release of the lock of logging, for which another thread then waits for ever.
+    """
+    import logging  # noqa: F401  # what it has called around a fork is called inside of ours, if it is there before
+
+    os.register_at_fork(
+        before=functools.partial(_forking.append, True), after_in_parent=_forking.pop, after_in_child=_forking.clear
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: object) -> None:
+    if _forking:
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+        signal.setitimer(signal.ITIMER_REAL, FORK_SECONDS)
+    elif number == signal.SIGINT:
+        raise KeyboardInterrupt
+    else:
+        raise Interrupted("terminated; the same command goes on from there")
 
 
 def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
@@ -200,7 +227,7 @@ def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
     try:
         answer = _called(app)
         record = json.dumps(answer.record, allow_nan=False) if as_json and isinstance(answer, Answer) else ""
-    except RaylmError as error:
+    except (RaylmError, Interrupted) as error:
         cause = getattr(error, "cause", error)  # Ray wraps what a task raises, with the task's traceback as its text
         return fail(cause.message, cause.where, cause.exit_code)
     except _Stopped as stopped:

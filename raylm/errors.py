@@ -1,4 +1,4 @@
-"""The errors a user can cause and fix.
+"""The errors a user can cause and fix, and what a command ends with that was asked to stop.
 
     RaylmError
         ConfigError           exit 2    a setting, a file of settings or the command line
@@ -8,19 +8,19 @@
             OutOfMemory                 a step did not fit; with smaller micro-batches it may
             WorkerFailed                a worker died, or failed of something that may be gone at the next attempt
         StorageError          exit 5    storage or a checkpoint
-        Interrupted           exit 75   stopped from outside; the same command goes on
+    Interrupted               exit 75   stopped from outside; the same command goes on
 
 Every message names the setting or file as the user wrote it, the value, and the way out.
 """
 
 
-class RaylmError(Exception):
+class _Message:
     """A message for the user, and where it points: a dotted key, a file, a checkpoint."""
 
-    exit_code = 1
+    args: tuple
 
     def __init__(self, message: str, where: str | None = None):
-        super().__init__(message, where)  # both in args, so that it unpickles in another process
+        super().__init__(message, where)  # type: ignore[call-arg]  # both in args: it unpickles in another process
 
     @property
     def message(self) -> str:
@@ -32,6 +32,10 @@ class RaylmError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+class RaylmError(_Message, Exception):
+    exit_code = 1
 
 
 class ConfigError(RaylmError):
@@ -62,5 +66,7 @@ class StorageError(RaylmError):
     exit_code = 5
 
 
-class Interrupted(RaylmError):
+class Interrupted(_Message, BaseException):
+    """As KeyboardInterrupt: it comes at any moment, and no `except Exception` of any library takes it for its own."""
+
     exit_code = 75

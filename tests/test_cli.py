@@ -2,6 +2,7 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -227,3 +228,26 @@ def test_a_verb_refuses_a_wrong_setting_before_anything_starts(command, tmp_path
 def test_a_verb_prints_its_config(verb):
     printed = run("-m", f"raylm.{verb}", "--print-config", "--json", "train.seed=7")
     assert json.loads(printed.stdout) == config.load(settings=["train.seed=7"]).model_dump(mode="json")
+
+
+IN_A_FORK = """
+import os, signal, time
+os.register_at_fork(after_in_parent=lambda: signal.raise_signal({number}))
+from raylm import cli
+from raylm.errors import Interrupted
+cli._heed_signals()
+try:
+    if os.fork() == 0:
+        os._exit(0)
+    time.sleep(20)
+    print("lost")
+except (Interrupted, KeyboardInterrupt) as told:
+    print(type(told).__name__)
+"""
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "Interrupted"), (signal.SIGINT, "KeyboardInterrupt")])
+def test_a_signal_in_the_midst_of_a_fork_is_heeded_after_it(number, name):
+    script = IN_A_FORK.format(number=int(number))
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (told.stdout, told.stderr) == (f"{name}\n", "")

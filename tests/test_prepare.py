@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from test_nodes import until
 
 
 @pytest.fixture
@@ -102,6 +103,19 @@ def test_a_prepare_that_is_killed_again_and_again_ends_with_the_same_bytes(comma
     assert len(files) > 10
     for file in files:
         assert (torn / file).read_bytes() == (tmp_path / "whole" / "tokens" / whole["fingerprint"] / file).read_bytes()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 1.0])
+def test_a_command_that_is_terminated_while_ray_starts_says_so(start_command, settings, seconds):
+    running = start_command("prepare", *settings)
+    until(lambda: running.stderr.exists() and "Starting Ray" in running.stderr.read_text())
+    time.sleep(seconds)
+    running.terminate()
+    ended = running.wait()
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (
+        75,
+        "error: terminated; the same command goes on from there",
+    )
 
 
 def raylm_in_c(*arguments, cwd):

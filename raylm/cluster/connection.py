@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -138,7 +137,7 @@ def ahead() -> None:
 
 
 def _start(address: str) -> None:
-    """ray.init, after which the process handles SIGTERM as before: Ray (2.60) puts a handler in place that ends it."""
+    """ray.init, while and after which the process handles SIGTERM as before."""
     for name, value in DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if address == "local":
@@ -154,7 +153,7 @@ def _start(address: str) -> None:
     # files of any bytes.
     entrypoint = redacted(ray_utils.get_entrypoint_name().encode("utf-8", "backslashreplace").decode())
     ray_utils.get_entrypoint_name = lambda: entrypoint
-    before = signal.getsignal(signal.SIGTERM)
+    ray_utils.set_sigterm_handler = lambda handler: None  # Ray's (2.60) ends the process with exit code 15
     with _on_loopback() if address == "local" else contextlib.nullcontext():
         ray.init(
             address=address,
@@ -164,8 +163,6 @@ def _start(address: str) -> None:
             logging_level=logging.ERROR,
             runtime_env={"env_vars": WORKER_ENVIRONMENT},
         )
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
