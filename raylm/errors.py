@@ -8,6 +8,8 @@
             OutOfMemory                 a step did not fit; with smaller micro-batches it may
             WorkerFailed                a worker died, or failed of something that may be gone at the next attempt
         StorageError          exit 5    storage or a checkpoint
+            StorageUnavailable          storage failed, and did so again when it was tried again; later it may be well
+                StorageFull             there is no room left in it
     Interrupted               exit 75   stopped from outside; the same command goes on
 
 Every message names the setting or file as the user wrote it, the value, and the way out.
@@ -64,6 +66,14 @@ class WorkerFailed(TrainingError):
 
 class StorageError(RaylmError):
     exit_code = 5
+
+
+class StorageUnavailable(StorageError):
+    pass
+
+
+class StorageFull(StorageUnavailable):
+    pass
 
 
 class Interrupted(_Message, BaseException):

@@ -3,6 +3,10 @@
 A path is a local one or a URI: s3://bucket/runs, gs://…, hdfs://…, and what fsspec knows where that is installed.
 Credentials, and the address of a server that is not Amazon's, are those of the environment: AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL.
+
+Whatever fails is tried again, since all that is done here can be done twice; if it fails still, that is a
+StorageUnavailable. A read that fails says nothing about the file: only one that is missing, of another size or of other
+bytes than were written is damaged.
 """
 
 from __future__ import annotations
@@ -15,16 +19,18 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from raylm import cli
-from raylm.errors import ConfigError, RaylmError, StorageError
+from raylm.errors import ConfigError, RaylmError, StorageError, StorageFull, StorageUnavailable
 
 PIECE = 2**22
 """Bytes that are copied at a time."""
@@ -36,8 +42,22 @@ S3_ATTEMPTS = 3
 """Of a request, as in AWS's own tools. Each fails after 3 s where a server says nothing: pyarrow's default, 31 of them,
 takes 100 s for a read and 290 s for a write."""
 
+RETRIES_SECONDS = (1.0, 3.0, 9.0)
+"""How long to wait before each further try: storage elsewhere has its moments, some of them ten seconds long."""
+
+IN_VAIN_SECONDS = 30.0
+"""How long nothing is waited for after the last try has failed too: a command has many files, and is to end."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+OBJECT_STORES = ("s3", "gcs")
+"""Where an object appears when it is complete: they take all of it, or refuse it."""
+
 NOT_IN_A_URI = re.compile(r"://[^/@]*:[^@]*@|\?")
 """name:password@, where the password may have a slash, and ?option=…"""
+
+
+Result = TypeVar("Result")
 
 
 class Stored(NamedTuple):
@@ -89,11 +109,64 @@ def absolute(path: str | Path) -> str:
     return str(path) if is_remote(str(path)) else os.path.abspath(path)
 
 
+# What fails is tried again --------------------------------------------------------------------------------------------
+
+_waits: ContextVar[bool] = ContextVar("_waits", default=True)
+_in_vain = -IN_VAIN_SECONDS
+"""When the last of several tries failed, in seconds of time.monotonic."""
+
+
+def retried(path: str, act: Callable[[], Result]) -> Result:
+    """What an act on a path gives. FileNotFoundError and NotADirectoryError are answers, too.
+
+    StorageUnavailable if it fails each time, StorageError if another try would end the same way.
+    """
+    global _in_vain
+    waits = RETRIES_SECONDS if _waits.get() and time.monotonic() - _in_vain >= IN_VAIN_SECONDS else ()
+    for wait in (*waits, None):
+        try:
+            result = act()
+        except (RaylmError, FileNotFoundError, NotADirectoryError, ImportError, ValueError):
+            raise
+        except (PermissionError, IsADirectoryError, FileExistsError) as error:
+            raise StorageError(f"{path} cannot be reached: {_first_line(error)}", path) from error
+        except Exception as error:  # pyarrow's, fsspec's and the cloud's own
+            if wait is None:
+                _in_vain = time.monotonic()
+                raise StorageUnavailable(
+                    f"{path} cannot be reached: {_first_line(error)}; once it can, the same command resumes", path
+                ) from error
+        else:
+            _in_vain = -IN_VAIN_SECONDS
+            return result
+        time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def once() -> Iterator[None]:
+    """Inside, nothing is tried again: there is another chance soon, or somebody waits for the answer."""
+    token = _waits.set(False)
+    try:
+        yield
+    finally:
+        _waits.reset(token)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
 def read(path: str) -> bytes | None:
     """A file's content; None if it is not there."""
-    try:
+
+    def act() -> bytes:
         with reading(path) as stream:
-            return stream.read()
+            content = stream.read()
+            _check_whole(stream, len(content))
+            return content
+
+    try:
+        return retried(path, act)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -103,46 +176,70 @@ def reading(path: str) -> Iterator[Any]:
     """A file that is there, open for reading."""
     if is_remote(path):
         system, inner = file_system(path)
-        with system.open_input_stream(inner) as stream:
+        with system.open_input_file(inner) as stream:
             yield stream
     else:
         with open(path, "rb") as stream:
             yield stream
 
 
+def _check_whole(stream: Any, size: int) -> None:
+    """OSError if not all of a remote file has come."""
+    if hasattr(stream, "size") and (whole := stream.size()) != size:
+        raise OSError(f"{size:,} of {whole:,} bytes have come")
+
+
 def write(path: str, content: Any, scratch: str | None = None) -> None:
     """A file that is there entirely or not at all. Where that takes a partial one, it lies in `scratch`, or beside."""
+    retried(path, lambda: _write(path, content, scratch))
+
+
+def _write(path: str, content: Any, scratch: str | None) -> None:
     directory, _, name = path.rpartition("/")
     partial = f"{scratch or directory}/{name if scratch is None else ''}.{uuid.uuid4().hex}.partial"
+    size = memoryview(content).nbytes
     if not is_remote(path):
-        for file in (partial, path):
-            os.makedirs(os.path.dirname(file), exist_ok=True)
-        with open(partial, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
+        with _told(path, size):
+            for file in (partial, path):
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+            with open(partial, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
         return
     system, inner = file_system(path)
-    if system.type_name in ("s3", "gcs"):  # an object appears when it is complete
+    if system.type_name in OBJECT_STORES:
         partial = path
     else:
         for file in (partial, path):
             system.create_dir(file_system(file)[1].rpartition("/")[0], recursive=True)
-    with system.open_output_stream(file_system(partial)[1]) as stream:
-        stream.write(content)
-    if partial != path:
-        system.move(file_system(partial)[1], inner)
+    with _told(path, size):
+        with system.open_output_stream(file_system(partial)[1]) as stream:
+            stream.write(content)
+        _check_stored(system, file_system(partial)[1], size)
+        if partial != path:
+            system.move(file_system(partial)[1], inner)
+
+
+def _check_stored(system: Any, inner: str, size: int) -> None:
+    """OSError if a file system has not all of what it has just taken."""
+    if system.type_name not in OBJECT_STORES and (stored := system.get_file_info(inner).size) != size:
+        raise OSError(f"{stored or 0:,} of {size:,} bytes are there")
 
 
 def upload(file: Path, path: str) -> Stored:
-    """Copy a file of this machine to a path, on disk when this returns. StorageError if there is no room for it."""
+    """Copy a file of this machine to a path, on disk when this returns. StorageFull if there is no room for it."""
+    return retried(path, lambda: _upload(file, path))
+
+
+def _upload(file: Path, path: str) -> Stored:
     digest = hashlib.sha256()
     size = file.stat().st_size
     with _told(path, size):
         if is_remote(path):
             system, inner = file_system(path)
-            if system.type_name not in ("s3", "gcs"):
+            if system.type_name not in OBJECT_STORES:
                 system.create_dir(inner.rpartition("/")[0], recursive=True)
             target = system.open_output_stream(inner)
         else:
@@ -155,30 +252,46 @@ def upload(file: Path, path: str) -> Stored:
             if not is_remote(path):
                 target.flush()
                 os.fsync(target.fileno())
+        if is_remote(path):
+            _check_stored(system, inner, size)
     return Stored(size, digest.hexdigest())
 
 
 def download(path: str, file: Path) -> None:
     """Copy a file to this machine."""
-    with reading(path) as source, file.open("wb") as target:
-        shutil.copyfileobj(source, target, PIECE)
+
+    def act() -> None:
+        with reading(path) as source, file.open("wb") as target:
+            shutil.copyfileobj(source, target, PIECE)
+            _check_whole(source, target.tell())
+
+    retried(path, act)
 
 
 def fault(path: str, expected: Stored) -> str | None:
-    """How a file differs from what it is known by: `missing`, `3 of 7 bytes`; None if it does not."""
-    digest, size = hashlib.sha256(), 0
-    try:
+    """How a file differs from what it is known by: `missing`, `3 of 7 bytes`; None if it does not.
+
+    It is looked at twice before it is said to differ.
+    """
+    return _fault(path, expected) and _fault(path, expected)
+
+
+def _fault(path: str, expected: Stored) -> str | None:
+    def act() -> Stored:
+        digest, size = hashlib.sha256(), 0
         with reading(path) as stream:
             while piece := stream.read(PIECE):
                 digest.update(piece)
                 size += len(piece)
+        return Stored(size, digest.hexdigest())
+
+    try:
+        found = retried(path, act)
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
-    except OSError as error:
-        return str(error)
-    if size != expected.size:
-        return f"{size:,} of {expected.size:,} bytes"
-    return None if digest.hexdigest() == expected.sha256 else "not the bytes that were written"
+    if found.size != expected.size:
+        return f"{found.size:,} of {expected.size:,} bytes"
+    return None if found == expected else "not the bytes that were written"
 
 
 @contextlib.contextmanager
@@ -192,48 +305,68 @@ def here(path: str, but_for: Sequence[str] = ()) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="raylm-") as copy:
         with reached(path), ThreadPoolExecutor(8) as pool:
-            wanted = [name for name in _files(path) if not any(fnmatch(name, pattern) for pattern in but_for)]
+            wanted = [name for name in sizes(path) if not any(fnmatch(name, pattern) for pattern in but_for)]
             list(pool.map(lambda name: download(f"{path}/{name}", Path(copy, name)), wanted))
         yield Path(copy)
 
 
 def names(path: str) -> list[str]:
     """The names in a directory, sorted; none if it is not there."""
-    if not is_remote(path):
-        return sorted(os.listdir(path)) if os.path.isdir(path) else []
-    return sorted(info.base_name for info in _inside(path))
+    if is_remote(path):
+        return sorted(info.base_name for info in _inside(path))
+    return retried(path, lambda: sorted(os.listdir(path)) if os.path.isdir(path) else [])
 
 
 def sizes(path: str) -> dict[str, int]:
-    """Bytes of each file in a directory by its name; none if it is not there."""
-    if not is_remote(path):
+    """Bytes of each file in a directory by its name, sorted; none if it is not there."""
+    if is_remote(path):
+        return dict(sorted((info.base_name, info.size) for info in _inside(path) if info.is_file))
+
+    def act() -> dict[str, int]:
         if not os.path.isdir(path):
             return {}
-        return {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.is_file()}
-    return {info.base_name: info.size for info in _inside(path) if info.is_file}
+        return dict(sorted((entry.name, entry.stat().st_size) for entry in os.scandir(path) if entry.is_file()))
 
-
-def _files(path: str) -> list[str]:
-    return sorted(info.base_name for info in _inside(path) if info.is_file)
+    return retried(path, act)
 
 
 def _inside(path: str) -> list[Any]:
     from pyarrow.fs import FileSelector
 
-    system, inner = file_system(path)
-    return list(system.get_file_info(FileSelector(inner, allow_not_found=True)))
+    def act() -> list[Any]:
+        system, inner = file_system(path)
+        return list(system.get_file_info(FileSelector(inner, allow_not_found=True)))
+
+    return retried(path, act)
+
+
+def size(path: str) -> int:
+    """Bytes of a file; 0 if it is not there."""
+
+    def act() -> int:
+        if not is_remote(path):
+            return os.stat(path).st_size
+        system, inner = file_system(path)
+        return system.get_file_info(inner).size or 0
+
+    try:
+        return retried(path, act)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def remove_file(path: str) -> None:
     """A file, if it is there."""
-    try:
+
+    def act() -> None:
         if is_remote(path):
             system, inner = file_system(path)
             system.delete_file(inner)
         else:
             os.remove(path)
-    except FileNotFoundError:
-        pass
+
+    with contextlib.suppress(FileNotFoundError):
+        retried(path, act)
 
 
 def remove(path: str) -> None:
@@ -241,9 +374,13 @@ def remove(path: str) -> None:
     if not is_remote(path):
         shutil.rmtree(path, ignore_errors=True)
         return
-    system, inner = file_system(path)
-    with contextlib.suppress(FileNotFoundError):
+
+    def act() -> None:
+        system, inner = file_system(path)
         system.delete_dir(inner)
+
+    with contextlib.suppress(FileNotFoundError):
+        retried(path, act)
 
 
 # What a command finds out before it begins ---------------------------------------------------------------------------
@@ -306,7 +443,8 @@ def _in_time(act: Callable[[], object], storage: str, done: str) -> None:
 
     def acting() -> None:
         try:
-            act()
+            with once():
+                act()
         except Exception as error:  # pyarrow's, fsspec's and the cloud's own
             failures.append(error)
 
@@ -337,7 +475,10 @@ def reached(path: str) -> Iterator[None]:
         raise StorageError(f"{path} cannot be reached: {_first_line(error)}", path) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """Why something failed, as the file system says it."""
+    if isinstance(error, StorageError) and error.__cause__ is not None:
+        return _first_line(error.__cause__)
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
@@ -347,9 +488,9 @@ def _told(path: str, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         free = "" if is_remote(path) else f", {shutil.disk_usage(os.path.dirname(path)).free:,} are free"
-        raise StorageError(
+        raise StorageFull(
             f"{path}: no room for {needed:,} bytes{free}; make room and run the same command again", path
         ) from error

@@ -1,3 +1,4 @@
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -6,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from raylm import checkpoint, config, tokenizer
+from raylm import checkpoint, config, storage, tokenizer
 from raylm.config import TrainedTokenizer
-from raylm.errors import StorageError
+from raylm.errors import StorageError, StorageUnavailable
 
 
 @pytest.fixture
@@ -98,6 +99,62 @@ def test_a_run_without_checkpoints_has_none(series, tmp_path):
     (tmp_path / "local" / "model.safetensors").write_bytes(b"half of")
     series.upload(20, tmp_path / "local")
     assert series.newest()[0] is None, "one that was never completed is none"
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_read_that_fails_is_made_again_and_is_no_damage(series, tmp_path, monkeypatch, failures):
+    """503 SlowDown, for so many reads of one file: two further tries are made."""
+    for step in (20, 40):
+        committed(series, tmp_path / "local", step)
+    plain, failed = storage.reading, []
+
+    @contextlib.contextmanager
+    def reading(path):
+        if path == f"{series.path(40)}/optimizer.pt" and len(failed) < failures:
+            failed.append(path)
+            raise OSError("503 SlowDown")
+        with plain(path) as stream:
+            yield stream
+
+    monkeypatch.setattr(storage, "reading", reading)
+    monkeypatch.setattr(storage, "RETRIES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(storage, "_in_vain", -storage.IN_VAIN_SECONDS)
+    if failures < 3:
+        assert series.newest() == (40, [])
+    else:
+        told = r"step_00000040/optimizer.pt cannot be reached: 503 SlowDown; once it can, the same command resumes$"
+        with pytest.raises(StorageUnavailable, match=told):
+            series.newest()
+    assert series.complete() == [20, 40]
+
+
+def test_nothing_is_waited_for_again_and_again(series, tmp_path, monkeypatch):
+    """A command with many files ends soon once its storage has failed for as long as all tries take."""
+    committed(series, tmp_path / "local", 20)
+    tries = []
+
+    @contextlib.contextmanager
+    def reading(path):
+        tries.append(path)
+        raise OSError("503 SlowDown")
+        yield
+
+    monkeypatch.setattr(storage, "reading", reading)
+    monkeypatch.setattr(storage, "RETRIES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(storage, "_in_vain", -storage.IN_VAIN_SECONDS)
+    for count in (3, 4, 5):
+        with pytest.raises(StorageUnavailable):
+            series.fault(20)
+        assert len(tries) == count
+
+
+def test_a_copy_beside_a_checkpoint_is_none(series, tmp_path):
+    committed(series, tmp_path / "local", 40)
+    for name in ("step_00000040.bak", "step_00000041 (copy)", "step_old"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert series.steps() == [40]
+    series.prune(1, [])
+    assert len(storage.names(series.directory)) == 4, "it is left alone"
 
 
 def test_the_last_and_the_best_are_kept(series, tmp_path):

@@ -1,12 +1,13 @@
-"""Saves that fail: the storage refuses to make one checkpoint, or all from some step on."""
+"""Storage that fails a run: it refuses to make one checkpoint, or all from some step on, or to read one."""
 
+import contextlib
 import math
 
 import pytest
 
-from raylm import checkpoint
+from raylm import checkpoint, cluster, storage
 from raylm.errors import StorageError
-from raylm.loop import saves, trainer
+from raylm.loop import trainer
 from raylm.perplexity import Score
 
 SCORES = {2: 9.0, 4: 7.0, 6: 5.0, 8: 6.0, 10: 6.5}
@@ -16,7 +17,8 @@ SCORES = {2: 9.0, 4: 7.0, 6: 5.0, 8: 6.0, 10: 6.5}
 @pytest.fixture
 def failing(monkeypatch):
     """(steps) -> nothing: no checkpoint of these steps can be made."""
-    monkeypatch.setattr(saves, "RETRIES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(storage, "RETRIES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(storage, "_in_vain", -storage.IN_VAIN_SECONDS)
     commit = checkpoint.Series.commit
     score = lambda self, documents: Score(math.log(SCORES[self.state.global_step]) * 100, 100, 100)  # noqa: E731
     monkeypatch.setattr(trainer._Trainer, "_score", score)
@@ -60,3 +62,49 @@ def test_the_last_save_has_no_other_after_it(failing, train_run, tiny):
     failing(10)
     with pytest.raises(StorageError, match="step_00000010 cannot be written.* the same command goes on"):
         train_run(tiny())
+
+
+def stopped(train_run, experiment, monkeypatch):
+    """A run that was stopped after step 8, whose best checkpoint is that of step 6."""
+    board = cluster.Board()
+    keep = trainer._Trainer.keep
+
+    def kept(self):
+        keep(self)
+        if self.state.global_step == 8:
+            board.stopping, self.next_look = True, 9
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Trainer, "keep", kept)
+        outcome, job = train_run(experiment, board=board)
+    assert (outcome.stopped, outcome.step, outcome.best["step"]) == (True, 9, 6)
+    return job
+
+
+def test_the_best_checkpoint_stays_where_it_can_not_be_read_for_a_moment(failing, train_run, tiny, monkeypatch):
+    experiment = tiny("train.keep_checkpoints=1")
+    job = stopped(train_run, experiment, monkeypatch)
+    plain, failed = storage.reading, []
+
+    @contextlib.contextmanager
+    def reading(path):
+        if "step_00000006/model.safetensors" in path and not failed:
+            failed.append(path)
+            raise OSError("503 SlowDown")
+        with plain(path) as stream:
+            yield stream
+
+    monkeypatch.setattr(storage, "reading", reading)
+    outcome = train_run.go_on(job, experiment)
+    assert failed
+    assert (outcome.best["step"], outcome.best["perplexity"]) == (6, pytest.approx(5.0))
+    assert job.checkpoints.complete() == [6, 10]
+
+
+def test_a_best_checkpoint_that_is_damaged_is_told_of(failing, train_run, tiny, monkeypatch):
+    experiment, board = tiny("train.keep_checkpoints=1"), cluster.Board()
+    job = stopped(train_run, experiment, monkeypatch)
+    storage.remove_file(f"{job.checkpoints.path(6)}/model.safetensors")
+    outcome = train_run.go_on(job, experiment, board)
+    assert f"the best checkpoint is lost: {job.checkpoints.path(6)}: model.safetensors: missing" in board.said
+    assert outcome.best["step"] == 10

@@ -10,6 +10,7 @@ and a model.safetensors of half its size passes for a checkpoint.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,9 @@ from raylm.errors import StorageError
 from raylm.storage import Stored
 
 MANIFEST = "manifest.json"
+
+STEP = re.compile(r"step_(\d{8,})")
+"""The name of a checkpoint; a copy of one beside it, as step_00000040.bak, is somebody else's."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,7 @@ class Series:
 
     def steps(self) -> list[int]:
         """The steps of which anything is there, in order."""
-        names = [name for name in storage.names(self.directory) if name.startswith("step_")]
-        return sorted(int(name.removeprefix("step_")) for name in names)
+        return sorted(int(found[1]) for name in storage.names(self.directory) if (found := STEP.fullmatch(name)))
 
     def upload(self, step: int, local: Path) -> dict[str, Stored]:
         """Copy the files that one rank wrote; by name, what they are known by."""

@@ -5,21 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from raylm import checkpoint, storage
 from raylm.checkpoint import Series
-from raylm.errors import StorageError
+from raylm.errors import StorageError, StorageFull
 from raylm.loop.session import Agreed, Job, Session, gathered
 
 PROGRESS = "progress.json"
 """In a checkpoint: what the Trainer forgets, as the loss since it was last logged."""
-
-RETRIES_SECONDS = (1.0, 4.0)
-"""How long to wait for a storage that fails before the next try: those elsewhere have their moments."""
 
 
 class Saves:
@@ -50,7 +46,7 @@ class Saves:
         """Make a checkpoint of every rank's `local`, which is removed; whether it is there now. Remove older ones.
 
         One that cannot be made is told of, and training goes on; StorageError for all ranks if it is the second in a
-        row, the last chance, or of a disk that is full.
+        row, the last chance, or of a disk that is full, which does not empty itself.
         """
         problem = self._committed(step, local, best)
         shutil.rmtree(local, ignore_errors=True)
@@ -61,7 +57,7 @@ class Saves:
         if self.session.rank == 0:
             with contextlib.suppress(Exception):  # what is left of it has no manifest, and is no checkpoint
                 self.series.discard(step)
-        if self.missed == 2 or is_last_chance or isinstance(problem, StorageError):
+        if self.missed == 2 or is_last_chance or isinstance(problem, StorageFull):
             raise Agreed(self._cannot(step, problem))
         self.say(f"the checkpoint of step {step:,} could not be written ({problem}); training until the next one")
         return False
@@ -101,14 +97,8 @@ class Saves:
 
 
 def _tried(act: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What an act on storage gives, or why it fails after several tries."""
-    for wait in (*RETRIES_SECONDS, None):
-        try:
-            return act(), None
-        except StorageError as error:  # a full disk does not empty itself
-            return {}, error
-        except Exception as error:  # pyarrow's, fsspec's and the cloud's own
-            if wait is None:
-                return {}, error
-            time.sleep(wait)
-    raise AssertionError("unreachable")
+    """What an act on storage gives, or why it fails: every rank is to hear of it, before any of them ends."""
+    try:
+        return act(), None
+    except Exception as error:  # storage has tried again what may be well the next time
+        return {}, error

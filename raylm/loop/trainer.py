@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
 
 from raylm import blocks, checkpoint, cluster, model, objective, perplexity, storage, summary, tokens
-from raylm.checkpoint import Series
 from raylm.errors import RaylmError
 from raylm.loop import arguments
 from raylm.loop.guards import Finite, Memory
@@ -98,7 +97,7 @@ class _Trainer(ShardingTrainer):
     def run(self) -> Outcome:
         """Train from the newest whole checkpoint to the end of the budget."""
         series = self.job.checkpoints
-        step, faults = self._newest(series)
+        step, faults = self._found_by_first(series.newest)
         for fault in faults:
             self.say(f"skipping {fault}")
         if step is not None:
@@ -111,13 +110,13 @@ class _Trainer(ShardingTrainer):
         step = self.state.global_step or self.begins_at
         return Outcome(self.best, step, last=self.latest, stopped=self.stopped, lost_nodes=self.lost_nodes)
 
-    def _newest(self, series: Series) -> tuple[int | None, list[str]]:
-        """As rank 0 finds it: verifying a checkpoint reads all of it."""
+    def _found_by_first(self, look: Callable[[], Any]) -> Any:
+        """What rank 0 finds among the checkpoints, since verifying one reads all of it; Agreed if it cannot look."""
         found: Any = None
         if self.session.rank == 0:
             try:
-                with storage.reached(series.directory):
-                    found = series.newest()
+                with storage.reached(self.job.checkpoints.directory):
+                    found = look()
             except RaylmError as error:
                 found = error
         found = gathered(self.session, found)[0]
@@ -149,8 +148,12 @@ class _Trainer(ShardingTrainer):
         self.say(told)
 
     def _is_lost(self, step: int) -> bool:
-        lost = self.job.checkpoints.fault(step) is not None if self.session.rank == 0 else None
-        return gathered(self.session, lost)[0]
+        """Whether the checkpoint of the best evaluation is damaged, which is told."""
+        series = self.job.checkpoints
+        fault = self._found_by_first(lambda: series.fault(step))
+        if fault is not None:
+            self.say(f"the best checkpoint is lost: {series.path(step)}: {fault}")
+        return fault is not None
 
     def say(self, message: str) -> None:
         """Tell whoever watches."""
