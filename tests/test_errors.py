@@ -13,6 +13,8 @@ EXIT_CODES = {
     errors.OutOfMemory: 4,
     errors.WorkerFailed: 4,
     errors.StorageError: 5,
+    errors.StorageUnavailable: 5,
+    errors.StorageFull: 5,
     errors.Interrupted: 75,
 }
 
