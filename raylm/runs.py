@@ -3,16 +3,17 @@
 <storage>/<name>/train-20261123-101500-3fa2/
     run.json        the settings and the token store it was begun with
     decided.json    what raylm found for settings that are auto, for as long as the run goes on
-    lock            held by the command that works on it; the system lets go of it when that dies. Not on remote
-                    storage, which has none: there one command at a time is up to whoever starts them
+    lock            held by the command that works on it; the system lets go of it when that dies. Remote storage and
+                    file systems without flock have none: there one command at a time is up to whoever starts them
     checkpoints/    see checkpoint.Series
     metrics.jsonl   see tracking
     model/          the best model, as a plain Hugging Face directory
-    result.json     when it is over
+    result.json     when it is over: it ended, or was given up with --resume never
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -25,7 +26,7 @@ from typing import IO, Any, Literal
 from raylm import cli, storage
 from raylm.checkpoint import Series
 from raylm.config import Experiment, get, override
-from raylm.errors import ConfigError, StorageError
+from raylm.errors import ConfigError, StorageError, StorageUnavailable
 
 Resume = Literal["auto", "never", "must"]
 
@@ -34,6 +35,10 @@ FREE = (
     "train.save_every_tokens", "train.keep_checkpoints", "tune.num_samples", "tune.stop", "tune.max_concurrent_trials",
 )  # fmt: skip
 """Settings that may change while a run goes on: they change nothing about it, or are known by the tokens."""
+
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What flock says where there are no locks: Lustre without -o flock, some of FUSE, NFS without a lock server."""
 
 
 BUDGET = ("train.max_tokens", "train.num_epochs")
@@ -50,7 +55,7 @@ class Begun:
     """The step of the checkpoint that it goes on from; None for a new run, or one that has none."""
     lock: IO[str] | None
     abandoned: list[str] = field(default_factory=list)
-    """Directories of runs that nobody works on and nobody will go on with."""
+    """Directories of runs that nobody works on and that are not gone on with: given up for good by --resume never."""
 
     @property
     def decided(self) -> dict[str, Any]:
@@ -77,8 +82,7 @@ class Begun:
 
     def end(self, result: dict[str, Any]) -> None:
         """Nobody goes on with this run any more."""
-        with storage.reached(self.directory):
-            storage.write(f"{self.directory}/result.json", (json.dumps(result, indent=1) + "\n").encode())
+        _end(self.directory, result)
 
 
 def directory_of(experiment: Experiment) -> str:
@@ -94,10 +98,12 @@ def named(verb: str) -> str:
 def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begun:
     """The newest run that stopped before its end and can be gone on with; else, unless it `must`, a new one.
 
-    ConfigError if that run was begun with other settings or on other tokens than these.
+    `never` gives up all that have stopped. ConfigError if the newest was begun with other settings or on other tokens
+    than these.
     """
     place, terms = directory_of(experiment), _terms(experiment, verb, store)
-    abandoned, finished = [], None
+    abandoned: dict[str, IO[str]] = {}
+    finished = None
     for name in reversed([name for name in storage.names(place) if name.startswith(f"{verb}-")]):
         directory = f"{place}/{name}"
         written = storage.read(f"{directory}/run.json")
@@ -114,7 +120,7 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
         trials = sum(name.startswith("trial_") for name in storage.names(directory))
         differences = _differences(json.loads(written), terms)
         if resume == "never" or (differences and step is None and not trials):
-            abandoned.append(directory)
+            abandoned[directory] = lock
             continue
         if differences:
             reached = f"with {trials} trials begun" if trials else f"after step {step:,}"
@@ -124,7 +130,7 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
                 + "\ngive these back to go on with it, or --resume never to begin a new run",
                 differences[0].split(":")[0],
             )
-        return Begun(name, directory, step, lock, abandoned)
+        return Begun(name, directory, step, lock, list(abandoned))
     if resume == "must":
         raise StorageError(f"--resume must: no run in {place} stopped before its end", place)
     if finished is not None and resume == "auto":
@@ -136,14 +142,26 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
         )
     name = named(verb)
     directory = f"{place}/{name}"
+    lock = _locked(directory)  # before it is a run, or another command could take it first
+    assert lock is not None, f"{directory}: nobody else knows of it"
     storage.write(f"{directory}/run.json", (json.dumps(terms, indent=1) + "\n").encode())
-    return Begun(name, directory, None, _locked(directory), abandoned)
+    if resume == "never":
+        for each in abandoned:
+            _end(each, {"error": f"given up: --resume never began {name}"})
+    return Begun(name, directory, None, lock, list(abandoned))
+
+
+def _end(directory: str, result: dict[str, Any]) -> None:
+    with storage.reached(directory):
+        storage.write(f"{directory}/result.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:
     """What has to stay for a run to be the same run: dotted key -> value."""
     flat = dict(_flat(experiment.model_dump(mode="json")))
-    may_change = FREE if verb == "tune" else (*FREE, "tune")
+    may_change: tuple[str, ...] = FREE if verb == "tune" else (*FREE, "tune")
+    if verb == "tune" and experiment.tune.scheduler.kind == "asha":  # its rungs lie in whole saves
+        may_change = tuple(key for key in may_change if key != "train.save_every_tokens")
     kept = {
         key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in may_change)
     }
@@ -177,13 +195,17 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _locked(directory: str) -> IO[str] | None:
-    """The lock, held for as long as it is open; None if another process has it."""
+    """The lock, held for as long as it is open; None if another process has it. A file alone where there are none."""
     if storage.is_remote(directory):
         return open(os.devnull)
-    lock = open(f"{directory}/lock", "w")  # noqa: SIM115 - held by whoever holds the run
+    os.makedirs(directory, exist_ok=True)
+    lock = storage.retried(directory, lambda: open(f"{directory}/lock", "w"))  # noqa: SIM115 - held with the run
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        return None
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            lock.close()
+            return None
+        if error.errno not in NO_LOCKS:
+            raise StorageUnavailable(f"{directory}/lock cannot be locked: {error.strerror}", directory) from error
     return lock

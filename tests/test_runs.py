@@ -1,11 +1,14 @@
+import errno
+import fcntl
 import json
 import os
+import threading
 
 import pytest
 
 from raylm import config, runs, storage
 from raylm.checkpoint import Series
-from raylm.errors import ConfigError, StorageError
+from raylm.errors import ConfigError, StorageError, StorageUnavailable
 
 
 @pytest.fixture
@@ -133,3 +136,82 @@ def test_the_lock_goes_with_the_process(experiment):
         os._exit(0)
     os.wait()
     assert begin(experiment).directory != first.directory, "still held here"
+
+
+def test_a_run_that_was_given_up_stays_so(experiment):
+    """--resume never begins another; the next plain command goes on with that one, or begins one more."""
+    first = begin(experiment)
+    stop(first, step=40)
+    second = begin(experiment, resume="never")
+    assert (second.step, second.abandoned) == (None, [first.directory])
+    stop(second, step=20)
+    third = begin(experiment)
+    assert (third.directory, third.step) == (second.directory, 20)
+    third.end({"perplexity": 3.5})
+    stop(third)
+    assert begin(experiment).directory not in (first.directory, second.directory)
+    assert "given up" in json.loads(storage.read(f"{first.directory}/result.json"))["error"]
+    other = config.override(experiment, {"train.learning_rate": 1e-3})
+    assert begin(other).step is None, "it is in nobody's way"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_where_there_are_no_locks_a_run_is_gone_on_with_all_the_same(experiment, monkeypatch, code):
+    """Lustre without -o flock, some of FUSE, NFS without a lock server."""
+
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    first = begin(experiment)
+    stop(first, step=40)
+    second = begin(experiment, resume="must")
+    assert (second.directory, second.step) == (first.directory, 40)
+
+
+def test_a_lock_that_fails_is_an_error_that_names_it(experiment, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StorageUnavailable, match=r"/lock cannot be locked: Input/output error"):
+        begin(experiment)
+
+
+def test_two_commands_that_begin_at_once_work_in_directories_of_their_own(experiment, monkeypatch):
+    """The second one looks while the first has made its directory and has not locked it yet."""
+    has_made, may_lock = threading.Event(), threading.Event()
+    plain = fcntl.flock
+
+    def flock(*args):
+        if threading.current_thread().name == "first":
+            has_made.set()
+            may_lock.wait(10)
+        return plain(*args)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    found = {}
+    first = threading.Thread(target=lambda: found.update(first=begin(experiment)), name="first")
+    first.start()
+    assert has_made.wait(10)
+    found["second"] = begin(experiment)
+    may_lock.set()
+    first.join()
+    assert found["first"].directory != found["second"].directory
+    assert None not in (found["first"].lock, found["second"].lock)
+
+
+def test_the_rungs_of_a_sweep_stay_where_they_are(experiment):
+    """ASHA's lie in whole saves: where a trial waits it has a checkpoint."""
+    asha = config.override(experiment, {"tune.space": {"train.seed": {"choice": [1]}}})
+    changed = config.override(asha, {"train.save_every_tokens": 4096})
+    first = runs.begin(asha, "tune", "abc", "auto")
+    os.mkdir(f"{first.directory}/trial_00000")
+    stop(first)
+    with pytest.raises(ConfigError, match="train.save_every_tokens: null then, 4096 now"):
+        runs.begin(changed, "tune", "abc", "auto")
+    no_rungs = {"tune.scheduler": "none", "name": "others"}
+    first = runs.begin(config.override(asha, no_rungs), "tune", "abc", "auto")
+    stop(first)
+    again = runs.begin(config.override(changed, no_rungs), "tune", "abc", "auto")
+    assert again.directory == first.directory
