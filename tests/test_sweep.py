@@ -178,6 +178,21 @@ def test_a_trial_that_became_like_another_goes_on_from_its_tokens(tmp_path):
     assert trial.settings == {"train.learning_rate": 2e-3}
 
 
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_fewer_trials_than_were_begun_leave_those_that_were(tmp_path, searcher):
+    """tune.num_samples of 8, lowered to 4 when 6 had begun; and raised again."""
+    section = TuneConfig(space=SPACE, num_samples=8, searcher=searcher, scheduler="none")
+    first = Controller(tmp_path, section, together=1)
+    begun = [first.search_alg.points.draw(f"trial_{number:05d}") for number in range(6)]
+    for number, drawn_settings in enumerate(begun):
+        first.record.begin(f"trial_{number:05d}", drawn_settings)
+    for asked, total in ((4, 6), (8, 8)):
+        again = Controller(tmp_path, section.model_copy(update={"num_samples": asked}), together=1)
+        assert [trial.settings for trial in again.record.trials.values()] == begun
+        assert again.search_alg.total_samples == total
+        assert len(again.search_alg.begun) == 6, "each of them is to end"
+
+
 @pytest.mark.parametrize(
     ("stop", "over"),
     [

@@ -42,7 +42,7 @@ class Trials(NotSaved, SearchAlgorithm):
         """Ask and tell where points come from what it was asked and told before, so that it goes on from there."""
         match event:
             case {"begun": trial_id}:
-                self.points.draw(trial_id)
+                self.points.again(trial_id)
             case {"result": trial_id, "tokens": tokens}:
                 self._tell_at_rung(trial_id, tokens)
             case {"over": trial_id}:
@@ -66,7 +66,8 @@ class Trials(NotSaved, SearchAlgorithm):
 
     @property
     def total_samples(self) -> int:
-        return self.points.total
+        """How many trials there will be: those too that were begun before tune.num_samples was lowered."""
+        return max(self.points.total, len(self.record.trials))
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         return True

@@ -25,6 +25,9 @@ class Points(Protocol):
     def draw(self, trial_id: str) -> dict[str, Any]:
         """The settings of the next trial."""
 
+    def again(self, trial_id: str) -> None:
+        """That the next trial was drawn before, maybe when there were to be more of them."""
+
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
         """What became of a trial: what shall be small, or None if it failed."""
 
@@ -66,6 +69,9 @@ class Drawn:
     def draw(self, trial_id: str) -> dict[str, Any]:
         self._drawn += 1
         return self._points[self._drawn - 1]
+
+    def again(self, trial_id: str) -> None:
+        self._drawn += 1
 
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
         pass  # whatever came of it, the points stay
@@ -130,6 +136,9 @@ class Searched:
     def draw(self, trial_id: str) -> dict[str, Any]:
         trial = self._trials[trial_id] = self._study.ask()
         return self._suggested(trial, self._space)
+
+    def again(self, trial_id: str) -> None:
+        self.draw(trial_id)
 
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
         from optuna.trial import TrialState
