@@ -34,6 +34,7 @@ from ray.cluster_utils import Cluster
 from raylm import cluster, tokenizer, tokens
 from raylm.config import ClusterConfig, CorpusConfig, TokenizerConfig, TrainedTokenizer
 from raylm.corpus import Ledger, check, documents, shards
+from raylm.tokenizer import encoders
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
             for turn in range(arguments.turns):
                 plain = encode(texts, root / "tokenizer")
                 fast, _ = prepare(every, section, root / f"fast{turn}")
-                with mock.patch.object(tokenizer, "_Fast", side_effect=ValueError("a tokenizer it does not know")):
+                with mock.patch.object(encoders, "_Fast", side_effect=ValueError("a tokenizer it does not know")):
                     slow, _ = prepare(one, section, root / f"slow{turn}")
                 print(
                     json.dumps(

@@ -35,12 +35,14 @@ def inspect(
     json: cli.Json = False,
 ) -> cli.Answer:
     """Show the data as the model will see it: documents, their tokens, blocks, a batch, lengths, the ledger."""
-    from raylm import derived, prepare
+    from raylm import derived, prepare, tokens
 
     experiment = cli.experiment(config, settings, print_config, derived.text)
     if dry_run:
         return prepare.plan(experiment)
     store, _ = prepare.ready(experiment)
+    for warning in tokens.warnings(store):
+        cli.warn(warning)
     record = look(experiment, store, examples)
     shown = view(record)
     if html is not None:
@@ -65,9 +67,7 @@ def look(experiment: Experiment, store: Store, examples: int) -> dict[str, Any]:
         "sources": [{key: value for key, value in source.items() if key != "files"} for source in manifest["sources"]],
         "ledger": manifest["ledger"],
         "kept_percent": 100 * corpus.kept_fraction(manifest["ledger"]),
-        "splits": {
-            name: {what: manifest[name][what] for what in ("documents", "tokens", "bytes")} for name in tokens.SPLITS
-        },
+        "splits": {name: {what: manifest[name][what] for what in tokens.COUNTED} for name in tokens.SPLITS},
         "tokenizer": {key: manifest["tokenizer"][key] for key in ("vocab_size", "eos_token", "encoder")},
         "frame": {
             name: None if token is None else {"token": store.tokenizer.convert_ids_to_tokens(token), "id": token}
@@ -142,10 +142,11 @@ def view(record: dict[str, Any]) -> RenderableType:
     sources = table("source", "documents", "tokens", "bytes")
     for source in record["sources"]:
         sources.add_row(source["name"], *(f"{source[what]:,}" for what in ("documents", "tokens", "bytes")))
-    splits = table("split", "documents", "tokens", "bytes", "bytes/token")
+    splits = table("split", "documents", "tokens", "bytes", "bytes/token", "unknown tokens")
     for name, split in record["splits"].items():
         each = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else "-"
-        splits.add_row(name, *(f"{split[what]:,}" for what in ("documents", "tokens", "bytes")), each)
+        counts = [f"{split[what]:,}" for what in ("documents", "tokens", "bytes")]
+        splits.add_row(name, *counts, each, f"{split['unknown_tokens']:,}")
     ledger = table("what became of it", "documents or bytes")
     for what, count in record["ledger"].items():
         ledger.add_row(what, f"{count:,}")

@@ -49,7 +49,10 @@ def prepare(
         cli.warn(budget.no_validation(experiment).message)
     record = {"store": store.path, "fingerprint": store.fingerprint, "reused": reused}
     for name in tokens.SPLITS:
-        record[name] = {what: store.manifest[name][what] for what in ("documents", "tokens", "bytes")}
+        record[name] = {what: store.manifest[name][what] for what in tokens.COUNTED}
+    record["ledger"] = store.manifest["ledger"]
+    for warning in tokens.warnings(store):
+        cli.warn(warning)
     return cli.Answer(record, summary(store, reused))
 
 
@@ -225,11 +228,12 @@ def summary(store: Store, reused: bool) -> Table:
 
     from raylm import corpus
 
-    table = Table("split", "documents", "tokens", "bytes", "bytes a token", title=store.path)
+    table = Table("split", "documents", "tokens", "bytes", "bytes a token", "unknown tokens", title=store.path)
     for name in ("train", "validation"):
         split = store.manifest[name]
         each = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else "-"
-        table.add_row(name, *(f"{split[what]:,}" for what in ("documents", "tokens", "bytes")), each)
+        counts = [f"{split[what]:,}" for what in ("documents", "tokens", "bytes")]
+        table.add_row(name, *counts, each, f"{split['unknown_tokens']:,}")
     ledger = store.manifest["ledger"]
     counted = ", ".join(f"{what} {count:,}" for what, count in ledger.items())
     table.caption = (

@@ -8,7 +8,7 @@ from typing import Any
 from raylm import card, model, perplexity, tracking
 from raylm.budget import Budget
 from raylm.config import Experiment, get
-from raylm.tokens import Store
+from raylm.tokens import COUNTED, Store
 from raylm.tracking import Run
 
 
@@ -55,7 +55,7 @@ def scored(experiment: Experiment, store: Store) -> dict[str, int]:
 def tell_data(run: Run, experiment: Experiment, store: Store) -> None:
     """The splits of the token store as what an MLflow run reads."""
     for split, context in (("train", "training"), ("validation", "validation")):
-        profile = {what: store.manifest[split][what] for what in ("documents", "tokens", "bytes")}
+        profile = {what: store.manifest[split][what] for what in COUNTED}
         name = f"{experiment.name} {split}"
         run.dataset(name, digest=store.fingerprint, source=store.path, profile=profile, context=context)
 

@@ -239,9 +239,11 @@ def plan(
 
 def warn(experiment: Experiment, store: Store) -> None:
     """Say what the training will most likely be sorry for, before it starts."""
-    from raylm import budget, objective
+    from raylm import budget, objective, tokens
 
     objective.warn_of_absent(experiment.objective, store)
+    for warning in tokens.warnings(store):
+        cli.warn(warning)
     for warning in budget.of(experiment, store).warnings(experiment.train):
         cli.warn(warning)
 

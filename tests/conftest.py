@@ -219,12 +219,12 @@ PLAIN = ("config.json", "generation_config.json", "model.safetensors", "tokenize
 """The files of `trained_directory` without what raylm and the Trainer add."""
 
 MANIFEST = {
-    "format": 2,
+    "format": 3,
     "fingerprint": "f",
     "tokenizer": {"frames": {"auto": [0, 0]}, "vocab_size": 260},
     "ledger": {"documents": 4, "bytes": 1234, "filtered: min_chars": 1, "kept": 3, "kept bytes": 1200},
-    "train": {"documents": 2, "tokens": 500, "bytes": 1000, "shards": []},
-    "validation": {"documents": 1, "tokens": 100, "bytes": 200, "shards": []},
+    "train": {"documents": 2, "tokens": 500, "bytes": 1000, "unknown_tokens": 0, "shards": []},
+    "validation": {"documents": 1, "tokens": 100, "bytes": 200, "unknown_tokens": 0, "shards": []},
 }
 
 

@@ -205,7 +205,7 @@ def test_what_to_score_must_be_said_where_no_store_is_there(causal, tmp_path):
     checkpoint.describe(directory, Experiment(), {"store": f"{tmp_path}/gone"})
     with pytest.raises(DataError, match=r"was trained with the token store .*/gone, which is gone; give --text"):
         evaluate(str(directory))
-    manifest = {"format": 2, "fingerprint": "f", "tokenizer": {"eos_id": 0, "vocab_size": 9}, "sources": []}
+    manifest = {"format": 3, "fingerprint": "f", "tokenizer": {"eos_id": 0, "vocab_size": 9}, "sources": []}
     shards = [{"file": "train/shard-00000.arrow", "size": 9, "documents": 1, "tokens": 1, "bytes": 1}]
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone" / "manifest.json").write_text(

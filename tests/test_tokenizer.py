@@ -3,10 +3,13 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from raylm import tokenizer
 from raylm.config import ModelConfig, TokenizerConfig, TrainedTokenizer
 from raylm.errors import ConfigError, DataError
+from raylm.tokenizer import encoders
 
 TEXTS = ["def hello(name):\n    return f'hello {name}'\n", "for name in names:\n    hello(name)\n"] * 20
 
@@ -34,12 +37,139 @@ def test_training_twice_gives_the_same_tokenizer():
 def test_the_encoder_gives_the_tokenizers_ids(trained):
     texts = [*TEXTS, "", "x", "<|endoftext|> inside"]
     loaded = tokenizer.load(trained)
-    expected = [loaded(text, add_special_tokens=False).input_ids for text in texts]
+    expected = [loaded(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]
     for name in ("tokenizers", "fastokens"):
         ids, lengths = tokenizer.encoder(str(trained), name)(texts)
         assert ids.dtype == np.uint16
         assert lengths.tolist() == [len(row) for row in expected]
         assert ids.tolist() == [token for row in expected for token in row]
+
+
+def unigram():
+    """As T5's: its special tokens are pieces like others, and of all pieces the likeliest."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("<pad>", 0.0), ("▁", -2.0), *((letter, -5.0) for letter in "abs</>x")]
+    made = Tokenizer(models.Unigram(pieces, 0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+def words():
+    """Words between spaces, and the special tokens among them."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "a": 2, "x": 3}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+
+
+def whole_words():
+    """BPE that takes a word as a whole if it is a piece, as Llama 3's does."""
+    letters = {letter: 1 + number for number, letter in enumerate("abs</>x")}
+    made = Tokenizer(models.BPE({"</s>": 0, **letters}, [], ignore_merges=True, unk_token="x"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+
+
+def of_kind(kind, *special):
+    return lambda: tokenizer.train(
+        [*TEXTS, "a </s> <|endoftext|> [SEP] x"] * 3,
+        TrainedTokenizer(kind=kind, vocab_size=300, special_tokens=special),
+    )
+
+
+FAMILIES = {
+    "byte-level BPE": of_kind("byte_bpe", "<|endoftext|>", "<mask>"),
+    "WordPiece": of_kind("wordpiece", "[SEP]", "[MASK]"),
+    "Unigram": of_kind("unigram", "</s>", "<pad>"),
+    "Unigram without pre-tokenization": unigram,
+    "words": words,
+    "BPE of whole words": whole_words,
+    "written in Python": ByT5Tokenizer,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["tokenizers", "fastokens"])
+def test_text_that_spells_a_special_token_is_text(tmp_path, family, name):
+    """And all other text has the ids that transformers gives it."""
+    FAMILIES[family]().save_pretrained(tmp_path)
+    loaded = tokenizer.load(tmp_path)
+    try:
+        encode = tokenizer.encoder(str(tmp_path), name)
+    except Exception:
+        assert name == "fastokens"
+        pytest.skip("not read by fastokens")
+    special = [token for token in loaded.all_special_tokens if token != loaded.unk_token]
+    for token in special:
+        for text in (token, f"a{token} {token} x", f"{token}{token}", f"a {token}"):
+            ids, _ = encode([text])
+            assert len(ids) > 0
+            assert not {*ids.tolist()} & {*loaded.convert_tokens_to_ids(special)}, text
+            assert encode.special_tokens_in(text) == text.count(token)
+    texts = ["a x", "", " a  bs", TEXTS[0]]
+    expected = [id for text in texts for id in loaded(text, add_special_tokens=False).input_ids]
+    assert encode(texts)[0].tolist() == expected
+    assert encode.special_tokens_in(TEXTS[0]) == 0
+
+
+def test_text_with_the_name_of_a_special_token_comes_back_as_it_was(trained):
+    text = "x<|endoftext|>y <|endoftext|>"
+    loaded = tokenizer.load(trained)
+    for name in ("tokenizers", "fastokens"):
+        assert loaded.decode(tokenizer.encoder(str(trained), name)([text])[0].tolist()) == text
+
+
+def test_a_special_token_of_a_single_character_is_text_where_text_has_it(tmp_path):
+    made = Tokenizer(models.WordLevel({"\n": 0, "a": 1, "b": 2}, unk_token="b"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="\n").save_pretrained(tmp_path)
+    encode = tokenizer.encoder(str(tmp_path), "tokenizers")
+    assert encode(["a\nb"])[0].tolist() == [1, 0, 2]
+    assert encode.special_tokens_in("a\nb") == 0
+
+
+def test_a_vocabulary_without_some_byte_is_an_error_that_names_it(trained):
+    """It would be dropped from the text, without a word."""
+    file = trained / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"] = {
+        piece if piece not in ("Ċ", "ÿ") else f"unused {piece}": id for piece, id in content["model"]["vocab"].items()
+    }
+    content["model"]["merges"] = []
+    file.write_text(json.dumps(content))
+    assert tokenizer.load(trained)("a\nb").input_ids == tokenizer.load(trained)("ab").input_ids
+    for name in ("tokenizers", "fastokens"):
+        encode = tokenizer.encoder(str(trained), name)
+        assert len(encode(["ab", "ÿ"])[0]) == 4  # UTF-8 does not have the byte 0xff
+        with pytest.raises(
+            DataError, match=r"cannot spell the document that begins 'a\\nb': it has no byte 0x0a \('\\n'\)"
+        ):
+            encode(["ab", "a\nb"])
+
+
+def test_a_vocabulary_of_characters_that_lacks_one_without_an_unknown_token_is_an_error(tmp_path):
+    made = Tokenizer(models.BPE({"<s>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")]))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<s>").save_pretrained(tmp_path / "bpe")
+    encode = tokenizer.encoder(str(tmp_path / "bpe"), "tokenizers")
+    assert encode(["ab ba"])[0].tolist() == [3, 2, 1]
+    with pytest.raises(DataError, match=r"cannot spell the document that begins 'aé': it has no 'é'"):
+        encode(["ab", "aé"])
+    made = Tokenizer(models.Unigram([("</s>", 0.0), ("a", -1.0)], None))
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path / "unigram")
+    encode = tokenizer.encoder(str(tmp_path / "unigram"), "tokenizers")
+    with pytest.raises(DataError, match=r"cannot spell the document that begins 'ab': .*unknown token"):
+        encode(["a", "ab"])
+
+
+def test_what_a_vocabulary_cannot_spell_has_the_id_of_its_unknown_token(trained, tmp_path):
+    tmp_path = tmp_path / "other"
+    for made, token in ((unigram(), "<unk>"), (words(), "<unk>"), (of_kind("wordpiece", "[SEP]")(), "[UNK]")):
+        made.save_pretrained(tmp_path)
+        tokenizer.encoder.cache_clear()
+        encode = tokenizer.encoder(str(tmp_path), "tokenizers")
+        assert encode.unknown_id == tokenizer.unknown_id(made) == made.convert_tokens_to_ids(token)
+        assert encode.unknown_id in encode(["a 東京"])[0]
+    assert tokenizer.encoder(str(trained), "tokenizers").unknown_id is None
 
 
 def test_a_tokenizer_without_end_of_text_is_refused_with_the_way_out(trained):
@@ -168,13 +298,13 @@ def test_the_fast_encoder_is_chosen_where_it_gives_the_same_ids(trained):
 
 
 def test_a_fast_encoder_that_differs_is_not_used(trained, monkeypatch):
-    right = tokenizer._Fast.__call__
+    right = encoders._Fast.__call__
 
     def wrong(self, texts):
         ids, lengths = right(self, texts)
         return (ids + 1 if "names" in texts[0] else ids), lengths
 
-    monkeypatch.setattr(tokenizer._Fast, "__call__", wrong)
+    monkeypatch.setattr(encoders._Fast, "__call__", wrong)
     chosen = tokenizer.choose_encoder(str(trained), TEXTS)
     assert chosen["name"] == "tokenizers"
     assert chosen["differs"].startswith("fastokens gives other ids than the tokenizer for 'for name in names:")
@@ -207,13 +337,13 @@ def test_a_long_document_in_parts_has_the_ids_of_the_whole(tmp_path, monkeypatch
     tokenizer.train(TEXTS, TrainedTokenizer(kind=kind, vocab_size=300)).save_pretrained(tmp_path)
     rng = random.Random(0)
     text = "".join(rng.choice([*words, " ", "\n", "return", " for"]) for _ in range(30_000))
-    encode = tokenizer._Slow(str(tmp_path))
+    encode = encoders._Slow(str(tmp_path))
     whole = encode([text])[0]
     calls = []
-    monkeypatch.setattr(tokenizer, "LONG", 5000)
-    monkeypatch.setattr(tokenizer, "OVERLAP", 1000)
-    joint = tokenizer._joint
-    monkeypatch.setattr(tokenizer, "_joint", lambda *arguments: calls.append(joint(*arguments)) or calls[-1])
+    monkeypatch.setattr(encoders, "LONG", 5000)
+    monkeypatch.setattr(encoders, "OVERLAP", 1000)
+    joint = encoders._joint
+    monkeypatch.setattr(encoders, "_joint", lambda *arguments: calls.append(joint(*arguments)) or calls[-1])
     ids, lengths = encode([text, "short"])
     assert ids[: lengths[0]].tolist() == whole.tolist()
     assert len(calls) > 5
@@ -221,10 +351,10 @@ def test_a_long_document_in_parts_has_the_ids_of_the_whole(tmp_path, monkeypatch
 
 
 def test_a_long_document_of_one_word_is_encoded_as_a_whole(trained, monkeypatch):
-    encode = tokenizer._Slow(str(trained))
+    encode = encoders._Slow(str(trained))
     whole = encode(["hello" * 5000])[0]
-    monkeypatch.setattr(tokenizer, "LONG", 5000)
-    monkeypatch.setattr(tokenizer, "OVERLAP", 1000)
+    monkeypatch.setattr(encoders, "LONG", 5000)
+    monkeypatch.setattr(encoders, "OVERLAP", 1000)
     assert encode(["hello" * 5000])[0].tolist() == whole.tolist()
 
 

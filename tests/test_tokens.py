@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import random
+import re
 import tempfile
 from pathlib import Path
 
@@ -77,6 +78,34 @@ def test_a_store_gives_back_every_document(corpus, tmp_path):
     assert seen[0] == (0, total)
     assert seen[-1] == (total, total)
     assert store.manifest["ledger"] == {"documents": 40, "bytes": total, "kept": 40, "kept bytes": total}
+
+
+def test_text_that_spells_a_special_token_is_text_and_is_counted(tmp_path):
+    (tmp_path / "page.txt").write_text("GPT-2 ends a text with <|endoftext|>, as in a.<|endoftext|>b.")
+    (tmp_path / "other.txt").write_text("and the others with </s>")
+    corpus = CorpusConfig(paths=f"{tmp_path}/*.txt", validation_fraction=0)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    assert not any(store.tokenizer.eos_token_id in ids for ids in store.train)
+    assert {store.tokenizer.decode(ids) for ids in store.train} == {path.read_text() for path in tmp_path.glob("*.txt")}
+    assert store.manifest["ledger"]["spell a special token"] == 1
+    assert store.manifest["ledger"]["special tokens as text"] == 2
+
+
+def test_unknown_tokens_are_counted_of_each_split(tmp_path):
+    """The characters that a tokenizer does not know are one unknown token each, and lost."""
+    (tmp_path / "a.txt").write_text("hello " * 50)
+    (tmp_path / "b.txt").write_text("hello 東 京 hello")
+    section = TokenizerConfig(train=TrainedTokenizer(kind="wordpiece", vocab_size=300))
+    first = CorpusConfig(paths=f"{tmp_path}/a.txt", validation_fraction=0)
+    known, _ = tokens.prepare(first, section, storage=str(tmp_path))
+    assert (known.train.unknown_tokens, tokens.warnings(known)) == (0, [])
+    section = TokenizerConfig(path=f"{known.path}/tokenizer")
+    corpus = first.model_copy(update={"validation_paths": (f"{tmp_path}/b.txt",)})
+    store, _ = tokens.prepare(corpus, section, storage=str(tmp_path))
+    assert (store.train.unknown_tokens, store.validation.unknown_tokens) == (0, 2)
+    assert store.manifest["validation"]["unknown_tokens"] == 2
+    (warning,) = tokens.warnings(store)
+    assert re.search(r"2 of the 4 tokens of the validation split \(50 %\) are its unknown token '\[UNK\]'", warning)
 
 
 def test_documents_are_views_of_the_file(corpus, tmp_path):

@@ -18,6 +18,7 @@ files alone, and two writers of one store write the same files.
 """
 
 from raylm.tokens.store import (
+    COUNTED,
     SPLITS,
     Encoded,
     Split,
@@ -29,10 +30,12 @@ from raylm.tokens.store import (
     open_store,
     shown,
     verify,
+    warnings,
 )
 from raylm.tokens.write import changes, encode_files, fingerprint, prepare, set_up_ray_data, store_path
 
 __all__ = [
+    "COUNTED",
     "SPLITS",
     "Encoded",
     "Split",
@@ -50,4 +53,5 @@ __all__ = [
     "shown",
     "store_path",
     "verify",
+    "warnings",
 ]

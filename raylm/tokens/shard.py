@@ -30,11 +30,15 @@ def write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, encod
             rejected.append({"file": file.path, "place": fault.place, "fault": fault.what})
 
     for document in documents(shard, corpus, ledger, reject):
+        if spelled := encode.special_tokens_in(document.text):
+            ledger["spell a special token"] += 1
+            ledger["special tokens as text"] += spelled
         rows["validation" if document.validation else "train"].append(document)
     written: dict[str, Any] = {"ledger": dict(ledger), "rejected": rejected}
     for name in SPLITS:
         if rows[name].facts:
             written[name] = _write_rows(path, f"{name}/shard-{index:05}.arrow", rows[name].table())
+            written[name]["unknown_tokens"] = rows[name].unknown_tokens
     write(path, f"progress/{facts_name(index)}", json.dumps(written).encode())
     return written
 
@@ -60,6 +64,7 @@ class _Rows:
         self._lengths: list[np.ndarray] = []
         self.facts: list[tuple[int, int, int]] = []
         """(bytes, hash, source) of each document."""
+        self.unknown_tokens = 0
 
     def append(self, document: Document) -> None:
         self.facts.append((document.num_bytes, document.hash, document.source))
@@ -73,6 +78,8 @@ class _Rows:
             ids, lengths = self._encode(self._waiting)
             self._ids.append(ids)
             self._lengths.append(lengths)
+            if self._encode.unknown_id is not None:
+                self.unknown_tokens += int(np.count_nonzero(ids == self._encode.unknown_id))
             self._waiting, self._characters = [], 0
 
     def table(self) -> pa.RecordBatch:

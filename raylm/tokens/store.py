@@ -28,9 +28,15 @@ from raylm.tokenizer import Frame
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 2
+FORMAT = 3
 
 SPLITS = ("train", "validation")
+
+COUNTED = ("documents", "tokens", "bytes", "unknown_tokens")
+"""What the manifest says of each split and each of its shards."""
+
+MOST_UNKNOWN = 0.01
+"""Part of a split's tokens that may be unknown without a warning."""
 
 
 class Split:
@@ -47,6 +53,8 @@ class Split:
         self.num_tokens: int = sum(shard["tokens"] for shard in shards)
         self.num_bytes: int = sum(shard["bytes"] for shard in shards)
         """UTF-8 bytes of the text."""
+        self.unknown_tokens: int = sum(shard["unknown_tokens"] for shard in shards)
+        """How many of them stand for what the vocabulary cannot spell: the text in them is lost."""
         self._batches: dict[int, pa.RecordBatch] = {}
         self._arrays: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -120,6 +128,12 @@ class Store:
         self.train = Split(path, "train", manifest["train"]["shards"], sources)
         self.validation = Split(path, "validation", manifest["validation"]["shards"], sources)
 
+    @property
+    def unknown_token(self) -> str | None:
+        """What stands for text that the vocabulary cannot spell."""
+        id = tokenizers.unknown_id(self.tokenizer)
+        return None if id is None else self.tokenizer.convert_ids_to_tokens(id)
+
     def frame(self, prefix: str) -> Frame:
         """What stands around each document, by tokenizer.prefix."""
         known = self.manifest["tokenizer"]["frames"]
@@ -181,6 +195,22 @@ def damage(path: str) -> list[str] | None:
         return None if manifest is None else _damage(path, manifest)
     except DataError:
         return ["manifest.json: not one"]
+
+
+def warnings(store: Store) -> list[str]:
+    """A sentence on each split of which too much is unknown to the tokenizer."""
+    found = []
+    for name in SPLITS:
+        split: Split = getattr(store, name)
+        if split.unknown_tokens > MOST_UNKNOWN * split.num_tokens:
+            share = 100 * split.unknown_tokens / split.num_tokens
+            found.append(
+                f"tokenizer: {split.unknown_tokens:,} of the {split.num_tokens:,} tokens of the {name} split "
+                f"({share:.2g} %) are its unknown token {store.unknown_token!r}. Their text is lost to the model, and "
+                "scores over them look better than they are; give a tokenizer that can spell the text, such as "
+                "tokenizer.train={kind: byte_bpe}"
+            )
+    return found
 
 
 def is_store(path: str) -> bool:

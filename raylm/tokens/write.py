@@ -21,6 +21,7 @@ from raylm.errors import DataError, RaylmError
 from raylm.storage import names, read, remove
 from raylm.tokens.shard import facts_name, finished, write_shard
 from raylm.tokens.store import (
+    COUNTED,
     FORMAT,
     SPLITS,
     Encoded,
@@ -238,7 +239,7 @@ def _splits(written: list[dict[str, Any]]) -> dict[str, Any]:
     splits = {}
     for name in SPLITS:
         found = [shard[name] for shard in written if name in shard]
-        sums = {what: sum(shard[what] for shard in found) for what in ("documents", "tokens", "bytes")}
+        sums = {what: sum(shard[what] for shard in found) for what in COUNTED}
         kept = [{key: value for key, value in shard.items() if key != "sources"} for shard in found]
         splits[name] = {**sums, "shards": kept}
     return splits

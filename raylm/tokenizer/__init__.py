@@ -1,0 +1,34 @@
+"""Tokenizers: load one, or train one on the corpus; what stands around a document; and encoders, that make ids of many
+documents fast.
+
+Either way it is a tokenizer of transformers with an end-of-text token, the one that follows every document. A padding
+token is not needed.
+
+    loading      the tokenizer that the settings name, known again by its files
+    training     a tokenizer of the corpus
+    frame        the tokens around a document
+    encoders     documents -> ids of their text alone
+"""
+
+from raylm.tokenizer.encoders import BATCH, LONG, Encoder, choose_encoder, encoder, id_type, unknown_id
+from raylm.tokenizer.frame import Frame, frame
+from raylm.tokenizer.loading import chosen, load, load_section, same, version
+from raylm.tokenizer.training import train
+
+__all__ = [
+    "BATCH",
+    "LONG",
+    "Encoder",
+    "Frame",
+    "choose_encoder",
+    "chosen",
+    "encoder",
+    "frame",
+    "id_type",
+    "load",
+    "load_section",
+    "same",
+    "train",
+    "unknown_id",
+    "version",
+]

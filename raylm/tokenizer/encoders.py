@@ -1,0 +1,352 @@
+"""Encoders: documents -> token ids, fast, and the ids of their text alone.
+
+Text that spells a special token, as a page about GPT-2 spells <|endoftext|>, is encoded as any other text: the token
+itself stands where raylm puts it and nowhere else. What a vocabulary cannot spell becomes its unknown token, which is
+counted, or is an error: nothing is dropped from a document.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raylm.errors import DataError
+from raylm.tokenizer.loading import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 64  # documents: 1.5 times encode_batch with all of them, and memory stays flat
+
+LONG = 1_000_000
+"""Characters of a document, or of a batch, beyond which it is encoded in parts: tokenizers needs 130 bytes for each."""
+
+OVERLAP = 20_000
+"""Characters that one part of a long document shares with the next."""
+
+NOT_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+"""Bytes that no text has: a vocabulary need not have them either."""
+
+
+class Encoder:
+    """Documents -> token ids, without special tokens around them or among them, on one core."""
+
+    def __init__(self, directory: str, name: str):
+        kinds: dict[str, Callable[[str], _Slow | _Fast]] = {"fastokens": _Fast, "tokenizers": _Slow}
+        self._ids = kinds[name](directory)
+        self.unknown_id = self._ids.unknown_id
+        """Of the token that stands for what the vocabulary cannot spell; None if it has none."""
+        self._special = _any_of(self._ids.special)
+
+    def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all texts one after the other, of the smallest type that holds the vocabulary; ids of each text).
+
+        DataError if the vocabulary cannot spell one of them.
+        """
+        lacking = self._ids.lacking
+        if lacking is not None:
+            for text in texts:
+                if (what := lacking(text)) is not None:
+                    raise _cannot_spell(text, f"it has no {what}")
+        try:
+            return self._ids(texts)
+        except Exception as error:
+            if type(error) is not Exception:  # tokenizers raises this class itself
+                raise
+            for text in texts if len(texts) > 1 else ():
+                self([text])
+            raise _cannot_spell(texts[0], str(error)) from None
+
+    def special_tokens_in(self, text: str) -> int:
+        """How often a text spells a special token."""
+        return len(self._special.findall(text)) if self._special is not None else 0
+
+
+def _cannot_spell(text: str, why: str) -> DataError:
+    return DataError(
+        f"tokenizer: its vocabulary cannot spell the document that begins {text[:60]!r}: {why}; give a tokenizer that "
+        "has all bytes or an unknown token, or tokenizer.train for one of your own text",
+        "tokenizer",
+    )
+
+
+def _special_tokens(added: dict[int, Any]) -> list[str]:
+    return [token.content for token in added.values() if token.special]
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """What finds special tokens in text. One of a single character is text wherever it is found: a line feed that ends
+    documents also ends lines."""
+    long = sorted({token for token in tokens if len(token) > 1}, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, long))) if long else None
+
+
+# What a vocabulary cannot spell --------------------------------------------------------------------------------------
+
+
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that a tokenizer gives for what it cannot spell; None if it has none.
+
+    It is not that of `unk_token`, which is but a name: GPT-2's is <|endoftext|>, and GPT-2 can spell everything.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return tokenizer.unk_token_id if backend is None else _unknown_id(backend)
+
+
+def _unknown_id(backend: Any) -> int | None:
+    model = backend.model
+    if type(model).__name__ == "Unigram":  # the only one without an attribute for it
+        return json.loads(model.__getstate__())["unk_id"]
+    return None if model.unk_token is None else backend.token_to_id(model.unk_token)
+
+
+def _finder_of_lacking(backend: Any) -> Callable[[str], str | None] | None:
+    """A function of a text: the first character of it that the vocabulary lacks, in words, or None. None instead of the
+    function if it lacks nothing that a text can have, or has an unknown token for it.
+
+    BPE without an unknown token drops what it cannot spell from a text, without a word. A vocabulary of bytes must have
+    them all, whatever its unknown token is.
+    """
+    from tokenizers import pre_tokenizers
+
+    model = backend.model
+    if type(model).__name__ != "BPE" or model.byte_fallback:
+        return None
+
+    def spelled(text: str) -> str:
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        if backend.pre_tokenizer is not None:
+            text = "".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+        return text
+
+    # GPT-2's way of writing bytes: a printable byte as itself, and those that are left, in their order, as U+0100, ...
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = (byte for byte in range(256) if chr(byte) not in alphabet)
+    byte_of = {letter: ord(letter) if ord(letter) < 256 else next(others) for letter in alphabet}
+    is_of_bytes = byte_of.get(spelled("\0")) == 0
+    if model.unk_token is not None and not is_of_bytes:
+        return None
+    entries = backend.get_vocab(with_added_tokens=False)
+    prefix, suffix = model.continuing_subword_prefix or "", model.end_of_word_suffix or ""
+    letters = {entry if len(entry) == 1 else entry.removeprefix(prefix).removesuffix(suffix) for entry in entries}
+    if is_of_bytes and all(letter in letters or byte in NOT_IN_UTF8 for letter, byte in byte_of.items()):
+        return None
+    added = [token.content for token in backend.get_added_tokens_decoder().values() if not token.special]
+    known: set[str] = set()
+
+    def lacking(text: str) -> str | None:
+        for token in added:
+            text = text.replace(token, "")
+        for character in dict.fromkeys(text):
+            if character in known:
+                continue
+            for letter in spelled(character):
+                if letter not in letters:
+                    return f"byte 0x{byte_of[letter]:02x} ({character!r})" if is_of_bytes else repr(letter)
+            known.add(character)
+        return None
+
+    return lacking
+
+
+def _is_found(backend: Any, token: str, id: int) -> bool:
+    try:
+        return id in backend.encode(f"{token} {token}", add_special_tokens=False).ids
+    except Exception:  # a model without an unknown token, to which the space is unknown
+        return True
+
+
+def _plain(backend: Any) -> Any:
+    """The tokenizer, or a copy of it, for texts as they are: whole, and without a special token spelled in them.
+
+    With encode_special_tokens tokenizers does not look for special tokens in a text, but some models find them among
+    their own pieces: Unigram (T5, XLNet) takes </s> for the likeliest one. There they get names that no text has.
+    """
+    from tokenizers import Tokenizer
+
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    names = {
+        token.content: f"\U0010fffe{id}\U0010ffff"
+        for id, token in backend.get_added_tokens_decoder().items()
+        if token.special and len(token.content) > 1 and _is_found(backend, token.content, id)
+    }
+    if not names:
+        return backend
+    content = json.loads(backend.to_str())
+    model, vocabulary = content["model"], content["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(piece, piece): id for piece, id in vocabulary.items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    renamed = Tokenizer.from_str(json.dumps(content))
+    renamed.encode_special_tokens = True
+    return renamed
+
+
+# Ids -----------------------------------------------------------------------------------------------------------------
+
+
+class _Slow:
+    """What transformers itself does, by way of tokenizers."""
+
+    def __init__(self, directory: str):
+        tokenizer = load(directory)
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._dtype = id_type(tokenizer.get_vocab())
+        self.special = [*_special_tokens(tokenizer.added_tokens_decoder), *tokenizer.all_special_tokens]
+        self.unknown_id = unknown_id(tokenizer)
+        self.lacking = None
+        if self._backend is None:
+            self._spells_special = _any_of(self.special)
+        else:
+            self._backend = _plain(self._backend)
+            self.lacking = _finder_of_lacking(self._backend)
+
+    def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        found: list[Any]
+        if self._backend is None:  # a tokenizer written in Python
+            found = [self._by_python(text) for text in texts]
+        elif any(len(text) > LONG for text in texts):
+            found = [self._long(text) for text in texts]
+        else:
+            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            found = [encoding.ids for encoding in encoded]
+        ids = [np.array(part, self._dtype) for part in found]
+        return np.concatenate(ids), np.array([len(part) for part in ids], np.int64)
+
+    def _by_python(self, text: str) -> list[int]:
+        # Only where it has to: with split_special_tokens these look for no added token at all.
+        spells = self._spells_special is not None and self._spells_special.search(text) is not None
+        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=spells)["input_ids"]
+
+    def _long(self, text: str) -> np.ndarray:
+        """The ids of a text, encoded in parts that overlap and are joined where both see the same words.
+
+        A tokenizer goes through a text from left to right word by word. Where a word of the one part is a word of the
+        next and so are those that follow it, both go on alike; so they are joined in the middle of the overlap, far
+        from both ends. A text of words longer than that is encoded as a whole.
+        """
+        assert self._backend is not None
+        parts = []
+        start, skip = 0, 0
+        while True:
+            part = self._backend.encode(text[start : start + LONG], add_special_tokens=False)
+            if start + LONG >= len(text):
+                parts.append(np.array(part.ids[skip:], self._dtype))
+                return np.concatenate(parts)
+            following = start + LONG - OVERLAP
+            head = self._backend.encode(text[following : start + LONG], add_special_tokens=False)
+            joint = _joint(part, head, LONG - OVERLAP)
+            if joint is None:
+                return np.array(self._backend.encode(text, add_special_tokens=False).ids, self._dtype)
+            parts.append(np.array(part.ids[skip : joint[0]], self._dtype))
+            start, skip = following, joint[1]
+            del part, head
+            _give_back_memory()
+
+
+def _give_back_memory() -> None:
+    """Free pages to the kernel: glibc keeps them, and 60 million characters in parts took 2.2 GB instead of 0.7."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _joint(part: Any, head: Any, shift: int) -> tuple[int, int] | None:
+    """Where to go over from one encoding to the next, which begins `shift` characters later: the token of each.
+
+    A token that begins a word in both, at the same character, with 50 tokens before and after it alike in both.
+    """
+    ends, begins = _word_starts(part), _word_starts(head)
+    middle = [character for character in begins if OVERLAP // 4 < character < 3 * OVERLAP // 4]
+    for character in middle:
+        here, there = ends.get(character + shift), begins[character]
+        if here is not None and there >= 50 and part.ids[here - 50 : here + 50] == head.ids[there - 50 : there + 50]:
+            return here, there
+    return None
+
+
+def _word_starts(encoding: Any) -> dict[int, int]:
+    """Character at which a word begins -> its first token."""
+    words, offsets = encoding.word_ids, encoding.offsets
+    return {
+        offsets[token][0]: token
+        for token in range(1, len(words))
+        if words[token] is not None and words[token] != words[token - 1]
+    }
+
+
+class _Fast:
+    """fastokens: the same ids, many times faster, handed over as one buffer. Does not import transformers: seconds."""
+
+    def __init__(self, directory: str):
+        from tokenizers import Tokenizer
+
+        fastokens = importlib.import_module("fastokens")
+        backend = Tokenizer.from_file(os.path.join(directory, "tokenizer.json"))
+        self.special = _special_tokens(backend.get_added_tokens_decoder())
+        backend = _plain(backend)
+        self._tokenizer = fastokens.Tokenizer.from_json_str(backend.to_str())
+        self._dtype = id_type(backend.get_vocab())
+        self.unknown_id = _unknown_id(backend)
+        self.lacking = _finder_of_lacking(backend)
+
+    def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = self._tokenizer.encode_batch_flat(texts, split_special_tokens=True)
+        lengths = np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
+        return np.frombuffer(ids, np.uint32).astype(self._dtype, copy=False), lengths
+
+
+@lru_cache(maxsize=2)  # a process of Ray runs many tasks with one tokenizer
+def encoder(directory: str, name: str) -> Encoder:
+    """The encoder "fastokens" or "tokenizers" of the tokenizer in a directory."""
+    # A task is one CPU of the cluster. Read by both when they encode their first batch in a process.
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
+    return Encoder(directory, name)
+
+
+def choose_encoder(directory: str, texts: Iterable[str]) -> dict[str, Any]:
+    """The fast encoder where it is installed, reads this tokenizer and gives the slow one's ids on all the texts.
+
+    {name, version, checked_documents, checked_bytes, differs: None or how the fast one differs}
+    """
+    choice: dict[str, Any] = {"name": "tokenizers", "version": metadata.version("tokenizers"), "differs": None}
+    choice |= {"checked_documents": 0, "checked_bytes": 0}
+    if importlib.util.find_spec("fastokens") is None:
+        return choice
+    slow = Encoder(directory, "tokenizers")
+    try:
+        fast = Encoder(directory, "fastokens")
+    except Exception:  # whatever its parser says to a tokenizer that it does not know
+        return choice
+    for text in texts:
+        choice["checked_documents"] += 1
+        choice["checked_bytes"] += len(text.encode())
+        if not np.array_equal(fast([text])[0], slow([text])[0]):
+            return choice | {"differs": f"fastokens gives other ids than the tokenizer for {text[:60]!r}"}
+    return choice | {"name": "fastokens", "version": metadata.version("fastokens")}
+
+
+def id_type(vocabulary: dict[str, int]) -> type[np.uint16] | type[np.uint32]:
+    """The smallest type that holds every id: some vocabularies have gaps, so their size does not tell."""
+    return np.uint16 if max(vocabulary.values(), default=0) < 2**16 else np.uint32

@@ -1,0 +1,175 @@
+"""The tokenizer that the settings name: found, loaded, and known again by its files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raylm import cli, hub
+from raylm.config import ModelConfig, TokenizerConfig
+from raylm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FILES = ("tokenizer", "vocab", "merges", "special", "added", "spiece", "sentencepiece")
+"""How the names of a tokenizer's files begin."""
+
+PROBES = ("A word", "naïve", "ﬁ", "two  spaces ", " x", "don't", "1234", "東京", "a\n\n\tb")
+"""What tokenizers differ in, beside the words that they know: case, accents, spaces, quotes, digits, Chinese, lines."""
+
+
+def chosen(section: TokenizerConfig, model: ModelConfig) -> TokenizerConfig:
+    """The section with its default filled in: the pretrained model's own tokenizer, of its revision or GGUF file."""
+    if section.train is not None:
+        return section
+    if section.path is not None:
+        _check_files(section.path, "tokenizer.path", section.gguf_file)
+        return section
+    if model.path is None:
+        if (path := (model.config or {}).get("path")) and (why := hub.fault(path, or_file=True)):
+            raise ConfigError(f"model.config.path={path}: {why}", "model.config.path")
+        raise ConfigError(
+            "tokenizer: a model from a config has no tokenizer of its own; give tokenizer.path or tokenizer.train",
+            "tokenizer",
+        )
+    _check_files(model.path, "model.path", section.gguf_file or model.gguf_file)
+    own = {name: getattr(section, name) or getattr(model, name) for name in ("revision", "gguf_file")}
+    return section.model_copy(update={"path": model.path, **own})
+
+
+def _check_files(path: str, key: str, gguf_file: str | None) -> None:
+    """ConfigError if there is no tokenizer at a path that the setting `key` gave, by the names of its files."""
+    why = hub.fault(path, gguf_file=gguf_file)
+    if why is None and gguf_file is None and os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        ours = [name for name in names if name.startswith(FILES)]
+        packed = [name for name in names if name.endswith(".gguf")]
+        if not ours and packed:
+            why = f"there is no tokenizer in it but in a GGUF file; give {key.split('.')[0]}.gguf_file={packed[0]}"
+        elif not ours:
+            why = (
+                "there is no tokenizer in it, no tokenizer.json nor anything like it; give tokenizer.path, or "
+                "tokenizer.train for one of your own text"
+            )
+        elif not {"tokenizer.json", "tokenizer_config.json", "config.json"} & {*names}:
+            why = (
+                f"{', '.join(ours)} alone do not say how text is split, and GPT-2, RoBERTa and Qwen do it differently; "
+                'put a tokenizer_config.json beside them, {"tokenizer_class": "GPT2Tokenizer"} if it is GPT-2\'s'
+            )
+    if why is not None:
+        raise ConfigError(f"{key}={path}: {why}", key)
+
+
+def load_section(section: TokenizerConfig, key: str = "tokenizer.path") -> PreTrainedTokenizerFast:
+    """The tokenizer that a section of settings names by its path, which the setting `key` gave."""
+    assert section.path is not None
+    tokenizer = load(
+        section.path, revision=section.revision, gguf_file=section.gguf_file, eos_token=section.eos_token, key=key
+    )
+    if section.gguf_file is None and (how := _other_rules(tokenizer, section.path, section.revision)):
+        _say_once(f"{key}={section.path}: {how}")
+    return tokenizer
+
+
+_say_once = lru_cache(cli.say)
+
+
+def _other_rules(tokenizer: PreTrainedTokenizerFast, path: str, revision: str | None) -> str | None:
+    """How a tokenizer, as transformers has loaded it, reads text otherwise than its tokenizer.json does; else None.
+
+    transformers gives some classes rules of their own: BertTokenizer makes everything lower case unless
+    tokenizer_config.json says do_lower_case=false, whatever tokenizer.json has.
+    """
+    from tokenizers import Tokenizer
+    from transformers.utils import cached_file
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    file = cached_file(path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if backend is None or file is None:
+        return None
+    in_file = Tokenizer.from_file(file)
+    in_file.no_truncation()
+    in_file.no_padding()
+    entries = in_file.get_vocab_size()
+    own = (in_file.decode([entry]) for entry in range(0, entries, max(1, entries // 1000)))
+    for text in (*PROBES, *own):
+        by_file, loaded = (each.encode(text, add_special_tokens=False).tokens for each in (in_file, backend))
+        if by_file != loaded:
+            return (
+                f"transformers reads {text!r} as {' '.join(loaded)}, its tokenizer.json as {' '.join(by_file)}: "
+                f"{type(tokenizer).__name__} has rules of its own, for which tokenizer_config.json has settings such "
+                "as do_lower_case; going on with those of transformers"
+            )
+    return None
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    eos_token: str | None = None,
+    key: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a directory or Hub id. Without an end-of-text token: DataError."""
+    from transformers import AutoTokenizer
+
+    options = {"revision": revision, "gguf_file": gguf_file}
+    with hub.loading(DataError, key, os.fspath(path), gguf_file=gguf_file):
+        tokenizer = AutoTokenizer.from_pretrained(path, **{name: value for name, value in options.items() if value})
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise DataError(
+                f"tokenizer.eos_token: {eos_token!r} is not among the {len(tokenizer)} tokens of {path}; "
+                f"its special ones: {', '.join(tokenizer.all_special_tokens) or 'none'}",
+                "tokenizer.eos_token",
+            )
+        tokenizer.eos_token = eos_token
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"tokenizer.path: {path}: it names no end-of-text token, and documents need one between them; "
+            f"name one with tokenizer.eos_token, of: {', '.join(tokenizer.all_special_tokens) or 'its vocabulary'}",
+            "tokenizer.eos_token",
+        )
+    return tokenizer
+
+
+def same(path: str, other: str) -> bool:
+    """Whether two tokenizers give the same ids."""
+    return load(path).backend_tokenizer.to_str() == load(other).backend_tokenizer.to_str()
+
+
+def version(section: TokenizerConfig) -> dict[str, str]:
+    """What changes when the tokenizer behind a path does: checksums of a directory's files, or a Hub commit."""
+    if section.path is None:
+        return {}
+    directory = Path(section.path)
+    if directory.is_dir():
+        import hashlib
+
+        if section.gguf_file is not None:
+            status = (directory / section.gguf_file).stat() if (directory / section.gguf_file).exists() else None
+            return {section.gguf_file: f"{status.st_size} {status.st_mtime_ns}" if status else ""}
+        files = [file for file in directory.iterdir() if file.suffix in (".json", ".txt", ".model", ".jinja")]
+        return {
+            file.name: hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+            for file in sorted(files)
+            if file.name.startswith(FILES)
+        }
+    return {"commit": _commit(section.path, section.revision)}
+
+
+@lru_cache(maxsize=8)
+def _commit(path: str, revision: str | None) -> str:
+    """The commit that a Hub id stands for now; of the local cache if the Hub cannot be reached."""
+    import huggingface_hub
+
+    if hub.out_of_reach() is None:
+        with contextlib.suppress(Exception):  # any of a dozen, such as a private repository
+            return huggingface_hub.model_info(path, revision=revision, timeout=10).sha or ""
+    cached = huggingface_hub.try_to_load_from_cache(path, "tokenizer_config.json", revision=revision)
+    return os.path.basename(os.path.dirname(cached)) if isinstance(cached, str) else ""
