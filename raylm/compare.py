@@ -266,6 +266,11 @@ def _other_tokens(sides: Sequence[Side]) -> str | None:
             "the validation texts differ, so that neither perplexity nor bits per byte can be compared; raylm evaluate "
             "MODEL --text FILE scores any model on the same text"
         )
+    if not same_tokenizer and any(each["validation"].get("unknown_tokens") for each in manifests if each):
+        return (
+            "the tokenizers differ, and of the validation text some tokens are unknown to one of them, so that neither "
+            "perplexity nor bits per byte can be compared"
+        )
     if not same_tokenizer:
         return "the tokenizers differ, so that perplexities are of other tokens: compare bits per byte"
     return None

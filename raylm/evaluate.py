@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,7 +64,7 @@ def evaluate(
 
     from raylm import group, storage
     from raylm import model as models
-    from raylm.tokenizer import frame
+    from raylm.tokenizer import frame, unknown_id
 
     here = str(directory.resolve())
     with cli.task("Scoring", "documents") as progress:
@@ -79,8 +79,8 @@ def evaluate(
         if models.is_masked(AutoConfig.from_pretrained(directory, trust_remote_code=experiment.model.trust_remote_code))
         else "perplexity"
     )
-    scored = Scored(rows, found, sets, measure, keywords=bool(experiment.objective.keywords))
     known = AutoTokenizer.from_pretrained(directory, trust_remote_code=experiment.model.trust_remote_code)
+    scored = Scored(rows, found, sets, measure, unknown_id(known), keywords=bool(experiment.objective.keywords))
     prefix = frame(known, experiment.tokenizer.prefix).prefix
     token = None if prefix is None else known.convert_ids_to_tokens(prefix)
     record = {"model": model, "prefix": token, **scored.record()}
@@ -140,25 +140,37 @@ class Scored:
     """The rows of perplexity.score_documents, and what they are of."""
 
     def __init__(
-        self, rows: np.ndarray, documents: Encoded | Split, sets: dict[str, range], measure: str, keywords: bool
+        self,
+        rows: np.ndarray,
+        documents: Encoded | Split,
+        sets: dict[str, range],
+        measure: str,
+        unknown_id: int | None,
+        keywords: bool,
     ):
         self.rows, self.documents, self.sets = rows, documents, sets
         self.measure = measure
         """What the figure is called: perplexity, or pseudo_perplexity of a masked model."""
+        self.unknown_tokens = [
+            0 if unknown_id is None else int((documents[number] == unknown_id).sum())
+            for number in range(len(documents))
+        ]
+        """Of each document."""
         self.keywords = keywords
         """Whether keywords were looked for."""
 
-    def figures(self, numbers: Any) -> dict[str, Any]:
+    def figures(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Of these documents together. Every nll is summed, in nats; None stands for what is no finite number."""
         from raylm.perplexity import Score
 
-        score = Score.of(self.rows[numbers])
+        score = Score.of(self.rows[list(numbers)])
         found = {
             self.measure: _finite(score.perplexity),
             "bits_per_byte": _finite(score.bits_per_byte),
             "nll": _finite(score.nll),
             "tokens": score.tokens,
             "bytes": score.bytes,
+            "unknown_tokens": sum(self.unknown_tokens[number] for number in numbers),
         }
         if not self.keywords:
             return found
@@ -171,6 +183,8 @@ class Scored:
 
     def record(self) -> dict[str, Any]:
         """All together, and each set; of a set, each source."""
+        from raylm.tokens import incomparable
+
         sets = {}
         for name, numbers in self.sets.items():
             sources: dict[str, list[int]] = {}
@@ -178,7 +192,8 @@ class Scored:
                 sources.setdefault(self.documents.document_source(number), []).append(number)
             of_sources = {source: self.figures(some) for source, some in sources.items()}
             sets[name] = {**self.figures(list(numbers)), "documents": len(numbers), "sources": of_sources}
-        return {**self.figures(slice(None)), "sets": sets}
+        total = self.figures(range(len(self.rows)))
+        return {**total, "incomparable": incomparable(total["unknown_tokens"], total["tokens"]), "sets": sets}
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Each document. Its id is the 16 digits that `b2sum -l 64` tells of its text."""
@@ -204,6 +219,7 @@ def view(record: dict[str, Any]) -> tuple[Any, ...]:
     what = "the validation split" if "validation" in record["sets"] else ", ".join(dict.fromkeys(texts))
     total = {name: value for name, value in record.items() if name not in ("model", "sets", "keywords")}
     total = {"model": record["model"], "text": what, **total, "nll": round(record["nll"])}
+    total["unknown_tokens"] = total["unknown_tokens"] or None
     of_keywords = {f"{name}_of_keywords": value for name, value in record.get("keywords", {}).items()}
     rows: list[tuple[str, dict[str, Any]]] = []
     several = len(record["sets"]) > 1

@@ -8,7 +8,7 @@ from typing import Any
 from raylm import card, model, perplexity, tracking
 from raylm.budget import Budget
 from raylm.config import Experiment, get
-from raylm.tokens import COUNTED, Store
+from raylm.tokens import COUNTED, Store, incomparable
 from raylm.tracking import Run
 
 
@@ -36,6 +36,7 @@ def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str
         "store": store.fingerprint,
         "prefix": prefix(experiment, store),
         **scored(experiment, store),
+        "unknown_tokens": store.validation.unknown_tokens,
     }
 
 
@@ -53,7 +54,9 @@ def scored(experiment: Experiment, store: Store) -> dict[str, int]:
 
 
 def tell_data(run: Run, experiment: Experiment, store: Store) -> None:
-    """The splits of the token store as what an MLflow run reads."""
+    """The splits of the token store as what an MLflow run reads, and whether scores on them compare with others."""
+    if (why := incomparable(store.validation.unknown_tokens, store.validation.num_tokens)) is not None:
+        run.tags({"raylm.incomparable": why})
     for split, context in (("train", "training"), ("validation", "validation")):
         profile = {what: store.manifest[split][what] for what in COUNTED}
         name = f"{experiment.name} {split}"

@@ -72,11 +72,13 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     measure = next(name for name in rows[0][1] if name.endswith("perplexity"))
     with_keywords = "keywords" in rows[0][1]
     of_keywords = ("of keywords", "keyword tokens") if with_keywords else ()
-    for heading in (measure, "bits/byte", "tokens", "bytes", *of_keywords):
+    counted = ["tokens", "bytes", *(["unknown_tokens"] if any(row["unknown_tokens"] for _, row in rows) else [])]
+    counts = [what.replace("_", " ") for what in counted]
+    for heading in (measure, "bits/byte", *counts, *of_keywords):
         table.add_column(heading.replace("_", "-"), justify="right")
     for name, row in rows:
         numbers = [f"{row[what]:.2f}" if row[what] is not None else "-" for what in (measure, "bits_per_byte")]
-        numbers += [f"{row[what]:,}" for what in ("tokens", "bytes")]
+        numbers += [f"{row[what]:,}" for what in counted]
         if with_keywords:
             each = row["keywords"]
             numbers += ["-" if each[measure] is None else f"{each[measure]:.2f}", f"{each['tokens']:,}"]

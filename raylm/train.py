@@ -95,7 +95,7 @@ def trained(
     experiment: Experiment, store: Store, sets: dict[str, str], run: Run, begun: Begun, resources: Resources
 ) -> cli.Answer:
     """Train to the end of the budget, export the best model and score it."""
-    from raylm import budget, card, cluster, group, loop, summary, tables, tracking
+    from raylm import budget, card, cluster, group, loop, summary, tables, tokens, tracking
     from raylm.perplexity import Score
 
     experiment = begun.settled(experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
@@ -110,7 +110,7 @@ def trained(
     with (
         cli.task("Training", "tokens") as advance,
         cluster.signals(cli.say),
-        cluster.watch(lambda tokens: advance(tokens, planned.tokens), cli.say) as board,
+        cluster.watch(lambda done: advance(done, planned.tokens), cli.say) as board,
     ):
         outcome = group.fit(dataclasses.replace(job, board=board), resources)
         if outcome.stopped:
@@ -136,6 +136,8 @@ def trained(
         measure: best["perplexity"],
         "bits_per_byte": best["bits_per_byte"],
         "prefix": summary.prefix(experiment, store),
+        "unknown_tokens": store.validation.unknown_tokens,
+        "incomparable": tokens.incomparable(store.validation.unknown_tokens, store.validation.num_tokens),
         "tokens": outcome.step * planned.batch_tokens,
         "steps": outcome.step,
         "best_step": best["step"],
@@ -148,6 +150,7 @@ def trained(
         {
             measure.replace("_", "-"): best["perplexity"],
             "bits per byte": best["bits_per_byte"],
+            "incomparable": record["incomparable"],
             "tokens": record["tokens"],
             "tokens/s": round(record["tokens_per_second"]) or None,
             "checkpoint": target,

@@ -68,7 +68,7 @@ def tune(
             rows = sweep(experiment, store, parent, begun, resources)
             best = finish(experiment, store, parent, resources, rows)
         scored_on = page.scored_on(experiment.eval.max_tokens, summary.scored(experiment, store))
-        found = answer(experiment, begun, parent, rows, best, reused, scored_on, summary.prefix(experiment, store))
+        found = answer(experiment, begun, parent, store, rows, best, reused, scored_on)
         status = "FINISHED"
         return dataclasses.replace(found, exit_code=TrainingError.exit_code if strict and _failures(rows) else 0)
     except (KeyboardInterrupt, Interrupted):
@@ -281,16 +281,17 @@ def answer(
     experiment: Experiment,
     begun: Begun,
     parent: Run,
+    store: Store,
     rows: list[dict[str, Any]],
     best: dict[str, Any] | None,
     reused: bool,
     scored_on: str,
-    prefix: str | None,
 ) -> cli.Answer:
     """The ranked table, and what to do next; TrainingError if no trial has a result."""
-    from raylm import tables, tracking
+    from raylm import summary, tables, tokens, tracking
 
     measure = experiment.objective.score
+    incomparable = tokens.incomparable(store.validation.unknown_tokens, store.validation.num_tokens)
 
     def named(row: dict[str, Any]) -> dict[str, Any]:
         return {measure if key == "perplexity" else key: value for key, value in row.items()}
@@ -305,7 +306,9 @@ def answer(
         "mlflow_run_id": parent.run_id,
         "tokens_reused": reused,
         "scored_on": scored_on,
-        "prefix": prefix,
+        "prefix": summary.prefix(experiment, store),
+        "unknown_tokens": store.validation.unknown_tokens,
+        "incomparable": incomparable,
         "best": named(
             {key: best[key] for key in ("trial_id", "checkpoint", "perplexity", "bits_per_byte", "settings")}
         ),
@@ -315,7 +318,7 @@ def answer(
     if (page := _page(begun.directory, parent)) is not None:
         record["report"] = page
     ranking = measure.replace("_", "-") if experiment.tune.metric == "perplexity" else "bits per byte"
-    notes = [f"ranked by {ranking} on {scored_on}", *_failures(rows)]
+    notes = [f"ranked by {ranking} on {scored_on}", *([incomparable] if incomparable else []), *_failures(rows)]
     tracking.settle(parent, cli.say)
     comparison = tracking.compare(parent)  # which links it from the sweep's own page, too
     facts = tables.facts(

@@ -158,6 +158,25 @@ def test_the_card_says_what_the_model_is(trained_directory):
         assert line in made.text
 
 
+def test_the_card_says_when_a_score_does_not_compare(trained_directory, tmp_path):
+    """Of 100 tokens of the validation split 3 are unknown."""
+    manifest = json.loads((trained_directory.parent / "tokens" / "f" / "manifest.json").read_text())
+    manifest["validation"]["shards"] = [
+        {"file": "validation/shard-00000.arrow", "size": 0, "documents": 1, "tokens": 100, "bytes": 200}
+        | {"unknown_tokens": 3}
+    ]
+    (tmp_path / "f" / "validation").mkdir(parents=True)
+    (tmp_path / "f" / "validation" / "shard-00000.arrow").touch()
+    (tmp_path / "f" / "manifest.json").write_text(json.dumps(manifest))
+    directory = copied(trained_directory, tmp_path / "model")
+    record = {**checkpoint.read_record(trained_directory), "store": str(tmp_path / "f")}
+    checkpoint.describe(directory, checkpoint.read_experiment(trained_directory), record)
+    made = card_of(directory).text
+    assert "**Not to be compared with other models**: 3 of 100 tokens are unknown to the tokenizer" in made
+    assert "bits per byte compares models" not in made
+    assert "Not to be compared" not in card_of(trained_directory).text
+
+
 def test_the_parameters_are_those_of_the_weights(trained_directory):
     files = card.model_files(trained_directory)
     assert card.parameters(trained_directory, files) == 3096

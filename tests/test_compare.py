@@ -11,11 +11,12 @@ from raylm import config, tracking
 from raylm.compare import compare, pace, side
 from raylm.errors import ConfigError, StorageError
 
-STORES = {  # fingerprint -> (documents, bytes) of its validation split, and its tokenizer
-    "f00d": ((5, 900), "one"),
-    "beef": ((5, 900), "two"),
-    "cafe": ((6, 1000), "one"),
-    "babe": ((5, 900), "one"),
+STORES = {  # fingerprint -> (documents, bytes, unknown tokens) of its validation split, and its tokenizer
+    "f00d": ((5, 900, 0), "one"),
+    "beef": ((5, 900, 0), "two"),
+    "dead": ((5, 900, 3), "two"),
+    "cafe": ((6, 1000, 0), "one"),
+    "babe": ((5, 900, 0), "one"),
 }
 
 
@@ -23,8 +24,9 @@ STORES = {  # fingerprint -> (documents, bytes) of its validation split, and its
 def storage(tmp_path_factory):
     """Sweeps aaaa, which goes on, and bbbb, which is over and was scored on the whole split; four token stores."""
     storage = tmp_path_factory.mktemp("compare") / "runs"
-    for fingerprint, ((documents, size), tokenizer) in STORES.items():
-        manifest = {"validation": {"documents": documents, "bytes": size}, "tokenizer": {"files": {"t": tokenizer}}}
+    for fingerprint, (counts, tokenizer) in STORES.items():
+        split = dict(zip(("documents", "bytes", "unknown_tokens"), counts, strict=True))
+        manifest = {"validation": split, "tokenizer": {"files": {"t": tokenizer}}}
         (storage / "tokens" / fingerprint).mkdir(parents=True)
         (storage / "tokens" / fingerprint / "manifest.json").write_text(json.dumps(manifest))
     write_sweep(storage, "tune-20260101-000000-aaaa", "eval.max_tokens=64", trials=TRIALS)
@@ -135,7 +137,8 @@ PARTS = "the scores are of other parts"
         ([], "f00d", []),
         (["train.learning_rate=0.5", "blocks.block_size=128"], "f00d", []),
         ([], "babe", []),  # other training text alone
-        ([], "beef", [TOKENIZERS]),
+        ([], "beef", [f"{TOKENIZERS}, so that perplexities are of other tokens: compare bits per byte"]),
+        ([], "dead", [f"{TOKENIZERS}, and of the validation text some tokens are unknown"]),
         ([], "cafe", [TEXTS]),
         (["eval.max_tokens=64"], "f00d", [PARTS]),
         (["objective.kind=masked"], "f00d", ["a pseudo-perplexity"]),

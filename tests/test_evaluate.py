@@ -105,6 +105,27 @@ def test_each_set_is_told_under_its_name_and_all_together(causal, texts):
     assert f"{books.perplexity:.2f}" in table[1]
 
 
+def test_a_score_over_unknown_tokens_says_that_it_does_not_compare(causal, texts, tmp_path):
+    """A character that the vocabulary does not know costs next to nothing, and less the more of them there are."""
+    network = checkpoint.load(causal).model
+    network.save_pretrained(tmp_path / "model")
+    words = TrainedTokenizer(kind="wordpiece", vocab_size=270)
+    tokenizer.train(TEXTS.values(), words).save_pretrained(tmp_path / "model")
+    (tmp_path / "known.txt").write_text("the cat sat")
+    (tmp_path / "unknown.txt").write_text("the 東 京")
+    answer = evaluate(str(tmp_path / "model"), text=[f"{tmp_path}/known.txt", f"{tmp_path}/unknown.txt"])
+    assert (answer.record["unknown_tokens"], answer.record["tokens"]) == (2, 12)
+    assert answer.record["incomparable"].startswith("2 of 12 tokens are unknown to the tokenizer, so neither perplexity")
+    sources = answer.record["sets"]["text"]["sources"]
+    assert [found["unknown_tokens"] for found in sources.values()] == [0, 2]
+    facts, table = shown(answer).split("\n\n")
+    assert "incomparable    2 of 12 tokens" in facts
+    assert "unknown tokens" in table.splitlines()[0]
+    alone = evaluate(str(tmp_path / "model"), text=[f"{tmp_path}/known.txt"])
+    assert (alone.record["unknown_tokens"], alone.record["incomparable"]) == (0, None)
+    assert "unknown" not in shown(alone)
+
+
 def test_the_numbers_do_not_depend_on_the_batch(causal, texts):
     expected = evaluate(causal, [sets(texts)]).record
     found = evaluate(causal, [sets(texts), "eval.batch_tokens=16"]).record

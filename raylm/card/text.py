@@ -141,11 +141,14 @@ def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | No
         else f"in windows of the model's context {stride}, with {_in_front(record)} in front of a document"
     )
     scores = {"pseudo-perplexity" if masked else "perplexity": "perplexity", "bits per byte": "bits_per_byte"}
+    why = store and tokens.incomparable(store.validation.unknown_tokens, store.validation.num_tokens)
     return [
         "## Scores",
         _table(("score", "value"), [(name, f"{record[key]:.4f}") for name, key in scores.items() if key in record]),
         f"On {what}: {held}. Every token of every document is scored exactly once, {how}. Perplexity is per token of "
-        "this model's tokenizer; bits per byte compares models whose tokenizers differ.",
+        "this model's tokenizer; bits per byte compares models whose tokenizers differ."
+        if not why
+        else f"this model's tokenizer. **Not to be compared with other models**: {why}.",
     ]
 
 

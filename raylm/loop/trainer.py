@@ -341,6 +341,7 @@ class _Trainer(ShardingTrainer):
             "best": best,
             "store": self.job.store,
             "prefix": summary.prefix(self.job.experiment, self.store),
+            "unknown_tokens": self.store.validation.unknown_tokens,
             "mlflow_run_id": self.job.run.run_id,
         }
         progress = {

@@ -197,6 +197,20 @@ def damage(path: str) -> list[str] | None:
         return ["manifest.json: not one"]
 
 
+def incomparable(unknown_tokens: int, tokens: int) -> str | None:
+    """Why a score over text is not to be compared with that of another tokenizer; None if it may be.
+
+    An unknown token is cheap to predict and stands for text of any length: a vocabulary that knows no Japanese has 0.97
+    bits per byte on Japanese, where one of bytes has 11.75.
+    """
+    if not unknown_tokens:
+        return None
+    return (
+        f"{unknown_tokens:,} of {tokens:,} tokens are unknown to the tokenizer, so neither perplexity nor bits per "
+        "byte compares with a model that has another tokenizer"
+    )
+
+
 def warnings(store: Store) -> list[str]:
     """A sentence on each split of which too much is unknown to the tokenizer."""
     found = []
