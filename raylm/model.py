@@ -254,7 +254,7 @@ def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id
 
 
 def _check_direction(found: PreTrainedConfig, masked: bool) -> None:
-    """A model that looks both ways sees the tokens that a causal objective asks for."""
+    """Refuse before Ray starts what the type alone tells. What a model sees when it runs, the probe finds out."""
     kind = type(found)
     if masked and kind not in MODEL_FOR_MASKED_LM_MAPPING:
         raise ConfigError(
@@ -262,8 +262,9 @@ def _check_direction(found: PreTrainedConfig, masked: bool) -> None:
             "take a model such as bert, modernbert or deberta-v2, or objective.kind=causal",
             where="objective.kind",
         )
-    both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING and getattr(found, "is_decoder", False) is not True
-    if not masked and both_ways:
+    # BART's kin fill masks with both their halves, and as causal models are the decoder alone.
+    is_decoder = found.is_encoder_decoder or getattr(found, "is_decoder", False)
+    if not masked and kind in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
         raise ConfigError(
             f"objective.kind: {found.model_type} reads in both directions, so it would see what it is to predict; "
             "set objective.kind=masked",

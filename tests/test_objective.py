@@ -298,10 +298,17 @@ def test_loss_and_gradient_equal_those_of_plain_logits(kind, weighted, byte):
 
 
 def test_chunks_are_used_only_where_the_head_alone_makes_the_logits():
-    assert loss._bare_head(network("gpt2")) is not None
-    assert loss._bare_head(network("bert")) is not None
-    assert loss._bare_head(network("granite", logits_scaling=7.0)) is None
-    assert loss._bare_head(network("gemma2", final_logit_softcapping=30.0)) is None
+    def makes_logits(model):
+        objective.attach(model, shifted=True)
+        head = model.get_output_embeddings()
+        assert head.makes_logits is None, "nothing runs before the model is where it is trained"
+        model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None])
+        return head.makes_logits
+
+    assert makes_logits(network("gpt2"))
+    assert makes_logits(network("bert"))
+    assert not makes_logits(network("granite", logits_scaling=7.0))
+    assert not makes_logits(network("gemma2", final_logit_softcapping=30.0))
     weight = torch.empty(265, 8)
     assert loss.chunks_pay(8, weight)
     assert not loss.chunks_pay(7, weight)
@@ -333,6 +340,15 @@ def test_in_bfloat16_the_sum_keeps_its_digits(byte):
     unread = exact.lm_head.weight.grad[:10]  # of tokens that are not in the batch: from the head alone
     assert unread.dtype == torch.float32
     assert torch.equal(unread, unread.bfloat16().float()), "the head ran in float32 under autocast"
+
+
+def test_the_first_pass_has_gradients_under_autocast_too(byte):
+    batch = batches(byte)([(0, np.random.default_rng(0).integers(10, 265, 16))])
+    model = network("llama")
+    objective.attach(model, shifted=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch)["loss"].backward()
+    assert all(weight.grad is not None for weight in model.parameters())
 
 
 def test_without_labels_the_model_is_as_it_was():

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
@@ -54,6 +54,12 @@ class ShardingTrainer(Trainer):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm  # each worker has that of its shards
 
     # Weights
+
+    def reshard(self) -> None:
+        """Have each worker its own part again: after a forward pass alone, the outermost weights are whole."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:

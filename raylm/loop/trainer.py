@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -14,8 +15,8 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
 
-from raylm import blocks, checkpoint, cluster, model, objective, perplexity, storage, summary, tokens
-from raylm.errors import RaylmError
+from raylm import blocks, checkpoint, cluster, model, objective, perplexity, probe, storage, summary, tokens
+from raylm.errors import ConfigError, RaylmError
 from raylm.loop import arguments
 from raylm.loop.guards import Finite, Memory
 from raylm.loop.saves import PROGRESS, Saves
@@ -93,6 +94,23 @@ class _Trainer(ShardingTrainer):
         self.finite = Finite(job, session)
 
     # From beginning to end
+
+    def probe(self) -> None:
+        """Refuse a model that cannot do what the experiment asks, before anything is trained."""
+        # What is compiled for a few tokens would be compiled again for a block.
+        compiled = torch.compiler.set_stance("force_eager") if self.args.torch_compile else contextlib.nullcontext()
+        with compiled, self.memory.for_training():
+            try:
+                probe.check_training(
+                    self.model,
+                    self.job.experiment,
+                    self.store.tokenizer,
+                    self.frame,
+                    one_row=self.args.per_device_train_batch_size == 1,
+                )
+            except ConfigError as error:
+                raise Agreed(error) from error
+        self.reshard()
 
     def run(self) -> Outcome:
         """Train from the newest whole checkpoint to the end of the budget."""
@@ -375,8 +393,9 @@ class _Schedule(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Give the Trainer back the loss since it was last logged."""
+        """Try the model; give the Trainer back the loss since it was last logged."""
         trainer = self.trainer
+        trainer.probe()
         trainer.looked, trainer.next_look = (state.global_step, time.monotonic()), state.global_step + 1
         if trainer.resumed is None:
             return

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from raylm import checkpoint, model, objective, perplexity, storage
+from raylm import checkpoint, model, objective, perplexity, probe, storage
 from raylm.loop.session import Agreed, Job, Outcome, Scoring
 
 
@@ -38,14 +38,19 @@ def score_loop_per_worker(job: Scoring) -> np.ndarray:
     model.set_up_torch(job.cpus)
     with storage.here(job.model, but_for=checkpoint.OF_TRAINING) as directory:
         trained = checkpoint.load(directory, trust_remote_code=job.trust_remote_code)
+    network = trained.model.to(model.device(job.use_gpu))
+    frame, masked = trained.frame(job.prefix), trained.masked(job.prefix)
+    probe.check_scoring(
+        network, trained.tokenizer, frame, named=job.model, context=trained.context, masked=masked is not None
+    )
     return perplexity.score_documents(
-        trained.model.to(model.device(job.use_gpu)),
+        network,
         job.documents,
-        frame=trained.frame(job.prefix),
+        frame=frame,
         context=trained.context,
         stride=job.section.stride,
         batch_tokens=job.section.batch_tokens,
-        masked=trained.masked(job.prefix),
+        masked=masked,
         keywords=objective.Keywords(job.keywords, trained.tokenizer),
         rank=session.rank,
         world_size=session.world_size,

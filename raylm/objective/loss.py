@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,11 @@ def attach(network: PreTrainedModel, *, shifted: bool, smoothing: float = 0.0) -
     Inside of forward, not after it, because DDP, mixed precision and torch.compile wrap that and nothing else.
     """
     plain = network.forward
-    head = _bare_head(network)
-    if head is not None:
+    head = network.get_output_embeddings()
+    if isinstance(head, torch.nn.Linear):
         _can_be_left_out(head)
+    else:
+        head = None
     # No key-value cache: it is for generating, and hides where isolated documents begin.
     options = {"use_cache": False} if shifted else {}
 
@@ -32,17 +35,21 @@ def attach(network: PreTrainedModel, *, shifted: bool, smoothing: float = 0.0) -
     ) -> dict[str, torch.Tensor] | Any:
         if labels is None:
             return plain(*args, **kwargs)
+        kwargs |= options
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shifted else labels
-        if head is None:
-            outputs, weight, bias = plain(*args, **kwargs, **options).logits, None, None
+        weight = bias = None
+        if head is not None and head.makes_logits is None:
+            head.makes_logits = _makes_logits(network, head, plain)
+        if head is None or not head.makes_logits:
+            found = plain(*args, **kwargs)
         else:
             head.left_out = True
             try:
-                outputs = plain(*args, **kwargs, **options).logits
+                found = plain(*args, **kwargs)
             finally:
                 head.left_out = False
             weight, bias = head.weight, head.bias
-        outputs, targets = outputs.flatten(0, 1), targets.flatten()
+        outputs, targets = found.logits.flatten(0, 1), targets.flatten()
         each = weights[:, None].expand(labels.shape).flatten() if weights is not None else None
         if not shifted:  # a seventh of a masked model's outputs is used; of a causal one's all but one a row
             used = targets != IGNORED
@@ -130,26 +137,29 @@ def _can_be_left_out(head: torch.nn.Linear) -> None:
         return hidden if self.left_out else F.linear(hidden, self.weight, self.bias)
 
     head.left_out = False
+    head.makes_logits = None
     head.forward = MethodType(forward, head)
 
 
 @torch.no_grad()
-def _bare_head(network: PreTrainedModel) -> torch.nn.Linear | None:
-    """The last layer, if what it returns are the logits; None if they are capped or scaled after it (Gemma, Granite).
+def _makes_logits(network: PreTrainedModel, head: torch.nn.Linear, plain: Callable[..., Any]) -> bool:
+    """Whether what the last layer returns are the logits; not if they are capped or scaled after it (Gemma, Granite).
 
-    Found out by a forward pass over one token, not by names of settings, which every model has its own of.
+    Found out by a forward pass over one token, not by names of settings, which every model has its own of. It waits for
+    the first pass with labels: only there the model is on its device and in its precision.
     """
-    head = network.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear):
-        return None
     returned: list[torch.Tensor] = []
     hook = head.register_forward_hook(lambda _module, _inputs, output: returned.append(output))
     training = network.training
     network.eval()
+    device = head.weight.device
+    one = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    autocast = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
     try:
-        device = next(network.parameters()).device
-        logits = network(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device)).logits
+        # Not cached, or the pass around this one would find weights that were cast where nothing has a gradient.
+        with torch.autocast(device.type, *autocast, cache_enabled=False):
+            logits = plain(input_ids=one).logits
     finally:
         hook.remove()
         network.train(training)
-    return head if len(returned) == 1 and returned[0] is logits else None
+    return len(returned) == 1 and returned[0] is logits
