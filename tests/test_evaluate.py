@@ -115,7 +115,7 @@ def test_a_score_over_unknown_tokens_says_that_it_does_not_compare(causal, texts
     (tmp_path / "unknown.txt").write_text("the 東 京")
     answer = evaluate(str(tmp_path / "model"), text=[f"{tmp_path}/known.txt", f"{tmp_path}/unknown.txt"])
     assert (answer.record["unknown_tokens"], answer.record["tokens"]) == (2, 12)
-    assert answer.record["incomparable"].startswith("2 of 12 tokens are unknown to the tokenizer, so neither perplexity")
+    assert answer.record["incomparable"].startswith("2 of 12 tokens are unknown to the tokenizer, so neither")
     sources = answer.record["sets"]["text"]["sources"]
     assert [found["unknown_tokens"] for found in sources.values()] == [0, 2]
     facts, table = shown(answer).split("\n\n")

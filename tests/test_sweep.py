@@ -1,12 +1,14 @@
 """Where settings come from, who goes on; that both stand where they stood when a sweep was cut off. Without Ray."""
 
 import itertools
+import json
 import math
 import random
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,6 +103,45 @@ def test_optuna_looks_where_results_were_good():
         points.tell(str(number), [(value - 0.3) ** 2])
         found.append(value)
     assert sum(abs(value - 0.3) < 0.15 for value in found[-20:]) > 10, "6 of 20 by chance"
+
+
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+@pytest.mark.parametrize("space", [SPACE, INNER])
+def test_results_are_those_of_the_settings_that_were_trained(searcher, space):
+    """Of a stopped sweep that goes on with more trials: drawn again, the first ones may have other settings."""
+    before = sweep.points(TuneConfig(space=space, num_samples=16, searcher=searcher), 0)
+    begun = {f"trial_{number:05d}": before.draw(f"trial_{number:05d}") for number in range(10)}
+    for number, trial_id in enumerate(begun):
+        before.tell(trial_id, [float(number)])
+    again = sweep.points(TuneConfig(space=space, num_samples=40, searcher=searcher), 0)
+    for number, (trial_id, point) in enumerate(begun.items()):
+        again.add(trial_id, json.loads(json.dumps(point)))
+        again.tell(trial_id, [float(number)])
+    if searcher == "optuna":
+        assert [trial.values for trial in again._study.trials] == [[float(number)] for number in range(10)]
+        assert [again._suggested(optuna.trial.FixedTrial(trial.params)) for trial in again._study.trials] == [
+            *begun.values()
+        ]
+    new = [again.draw(f"trial_{number:05d}") for number in range(10, 40)]
+    assert not any(point in new for point in begun.values()), "the next ones are new"
+
+
+@pytest.mark.parametrize("space", [SPACE, INNER])
+def test_optuna_goes_on_as_if_the_sweep_had_never_stopped(space):
+    section = TuneConfig(space=space, num_samples=30, searcher="optuna")
+
+    def told(points, number, point):
+        points.tell(str(number), [point["train.learning_rate"]] if number % 5 else None)
+
+    whole, found = sweep.points(section, 0), []
+    for number in range(30):
+        again = sweep.points(section, 0)
+        for earlier, point in enumerate(found):
+            again.add(str(earlier), point)
+            told(again, earlier, point)
+        found.append(whole.draw(str(number)))
+        assert again.draw(str(number)) == found[-1], f"stopped after {number} trials"
+        told(whole, number, found[-1])
 
 
 REFUSED = """
@@ -366,6 +407,19 @@ def test_a_sweep_goes_on_as_if_it_had_never_been_cut_off(tmp_path, kind, searche
     for cut in range(1, len(whole), 2 if searcher == "random" else 7):
         again = play(tmp_path / str(cut), kind, scores, searcher=searcher, cuts=[cut])
         assert again == whole, f"cut off after line {cut}: {whole[cut - 1]}"
+
+
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_with_fewer_samples_the_trials_that_have_begun_go_on_and_no_others_begin(tmp_path, searcher):
+    def section(num_samples):
+        return TuneConfig(scheduler="none", num_samples=num_samples, space=SPACE, searcher=searcher)
+
+    before = Controller(tmp_path, section(8), together=6)
+    assert len(before.running()) == 6
+    again = Controller(tmp_path, section(4), together=8)
+    assert list(again.running()) == list(before.record.trials)
+    assert again.search_alg.total_samples == 6
+    assert not again.search_alg.has_more
 
 
 def algorithm_2(scores, rungs, eta):

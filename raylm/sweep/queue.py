@@ -39,10 +39,10 @@ class Trials(NotSaved, SearchAlgorithm):
             self._again(event)
 
     def _again(self, event: dict[str, Any]) -> None:
-        """Ask and tell where points come from what it was asked and told before, so that it goes on from there."""
+        """Tell where points come from what there was and what became of it, so that it goes on from there."""
         match event:
-            case {"begun": trial_id}:
-                self.points.again(trial_id)
+            case {"begun": trial_id, "settings": settings}:
+                self.points.add(trial_id, settings)
             case {"result": trial_id, "tokens": tokens}:
                 self._tell_at_rung(trial_id, tokens)
             case {"over": trial_id}:
@@ -66,8 +66,7 @@ class Trials(NotSaved, SearchAlgorithm):
 
     @property
     def total_samples(self) -> int:
-        """How many trials there will be: those too that were begun before tune.num_samples was lowered."""
-        return max(self.points.total, len(self.record.trials))
+        return max(self.points.total, len(self.record.trials))  # tune.num_samples may be less than it was
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         return True

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from ray import tune
 from ray.tune.search.sample import _BackwardsCompatibleNumpyRng
 from ray.tune.search.variant_generator import generate_variants
@@ -17,7 +18,7 @@ Space = Mapping[str, Mapping[str, Any]]
 
 
 class Points(Protocol):
-    """Where the settings of trials come from. Asked and told the same in the same order, it says the same."""
+    """Where the settings of trials come from. They depend on the trials so far and what was told of them alone."""
 
     total: int
     """How many trials there will be."""
@@ -25,8 +26,11 @@ class Points(Protocol):
     def draw(self, trial_id: str) -> dict[str, Any]:
         """The settings of the next trial."""
 
-    def again(self, trial_id: str) -> None:
-        """That the next trial was drawn before, maybe when there were to be more of them."""
+    def add(self, trial_id: str, settings: Mapping[str, Any]) -> None:
+        """Take the next trial for one that has begun already, with the settings that it was trained with.
+
+        Drawn again they may be others: tune.num_samples may change, and libraries do.
+        """
 
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
         """What became of a trial: what shall be small, or None if it failed."""
@@ -70,7 +74,7 @@ class Drawn:
         self._drawn += 1
         return self._points[self._drawn - 1]
 
-    def again(self, trial_id: str) -> None:
+    def add(self, trial_id: str, settings: Mapping[str, Any]) -> None:
         self._drawn += 1
 
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
@@ -120,25 +124,36 @@ class Searched:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.total = section.num_samples
-        self._space = section.space
+        self._space, self._seed = section.space, seed
+        # Its default of 10 trials at random is more than most sweeps have.
+        self._num_random = min(10, max(4, section.num_samples // 4))
+        self._first = [_first(section.space, point) for point in section.points]
         self._trials: dict[str, Any] = {}
-        self._study = optuna.create_study(
-            directions=["minimize"] * (1 if section.against is None else 2),
-            # Its default of 10 trials at random is more than most sweeps have. Trials that run count as bad ones, or
-            # those beside each other would be drawn at the same place.
-            sampler=optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=min(10, max(4, section.num_samples // 4)), constant_liar=True
-            ),
-        )
-        for point in section.points:
-            self._study.enqueue_trial({key: self._known(key, value) for key, value in point.items()})
+        self._study = optuna.create_study(directions=["minimize"] * (1 if section.against is None else 2))
 
     def draw(self, trial_id: str) -> dict[str, Any]:
-        trial = self._trials[trial_id] = self._study.ask()
-        return self._suggested(trial, self._space)
+        begun = len(self._study.get_trials(deepcopy=False))
+        return self._suggested(self._ask(trial_id, self._first[begun] if begun < len(self._first) else {}))
 
-    def again(self, trial_id: str) -> None:
-        self.draw(trial_id)
+    def add(self, trial_id: str, settings: Mapping[str, Any]) -> None:
+        self._suggested(self._ask(trial_id, self._parameters(settings)))
+
+    def _ask(self, trial_id: str, parameters: dict[str, Any]) -> Any:
+        """Begin a trial in the study, of which these parameters are known already."""
+        import optuna
+
+        # Each trial has random numbers of its own: of one stream, they would depend on how many trials were drawn and
+        # how many added.
+        numbers = np.random.SeedSequence([self._seed, len(self._study.get_trials(deepcopy=False))])
+        # Trials that run count as bad ones, or those beside each other would be drawn at the same place.
+        self._study.sampler = optuna.samplers.TPESampler(
+            seed=int(numbers.generate_state(1)[0]),
+            n_startup_trials=self._num_random,
+            constant_liar=True,
+        )
+        self._study.enqueue_trial(parameters)
+        trial = self._trials[trial_id] = self._study.ask()
+        return trial
 
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
         from optuna.trial import TrialState
@@ -146,23 +161,67 @@ class Searched:
         state = TrialState.FAIL if values is None else TrialState.COMPLETE
         self._study.tell(self._trials.pop(trial_id), values, state=state)
 
-    def _suggested(self, trial: Any, space: Space, inside: str = "") -> dict[str, Any]:
+    def _suggested(self, trial: Any) -> dict[str, Any]:
+        """The settings of a trial that has begun in the study."""
         found: dict[str, Any] = {}
-        for key, sampler in space.items():
-            value = _suggest(trial, inside + key, *next(iter(sampler.items())))
-            if spaces(key, sampler) is None:
+        for key, sampler in self._space.items():
+            value = _suggest(trial, key, *next(iter(sampler.items())))
+            inner_spaces = spaces(key, sampler)
+            if inner_spaces is None:
                 found[key] = value
-            else:
-                number = next(iter(sampler.values())).index(value)
-                found |= {**value, **self._suggested(trial, _drawn(value), f"{key} {number}: ")}
+                continue
+            found |= value
+            for inner, drawn in _drawn(value).items():
+                found[inner] = _suggest(
+                    trial, f"{key} {inner_spaces.index(value)}: {inner}", *next(iter(drawn.items()))
+                )
         return found
 
-    def _known(self, key: str, value: Any) -> Any:
-        """A value as Optuna knows it."""
-        choices = self._space[key].get("choice")
-        if choices is not None and value not in choices:
+    def _parameters(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a trial as Optuna knows them: those of which `_suggested` makes these settings."""
+        found: dict[str, Any] = {}
+        for key, sampler in self._space.items():
+            inner_spaces = spaces(key, sampler)
+            if inner_spaces is None:
+                if settings[key] in sampler.get("choice", [settings[key]]):  # else an inner space had the last word
+                    found[key] = _known(sampler, settings[key])
+                continue
+            number = found[key] = _likeliest(inner_spaces, settings)
+            for inner, drawn in _drawn(inner_spaces[number]).items():
+                found[f"{key} {number}: {inner}"] = _known(drawn, settings[inner])
+        return found
+
+
+def _first(space: Space, point: Mapping[str, Any]) -> dict[str, Any]:
+    """One of tune.points as Optuna knows it."""
+    for key, value in point.items():
+        choices = space[key].get("choice", [value])
+        if value not in choices:
             raise ConfigError(f"tune.points: {key} must be one of {choices}, got {value!r}", where="tune.points")
-        return value if choices is None else choices.index(value)
+    return {key: _known(space[key], value) for key, value in point.items()}
+
+
+def _known(sampler: Mapping[str, Any], value: Any) -> Any:
+    """A value as Optuna knows it: it has numbers for choices, which may be lists and mappings."""
+    return sampler["choice"].index(value) if "choice" in sampler else value
+
+
+def _may_give(sampler: Any, value: Any) -> bool:
+    """Whether an entry of a space, which is a sampler or a value, can have given a value."""
+    if not is_sampler(sampler):
+        return sampler == value
+    ((kind, values),) = sampler.items()
+    return value in values if kind == "choice" else values[0] <= value <= values[1]
+
+
+def _likeliest(inner_spaces: list[dict[str, Any]], settings: Mapping[str, Any]) -> int:
+    """The number of the space that a trial with these settings was drawn from."""
+
+    def agreement(number: int) -> int:
+        entries = inner_spaces[number].items()
+        return sum(1 if key in settings and _may_give(entry, settings[key]) else -1 for key, entry in entries)
+
+    return max(range(len(inner_spaces)), key=agreement)
 
 
 def _suggest(trial: Any, name: str, kind: str, values: list[Any]) -> Any:
