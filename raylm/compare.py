@@ -34,6 +34,8 @@ class Side:
     bits_per_byte: float | None
     scored_on: str
     """The whole validation split, or only its first tokens."""
+    scored_in: str
+    """The arithmetic of the scores."""
     tokens: int | None
     """That it was trained on."""
     seconds: float | None
@@ -62,6 +64,7 @@ class Side:
             self.measure.replace("-", "_"): self.perplexity,
             "bits_per_byte": self.bits_per_byte,
             "scored_on": self.scored_on if self.perplexity is not None else None,
+            "scored_in": self.scored_in if self.perplexity is not None else None,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
@@ -144,6 +147,7 @@ def of_sweep(directory: str, trial_id: str | None) -> Side:
         perplexity=scored["perplexity"],
         bits_per_byte=scored["bits_per_byte"],
         scored_on=scored["scored_on"],
+        scored_in=found.experiment.eval.precision,
         tokens=trial.tokens,
         **pace(f"{directory}/{trial.trial_id}"),
         store=found.facts.parameters.get("store"),
@@ -176,6 +180,7 @@ def of_training(directory: str) -> Side:
         **pace(directory),
         store=facts.parameters.get("store"),
         scored_on=page.scored_on(None if is_over else experiment.eval.max_tokens),
+        scored_in=experiment.eval.precision,
     )
 
 
@@ -196,7 +201,7 @@ def pace(directory: str) -> dict[str, Any]:
 
 def of_model(directory: str, given: str) -> Side:
     """A model that was exported, or a checkpoint."""
-    from raylm import checkpoint, page
+    from raylm import checkpoint
 
     found = checkpoint.check(directory)
     experiment, record = checkpoint.read_experiment(found), checkpoint.read_record(found)
@@ -211,7 +216,8 @@ def of_model(directory: str, given: str) -> Side:
         seconds=None,
         tokens_per_second=None,
         store=record["store"].rstrip("/").rpartition("/")[2] if "store" in record else None,
-        scored_on=page.scored_on(experiment.eval.max_tokens),
+        scored_on=record.get("scored_on") or experiment.eval.scored_on,
+        scored_in=record.get("scored_in") or experiment.eval.precision,
     )
 
 
@@ -238,7 +244,8 @@ def warnings(sides: Sequence[Side]) -> list[str]:
     """Why which scores cannot be compared; none if all can."""
     told = []
     if len({side.measure for side in sides}) > 1:
-        told.append("a pseudo-perplexity, of a masked model, cannot be compared with a perplexity")
+        kinds = ", ".join(dict.fromkeys(side.measure for side in sides))
+        told.append(f"the scores are of different kinds, which cannot be compared: {kinds}")
     if unknown := [side.name for side in sides if side.store is None]:
         told.append(f"nothing says on what text {', '.join(unknown)} was scored")
     if len({side.store for side in sides} - {None}) > 1 and (why := _other_tokens(sides)):
@@ -246,6 +253,10 @@ def warnings(sides: Sequence[Side]) -> list[str]:
     if len({side.scored_on for side in sides if side.perplexity is not None}) > 1:
         told.append(
             "the scores are of other parts of the validation split; raylm evaluate MODEL scores the whole of it"
+        )
+    if len({side.scored_in for side in sides if side.perplexity is not None}) > 1:
+        told.append(
+            "the scores are of different arithmetic; raylm evaluate MODEL eval.precision=float32 makes them alike"
         )
     return told
 

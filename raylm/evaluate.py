@@ -74,16 +74,15 @@ def evaluate(
             with cluster.connect(experiment.cluster) as connected:
                 where = model if storage.is_remote(model) else here
                 rows = group.score(where, found, experiment, connected, progress)
-    measure = (
-        "pseudo_perplexity"
-        if models.is_masked(AutoConfig.from_pretrained(directory, trust_remote_code=experiment.model.trust_remote_code))
-        else "perplexity"
+    is_masked = models.is_masked(
+        AutoConfig.from_pretrained(directory, trust_remote_code=experiment.model.trust_remote_code)
     )
+    measure = experiment.eval.measure(masked=is_masked)
     known = AutoTokenizer.from_pretrained(directory, trust_remote_code=experiment.model.trust_remote_code)
     scored = Scored(rows, found, sets, measure, unknown_id(known), keywords=bool(experiment.objective.keywords))
     prefix = frame(known, experiment.tokenizer.prefix).prefix
     token = None if prefix is None else known.convert_ids_to_tokens(prefix)
-    record = {"model": model, "prefix": token, **scored.record()}
+    record = {"model": model, "prefix": token, "scored_in": experiment.eval.precision, **scored.record()}
     if record["nll"] is None:
         raise StorageError(
             f"{model}: the likelihood of the text is not a finite number: the model has diverged or is damaged", model
@@ -150,7 +149,7 @@ class Scored:
     ):
         self.rows, self.documents, self.sets = rows, documents, sets
         self.measure = measure
-        """What the figure is called: perplexity, or pseudo_perplexity of a masked model."""
+        """What the figure is called."""
         self.unknown_tokens = [
             0 if unknown_id is None else int((documents[number] == unknown_id).sum())
             for number in range(len(documents))

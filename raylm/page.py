@@ -16,7 +16,7 @@ from typing import Any
 
 from raylm import cli, config, pictures, storage, tables, tracking
 from raylm import sweep as sweeps
-from raylm.config import Experiment
+from raylm.config import EvalConfig, Experiment
 from raylm.errors import ConfigError, StorageError
 from raylm.redaction import redacted
 from raylm.sweep.record import EVENTS, Trial
@@ -76,12 +76,12 @@ class Found:
 
 def measure(experiment: Experiment) -> str:
     """What a person calls the score."""
-    return experiment.objective.score.replace("_", "-")
+    return experiment.measure.replace("_", "-")
 
 
 def scored_on(limit: int | None, parameters: Mapping[str, Any] | None = None) -> str:
     """What text a score is of, by eval.max_tokens; and how much that is, by the parameters of its run."""
-    what = "the whole validation split" if limit is None else f"the first {limit:,} validation tokens"
+    what = EvalConfig(max_tokens=limit).scored_on
     if parameters is None or "scored_documents" not in parameters:
         return what
     documents, tokens = (int(parameters[f"scored_{each}"]) for each in ("documents", "tokens"))

@@ -8,10 +8,14 @@ windows of the model's context. Context 4, stride 4, a document of tokens a to f
 
 The definition of lm-evaluation-harness' rolling log-likelihood; a smaller stride gives every token more context.
 Without a prefix the first token of a document is not scored, and not counted.
+
+A masked model is scored on a fixed part of the tokens, the same for every model, which are masked together; or on
+every token, each masked by itself (MaskedTokens).
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,13 +24,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+
+from raylm import scorer
+from raylm.config import EvalConfig
+from raylm.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from raylm.objective import Keywords
     from raylm.tokenizer import Frame
+
+LONGEST_CONTEXT = 8192
+"""Tokens of a window unless eval.context says more: attention over all 131,072 positions of Llama 3 costs 16 times as
+much for each token as over these, and holds as much more."""
+
+MASKED = 0.15
+"""Part of the tokens that a masked model is scored on, as many as BERT was trained on (arXiv:1810.04805)."""
 
 
 class Documents(Protocol):
@@ -75,7 +89,7 @@ class Score:
         return _exp(self.keyword_nll / self.keyword_tokens) if self.keyword_tokens else math.nan
 
     def figures(self, measure: str) -> dict[str, float]:
-        """What is tracked of an evaluation; `measure` is perplexity or, of a masked model, pseudo_perplexity.
+        """What is tracked of an evaluation; `measure` is what the score is called.
 
         Where keywords were looked for and found also keyword_nll, in nats a keyword token.
         """
@@ -91,19 +105,49 @@ def _exp(value: float) -> float:
 
 
 class MaskedTokens(NamedTuple):
-    """How a masked model is scored: by pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659).
+    """How a masked model is scored: its tokens are masked, and predicted from all others in their window.
 
-    Each token is masked in turn and predicted from all others in its window. That is not a probability of the text, so
-    it compares masked models with each other only; and it costs a forward pass of the window for every token.
+    By default 15 % of each document's tokens, at least one, masked together: a forward pass of each window. Which ones
+    depends on the document alone, so that all models of a tokenizer are scored on the same. `every` token is masked by
+    itself for the pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659): a forward pass of the window for each.
+    Neither is a probability of the text, so each compares masked models with each other only.
     """
 
     mask_id: int
     frame: Frame
     """Around every window."""
+    every: bool = False
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, frame: Frame) -> MaskedTokens:
-        return cls(tokenizer.mask_token_id, frame)
+    def of(cls, tokenizer: PreTrainedTokenizerBase, frame: Frame, every: bool = False) -> MaskedTokens:
+        return cls(tokenizer.mask_token_id, frame, every)
+
+    def chosen(self, document: np.ndarray) -> np.ndarray:
+        """The places of the tokens that are scored, in order."""
+        if self.every or not len(document):
+            return np.arange(len(document))
+        digest = hashlib.blake2b(document.astype(np.int64).tobytes(), digest_size=8).digest()
+        order = np.random.default_rng(int.from_bytes(digest)).permutation(len(document))
+        return np.sort(order[: max(1, round(MASKED * len(document)))])
+
+
+def context_of(section: EvalConfig, positions: int | None, block_size: int) -> int:
+    """Tokens of a window: eval.context, or the positions of the model, or the block size if it has no such limit.
+
+    ConfigError if the model has fewer positions than eval.context.
+    """
+    if section.context is None:
+        return min(positions or block_size, LONGEST_CONTEXT)
+    if positions is not None and section.context > positions:
+        raise ConfigError(
+            f"eval.context must be at most {positions}, the positions of the model, got {section.context}",
+            "eval.context",
+        )
+    return section.context
+
+
+class Stopped(Exception):
+    """An evaluation was asked to stop before its end, on all workers."""
 
 
 class Window(NamedTuple):
@@ -131,7 +175,6 @@ def score(model: PreTrainedModel, documents: Documents, **how: Any) -> Score:
     return Score.of(score_documents(model, documents, **how))
 
 
-@torch.no_grad()
 def score_documents(
     model: PreTrainedModel,
     documents: Documents,
@@ -141,61 +184,75 @@ def score_documents(
     stride: int | None = None,
     batch_tokens: int = 16384,
     max_tokens: int | None = None,
+    precision: str = "float32",
     masked: MaskedTokens | None = None,
     keywords: Keywords | None = None,
     rank: int = 0,
     world_size: int = 1,
-    together: bool = False,
     progress: Callable[[float, float | None], None] | None = None,
+    stopping: Callable[[], bool] | None = None,
 ) -> np.ndarray:
     """The fields of Score for each document, float64 of shape (documents, 5). `masked`, for masked models.
 
     Only the first documents up to `max_tokens` tokens are scored (at least one). With several workers each scores every
     world_size-th document and the rows are put together over torch.distributed, so that all workers return all of them.
-    `together`: they run equally many forward passes, as they must where the model's weights are shared out among them.
+    They run equally many forward passes, as they must where the model's weights are sharded.
+    Stopped is raised on all workers once `stopping`, asked before each forward pass, is true on one.
     """
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     count = first_documents(documents, max_tokens)
     chosen = range(count)[rank::world_size]
     rows = torch.zeros((count, 5), dtype=torch.float64)
+    share = torch.ones(count, dtype=torch.float64)
+    """Of each document's tokens, those that are scored, of which its nll is estimated."""
 
     def read() -> Iterator[Part]:
         for done, index in enumerate(chosen):
             ids = documents[index]
             marks = keywords.marked(ids) if keywords is not None else np.zeros(len(ids), bool)
-            scored = len(ids) if frame.prefix is not None or masked is not None else max(0, len(ids) - 1)
-            rows[index, 1] = scored
+            if masked is None:
+                scored = np.arange(0 if frame.prefix is not None else min(1, len(ids)), len(ids))
+                rows[index, 1] = len(scored)
+                yield from _windows_of(index, ids, marks, frame, context, stride or context)
+            else:
+                scored = masked.chosen(ids)
+                rows[index, 1] = len(ids)
+                share[index] = len(scored) / max(1, len(ids))
+                yield from _masked_windows_of(index, ids, marks, scored, masked, context)
             rows[index, 2] = documents.document_bytes(index)
-            rows[index, 4] = marks[len(ids) - scored :].sum().item()
-            yield from _parts(index, ids, marks, frame, context, stride or context, masked)
+            rows[index, 4] = marks[scored].sum().item()
             if progress is not None:
                 progress(done + 1, len(chosen))
 
     batches = _batches(read(), context, batch_tokens)
-    for batch in _as_many(batches, device) if together and world_size > 1 else batches:
-        if not batch:
-            model(input_ids=torch.full((1, 1), frame.end, device=device))
-            continue
-        each = _nll(model, batch, frame.end, device) if masked is None else _masked_nll(model, batch, masked, device)
-        numbers = torch.tensor([part.document for part in batch])
-        rows[:, 0].index_add_(0, numbers, each[:, 0].cpu())
-        rows[:, 3].index_add_(0, numbers, each[:, 1].cpu())
-    model.train(was_training)
+    with scorer.scoring(model, precision) as nll:
+        for batch in _agreed(batches, device if world_size > 1 else None, stopping):
+            places, targets, inputs = _tensors(batch, frame.end, masked is not None)
+            each = nll(places, targets, **inputs).cpu()
+            of = torch.tensor([part.document for part in batch for _ in part.places], dtype=torch.int64)
+            marked = torch.from_numpy(np.concatenate([np.zeros(0, bool), *(part.marks for part in batch)]))
+            rows[:, 0].index_add_(0, of, each)
+            rows[:, 3].index_add_(0, of, each.where(marked, 0))
+    rows[:, 0] /= share.clamp(min=1e-9)
     if world_size > 1:
         rows = rows.to(device)
         torch.distributed.all_reduce(rows)  # the others' rows are zero
     return rows.cpu().numpy()
 
 
-def _as_many(batches: Iterator[Sequence[Part]], device: torch.device) -> Iterator[Sequence[Part]]:
-    """The batches, and then empty ones until all workers had their last."""
+def _agreed(
+    batches: Iterator[Sequence[Part]], device: torch.device | None, stopping: Callable[[], bool] | None
+) -> Iterator[Sequence[Part]]:
+    """The batches, and then empty ones until all workers, if there are several, had their last; or Stopped."""
     while True:
-        batch = next(batches, [])
-        left = torch.tensor(len(batch), device=device)
-        torch.distributed.all_reduce(left)
-        if not left.item():
+        batch: Sequence[Part] = next(batches, [])
+        told = torch.tensor([len(batch), int(stopping is not None and stopping())], device=device)
+        if device is not None:
+            torch.distributed.all_reduce(told)
+        left, is_stopping = told.tolist()
+        if is_stopping and left:
+            raise Stopped
+        if not left:
             return
         yield batch
 
@@ -213,37 +270,41 @@ def first_documents(documents: Documents, max_tokens: int | None) -> int:
 
 
 class Part(NamedTuple):
-    """A window's tokens: the last `scored` of them are scored (masked: the one at `scored`), for the document."""
+    """A window's tokens as the model reads them, and which of its outputs are scored."""
 
     document: int
     ids: np.ndarray
-    scored: int
+    places: np.ndarray
+    """Of the outputs that are scored."""
+    targets: np.ndarray
+    """The tokens that they are to predict."""
     marks: np.ndarray
-    """Which of those that are scored are part of a keyword."""
+    """Which of these are part of a keyword."""
 
 
-def _parts(
-    index: int,
-    document: np.ndarray,
-    marks: np.ndarray,
-    frame: Frame,
-    context: int,
-    stride: int,
-    masked: MaskedTokens | None,
+def _windows_of(
+    index: int, document: np.ndarray, marks: np.ndarray, frame: Frame, context: int, stride: int
 ) -> Iterator[Part]:
-    if masked is None:
-        ids = frame.around(document)[:-1]
-        marks = marks[len(document) - len(ids) + 1 :]
-        for window in windows(len(ids) - 1, context, stride):
-            start, end, scored = window
-            yield Part(index, ids[start : end + 1], scored, marks[end - scored : end])
-        return
-    around = len(masked.frame.around(()))
-    room = max(1, context - around)
+    ids = frame.around(document)[:-1]
+    marks = marks[len(document) - len(ids) + 1 :]
+    for start, end, scored in windows(len(ids) - 1, context, stride):
+        places = np.arange(end - scored, end)
+        yield Part(index, ids[start:end], places - start, ids[places + 1], marks[places])
+
+
+def _masked_windows_of(
+    index: int, document: np.ndarray, marks: np.ndarray, scored: np.ndarray, masked: MaskedTokens, context: int
+) -> Iterator[Part]:
+    around = masked.frame.around(())
+    room = max(1, context - len(around))
     for start in range(0, len(document), room):
         ids = masked.frame.around(document[start : start + room])
-        for place in range(len(ids) - around):
-            yield Part(index, ids, place + around - 1, marks[start + place : start + place + 1])
+        inside = scored[(scored >= start) & (scored < start + room)]
+        for together in inside[:, None] if masked.every else [inside][: len(inside)]:
+            places = together - start + len(around) - 1
+            shown = ids.copy()
+            shown[places] = masked.mask_id
+            yield Part(index, shown, places, ids[places], marks[together])
 
 
 def _batches(parts: Iterable[Part], context: int, batch_tokens: int) -> Iterator[Sequence[Part]]:
@@ -252,47 +313,26 @@ def _batches(parts: Iterable[Part], context: int, batch_tokens: int) -> Iterator
     parts = iter(parts)
     while pool := sorted(itertools.islice(parts, 16 * size), key=lambda part: len(part.ids)):
         while pool:
-            longest = len(pool[-1].ids) - 1
-            count = max(1, batch_tokens // longest)
+            count = max(1, batch_tokens // len(pool[-1].ids))
             yield pool[-count:]
             del pool[-count:]
 
 
-def _nll(model: PreTrainedModel, batch: Sequence[Part], padding: int, device: torch.device) -> torch.Tensor:
-    """Summed nll of each window's scored tokens, and of the keywords among them, float64 of shape (windows, 2).
+def _tensors(batch: Sequence[Part], padding: int, masked: bool) -> tuple[Any, torch.Tensor, dict[str, Any]]:
+    """(places, targets, inputs) of a batch, as scorer takes them; of an empty one a single token, of which nothing is
+    scored.
 
     Padding is on the right, where causal models do not look.
     """
-    longest = max(len(part.ids) for part in batch) - 1
-    inputs = torch.full((len(batch), longest), padding)
-    targets = torch.full((len(batch), longest), -100)
-    marked = torch.zeros((len(batch), longest), dtype=torch.bool)
-    for row, (_, ids, scored, marks) in enumerate(batch):
-        end = len(ids) - 1
-        inputs[row, :end] = torch.from_numpy(ids[:-1])
-        targets[row, end - scored : end] = torch.from_numpy(ids[end - scored + 1 :])
-        marked[row, end - scored : end] = torch.from_numpy(marks)
-    logits = model(input_ids=inputs.to(device), use_cache=False).logits
-    each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().to(device), reduction="none")
-    each = each.double().view(len(batch), longest)
-    return torch.stack([each.sum(dim=1), each.where(marked.to(device), 0).sum(dim=1)], dim=1)
-
-
-def _masked_nll(
-    model: PreTrainedModel, batch: Sequence[Part], masked: MaskedTokens, device: torch.device
-) -> torch.Tensor:
-    """The nll of each window's masked token, and again if it is of a keyword, float64 of shape (windows, 2)."""
-    longest = max(len(part.ids) for part in batch)
-    inputs = torch.full((len(batch), longest), masked.frame.end)
-    attention = torch.zeros_like(inputs)
-    for row, (_, ids, place, _) in enumerate(batch):
-        inputs[row, : len(ids)] = torch.from_numpy(ids)
-        inputs[row, place] = masked.mask_id
-        attention[row, : len(ids)] = 1
-    places = torch.tensor([part.scored for part in batch], device=device)
-    truth = torch.tensor([int(part.ids[part.scored]) for part in batch], device=device)
-    logits = model(input_ids=inputs.to(device), attention_mask=attention.to(device)).logits
-    chosen = logits[torch.arange(len(batch), device=device), places]
-    each = F.cross_entropy(chosen.float(), truth, reduction="none").double()
-    marked = torch.tensor([bool(part.marks[0]) for part in batch], device=device)
-    return torch.stack([each, each.where(marked, 0)], dim=1)
+    longest = max((len(part.ids) for part in batch), default=1)
+    inputs = np.full((max(1, len(batch)), longest), padding)
+    attention = np.zeros_like(inputs)
+    for row, part in enumerate(batch):
+        inputs[row, : len(part.ids)] = part.ids
+        attention[row, : len(part.ids)] = 1
+    rows = np.repeat(np.arange(len(batch)), [len(part.places) for part in batch])
+    columns = np.concatenate([np.zeros(0, np.int64), *(part.places for part in batch)])
+    targets = np.concatenate([np.zeros(0, np.int64), *(part.targets for part in batch)])
+    options = {"attention_mask": torch.from_numpy(attention)} if masked else {"use_cache": False}
+    places = torch.from_numpy(rows), torch.from_numpy(columns)
+    return places, torch.from_numpy(targets), {"input_ids": torch.from_numpy(inputs), **options}

@@ -20,7 +20,7 @@ def start(experiment: Experiment, directory: str, name: str, verb: str) -> Run:
         name=name,
         tags={"raylm.verb": verb},
         directory=directory,
-        metric=f"best/eval_{experiment.objective.score}",
+        metric=f"best/eval_{experiment.measure}",
     )
 
 
@@ -35,6 +35,7 @@ def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str
         "steps": budget.steps,
         "store": store.fingerprint,
         "prefix": prefix(experiment, store),
+        "scored_in": experiment.eval.precision,
         **scored(experiment, store),
         "unknown_tokens": store.validation.unknown_tokens,
     }
@@ -65,5 +66,5 @@ def tell_data(run: Run, experiment: Experiment, store: Store) -> None:
 
 def tell_best(run: Run, experiment: Experiment, best: Mapping[str, Any]) -> None:
     """The scores of the best evaluation. At step 0, or MLflow shows them as dots instead of bars."""
-    name = experiment.objective.score
+    name = experiment.measure
     run.metrics({f"best/eval_{name}": best["perplexity"], "best/eval_bits_per_byte": best["bits_per_byte"]}, 0)

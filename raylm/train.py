@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from raylm import cli
-from raylm.config import Experiment, dump, from_environment
+from raylm.config import WHOLE_SPLIT, Experiment, dump, from_environment
 from raylm.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 
 if TYPE_CHECKING:
@@ -119,16 +119,18 @@ def trained(
     best = dict(outcome.best)
     ending = {"best_tokens": best["tokens"], "last_perplexity": outcome.last.get("perplexity")}
     overfitting = tables.overfitting({**best, **ending})
-    target = f"{begun.directory}/model"
-    card.export(job.checkpoints.path(best["step"]), target)
+    checkpoint, target = job.checkpoints.path(best["step"]), f"{begun.directory}/model"
+    score = {name: best[name] for name in ("perplexity", "bits_per_byte")}
     if experiment.eval.max_tokens is not None:  # the figure to compare is of the whole split
         with cli.task("Scoring the whole validation split", "documents") as advance:
-            scored = Score.of(group.score(target, store.validation, experiment, resources, advance))
-        best |= {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
+            scored = Score.of(group.score(checkpoint, store.validation, experiment, resources, advance))
+        score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
+    best |= score
+    card.export(checkpoint, target, {**score, "scored_on": WHOLE_SPLIT})
     summary.tell_best(run, experiment, best)
     run.tags({"raylm.checkpoint": target})
     run.model(target, experiment.tracking, best["step"], cli.say)
-    measure = experiment.objective.score
+    measure = experiment.measure
     trained_here = (outcome.step - (begun.step or 0)) * planned.batch_tokens
     record = {
         "run": begun.name,
@@ -138,6 +140,8 @@ def trained(
         "prefix": summary.prefix(experiment, store),
         "unknown_tokens": store.validation.unknown_tokens,
         "incomparable": tokens.incomparable(store.validation.unknown_tokens, store.validation.num_tokens),
+        "scored_on": WHOLE_SPLIT,
+        "scored_in": experiment.eval.precision,
         "tokens": outcome.step * planned.batch_tokens,
         "steps": outcome.step,
         "best_step": best["step"],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raylm import cli
-from raylm.config import Experiment, corners, dump, override
+from raylm.config import WHOLE_SPLIT, Experiment, corners, dump, override
 from raylm.errors import ConfigError, Interrupted, StorageError, TrainingError
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def sweep(
         over = sum(trial.is_over for trial in record.trials.values())
         cli.say(f"{begun.directory}: going on with {over} trials over and {len(record.trials) - over} begun")
     section, metric = experiment.tune, f"best_{experiment.tune.metric}"
-    measure = experiment.objective.score if section.metric == "perplexity" else section.metric
+    measure = experiment.measure if section.metric == "perplexity" else section.metric
     swept = sweeps.keys(section.space)
     whole = summary.parameters(experiment, store, planned)
     parent.parameters({key: value for key, value in whole.items() if key not in swept})
@@ -266,11 +266,13 @@ def finish(
     if not rows or rows[0]["perplexity"] is None:
         return None
     best = dict(rows[0])
-    best["checkpoint"] = str(card.export(best["checkpoint"], f"{parent.directory}/model"))
+    score = {name: best[name] for name in ("perplexity", "bits_per_byte")}
     if experiment.eval.max_tokens is not None:
         with cli.task("Scoring the best trial on the whole validation split", "documents") as advance:
             scored = Score.of(group.score(best["checkpoint"], store.validation, experiment, resources, advance))
-        best |= {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
+        score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
+    exported = card.export(best["checkpoint"], f"{parent.directory}/model", {**score, "scored_on": WHOLE_SPLIT})
+    best |= {**score, "checkpoint": exported}
     summary.tell_best(parent, experiment, best)
     parent.tags({"raylm.best_trial": best["trial_id"], "raylm.checkpoint": best["checkpoint"]})
     parent.model(best["checkpoint"], experiment.tracking, best["best_step"], cli.say)
@@ -290,7 +292,7 @@ def answer(
     """The ranked table, and what to do next; TrainingError if no trial has a result."""
     from raylm import summary, tables, tokens, tracking
 
-    measure = experiment.objective.score
+    measure = experiment.measure
     incomparable = tokens.incomparable(store.validation.unknown_tokens, store.validation.num_tokens)
 
     def named(row: dict[str, Any]) -> dict[str, Any]:
@@ -306,6 +308,7 @@ def answer(
         "mlflow_run_id": parent.run_id,
         "tokens_reused": reused,
         "scored_on": scored_on,
+        "scored_in": experiment.eval.precision,
         "prefix": summary.prefix(experiment, store),
         "unknown_tokens": store.validation.unknown_tokens,
         "incomparable": incomparable,

@@ -146,7 +146,7 @@ def test_the_card_says_what_the_model_is(trained_directory):
         'pipeline("text-generation", model="someone/tiny")',
         "| perplexity | 12.2500 |",
         "| bits per byte | 1.5000 |",
-        "On the validation split (1 documents, 100 tokens, 200 bytes)",
+        "On the whole validation split (1 documents, 100 tokens, 200 bytes)",
         "| `notes/**/*.md` | 2 | 400 | 800 |",
         "| `hub://stories?split=train` | 1 | 200 | 400 |",
         "| train | 2 | 500 | 1,000 |",
@@ -190,7 +190,7 @@ def test_the_card_says_when_the_score_is_of_a_part(trained_directory, tmp_path):
     record = {**checkpoint.read_record(trained_directory), "store": str(tmp_path / "gone")}
     checkpoint.describe(directory, experiment, record)
     made = card_of(directory).text
-    assert "On the first documents of the validation split, up to 64 tokens" in made
+    assert "On the first 64 validation tokens" in made
     assert "with 8 new tokens in each" in made
     assert "## Data" not in made
 
@@ -198,10 +198,12 @@ def test_the_card_says_when_the_score_is_of_a_part(trained_directory, tmp_path):
 def test_a_masked_model_is_told_to_be_one(trained_directory, tmp_path):
     directory = copied(trained_directory, tmp_path / "model")
     changed(directory / "config.json", architectures=["BertForMaskedLM"])
+    experiment = config.override(checkpoint.read_experiment(directory), {"objective.kind": "masked"})
+    checkpoint.describe(directory, experiment, checkpoint.read_record(directory))
     made = card_of(directory)
     assert made.data.pipeline_tag == "fill-mask"
     assert "AutoModelForMaskedLM.from_pretrained" in made.text
-    assert "| pseudo-perplexity | 12.2500 |" in made.text
+    assert "| masked-perplexity | 12.2500 |" in made.text
 
 
 # A plain directory ---------------------------------------------------------------------------------------------------
@@ -212,6 +214,18 @@ EXPORTED = sorted([*PLAIN, "README.md", "experiment.yaml", "raylm.json"])
 @pytest.fixture
 def exported(trained_directory, tmp_path):
     return Path(card.export(trained_directory, tmp_path / "best"))
+
+
+def test_card_and_raylm_json_tell_the_score_that_the_export_is_given(trained_directory, tmp_path):
+    """That of the whole split, where evaluations during training were of less."""
+    score = {"perplexity": 8.6, "bits_per_byte": 1.5, "scored_on": config.WHOLE_SPLIT}
+    target = Path(card.export(trained_directory, tmp_path / "best", score))
+    before = checkpoint.read_record(trained_directory)
+    assert before["perplexity"] != 8.6
+    assert checkpoint.read_record(target) == {**before, **score}
+    told = (target / "README.md").read_text()
+    assert "| perplexity | 8.6000 |" in told
+    assert "On the whole validation split" in told
 
 
 def contents(directory):

@@ -46,9 +46,9 @@ def trained(storage):
         run = tracking.start(experiment.tracking, experiment="words", name=name, tags={}, directory=directory)
         run.parameters({"store": store} if store else {})
         run.text(config.dump(experiment), "experiment.yaml")
-        measure = "pseudo_perplexity" if experiment.objective.kind == "masked" else "perplexity"
         for step, score in ((1, 40.0), (2, 44.0)):
-            run.metrics({f"eval/{measure}": score, "eval/bits_per_byte": score / 20, "train/tokens": 256 * step}, step)
+            scores = {f"eval/{experiment.measure}": score, "eval/bits_per_byte": score / 20}
+            run.metrics({**scores, "train/tokens": 256 * step}, step)
         if result:
             (Path(directory) / "result.json").write_text(json.dumps(result))
         return directory
@@ -68,6 +68,7 @@ def test_runs_side_by_side(storage, trained):
         "perplexity": 80.0,
         "bits_per_byte": 5.0,
         "scored_on": "the first 64 validation tokens",
+        "scored_in": "float32",
         "tokens": 256,
         "seconds": None,
         "tokens_per_second": None,
@@ -141,7 +142,8 @@ PARTS = "the scores are of other parts"
         ([], "dead", [f"{TOKENIZERS}, and of the validation text some tokens are unknown"]),
         ([], "cafe", [TEXTS]),
         (["eval.max_tokens=64"], "f00d", [PARTS]),
-        (["objective.kind=masked"], "f00d", ["a pseudo-perplexity"]),
+        (["eval.precision=bfloat16"], "f00d", ["the scores are of different arithmetic"]),
+        (["objective.kind=masked"], "f00d", ["the scores are of different kinds"]),
         ([], None, ["nothing says on what text b was scored"]),
         ([], "gone", [TEXTS]),  # the same settings, so the files have changed
         (["tokenizer.train={vocab_size: 999}"], "gone", [TOKENIZERS]),

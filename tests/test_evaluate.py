@@ -64,14 +64,14 @@ def sets(texts):
     return f"eval.paths={{books: {texts}/books, code: [{texts}/code/y.txt, {texts}/code/x.txt]}}"
 
 
-def score(model, *names):
+def score(model, *names, every=False):
     """perplexity.score of these texts, in this order."""
     trained = checkpoint.load(model)
     documents = tokens.Encoded()
     for name in names:
         ids = np.array(trained.tokenizer(TEXTS[name], add_special_tokens=False)["input_ids"])
         documents.append(ids, len(TEXTS[name].encode()), 0, name)
-    how = {"frame": trained.frame(), "context": trained.context, "masked": trained.masked()}
+    how = {"frame": trained.frame(), "context": trained.context, "masked": trained.masked(every=every)}
     return perplexity.score(trained.model, documents, **how)
 
 
@@ -192,15 +192,20 @@ def test_keywords_have_a_perplexity_of_their_own(causal, texts, tmp_path):
     assert "keywords" not in evaluate(causal, [sets(texts)]).record
 
 
-def test_a_masked_model_has_a_pseudo_perplexity_and_no_other(masked, texts):
-    answer = evaluate(masked, [sets(texts)])
-    expected = score(masked, "books/a.txt", "books/b.txt", "code/x.txt", "code/y.txt")
-    assert answer.record["pseudo_perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+@pytest.mark.parametrize(
+    ("settings", "measure"),
+    [([], "masked_perplexity"), (["eval.pseudo_perplexity=true"], "pseudo_perplexity")],
+)
+def test_the_score_of_a_masked_model_is_called_what_it_is(masked, texts, settings, measure):
+    answer = evaluate(masked, [sets(texts), *settings])
+    names = "books/a.txt", "books/b.txt", "code/x.txt", "code/y.txt"
+    expected = score(masked, *names, every=measure == "pseudo_perplexity")
+    assert answer.record[measure] == pytest.approx(expected.perplexity, rel=1e-6)
     for record in (answer.record, *answer.record["sets"].values()):
         assert "perplexity" not in record
     text = shown(answer)
-    assert "pseudo_perplexity" in text.split("\n\n")[0]
-    assert "pseudo-perplexity" in text.split("\n\n")[1].splitlines()[0]
+    assert measure in text.split("\n\n")[0]
+    assert measure.replace("_", "-") in text.split("\n\n")[1].splitlines()[0]
 
 
 def test_a_set_without_text_is_named(causal, texts):

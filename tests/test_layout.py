@@ -9,8 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PARTS = """
-    errors redaction config cli cluster storage hub corpus tokenizer tokens blocks model objective probe perplexity
-    checkpoint card runs tracking budget summary derived loop group generation sweep tables live pictures page
+    errors redaction config cli cluster storage hub corpus tokenizer tokens blocks model objective probe scorer
+    perplexity checkpoint card runs tracking budget summary derived loop group generation sweep tables live pictures
+    page
 """.split()
 VERBS = "prepare train tune evaluate generate inspect push sync report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]

@@ -46,6 +46,13 @@ def network():
 
 
 @pytest.fixture(scope="module")
+def bert():
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertForMaskedLM(BertConfig(vocab_size=23, max_position_embeddings=CONTEXT, **sizes)).eval()
+
+
+@pytest.fixture(scope="module")
 def documents():
     random = np.random.default_rng(2)
     return Documents(random.integers(1, 23, length).astype(np.uint16) for length in [1, 5, 7, 8, 9, 16, 17, 40, 3, 25])
@@ -147,10 +154,7 @@ def test_scores_of_sets_add_up_to_that_of_all_their_documents(network, lengths, 
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 50, 100_000])
-def test_a_masked_model_predicts_each_token_from_all_the_others_in_its_window(batch_tokens):
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    bert = BertForMaskedLM(BertConfig(vocab_size=23, max_position_embeddings=CONTEXT, **sizes)).eval()
+def test_a_masked_model_predicts_each_token_from_all_the_others_in_its_window(bert, batch_tokens):
     documents = Documents(np.random.default_rng(4).integers(4, 23, length) for length in [1, 6, 7, 15])
     expected, of_thirds = [], []
     for document in documents:
@@ -165,13 +169,48 @@ def test_a_masked_model_predicts_each_token_from_all_the_others_in_its_window(ba
                 thirds -= each if window[place] % 3 == 0 else 0
         expected.append(nll)
         of_thirds.append(thirds)
-    masked = MaskedTokens(mask_id=3, frame=Frame(1, 2))
+    masked = MaskedTokens(mask_id=3, frame=Frame(1, 2), every=True)
     how = {"frame": FRAME, "context": CONTEXT, "masked": masked, "batch_tokens": batch_tokens, "keywords": EveryThird()}
     rows = score_documents(bert, documents, **how)
     assert rows[:, 0] == pytest.approx(expected, rel=1e-5)
     assert rows[:, 1].tolist() == [1, 6, 7, 15]
     assert rows[:, 3] == pytest.approx(of_thirds, rel=1e-5)
     assert rows[:, 4].tolist() == [sum(document % 3 == 0) for document in documents]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100_000])
+def test_a_masked_model_is_scored_on_a_fixed_part_of_the_tokens(bert, batch_tokens):
+    """15 % of each document, at least one token, masked together; its nll is that of all its tokens at this rate."""
+    documents = Documents(
+        np.random.default_rng(4).integers(4, 23, length).astype(np.uint16) for length in [1, 0, 7, 40]
+    )
+    masked = MaskedTokens(mask_id=3, frame=Frame(1, 2))
+    how = {"frame": FRAME, "context": CONTEXT, "masked": masked, "batch_tokens": batch_tokens, "keywords": EveryThird()}
+    rows = score_documents(bert, documents, **how)
+    for row, document in zip(rows, documents, strict=True):
+        chosen = masked.chosen(document)
+        assert len(chosen) == min(len(document), max(1, round(0.15 * len(document))))
+        nll, thirds = 0.0, 0.0
+        for start in range(0, len(document), CONTEXT - 2):
+            window = np.array([1, *document[start : start + CONTEXT - 2], 2])
+            places = [place - start + 1 for place in chosen if start <= place < start + CONTEXT - 2]
+            truth = window[places]
+            window[places] = 3
+            with torch.no_grad():
+                each = -bert(torch.from_numpy(window[None])).logits[0].log_softmax(-1)[places, truth].double()
+            nll += each.sum().item()
+            thirds += each[truth % 3 == 0].sum().item()
+        assert row[0] == pytest.approx(nll * len(document) / max(1, len(chosen)), rel=1e-5)
+        assert row[1:3].tolist() == [len(document), 3 * len(document)]
+        assert row[3] == pytest.approx(thirds, rel=1e-5)
+        assert row[4] == (document[chosen] % 3 == 0).sum()
+
+
+def test_the_tokens_that_are_masked_depend_on_the_document_alone():
+    masked, document = MaskedTokens(3, Frame(1, 2)), np.arange(100)
+    assert masked.chosen(document).tolist() == masked.chosen(document.astype(np.uint16)).tolist()
+    assert masked.chosen(document).tolist() != masked.chosen(document[::-1]).tolist()
+    assert len({*masked.chosen(document)}) == 15
 
 
 def test_documents_are_scored_one_by_one(network, documents):

@@ -1,7 +1,6 @@
 """Training beyond one device: weights shared out among workers, half precision, compiled models."""
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from ray import cloudpickle
 from transformers import AutoModelForCausalLM
 
-from raylm import checkpoint, cluster, loop, perplexity, tokens, train
+from raylm import checkpoint, cluster, group, loop, perplexity, tokens, train
 from raylm.config import override
 from raylm.errors import ConfigError
 
@@ -120,10 +119,19 @@ def test_a_sharded_run_goes_on_where_it_was_stopped(trained, sharded, train_run)
 
 @pytest.mark.slow
 def test_sharded_weights_in_half_precision(sharded, train_run):
-    outcome, job = train_run(override(sharded, {"train.precision": "bfloat16"}))
-    assert math.isfinite(outcome.best["perplexity"])
+    experiment = override(sharded, {"train.precision": "bfloat16"})
+    outcome, job = train_run(experiment)
+    assert outcome.best["perplexity"] == pytest.approx(scored(job, outcome, experiment), rel=1e-6)
     weights = AutoModelForCausalLM.from_pretrained(job.checkpoints.path(outcome.best["step"]), dtype="auto")
     assert weights.dtype == torch.float32, "the weights themselves are kept whole"
+
+
+def scored(job, outcome, experiment):
+    """The perplexity of the best checkpoint as `raylm evaluate` has it."""
+    store, saved = tokens.open_store(job.store), job.checkpoints.path(outcome.best["step"])
+    count = perplexity.first_documents(store.validation, experiment.eval.max_tokens)
+    rows = group.score(saved, store.validation, experiment, None)
+    return perplexity.Score.of(rows[:count]).perplexity
 
 
 def mixed_precision(trainer):
@@ -133,9 +141,22 @@ def mixed_precision(trainer):
 @pytest.mark.slow
 def test_half_precision(tiny, train_run, tmp_path):
     experiment = tiny("train.max_tokens=512", "train.precision=bfloat16")
-    outcome, _ = train_run(experiment, noting(mixed_precision, tmp_path))
+    outcome, job = train_run(experiment, noting(mixed_precision, tmp_path))
     assert json.loads((tmp_path / "0").read_text()) == "bf16"
-    assert math.isfinite(outcome.best["perplexity"])
+    assert outcome.best["perplexity"] == pytest.approx(scored(job, outcome, experiment), rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", [["train.precision=bfloat16"], ["model.dtype=bfloat16"]])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_scores_are_in_their_own_precision_whatever_that_of_the_training(tiny, train_run, settings, precision):
+    """So they are those of `raylm evaluate`, and are recorded with it."""
+    experiment = tiny("train.max_tokens=512", f"eval.precision={precision}", *settings)
+    outcome, job = train_run(experiment)
+    assert outcome.best["perplexity"] == pytest.approx(scored(job, outcome, experiment), rel=1e-6)
+    record = checkpoint.read_record(job.checkpoints.path(outcome.best["step"]))
+    assert record["scored_in"] == precision
+    other = override(experiment, {"eval.precision": "bfloat16" if precision == "float32" else "float32"})
+    assert outcome.best["perplexity"] != pytest.approx(scored(job, outcome, other), rel=1e-6)
 
 
 @pytest.mark.slow

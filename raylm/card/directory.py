@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from raylm import storage
 from raylm.card.files import Files, model_files, parameters, published
 from raylm.card.text import CARD, HERE, of
-from raylm.checkpoint import OF_TRAINING, check, read_experiment
-from raylm.checkpoint.directory import EXPERIMENT, RECORD
+from raylm.checkpoint import OF_TRAINING, check, read_experiment, read_record
+from raylm.checkpoint.directory import EXPERIMENT, RECORD, recorded
 from raylm.errors import StorageError
 
 
-def export(checkpoint: str | Path, target: str | Path) -> str:
+def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] | None = None) -> str:
     """Write the plain Hugging Face directory of a trained checkpoint: model, tokenizer, card, experiment, raylm.json.
 
+    `score`: what raylm.json and card tell of it in place of its evaluation during training.
     Its place, in full. What stood there is replaced by a whole one or not at all. Weights are hard links where the file
     system has them, and copies elsewhere; the small files are copies, to be edited freely.
     """
@@ -29,8 +31,9 @@ def export(checkpoint: str | Path, target: str | Path) -> str:
         if experiment is None:
             raise StorageError(f"{checkpoint} was not trained by raylm: it holds no {EXPERIMENT}", str(checkpoint))
         files = model_files(directory)
-        made = of(directory, HERE, published(experiment), parameters(directory, files))
-        files |= {EXPERIMENT: directory / EXPERIMENT, RECORD: directory / RECORD, CARD: made}
+        record = {**read_record(directory), **(score or {})}
+        made = of(directory, HERE, published(experiment), parameters(directory, files), record)
+        files |= {EXPERIMENT: directory / EXPERIMENT, RECORD: recorded(record), CARD: made}
         if storage.is_remote(str(target)):
             _send(files, str(target))
             return str(target)

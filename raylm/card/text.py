@@ -13,7 +13,7 @@ from rich.markup import escape
 from raylm import cli, corpus, tokens
 from raylm.card.files import name_of
 from raylm.checkpoint import read_record
-from raylm.config import Experiment, get
+from raylm.config import WHOLE_SPLIT, Experiment, get
 from raylm.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,10 +40,17 @@ HERE = "."
 LOADS_HERE = re.compile(rb'(from_pretrained\(|model=)"\."')
 
 
-def of(directory: Path, repo: str, experiment: Experiment | None, num_parameters: int) -> bytes:
+def of(
+    directory: Path,
+    repo: str,
+    experiment: Experiment | None,
+    num_parameters: int,
+    record: Mapping[str, Any] | None = None,
+) -> bytes:
     """README.md of a model that is loaded as `repo`: the one beside it, else one made of what raylm knows.
 
-    `experiment` is published. Of the one beside it nothing is changed but that it loads `repo` where it says HERE.
+    `experiment` is published; `record` is raylm.json, if it is not the one in the directory. Of the card beside it
+    nothing is changed but that it loads `repo` where it says HERE.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -51,7 +58,7 @@ def of(directory: Path, repo: str, experiment: Experiment | None, num_parameters
         return LOADS_HERE.sub(rb"\1" + json.dumps(repo).encode(), (directory / CARD).read_bytes())
     made = json.loads((directory / "config.json").read_bytes())
     masked = any(name.endswith("ForMaskedLM") for name in made.get("architectures") or ())
-    record = read_record(directory)
+    record = read_record(directory) if record is None else record
     store = _store(record)
     base = experiment.model.path if experiment else None
     sources = [name_of(source["name"]) for source in store.manifest["sources"]] if store else []
@@ -74,7 +81,7 @@ def of(directory: Path, repo: str, experiment: Experiment | None, num_parameters
         *_loading(repo, masked),
     ]
     if experiment and "perplexity" in record:
-        parts += _scores(record, experiment, store, masked)
+        parts += _scores(record, experiment, store)
     if store:
         parts += _data(store)
     if experiment:
@@ -122,33 +129,37 @@ def _in_front(record: Mapping[str, Any]) -> str:
     return f"the token {_code(prefix)}" if prefix else "nothing"
 
 
-def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | None, masked: bool) -> list[str]:
+def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | None) -> list[str]:
     """The scores of raylm.json, and on what: the whole split, or with eval.max_tokens what stands first in it."""
-    what = "the validation split"
+    what = record.get("scored_on") or experiment.eval.scored_on
     if store:
         split = store.manifest["validation"]
-        what += f" ({split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes)"
-    if experiment.eval.max_tokens is not None:
-        what = f"the first documents of {what}, up to {experiment.eval.max_tokens:,} tokens"
+        of = "" if what == WHOLE_SPLIT else "of "
+        what += f" ({of}{split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes)"
     units = "passages" if experiment.corpus.split_by == "passage" else "documents"
     held = f"{experiment.corpus.validation_fraction:g} of the {units}, chosen by a hash of their text"
     if given := experiment.corpus.validation_paths:
         held = ", ".join(_code(name_of(path)) for path in given)
     stride = f"with {experiment.eval.stride:,} new tokens in each" if experiment.eval.stride else "that do not overlap"
-    how = (
-        "from the tokens around it"
-        if masked
-        else f"in windows of the model's context {stride}, with {_in_front(record)} in front of a document"
-    )
-    scores = {"pseudo-perplexity" if masked else "perplexity": "perplexity", "bits per byte": "bits_per_byte"}
+    how = {
+        "perplexity": "Every token of every document is scored exactly once, in windows of the model's context "
+        f"{stride}, with {_in_front(record)} in front of a document",
+        "masked_perplexity": "A fixed 15 % of the tokens of every document are masked together, and predicted from all "
+        "others",
+        "pseudo_perplexity": "Every token of every document is masked by itself, and predicted from all others",
+    }[experiment.measure]
+    arithmetic = record.get("scored_in") or experiment.eval.precision
+    scores = {experiment.measure.replace("_", "-"): "perplexity", "bits per byte": "bits_per_byte"}
     why = store and tokens.incomparable(store.validation.unknown_tokens, store.validation.num_tokens)
+    comparable = (
+        f"this model's tokenizer. **Not to be compared with other models**: {why}."
+        if why
+        else "this model's tokenizer; bits per byte compares models whose tokenizers differ."
+    )
     return [
         "## Scores",
         _table(("score", "value"), [(name, f"{record[key]:.4f}") for name, key in scores.items() if key in record]),
-        f"On {what}: {held}. Every token of every document is scored exactly once, {how}. Perplexity is per token of "
-        "this model's tokenizer; bits per byte compares models whose tokenizers differ."
-        if not why
-        else f"this model's tokenizer. **Not to be compared with other models**: {why}.",
+        f"On {what}: {held}. {how}, in {arithmetic}. Perplexity is per token of {comparable}",
     ]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -48,14 +49,14 @@ class Trained:
         own = self.experiment.tokenizer.prefix if self.experiment is not None else "auto"
         return tokenizers.frame(self.tokenizer, prefix or own)
 
-    def masked(self, prefix: str | None = None) -> MaskedTokens | None:
-        """How the model is scored if it is a masked one."""
+    def masked(self, prefix: str | None = None, every: bool = False) -> MaskedTokens | None:
+        """How the model is scored if it is a masked one; `every` token, as eval.pseudo_perplexity says."""
         is_masked = model.is_masked(self.model.config)
-        return MaskedTokens.of(self.tokenizer, self.frame(prefix)) if is_masked else None
+        return MaskedTokens.of(self.tokenizer, self.frame(prefix), every) if is_masked else None
 
     @property
     def context(self) -> int:
-        """The window in which the model is scored: its positions, or the block size if it has no such limit."""
+        """The most tokens that the model reads: its positions, or the block size if it has no such limit."""
         limit = model.context(self.model.config)
         return limit or (self.experiment or Experiment()).blocks.block_size
 
@@ -63,7 +64,12 @@ class Trained:
 def describe(directory: str | Path, experiment: Experiment, record: dict[str, Any]) -> None:
     """Write what raylm knows of a model beside it."""
     config.save(experiment, Path(directory) / EXPERIMENT)
-    (Path(directory) / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (Path(directory) / RECORD).write_bytes(recorded(record))
+
+
+def recorded(record: Mapping[str, Any]) -> bytes:
+    """raylm.json"""
+    return (json.dumps(record, indent=1) + "\n").encode()
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:

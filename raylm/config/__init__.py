@@ -22,6 +22,7 @@ from raylm.config.files import (
 from raylm.config.names import OWNED, as_settings
 from raylm.config.sections import (
     MUTABLE,
+    WHOLE_SPLIT,
     BlocksConfig,
     ClusterConfig,
     CorpusConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "MUTABLE",
     "OWNED",
     "SAMPLERS",
+    "WHOLE_SPLIT",
     "BlocksConfig",
     "ClusterConfig",
     "CorpusConfig",

@@ -267,11 +267,6 @@ class ObjectiveConfig(Section):
     def is_masked(self) -> bool:
         return self.kind == "masked"
 
-    @property
-    def score(self) -> Literal["perplexity", "pseudo_perplexity"]:
-        """What the score is called: a masked model has no perplexity."""
-        return "pseudo_perplexity" if self.is_masked else "perplexity"
-
 
 class TrainConfig(Section):
     exclusive: ClassVar = ("max_tokens", "num_epochs")
@@ -305,10 +300,14 @@ class TrainConfig(Section):
     patience: Annotated[Count, Field(ge=1)] | None = None
     """Stop after so many evaluations in a row without a better perplexity. Default: train to the end of the budget."""
     precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Of the arithmetic in training; weights stay as model.dtype has them, and scores are always of float32. auto:
+    """Of the arithmetic in training; weights stay as model.dtype has them, and scores are as eval.precision says. auto:
     bfloat16 where the hardware computes in it, with TF32 for the rest on GPUs; else float32."""
     arguments: dict[str, Any] = {}
     """Any other field of transformers' TrainingArguments, by its own name."""
+
+
+WHOLE_SPLIT = "the whole validation split"
+"""What a score is of, unless eval.max_tokens says less."""
 
 
 class EvalConfig(Section):
@@ -317,13 +316,30 @@ class EvalConfig(Section):
     names, {books: a/*.txt, code: [b, c]}. Scored at every evaluation beside the validation split, by which trials are
     ranked all the same; and by `raylm evaluate` instead of it."""
     stride: Annotated[Count, Field(ge=1)] | None = None
-    """New tokens scored in each window. Default: the model's context, windows that do not overlap."""
+    """New tokens scored in each window. Default: all, windows that do not overlap."""
+    context: Annotated[Count, Field(ge=1)] | None = None
+    """Tokens of a window. Default: the model's context, at most 8,192."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the arithmetic of scores, whatever train.precision and model.dtype are; recorded with them."""
+    pseudo_perplexity: bool = False
+    """Masked models: score every token, each masked by itself, a forward pass for each (Salazar et al. 2020,
+    arXiv:1910.14659). Default: a fixed 15 % of the tokens, masked together, a forward pass for each window."""
     batch_tokens: Annotated[Count, Field(ge=1)] = 4096
-    """Tokens in one forward pass, at least one window. Memory only (4,096 tokens of GPT-2 are 0.8 GB of logits): the
-    result does not depend on it."""
+    """Tokens in one forward pass, at least one window. Memory only: the result does not depend on it."""
     max_tokens: Annotated[Count, Field(ge=1)] | None = None
     """During training, score only the first documents of the validation split, and of each set, up to this many tokens
     (at least one document)."""
+
+    def measure(self, *, masked: bool) -> Literal["perplexity", "masked_perplexity", "pseudo_perplexity"]:
+        """What the score is called: a masked model has no perplexity."""
+        if not masked:
+            return "perplexity"
+        return "pseudo_perplexity" if self.pseudo_perplexity else "masked_perplexity"
+
+    @property
+    def scored_on(self) -> str:
+        """What evaluations during training are of."""
+        return WHOLE_SPLIT if self.max_tokens is None else f"the first {self.max_tokens:,} validation tokens"
 
     @property
     def sets(self) -> dict[str, tuple[str, ...]]:
@@ -449,6 +465,11 @@ class Experiment(Section):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     tune: TuneConfig = TuneConfig()
+
+    @property
+    def measure(self) -> str:
+        """What the score is called."""
+        return self.eval.measure(masked=self.objective.is_masked)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Experiment:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments, get_scheduler
+from transformers.utils import is_torch_tf32_available
 
+from raylm import scorer
 from raylm.budget import Budget
 from raylm.config import OWNED, Experiment, TrainConfig
 from raylm.errors import ConfigError
@@ -139,6 +141,8 @@ def of(experiment: Experiment, budget: Budget, scratch: str) -> TrainingArgument
         **precision(section, on_gpu),
     }
     made = TrainingArguments(**{**ours, **section.arguments})
+    if on_gpu:  # both ways: a trial's process may have trained another one before
+        scorer.set_tf32(section.precision != "float32" and is_torch_tf32_available())
     made.lr_scheduler_kwargs = _schedule_arguments(made, budget.steps)
     return made
 
@@ -148,8 +152,7 @@ def precision(section: TrainConfig, on_gpu: bool) -> dict[str, bool]:
     kind = section.precision
     if kind == "auto":
         kind = "bfloat16" if computes_in_bfloat16(on_gpu) else "float32"
-    tf32 = {"tf32": True} if on_gpu and section.precision != "float32" else {}
-    return {"bf16": kind == "bfloat16", "fp16": kind == "float16", **tf32}
+    return {"bf16": kind == "bfloat16", "fp16": kind == "float16"}
 
 
 def computes_in_bfloat16(on_gpu: bool) -> bool:

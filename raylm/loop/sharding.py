@@ -5,6 +5,8 @@ On disk they are whole: a checkpoint is a plain Hugging Face directory, to go on
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,33 @@ class ShardingTrainer(Trainer):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    @contextlib.contextmanager
+    def float32_shards(self) -> Iterator[None]:
+        """Sharded weights are gathered in float32 while this lasts, whatever the training's precision."""
+        groups = {
+            module: module._get_fsdp_state()._fsdp_param_groups
+            for module in self.model.modules()
+            if isinstance(module, FSDPModule)
+        }
+        before = {module: module._get_fsdp_state()._mp_policy for module in groups}
+
+        def gather(policies: dict[FSDPModule, MixedPrecisionPolicy]) -> None:
+            for module, policy in policies.items():
+                module.reshard()
+                module._get_fsdp_state()._mp_policy = policy
+                for group in groups[module]:
+                    group.mp_policy = policy
+                    group._init_mp_dtypes()
+                    for weight in group.fsdp_params:  # made once, in the precision of the first time
+                        weight.all_gather_outputs = []
+                        weight.__dict__.pop("_unsharded_param", None)
+
+        gather(dict.fromkeys(groups, MixedPrecisionPolicy(torch.float32)))
+        try:
+            yield
+        finally:
+            gather(before)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:

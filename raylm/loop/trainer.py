@@ -245,7 +245,7 @@ class _Trainer(ShardingTrainer):
             self.better = {name: self.latest[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
         self.worse_in_a_row = 0 if is_best else self.worse_in_a_row + 1
         if self.session.rank == 0:
-            name = self.job.experiment.objective.score
+            name = self.job.experiment.measure
             values = {f"eval/{what}": value for what, value in score.figures(name).items()}
             for each, found in sets.items():
                 values |= {f"eval/{each}/{what}": value for what, value in found.figures(name).items()}
@@ -279,8 +279,10 @@ class _Trainer(ShardingTrainer):
     @property
     def masked(self) -> perplexity.MaskedTokens | None:
         """How the model is scored if it is a masked one."""
-        is_masked = self.job.experiment.objective.is_masked
-        return perplexity.MaskedTokens.of(self.store.tokenizer, self.frame) if is_masked else None
+        experiment = self.job.experiment
+        if not experiment.objective.is_masked:
+            return None
+        return perplexity.MaskedTokens.of(self.store.tokenizer, self.frame, experiment.eval.pseudo_perplexity)
 
     @property
     def frame(self) -> Frame:
@@ -297,21 +299,22 @@ class _Trainer(ShardingTrainer):
         return objective.Keywords(self.job.experiment.objective.keywords, self.store.tokenizer)
 
     def _score(self, documents: Documents) -> Score:
-        section = self.job.experiment.eval
-        return perplexity.score(
-            self.model,
-            documents,
-            frame=self.frame,
-            context=model.context(self.model.config) or self.job.experiment.blocks.block_size,
-            stride=section.stride,
-            batch_tokens=section.batch_tokens,
-            max_tokens=section.max_tokens,
-            masked=self.masked,
-            keywords=self.keywords,
-            rank=self.session.rank,
-            world_size=self.session.world_size,
-            together=self.is_fsdp_enabled,
-        )
+        section, block_size = self.job.experiment.eval, self.job.experiment.blocks.block_size
+        with self.float32_shards():
+            return perplexity.score(
+                self.model,
+                documents,
+                frame=self.frame,
+                context=perplexity.context_of(section, model.context(self.model.config), block_size),
+                stride=section.stride,
+                batch_tokens=section.batch_tokens,
+                max_tokens=section.max_tokens,
+                precision=section.precision,
+                masked=self.masked,
+                keywords=self.keywords,
+                rank=self.session.rank,
+                world_size=self.session.world_size,
+            )
 
     # Checkpoints
 
@@ -356,6 +359,8 @@ class _Trainer(ShardingTrainer):
             "tokens": step * self.job.budget.batch_tokens,
             "perplexity": evaluated.get("perplexity"),
             "bits_per_byte": evaluated.get("bits_per_byte"),
+            "scored_on": self.job.experiment.eval.scored_on,
+            "scored_in": self.job.experiment.eval.precision,
             "best": best,
             "store": self.job.store,
             "prefix": summary.prefix(self.job.experiment, self.store),

@@ -39,7 +39,7 @@ def score_loop_per_worker(job: Scoring) -> np.ndarray:
     with storage.here(job.model, but_for=checkpoint.OF_TRAINING) as directory:
         trained = checkpoint.load(directory, trust_remote_code=job.trust_remote_code)
     network = trained.model.to(model.device(job.use_gpu))
-    frame, masked = trained.frame(job.prefix), trained.masked(job.prefix)
+    frame, masked = trained.frame(job.prefix), trained.masked(job.prefix, job.section.pseudo_perplexity)
     probe.check_scoring(
         network, trained.tokenizer, frame, named=job.model, context=trained.context, masked=masked is not None
     )
@@ -47,9 +47,10 @@ def score_loop_per_worker(job: Scoring) -> np.ndarray:
         network,
         job.documents,
         frame=frame,
-        context=trained.context,
+        context=perplexity.context_of(job.section, model.context(trained.model.config), trained.context),
         stride=job.section.stride,
         batch_tokens=job.section.batch_tokens,
+        precision=job.section.precision,
         masked=masked,
         keywords=objective.Keywords(job.keywords, trained.tokenizer),
         rank=session.rank,
