@@ -123,7 +123,7 @@ def test_a_score_over_unknown_tokens_says_that_it_does_not_compare(causal, texts
     assert "unknown tokens" in table.splitlines()[0]
     alone = evaluate(str(tmp_path / "model"), text=[f"{tmp_path}/known.txt"])
     assert (alone.record["unknown_tokens"], alone.record["incomparable"]) == (0, None)
-    assert "unknown" not in shown(alone)
+    assert "unknown tokens" not in shown(alone)
 
 
 def test_the_numbers_do_not_depend_on_the_batch(causal, texts):
