@@ -79,10 +79,13 @@ def test_columns_of_text_by_name(tmp_path):
     assert texts(CorpusConfig(paths=str(tmp_path), text="body")) == ["one", "two", "three", "four"]
 
 
-def test_big_files_are_read_in_parts_and_every_row_once(tmp_path):
+@pytest.mark.parametrize("scheme", ["", "file://"])  # file:// is as remote as s3:// is
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_big_files_are_read_in_parts_and_every_row_once(tmp_path, scheme, suffix):
     rows = [f"{number} " + "x" * (number % 97) for number in range(3000)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl")
+    pa.parquet.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=10)
+    corpus = CorpusConfig(paths=f"{scheme}{tmp_path}/a.{suffix}")
     (source,) = check(corpus)
     for most in (100, 977, 5000):
         pieces = [piece for piece, _ in reader._pieces(whole(source.files[0], 0, source), most)]

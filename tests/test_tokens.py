@@ -185,6 +185,22 @@ def test_blocks_of_a_store_are_its_joined_documents(corpus, tmp_path, monkeypatc
     assert np.concatenate(list(blocks)).tolist() == joined[: len(blocks) * 32]
 
 
+def test_a_shard_of_very_many_tokens_has_several_files(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    whole, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "whole"))
+    monkeypatch.setattr("raylm.tokens.shard.MOST_TOKENS", 2000)
+    monkeypatch.setattr("raylm.tokenizer.BATCH", 4)
+    several, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "several"))
+    names = [file["file"] for file in several.manifest["train"]["shards"]]
+    assert names[:2] == ["train/shard-00000.arrow", "train/shard-00000-001.arrow"]
+    assert len(names) > 2
+    assert [ids.tolist() for ids in several.train] == [ids.tolist() for ids in whole.train]
+    for what in ("documents", "tokens", "bytes"):
+        assert several.manifest["train"][what] == whole.manifest["train"][what]
+    assert several.manifest["sources"] == whole.manifest["sources"]
+    assert tokens.verify(several) == []
+
+
 def test_a_store_travels_by_its_path(corpus, tmp_path):
     store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
     blocks = Packed(store.train, BlocksConfig(block_size=32), store.frame("auto"))

@@ -20,7 +20,7 @@ from raylm.config import CorpusConfig
 from raylm.corpus.columns import arrow_batches, data_set_rows
 from raylm.corpus.formats import texts
 from raylm.corpus.passages import passages
-from raylm.corpus.piece import Fault, Piece, whole
+from raylm.corpus.piece import Fault, Piece, opened, whole
 from raylm.corpus.sources import File, Source
 
 Ledger = Counter  # what happened to documents -> how many; "bytes" are UTF-8 bytes of the documents that were read
@@ -78,16 +78,17 @@ def _pieces(piece: Piece, most: int) -> Iterator[tuple[Piece, int]]:
     file = piece.file
     if piece.format == "hub" or (piece.format == "saved" and file.size > most):
         yield from _data_set_pieces(piece, most)
-    elif file.size <= most or piece.compression or "://" in file.path:
+    elif file.size <= most or piece.compression:
         yield piece, file.size
     elif piece.format == "jsonl":
         yield from _ranges(piece, file.size, file.size, most)
     elif piece.format == "parquet":
         import pyarrow.parquet
 
-        groups = pyarrow.parquet.ParquetFile(file.path).num_row_groups
+        with opened(file) as stream:
+            groups = pyarrow.parquet.ParquetFile(stream).num_row_groups
         yield from _ranges(piece, groups, file.size, most)
-    elif piece.format == "arrow":
+    elif piece.format == "arrow" and "://" not in file.path:
         import pyarrow
 
         with pyarrow.memory_map(file.path) as source:

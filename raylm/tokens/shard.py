@@ -14,6 +14,10 @@ from raylm.corpus import Document, Fault, File, Ledger, Shard, documents
 from raylm.storage import read
 from raylm.tokens.store import SPLITS, checksum, local_tokenizer, write
 
+MOST_TOKENS = 1 << 28
+"""Of a file. A shard of more, as one of 100 GB that cannot be cut, has several files: the offsets of an Arrow list have
+32 bits, and the tokens of a file are in memory until it is written."""
+
 MOST_REJECTED = 100
 """Documents of a shard that rejected.jsonl names; all are counted."""
 
@@ -21,7 +25,7 @@ MOST_REJECTED = 100
 def write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, encoder: str) -> dict[str, Any]:
     """Tokenize and write one shard. Its ledger, rejected documents, and what was written of each split."""
     encode = tokenizers.encoder(local_tokenizer(path), encoder)
-    rows = {name: _Rows(encode) for name in SPLITS}
+    files = {name: _Files(path, f"{name}/shard-{index:05}", encode) for name in SPLITS}
     ledger: Ledger = Ledger()
     rejected: list[dict[str, str]] = []
 
@@ -33,12 +37,9 @@ def write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, encod
         if spelled := encode.special_tokens_in(document.text):
             ledger["spell a special token"] += 1
             ledger["special tokens as text"] += spelled
-        rows["validation" if document.validation else "train"].append(document)
+        files["validation" if document.validation else "train"].append(document)
     written: dict[str, Any] = {"ledger": dict(ledger), "rejected": rejected}
-    for name in SPLITS:
-        if rows[name].facts:
-            written[name] = _write_rows(path, f"{name}/shard-{index:05}.arrow", rows[name].table())
-            written[name]["unknown_tokens"] = rows[name].unknown_tokens
+    written |= {name: files[name].end() for name in SPLITS}
     write(path, f"progress/{facts_name(index)}", json.dumps(written).encode())
     return written
 
@@ -53,8 +54,34 @@ def facts_name(index: int) -> str:
     return f"shard-{index:05}.json"
 
 
+class _Files:
+    """The documents of one split in one shard, written to files of MOST_TOKENS or somewhat more."""
+
+    def __init__(self, path: str, stem: str, encode: tokenizers.Encoder):
+        self._path, self._stem, self._encode = path, stem, encode
+        self._rows = _Rows(encode)
+        self._written: list[dict[str, Any]] = []
+
+    def append(self, document: Document) -> None:
+        self._rows.append(document)
+        if self._rows.num_tokens >= MOST_TOKENS:
+            self._write()
+
+    def end(self) -> list[dict[str, Any]]:
+        """What the manifest says of each file."""
+        if self._rows.facts:
+            self._write()
+        return self._written
+
+    def _write(self) -> None:
+        suffix = f"-{len(self._written):03}" if self._written else ""
+        said = _write_rows(self._path, f"{self._stem}{suffix}.arrow", self._rows.table())
+        self._written.append({**said, "unknown_tokens": self._rows.unknown_tokens})
+        self._rows = _Rows(self._encode)
+
+
 class _Rows:
-    """The documents of one split in one shard: token ids in one buffer, and a row of facts for each."""
+    """The documents of one file: token ids in one buffer, and a row of facts for each."""
 
     def __init__(self, encode: tokenizers.Encoder):
         self._encode = encode
@@ -64,6 +91,8 @@ class _Rows:
         self._lengths: list[np.ndarray] = []
         self.facts: list[tuple[int, int, int]] = []
         """(bytes, hash, source) of each document."""
+        self.num_tokens = 0
+        """Of the documents that are encoded yet."""
         self.unknown_tokens = 0
 
     def append(self, document: Document) -> None:
@@ -78,6 +107,7 @@ class _Rows:
             ids, lengths = self._encode(self._waiting)
             self._ids.append(ids)
             self._lengths.append(lengths)
+            self.num_tokens += len(ids)
             if self._encode.unknown_id is not None:
                 self.unknown_tokens += int(np.count_nonzero(ids == self._encode.unknown_id))
             self._waiting, self._characters = [], 0
@@ -85,8 +115,7 @@ class _Rows:
     def table(self) -> pa.RecordBatch:
         self._flush()
         lengths = np.concatenate(self._lengths)
-        offsets = np.zeros(len(lengths) + 1, np.int32)
-        np.cumsum(lengths, out=offsets[1:])
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])).cast(pa.int32())
         num_bytes, hashed, source = zip(*self.facts, strict=True)
         return pa.record_batch(
             {

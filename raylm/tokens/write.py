@@ -238,7 +238,7 @@ def _splits(written: list[dict[str, Any]]) -> dict[str, Any]:
     """The manifest's splits: their sums, and their shards."""
     splits = {}
     for name in SPLITS:
-        found = [shard[name] for shard in written if name in shard]
+        found = [file for shard in written for file in shard[name]]
         sums = {what: sum(shard[what] for shard in found) for what in COUNTED}
         kept = [{key: value for key, value in shard.items() if key != "sources"} for shard in found]
         splits[name] = {**sums, "shards": kept}
@@ -247,7 +247,8 @@ def _splits(written: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _of_source(written: list[dict[str, Any]], index: int) -> dict[str, int]:
     """Kept documents, tokens and bytes of one source, both splits together."""
-    found = [shard[name]["sources"].get(str(index), {}) for shard in written for name in SPLITS if name in shard]
+    files = [file for shard in written for name in SPLITS for file in shard[name]]
+    found = [file["sources"].get(str(index), {}) for file in files]
     return {what: sum(counts.get(what, 0) for counts in found) for what in ("documents", "tokens", "bytes")}
 
 
