@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from raylm import checkpoint, cluster, group, loop, perplexity, tokens, train
 from raylm.config import override
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, StorageError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -62,6 +62,37 @@ def stopped_and_begun_again(train_run, experiment):
     assert (stopped.step, stopped.stopped) == (1, True)
     with cluster.watch(lambda value: None, lambda message: None) as board:
         return train_run.go_on(job, experiment, board), job
+
+
+def failing_to_write(step):
+    """A session whose first worker has no room for the weights of that step on its own disk."""
+
+    class Failing(loop.WorkerGroup):
+        def __init__(self):
+            super().__init__()
+            import errno
+
+            from raylm.loop import trainer
+
+            plain = trainer._Trainer._save
+
+            def _save(self, *args, **kwargs):
+                if self.session.rank == 0 and self.state.global_step == step:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                plain(self, *args, **kwargs)
+
+            trainer._Trainer._save = _save
+
+    return Failing
+
+
+@pytest.mark.slow
+def test_weights_that_one_worker_cannot_write_are_told_of_by_all(sharded, train_run):
+    """The others are not left waiting in the collectives of the optimizer's state."""
+    experiment = override(sharded, {"train.seed": 7, "cluster.max_failures": 0})
+    last = experiment.train.max_tokens // experiment.train.batch_tokens
+    with pytest.raises(StorageError, match="cannot be written: OSError: .*No space left on device"):
+        train_run(experiment, failing_to_write(last))
 
 
 def elements_here(trainer):

@@ -322,6 +322,12 @@ class _Trainer(ShardingTrainer):
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:  # of one rank alone, perhaps: told to the others in Saves.commit
+            self.saves.failed = self.saves.failed or error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        try:
+            super().save_model(output_dir, _internal_call)
+        except Exception as error:  # this rank gathers the optimizer's state with the others all the same
             self.saves.failed = error
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping | None = None) -> None:
