@@ -248,9 +248,18 @@ def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id
         first = _positions_before(kind, fields["pad_token_id"])
         fields.setdefault(_name_of_positions(kind_class), block_size + first)
     try:
-        return kind_class.from_dict({**given, **fields}) if path else kind_class(**fields)
+        made = kind_class.from_dict({**given, **fields}) if path else kind_class(**fields)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.config: {_first_line(error)}", where="model.config") from None
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        if fields.get(name) and getattr(made, "output_router_logits", None) is False:
+            key = f"model.config.{name}"
+            raise ConfigError(
+                f"{key}={fields[name]} is of no effect: {kind} has its routers' load-balancing loss, which is added to "
+                "the training loss, only with model.config.output_router_logits=true",
+                where=key,
+            )
+    return made
 
 
 def _check_direction(found: PreTrainedConfig, masked: bool) -> None:

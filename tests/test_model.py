@@ -129,6 +129,17 @@ def test_an_unknown_field_names_a_near_one():
         configuration(n_layers=3)
 
 
+def test_a_weight_of_the_routers_loss_is_refused_where_there_is_no_such_loss():
+    def made(**fields):
+        return model.configuration(ModelConfig(config=fields), vocab_size=9, block_size=8)
+
+    with pytest.raises(ConfigError, match=r"^model.config.router_aux_loss_coef=0.02 is of no effect: mixtral .*=true$"):
+        made(model_type="mixtral", router_aux_loss_coef=0.02)
+    with pytest.raises(ConfigError, match=r"^model.config.aux_loss_coef=0.02 is of no effect"):
+        made(model_type="jetmoe", aux_loss_coef=0.02)
+    assert made(model_type="mixtral", router_aux_loss_coef=0.02, output_router_logits=True).output_router_logits
+
+
 def test_a_path_that_holds_no_model_is_refused(tmp_path):
     def refused(path, why, **given):
         with pytest.raises(ConfigError, match=rf"^model.path={path}: {why}"):

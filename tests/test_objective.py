@@ -19,6 +19,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     TrainingArguments,
 )
 
@@ -340,6 +342,31 @@ def test_in_bfloat16_the_sum_keeps_its_digits(byte):
     unread = exact.lm_head.weight.grad[:10]  # of tokens that are not in the batch: from the head alone
     assert unread.dtype == torch.float32
     assert torch.equal(unread, unread.bfloat16().float()), "the head ran in float32 under autocast"
+
+
+def test_the_balance_of_experts_is_learned_and_not_scored(byte):
+    """As transformers' own loss has it: the mean over tokens, and the coefficient times the load-balancing loss."""
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "vocab_size": 265,
+    }
+    config = MixtralConfig(**sizes, num_key_value_heads=1, output_router_logits=True, router_aux_loss_coef=0.5)
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config)
+    batch = batches(byte)([(k, np.random.default_rng(k).integers(10, 265, 16)) for k in range(4)])
+    theirs = model(input_ids=batch["input_ids"], labels=batch["input_ids"])
+    plain = theirs.loss - 0.5 * theirs.aux_loss
+    assert theirs.aux_loss > 1
+    objective.attach(model, shifted=True)
+    items = batches(byte).items(batch)
+    assert (model(**batch)["loss"] / items).item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    weighted = {**batch, "weights": torch.tensor([2.0, 2.0, 2.0, 2.0])}
+    assert (model(**weighted)["loss"] / (2 * items)).item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    model.eval()
+    assert (model(**batch)["loss"] / items).item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_the_first_pass_has_gradients_under_autocast_too(byte):

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,9 +157,54 @@ def test_a_schedule_gets_the_arguments_that_it_needs_or_is_refused(tiny):
 def test_an_optimizer_of_a_package_that_is_not_there_is_refused_before_anything_starts(tiny):
     with pytest.raises(ConfigError, match=r"^train.arguments.optim=adamw_bnb_8bit: .*pip install -U bitsandbytes"):
         loop.check(tiny("train.arguments.optim=adamw_bnb_8bit").train)
-    with pytest.raises(ConfigError, match=r"^train.arguments.use_liger_kernel needs liger-kernel"):
-        loop.check(tiny("train.arguments.use_liger_kernel=true").train)
     loop.check(tiny("train.arguments.optim=adafactor").train)
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("train.arguments.use_liger_kernel=true", "use_liger_kernel"),
+        ("train.arguments.parallelism_config={cp_size: 2}", "parallelism_config"),
+        ("train.arguments.optim=schedule_free_adamw", "optim=schedule_free_adamw:"),
+        ("train.arguments.optim=adalomo", "optim=adalomo:"),
+        ("train.arguments.optim=galore_adamw_layerwise", "optim=galore_adamw_layerwise:"),
+        ("train.arguments.accelerator_config.split_batches=true", "accelerator_config.split_batches:"),
+        (
+            "train.arguments.accelerator_config={gradient_accumulation_kwargs: {num_steps: 4}}",
+            "accelerator_config.gradient_accumulation_kwargs.num_steps:",
+        ),
+        ("train.arguments.dataloader_in_order=false", "dataloader_in_order:"),
+    ],
+)
+def test_arguments_with_which_numbers_would_be_wrong_are_refused_in_the_plan(setting, key, tiny):
+    with pytest.raises(ConfigError, match=rf"^train\.arguments\.{key}"):
+        train.plan(tiny(setting))
+
+
+def test_arguments_that_change_no_number_are_taken(tiny):
+    loop.check(tiny("train.arguments.use_liger_kernel=false", "train.arguments.accelerator_config={}").train)
+
+
+@pytest.mark.parametrize(("capability", "has_it"), [((7, 5), False), ((8, 0), True)])
+def test_tf32_is_asked_for_where_the_gpu_has_it(capability, has_it, tiny, monkeypatch):
+    from transformers.utils import is_torch_tf32_available
+
+    from raylm.loop import arguments
+
+    is_torch_tf32_available.cache_clear()
+    properties = torch.cuda, "get_device_properties"
+    monkeypatch.setattr(*properties, lambda device: SimpleNamespace(major=capability[0], minor=capability[1]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for precision in ("float16", "bfloat16", "auto"):
+        found = arguments.precision(tiny(f"train.precision={precision}").train, on_gpu=True)
+        assert found.get("tf32", False) is has_it
+    found = arguments.precision(tiny("train.precision=float32").train, on_gpu=True)
+    assert found.get("tf32", False) is False, "and said, for the process may have trained with it before"
+    assert ("tf32" in found) is has_it
+    is_torch_tf32_available.cache_clear()
 
 
 def test_the_best_evaluation_and_the_last_steps_are_checkpoints(train_run, tiny):

@@ -22,8 +22,13 @@ BY_SCORE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 WITH_MINIMUM = (SchedulerType.COSINE_WITH_MIN_LR, SchedulerType.COSINE_WARMUP_WITH_MIN_LR)
 
-NEEDED = {"deepspeed": "deepspeed", "use_liger_kernel": "liger-kernel"}
-"""Packages that arguments need, and without which the Trainer fails on the workers alone."""
+REFUSED = {
+    "use_liger_kernel": "puts a loss of its own in place of raylm's, and it would be divided twice; leave it out: "
+    "raylm's holds no whole logits either",
+    "parallelism_config": "has several workers share one block, and a step would have fewer tokens than "
+    "train.batch_tokens; leave it out, and set train.arguments.fsdp=true for a model that is too large for one worker",
+}
+"""Arguments with which numbers would be wrong without a word, and why."""
 
 STEPS = 100
 """Of the training that a schedule is tried for."""
@@ -46,11 +51,14 @@ def check(section: TrainConfig, *, has_updates: bool = False) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f", did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{key}: not a field of transformers.TrainingArguments{hint}", where=key)
-    for name, package in NEEDED.items():
-        if section.arguments.get(name) and importlib.util.find_spec(package.replace("-", "_")) is None:
-            key = f"train.arguments.{name}"
-            other = ", or set train.arguments.fsdp=true" if name == "deepspeed" else ""
-            raise ConfigError(f"{key} needs {package}, which is not installed: pip install {package}{other}", where=key)
+        if name in REFUSED and section.arguments[name]:
+            raise ConfigError(f"{key} {REFUSED[name]}", where=key)
+    if section.arguments.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        key = "train.arguments.deepspeed"  # without it the Trainer would fail on the workers alone
+        raise ConfigError(
+            f"{key} needs deepspeed, which is not installed: pip install deepspeed, or set train.arguments.fsdp=true",
+            where=key,
+        )
     kind = {"lr_scheduler_type": section.lr_scheduler_type}
     with tempfile.TemporaryDirectory() as directory:
         try:
@@ -59,6 +67,7 @@ def check(section: TrainConfig, *, has_updates: bool = False) -> None:
             problem = str(error).strip().split("\n")[0]
             raise ConfigError(f"train.arguments: {problem}", where="train.arguments") from None
     _check_schedule(made)
+    _check_loading(made)
     if "optim" in section.arguments:
         _check_optimizer(made)
     if made.fsdp and has_updates:
@@ -88,18 +97,48 @@ def _check_schedule(made: TrainingArguments) -> None:
         ) from None
 
 
+def _check_loading(made: TrainingArguments) -> None:
+    """ConfigError if the Trainer would take other examples for a step than train.batch_tokens says, or in any order."""
+    settings = made.accelerator_config
+    faults = {
+        "accelerator_config.split_batches": settings.split_batches
+        and "each worker would get a part of its micro-batch, and a step fewer tokens than train.batch_tokens",
+        "accelerator_config.gradient_accumulation_kwargs.num_steps": "num_steps"
+        in (settings.gradient_accumulation_kwargs or {})
+        and "it is derived from train.batch_tokens and train.micro_batch_tokens",
+        "dataloader_in_order": not made.dataloader_in_order
+        and "a run that resumes would see some examples twice and others never",
+    }
+    for name, problem in faults.items():
+        if problem:
+            key = f"train.arguments.{name}"
+            raise ConfigError(f"{key}: {problem}; leave it out", where=key)
+
+
 def _check_optimizer(made: TrainingArguments) -> None:
-    """ConfigError if the optimizer cannot be had, such as one of a package that is not installed."""
+    """ConfigError if the optimizer does not do here, or cannot be had: one of a package that is not installed."""
     from transformers import Trainer  # 2 s, which the usual optimizer does not need
 
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(made)
-    except (ImportError, ValueError) as error:
-        problem = str(error).strip().split("\n")[0]
-        if "pass a" in problem:  # model, to some optimizers
-            return
-        key = "train.arguments.optim"
-        raise ConfigError(f"{key}={made.optim.value}: {problem}", where=key) from None
+    key, name, problem = "train.arguments.optim", made.optim.value, ""
+    if name.startswith("schedule_free"):
+        problem = (
+            "the weights that it trains are not those to score and keep, and a run that resumes would start its "
+            "average again; take adamw_torch with train.lr_scheduler_type=constant_with_warmup"
+        )
+    elif name in ("lomo", "adalomo") or name.endswith("_layerwise"):
+        problem = (
+            "it changes the weights in every backward pass, so once a micro-batch, not once a step of "
+            "train.batch_tokens; take adamw_torch or adafactor"
+        )
+    else:
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(made)
+        except (ImportError, ValueError) as error:
+            problem = str(error).strip().split("\n")[0]
+            if "pass a" in problem:  # model, to some optimizers
+                return
+    if problem:
+        raise ConfigError(f"{key}={name}: {problem}", where=key)
 
 
 def _schedule_arguments(made: TrainingArguments, steps: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ def attach(network: PreTrainedModel, *, shifted: bool, smoothing: float = 0.0) -
     """Have the model's own forward, where it is given labels, return {"loss": their summed cross entropy}, in nats.
 
     `shifted`: the output at a token predicts the next one. `weights`, of shape (rows,), multiply each token's.
+    In training the load-balancing loss of a mixture of experts that has one (output_router_logits) is added, by the
+    model's own coefficient and once for each token: divided by their number, it is what transformers adds to a mean.
     Inside of forward, not after it, because DDP, mixed precision and torch.compile wrap that and nothing else.
     """
     plain = network.forward
@@ -55,12 +57,23 @@ def attach(network: PreTrainedModel, *, shifted: bool, smoothing: float = 0.0) -
             used = targets != IGNORED
             outputs, targets = outputs[used], targets[used]
             each = each[used] if each is not None else None
-        return {"loss": _summed(outputs, weight, bias, targets, each, smoothing)}
+        loss = _summed(outputs, weight, bias, targets, each, smoothing)
+        balance = getattr(found, "aux_loss", None)
+        if self.training and balance is not None:
+            counts = (targets != IGNORED) if each is None else each * (targets != IGNORED)
+            loss = loss + _router_coefficient(network) * balance.to(loss.device) * counts.sum()
+        return {"loss": loss}
 
     for module in network.modules():  # GPT-2's looks for padding in each batch, and waits for the GPU to do so
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):
             module.warn_if_padding_and_no_attention_mask = _padding_is_known
     network.forward = MethodType(forward, network)
+
+
+def _router_coefficient(network: PreTrainedModel) -> float:
+    """Of a mixture of experts; JetMoe has a name of its own for it."""
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    return next((float(getattr(network, name)) for name in names if hasattr(network, name)), 0.0)
 
 
 def _padding_is_known(*_: Any) -> None:
