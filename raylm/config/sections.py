@@ -204,7 +204,8 @@ class BlocksConfig(Section):
     """packed: documents joined by the end-of-text token and cut across. chunked: windows inside a document, short tails
     dropped. padded: a document a row, truncated."""
     isolate_documents: bool = False
-    """packed: documents in a block do not see each other; positions start again with each."""
+    """packed: documents in a block do not see each other; positions start again with each. Refused of a model
+    that does not look for that, such as OPT, Falcon or Mamba, before it is trained."""
 
 
 class Lora(Section):
