@@ -83,6 +83,22 @@ def configuration(
     return found
 
 
+def num_ids(section: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids the model has to know: of a new one all of the tokenizer's, of a pretrained one those in a text.
+
+    Gemma 3's tokenizer has a token for images behind the last row of the text models' embedding.
+    """
+    if section.path is None:
+        return len(tokenizer)
+    return 1 + max(ids_of_text(tokenizer), default=-1)
+
+
+def ids_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that a document's text may have, ascending."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted({*tokenizer.get_vocab().values()} - special)
+
+
 def planned(experiment: Experiment, vocab_size: int = 0) -> PreTrainedConfig:
     """The configuration of an experiment's model, whose weights are there if it is a pretrained one."""
     _check_weights(experiment.model)
@@ -104,7 +120,11 @@ def build(
 ) -> PreTrainedModel:
     """The model in model.dtype on the CPU. New weights depend on `seed` alone."""
     found = configuration(
-        section, vocab_size=len(tokenizer), block_size=block_size, eos_id=tokenizer.eos_token_id, masked=masked
+        section,
+        vocab_size=num_ids(section, tokenizer),
+        block_size=block_size,
+        eos_id=tokenizer.eos_token_id,
+        masked=masked,
     )
     dtype = getattr(torch, section.dtype)
     with torch.random.fork_rng(devices=[]):

@@ -9,13 +9,14 @@ It runs where the model runs, in its precision: some kinds of attention exist on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
-from raylm import blocks
+from raylm import blocks, model
 from raylm.config import BlocksConfig, Experiment, ModelConfig
 from raylm.errors import ConfigError
 
@@ -49,8 +50,10 @@ def check_training(
     """
     section = experiment.blocks
     setting = "model.path" if experiment.model.path is not None else "model.config"
-    masked = experiment.objective.is_masked
-    probe = _Probe(network, tokenizer, frame, _named(experiment.model), setting, section.block_size, masked)
+    objective = experiment.objective
+    sentinels = objective.sentinels if objective.kind == "fill_in_middle" else ()
+    named = _named(experiment.model)
+    probe = _Probe(network, tokenizer, frame, named, setting, section.block_size, objective.is_masked, sentinels)
     probe.check_direction()
     probe.check_isolation(section, one_row)
     probe.check_length(section)
@@ -80,14 +83,16 @@ class _Probe:
         where: str,
         most: int,
         masked: bool,
+        sentinels: Sequence[str] = (),
     ):
         self.network, self.frame, self.where, self.masked = network, frame, where, masked
         self.named = f"{named} (model_type {network.config.model_type})"
         self.device = next(network.parameters()).device
-        ids = sorted(tokenizer.get_vocab().values())
-        self.largest = ids[-1]
-        special = {*tokenizer.all_special_ids, *frame.around(())}
-        plain = np.array([each for each in ids if each not in special] or ids)
+        around = frame.around(())
+        plain = np.setdiff1d(model.ids_of_text(tokenizer), around)
+        plain = plain if len(plain) else around
+        special = [tokenizer.mask_token_id] if masked else tokenizer.convert_tokens_to_ids(list(sentinels))
+        self.largest = int(max(*plain, *around, *special))
         tokens = max(1, min(DOCUMENT, (most - 2 * frame.in_stream) // 2))
         chosen = np.random.default_rng(0).integers(0, len(plain), 2 * tokens + 4)
         one, other = plain[chosen], plain[(chosen + 1) % len(plain)]

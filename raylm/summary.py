@@ -26,7 +26,7 @@ def start(experiment: Experiment, directory: str, name: str, verb: str) -> Run:
 
 def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str, Any]:
     """What an MLflow run has as parameters: the same keys for every run of an experiment."""
-    found = model.planned(experiment, len(store.tokenizer))
+    found = model.planned(experiment, model.num_ids(experiment.model, store.tokenizer))
     return {
         **{key: get(experiment, key) for key in card.SETTINGS},
         "model": experiment.model.path or found.model_type,

@@ -200,7 +200,9 @@ def plan(
     key = "tokenizer.path" if experiment.tokenizer.path else "model.path"
     known: Any = chosen.train or tokenizer.load_section(chosen, key)
     objective.check(experiment.objective, experiment.blocks, known)
-    found = model.planned(experiment, chosen.train.vocab_size if chosen.train else len(known))
+    found = model.planned(
+        experiment, chosen.train.vocab_size if chosen.train else model.num_ids(experiment.model, known)
+    )
     scored: dict[str, int] = {}
     if tokens.is_store(store):
         opened = tokens.open_store(store)

@@ -229,7 +229,7 @@ def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
     if section.against == "seconds":
         return [score, trial.results[-1]["seconds"]]
     changed = override(experiment, {**trial.settings, "tune.space": {}})
-    found = model.planned(changed, len(store.tokenizer))
+    found = model.planned(changed, model.num_ids(changed.model, store.tokenizer))
     return [score, model.num_parameters(found, masked=changed.objective.is_masked)]
 
 

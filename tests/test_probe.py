@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from tokenizers import AddedToken
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -146,6 +147,20 @@ def test_a_block_for_which_the_model_has_no_positions_is_refused_whatever_its_co
         probe.check_training(network, experiment, tokenizer, tokenizers.frame(tokenizer))
     network.transformer.wpe = torch.nn.Embedding(64, 16)
     probe.check_training(network, experiment, tokenizer, tokenizers.frame(tokenizer))
+
+
+def test_a_special_token_that_no_text_has_needs_no_embedding(tokenizer, tmp_path):
+    """Gemma 3 270M: 262,144 embeddings, and an id 262,144 for images."""
+    tokenizer.save_pretrained(tmp_path)
+    with_images = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    model.untrained(transformers.GPT2Config(vocab_size=len(tokenizer), **ISOLATED["gpt2"])).save_pretrained(tmp_path)
+    section = ModelConfig(path=str(tmp_path))
+    with_images.add_tokens([AddedToken("<image>", special=True)])
+    network = model.build(section, with_images, block_size=16)
+    probe.check_scoring(network, with_images, tokenizers.frame(tokenizer), named="MODEL", context=16, masked=False)
+    with_images.add_tokens(["a word"])
+    with pytest.raises(ConfigError, match=r"^the tokenizer has 260 tokens, the model's embedding 258 rows"):
+        model.build(section, with_images, block_size=16)
 
 
 @pytest.mark.parametrize("block_size", range(2, 14))
