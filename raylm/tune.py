@@ -184,12 +184,13 @@ def sweep(
     random.seed(experiment.train.seed)  # by which a population draws
     scheduler = sweeps.Recorded(sweeps.scheduler(section, planned, metric), record, planned, stopping)
     together = min(resources.most_runs, section.max_concurrent_trials or resources.most_runs)
+    points = sweeps.points(section, experiment.train.seed)
     trials = sweeps.Trials(
-        sweeps.points(section, experiment.train.seed),
+        points,
         record,
         scheduler,
         # A population is compared as a whole: its trials take turns.
-        together=together if section.scheduler.kind != "pbt" else section.num_samples,
+        together=together if section.scheduler.kind != "pbt" else points.total,
         values=lambda trial: values(experiment, store, trial),
         stopping=stopping,
     )

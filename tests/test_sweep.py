@@ -155,6 +155,10 @@ against: seconds, searcher: optuna
     tune.against: must be parameters with tune.scheduler=asha, got seconds
 scheduler: pbt, space: {blocks.block_size: {choice: [64]}}
     tune.space: must have one of train.learning_rate
+scheduler: pbt, space: {train.arguments.optim: {choice: [sgd]}}
+    tune.space: must have one of train.learning_rate
+scheduler: pbt, space: {train.weight_decay: {uniform: [0, 1]}, train.learning_rate: {grid: [1e-4, 1e-3]}}
+    tune.space.train.learning_rate: must be drawn with tune.scheduler=pbt
 points: [{train.seed: 1}], space: {blocks.block_size: {choice: [64]}}
     keys of tune.space, got train.seed
 points: [{train.seed: x}], space: {train.seed: {choice: [1]}}
@@ -567,6 +571,38 @@ def test_a_failed_trial_does_not_decide_about_others(tmp_path):
     assert decisions == ["PAUSE", "CONTINUE", "CONTINUE", "PAUSE", "CONTINUE"]
     assert not found.has_next, "one of three goes on; of five it were two"
     assert [trial.failure for trial in record.trials.values()] == [None, "diverged", "diverged", None, None]
+
+
+def test_a_population_stays_inside_the_ranges_of_its_space():
+    space = {
+        "train.learning_rate": {"loguniform": [1e-4, 1e-2]},
+        "train.weight_decay": {"quniform": [0.0, 0.5, 0.1]},
+        "train.warmup_steps": {"uniform": [0.0, 0.9]},
+        "train.arguments.adam_beta2": {"uniform": [0.9, 0.999]},
+        "train.arguments.max_grad_norm": {"randint": [1, 4]},
+        "train.arguments.adam_beta1": {"choice": [0.8, 0.9, 0.95]},
+        "train.arguments.optim": {"choice": ["adamw_torch", "sgd"]},
+    }
+    section = TuneConfig(scheduler="pbt", space=space)
+    population = sweep.scheduler(section, BUDGET, "best_perplexity")
+    trial = ray_trial("trial_0")
+    random.seed(0)
+    trial.config = dict(sweep.points(section, 0).draw("trial_0"))
+    seen = []
+    for _ in range(300):
+        trial.config, _ = population._get_new_config(trial, trial)
+        seen.append(trial.config)
+    for key, values in {key: {found[key] for found in seen} for key in space}.items():
+        ((kind, given),) = space[key].items()
+        if kind == "choice":
+            assert values <= {*given}
+        else:
+            assert given[0] <= min(values)
+            assert max(values) <= given[1] - (kind == "randint")
+            assert len(values) > 2, "and it moves"
+    assert {round(found["train.weight_decay"] * 10, 9) for found in seen} <= {*range(6)}
+    assert {found["train.arguments.max_grad_norm"] for found in seen} == {1, 2, 3}
+    assert len({found["train.arguments.optim"] for found in seen}) == 1, "the optimizer's state would not fit"
 
 
 def test_what_is_not_a_number_ranks_last():

@@ -97,8 +97,12 @@ def _other_kinds(value: Mapping[str, float]) -> Mapping[str, float]:
 
 
 Workers = Annotated[int, Field(ge=1)] | tuple[int, int]
-MUTABLE = ("train.learning_rate", "train.weight_decay", "train.warmup_steps", "train.arguments.")
-"""Settings that may change while a trial is trained."""
+MUTABLE = (
+    "train.learning_rate", "train.weight_decay", "train.warmup_steps", "train.arguments.adam_beta1",
+    "train.arguments.adam_beta2", "train.arguments.adam_epsilon", "train.arguments.max_grad_norm",
+    "train.arguments.label_smoothing_factor", "train.arguments.neftune_noise_alpha",
+)  # fmt: skip
+"""Settings that may change while a trial is trained: its weights and its optimizer's state stay as they are."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Count = Annotated[int, BeforeValidator(_whole)]  # 1e6 is a float in YAML and a fine number of tokens
@@ -404,7 +408,8 @@ class SchedulerConfig(Section):
     """none: every trial runs to its end. asha: trials wait at rungs, and the best of them go on before new ones begin
     (Li et al. 2020, arXiv:1810.05934). median: stop trials that are worse than the median of the others so far.
     hyperband: brackets of trials that wait for each other (Li et al. 2016, arXiv:1603.06560). pbt: the worst trials go
-    on as copies of the best ones, with settings of train changed a little (Jaderberg et al. 2017, arXiv:1711.09846)."""
+    on as copies of the best ones, with settings of train changed a little, inside the ranges that tune.space gives them
+    (Jaderberg et al. 2017, arXiv:1711.09846)."""
     grace_tokens: Annotated[Count, Field(ge=1)] | None = None
     """asha, median: no trial waits or is stopped before this many training tokens. Default: an eighth of the budget."""
     reduction_factor: Annotated[float, Field(gt=1)] = 2.0
@@ -509,11 +514,18 @@ class Experiment(Section):
                 f"tune.against must be parameters with tune.scheduler={tune.scheduler.kind}, got seconds: trials "
                 "that are stopped early are the quickest"
             )
-        if tune.scheduler.kind == "pbt" and tune.space and not any(key.startswith(MUTABLE) for key in tune.space):
-            raise ValueError(
-                f"tune.space must have one of {', '.join(MUTABLE)} with tune.scheduler=pbt, which changes settings "
-                f"while a trial runs; got {', '.join(tune.space)}"
-            )
+        if tune.scheduler.kind == "pbt" and tune.space:
+            changed = [key for key in tune.space if key in MUTABLE]
+            if not changed:
+                raise ValueError(
+                    f"tune.space must have one of {', '.join(MUTABLE)} with tune.scheduler=pbt, which changes settings "
+                    f"while a trial runs; got {', '.join(tune.space)}"
+                )
+            if grids := [key for key in changed if "grid" in tune.space[key]]:
+                raise ValueError(
+                    f"tune.space.{grids[0]} must be drawn with tune.scheduler=pbt, which changes it while trials run; "
+                    "got a grid; make it a choice"
+                )
         for point in tune.points:
             if unknown := [key for key in point if key not in tune.space]:
                 raise ValueError(f"tune.points must have keys of tune.space, got {unknown[0]}")

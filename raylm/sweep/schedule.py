@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -59,6 +60,7 @@ def scheduler(section: TuneConfig, budget: Budget, metric: str) -> TrialSchedule
             return PopulationBasedTraining(
                 perturbation_interval=whole(chosen.every_tokens),
                 hyperparam_mutations=mutations(section.space),
+                custom_explore_fn=functools.partial(inside, section.space),
                 log_config=False,
                 **common,
             )
@@ -67,9 +69,24 @@ def scheduler(section: TuneConfig, budget: Budget, metric: str) -> TrialSchedule
 
 def mutations(space: Space) -> dict[str, Any]:
     """What a population may change: a choice to its neighbour, a number by a fifth; or it is drawn again."""
-    found = {key: sampler for key, sampler in space.items() if key.startswith(MUTABLE)}
+    found = {key: sampler for key, sampler in space.items() if key in MUTABLE}
     ranges = domains(found)
     return {key: sampler.get("choice", ranges[key]) for key, sampler in found.items()}
+
+
+def inside(space: Space, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that a population has changed, brought back into their ranges: a fifth more may lie outside.
+
+    Most ranges end where a setting means something else, or nothing: warmup_steps at 1, adam_beta2 below 1.
+    """
+    for key in space.keys() & set(MUTABLE):
+        ((kind, values),) = space[key].items()
+        if kind == "choice":
+            continue
+        low, high = values[0], values[1] - 1 if kind.endswith("randint") else values[1]
+        value = round(settings[key] / values[2]) * values[2] if kind == "quniform" else settings[key]
+        settings[key] = min(max(value, low), high)
+    return settings
 
 
 class Recorded(NotSaved, TrialScheduler):
