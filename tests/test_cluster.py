@@ -455,6 +455,32 @@ def test_a_signal_tells_the_workers_to_stop_and_a_second_ctrl_c_ends_the_command
     assert cluster.stopped_by() is None
 
 
+def test_a_board_whose_process_is_killed_begins_anew_and_forwards_the_stop(ray_cluster):
+    import ray
+
+    seen = []
+    with cluster.signals(print), cluster.watch(seen.append, print) as board:
+        os.kill(ray.get(board.actor.__ray_call__.remote(lambda board: os.getpid())), signal.SIGKILL)
+        signal.raise_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while not ray.get(ray.remote(lambda: board.is_stopping()).remote()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert board.is_stopping()
+        board.put(7.0)
+        while not seen and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert seen[0] == 7.0
+
+
+def test_what_ends_well_ends_well_without_its_board(ray_cluster):
+    import ray
+
+    with cluster.watch(print, print) as board:
+        ray.kill(board.actor)
+        board.put(7.0)
+        assert not board.is_stopping()
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What a process is given to do, as a loop.Job."""

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -39,13 +40,25 @@ class Board:
         return self.stopping
 
 
+ANSWER_SECONDS = 10.0
+"""How long a shared board may take to answer: longer than a process that begins anew."""
+
+
 class SharedBoard:
-    """A Board that workers on all nodes are in touch with: an actor of Ray's, beside the command."""
+    """A Board that workers on all nodes are in touch with: an actor of Ray's, beside the command.
+
+    Its process may be killed as any other, by Ray's memory monitor for one. It begins anew then, and knows nothing. A
+    training does without one that gives no answer.
+    """
 
     def __init__(self) -> None:
         here = ray.get_runtime_context().get_node_id()  # or it would go with another node that is lost
         beside = NodeAffinitySchedulingStrategy(here, soft=False)
-        self.actor = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=beside).remote()
+        self.actor = (
+            ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board)
+            .options(scheduling_strategy=beside)
+            .remote()
+        )
 
     def put(self, value: float) -> None:
         self.actor.put.remote(value)
@@ -54,13 +67,19 @@ class SharedBoard:
         self.actor.say.remote(message)
 
     def look(self) -> tuple[float | None, list[str]]:
-        return ray.get(self.actor.look.remote())
+        return self._answer(self.actor.look, (None, []))
 
     def stop(self) -> None:
         self.actor.stop.remote()
 
     def is_stopping(self) -> bool:
-        return ray.get(self.actor.is_stopping.remote())
+        return self._answer(self.actor.is_stopping, False)
+
+    def _answer(self, method: Any, otherwise: Any) -> Any:
+        try:
+            return ray.get(method.remote(), timeout=ANSWER_SECONDS)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return otherwise
 
 
 @contextlib.contextmanager
@@ -80,11 +99,9 @@ def watch(show: Callable[[float], None], say: Callable[[str], None]) -> Iterator
             show(value)
 
     def watching() -> None:
-        told = False
         while not over.wait(0.5):
-            if stopped_by() is not None and not told:
-                told = True
-                board.stop()
+            if stopped_by() is not None:
+                board.stop()  # again and again: it may have begun anew
             look()
 
     watcher = threading.Thread(target=watching, daemon=True)
