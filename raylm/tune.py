@@ -194,6 +194,9 @@ def sweep(
         values=lambda trial: values(experiment, store, trial),
         stopping=stopping,
     )
+    if trials.unknown:
+        unknown = ", ".join(trials.unknown)
+        cli.say(f"{begun.directory}: the sweep's record knows nothing of {unknown}: their names are not used again")
     sets = evaluation_sets(experiment, store)
     job = loop.Job(experiment, store.path, planned, parent, begun.directory, sets=sets)
     limits = sweeps.Limits(section.stop, record, metric)

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.experiment import Trial as RayTrial
 
-from raylm import budget, sweep
+from raylm import budget, checkpoint, sweep
 from raylm.config import StopConfig, TrainConfig, TuneConfig, load
 from raylm.errors import ConfigError
 from raylm.sweep.record import EVENTS
+from raylm.sweep.trial import ADOPTED, _settle
 from raylm.tracking import journal
 
 SPACE = {
@@ -424,6 +425,31 @@ def test_with_fewer_samples_the_trials_that_have_begun_go_on_and_no_others_begin
     assert list(again.running()) == list(before.record.trials)
     assert again.search_alg.total_samples == 6
     assert not again.search_alg.has_more
+
+
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_a_new_trial_does_not_go_on_from_the_checkpoints_of_one_that_the_record_has_lost(tmp_path, searcher):
+    section = TuneConfig(scheduler="none", num_samples=5, space=SPACE, searcher=searcher)
+    for number in range(3):
+        (tmp_path / f"trial_{number:05d}").mkdir()
+    record = sweep.Record(str(tmp_path))
+    record.begin("trial_00000", sweep.points(section, 0).draw("trial_00000"))
+    again = Controller(tmp_path, section, together=5)
+    assert again.search_alg.unknown == ["trial_00001", "trial_00002"]
+    assert list(again.running()) == ["trial_00000", "trial_00003", "trial_00004", "trial_00005", "trial_00006"]
+    assert not again.search_alg.has_more
+
+
+def test_a_trial_of_a_population_has_no_checkpoints_of_a_change_that_is_lost(tmp_path):
+    job = SimpleNamespace(directory=str(tmp_path), checkpoints=checkpoint.Series(f"{tmp_path}/checkpoints"))
+    for step in (10, 20):
+        job.checkpoints.commit(step, {})
+    (tmp_path / ADOPTED).write_text(json.dumps({"changed": "trial_00000", "like": "trial_00001"}))
+    _settle([], job, job)
+    assert job.checkpoints.steps() == []
+    job.checkpoints.commit(30, {})
+    _settle([], job, job)
+    assert job.checkpoints.steps() == [30], "they are its own"
 
 
 def algorithm_2(scores, rungs, eta):

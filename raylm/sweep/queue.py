@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
+from raylm import storage
 from raylm.sweep.record import NotSaved, Record, Trial
 from raylm.sweep.schedule import Recorded
 from raylm.sweep.space import Points
@@ -35,6 +37,9 @@ class Trials(NotSaved, SearchAlgorithm):
         self.handed: list[RayTrial] = []
         self.told: set[str] = set()
         """Trials whose score was told to where points come from."""
+        names = (name for name in storage.names(record.directory) if name.startswith("trial_"))
+        self.unknown = sorted({*names} - record.trials.keys())
+        """Directories of trials whose lines in the record were lost: what is drawn now may have other settings."""
         for event in record.events:
             self._again(event)
 
@@ -111,12 +116,18 @@ class Trials(NotSaved, SearchAlgorithm):
         elif not self.has_more or self.scheduler.has_next:
             return None
         else:
-            trial_id = f"trial_{len(self.record.trials):05d}"
+            trial_id = self._free_id()
             settings = self.points.draw(trial_id)
             self.record.begin(trial_id, settings)
             trial = self._made(trial_id, settings)
         self.handed.append(trial)
         return trial
+
+    def _free_id(self) -> str:
+        """An id that no trial has, nor the directory of one: it would go on from the checkpoints there."""
+        numbers = itertools.count(len(self.record.trials))
+        taken = {*self.record.trials, *self.unknown}
+        return next(trial_id for trial_id in map("trial_{:05d}".format, numbers) if trial_id not in taken)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if not self.record.trials[trial_id].is_over and "tokens" in result:

@@ -105,7 +105,8 @@ class Record:
         """StorageError where lines can be written neither at once nor with the next one."""
         before, self.problem = self.problem, None
         try:
-            self._log.append(event, durable="over" in event or before is not None)
+            # A trial reads there how its population has changed it, on another machine maybe.
+            self._log.append(event, durable="over" in event or "changed" in event or before is not None)
         except OSError as error:
             self.problem = StorageError(
                 f"{self._log.path} cannot be written: {error.strerror}; once it can, the same command goes on",

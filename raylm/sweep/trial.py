@@ -42,8 +42,8 @@ def run_trial(settings: dict[str, Any], *, template: Job, resources: Resources) 
         job = dataclasses.replace(
             template, experiment=experiment, budget=planned, run=run, directory=directory, name=trial_id
         )
-        if tune.get_checkpoint() is not None:  # of a population; all other checkpoints are the trial's own
-            _adopt(Record(template.directory).changes(trial_id)[-1], template, job)
+        if template.experiment.tune.scheduler.kind == "pbt":
+            _settle(Record(template.directory).changes(trial_id), template, job)
         if resources.num_workers == 1:
             group.fit_here(dataclasses.replace(job, session=InTrial))
         else:
@@ -76,11 +76,24 @@ class InTrial:
         return []
 
 
+ADOPTED = "adopted.json"
+"""In the directory of a trial of a population: the change by which it has the checkpoints of another one."""
+
+
+def _settle(changes: list[dict[str, Any]], template: Job, job: Job) -> None:
+    """Have a trial go on from the checkpoints that the changes of its population lead to, however often it is begun."""
+    adopted = storage.read(f"{job.directory}/{ADOPTED}")
+    if changes:
+        if adopted != json.dumps(changes[-1]).encode():
+            _adopt(changes[-1], template, job)
+    elif adopted is not None:  # by a change that is lost, as are the trial's own checkpoints: these have other settings
+        for step in reversed(job.checkpoints.steps()):
+            job.checkpoints.discard(step)
+        storage.remove_file(f"{job.directory}/{ADOPTED}")
+
+
 def _adopt(change: dict[str, Any], template: Job, job: Job) -> None:
-    """Have a trial go on from a checkpoint of another one, as its population has decided; once, however often begun."""
-    marker, told = f"{job.directory}/adopted.json", json.dumps(change).encode()
-    if storage.read(marker) == told:
-        return
+    """Give a trial a checkpoint of another one in place of its own."""
     theirs = checkpoint.Series(f"{template.directory}/{change['like']}/checkpoints")
     step: int | None = change["tokens"] // job.budget.batch_tokens
     for attempt in range(3):  # the other one goes on, and may remove a checkpoint while it is copied
@@ -94,4 +107,4 @@ def _adopt(change: dict[str, Any], template: Job, job: Job) -> None:
         except (OSError, RaylmError):
             if attempt == 2:
                 raise
-    storage.write(marker, told)
+    storage.write(f"{job.directory}/{ADOPTED}", json.dumps(change).encode())
