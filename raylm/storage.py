@@ -129,12 +129,12 @@ def retried(path: str, act: Callable[[], Result]) -> Result:
         except (RaylmError, FileNotFoundError, NotADirectoryError, ImportError, ValueError):
             raise
         except (PermissionError, IsADirectoryError, FileExistsError) as error:
-            raise StorageError(f"{path} cannot be reached: {_first_line(error)}", path) from error
+            raise StorageError(f"{path} cannot be reached: {reason(error)}", path) from error
         except Exception as error:  # pyarrow's, fsspec's and the cloud's own
             if wait is None:
                 _in_vain = time.monotonic()
                 raise StorageUnavailable(
-                    f"{path} cannot be reached: {_first_line(error)}; once it can, the same command resumes", path
+                    f"{path} cannot be reached: {reason(error)}; once it can, the same command resumes", path
                 ) from error
         else:
             _in_vain = -IN_VAIN_SECONDS
@@ -428,7 +428,7 @@ def unusable(marked: str) -> str | None:
         write(beside, b"raylm")
         remove_file(beside)
     except Exception as error:  # pyarrow's, fsspec's and the cloud's own
-        return _first_line(error)
+        return reason(error)
     return None
 
 
@@ -455,7 +455,7 @@ def _in_time(act: Callable[[], object], storage: str, done: str) -> None:
     if thread.is_alive():
         problem = f"no answer in {ANSWER_SECONDS:g} seconds"
     elif failures:
-        problem = _first_line(failures[0])
+        problem = reason(failures[0])
     else:
         return
     credentials = ", and its credentials in the environment" if is_remote(storage) else ""
@@ -472,13 +472,13 @@ def reached(path: str) -> Iterator[None]:
     except RaylmError:
         raise
     except Exception as error:  # pyarrow's, fsspec's and the cloud's own
-        raise StorageError(f"{path} cannot be reached: {_first_line(error)}", path) from error
+        raise StorageError(f"{path} cannot be reached: {reason(error)}", path) from error
 
 
-def _first_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """Why something failed, as the file system says it."""
     if isinstance(error, StorageError) and error.__cause__ is not None:
-        return _first_line(error.__cause__)
+        return reason(error.__cause__)
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 

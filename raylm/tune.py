@@ -158,7 +158,7 @@ def sweep(
     """Run the trials that are not over; a row for each, the best first.
 
     A trial that fails is a row with its reason, not an error. Interrupted or KeyboardInterrupt if the command was asked
-    to stop: trials save a checkpoint then, and go on from it when the sweep does.
+    to stop: trials save a checkpoint then, and go on from it when the sweep does; StorageUnavailable if storage failed.
     """
     from raylm import budget, cluster, live, loop, summary
     from raylm import sweep as sweeps
@@ -166,7 +166,7 @@ def sweep(
     from raylm.sweep import tuner
 
     def stopping() -> bool:
-        return cluster.stopped_by() is not None
+        return cluster.stopped_by() is not None or record.outage is not None
 
     experiment = begun.settled(experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
     planned = budget.of(experiment, store)
@@ -207,8 +207,10 @@ def sweep(
             cluster.signals(cli.say),
             cluster.watch(lambda _: None, cli.say) as board,
         ):
-            watcher = tuner.Watcher(scheduler, parent, view.update, metric)
+            watcher = tuner.Watcher(scheduler, parent, view.update, board.stop, metric)
             tuner.run(trials, dataclasses.replace(job, board=board), resources, limits, watcher, together=together)
+            if record.outage is not None:
+                raise record.outage
             if stopping():
                 left = trials.total_samples - sum(trial.is_over for trial in record.trials.values())
                 how = f"stopped with {left} of {trials.total_samples} trials left"

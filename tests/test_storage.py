@@ -413,6 +413,36 @@ def test_a_sweep_in_object_storage_goes_on_where_it_was_killed(place, tiny, comm
     assert json.loads(scored.stdout)["perplexity"] == pytest.approx(found["best"]["perplexity"], rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", ["trial_00001/checkpoints", "trial_00001/"])
+def test_a_sweep_whose_storage_fails_ends_and_its_trials_are_to_resume(place, server, tiny, command, tmp_path, part):
+    """For the second of three trials: when it saves, or already when its journal is opened."""
+    file = tmp_path / "words.yaml"
+    space = "tune.space={train.learning_rate: {grid: [1e-3, 1e-2, 3e-2]}}"
+    sizes = ("train.max_tokens=2560", "cluster.cpus_per_worker=2")
+    config.save(
+        tiny(f"storage={place}", "name=words", "tune.num_samples=1", "tune.scheduler=none", space, *sizes), file
+    )
+    server.refused = lambda method, path: part in path
+    ended = command("tune", "--config", file, "--json", cwd=tmp_path)
+    assert ended.returncode == 5, ended.stderr
+    told = json.loads(ended.stdout)["error"]
+    assert part in told
+    assert told.endswith("once it can, the same command resumes")
+    assert "Traceback" not in ended.stderr
+    server.refused = never
+    (sweep,) = [name for name in storage.names(f"{place}/words") if name.startswith("tune-")]
+    before = Record(f"{place}/words/{sweep}").trials
+    assert [trial.status for trial in before.values()] == ["completed", "running"]
+
+    ended = command("tune", "--config", file, "--json", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["sweep"] == sweep
+    assert [(trial["status"], trial["tokens"]) for trial in found["trials"]] == [("completed", 2560)] * 3
+
+
 # MLflow's artifacts ---------------------------------------------------------------------------------------------------
 
 

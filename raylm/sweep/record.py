@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raylm.errors import StorageError
+from raylm.errors import StorageUnavailable
 from raylm.tracking import journal
 
 EVENTS = "events.jsonl"
@@ -70,8 +70,10 @@ class Record:
         """By trial id, in the order in which they were begun."""
         self.seconds = 0.0
         """How long commands have worked on the sweep before."""
-        self.problem: StorageError | None = None
+        self.problem: StorageUnavailable | None = None
         """Why the last lines could not be written; they wait for the next."""
+        self.outage: StorageUnavailable | None = None
+        """Why a trial could not be run to its end: its storage failed. It is to resume, and the sweep ends."""
         for event in self.events:
             self._apply(event)
 
@@ -102,14 +104,14 @@ class Record:
         self._add({"paused": round(seconds, 3)})
 
     def _add(self, event: Event) -> None:
-        """StorageError where lines can be written neither at once nor with the next one."""
+        """StorageUnavailable where lines can be written neither at once nor with the next one."""
         before, self.problem = self.problem, None
         try:
             # A trial reads there how its population has changed it, on another machine maybe.
             self._log.append(event, durable="over" in event or "changed" in event or before is not None)
         except OSError as error:
-            self.problem = StorageError(
-                f"{self._log.path} cannot be written: {error.strerror}; once it can, the same command goes on",
+            self.problem = StorageUnavailable(
+                f"{self._log.path} cannot be written: {error.strerror}; once it can, the same command resumes",
                 self.directory,
             )
             if before is not None:

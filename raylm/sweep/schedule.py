@@ -21,6 +21,7 @@ from ray.tune.stopper import Stopper
 
 from raylm.budget import Budget
 from raylm.config import MUTABLE, StopConfig, TuneConfig
+from raylm.errors import StorageUnavailable
 from raylm.sweep.asha import Asha, rungs
 from raylm.sweep.record import Event, NotSaved, Record
 from raylm.sweep.space import Space, domains
@@ -122,13 +123,16 @@ class Recorded(NotSaved, TrialScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         known = self.record.trials[trial.trial_id]
-        # Tune shows the last result again when a trial ends, and a trial that was cut off makes some a second time.
-        if known.is_over or "tokens" not in result or result["tokens"] <= known.tokens:
-            return self.PAUSE if self.waits(trial.trial_id) else self.CONTINUE
-        if failure := result.get("failure"):
+        if outage := result.get("outage"):
+            self.record.outage = StorageUnavailable(outage, self.record.directory)
+            return self.CONTINUE
+        if (failure := result.get("failure")) and not known.is_over:
             self.record.end(trial.trial_id, "failed", failure)
             self.inner.on_trial_remove(tune_controller, trial)
             return self.CONTINUE
+        # Tune shows the last result again when a trial ends, and a trial that was cut off makes some a second time.
+        if known.is_over or "tokens" not in result or result["tokens"] <= known.tokens:
+            return self.PAUSE if self.waits(trial.trial_id) else self.CONTINUE
         self.record.result(trial.trial_id, {key: result[key] for key in KEPT if key in result})
         if self.is_population:
             return self._in_population(tune_controller, trial, result)

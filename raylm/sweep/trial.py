@@ -19,15 +19,31 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from raylm import budget, checkpoint, group, storage, summary, tokens
 from raylm.cluster import Resources
 from raylm.config import Experiment, dump, get, override
-from raylm.errors import RaylmError, TrainingError
+from raylm.errors import RaylmError, StorageUnavailable, TrainingError
 from raylm.loop import Job
 from raylm.sweep.record import Record
 from raylm.sweep.space import keys
 
+WORST = dict.fromkeys(("perplexity", "bits_per_byte", "best_perplexity", "best_bits_per_byte"), math.inf)
+
 
 def run_trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> None:
-    """Train the template's run with these settings. What goes wrong in it is reported as its result."""
+    """Train the template's run with these settings. What goes wrong in it is reported as its result.
+
+    That is a `failure`, with which the trial is over; or an `outage` of its storage, after which it is to resume.
+    """
     trial_id = tune.get_context().get_trial_id()
+    try:
+        problem = _problem(trial_id, settings, template, resources)
+    except RaylmError as error:  # the trial's journal or the token store cannot be opened
+        problem = error
+    if problem is not None:
+        kind = "outage" if isinstance(problem, StorageUnavailable) else "failure"
+        tune.report({**WORST, "step": 0, "tokens": 0, kind: problem.message})
+
+
+def _problem(trial_id: str, settings: dict[str, Any], template: Job, resources: Resources) -> RaylmError | None:
+    """Why the training of a trial failed, if it did; its journal says so, too."""
     directory = f"{template.directory}/{trial_id}"
     run = template.run.child(trial_id, directory=directory, ships=False)
     store = tokens.open_store(template.store)
@@ -48,14 +64,16 @@ def run_trial(settings: dict[str, Any], *, template: Job, resources: Resources) 
             group.fit_here(dataclasses.replace(job, session=InTrial))
         else:
             group.fit(job, resources, callbacks=[TuneReportCallback()])
+    except StorageUnavailable:
+        raise
     except Exception as error:
         cause = error if isinstance(error, RaylmError) else TrainingError(f"{type(error).__name__}: {error}")
         if not said:  # those of the sweep: a failed trial has the same keys
             plain = summary.parameters(template.experiment, store, planned)
             run.parameters({**plain, **_swept(template.experiment, settings)})
         run.tags({"raylm.failure": cause.message})
-        worst = dict.fromkeys(("perplexity", "bits_per_byte", "best_perplexity", "best_bits_per_byte"), math.inf)
-        tune.report({**worst, "step": 0, "tokens": planned.tokens, "failure": cause.message})
+        return cause
+    return None
 
 
 def _swept(experiment: Experiment, settings: dict[str, Any]) -> dict[str, Any]:

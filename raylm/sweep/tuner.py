@@ -15,6 +15,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raylm.cluster import Resources
+from raylm.errors import StorageError
 from raylm.loop import Job
 from raylm.sweep.queue import Trials
 from raylm.sweep.record import NotSaved, Record
@@ -86,9 +87,11 @@ def _trial_resources(resources: Resources) -> Any:
 class Watcher(NotSaved, tune.Callback):
     """Shows what becomes of the trials, and clears up after each."""
 
-    def __init__(self, scheduler: Recorded, parent: Run, show: Callable[..., None], metric: str):
+    def __init__(
+        self, scheduler: Recorded, parent: Run, show: Callable[..., None], stop: Callable[[], None], metric: str
+    ):
         self.scheduler, self.record, self.parent, self.metric = scheduler, scheduler.record, parent, metric
-        self._show = show
+        self._show, self._stop = show, stop
         self.reserved: dict[str, str | None] = {}
         """The placement group of a trial's workers, where it has a group of them."""
         self._running: dict[str, RayTrial] = {}
@@ -106,7 +109,11 @@ class Watcher(NotSaved, tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list, trial: RayTrial, result: dict, **_: Any) -> None:
         self.reserved[trial.trial_id] = result.get("placement_group")
-        self.parent.trial(trial.trial_id).watch()  # its journal is there by now
+        if self.record.outage is not None:
+            self._stop()  # the others save a checkpoint, where they can
+            return
+        with contextlib.suppress(StorageError):  # the next result is soon there
+            self.parent.trial(trial.trial_id).watch()  # its journal is there by now
         self.show(trial.trial_id)
 
     def on_step_end(self, iteration: int, trials: list, **_: Any) -> None:
@@ -128,8 +135,11 @@ class Watcher(NotSaved, tune.Callback):
 
         One that was cut off has not ended: it goes on when the sweep does.
         """
-        trial, stopped = self.record.trials[trial_id], self._running.pop(trial_id, None)
-        run = self.parent.trial(trial_id)
+        with contextlib.suppress(StorageError):  # it is ended with the sweep then
+            self._end_in_mlflow(trial_id, self._running.pop(trial_id, None))
+
+    def _end_in_mlflow(self, trial_id: str, stopped: RayTrial | None) -> None:
+        trial, run = self.record.trials[trial_id], self.parent.trial(trial_id)
         if stopped is None or not run.is_running:  # it waited, maybe since before the sweep was killed
             if trial.is_over:
                 run.end_late("FAILED" if trial.status == "failed" else "FINISHED")

@@ -59,6 +59,8 @@ class Log:
         self._waiting: list[bytes] = []
         self._is_refused = False
         """Whether the remote storage did not take them the last time."""
+        self._stored = 0
+        """Bytes that the remote storage has, as far as is known: never fewer."""
         self._file: int | None = None
         self._timer: threading.Timer | None = None
 
@@ -92,25 +94,24 @@ class Log:
         if storage.is_remote(self.path):
             content = (storage.read(self.path) or b"")[start:]
         else:
-            try:
-                with open(self.path, "rb") as file:
-                    file.seek(start)
-                    content = file.read()
-            except (FileNotFoundError, NotADirectoryError):
-                content = b""
+            content = storage.retried(self.path, lambda: self._read(start))
         lines = content.split(b"\n")
         found = [_record(line) for line in lines]
         torn = len(lines[-1]) if found[-1] is None else 0  # it may be whole a moment later
         return [record for record in found if record is not None], start + len(content) - torn
 
+    def _read(self, start: int) -> bytes:
+        """Of a file on this machine, what comes after so many bytes."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(start)
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
+
     def size(self) -> int:
         """Bytes, a torn line's too."""
-        if storage.is_remote(self.path):
-            return len(storage.read(self.path) or b"")
-        try:
-            return os.stat(self.path).st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return 0
+        return storage.size(self.path)
 
     def _write(self, durable: bool) -> None:
         try:
@@ -138,6 +139,7 @@ class Log:
 
     def close(self) -> None:
         """To look again before the next line what is there. On NFS others see what is closed."""
+        self._stored = 0
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -148,14 +150,18 @@ class Log:
             self._timer = None
         if self._waiting:
             try:
-                storage.write(self.path, (storage.read(self.path) or b"") + b"".join(self._waiting))
+                content = storage.read(self.path) or b""
+                if len(content) < self._stored:
+                    raise OSError(f"{len(content):,} of {self._stored:,} bytes are there")
+                content += b"".join(self._waiting)
+                storage.write(self.path, content)
             except Exception as error:  # pyarrow's, fsspec's and the cloud's own errors
                 self._is_refused = True
-                raise OSError(None, str(error)) from error
-            self._waiting, self._is_refused = [], False
+                raise OSError(None, storage.reason(error)) from error
+            self._waiting, self._is_refused, self._stored = [], False, len(content)
 
     def _upload_later(self) -> None:
-        with self._lock, contextlib.suppress(OSError):  # they go on waiting
+        with self._lock, storage.once(), contextlib.suppress(OSError):  # they go on waiting
             self._upload()
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from raylm import cli, storage
 from raylm.config import TrackingConfig
-from raylm.errors import StorageError
+from raylm.errors import StorageUnavailable
 from raylm.tracking import journal, mlflow, models, system
 from raylm.tracking.failures import shown
 
@@ -264,9 +264,9 @@ def begin(run: Run, *, ships: bool = True, **about: Any) -> Run:
     try:
         journal.begin(run.directory, shown(run.uri) if run.uri else None, **about)
     except OSError as error:
-        raise StorageError(
-            f"{run.directory}: the run's journal cannot be written there: {error.strerror}; set storage to a place "
-            "that can be written",
+        raise StorageUnavailable(
+            f"{run.directory}: the run's journal cannot be written there: {error.strerror}; once it can, or with "
+            "storage set to a place that can be written, run the same command",
             where="storage",
         ) from error
     known = journal.facts(run.directory)
