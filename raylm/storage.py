@@ -261,9 +261,12 @@ def download(path: str, file: Path) -> None:
     """Copy a file to this machine."""
 
     def act() -> None:
-        with reading(path) as source, file.open("wb") as target:
-            shutil.copyfileobj(source, target, PIECE)
-            _check_whole(source, target.tell())
+        try:
+            with reading(path) as source, file.open("wb") as target:
+                shutil.copyfileobj(source, target, PIECE)
+                _check_whole(source, target.tell())
+        except FileNotFoundError as error:  # it was listed a moment ago
+            raise OSError("it is not there any more") from error
 
     retried(path, act)
 

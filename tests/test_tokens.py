@@ -3,6 +3,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import pyarrow as pa
 import pytest
 from conftest import one_by_one
 
-from raylm import config, tokens
+from raylm import config, storage, tokens
 from raylm import corpus as corpora
 from raylm.blocks import Packed
 from raylm.config import BlocksConfig, CorpusConfig, TokenizerConfig, TrainedTokenizer
-from raylm.errors import DataError
+from raylm.errors import DataError, StorageError, StorageUnavailable
 from raylm.tokens import write
 
 TOKENIZER = TokenizerConfig(train=TrainedTokenizer(vocab_size=300))
@@ -361,6 +362,48 @@ def test_a_copy_of_a_remote_store_that_lost_a_file_is_made_again(corpus, tmp_pat
     tokens.store.local_copy.cache_clear()
     assert tokens.local_copy(store.path) == str(copy)
     assert (copy / "train" / "shard-00000.arrow").exists()
+    copied = Path(tokens.store.local_tokenizer(store.path))
+    (copied / "tokenizer.json").unlink()
+    tokens.store.local_tokenizer.cache_clear()
+    assert (Path(tokens.store.local_tokenizer(store.path)) / "tokenizer.json").exists()
+
+
+def test_copies_of_remote_stores_are_their_users_alone(corpus, tmp_path, monkeypatch):
+    """They lie in the temporary directory of all users; a directory that was open before is closed."""
+    monkeypatch.setattr(write, "_each", one_by_one)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
+    (tmp_path / "node" / f"raylm-{os.getuid()}").mkdir(parents=True, mode=0o755)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")
+    copy = Path(tokens.local_copy(store.path))
+    for directory in (copy, *copy.parents[:3]):
+        assert directory.stat().st_mode & 0o777 == 0o700
+    tokens.store.local_copy.cache_clear()
+    shutil.move(tmp_path / "node", tmp_path / "elsewhere")
+    (tmp_path / "node").mkdir()
+    (tmp_path / "node" / f"raylm-{os.getuid()}").symlink_to(tmp_path / "elsewhere" / f"raylm-{os.getuid()}")
+    (tmp_path / "elsewhere" / copy.relative_to(tmp_path / "node") / "manifest.json").unlink()
+    with pytest.raises(StorageError, match=r"is not a directory of this user.*; remove it, or set TMPDIR"):
+        tokens.local_copy(store.path)
+
+
+def test_a_read_that_fails_is_no_damage_of_a_store(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    monkeypatch.setattr(storage, "RETRIES_SECONDS", (0.01,))
+    monkeypatch.setattr(storage, "_in_vain", -storage.IN_VAIN_SECONDS)
+    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    failures, plain = [1, 2], pa.memory_map
+
+    def memory_map(path):
+        if failures:
+            raise OSError(f"Input/output error {failures.pop()}")
+        return plain(path)
+
+    monkeypatch.setattr(pa, "memory_map", memory_map)
+    with pytest.raises(StorageUnavailable, match=r"shard-00000.arrow cannot be reached: Input/output error 1"):
+        tokens.open_store(store.path).train[0]
+    failures.append(1)
+    storage._in_vain = -storage.IN_VAIN_SECONDS
+    assert len(tokens.open_store(store.path).train[0])
 
 
 def test_input_that_changed_is_named_and_makes_another_store(corpus, tmp_path, monkeypatch, capfd):

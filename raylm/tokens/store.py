@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +25,8 @@ from raylm import storage
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig
 from raylm.corpus import File, Source, check
-from raylm.errors import DataError
-from raylm.storage import file_system, is_remote, read, sizes
+from raylm.errors import DataError, StorageError, StorageUnavailable
+from raylm.storage import is_remote, read, sizes
 from raylm.tokenizer import Frame
 
 if TYPE_CHECKING:
@@ -103,8 +107,8 @@ class Split:
         if shard not in self._batches:
             path = os.path.join(local_copy(self._key[0]), self._files[shard])
             try:
-                self._batches[shard] = pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
-            except (OSError, pa.ArrowInvalid) as error:
+                self._batches[shard] = storage.retried(path, lambda: pa.ipc.open_file(pa.memory_map(path)).get_batch(0))
+            except (FileNotFoundError, NotADirectoryError, pa.ArrowInvalid) as error:
                 raise DataError(
                     f"{path} cannot be read: {str(error).splitlines()[0]}; remove {self._key[0]} and run raylm prepare "
                     "with the same settings",
@@ -316,34 +320,63 @@ def local_copy(path: str) -> str:
     """The store itself, or a copy of a remote one on this node: made once, by whichever process is first."""
     if not is_remote(path):
         return path
-    import pyarrow.fs
-
-    copy = copy_of(path)
-    if os.path.exists(copy):
-        if not damage(copy):
-            return copy
-        shutil.rmtree(copy, ignore_errors=True)  # what clears up /tmp goes by files
-    os.makedirs(os.path.dirname(copy), mode=0o700, exist_ok=True)
-    partial = f"{copy}.{uuid.uuid4().hex}"
-    system, inner = file_system(path)
-    os.makedirs(partial)
-    pyarrow.fs.copy_files(inner, partial, source_filesystem=system, destination_filesystem=pyarrow.fs.LocalFileSystem())
-    try:
-        os.rename(partial, copy)
-    except OSError:  # another process was faster
-        shutil.rmtree(partial)
-    return copy
+    parts = ["", *(f"{part}/" for part in (*SPLITS, "tokenizer"))]
+    files = lambda: [part + name for part in parts for name in sizes(f"{path}/{part}".rstrip("/"))]  # noqa: E731
+    return _copied(path, files, is_whole=is_store)
 
 
+@lru_cache(maxsize=8)
 def local_tokenizer(path: str) -> str:
     """The tokenizer of a store that may not be whole yet, on this node."""
-    return os.path.join(local_copy(path), "tokenizer") if "://" not in path else local_copy(f"{path}/tokenizer")
+    if not is_remote(path):
+        return os.path.join(path, "tokenizer")
+    there = sizes(f"{path}/tokenizer")
+    return _copied(f"{path}/tokenizer", lambda: list(there), is_whole=lambda copy: sizes(copy) == there != {})
 
 
 def copy_of(path: str) -> str:
     """Where the copy of a remote directory lies on this node, once there is one."""
     home = os.path.join(tempfile.gettempdir(), f"raylm-{os.getuid()}", "tokens")
     return os.path.join(home, checksum(path.encode()), path.rstrip("/").rpartition("/")[2])
+
+
+def _copied(path: str, files: Callable[[], list[str]], is_whole: Callable[[str], bool]) -> str:
+    """A whole copy of these files of a remote directory on this node: what clears up /tmp may have been at it."""
+    copy = copy_of(path)
+    if is_whole(copy):
+        return copy
+    shutil.rmtree(copy, ignore_errors=True)
+    for directory in reversed(Path(copy).parents[:3]):
+        _make_private(directory)
+    partial = Path(f"{copy}.{uuid.uuid4().hex}")
+
+    def download(file: str) -> None:
+        (partial / file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        storage.download(f"{path}/{file}", partial / file)
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(download, files()))
+        with contextlib.suppress(OSError):  # another process was faster
+            os.rename(partial, copy)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if not is_whole(copy):
+        raise StorageUnavailable(f"{path} could not be copied whole to {copy}; run the same command again", path)
+    return copy
+
+
+def _make_private(directory: Path) -> None:
+    """A directory that nobody else can write in or read: the temporary one around it is everybody's."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise StorageError(
+            f"{directory} is not a directory of this user, and remote token stores are copied there; remove it, or set "
+            "TMPDIR to another directory",
+            str(directory),
+        )
+    directory.chmod(0o700)
 
 
 def write(store: str, name: str, content: Any) -> None:

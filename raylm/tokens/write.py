@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from raylm import cli
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig, TokenizerConfig
 from raylm.corpus import Ledger, Shard, Source, check, documents, hashes, left_out, select, selected, shards
-from raylm.errors import DataError, RaylmError
+from raylm.errors import DataError, RaylmError, StorageUnavailable
 from raylm.storage import names, read, remove
 from raylm.tokens.shard import facts_name, finished, write_shard
 from raylm.tokens.store import (
@@ -107,7 +108,8 @@ def prepare(
         raise
     manifest = {"format": FORMAT, "fingerprint": os.path.basename(path), "settings": settings, **manifest}
     write(path, "manifest.json", json.dumps(manifest, indent=1).encode())
-    remove(f"{path}/progress")
+    with contextlib.suppress(StorageUnavailable):  # the store is whole
+        remove(f"{path}/progress")
     return open_store(path), False
 
 
