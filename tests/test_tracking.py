@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from mlflow import MlflowClient
 from mlflow.server.security_utils import INVALID_HOST_MSG
 from werkzeug.serving import make_server
 
-from raylm import tracking
+from raylm import storage, tracking
 from raylm.config import TrackingConfig
 from raylm.errors import ConfigError, StorageError
 from raylm.tracking import journal, mlflow, system
@@ -355,6 +356,47 @@ def test_a_journal_on_remote_storage(tmp_path, section):
     run.file(tmp_path / "page", "report/page.html")
     assert run.ship(20)
     assert artifact(section.uri, run, "report/page.html") == "here"
+
+
+def test_a_journal_on_remote_storage_that_does_not_grow_is_hardly_asked_for(tmp_path, section, monkeypatch):
+    """A trial that waits at a rung: its journal is looked at after 5 s, 10, 20 and every 30, and read when it grows."""
+    parent = start(section, f"file://{tmp_path}/run")
+    run = parent.child("trial_00000", ships=False)
+    run.metrics({"train/loss": 2.5}, 1)
+    run.flush()
+    requests, clock = [], [1000.0]
+
+    def counted(name, plain):
+        def call(path):
+            if path.startswith(run.directory):
+                requests.append(name)
+            return plain(path)
+
+        monkeypatch.setattr(storage, name, call)
+
+    for name in ("read", "size", "sizes"):
+        counted(name, getattr(storage, name))
+    monkeypatch.setattr("raylm.tracking.shipment.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    shipped = Shipment(run.directory, mlflow.server(section.uri))
+    shipped.ship()
+    assert stored(section.uri, run) == [(1, 2.5)]
+    requests.clear()
+    looks = []
+    for _ in range(120):
+        clock[0] += 1
+        if shipped.is_due:
+            looks.append(clock[0] - 1000)
+            shipped.ship()
+    assert looks == [5, 15, 35, 65, 95]
+    assert requests == ["sizes"] * len(looks)
+    run.metrics({"train/loss": 2.25}, 2)
+    run.flush()
+    shipped.expect()
+    assert shipped.is_due
+    shipped.ship()
+    assert stored(section.uri, run) == [(1, 2.5), (2, 2.25)]
+    clock[0] += 5
+    assert shipped.is_due, "there may be more soon"
 
 
 def test_a_place_that_cannot_be_written_is_an_error_before_anything_runs(tmp_path):

@@ -361,9 +361,18 @@ def ends(directory: str) -> dict[str, int]:
     return {"facts": run, "artifacts": run, "metrics": points}
 
 
+def sizes(directory: str) -> tuple[int, int]:
+    """Bytes of metrics.jsonl and tracking.jsonl: one request, where the directory is remote."""
+    if not storage.is_remote(directory):
+        return log(directory, METRICS).size(), log(directory, RUN).size()
+    found = storage.sizes(directory)
+    return found.get(METRICS, 0), found.get(RUN, 0)
+
+
 def has_grown(directory: str, note: Note) -> bool:
     """Whether there may be something that MLflow has not."""
-    return log(directory, METRICS).size() > note.metrics or log(directory, RUN).size() > min(note.facts, note.artifacts)
+    metrics, run = sizes(directory)
+    return metrics > note.metrics or run > min(note.facts, note.artifacts)
 
 
 def left(directory: str, note: Note) -> int:

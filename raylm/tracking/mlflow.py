@@ -91,7 +91,9 @@ class Server:
     def watch(self, directory: str) -> None:
         """Ship this journal, and what will be added to it."""
         with self._changed:
-            self._shipments.setdefault(directory, Shipment(directory, self))
+            if directory not in self._shipments:
+                self._shipments[directory] = Shipment(directory, self)
+            self._shipments[directory].expect()
 
     def ship(self, directories: Sequence[str], timeout_seconds: float) -> bool:
         """Wait until nothing is left of these journals, at most so long; whether nothing is left."""
@@ -206,7 +208,7 @@ class Server:
                 self._refusal = error  # of which whoever asked tells
                 return error
         with self._changed:
-            shipments = list(self._shipments.values())
+            shipments = [shipment for shipment in self._shipments.values() if shipment.is_due]
         for shipment in shipments:
             try:
                 shipment.ship()

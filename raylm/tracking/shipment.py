@@ -12,6 +12,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,9 @@ JOURNAL = "raylm.journal"
 """The tag by which the run of a journal is found where its id was not noted."""
 
 MOST_METRICS, MOST_OTHERS = 1000, 100  # that MLflow takes in a call
+LONGEST_PAUSE_SECONDS = 30.0
+"""Between two looks at a journal that does not grow, of a trial that waits."""
+
 LONGEST_TAG = 5000  # characters; MLflow 3 takes 8000, older servers 5000
 
 
@@ -42,7 +46,22 @@ class Shipment:
         self.server = server
         self.is_over = False
         """Whether nothing more is expected."""
+        self._shipped: tuple[int, int] | None = None
+        """journal.sizes when MLflow had everything."""
+        self._is_expected = True
+        self._pause = 0.0
+        self._next_look = 0.0
+        """In seconds of time.monotonic, as the pause before it."""
         self._begin(self._noted())
+
+    def expect(self) -> None:
+        """There may be something new: look at once."""
+        self._is_expected = True
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to look what is new: a look is a request where the journal is remote."""
+        return self._is_expected or time.monotonic() >= self._next_look
 
     def _begin(self, note: Note) -> None:
         """To go on from what is noted."""
@@ -63,6 +82,17 @@ class Shipment:
 
     def ship(self) -> None:
         """Ship whatever MLflow has not. Busy if another process is at it."""
+        was_expected, self._is_expected, self._next_look = self._is_expected, False, 0.0
+        sizes = journal.sizes(self.directory)
+        is_idle = sizes == self._shipped and not was_expected
+        if sizes != self._shipped:
+            self._ship()
+            self._shipped = sizes
+        if storage.is_remote(self.directory):
+            self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS) if is_idle else journal.UPLOAD_SECONDS
+            self._next_look = time.monotonic() + self._pause
+
+    def _ship(self) -> None:
         try:
             with self._alone():
                 if journal.has_grown(self.directory, self._note):
