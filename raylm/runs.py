@@ -9,10 +9,14 @@
     metrics.jsonl   see tracking
     model/          the best model, as a plain Hugging Face directory
     result.json     when it is over: it ended, or was given up with --resume never
+
+<storage>/<name>/ended/train-20261123-101500-3fa2
+                    on remote storage an empty file for each run that is over, so that one request tells of all of them
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -40,6 +44,8 @@ FREE = (
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """What flock says where there are no locks: Lustre without -o flock, some of FUSE, NFS without a lock server."""
 
+
+ENDED = "ended"
 
 BUDGET = ("train.max_tokens", "train.num_epochs")
 """How long a run trains, of which it has one or none."""
@@ -103,13 +109,19 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
     """
     place, terms = directory_of(experiment), _terms(experiment, verb, store)
     abandoned: dict[str, IO[str]] = {}
-    finished = None
+    newest_ended = finished = None
+    ended = set(storage.names(f"{place}/{ENDED}")) if storage.is_remote(place) else set()
     for name in reversed([name for name in storage.names(place) if name.startswith(f"{verb}-")]):
         directory = f"{place}/{name}"
+        if name in ended and newest_ended is not None:
+            continue
         written = storage.read(f"{directory}/run.json")
         if written is None:
             continue
         if (result := storage.read(f"{directory}/result.json")) is not None:
+            newest_ended = newest_ended or directory
+            if name not in ended:
+                _note_end(directory)
             if verb == "train" and finished is None and _trained_less(json.loads(written), json.loads(result), terms):
                 finished = directory
             continue
@@ -154,6 +166,15 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
 def _end(directory: str, result: dict[str, Any]) -> None:
     with storage.reached(directory):
         storage.write(f"{directory}/result.json", (json.dumps(result, indent=1) + "\n").encode())
+    _note_end(directory)
+
+
+def _note_end(directory: str) -> None:
+    """Spare every later command the two requests that tell whether this run is over."""
+    if storage.is_remote(directory):
+        place, _, name = directory.rpartition("/")
+        with contextlib.suppress(StorageError):  # the next command tries again
+            storage.write(f"{place}/{ENDED}/{name}", b"")
 
 
 def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:

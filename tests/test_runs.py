@@ -215,3 +215,21 @@ def test_the_rungs_of_a_sweep_stay_where_they_are(experiment):
     stop(first)
     again = runs.begin(config.override(changed, no_rungs), "tune", "abc", "auto")
     assert again.directory == first.directory
+
+
+def test_runs_that_are_over_cost_a_command_no_requests_of_their_own(tmp_path, monkeypatch):
+    """On remote storage: after 21 of them, one of which an older raylm has ended."""
+    experiment = config.load(None, [f"storage=file://{tmp_path}", "name=words"])
+    for _ in range(20):
+        begun = begin(experiment, resume="never")
+        begun.end({"perplexity": 3.5})
+    storage.remove_file(f"{runs.directory_of(experiment)}/{runs.ENDED}/{begun.name}")
+    begin(experiment).end({"perplexity": 3.5})
+    requests = []
+    for name in ("read", "names"):
+        plain = getattr(storage, name)
+        monkeypatch.setattr(storage, name, lambda path, plain=plain: (requests.append(path), plain(path))[1])
+    stopped = begin(experiment)
+    assert len(requests) == 4, "the directory, the index, and two files of the newest"
+    Series(f"{stopped.directory}/checkpoints").commit(40, {})
+    assert begin(experiment).directory == stopped.directory
