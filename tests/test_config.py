@@ -180,6 +180,15 @@ def test_a_later_layer_replaces_what_its_setting_excludes(load, section):
         assert config.get(experiment, f"{section}.{second}") is not None
 
 
+@pytest.mark.parametrize("name", ["eos_token", "revision", "gguf_file"])
+def test_what_chooses_of_a_loaded_tokenizer_is_refused_for_one_that_is_trained(load, name):
+    """It would say nothing, and the user would believe that it did."""
+    with pytest.raises(ConfigError, match=rf"tokenizer\.{name}: .* with tokenizer\.train, got nonsense; "):
+        load("tokenizer: {train: {vocab_size: 300}}", f"tokenizer.{name}=nonsense")
+    with pytest.raises(ConfigError, match=r"got x; name it first in tokenizer\.train\.special_tokens instead"):
+        load("tokenizer: {train: {vocab_size: 300}, eos_token: x}")
+
+
 def test_override_replaces_what_it_excludes(load):
     experiment = load("train: {max_tokens: 400_000}")
     train = config.override(experiment, {"train.num_epochs": 2.0}).train

@@ -1,10 +1,19 @@
 """The tokens around a document, for tokenizers of six families; and that whatever reads a document has the same."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GPT2Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from raylm import checkpoint, evaluate, generation, tokenizer
 from raylm.errors import ConfigError
@@ -13,6 +22,7 @@ from raylm.tokenizer import Frame
 
 WORDS = sorted({*"the cat sat on a mat and saw one dog run far to sea".split()})
 TEXT = "the cat sat on a mat and saw one dog"
+LETTERS = sorted({*TEXT.replace(" ", "")})
 
 
 def made(template=None, **special):
@@ -51,6 +61,41 @@ def test_another_prefix_can_be_said():
     assert prefixes == {"bos": Frame(1, 2), "eos": Frame(2, 2), "none": Frame(None, 2)}
     with pytest.raises(ConfigError, match=r"tokenizer\.prefix=bos: the tokenizer has no begin-of-text token"):
         tokenizer.frame(FAMILIES["Qwen: no BOS"][0], "bos")
+
+
+@pytest.mark.parametrize("prefix", ["auto", "bos", "eos", "none"])
+@pytest.mark.parametrize("family", [*FAMILIES, "GPT2Tokenizer", "LlamaTokenizer"])
+def test_an_exported_tokenizer_frames_a_text_as_its_model_was_trained(tmp_path, family, prefix):
+    """As AutoTokenizer loads it, by whichever class; auto leaves what the tokenizer's makers put around a text."""
+    known = FAMILIES[family][0] if family in FAMILIES else of_class(family)
+    if prefix == "bos" and known.bos_token is None:
+        pytest.skip("it has none")
+    known.save_pretrained(tmp_path / "own")
+    own = tokenizer.load(tmp_path / "own")
+    tokenizer.exported(own, prefix, 32).save_pretrained(tmp_path / "exported")
+    found = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    ids, whole = own(TEXT, add_special_tokens=False)["input_ids"], own(TEXT)["input_ids"]
+    start = whole.index(ids[0])
+    token = tokenizer.frame(own, prefix).prefix
+    before = whole[:start] if prefix == "auto" else [] if token is None else [token]
+    framed = [*before, *whole[start:]]
+    assert found(TEXT, add_special_tokens=False)["input_ids"] == ids
+    assert found(TEXT)["input_ids"] == framed
+    if before != whole[:start]:
+        assert found(TEXT, TEXT)["input_ids"] == framed * 2
+    assert tokenizer.frame(found, prefix) == tokenizer.frame(own, prefix), "read again by raylm"
+    settings = json.loads((tmp_path / "exported" / "tokenizer_config.json").read_text())
+    assert settings["model_max_length"] == 32
+    assert not {"is_local", "local_files_only"} & {*settings}
+
+
+def of_class(name):
+    """A tokenizer of a class of transformers that has rules of its own."""
+    if name == "LlamaTokenizer":
+        vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, **{letter: 4 + n for n, letter in enumerate(LETTERS)}}
+        return LlamaTokenizer(vocab=vocabulary, merges=[], bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    vocabulary = {"<s>": 0, "</s>": 1, "Ġ": 2, **{letter: 3 + n for n, letter in enumerate(LETTERS)}}
+    return GPT2Tokenizer(vocab=vocabulary, merges=[], bos_token="<s>", eos_token="</s>", unk_token="</s>")
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,9 @@ def one_worker(train_run, tiny, text_directory, tmp_path_factory):
 def test_a_checkpoint_is_a_plain_model_directory_that_knows_its_experiment(one_worker):
     experiment, best, saved, store, _ = one_worker
     assert AutoModelForCausalLM.from_pretrained(saved).config.n_positions == 32
-    assert len(AutoTokenizer.from_pretrained(saved)) == len(store.tokenizer)
+    known = AutoTokenizer.from_pretrained(saved)
+    assert (len(known), known.model_max_length) == (len(store.tokenizer), 32)
+    assert not {"is_local", "local_files_only"} & {*json.loads(Path(saved, "tokenizer_config.json").read_text())}
     assert checkpoint.read_experiment(saved) == experiment
     assert checkpoint.read_record(saved)["perplexity"] == best["perplexity"]
     assert not list(Path(saved).glob("*.bin")), "no pickles"

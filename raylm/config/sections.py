@@ -495,8 +495,20 @@ class Experiment(Section):
                 f"train.max_tokens must be at least one optimizer step, train.batch_tokens = "
                 f"{self.train.batch_tokens}, got {self.train.max_tokens}"
             )
+        self._tokenizer_agrees()
         self._sweep_agrees()
         return self
+
+    def _tokenizer_agrees(self) -> None:
+        """What says which token or file of a tokenizer to load says nothing about one that is trained."""
+        section = self.tokenizer
+        for name in ("revision", "gguf_file", "eos_token"):
+            if section.train is not None and getattr(section, name) is not None:
+                way_out = {"eos_token": "name it first in tokenizer.train.special_tokens instead"}
+                raise ValueError(
+                    f"tokenizer.{name} is for a tokenizer that is loaded and cannot be given with tokenizer.train, got "
+                    f"{getattr(section, name)}; {way_out.get(name, 'leave it out')}"
+                )
 
     def _sweep_agrees(self) -> None:
         tune = self.tune

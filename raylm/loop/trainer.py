@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
 
 from raylm import blocks, checkpoint, cluster, model, objective, perplexity, probe, storage, summary, tokens
+from raylm import tokenizer as tokenizers
 from raylm.errors import ConfigError, RaylmError
 from raylm.loop import arguments
 from raylm.loop.guards import Finite, Memory
@@ -59,7 +60,9 @@ def made(job: Job, session: Session, scratch: Path) -> _Trainer:
         args=args,
         train_dataset=objective.Numbered(examples),
         data_collator=batches,
-        processing_class=store.tokenizer,
+        processing_class=tokenizers.exported(
+            store.tokenizer, experiment.tokenizer.prefix, model.context(network.config)
+        ),
     )
     trainer.is_sharded = is_sharded
     trainer.remove_callback(PrinterCallback)

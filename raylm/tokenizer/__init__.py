@@ -11,7 +11,7 @@ token is not needed.
 """
 
 from raylm.tokenizer.encoders import BATCH, LONG, Encoder, choose_encoder, encoder, id_type, unknown_id
-from raylm.tokenizer.frame import Frame, frame
+from raylm.tokenizer.frame import Frame, exported, frame
 from raylm.tokenizer.loading import chosen, load, load_section, same, version
 from raylm.tokenizer.training import train
 
@@ -23,6 +23,7 @@ __all__ = [
     "choose_encoder",
     "chosen",
     "encoder",
+    "exported",
     "frame",
     "id_type",
     "load",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,6 +57,38 @@ def frame(tokenizer: PreTrainedTokenizerBase, prefix: str = "auto") -> Frame:
     if prefix == "bos":
         return Frame(tokenizer.bos_token_id, end)
     return Frame(before[-1] if before else end, behind[0] if before and behind else end)
+
+
+def exported(tokenizer: PreTrainedTokenizerBase, prefix: str, context: int | None) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer to be saved beside a model: it puts the prefix that the model was trained with in front of
+    a text, and knows how long a text the model takes (any, if its context is None).
+
+    With tokenizer.prefix=auto a text has what the tokenizer's makers put around it: who loads a GPT-2 expects GPT-2's
+    ids, and lm-evaluation-harness would score an end-of-text token in front as a token of the text.
+    """
+    made = copy.deepcopy(tokenizer)
+    for key in ("is_local", "local_files_only"):  # how it was loaded here, which transformers would write down
+        made.init_kwargs.pop(key, None)
+    if context is not None:
+        made.model_max_length = context
+    backend = getattr(made, "backend_tokenizer", None)
+    before, behind = _template(made)
+    token = frame(made, prefix).prefix
+    wanted = [] if token is None else [token]
+    if prefix != "auto" and before != wanted and backend is not None:
+        from tokenizers import processors
+
+        def around(text: str) -> list[str]:
+            return [*made.convert_ids_to_tokens(wanted), text, *made.convert_ids_to_tokens(behind)]
+
+        special = [(made.convert_ids_to_tokens(id), id) for id in {*wanted, *behind}]
+        template = processors.TemplateProcessing(
+            single=around("$A"), pair=[*around("$A"), *around("$B")], special_tokens=special
+        )
+        own = backend.post_processor
+        trims = isinstance(own, processors.ByteLevel)  # the offsets of tokens, by the space in front of a word
+        backend.post_processor = processors.Sequence([own, template]) if trims else template
+    return made
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
