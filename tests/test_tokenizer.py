@@ -1,5 +1,11 @@
+import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -329,6 +335,94 @@ def test_the_version_of_a_tokenizer_is_that_of_its_files(trained):
     (trained / "tokenizer.json").write_text((trained / "tokenizer.json").read_text() + " ")
     assert tokenizer.version(section) != before
     assert tokenizer.version(TokenizerConfig(train=TrainedTokenizer())) == {}
+
+
+class Hub(ThreadingHTTPServer):
+    """A Hugging Face Hub with one repository, org/model: its files, at a commit that is new whenever one changes."""
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), HubRequest)
+        self.files, self.asked = files, []
+
+    @property
+    def commit(self):
+        return hashlib.sha1(json.dumps({n: self.checksum(n) for n in sorted(self.files)}).encode()).hexdigest()
+
+    def checksum(self, name):
+        """As git has it."""
+        return hashlib.sha1(b"blob %d\0" % len(self.files[name]) + self.files[name]).hexdigest()
+
+
+class HubRequest(BaseHTTPRequestHandler):
+    def do_GET(self):
+        hub, path = self.server, self.path.partition("?")[0]
+        hub.asked.append(self.path)
+        if "/tree/" in path:  # whether there are templates of chats
+            return self.answer(b"[]")
+        if path.startswith("/api/models/org/model"):
+            siblings = [
+                {"rfilename": name, "size": len(content), "blobId": hub.checksum(name)}
+                for name, content in hub.files.items()
+            ]
+            return self.answer(json.dumps({"id": "org/model", "sha": hub.commit, "siblings": siblings}).encode())
+        name = path.rpartition("/")[2]
+        if path.startswith("/org/model/resolve/") and name in hub.files:
+            return self.answer(hub.files[name], **{"X-Repo-Commit": hub.commit, "ETag": f'"{hub.checksum(name)}"'})
+        return self.answer(b"", 404, **{"X-Error-Code": "EntryNotFound", "X-Repo-Commit": hub.commit})
+
+    do_HEAD = do_GET
+
+    def answer(self, content, status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+FINGERPRINT = """
+import json, os, sys
+from raylm import tokenizer, tokens
+from raylm.config import CorpusConfig, TokenizerConfig
+section = TokenizerConfig(path="org/model", revision=sys.argv[1] or None)
+if "load" in sys.argv:
+    tokenizer.load_section(section)
+print(tokens.fingerprint(CorpusConfig(paths="/etc/hostname"), section), json.dumps(tokenizer.version(section)))
+"""
+
+
+def test_a_commit_to_the_readme_of_a_tokenizer_on_the_hub_changes_nothing(trained, tmp_path):
+    """Nor does it to ask for the commit by its name, or to be offline: a stopped run goes on, its tokens are there."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    hub = Hub({name: (trained / name).read_bytes() for name in names} | {"README.md": b"A model."})
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+    }
+
+    def fingerprint(revision="", *more, offline="0"):
+        command = [sys.executable, "-c", FINGERPRINT, revision, *more]
+        told = subprocess.run(command, env=environment | {"HF_HUB_OFFLINE": offline}, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        return told.stdout
+
+    first, commit = fingerprint("", "load"), hub.commit
+    assert set(json.loads(first.partition(" ")[2])) == {*names}
+    hub.files["README.md"] = b"A better model."
+    assert hub.commit != commit
+    assert fingerprint() == first
+    assert fingerprint(hub.commit) == first
+    assert fingerprint(offline="1") == first
+    assert any(asked.startswith("/api/models/org/model") for asked in hub.asked)
+    hub.files["tokenizer.json"] += b" "
+    assert fingerprint() != first
+    hub.shutdown()
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "wordpiece", "unigram"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 FILES = ("tokenizer", "vocab", "merges", "special", "added", "spiece", "sentencepiece")
 """How the names of a tokenizer's files begin."""
+
+WITH_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""What of them transformers reads, and so downloads, where there is a tokenizer.json."""
 
 PROBES = ("A word", "naïve", "ﬁ", "two  spaces ", " x", "don't", "1234", "東京", "a\n\n\tb")
 """What tokenizers differ in, beside the words that they know: case, accents, spaces, quotes, digits, Chinese, lines."""
@@ -144,32 +148,46 @@ def same(path: str, other: str) -> bool:
 
 
 def version(section: TokenizerConfig) -> dict[str, str]:
-    """What changes when the tokenizer behind a path does: checksums of a directory's files, or a Hub commit."""
+    """What changes when the tokenizer behind a path does, and only then: a checksum of each of its files.
+
+    Of a tokenizer on the Hub the files' and not the repository's: a commit to its README changes no token.
+    """
     if section.path is None:
         return {}
     directory = Path(section.path)
-    if directory.is_dir():
-        import hashlib
+    if not directory.is_dir():
+        return _files_on_hub(section.path, section.revision, section.gguf_file)
+    if section.gguf_file is not None:  # large: its size and time
+        status = (directory / section.gguf_file).stat() if (directory / section.gguf_file).exists() else None
+        return {section.gguf_file: f"{status.st_size} {status.st_mtime_ns}" if status else ""}
+    import hashlib
 
-        if section.gguf_file is not None:
-            status = (directory / section.gguf_file).stat() if (directory / section.gguf_file).exists() else None
-            return {section.gguf_file: f"{status.st_size} {status.st_mtime_ns}" if status else ""}
-        files = [file for file in directory.iterdir() if file.suffix in (".json", ".txt", ".model", ".jinja")]
-        return {
-            file.name: hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
-            for file in sorted(files)
-            if file.name.startswith(FILES)
-        }
-    return {"commit": _commit(section.path, section.revision)}
+    return {
+        name: hashlib.blake2b((directory / name).read_bytes(), digest_size=16).hexdigest()
+        for name in _files(file.name for file in directory.iterdir())
+    }
+
+
+def _files(names: Iterable[str]) -> list[str]:
+    """Those of a directory that make its tokenizer what it is; with a tokenizer.json no other has the vocabulary."""
+    found = sorted(name for name in names if name.startswith(FILES) and name.endswith((".json", ".txt", ".model")))
+    return [name for name in found if name in WITH_JSON] if "tokenizer.json" in found else found
 
 
 @lru_cache(maxsize=8)
-def _commit(path: str, revision: str | None) -> str:
-    """The commit that a Hub id stands for now; of the local cache if the Hub cannot be reached."""
+def _files_on_hub(path: str, revision: str | None, gguf_file: str | None) -> dict[str, str]:
+    """Checksums that the Hub itself has of a tokenizer's files; by the local cache if the Hub cannot be reached."""
     import huggingface_hub
 
+    wanted = _files if gguf_file is None else lambda names: [name for name in names if name == gguf_file]
     if hub.out_of_reach() is None:
         with contextlib.suppress(Exception):  # any of a dozen, such as a private repository
-            return huggingface_hub.model_info(path, revision=revision, timeout=10).sha or ""
-    cached = huggingface_hub.try_to_load_from_cache(path, "tokenizer_config.json", revision=revision)
-    return os.path.basename(os.path.dirname(cached)) if isinstance(cached, str) else ""
+            found = huggingface_hub.model_info(path, revision=revision, timeout=10, files_metadata=True)
+            files = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in found.siblings or ()}
+            return {name: files[name] or "" for name in wanted(files)}
+    for known in ("tokenizer.json", "tokenizer_config.json", gguf_file):
+        cached = huggingface_hub.try_to_load_from_cache(path, known, revision=revision) if known else None
+        if isinstance(cached, str):  # a link to a file that is named by the same checksum
+            snapshot = Path(cached).parent
+            return {name: (snapshot / name).resolve().name for name in wanted(os.listdir(snapshot))}
+    return {}

@@ -69,10 +69,13 @@ def store_path(
 
 
 def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
+    version = tokenizers.version(tokenizer)
+    # Its files say which tokenizer it is, wherever they lie and by whatever name of a revision they are asked for.
+    elsewhere = {"path", "revision"} if version and tokenizer.gguf_file is None else set()
     return {
         "corpus": {**corpus.model_dump(mode="json"), "split_by": corpus.split_by or "document"},
-        "tokenizer": tokenizer.model_dump(mode="json", exclude={"prefix"}),
-        "tokenizer_version": tokenizers.version(tokenizer),
+        "tokenizer": tokenizer.model_dump(mode="json", exclude={"prefix", *elsewhere}),
+        "tokenizer_version": version,
     }
 
 
