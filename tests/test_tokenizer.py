@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from raylm import tokenizer
@@ -251,6 +251,28 @@ def test_a_tokenizer_that_transformers_reads_by_other_rules_is_named(tmp_path, c
     assert "do_lower_case" in said
     file.write_text(json.dumps(settings | {"tokenizer_class": "BertTokenizer", "do_lower_case": False}))
     tokenizer.load_section(chosen(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_vocabulary_that_knows_no_probe_is_found_out_by_its_rules(tmp_path, capsys):
+    """One of Arabic, whose vowel signs BertTokenizer takes away: here every word with one falls into its letters."""
+    text = "كِتَابٌ جَدِيدٌ فِي بَيْتٍ قَدِيمٍ"
+    words = dict.fromkeys(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *text.split()])
+    made = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=False)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    known = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="[SEP]", unk_token="[UNK]", pad_token="[PAD]")
+    known.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "BertTokenizer"}))
+    loaded = tokenizer.load_section(chosen(tmp_path))
+    assert loaded(text, add_special_tokens=False).input_ids != known(text, add_special_tokens=False).input_ids
+    said = capsys.readouterr().err
+    assert f"tokenizer.path={tmp_path}: transformers reads " in said
+    assert "BertTokenizer has rules of its own, for which tokenizer_config.json has settings such as do_lower" in said
+    empty = Tokenizer(models.Unigram([("</s>", 0.0), ("a", -1.0)], None))  # to which every probe is unknown
+    PreTrainedTokenizerFast(tokenizer_object=empty, eos_token="</s>").save_pretrained(tmp_path / "empty")
+    tokenizer.load_section(chosen(tmp_path / "empty"))
     assert capsys.readouterr().err == ""
 
 

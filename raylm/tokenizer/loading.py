@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raylm import cli, hub
 from raylm.config import ModelConfig, TokenizerConfig
@@ -22,8 +22,9 @@ FILES = ("tokenizer", "vocab", "merges", "special", "added", "spiece", "sentence
 WITH_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """What of them transformers reads, and so downloads, where there is a tokenizer.json."""
 
-PROBES = ("A word", "naïve", "ﬁ", "two  spaces ", " x", "don't", "1234", "東京", "a\n\n\tb")
-"""What tokenizers differ in, beside the words that they know: case, accents, spaces, quotes, digits, Chinese, lines."""
+PROBES = ("A word", "naïve", "ﬁ", "two  spaces ", " x", "don't", "1234", "東京", "a\n\n\tb", "أَهْلًا", "हिन्दी", "한국")
+"""What tokenizers differ in, beside the words that they know: case, accents, spaces, quotes, digits, Chinese, lines,
+the vowel signs of Arabic and Hindi, the syllables of Korean."""
 
 
 def chosen(section: TokenizerConfig, model: ModelConfig) -> TokenizerConfig:
@@ -100,15 +101,32 @@ def _other_rules(tokenizer: PreTrainedTokenizerFast, path: str, revision: str | 
     in_file.no_padding()
     entries = in_file.get_vocab_size()
     own = (in_file.decode([entry]) for entry in range(0, entries, max(1, entries // 1000)))
-    for text in (*PROBES, *own):
-        by_file, loaded = (each.encode(text, add_special_tokens=False).tokens for each in (in_file, backend))
+    # A vocabulary may know nothing of a probe, so what is left of it before it is cut into tokens is compared, too.
+    readings = [(_tokens, text) for text in (*PROBES, *own)] + [(_spelled, text) for text in PROBES]
+    for reading, text in readings:
+        by_file, loaded = reading(in_file, text), reading(backend, text)
         if by_file != loaded:
             return (
-                f"transformers reads {text!r} as {' '.join(loaded)}, its tokenizer.json as {' '.join(by_file)}: "
+                f"transformers reads {text!r} as {loaded}, its tokenizer.json as {by_file}: "
                 f"{type(tokenizer).__name__} has rules of its own, for which tokenizer_config.json has settings such "
                 "as do_lower_case; going on with those of transformers"
             )
     return None
+
+
+def _tokens(backend: Any, text: str) -> str:
+    try:
+        return " ".join(backend.encode(text, add_special_tokens=False).tokens)
+    except Exception:  # it has no unknown token, and this text is unknown to it
+        return "nothing"
+
+
+def _spelled(backend: Any, text: str) -> str:
+    """The text after normalization, without the spaces that are dropped; in which pieces is no matter here."""
+    text = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
+    if backend.pre_tokenizer is None:
+        return text
+    return "".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text))
 
 
 def load(
