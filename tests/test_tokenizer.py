@@ -160,6 +160,13 @@ def test_a_vocabulary_of_characters_that_lacks_one_without_an_unknown_token_is_a
     assert encode(["ab ba"])[0].tolist() == [3, 2, 1]
     with pytest.raises(DataError, match=r"cannot spell the document that begins 'aé': it has no 'é'"):
         encode(["ab", "aé"])
+    pieces = ["<s>", "a", *(f"<0x{byte:02X}>" for byte in range(256) if byte != 0xC3)]
+    made = Tokenizer(models.BPE({piece: id for id, piece in enumerate(pieces)}, [], byte_fallback=True))
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<s>").save_pretrained(tmp_path / "fallback")
+    encode = tokenizer.encoder(str(tmp_path / "fallback"), "tokenizers")
+    assert len(encode(["ab東"])[0]) == 5
+    with pytest.raises(DataError, match=r"cannot spell the document that begins 'aé': it has no byte 0xc3 \('é'\)"):
+        encode(["ab", "aé"])
     made = Tokenizer(models.Unigram([("</s>", 0.0), ("a", -1.0)], None))
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path / "unigram")
     encode = tokenizer.encoder(str(tmp_path / "unigram"), "tokenizers")

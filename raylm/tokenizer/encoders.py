@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raylm.errors import DataError
-from raylm.tokenizer.loading import load
+from raylm.tokenizer.loading import load, spelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,27 +120,21 @@ def _finder_of_lacking(backend: Any) -> Callable[[str], str | None] | None:
     from tokenizers import pre_tokenizers
 
     model = backend.model
-    if type(model).__name__ != "BPE" or model.byte_fallback:
-        return None
-
-    def spelled(text: str) -> str:
-        if backend.normalizer is not None:
-            text = backend.normalizer.normalize_str(text)
-        if backend.pre_tokenizer is not None:
-            text = "".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text))
-        return text
-
     # GPT-2's way of writing bytes: a printable byte as itself, and those that are left, in their order, as U+0100, ...
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     others = (byte for byte in range(256) if chr(byte) not in alphabet)
     byte_of = {letter: ord(letter) if ord(letter) < 256 else next(others) for letter in alphabet}
-    is_of_bytes = byte_of.get(spelled("\0")) == 0
-    if model.unk_token is not None and not is_of_bytes:
+    is_of_bytes = "Ā" in spelled(backend, "\0")
+    if type(model).__name__ != "BPE" or (model.unk_token is not None and not is_of_bytes):
         return None
     entries = backend.get_vocab(with_added_tokens=False)
     prefix, suffix = model.continuing_subword_prefix or "", model.end_of_word_suffix or ""
     letters = {entry if len(entry) == 1 else entry.removeprefix(prefix).removesuffix(suffix) for entry in entries}
-    if is_of_bytes and all(letter in letters or byte in NOT_IN_UTF8 for letter, byte in byte_of.items()):
+    if is_of_bytes:
+        absent = {byte for letter, byte in byte_of.items() if letter not in letters} - NOT_IN_UTF8
+    else:  # with byte_fallback a letter that is no piece is spelled by its bytes
+        absent = {byte for byte in range(256) if f"<0x{byte:02X}>" not in entries} - NOT_IN_UTF8
+    if not absent and (is_of_bytes or model.byte_fallback):
         return None
     added = [token.content for token in backend.get_added_tokens_decoder().values() if not token.special]
     known: set[str] = set()
@@ -151,9 +145,15 @@ def _finder_of_lacking(backend: Any) -> Callable[[str], str | None] | None:
         for character in dict.fromkeys(text):
             if character in known:
                 continue
-            for letter in spelled(character):
-                if letter not in letters:
-                    return f"byte 0x{byte_of[letter]:02x} ({character!r})" if is_of_bytes else repr(letter)
+            for letter in spelled(backend, character):
+                if letter in letters:
+                    continue
+                if not is_of_bytes and not model.byte_fallback:
+                    return repr(letter)
+                needed = [byte_of[letter]] if is_of_bytes else letter.encode()
+                for byte in needed:
+                    if byte in absent:
+                        return f"byte 0x{byte:02x} ({character!r})"
             known.add(character)
         return None
 

@@ -102,7 +102,7 @@ def _other_rules(tokenizer: PreTrainedTokenizerFast, path: str, revision: str | 
     entries = in_file.get_vocab_size()
     own = (in_file.decode([entry]) for entry in range(0, entries, max(1, entries // 1000)))
     # A vocabulary may know nothing of a probe, so what is left of it before it is cut into tokens is compared, too.
-    readings = [(_tokens, text) for text in (*PROBES, *own)] + [(_spelled, text) for text in PROBES]
+    readings = [(_tokens, text) for text in (*PROBES, *own)] + [(spelled, text) for text in PROBES]
     for reading, text in readings:
         by_file, loaded = reading(in_file, text), reading(backend, text)
         if by_file != loaded:
@@ -121,8 +121,9 @@ def _tokens(backend: Any, text: str) -> str:
         return "nothing"
 
 
-def _spelled(backend: Any, text: str) -> str:
-    """The text after normalization, without the spaces that are dropped; in which pieces is no matter here."""
+def spelled(backend: Any, text: str) -> str:
+    """What is cut into tokens of a text: normalized, without the spaces that are dropped, in the letters of the
+    vocabulary."""
     text = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
     if backend.pre_tokenizer is None:
         return text
