@@ -1,13 +1,16 @@
 """The tokens around a document, for tokenizers of six families; and that whatever reads a document has the same."""
 
 import json
+import re
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     GPT2Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,8 +19,8 @@ from transformers import (
 )
 
 from raylm import checkpoint, evaluate, generation, tokenizer
+from raylm.config import TrainedTokenizer
 from raylm.errors import ConfigError
-from raylm.perplexity import score_documents
 from raylm.tokenizer import Frame
 
 WORDS = sorted({*"the cat sat on a mat and saw one dog run far to sea".split()})
@@ -102,20 +105,7 @@ def of_class(name):
 def llama(tmp_path_factory):
     """The directory of a small Llama, trained a little on `<s> document` as Llamas are."""
     directory = tmp_path_factory.mktemp("llama")
-    known, _ = FAMILIES["Llama: BOS is put in front"]
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    network = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(known), **sizes, max_position_embeddings=32, bos_token_id=1, eos_token_id=2)
-    )
-    ids = torch.tensor([known(f"{TEXT} run far to sea {TEXT}")["input_ids"]])
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
-    for _ in range(40):
-        network(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    network.save_pretrained(directory)
-    known.save_pretrained(directory)
+    trained(FAMILIES["Llama: BOS is put in front"][0], directory)
     return directory
 
 
@@ -159,22 +149,144 @@ def test_a_prompt_has_the_same_prefix(llama):
     assert seen[0][0][0] == 1
 
 
-def test_scores_are_those_of_lm_evaluation_harness(llama):
-    """Its own rolling likelihood scores the begin-of-text token that such a tokenizer adds as a token of the text, so
-    it is asked for the likelihood of the text as a continuation of nothing."""
+# raylm, lm-evaluation-harness and a reference -----------------------------------------------------------------------
+
+SCORED = {
+    "GPT-2": "GPT-2: BOS is EOS, nothing is put in front",
+    "Llama, Gemma": "Llama: BOS is put in front",
+    "has a BOS, does not put it in front": "a BOS that is not put in front",
+    "Qwen": "Qwen: no BOS",
+}
+"""Families of causal models: their names in docs/reliability.md, and in FAMILIES."""
+MASKED = "BERT (WordPiece, masked)"
+
+
+def trained(known, directory, steps=40):
+    """A small Llama of a family of tokenizers, trained a little on documents in the family's frame."""
+    expected = tokenizer.frame(known)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": known.bos_token_id, "eos_token_id": known.eos_token_id}
+    torch.manual_seed(0)
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=len(known), **sizes, max_position_embeddings=32, **special))
+    plain = known(f"{TEXT} run far to sea {TEXT}", add_special_tokens=False)["input_ids"]
+    ids = torch.from_numpy(expected.around(plain))[None]
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
+    for _ in range(steps):
+        network(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    network.save_pretrained(directory)
+    known.save_pretrained(directory)
+
+
+def rolling(directory):
+    """What lm-evaluation-harness has for TEXT, in nats: as it is, and told to add no BOS; and what it puts in front."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    harness = HFLM(pretrained=str(llama), device="cpu", dtype="float32", batch_size=1, add_bos_token=False)
-    assert harness.prefix_token_id == 1
+    harness = HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=1)
     requests = [Instance("loglikelihood_rolling", {}, (TEXT,), 0)]
-    (expected,) = harness.loglikelihood_rolling(requests, disable_tqdm=True)
-    trained = checkpoint.load(llama)
-    ids = np.array(trained.tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    (as_it_is,) = harness.loglikelihood_rolling(requests, disable_tqdm=True)
+    harness.add_bos_token = False
+    (alone,) = harness.loglikelihood_rolling(requests, disable_tqdm=True)
+    return -as_it_is, -alone, harness.prefix_token_id
 
-    class Documents(list):
-        def document_bytes(self, index):
-            return len(TEXT)
 
-    rows = score_documents(trained.model, Documents([ids]), frame=trained.frame(), context=trained.context)
-    assert rows[0, 0] == pytest.approx(-expected, rel=1e-4)
+def masked_reference(directory):
+    """Each token of TEXT masked in turn between [CLS] and [SEP], by hand in float64, in nats."""
+    network = BertForMaskedLM.from_pretrained(directory, dtype="float64").eval()
+    known = checkpoint.load(directory).tokenizer
+    ids, total = torch.tensor([known(TEXT)["input_ids"]]), 0.0
+    for place in range(1, ids.shape[1] - 1):
+        hidden = ids.clone()
+        hidden[0, place] = known.mask_token_id
+        with torch.no_grad():
+            total -= network(input_ids=hidden).logits[0, place].log_softmax(-1)[ids[0, place]].item()
+    return total
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory):
+    """Family -> what raylm, the reference and the harness have, in nats, and the tokens that they put in front."""
+    home = tmp_path_factory.mktemp("families")
+    (home / "text.txt").write_text(TEXT)
+    found = {}
+    for number, (name, family) in enumerate(SCORED.items()):
+        directory = home / str(number)
+        trained(FAMILIES[family][0], directory, steps=12)
+        record = evaluate.evaluate(str(directory), text=[f"{home}/text.txt"]).record
+        prefix = FAMILIES[family][0].convert_tokens_to_ids(record["prefix"])
+        as_it_is, alone, its_prefix = rolling(directory)
+        found[name] = {
+            "prefix": prefix,
+            "raylm": record["nll"],
+            "reference": nll(directory, prefix),
+            "its_prefix": its_prefix,
+            "harness": as_it_is,
+            "harness_alone": alone,
+            "its_reference": nll(directory, its_prefix),
+        }
+    directory = home / "masked"
+    section = TrainedTokenizer(kind="wordpiece", vocab_size=300, special_tokens=("[SEP]", "[CLS]", "[PAD]", "[MASK]"))
+    made = tokenizer.train([TEXT] * 9, section)
+    made.cls_token, made.sep_token = "[CLS]", "[SEP]"
+    special = [(token, made.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    template = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    made.backend_tokenizer.post_processor = template
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(made), **sizes, max_position_embeddings=64, initializer_range=0.3)
+    BertForMaskedLM(config).save_pretrained(directory)
+    made.save_pretrained(directory)
+    record = evaluate.evaluate(str(directory), text=[f"{home}/text.txt"]).record
+    found[MASKED] = {"raylm": record["nll"], "reference": masked_reference(directory)}
+    return found
+
+
+@pytest.mark.parametrize("family", [*SCORED, MASKED])
+def test_scores_are_those_of_a_float64_reference(scores, family):
+    assert scores[family]["raylm"] == pytest.approx(scores[family]["reference"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", SCORED)
+def test_scores_are_those_of_lm_evaluation_harness(scores, family):
+    """Where a tokenizer adds BOS itself, the harness scores that token, too, unless it is told to add none; and where
+    one has a BOS that it does not add, the harness puts it in front, which the model has never seen there."""
+    found = scores[family]
+    assert found["harness_alone"] == pytest.approx(found["its_reference"], rel=1e-4)
+    if found["prefix"] == found["its_prefix"]:
+        assert found["harness_alone"] == pytest.approx(found["raylm"], rel=1e-4)
+    if family == "Llama, Gemma":
+        assert found["harness"] > found["raylm"] + 1
+    else:
+        assert found["harness"] == pytest.approx(found["harness_alone"], rel=1e-6)
+    differs = family == "has a BOS, does not put it in front"
+    assert (found["prefix"] != found["its_prefix"]) == differs
+    assert (found["its_reference"] != found["reference"]) == differs
+
+
+NUMBERS = ("raylm", "reference", "harness", "harness_alone")
+
+
+def table(scores):
+    """The rows of the table in docs/reliability.md."""
+    for family, found in scores.items():
+        own, its = ({None: None, 1: "BOS", 2: "EOS"}[found.get(key)] for key in ("prefix", "its_prefix"))
+        numbers = [f"{found[key]:.4f}" if key in found else "-" for key in NUMBERS]
+        yield [family, own or "[CLS] … [SEP]", *numbers[:2], its or "-", *numbers[2:]]
+
+
+def test_the_documentation_has_these_figures(scores):
+    """To 1 %: the models are trained here, and rounding differs between processors."""
+    text = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    shown = {cells[0]: cells for line in text.splitlines() if len(cells := line.strip("| ").split(" | ")) == 7}
+    for row in table(scores):
+        (words, numbers), (expected_words, expected_numbers) = parted(shown[row[0]]), parted(row)
+        assert words == expected_words
+        assert numbers == pytest.approx(expected_numbers, rel=0.01)
+
+
+def parted(cells):
+    """(words, numbers) of a row of the table."""
+    numbers = [cell for cell in cells if re.fullmatch(r"[\d.]+", cell)]
+    return [cell for cell in cells if cell not in numbers], [float(cell) for cell in numbers]
