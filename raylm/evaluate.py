@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raylm import cli
+from raylm.config import BlocksConfig, ObjectiveConfig, parse_setting
 from raylm.errors import ConfigError, DataError, StorageError
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PreTrainedTokenizerFast
 
     from raylm.config import Experiment
     from raylm.tokens import Encoded, Split
@@ -44,14 +46,14 @@ def evaluate(
 
     The number depends on the model and the text alone, not on batch size, workers or training block size.
     """
-    from raylm import checkpoint, cluster, tables
+    from raylm import checkpoint, cluster, tables, tokenizer
 
-    directory = checkpoint.check(model)
-    # Whatever the model was trained on; and what lies beside a model does not say that it may run.
-    ours = ["cluster={}", "model.trust_remote_code=false"]
+    given = dict(map(parse_setting, settings or []))
+    directory = checkpoint.check(model, given.get("model.gguf_file")).resolve()
     experiment = cli.experiment(
-        config or checkpoint.experiment_file(directory), [*ours, *(settings or [])], print_config
+        config or checkpoint.experiment_file(directory), [*its_own(directory, config), *(settings or [])], print_config
     )
+    check_settings(experiment, directory, model)
     resources = cluster.plan(experiment.cluster)
     if documents is not None:
         check_writable(documents)
@@ -60,27 +62,25 @@ def evaluate(
         counts = {name: len(numbers) for name, numbers in sets.items()}
         shown = {f"documents of {name}": count for name, count in counts.items()}
         return cli.Answer({"model": model, "sets": counts}, tables.facts({"model": model, **shown}))
-    from transformers import AutoConfig, AutoTokenizer
-
-    from raylm import group, storage
+    from raylm import group, objective, storage
     from raylm import model as models
-    from raylm.tokenizer import frame, unknown_id
 
-    here = str(directory.resolve())
+    known = tokenizer_of(experiment)
+    is_masked = experiment.objective.is_masked or models.is_masked(models.pretrained_configuration(experiment.model))
+    if is_masked:
+        objective.check(ObjectiveConfig(kind="masked"), BlocksConfig(), known)
+    here = str(directory)
     with cli.task("Scoring", "documents") as progress:
         if resources is not None and resources.num_workers == 1:
-            rows = group.score(here, found, experiment, None, progress)
+            rows = group.score(here, found, experiment, None, progress, as_given=True)
         else:
             with cluster.connect(experiment.cluster) as connected:
                 where = model if storage.is_remote(model) else here
-                rows = group.score(where, found, experiment, connected, progress)
-    is_masked = models.is_masked(
-        AutoConfig.from_pretrained(directory, trust_remote_code=experiment.model.trust_remote_code)
-    )
+                rows = group.score(where, found, experiment, connected, progress, as_given=True)
     measure = experiment.eval.measure(masked=is_masked)
-    known = AutoTokenizer.from_pretrained(directory, trust_remote_code=experiment.model.trust_remote_code)
-    scored = Scored(rows, found, sets, measure, unknown_id(known), keywords=bool(experiment.objective.keywords))
-    prefix = frame(known, experiment.tokenizer.prefix).prefix
+    unknown = tokenizer.unknown_id(known)
+    scored = Scored(rows, found, sets, measure, unknown, keywords=bool(experiment.objective.keywords))
+    prefix = tokenizer.frame(known, experiment.tokenizer.prefix).prefix
     token = None if prefix is None else known.convert_ids_to_tokens(prefix)
     record = {"model": model, "prefix": token, "scored_in": experiment.eval.precision, **scored.record()}
     if record["nll"] is None:
@@ -90,6 +90,40 @@ def evaluate(
     if documents is not None:
         write_lines(documents, scored.lines())
     return cli.Answer(record, view(record))
+
+
+def its_own(directory: Path, config: Path | None) -> list[str]:
+    """Settings of the model that is there, in place of those by which a model was made or shall be.
+
+    Of the file's section tokenizer what is about documents stays: prefix, and end-of-text token unless the file is the
+    model's own, whose tokenizer has it. What lies beside a model does not say that its code may run.
+    """
+    from raylm import checkpoint
+    from raylm.config import load
+
+    file = config or checkpoint.experiment_file(directory)
+    kept: dict[str, Any] = {}
+    if file is not None:
+        told = load(file).tokenizer
+        kept = {"prefix": told.prefix, "eos_token": told.eos_token if config is not None else None}
+    return ["cluster={}", "tune={}", f"model={dumps({'path': str(directory)})}", f"tokenizer={dumps(kept)}"]
+
+
+def check_settings(experiment: Experiment, directory: Path, model: str) -> None:
+    """ConfigError for settings that say what the argument says."""
+    if experiment.model.path != str(directory):
+        key = "model.config" if experiment.model.config is not None else "model.path"
+        raise ConfigError(f"{key}: the model that is scored is the argument, {model}; leave the setting out", key)
+    if experiment.tokenizer.train is not None:
+        raise ConfigError("tokenizer.train: a trained model has a tokenizer; give tokenizer.path", "tokenizer.train")
+
+
+def tokenizer_of(experiment: Experiment) -> PreTrainedTokenizerFast:
+    """The tokenizer of the model that is scored."""
+    from raylm import tokenizer
+
+    key = "tokenizer.path" if experiment.tokenizer.path else "MODEL"
+    return tokenizer.load_section(tokenizer.chosen(experiment.tokenizer, experiment.model), key)
 
 
 def what_is_scored(
@@ -110,7 +144,9 @@ def what_is_scored(
     documents = tokens.Encoded()
     sets = {}
     for name, corpus in corpora.items():
-        found = tokens.encode_files(corpus, str(directory))
+        with tempfile.TemporaryDirectory() as scratch:
+            tokenizer_of(experiment).save_pretrained(scratch)
+            found = tokens.encode_files(corpus, scratch)
         if not any(len(found[index]) for index in range(len(found))):
             raise prepare.nothing_to_score(keys[name], corpus.paths)
         sets[name] = range(len(documents), len(documents) + len(found))

@@ -24,7 +24,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raylm import cli, cluster, loop, runs
 from raylm.cluster import Resources
-from raylm.config import Experiment
+from raylm.config import Experiment, ModelConfig, TokenizerConfig
 from raylm.errors import OutOfMemory, RaylmError, TrainingError, WorkerFailed
 from raylm.loop import Job, Outcome
 from raylm.perplexity import Documents
@@ -133,8 +133,18 @@ def score(
     experiment: Experiment,
     resources: Resources | None,
     progress: Callable[[float, float | None], None] | None = None,
+    *,
+    as_given: bool = False,
 ) -> np.ndarray:
-    """perplexity.score_documents of a saved model: in this process without `resources` of Ray, else on its workers."""
+    """perplexity.score_documents of a saved model: in this process without `resources` of Ray, else on its workers.
+
+    It is loaded `as_given` by the experiment's sections model and tokenizer, or as what a training has made of these: a
+    plain directory with its own tokenizer.
+    """
+    section, tokenizer = experiment.model, experiment.tokenizer
+    if not as_given:
+        section = ModelConfig(trust_remote_code=section.trust_remote_code)
+        tokenizer = TokenizerConfig(prefix=tokenizer.prefix)
     job = loop.Scoring(
         directory,
         documents,
@@ -142,8 +152,9 @@ def score(
         cpus=resources.cpus_per_worker if resources is not None else cluster.cpus_here(),
         use_gpu=experiment.cluster.use_gpu,
         keywords=experiment.objective.keywords,
-        prefix=experiment.tokenizer.prefix,
-        trust_remote_code=experiment.model.trust_remote_code,
+        loaded=section,
+        tokenizer=tokenizer,
+        masked=experiment.objective.is_masked,
     )
     if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):
         alone = dataclasses.replace(job, cpus=cluster.cpus_here(), session=loop.Alone, progress=progress)

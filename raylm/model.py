@@ -132,11 +132,9 @@ def build(
         if section.path is None:
             network = untrained(found, masked=masked, dtype=dtype)
         else:
-            # Without GgufConfig the weights stay packed: such a model can be neither trained nor saved.
-            packed = {"gguf_file": section.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-            options = _options(section) | (packed if section.gguf_file else {})
+            kind = _auto_class(masked)
             with hub.loading(ConfigError, "model.path", section.path):
-                network = _auto_class(masked).from_pretrained(section.path, config=found, dtype=dtype, **options)
+                network = kind.from_pretrained(section.path, config=found, dtype=dtype, **options(section))
         _learn_padding(network, tokenizer.eos_token_id, new=section.path is None)
         if section.lora is not None:
             _add_updates(network, section.lora)
@@ -190,6 +188,14 @@ def _auto_class(masked: bool) -> Any:
 
 def _rounded_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+def options(section: ModelConfig) -> dict[str, Any]:
+    """How the weights at model.path are loaded."""
+    if section.gguf_file is None:
+        return _options(section)
+    # Without GgufConfig the weights stay packed: such a model can be neither trained nor saved.
+    return {**_options(section), "gguf_file": section.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
 
 
 def _options(section: ModelConfig) -> dict[str, Any]:

@@ -5,12 +5,22 @@ import io
 import json
 import math
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from raylm import checkpoint, perplexity, prepare, tokenizer, tokens
 from raylm.config import Experiment, TrainedTokenizer
@@ -206,6 +216,98 @@ def test_the_score_of_a_masked_model_is_called_what_it_is(masked, texts, setting
     text = shown(answer)
     assert measure in text.split("\n\n")[0]
     assert measure.replace("_", "-") in text.split("\n\n")[1].splitlines()[0]
+
+
+@pytest.fixture(scope="module")
+def plain_bert(tmp_path_factory):
+    """As the Hub has them: [CLS] and [SEP] around a text, and no end-of-text token."""
+    directory = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(TEXTS["books/a.txt"].split()))]
+    known = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)).save_pretrained(directory)
+    known.save_pretrained(directory)
+    return str(directory)
+
+
+def test_a_pretrained_bert_is_scored_with_the_setting_that_it_needs(plain_bert, texts, tmp_path):
+    text = [str(texts / "books/a.txt")]
+    with pytest.raises(DataError, match=r"no end-of-text token.*name one with tokenizer.eos_token, of:.*\[SEP\]"):
+        evaluate(plain_bert, text=text)
+    answer = evaluate(plain_bert, ["tokenizer.eos_token='[SEP]'"], text=text)
+    assert (answer.record["tokens"], answer.record["prefix"]) == (6, "[CLS]")
+    assert answer.record["masked_perplexity"] < 20
+    file = tmp_path / "bert.yaml"
+    file.write_text("tokenizer: {eos_token: '[SEP]'}\nmodel: {config: {model_type: bert}}\n")
+    assert evaluate(plain_bert, text=text, config=file).record == answer.record, "of a file, what is about documents"
+    changed = json.loads((Path(plain_bert) / "config.json").read_text()) | {"architectures": ["BertModel"]}
+    other = tmp_path / "other"
+    shutil.copytree(plain_bert, other)
+    (other / "config.json").write_text(json.dumps(changed))
+    settings = ["tokenizer.eos_token='[SEP]'", "objective.kind=masked"]
+    assert evaluate(str(other), settings, text=text).record == {**answer.record, "model": str(other)}
+
+
+def test_a_tokenizer_from_elsewhere(causal, texts, tmp_path):
+    alone = tmp_path / "alone"
+    shutil.copytree(causal, alone, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    expected = evaluate(causal, [sets(texts)]).record
+    assert evaluate(str(alone), [sets(texts), f"tokenizer.path={causal}"]).record == {**expected, "model": str(alone)}
+    with pytest.raises(ConfigError, match=r"model.path=.*alone: there is no tokenizer in it.*give tokenizer.path"):
+        evaluate(str(alone), [sets(texts)])
+
+
+def test_a_gguf_file_is_scored(tmp_path, texts):
+    import gguf
+
+    made = tokenizer.train(TEXTS.values(), TrainedTokenizer(vocab_size=270))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=len(made), max_position_embeddings=16, **sizes))
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_context_length(16)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(len(made))
+    vocabulary = sorted(made.get_vocab(), key=made.get_vocab().get)
+    merges = [" ".join(pair) for pair in json.loads(made.backend_tokenizer.to_str())["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(made.eos_token_id)
+    writer.add_bos_token_id(made.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    for name, weight in network.state_dict().items():
+        place = names.get_name(name, try_suffixes=(".weight",))
+        rows = weight.numpy()
+        if "q_proj" in name or "k_proj" in name:  # as llama.cpp wants them rotated
+            rows = rows.reshape(1, 2, 16, 32).swapaxes(1, 2).reshape(32, 32)
+        writer.add_tensor(place, np.ascontiguousarray(rows))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(StorageError, match=r"has no config.json; give model.gguf_file=model.gguf"):
+        evaluate(str(tmp_path), [sets(texts)])
+    found = evaluate(str(tmp_path), [sets(texts), "model.gguf_file=model.gguf"]).record
+
+    plain = tmp_path / "plain"
+    network.save_pretrained(plain)
+    made.save_pretrained(plain)
+    expected = evaluate(str(plain), [sets(texts)]).record
+    assert found["nll"] == pytest.approx(expected["nll"], rel=1e-5)
+    assert found["tokens"] == expected["tokens"]
+
+
+@pytest.mark.parametrize("setting", ["model.path=/elsewhere", "model.config={model_type: gpt2}", "tokenizer.train={}"])
+def test_settings_that_say_what_the_argument_says(causal, texts, setting):
+    with pytest.raises(ConfigError, match=setting.split("=")[0]):
+        evaluate(causal, [sets(texts), setting])
 
 
 def test_a_set_without_text_is_named(causal, texts):

@@ -333,7 +333,7 @@ def test_a_model_with_code_of_its_own_is_trained_and_saved_with_that_code(tmp_pa
         # Though experiment.yaml beside it says to trust it: that may be anybody's.
         with pytest.raises(RaylmError, match="custom code|code of its own"):
             checkpoint.load(directory)
-        again = checkpoint.load(directory, trust_remote_code=True).model
+        again = checkpoint.load(directory, ModelConfig(trust_remote_code=True)).model
         torch.testing.assert_close(again(ids).logits, trainer.model.eval()(input_ids=ids).logits)
 
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from raylm import config, model, storage
 from raylm import tokenizer as tokenizers
-from raylm.config import Experiment
-from raylm.errors import StorageError
+from raylm.config import Experiment, ModelConfig, TokenizerConfig
+from raylm.errors import ConfigError, RaylmError, StorageError
 from raylm.perplexity import MaskedTokens
 from raylm.tokenizer import Frame
 
@@ -43,6 +43,8 @@ class Trained:
     """None for a model that raylm did not train."""
     record: dict[str, Any]
     """raylm.json, or empty."""
+    fills_in: bool = False
+    """Whether it was loaded as a masked model though its configuration does not say so."""
 
     def frame(self, prefix: str | None = None) -> Frame:
         """What stands around every document: by tokenizer.prefix, or as the model was trained."""
@@ -51,7 +53,7 @@ class Trained:
 
     def masked(self, prefix: str | None = None, every: bool = False) -> MaskedTokens | None:
         """How the model is scored if it is a masked one; `every` token, as eval.pseudo_perplexity says."""
-        is_masked = model.is_masked(self.model.config)
+        is_masked = self.fills_in or model.is_masked(self.model.config)
         return MaskedTokens.of(self.tokenizer, self.frame(prefix), every) if is_masked else None
 
     @property
@@ -88,14 +90,18 @@ def read_experiment(directory: str | Path) -> Experiment | None:
     return config.load(path) if path is not None else None
 
 
-def check(directory: str | Path) -> Path:
+def check(directory: str | Path, gguf_file: str | None = None) -> Path:
     """The directory, local or remote, if it can hold a model at all; a copy of a remote one goes with the process."""
     place = str(directory)
     with storage.reached(place):
         names = storage.names(place)
         if not names and not Path(place).is_dir():
             raise StorageError(f"{place} is not a directory; give one that holds a model", where=place)
-        if "config.json" not in names:
+        if gguf_file is not None and gguf_file not in names:
+            raise ConfigError(f"model.gguf_file={gguf_file}: there is no such file in {place}", "model.gguf_file")
+        if gguf_file is None and "config.json" not in names:
+            if packed := [name for name in names if name.endswith(".gguf")]:
+                raise StorageError(f"{place} has no config.json; give model.gguf_file={packed[0]}", where=place)
             inside = [f"{place}/{name}" for name in names if "config.json" in storage.names(f"{place}/{name}")]
             hint = f"; did you mean {inside[-1]}?" if inside else ""
             raise StorageError(f"{place} holds no model: it has no config.json{hint}", where=place)
@@ -109,20 +115,38 @@ def _copied(uri: str) -> Path:
     return copies.enter_context(storage.here(uri, but_for=OF_TRAINING))
 
 
-def load(directory: str | Path, *, trust_remote_code: bool = False) -> Trained:
-    """Model (float32, on the CPU) and tokenizer of a checkpoint or any Hugging Face model directory."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+def load(
+    directory: str | Path,
+    section: ModelConfig | None = None,
+    tokenizer: TokenizerConfig | None = None,
+    *,
+    masked: bool = False,
+) -> Trained:
+    """Model (float32, on the CPU) and tokenizer of a checkpoint or any Hugging Face model directory.
 
-    path = check(directory)
+    `section` says how it is loaded, `tokenizer` which tokenizer is, if not its own as it is; `masked`, that it is a
+    masked model though its configuration does not say so.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    section = section or ModelConfig()
+    path = check(directory, section.gguf_file)
+    section = section.model_copy(update={"path": str(path), "config": None})
     try:
-        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        masked = model.is_masked(AutoConfig.from_pretrained(path, **trust))
+        found = model.pretrained_configuration(section)
+        masked = masked or model.is_masked(found)
         kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        network = kind.from_pretrained(path, dtype="float32", **trust)
-        tokenizer = AutoTokenizer.from_pretrained(path, **trust)
+        network = kind.from_pretrained(path, config=found, dtype="float32", **model.options(section))
+        if tokenizer is None or tokenizer == TokenizerConfig(prefix=tokenizer.prefix):
+            packed = {"gguf_file": section.gguf_file} if section.gguf_file else {}
+            known = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code, **packed)
+        else:
+            known = tokenizers.load_section(tokenizers.chosen(tokenizer, section))
+    except RaylmError:
+        raise
     except Exception as error:  # safetensors and tokenizers have errors of their own
         problem = str(error).strip().split("\n")[0]
         raise StorageError(
             f"{directory} cannot be loaded: {type(error).__name__}: {problem}", str(directory)
         ) from error
-    return Trained(network, tokenizer, read_experiment(path), read_record(path))
+    return Trained(network, known, read_experiment(path), read_record(path), masked)

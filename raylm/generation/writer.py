@@ -38,6 +38,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from raylm import checkpoint, model
 from raylm.checkpoint import Trained
+from raylm.config import ModelConfig
 
 if TYPE_CHECKING:
     from raylm.perplexity import MaskedTokens
@@ -60,7 +61,7 @@ def load(
 ) -> Writer:
     """The model of a directory, on this process's GPU if it may use one."""
     model.set_up_torch(cpus)
-    trained = checkpoint.load(directory, trust_remote_code=trusted)
+    trained = checkpoint.load(directory, ModelConfig(trust_remote_code=trusted))
     trained.model.to(model.device(use_gpu)).eval()
     return Writer(trained, how or GenerationConfig(), seed=seed)
 

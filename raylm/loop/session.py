@@ -14,7 +14,7 @@ import torch
 
 from raylm.budget import Budget
 from raylm.checkpoint import Series
-from raylm.config import EvalConfig, Experiment
+from raylm.config import EvalConfig, Experiment, ModelConfig, TokenizerConfig
 from raylm.errors import RaylmError
 from raylm.perplexity import Documents
 from raylm.tracking import Run
@@ -136,12 +136,14 @@ class Scoring:
     """A directory."""
     documents: Documents
     section: EvalConfig
+    loaded: ModelConfig
+    """How the model is loaded."""
+    tokenizer: TokenizerConfig
+    """Which tokenizer it has, if not its own, and the prefix of documents."""
     cpus: float
+    masked: bool = False
+    """That it is a masked model, though its configuration may not say so."""
     use_gpu: bool | None = None
     session: type[Any] = WorkerGroup
     progress: Callable[[float, float | None], None] | None = None
     keywords: tuple[str, ...] = ()
-    prefix: str = "auto"
-    """tokenizer.prefix."""
-    trust_remote_code: bool = False
-    """Whether code that lies beside the model may run."""

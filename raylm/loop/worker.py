@@ -37,9 +37,9 @@ def score_loop_per_worker(job: Scoring) -> np.ndarray:
     session = job.session()
     model.set_up_torch(job.cpus)
     with storage.here(job.model, but_for=checkpoint.OF_TRAINING) as directory:
-        trained = checkpoint.load(directory, trust_remote_code=job.trust_remote_code)
-    network = trained.model.to(model.device(job.use_gpu))
-    frame, masked = trained.frame(job.prefix), trained.masked(job.prefix, job.section.pseudo_perplexity)
+        trained = checkpoint.load(directory, job.loaded, job.tokenizer, masked=job.masked)
+    network, prefix = trained.model.to(model.device(job.use_gpu)), job.tokenizer.prefix
+    frame, masked = trained.frame(prefix), trained.masked(prefix, job.section.pseudo_perplexity)
     probe.check_scoring(
         network, trained.tokenizer, frame, named=job.model, context=trained.context, masked=masked is not None
     )
