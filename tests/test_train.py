@@ -115,6 +115,39 @@ def test_the_same_score_from_one_process_and_from_two_workers(one_worker, ray_cl
     assert shared.keyword_nll == pytest.approx(alone.keyword_nll, rel=1e-6)
 
 
+class StopsWhenAsked(cluster.Board):
+    """Says at the n-th time that it is asked, and later, that the training shall stop."""
+
+    def __init__(self, times=None):
+        super().__init__()
+        self.left = times
+        self.asked = 0
+
+    def is_stopping(self):
+        self.asked += 1
+        return self.left is not None and self.asked >= self.left
+
+
+@pytest.mark.parametrize("in_last_one", [False, True])
+def test_an_evaluation_is_broken_off_and_made_when_the_run_resumes(train_run, tiny, monkeypatch, in_last_one):
+    from raylm.loop import trainer
+
+    monkeypatch.setattr(trainer, "LOOK_SECONDS", 0.0)
+    experiment = tiny("eval.batch_tokens=64", "train.patience=9")
+    counting = StopsWhenAsked()
+    reference, whole = train_run(experiment, board=counting)
+    # Asked after each of two steps, then before each batch that is scored; last when there is none left to score.
+    stopped, job = train_run(experiment, board=StopsWhenAsked(counting.asked - 1 if in_last_one else 4))
+    assert (stopped.step, stopped.stopped) == (10 if in_last_one else 2, True)
+    assert len(job.run.series().get("eval/perplexity", [])) == (4 if in_last_one else 0)
+    ended = train_run.go_on(job, experiment)
+    for found, expected in ((ended.best, reference.best), (ended.last, reference.last)):
+        assert {**found, "seconds": None} == {**expected, "seconds": None}
+    for name in ("eval/perplexity", "train/loss"):
+        assert job.run.series()[name] == whole.run.series()[name]
+    assert job.checkpoints.fault(ended.best["step"]) is None
+
+
 def test_divergence_is_an_error_that_names_step_and_setting(train_run, tiny):
     experiment = tiny("train.learning_rate=1e30", "train.warmup_steps=0", "train.arguments.max_grad_norm=1e30")
     with pytest.raises(Diverged, match=r"diverged: .* at step \d+; lower train.learning_rate=1e\+30"):

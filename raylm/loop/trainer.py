@@ -26,6 +26,9 @@ from raylm.loop.sharding import ShardingTrainer
 from raylm.perplexity import Documents, Score
 from raylm.tokenizer import Frame
 
+TELL_SECONDS = 10.0
+"""Of an evaluation, before it is told of, and until it is again."""
+
 LOOK_SECONDS = 1.0
 """How long a worker trains between two looks at whether it shall stop."""
 
@@ -89,6 +92,8 @@ class _Trainer(ShardingTrainer):
         self.resumed: Path | None = None
         self.stopped = False
         self.lost_nodes: list[str] = []
+        self.is_unscored = False
+        """Whether the last checkpoint is of a step whose evaluation was put off until the run resumes."""
         self.looked = (0, 0.0)
         """After which step, and when."""
         self.next_look = 1
@@ -126,7 +131,9 @@ class _Trainer(ShardingTrainer):
             self._restore(self.resumed, step)
         if self.session.rank == 0:
             self.job.run.rewind(self.begins_at)
-        if self.begins_at < self.job.budget.steps and not self._is_patience_over():
+            if self.is_unscored:
+                self._score_resumed()
+        if self.begins_at < self.job.budget.steps and not self._is_patience_over() and not self.stopped:
             self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
         step = self.state.global_step or self.begins_at
         return Outcome(self.best, step, last=self.latest, stopped=self.stopped, lost_nodes=self.lost_nodes)
@@ -150,6 +157,7 @@ class _Trainer(ShardingTrainer):
         progress = json.loads((directory / PROGRESS).read_text(encoding="utf-8"))
         self.begins_at = step
         self.worse_in_a_row = progress["worse_in_a_row"]
+        self.is_unscored = progress.get("is_unscored", False)
         self.began -= progress["seconds"]
         self.best = record["best"]
         if self.best and self.best["step"] != step and self._is_lost(self.best["step"]):
@@ -237,9 +245,15 @@ class _Trainer(ShardingTrainer):
         """Score the validation split, and decide whether the weights are kept."""
         step, budget = self.state.global_step, self.job.budget
         self.control.should_evaluate = False  # or the end of the data would evaluate the last step again
-        with self.memory.for_scoring():
-            score = self._score(self.store.validation)
-            sets = {name: self._score(documents) for name, documents in self.sets.items()}
+        self.is_unscored = False
+        try:
+            with self.memory.for_scoring():
+                score = self._score(self.store.validation)
+                sets = {name: self._score(documents) for name, documents in self.sets.items()}
+        except perplexity.Stopped:  # saved as it is, and evaluated first when the run resumes
+            self.is_unscored = self.stopped = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         if not math.isfinite(score.perplexity):
             raise Agreed(self.finite.diverged(f"perplexity is {score.perplexity} at step {step}"))
         self.latest = self._found(step, score.perplexity, score.bits_per_byte)
@@ -260,6 +274,19 @@ class _Trainer(ShardingTrainer):
         if not self.control.should_save:
             self.session.report(self._reported())
         return {"eval_perplexity": score.perplexity}
+
+    def _score_resumed(self) -> None:
+        """Evaluate the weights that the run resumes from."""
+        self._load_from_checkpoint(str(self.resumed))
+        self.model.to(self.args.device)
+        self.state.global_step = self.begins_at
+        self.evaluate()
+        if self.is_unscored:  # asked to stop again
+            return
+        if self.better is not None:
+            self.best, self.better = self.better, None
+        if self.control.should_save:  # else it is reported
+            self.session.report(self._reported())
 
     def _is_patience_over(self) -> bool:
         patience = self.job.experiment.train.patience
@@ -302,6 +329,7 @@ class _Trainer(ShardingTrainer):
         return objective.Keywords(self.job.experiment.objective.keywords, self.store.tokenizer)
 
     def _score(self, documents: Documents) -> Score:
+        told = _Told(self.job, self.session, self.state.global_step)
         section, block_size = self.job.experiment.eval, self.job.experiment.blocks.block_size
         with self.float32_shards():
             return perplexity.score(
@@ -317,6 +345,9 @@ class _Trainer(ShardingTrainer):
                 keywords=self.keywords,
                 rank=self.session.rank,
                 world_size=self.session.world_size,
+                progress=told.progress,
+                # Sharded, the weights that a run resumes from could not be scored before it trains.
+                stopping=None if self.is_fsdp_enabled else told.stopping,
             )
 
     # Checkpoints
@@ -380,6 +411,7 @@ class _Trainer(ShardingTrainer):
             "losses": losses,
             "logged_at": self._globalstep_last_logged,
             "worse_in_a_row": self.worse_in_a_row,
+            "is_unscored": self.is_unscored,
             "world_size": self.session.world_size,
             "seconds": time.monotonic() - self.began,
         }
@@ -398,6 +430,29 @@ class _Trainer(ShardingTrainer):
         self.stopped, self.next_look = gathered(self.session, told)[0]
         self.lost_nodes = self.session.lost_nodes()
         self.stopped = self.stopped or bool(self.lost_nodes)
+
+
+class _Told:
+    """What is told of an evaluation while it lasts, and whether it shall stop; on the first rank alone."""
+
+    def __init__(self, job: Job, session: Session, step: int):
+        self.job, self.step = job, step
+        self.is_first = session.rank == 0 and job.board is not None
+        self.told_at = time.monotonic()
+        self.asked_at = -math.inf
+
+    def progress(self, done: float, total: float | None) -> None:
+        """Names what goes on, if it takes long."""
+        if self.is_first and time.monotonic() - self.told_at > TELL_SECONDS:
+            self.told_at = time.monotonic()
+            self.job.say(f"evaluating after step {self.step:,}: {done:,} of {total:,} documents")
+
+    def stopping(self) -> bool:
+        now = time.monotonic()
+        if not self.is_first or now - self.asked_at < LOOK_SECONDS:
+            return False
+        self.asked_at = now
+        return self.job.board.is_stopping()
 
 
 class _Schedule(TrainerCallback):
