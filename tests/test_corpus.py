@@ -249,6 +249,24 @@ def test_every_format_with_columns_gives_the_same_texts(tmp_path, name):
     assert texts(CorpusConfig(paths=f"{tmp_path}/{name}")) == [row["text"] for row in ROWS]
 
 
+def test_of_a_json_file_the_first_row_is_checked_and_the_rest_is_not_read(tmp_path):
+    """What is wrong after its first bytes is found when it is read; a file that is one object has its rows in that."""
+    row = json.dumps({"text": "a text", "id": 1})
+    torn = ",\n".join([row] * 20_000) + ',\n{"text'
+    for name, content in (("list", f"[{torn}"), ("lines", torn), ("marked", f"\ufeff[{torn}"), ("naive", f"[{torn}ï")):
+        (tmp_path / f"{name}.json").write_text(content, encoding="utf-8")
+        corpus = CorpusConfig(paths=f"{tmp_path}/{name}.json")
+        check(corpus)
+        with pytest.raises(DataError, match=f"{name}.json .*torn, or not json"):
+            texts(corpus)
+    (tmp_path / "object.json").write_text(f'{{"data": [{torn}')
+    with pytest.raises(DataError, match="object.json .*torn, or not json"):
+        check(CorpusConfig(paths=f"{tmp_path}/object.json"))
+    (tmp_path / "other.json").write_text(f'[{{"id": 1}}, {row}]')
+    with pytest.raises(DataError, match="corpus.text: no column 'text'"):
+        check(CorpusConfig(paths=f"{tmp_path}/other.json"))
+
+
 COMPRESS = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,

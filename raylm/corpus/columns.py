@@ -25,6 +25,9 @@ from raylm.storage import file_system
 BATCH_BYTES = 8_000_000
 """Of rows, read or decoded at a time: one request of an object storage, and little beside the process itself."""
 
+HEAD_BYTES = 1 << 18
+"""Of a .json file, in which its first row is looked for."""
+
 
 class Columns:
     """corpus.text -> the text of a row: a column, a dotted path into one, or a template of them in braces."""
@@ -194,6 +197,21 @@ def read_json(piece: Piece, corpus: CorpusConfig) -> Texts:
         for inner in _records(row, columns) if is_alone else [row]:
             number += 1
             yield _row_text(columns, inner, f"row {number}")
+
+
+def begins_with_text(piece: Piece, corpus: CorpusConfig) -> bool:
+    """Whether the first bytes of a .json file hold its first row, with a text; if not, all of it has to be read.
+
+    What holds a single object may have its rows in that.
+    """
+    with as_utf8(piece, "utf-8") as stream:
+        head = codecs.getincrementaldecoder("utf-8")().decode(stream.read(HEAD_BYTES)).removeprefix("\ufeff")
+    try:
+        row, position = json.JSONDecoder().raw_decode(head, _skip(head, 0, " \t\r\n["))
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    is_alone = _skip(head, position, " \t\r\n,") == len(head)
+    return not is_alone and isinstance(_row_text(Columns(corpus), row, ""), str)
 
 
 def _records(row: Any, columns: Columns) -> list[Any]:

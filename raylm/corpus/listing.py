@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import lzma
 import zlib
@@ -10,6 +11,7 @@ from collections import Counter
 from functools import lru_cache
 
 from raylm.config import CorpusConfig
+from raylm.corpus.columns import begins_with_text
 from raylm.corpus.formats import texts
 from raylm.corpus.piece import BYTE_ORDER_MARKS, Fault, Piece, decompressed, whole
 from raylm.corpus.sources import Source, find, suffix
@@ -32,8 +34,8 @@ def check(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
     A file that was named must be readable. Of those that were found in a directory or by a glob, what is not text is
     left out and counted by its kind; so is a file with columns but without corpus.text, if others have text.
 
-    Lists directories and reads the first bytes or the first document of files: no Ray, and below a second for some
-    thousand local files.
+    Lists directories and reads the first bytes or the first document of files (all of a .json file that is one object):
+    no Ray, and below a second for some thousand local files.
     """
     if not corpus.paths and not corpus.validation_paths:
         raise DataError("corpus.paths is empty; give files, directories or globs of text", "corpus.paths")
@@ -107,9 +109,13 @@ def _is_no_column(problem: Fault | DataError) -> bool:
     return problem.where == "corpus.text" if isinstance(problem, DataError) else not problem.may_skip
 
 
-@lru_cache(maxsize=100_000)  # a command asks several times, and a .json file is read as a whole
+@lru_cache(maxsize=100_000)  # a command asks several times, and some .json files have to be read as a whole
 def _problem(piece: Piece, corpus: CorpusConfig) -> Fault | DataError | None:
     """What is wrong with the first document of a file, or with the file."""
+    if piece.format == "json":
+        with contextlib.suppress(EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError):  # as told below
+            if begins_with_text(piece, corpus):
+                return None
     try:
         first = next(texts(piece, corpus), None)
     except DataError as error:
