@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from raylm import cli
-from raylm.config import Experiment
+from raylm.config import WHOLE_SPLIT, Experiment
 from raylm.errors import ConfigError, StorageError
 from raylm.redaction import redacted
 from raylm.report import located, there
@@ -138,7 +138,7 @@ def of_sweep(directory: str, trial_id: str | None) -> Side:
         trial, scored = trials[best["trial_id"]], best
     elif trial_id in trials:
         trial = trials[trial_id]
-        scored = {**found.scores(trial), "scored_on": page.scored_on(found.experiment.eval.max_tokens)}
+        scored = {**found.scores(trial), "scored_on": found.ranked_on}
     else:
         raise StorageError(f"{directory}: {trial_id or 'the sweep'} has no score yet", directory)
     return Side(
@@ -179,7 +179,7 @@ def of_training(directory: str) -> Side:
         tokens=result["tokens"],
         **pace(directory),
         store=facts.parameters.get("store"),
-        scored_on=page.scored_on(None if is_over else experiment.eval.max_tokens),
+        scored_on=WHOLE_SPLIT if is_over else facts.parameters.get("scored_on") or experiment.eval.scored_on,
         scored_in=experiment.eval.precision,
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from raylm import cli, config, pictures, storage, tables, tracking
 from raylm import sweep as sweeps
-from raylm.config import EvalConfig, Experiment
+from raylm.config import WHOLE_SPLIT, EvalConfig, Experiment
 from raylm.errors import ConfigError, StorageError
 from raylm.redaction import redacted
 from raylm.sweep.record import EVENTS, Trial
@@ -58,13 +58,18 @@ class Found:
         """
         if not self.sweep.scored:
             return None
-        trial, limit = self.sweep.ranked[0], self.experiment.eval.max_tokens
+        trial = self.sweep.ranked[0]
         found = {"trial_id": trial.trial_id, **self.scores(trial), "checkpoint": None}
         if "best" not in self.result:
-            return {**found, "scored_on": scored_on(limit)}
+            return {**found, "scored_on": self.ranked_on}
         final = self.result["best"]
         found |= {"perplexity": final[self.measure.replace("-", "_")], "bits_per_byte": final["bits_per_byte"]}
-        return {**found, "checkpoint": final["checkpoint"], "scored_on": scored_on(None)}
+        return {**found, "checkpoint": final["checkpoint"], "scored_on": WHOLE_SPLIT}
+
+    @property
+    def ranked_on(self) -> str:
+        """What text the scores of the trials are of."""
+        return self.facts.parameters.get("scored_on") or self.experiment.eval.scored_on
 
     def command(self, trial: Trial) -> str:
         """What trains with the same settings again."""
@@ -79,10 +84,10 @@ def measure(experiment: Experiment) -> str:
     return experiment.measure.replace("_", "-")
 
 
-def scored_on(limit: int | None, parameters: Mapping[str, Any] | None = None) -> str:
-    """What text a score is of, by eval.max_tokens; and how much that is, by the parameters of its run."""
-    what = EvalConfig(max_tokens=limit).scored_on
-    if parameters is None or "scored_documents" not in parameters:
+def scored_on(section: EvalConfig, parameters: Mapping[str, Any]) -> str:
+    """What text a score during training is of, and how much that is, by the parameters of its run."""
+    what = str(parameters.get("scored_on") or section.scored_on)
+    if "scored_documents" not in parameters:
         return what
     documents, tokens = (int(parameters[f"scored_{each}"]) for each in ("documents", "tokens"))
     return f"{what}: {documents:,} document{'s' * (documents != 1)}, {tokens:,} tokens"
@@ -200,7 +205,7 @@ def page(found: Found, drawn: Sequence[pictures.Figure | pictures.Omitted], imag
         _answer(found),
         *[_section(figure, images, interactive=script is not None) for figure in drawn],
         "<h2>All trials</h2>",
-        f"<p class=caption>Ranked by {scored_on(found.experiment.eval.max_tokens, found.facts.parameters)}. "
+        f"<p class=caption>Ranked by {scored_on(found.experiment.eval, found.facts.parameters)}. "
         f"{FOLLOW if script else ''}</p>",
         _trials(found),
         f"<p class=caption>{OF_A_POPULATION}</p>" if found.experiment.tune.scheduler.kind == "pbt" else "",

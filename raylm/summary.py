@@ -7,7 +7,7 @@ from typing import Any
 
 from raylm import card, model, perplexity, tracking
 from raylm.budget import Budget
-from raylm.config import Experiment, get
+from raylm.config import WHOLE_SPLIT, Experiment, get
 from raylm.tokens import COUNTED, Store, incomparable
 from raylm.tracking import Run
 
@@ -47,11 +47,15 @@ def prefix(experiment: Experiment, store: Store) -> str | None:
     return None if token is None else store.tokenizer.convert_ids_to_tokens(token)
 
 
-def scored(experiment: Experiment, store: Store) -> dict[str, int]:
-    """How many documents, and tokens of them, an evaluation during training is made of."""
+def scored(experiment: Experiment, store: Store) -> dict[str, Any]:
+    """What an evaluation during training is made of, and how many documents, and tokens of them, that is."""
     split = store.validation
     documents = perplexity.first_documents(split, experiment.eval.max_tokens)
-    return {"scored_documents": documents, "scored_tokens": sum(len(split[index]) for index in range(documents))}
+    return {
+        "scored_on": WHOLE_SPLIT if documents == len(split) else experiment.eval.scored_on,
+        "scored_documents": documents,
+        "scored_tokens": sum(len(split[index]) for index in range(documents)),
+    }
 
 
 def tell_data(run: Run, experiment: Experiment, store: Store) -> None:

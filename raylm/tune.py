@@ -67,7 +67,7 @@ def tune(
                 train.warn(experiment, store)
             rows = sweep(experiment, store, parent, begun, resources)
             best = finish(experiment, store, parent, resources, rows)
-        scored_on = page.scored_on(experiment.eval.max_tokens, summary.scored(experiment, store))
+        scored_on = page.scored_on(experiment.eval, summary.scored(experiment, store))
         found = answer(experiment, begun, parent, store, rows, best, reused, scored_on)
         status = "FINISHED"
         return dataclasses.replace(found, exit_code=TrainingError.exit_code if strict and _failures(rows) else 0)

@@ -629,3 +629,12 @@ def test_the_trials_that_none_beats_in_both_are_marked():
     table = tables.trials(rows)
     assert list(table.columns[4].cells) == ["10", "20", "30", "-"]
     assert list(table.columns[-1].cells) == ["✓", "✓", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"), [("null", "the whole"), ("10000000", "the whole"), ("64", "the first 64 validation tokens")]
+)
+def test_a_limit_that_nothing_reaches_is_none(ray_cluster, tiny, limit, what):
+    experiment = tiny(f"eval.max_tokens={limit}")
+    store, _ = prepare.prepared(experiment)
+    assert summary.scored(experiment, store)["scored_on"].startswith(what)

@@ -399,7 +399,7 @@ class _Trainer(ShardingTrainer):
             "tokens": step * self.job.budget.batch_tokens,
             "perplexity": evaluated.get("perplexity"),
             "bits_per_byte": evaluated.get("bits_per_byte"),
-            "scored_on": self.job.experiment.eval.scored_on,
+            "scored_on": summary.scored(self.job.experiment, self.store)["scored_on"],
             "scored_in": self.job.experiment.eval.precision,
             "best": best,
             "store": self.job.store,
