@@ -211,7 +211,7 @@ def test_a_model_runs_for_the_first_time_where_and_how_it_is_trained(tiny, train
     ALL_MASK_ATTENTION_FUNCTIONS.register("two_bytes", flash_attention_mask)
     attention = "model.attn_implementation=two_bytes"
     tokens = "train.max_tokens=512"
-    outcome, _ = train_run(tiny(attention, "train.precision=bfloat16", tokens))
+    outcome, _ = train_run(tiny(attention, "train.precision=bfloat16", "eval.precision=bfloat16", tokens))
     assert outcome.step == 2
     assert set(seen) == {torch.bfloat16}
 
