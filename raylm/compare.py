@@ -179,7 +179,7 @@ def of_training(directory: str) -> Side:
         tokens=result["tokens"],
         **pace(directory),
         store=facts.parameters.get("store"),
-        scored_on=WHOLE_SPLIT if is_over else facts.parameters.get("scored_on") or experiment.eval.scored_on,
+        scored_on=result.get("scored_on", WHOLE_SPLIT) if is_over else page.ranked_on(experiment, facts),
         scored_in=experiment.eval.precision,
     )
 

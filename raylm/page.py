@@ -54,7 +54,7 @@ class Found:
     def best(self) -> dict[str, Any] | None:
         """The best trial: trial_id, perplexity, bits_per_byte, checkpoint, scored_on; None before any has a score.
 
-        Once the sweep is over these are of the whole validation split.
+        Once the sweep is over these are of the whole validation split, of a masked model if that was affordable.
         """
         if not self.sweep.scored:
             return None
@@ -64,12 +64,12 @@ class Found:
             return {**found, "scored_on": self.ranked_on}
         final = self.result["best"]
         found |= {"perplexity": final[self.measure.replace("-", "_")], "bits_per_byte": final["bits_per_byte"]}
-        return {**found, "checkpoint": final["checkpoint"], "scored_on": WHOLE_SPLIT}
+        return {**found, "checkpoint": final["checkpoint"], "scored_on": final.get("scored_on", WHOLE_SPLIT)}
 
     @property
     def ranked_on(self) -> str:
         """What text the scores of the trials are of."""
-        return self.facts.parameters.get("scored_on") or self.experiment.eval.scored_on
+        return ranked_on(self.experiment, self.facts)
 
     def command(self, trial: Trial) -> str:
         """What trains with the same settings again."""
@@ -82,6 +82,11 @@ class Found:
 def measure(experiment: Experiment) -> str:
     """What a person calls the score."""
     return experiment.measure.replace("_", "-")
+
+
+def ranked_on(experiment: Experiment, facts: journal.Facts) -> str:
+    """What text a score during training is of."""
+    return str(facts.parameters.get("scored_on") or experiment.eval.scored_on)
 
 
 def scored_on(section: EvalConfig, parameters: Mapping[str, Any]) -> str:

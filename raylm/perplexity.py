@@ -269,6 +269,19 @@ def first_documents(documents: Documents, max_tokens: int | None) -> int:
     return len(documents)
 
 
+def tokens_read(lengths: np.ndarray, context: int, stride: int | None, masked: MaskedTokens | None) -> np.ndarray:
+    """Tokens that a model reads in all windows of documents of these lengths: what it costs to score each."""
+    if masked is None:
+        further = -(-np.maximum(0, lengths - context) // min(stride or context, context))
+        return np.minimum(lengths, context) + further * context
+    around = len(masked.frame.around(()))
+    room = max(1, context - around)
+    windows, rest = np.divmod(lengths, room)
+    if masked.every:  # each as often as it has tokens
+        return windows * room * (room + around) + rest * (rest + around)
+    return windows * (room + around) + (rest > 0) * (rest + around)
+
+
 class Part(NamedTuple):
     """A window's tokens as the model reads them, and which of its outputs are scored."""
 

@@ -95,10 +95,11 @@ def trained(
     experiment: Experiment, store: Store, sets: dict[str, str], run: Run, begun: Begun, resources: Resources
 ) -> cli.Answer:
     """Train to the end of the budget, export the best model and score it."""
-    from raylm import budget, card, cluster, group, loop, summary, tables, tokens, tracking
+    from raylm import budget, card, cluster, cost, group, loop, summary, tables, tokens, tracking
     from raylm.perplexity import Score
 
     experiment = begun.settled(experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
+    experiment = cost.limited(experiment, store)
     planned = budget.of(experiment, store)
     run.parameters(summary.parameters(experiment, store, planned))
     run.text(dump(experiment), "experiment.yaml")
@@ -121,12 +122,15 @@ def trained(
     overfitting = tables.overfitting({**best, **ending})
     checkpoint, target = job.checkpoints.path(best["step"]), f"{begun.directory}/model"
     score = {name: best[name] for name in ("perplexity", "bits_per_byte")}
-    if experiment.eval.max_tokens is not None:  # the figure to compare is of the whole split
+    scored_on = experiment.eval.scored_on
+    # The figure to compare is of the whole split.
+    if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, planned):
+        scored_on = WHOLE_SPLIT
         with cli.task("Scoring the whole validation split", "documents") as advance:
             scored = Score.of(group.score(checkpoint, store.validation, experiment, resources, advance))
         score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
     best |= score
-    card.export(checkpoint, target, {**score, "scored_on": WHOLE_SPLIT})
+    card.export(checkpoint, target, {**score, "scored_on": scored_on})
     summary.tell_best(run, experiment, best)
     run.tags({"raylm.checkpoint": target})
     run.model(target, experiment.tracking, best["step"], cli.say)
@@ -140,7 +144,7 @@ def trained(
         "prefix": summary.prefix(experiment, store),
         "unknown_tokens": store.validation.unknown_tokens,
         "incomparable": tokens.incomparable(store.validation.unknown_tokens, store.validation.num_tokens),
-        "scored_on": WHOLE_SPLIT,
+        "scored_on": scored_on,
         "scored_in": experiment.eval.precision,
         "tokens": outcome.step * planned.batch_tokens,
         "steps": outcome.step,
@@ -178,13 +182,13 @@ def plan(
     time is asked in the end, since that takes imports.
     """
     from raylm import cluster, corpus, storage, tokenizer, tokens, tracking
-    from raylm.prepare import evaluation_corpora
+    from raylm.prepare import evaluation_corpora, tokenizer_of
 
     if begins:
         cluster.check_reachable(experiment.cluster)
     storage.look(experiment.storage)
     sources = corpus.check(experiment.corpus)
-    evaluation_corpora(experiment)
+    sets = evaluation_corpora(experiment)
     resources, elsewhere = cluster.plan(experiment.cluster), cluster.address_of(experiment.cluster)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     store = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
@@ -194,7 +198,7 @@ def plan(
     if begins and resources is not None and not (is_alone and tokens.is_store(store)):
         cluster.ahead()
     with cli.waiting("Loading PyTorch and transformers"), cli.importing():  # after the quick checks
-        from raylm import budget, loop, model, objective, runs, summary, tables
+        from raylm import budget, cost, loop, model, objective, runs, summary, tables
 
     loop.check(experiment.train, has_updates=experiment.model.lora is not None)
     key = "tokenizer.path" if experiment.tokenizer.path else "model.path"
@@ -204,11 +208,17 @@ def plan(
         experiment, chosen.train.vocab_size if chosen.train else model.num_ids(experiment.model, known)
     )
     scored: dict[str, int] = {}
+    share = None
     if tokens.is_store(store):
         opened = tokens.open_store(store)
         warn(experiment, opened)
-        planned: budget.Budget | None = budget.of(experiment, opened)
-        scored = summary.scored(experiment, opened)
+        decided = budget.of(experiment, opened)
+        planned: budget.Budget | None = decided
+        limited = cost.limited(experiment, opened)
+        scored = summary.scored(limited, opened)
+        paths = [tokens.store_path(experiment.storage, corpus, tokenizer_of(store)) for corpus in sets.values()]
+        prepared = [tokens.open_store(path).train for path in paths if tokens.is_store(path)]
+        share = cost.share(limited, opened, decided, prepared)
     else:
         planned = budget.plan(
             experiment.train,
@@ -228,6 +238,7 @@ def plan(
         "passes": planned.passes if planned else None,
         "scored_documents": scored.get("scored_documents"),
         "scored_tokens": scored.get("scored_tokens"),
+        "evaluation_share": share,
         "micro_batch": planned.micro_batch if planned else None,
         "accumulation": planned.accumulation if planned else None,
         "num_workers": experiment.cluster.num_workers,
@@ -238,6 +249,7 @@ def plan(
         "experiment": experiment.tracking.experiment or experiment.name,
     }
     pairs = {name.replace("_", " "): value for name, value in record.items() if name != "corpus"}
+    pairs["evaluation share"] = None if share is None else f"{share:.1%} of the run"
     for key, variable in from_environment(experiment).items():
         name = {"tracking.uri": "tracking", "tracking.experiment": "experiment"}[key]
         pairs[name] = f"{pairs[name]} (from {variable})"

@@ -47,7 +47,7 @@ def tune(
     checked = plan(experiment, begins=not dry_run)
     if dry_run:
         return checked
-    from raylm import cluster, page, runs, storage, summary, tracking, train
+    from raylm import cluster, cost, page, runs, storage, summary, tracking, train
     from raylm.prepare import prepared
 
     storage.check(experiment.storage)
@@ -65,6 +65,7 @@ def tune(
             store, reused = prepared(experiment)
             if not reused:  # else the plan has told
                 train.warn(experiment, store)
+            experiment = cost.limited(experiment, store)
             rows = sweep(experiment, store, parent, begun, resources)
             best = finish(experiment, store, parent, resources, rows)
         scored_on = page.scored_on(experiment.eval, summary.scored(experiment, store))
@@ -256,7 +257,7 @@ def finish(
 
     The best row, with the exported model as its checkpoint; None if no trial has a result.
     """
-    from raylm import card, group, summary
+    from raylm import budget, card, cost, group, summary
     from raylm.perplexity import Score
 
     children = parent.children()
@@ -273,12 +274,15 @@ def finish(
         return None
     best = dict(rows[0])
     score = {name: best[name] for name in ("perplexity", "bits_per_byte")}
-    if experiment.eval.max_tokens is not None:
+    scored_on = experiment.eval.scored_on
+    planned = budget.of(experiment, store)
+    if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, planned):
+        scored_on = WHOLE_SPLIT
         with cli.task("Scoring the best trial on the whole validation split", "documents") as advance:
             scored = Score.of(group.score(best["checkpoint"], store.validation, experiment, resources, advance))
         score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
-    exported = card.export(best["checkpoint"], f"{parent.directory}/model", {**score, "scored_on": WHOLE_SPLIT})
-    best |= {**score, "checkpoint": exported}
+    exported = card.export(best["checkpoint"], f"{parent.directory}/model", {**score, "scored_on": scored_on})
+    best |= {**score, "checkpoint": exported, "scored_on": scored_on}
     summary.tell_best(parent, experiment, best)
     parent.tags({"raylm.best_trial": best["trial_id"], "raylm.checkpoint": best["checkpoint"]})
     parent.model(best["checkpoint"], experiment.tracking, best["best_step"], cli.say)
@@ -319,7 +323,10 @@ def answer(
         "unknown_tokens": store.validation.unknown_tokens,
         "incomparable": incomparable,
         "best": named(
-            {key: best[key] for key in ("trial_id", "checkpoint", "perplexity", "bits_per_byte", "settings")}
+            {
+                key: best[key]
+                for key in ("trial_id", "checkpoint", "perplexity", "bits_per_byte", "scored_on", "settings")
+            }
         ),
         "trials": [named(row) for row in rows],
     }

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 PARTS = """
     errors redaction config cli cluster storage hub corpus tokenizer tokens blocks model objective probe scorer
-    perplexity checkpoint card runs tracking budget summary derived loop group generation sweep tables live pictures
-    page
+    perplexity checkpoint card runs tracking budget cost summary derived loop group generation sweep tables live
+    pictures page
 """.split()
 VERBS = "prepare train tune evaluate generate inspect push sync report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]

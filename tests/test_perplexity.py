@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from raylm import checkpoint, tokenizer
-from raylm.config import TrainedTokenizer
-from raylm.perplexity import MaskedTokens, Score, Window, first_documents, score, score_documents, windows
+from raylm.config import EvalConfig, TrainedTokenizer
+from raylm.errors import ConfigError
+from raylm.perplexity import MaskedTokens, Score, Window, context_of, first_documents, score, score_documents, windows
 from raylm.tokenizer import Frame
 
 CONTEXT = 8
@@ -78,6 +79,20 @@ def reference(network, documents, context, stride):
                 tokens += 1
             done = end
     return nll, tokens, of_thirds
+
+
+@pytest.mark.parametrize(
+    ("positions", "given", "expected"),
+    [(1024, None, 1024), (131_072, None, 8192), (None, None, 512), (131_072, 100_000, 100_000), (None, 9000, 9000)],
+)
+def test_the_context_of_a_window(positions, given, expected):
+    """The model's, or the block size where that is without end; at most 8,192 unless eval.context says more."""
+    assert context_of(EvalConfig(context=given), positions, 512) == expected
+
+
+def test_a_context_that_the_model_does_not_have():
+    with pytest.raises(ConfigError, match=r"eval.context must be at most 1024, the positions of the model, got 2000"):
+        context_of(EvalConfig(context=2000), 1024, 512)
 
 
 def test_windows_of_a_document_of_six_tokens():
