@@ -62,8 +62,9 @@ def ready(experiment: Experiment) -> tuple[Store, bool]:
 
     storage.look(experiment.storage)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
-    if tokens.is_store(tokens.store_path(experiment.storage, experiment.corpus, chosen)):
-        return prepared(experiment)
+    path = tokens.store_path(experiment.storage, experiment.corpus, chosen)
+    if tokens.is_store(path):
+        return prepared(experiment, path)
     storage.check(experiment.storage)
     derived.keep()
     with cluster.connect(experiment.cluster):
@@ -94,12 +95,10 @@ def check_nodes(experiment: Experiment) -> None:
         )
 
 
-def is_to_do(experiment: Experiment) -> bool:
-    """Whether a token store of a run is not there yet, its own or that of an evaluation set."""
-    from raylm import tokenizer, tokens
+def is_to_do(experiment: Experiment, path: str) -> bool:
+    """Whether a token store of a run is not there yet: its own, whose path is known, or that of an evaluation set."""
+    from raylm import tokens
 
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
-    path = tokens.store_path(experiment.storage, experiment.corpus, chosen)
     if not tokens.is_store(path):
         return True
     known = tokenizer_of(path)
@@ -114,10 +113,15 @@ def tokenizer_of(store: str) -> TokenizerConfig:
     return TokenizerConfig(path=os.path.join(tokens.local_copy(store), "tokenizer"))
 
 
-def prepared(experiment: Experiment) -> tuple[Store, bool]:
-    """The experiment's token store, and whether it was there already. Progress is shown."""
+def prepared(experiment: Experiment, path: str | None = None) -> tuple[Store, bool]:
+    """The experiment's token store, and whether it was there already. Progress is shown.
+
+    One that is whole at a known path is opened without listing the corpus once more.
+    """
     from raylm import tokenizer, tokens
 
+    if path is not None and tokens.is_store(path):
+        return tokens.open_store(path), True
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     with cli.task("Preparing tokens", "bytes") as progress:
         return tokens.prepare(experiment.corpus, chosen, storage=experiment.storage, progress=progress)

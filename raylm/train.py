@@ -49,12 +49,12 @@ def train(
         with contextlib.ExitStack() as connection:
             decided = begun.decided.get("cluster.cpus_per_worker")
             alone = cluster.alone(experiment.cluster, decided=decided)
-            if alone is not None and not prepare.is_to_do(experiment):
+            if alone is not None and not prepare.is_to_do(experiment, checked.record["store"]):
                 resources = alone
             else:
                 resources = connection.enter_context(cluster.connect(experiment.cluster, decided=decided))
                 check_nodes(experiment)
-            store, reused = prepare.prepared(experiment)
+            store, reused = prepare.prepared(experiment, checked.record["store"])
             if not reused:  # else the plan has told
                 warn(experiment, store)
             sets = prepare.evaluation_sets(experiment, store)

@@ -62,7 +62,7 @@ def tune(
         trials = trials_at_a_time(experiment)
         with cluster.connect(experiment.cluster, trials=trials, decided=decided) as resources:
             train.check_nodes(experiment)
-            store, reused = prepared(experiment)
+            store, reused = prepared(experiment, checked.record["store"])
             if not reused:  # else the plan has told
                 train.warn(experiment, store)
             experiment = cost.limited(experiment, store)

@@ -25,6 +25,24 @@ def settings(tmp_path):
     ]
 
 
+def test_a_command_lists_its_corpus_once(tiny, monkeypatch):
+    """When the store is there: for its plan."""
+    from conftest import one_by_one
+
+    from raylm import prepare, train
+    from raylm.corpus import listing
+    from raylm.tokens import write
+
+    monkeypatch.setattr(write, "_each", one_by_one)
+    experiment, listed, plain = tiny(), [], listing.find
+    prepare.prepared(experiment)
+    monkeypatch.setattr(listing, "find", lambda *args: (listed.append(args), plain(*args))[1])
+    store = train.plan(experiment).record["store"]
+    assert not prepare.is_to_do(experiment, store)
+    assert prepare.prepared(experiment, store)[1]
+    assert len(listed) == 1
+
+
 def test_prepare_writes_a_store_and_then_finds_it(command, settings, tmp_path):
     plan = json.loads(command("prepare", *settings, "--dry-run", "--json").stdout)
     assert not (tmp_path / "runs").exists()

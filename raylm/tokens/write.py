@@ -207,8 +207,9 @@ def _sample(plan: list[Shard], corpus: CorpusConfig, most: int) -> Iterator[str]
 
 
 def _tokenizer_facts(path: str) -> dict[str, Any]:
-    made = tokenizers.load(local_tokenizer(path))
-    files = {name: checksum(read(f"{path}/tokenizer/{name}")) for name in names(f"{path}/tokenizer")}
+    directory = local_tokenizer(path)
+    made = tokenizers.load(directory)
+    files = {file.name: checksum(file.read_bytes()) for file in sorted(Path(directory).iterdir())}
     prefixes = ("auto", "eos", "none", *(["bos"] if made.bos_token_id is not None else []))
     frames = {prefix: tokenizers.frame(made, prefix) for prefix in prefixes}
     return {"vocab_size": len(made), "eos_token": made.eos_token, "frames": frames, "files": files}
