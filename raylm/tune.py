@@ -7,7 +7,6 @@ import dataclasses
 import os
 import random
 import sys
-import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -201,7 +200,6 @@ def sweep(
     sets = evaluation_sets(experiment, store)
     job = loop.Job(experiment, store.path, planned, parent, begun.directory, sets=sets)
     limits = sweeps.Limits(section.stop, record, metric)
-    started = time.monotonic()
     try:
         with (
             live.sweep(planned.tokens, trials.total_samples, swept, measure) as view,
@@ -217,7 +215,7 @@ def sweep(
                 how = f"stopped with {left} of {trials.total_samples} trials left"
                 raise cluster.interruption(begun.directory, how)
     finally:
-        record.pause(time.monotonic() - started)
+        limits.count()
     rows = [_row(trial) for trial in record.trials.values()]
     if section.against is not None:
         scored = [trial for trial in record.trials.values() if trial.results and trial.failure is None]

@@ -47,7 +47,7 @@ def write_sweep(storage, name, *settings, trials, result_json=None):
             child.metrics({"train/loss": 3.0, "train/tokens": tokens}, tokens // 256)
         if status != "running":
             record.end(trial_id, status, failure)
-    record.pause(75)
+    record.spend(75)
     if result_json is not None:
         (Path(directory) / "result.json").write_text(json.dumps(result_json))
     return directory

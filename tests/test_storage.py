@@ -283,11 +283,11 @@ def test_a_sweep_ends_where_its_record_cannot_be_written_twice(place, server):
     with pytest.raises(
         StorageError, match=r"tune-1/events.jsonl cannot be written: .*ACCESS_DENIED.*; once it can, the same"
     ):
-        record.pause(1.0)
+        record.spend(1.0)
     server.refused = never
-    record.pause(2.0)
+    record.spend(2.0)
     kinds = [next(iter(event)) for event in Record(record.directory).events]
-    assert kinds == ["begun", "over", "paused", "paused"], "nothing is lost meanwhile"
+    assert kinds == ["begun", "over", "spent", "spent"], "nothing is lost meanwhile"
 
 
 def test_an_export_that_is_cut_off_leaves_no_model(place, server, trained_directory):

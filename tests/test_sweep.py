@@ -199,7 +199,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     record.start("trial_00001")
     record.start("trial_00001")
     record.end("trial_00001", "failed", "out of memory")
-    record.pause(2.5)
+    record.spend(2.5)
     with (tmp_path / EVENTS).open("a") as file:
         file.write('{"over": "trial_0')  # killed while it wrote
     again = sweep.Record(str(tmp_path))
@@ -256,9 +256,23 @@ def test_limits_of_a_sweep(tmp_path, stop, over):
     for number, tokens in enumerate((20, 30)):
         record.begin(f"trial_{number}", {})
         record.result(f"trial_{number}", {"tokens": tokens, "best_perplexity": 7.0 + number})
-    record.pause(200.0)
+    record.spend(200.0)
     limits = sweep.Limits(StopConfig(**stop), record, "best_perplexity")
     assert limits.stop_all() is over
+
+
+def test_the_seconds_of_a_killed_sweep_count(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    limits = sweep.Limits(StopConfig(seconds=100), sweep.Record(str(tmp_path)), "best_perplexity")
+    for _ in range(60):
+        now[0] += 1
+        assert not limits.stop_all()
+    again = sweep.Limits(StopConfig(seconds=100), sweep.Record(str(tmp_path)), "best_perplexity")
+    now[0] += 39
+    assert not again.stop_all()
+    now[0] += 1
+    assert again.stop_all()
 
 
 # Schedulers ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
                           {"promoted": "trial_00003"}                    it waited at a rung, and goes on
                           {"changed": "trial_00003", "settings": {...}, "like": "trial_00001", "tokens": 81920}
                           {"over": "trial_00003", "status": "stopped early", "failure": null}
-                          {"paused": 12.5}                               the sweep stopped, after so many seconds
+                          {"spent": 12.5}                                so many seconds more of the sweep are over
 
 Read again in their order the lines are all that a searcher and a scheduler have seen, so that both can be brought back
 to where they stood. Tune's own files of a sweep are written every 10 s at best, and without the scheduler.
@@ -100,8 +100,8 @@ class Record:
     def end(self, trial_id: str, status: Status, failure: str | None = None) -> None:
         self._add({"over": trial_id, "status": status, "failure": failure})
 
-    def pause(self, seconds: float) -> None:
-        self._add({"paused": round(seconds, 3)})
+    def spend(self, seconds: float) -> None:
+        self._add({"spent": round(seconds, 3)})
 
     def _add(self, event: Event) -> None:
         """StorageUnavailable where lines can be written neither at once nor with the next one."""
@@ -132,7 +132,7 @@ class Record:
                 trial.results = [result for result in trial.results if result["tokens"] <= tokens]
             case {"over": trial_id, "status": status, "failure": failure}:
                 self.trials[trial_id].status, self.trials[trial_id].failure = status, failure
-            case {"paused": seconds}:
+            case {"spent": seconds}:
                 self.seconds += seconds
 
 

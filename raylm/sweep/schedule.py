@@ -287,15 +287,26 @@ class Limits(NotSaved, Stopper):
 
     def __init__(self, section: StopConfig, record: Record, metric: str):
         self.section, self.record, self.metric = section, record, metric
-        self.began = time.monotonic() - record.seconds
+        self.counted = time.monotonic()
+        """Until when the seconds of the sweep are in its record."""
+
+    def count(self) -> None:
+        """Write down the seconds that have passed: a command that is killed must not have them again."""
+        passed, self.counted = time.monotonic() - self.counted, time.monotonic()
+        self.record.spend(passed)
 
     def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
         section, trials = self.section, self.record.trials.values()
-        if section.seconds is not None and time.monotonic() - self.began >= section.seconds:
-            return True
+        if section.seconds is not None:
+            passed = time.monotonic() - self.counted
+            if passed >= max(1.0, section.seconds / 1000):  # at most a thousand lines
+                self.count()
+                passed = 0.0
+            if self.record.seconds + passed >= section.seconds:
+                return True
         if section.tokens is not None and sum(trial.tokens for trial in trials) >= section.tokens:
             return True
         best = min((trial.results[-1][self.metric] for trial in trials if trial.results), default=math.inf)
