@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -476,6 +477,28 @@ def test_a_data_set_of_the_hub_and_its_slices(hub):
     assert texts(CorpusConfig(paths=f"{hub}?split=train[50%:]")) == expected[10:]
     both = CorpusConfig(paths=hub, validation_paths=f"{hub}?split=test")
     assert [document.text for document in read(both) if document.validation] == ["test"]
+
+
+def test_a_data_set_is_read_as_it_was_listed_though_there_is_a_new_commit(tmp_path, monkeypatch):
+    """Stands in for the Hub: without a revision it gives its newest commit."""
+    commits, loaded = ["a" * 40], []
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("raylm.hub.out_of_reach", lambda: None)
+
+    def builder(name, config, revision):
+        where = tmp_path / name.replace("/", "___") / "default" / "0.0.0" / (revision or commits[-1])
+        return SimpleNamespace(info=datasets.DatasetInfo(), cache_dir=str(where))
+
+    def load(name, config, split, revision, streaming):
+        loaded.append(revision or commits[-1])
+        return datasets.Dataset.from_list([{"text": "words"}])
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (source,) = check(CorpusConfig(paths="hub://somebody/stories"))
+    commits.append("b" * 40)
+    assert [piece.file for shard in shards([source]) for piece in shard.pieces] == list(source.files)
+    assert loaded == ["a" * 40]
 
 
 def test_a_stream_of_the_hub_is_read_shard_by_shard(hub):

@@ -381,7 +381,7 @@ def data_set_rows(file: File) -> Any:
     import datasets
 
     try:
-        return load_data_set(file.path) if "://" in file.path else datasets.load_from_disk(file.path)
+        return load_data_set(file) if "://" in file.path else datasets.load_from_disk(file.path)
     except Exception as error:  # of the network, the Hub, the data files, the libraries that read them
         first = str(error.__cause__ or error).strip().split("\n")[0]
         raise DataError(f"{file.path}: {first or type(error).__name__}", file.path) from None

@@ -305,12 +305,18 @@ def data_set(path: str) -> DataSet:
     return asked
 
 
-def load_data_set(path: str) -> Any:
-    """The rows of a hub:// path: a datasets.Dataset, memory-mapped, or an IterableDataset."""
+def load_data_set(file: File) -> Any:
+    """The rows of a hub:// path: a datasets.Dataset, memory-mapped, or an IterableDataset.
+
+    Of the commit that was the newest when the files were listed, on whichever node and however late it is loaded.
+    """
     import datasets
 
     datasets.disable_progress_bars()
-    asked = data_set(path)
+    asked = data_set(file.path)
+    commit = os.path.basename(file.version)
+    if not os.path.isdir(asked.name) and re.fullmatch("[0-9a-f]{40}", commit):
+        asked = asked._replace(revision=commit)
     return datasets.load_dataset(
         asked.name,
         asked.config,
