@@ -77,6 +77,13 @@ def test_keywords_count_with_and_without_a_space_and_as_sequences(byte):
         assert count.occurrences(ids(byte, text)) == number, text
 
 
+def test_a_keyword_that_spells_a_special_token_is_text_as_in_a_document(byte):
+    spelled = byte("<|endoftext|>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    words = objective.Keywords(["<|endoftext|>"], byte)
+    assert words.occurrences(np.array([*spelled, byte.eos_token_id])) == 1
+    assert not words.marked(np.array([byte.eos_token_id])).any()
+
+
 def test_the_tokens_of_a_keyword_are_marked(byte):
     words = objective.Keywords(["plt", "fit"], byte)
     row = ids(byte, "x.fit(plt) fi plt")

@@ -31,7 +31,7 @@ class Keywords:
 
     def __init__(self, words: Iterable[str], tokenizer: PreTrainedTokenizerBase):
         def ids(text: str) -> tuple[int, ...]:
-            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
         self.words = tuple(words)
         self.spellings = [{ids(word), ids(f" {word}")} - {()} for word in self.words]
