@@ -198,7 +198,7 @@ def plan(
     if begins and resources is not None and not (is_alone and tokens.is_store(store)):
         cluster.ahead()
     with cli.waiting("Loading PyTorch and transformers"), cli.importing():  # after the quick checks
-        from raylm import budget, cost, loop, model, objective, runs, summary, tables
+        from raylm import budget, cost, loop, model, objective, perplexity, runs, summary, tables
 
     loop.check(experiment.train, has_updates=experiment.model.lora is not None)
     key = "tokenizer.path" if experiment.tokenizer.path else "model.path"
@@ -207,6 +207,7 @@ def plan(
     found = model.planned(
         experiment, chosen.train.vocab_size if chosen.train else model.num_ids(experiment.model, known)
     )
+    perplexity.context_of(experiment.eval, model.context(found), experiment.blocks.block_size)
     scored: dict[str, int] = {}
     share = None
     if tokens.is_store(store):
