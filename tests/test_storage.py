@@ -298,6 +298,12 @@ def test_an_export_that_is_cut_off_leaves_no_model(place, server, trained_direct
         card.export(trained_directory, target)
     with pytest.raises(StorageError, match="holds no model: it has no config.json"):
         checkpoint.check(target)
+    with pytest.raises(StorageError, match="expired"):
+        card.export(trained_directory, f"{place}/first")
+    server.refused = never
+    for again in (target, f"{place}/first"):
+        card.export(trained_directory, again)
+        checkpoint.check(again)
 
 
 def test_a_token_store_is_copied_once_a_node(place, server, tiny, monkeypatch):

@@ -51,13 +51,16 @@ def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] 
 
 def _send(files: Files, target: str) -> None:
     """Where nothing can be renamed: config.json, without which a directory holds no model, is removed first and written
-    last."""
+    last; the card, by which it is known as an export, the other way round, or one that was cut off would stay for ever.
+    """
     with storage.reached(target):
         there = storage.names(target)
-        _check_replaceable(target, there and CARD not in there)
+        is_other = CARD not in there and not all(name.endswith(".partial") for name in there)
+        _check_replaceable(target, is_other)
         storage.remove_file(f"{target}/config.json")
-        storage.remove(target)
-        for name in sorted(files, key=lambda name: name == "config.json"):
+        for name in sorted(there, key=lambda name: name == CARD):
+            storage.remove_file(f"{target}/{name}")
+        for name in sorted(files, key=lambda name: (name == "config.json", name != CARD)):
             content = files[name]
             if isinstance(content, bytes):
                 storage.write(f"{target}/{name}", content)

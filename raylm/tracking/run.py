@@ -270,6 +270,11 @@ def begin(run: Run, *, ships: bool = True, **about: Any) -> Run:
             where="storage",
         ) from error
     known = journal.facts(run.directory)
+    if not known.run:
+        raise StorageUnavailable(
+            f"{run.directory}: the run's journal was written and is not there; run the same command again",
+            run.directory,
+        )
     there = {**known.run["tags"], **known.tags}
     changed = {key: value for key, value in about["tags"].items() if there.get(key) != value}
     if changed:
