@@ -32,6 +32,10 @@ from raylm.perplexity import Documents
 CLEARING_SECONDS = 60.0
 """How long the workers of an attempt that failed may take to end: longer than Ray takes to give up a node."""
 
+WAIT_SECONDS = 6 * 3600
+"""How long a rank may wait for another one, unless train.arguments.ddp_timeout says. In the 30 minutes of torch's own a
+rank cannot write, or verify, a checkpoint of 100 GB at 50 MB/s. Of a rank that dies Ray Train tells at once."""
+
 Result = TypeVar("Result")
 
 
@@ -43,9 +47,13 @@ def fit(job: Job, resources: Resources, callbacks: Sequence[Any] = ()) -> Outcom
             return with_less(job, lambda: _in_process(job))
         while True:
             outcome = with_less(job, lambda: _in_group(job, resources, callbacks))
-            if not (outcome.lost_nodes and resources.without(outcome.lost_nodes).most_runs):
+            if not outcome.lost_nodes or stopped() is not None:
                 return outcome
-            cli.say(f"a node is being taken away; going on without it from step {outcome.step:,}")
+            # A command ends where too little is left, and the same one goes on. A trial, which nobody begins again once
+            # it has ended, waits for other nodes.
+            if not callbacks and not resources.without(outcome.lost_nodes).most_runs:
+                return outcome
+            job.say(f"a node is being taken away; going on without it from step {outcome.step:,}")
 
     def stopped() -> Outcome | None:
         """The outcome if the training was asked to stop and has a checkpoint, so that no worker need start for it."""
@@ -124,7 +132,7 @@ def with_less(job: Job, train: Callable[[], Outcome]) -> Outcome:
 
 def _in_group(job: Job, resources: Resources, callbacks: Sequence[Any]) -> Outcome:
     train = functools.partial(loop.train_loop_per_worker, job)
-    return _on_workers(train, resources, job.directory, callbacks)
+    return _on_workers(train, job.experiment, resources, job.directory, callbacks)
 
 
 def score(
@@ -161,22 +169,32 @@ def score(
         return loop.score_loop_per_worker(alone)
     score = functools.partial(loop.score_loop_per_worker, job)
     return _despite_failures(
-        lambda: _on_workers(score, resources, directory), experiment.cluster.max_failures, cli.say, directory
+        lambda: _on_workers(score, experiment, resources, directory),
+        experiment.cluster.max_failures,
+        cli.say,
+        directory,
     )
 
 
-def _on_workers(function: Callable[[], Any], resources: Resources, where: str, callbacks: Sequence[Any] = ()) -> Any:
+def _on_workers(
+    function: Callable[[], Any],
+    experiment: Experiment,
+    resources: Resources,
+    where: str,
+    callbacks: Sequence[Any] = (),
+) -> Any:
     """What a function returns on rank 0 of a group of workers, of which nothing is left if that fails.
 
     It has what it needs in itself, not from train_loop_config, which Ray's controller unpickles too: 4 s of imports.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # 0.8 s, and a lone worker trains without
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     _left_over()  # by a trial's process that was killed
     with _bookkeeping() as kept:
         trainer = TorchTrainer(
             function,
+            torch_config=TorchConfig(timeout_s=experiment.train.arguments.get("ddp_timeout", WAIT_SECONDS)),
             scaling_config=ScalingConfig(
                 num_workers=resources.num_workers
                 if resources.num_workers == resources.most_workers

@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, or run out of something: real worker groups, real signals."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -315,6 +316,45 @@ def test_workers_killed_in_an_evaluation_and_at_the_end(untouched, two_workers, 
     outcome, job = train_run(experiment, dying_late(places, tmp_path))
     assert len(list(tmp_path.iterdir())) == len(places), "each of them died"
     ends_as(untouched, outcome, job)
+
+
+def leaving(place):
+    """A session whose only node is to be taken away, as it is told once."""
+
+    class Leaving(loop.WorkerGroup):
+        def lost_nodes(self):
+            told = place / str(self.rank)
+            if told.exists():
+                return []
+            told.touch()
+            return [ray.get_runtime_context().get_node_id()]
+
+    place.mkdir()
+    return Leaving
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trial_goes_on_after_its_node_was_taken_away(two_workers, train_run, ray_cluster, tmp_path):
+    """Where nothing is left a command ends; a trial has nobody who begins it again, and waits for room itself."""
+    outcome, job = train_run(two_workers, leaving(tmp_path / "command"))
+    assert (outcome.stopped, outcome.step) == (True, 1)
+    resources = cluster.resources(two_workers.cluster, ray.cluster_resources())
+    trial = dataclasses.replace(job, session=leaving(tmp_path / "trial"))
+    outcome = group.fit(trial, resources, callbacks=[ray.train.UserCallback()])
+    assert (outcome.stopped, outcome.step) == (False, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "seconds"), [([], group.WAIT_SECONDS), (["train.arguments.ddp_timeout=77"], 77)])
+def test_how_long_a_rank_waits_for_another_one(ray_cluster, tiny, tmp_path, settings, seconds):
+    def waits():
+        processes = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        return processes.options._timeout.total_seconds()
+
+    experiment = tiny("cluster.num_workers=2", "cluster.cpus_per_worker=0.5", *settings)
+    resources = cluster.resources(experiment.cluster, ray.cluster_resources())
+    assert group._on_workers(waits, experiment, resources, str(tmp_path)) == seconds
 
 
 def raising(error: Exception):

@@ -159,6 +159,8 @@ def test_arguments_of_the_trainer_are_checked(tiny):
         loop.check(tiny("train.arguments.optimm=sgd").train)
     with pytest.raises(ConfigError, match=r"train.arguments.learning_rate is derived.*set train.learning_rate"):
         loop.check(tiny("train.arguments.learning_rate=1").train)
+    with pytest.raises(ConfigError, match=r"train.arguments.ddp_timeout must be a whole number of seconds.*, got 0"):
+        loop.check(tiny("train.arguments.ddp_timeout=0").train)
     with pytest.raises(ConfigError, match=r"train.arguments: .*adamww"):
         loop.check(tiny("train.arguments.optim=adamww").train)
     with pytest.raises(ConfigError, match=r"train.lr_scheduler_type must be one of .*cosine.*, got 'cosinus'"):

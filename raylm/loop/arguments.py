@@ -68,6 +68,9 @@ def check(section: TrainConfig, *, has_updates: bool = False) -> None:
             raise ConfigError(f"train.arguments: {problem}", where="train.arguments") from None
     _check_schedule(made)
     _check_loading(made)
+    if not isinstance(made.ddp_timeout, int) or made.ddp_timeout < 1:
+        key = "train.arguments.ddp_timeout"
+        raise ConfigError(f"{key} must be a whole number of seconds, at least 1, got {made.ddp_timeout!r}", where=key)
     if "optim" in section.arguments:
         _check_optimizer(made)
     if made.fsdp and has_updates:
