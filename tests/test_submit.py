@@ -262,14 +262,21 @@ def test_what_would_go_with_the_job_is_refused(submitted, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cluster_that_asks_for_no_token_is_used_with_and_without_one(tmp_path, free_port):
+def test_a_cluster_that_asks_for_no_token_is_used_with_and_without_one(tiny, tmp_path, free_port):
     (tmp_path / "none").mkdir()
+    config.save(tiny(), tmp_path / "words.yaml")
     with started(tmp_path / "none", free_port, 1) as cluster:
         for home in (tmp_path / "none", with_token(tmp_path / "some")):
             done = submission(cluster, tmp_path, "inspect", "--help", environment=somebody(home))
             assert done.returncode == 0, done.stderr
             found = doctor(cluster, tmp_path, somebody(home))
             assert found["cluster"]["found"] == f"cluster.address={cluster.head}: 1 nodes, 1 CPUs, 0 GPUs"
+            settings = [f"storage={home}/runs", f"cluster.address={cluster.head}"]
+            done = subprocess.run(  # tasks, whose workers have to reach the driver
+                [sys.executable, "-m", "raylm.prepare", "--config", "words.yaml", *settings],
+                env=somebody(home), cwd=tmp_path, capture_output=True, text=True, timeout=200,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
 
 
 def doctor(cluster, cwd, environment):

@@ -60,9 +60,12 @@ def is_local(section: ClusterConfig) -> bool:
 # Whether it is there -------------------------------------------------------------------------------------------------
 
 
-def check(address: Address) -> None:
-    """ConfigError, within ten seconds, if this process cannot connect to the cluster: none answers, it does not take
-    the token that is here, or it has no node on this machine."""
+def check(address: Address) -> str:
+    """The cluster's HOST:PORT, which asks for no token or has been shown the one that is here.
+
+    ConfigError, within ten seconds, if this process cannot connect to it: none answers, it does not take the token, or
+    it has no node on this machine.
+    """
 
     def refused(problem: str) -> ConfigError:
         return ConfigError(f"{address}: {problem}", address.setting)
@@ -71,12 +74,15 @@ def check(address: Address) -> None:
     problem = _unreachable(host, port)
     if problem is not None:
         raise refused(f"no Ray cluster can be reached there: {problem}")
-    show_token()
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and not has_token():
         raise refused(no_token())  # GcsClient would end this process
+    found = f"{host}:{port}"
     try:
-        client = GcsClient(address=f"{host}:{port}")
-        nodes = {node.hex() for node in client.get_all_node_info(timeout=ANSWER_SECONDS)}
+        try:
+            nodes = _nodes(found)
+        except AuthenticationError:
+            show_token()
+            nodes = _nodes(found)
     except AuthenticationError as error:
         raise refused(no_token()) from error
     except RayError as error:
@@ -86,6 +92,12 @@ def check(address: Address) -> None:
             "no node of this cluster runs on this machine, and a command needs one beside it; run it on a node, or "
             f"send it there: {JOB}"
         )
+    return found
+
+
+def _nodes(address: str) -> set[str]:
+    """Ids of a cluster's nodes."""
+    return {node.hex() for node in GcsClient(address=address).get_all_node_info(timeout=ANSWER_SECONDS)}
 
 
 def _host_and_port(address: Address) -> tuple[str, int]:
@@ -166,9 +178,10 @@ def has_token() -> bool:
 
 
 def show_token() -> None:
-    """Have Ray show the token that is there to whatever cluster it connects to, unless RAY_AUTH_MODE is set.
+    """Have Ray show the token that is there to whatever it connects to, unless RAY_AUTH_MODE is set.
 
-    It does so by itself for a cluster of this machine only, and a cluster that asks for none does not mind.
+    It asks for one itself, then: workers of a cluster without a token could not reach the driver. A dashboard that asks
+    for none does not mind.
     """
     if has_token():
         logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that it does

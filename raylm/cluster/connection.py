@@ -98,9 +98,8 @@ def _connect(elsewhere: Address | None, log: output.Log) -> None:
             if begun is not None:
                 begun.result()
                 return
-            if elsewhere is not None:
-                check(elsewhere)
-            _start("local" if elsewhere is None else elsewhere.value)
+            # By its HOST:PORT: of `auto` Ray takes a token that is there to be asked for.
+            _start("local" if elsewhere is None else check(elsewhere))
     except RaylmError:
         raise
     except Exception as error:  # Ray's have no class of their own
