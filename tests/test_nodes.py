@@ -112,6 +112,35 @@ def until(found):
     raise AssertionError("it was waited for in vain")
 
 
+def drain(address, node_id):
+    """Have a node be taken away as a spot instance is: in two minutes."""
+    why = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
+    ray = Path(sys.executable).with_name("ray")
+    subprocess.run(
+        [ray, "drain-node", "--address", address, "--node-id", node_id, *why, "--deadline-remaining-seconds", "120"],
+        check=True,
+        timeout=100,
+    )
+
+
+@pytest.mark.timeout(600)
+def test_a_trial_whose_node_is_taken_away_goes_on_when_there_is_another(nodes, tiny, start_command, tmp_path):
+    """A trial of two workers on two nodes: with too little left it waits for a node, and is no trial that is over."""
+    going = [nodes.add_node(num_cpus=1).node_id for _ in range(2)][1]
+    file = tmp_path / "words.yaml"
+    sizes = ("train.max_tokens=256000", "train.eval_every_tokens=25600", "tune.num_samples=1", "tune.scheduler=none")
+    config.save(tiny(f"storage={tmp_path}/runs", "name=words", *sizes, "cluster.num_workers=2"), file)
+    started = start_command("tune", "--config", file, "--json", f"cluster.address={nodes.address}")
+    until(lambda: list((tmp_path / "runs" / "words").glob("tune-*/*/checkpoints/*/manifest.json")))
+    drain(nodes.address, going)
+    nodes.add_node(num_cpus=1)
+    told = started.wait()
+    assert told.returncode == 0, told.stderr
+    assert re.search(r"trial_00000: a node is being taken away; going on without it from step [\d,]+", told.stderr)
+    (trial,) = json.loads(told.stdout)["trials"]
+    assert (trial["status"], trial["tokens"]) == ("completed", 256000)
+
+
 @pytest.mark.timeout(600)
 def test_a_node_that_is_taken_away_costs_no_step(nodes, tiny, start_command, tmp_path):
     """Two workers on two nodes, one of which is drained as a spot instance is: exit 75; then on with what is left."""
@@ -125,16 +154,7 @@ def test_a_node_that_is_taken_away_costs_no_step(nodes, tiny, start_command, tmp
     started = start_command(*argv, "cluster.num_workers=2")
     place = tmp_path / "runs" / "words"
     until(lambda: list(place.glob("train-*/checkpoints/*/manifest.json")))
-    drain = (
-        "--reason",
-        "DRAIN_NODE_REASON_PREEMPTION",
-        "--deadline-remaining-seconds",
-        "120",
-        "--reason-message",
-        "spot",
-    )
-    ray = Path(sys.executable).with_name("ray")
-    subprocess.run([ray, "drain-node", "--address", address, "--node-id", going, *drain], check=True, timeout=100)
+    drain(address, going)
     told = started.wait()
     assert told.returncode == 75, told.stderr
     saved = max(int(found.name[-8:]) for found in place.glob("train-*/checkpoints/*"))
