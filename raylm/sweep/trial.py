@@ -33,12 +33,12 @@ def run_trial(settings: dict[str, Any], *, template: Job, resources: Resources) 
     That is a `failure`, with which the trial is over; or an `outage` of its storage, after which it is to resume.
     """
     trial_id = tune.get_context().get_trial_id()
+    kind = "failure"
     try:
         problem = _problem(trial_id, settings, template, resources)
-    except RaylmError as error:  # the trial's journal or the token store cannot be opened
-        problem = error
+    except RaylmError as error:  # of its journal or of the token store, which all trials have
+        kind, problem = "outage", error
     if problem is not None:
-        kind = "outage" if isinstance(problem, StorageUnavailable) else "failure"
         tune.report({**WORST, "step": 0, "tokens": 0, kind: problem.message})
 
 

@@ -258,7 +258,11 @@ def _manifest(path: str) -> dict[str, Any] | None:
 
 
 def _damage(path: str, manifest: dict[str, Any]) -> list[str]:
-    """The files of a store that are not there, or have other sizes than its manifest says."""
+    """The files of a store that are not there, or have other sizes than its manifest says, when looked at twice."""
+    return _faults(path, manifest) and _faults(path, manifest)
+
+
+def _faults(path: str, manifest: dict[str, Any]) -> list[str]:
     expected = {shard["file"]: shard["size"] for name in SPLITS for shard in manifest[name]["shards"]}
     expected |= {f"tokenizer/{name}": None for name in manifest["tokenizer"].get("files", ())}
     found = {
