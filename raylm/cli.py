@@ -203,13 +203,29 @@ def _heed_signals() -> None:
         before=functools.partial(_forking.append, True), after_in_parent=_forking.pop, after_in_child=_forking.clear
     )
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of what a shell's script has put into the background
+            signal.signal(number, _stop)
+    sys.unraisablehook = _heed_what_was_lost
+
+
+def _heed_what_was_lost(lost: Any) -> None:
+    """An interruption in the midst of something whose errors Python only tells of, as a __del__, is made again."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        _stop_later(signal.SIGINT)
+    elif isinstance(lost.exc_value, Interrupted):
+        _stop_later(signal.SIGTERM)
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def _stop_later(number: int) -> None:
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+    signal.setitimer(signal.ITIMER_REAL, FORK_SECONDS)
 
 
 def _stop(number: int, frame: object) -> None:
     if _forking:
-        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
-        signal.setitimer(signal.ITIMER_REAL, FORK_SECONDS)
+        _stop_later(number)
     elif number == signal.SIGINT:
         raise KeyboardInterrupt
     else:

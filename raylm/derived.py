@@ -75,7 +75,7 @@ def training(experiment: Experiment, *, without_config: bool) -> Experiment:
     found = override(complete, {key: value for key, value in sizes.items() if not _is_given(experiment, key)})
     section = found.model
     layers, width = (section.config or {}).get("n_layer"), (section.config or {}).get("n_embd")
-    what = section.path or f"{layers} layers of width {width}"
+    what = section.path or (f"{layers} layers of width {width}" if layers and width else "the model that you gave")
     cli.say(
         f"No --config, so sizes follow from {cli.size(_size(held))} of text and this machine: {what}, "
         f"{found.train.max_tokens or 0:,} tokens a training; --print-config shows them as a file"

@@ -67,17 +67,17 @@ def evaluate(
 
     known = tokenizer_of(experiment)
     is_masked = experiment.objective.is_masked or models.is_masked(models.pretrained_configuration(experiment.model))
+    measure = experiment.eval.measure(masked=is_masked)
     if is_masked:
         objective.check(ObjectiveConfig(kind="masked"), BlocksConfig(), known)
     here = str(directory)
-    with cli.task("Scoring", "documents") as progress:
+    with cli.task("Scoring", "tokens") as progress:
         if resources is not None and resources.num_workers == 1:
             rows = group.score(here, found, experiment, None, progress, as_given=True)
         else:
             with cluster.connect(experiment.cluster) as connected:
                 where = model if storage.is_remote(model) else here
                 rows = group.score(where, found, experiment, connected, progress, as_given=True)
-    measure = experiment.eval.measure(masked=is_masked)
     unknown = tokenizer.unknown_id(known)
     scored = Scored(rows, found, sets, measure, unknown, keywords=bool(experiment.objective.keywords))
     prefix = tokenizer.frame(known, experiment.tokenizer.prefix).prefix

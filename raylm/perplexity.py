@@ -205,9 +205,10 @@ def score_documents(
     rows = torch.zeros((count, 5), dtype=torch.float64)
     share = torch.ones(count, dtype=torch.float64)
     """Of each document's tokens, those that are scored, of which its nll is estimated."""
+    total, done = sum(len(documents[index]) for index in chosen), 0.0
 
     def read() -> Iterator[Part]:
-        for done, index in enumerate(chosen):
+        for index in chosen:
             ids = documents[index]
             marks = keywords.marked(ids) if keywords is not None else np.zeros(len(ids), bool)
             if masked is None:
@@ -221,8 +222,6 @@ def score_documents(
                 yield from _masked_windows_of(index, ids, marks, scored, masked, context)
             rows[index, 2] = documents.document_bytes(index)
             rows[index, 4] = marks[scored].sum().item()
-            if progress is not None:
-                progress(done + 1, len(chosen))
 
     batches = _batches(read(), context, batch_tokens)
     with scorer.scoring(model, precision) as nll:
@@ -233,6 +232,9 @@ def score_documents(
             marked = torch.from_numpy(np.concatenate([np.zeros(0, bool), *(part.marks for part in batch)]))
             rows[:, 0].index_add_(0, of, each)
             rows[:, 3].index_add_(0, of, each.where(marked, 0))
+            if progress is not None:
+                done += (1 / share[of]).sum().item()
+                progress(min(done, total), total)
     rows[:, 0] /= share.clamp(min=1e-9)
     if world_size > 1:
         rows = rows.to(device)

@@ -141,7 +141,7 @@ class _Probe:
         ways = ["take a causal model such as gpt2 or llama"]
         if self.where == "model.config" and getattr(config, "is_decoder", None) is False:
             ways.append("set model.config.is_decoder=true")
-        if type(config) in MODEL_FOR_MASKED_LM_MAPPING and self.where.startswith("model."):
+        if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
             ways.append("set objective.kind=masked")
         return ", or ".join(ways)
 

@@ -126,7 +126,7 @@ def trained(
     # The figure to compare is of the whole split.
     if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, planned):
         scored_on = WHOLE_SPLIT
-        with cli.task("Scoring the whole validation split", "documents") as advance:
+        with cli.task("Scoring the whole validation split", "tokens") as advance:
             scored = Score.of(group.score(checkpoint, store.validation, experiment, resources, advance))
         score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
     best |= score

@@ -276,7 +276,7 @@ def finish(
     planned = budget.of(experiment, store)
     if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, planned):
         scored_on = WHOLE_SPLIT
-        with cli.task("Scoring the best trial on the whole validation split", "documents") as advance:
+        with cli.task("Scoring the best trial on the whole validation split", "tokens") as advance:
             scored = Score.of(group.score(best["checkpoint"], store.validation, experiment, resources, advance))
         score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
     exported = card.export(best["checkpoint"], f"{parent.directory}/model", {**score, "scored_on": scored_on})

@@ -251,3 +251,36 @@ def test_a_signal_in_the_midst_of_a_fork_is_heeded_after_it(number, name):
     script = IN_A_FORK.format(number=int(number))
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (told.stdout, told.stderr) == (f"{name}\n", "")
+
+
+LOST = """
+import os, signal, time
+from raylm import cli
+from raylm.errors import Interrupted
+cli._heed_signals()
+class Dying:
+    def __del__(self):
+        signal.raise_signal({number})
+try:
+    del_me = Dying()
+    del del_me
+    time.sleep(20)
+    print("lost")
+except (Interrupted, KeyboardInterrupt) as told:
+    print(type(told).__name__)
+"""
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "Interrupted"), (signal.SIGINT, "KeyboardInterrupt")])
+def test_an_interruption_that_python_loses_is_made_again(number, name):
+    """In a __del__ every error is lost."""
+    script = LOST.format(number=int(number))
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (told.stdout, told.stderr) == (f"{name}\n", "")
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As Ctrl-C is where a script of a shell has started the command in the background."""
+    script = "import signal; from raylm import cli; cli._heed_signals(); print(signal.getsignal(signal.SIGINT).name)"
+    ignoring = ["sh", "-c", 'trap \'\' INT; exec "$0" -c "$1"', sys.executable, script]
+    assert subprocess.run(ignoring, capture_output=True, text=True, timeout=60).stdout == "SIG_IGN\n"

@@ -1,5 +1,6 @@
 """The verb in this process, on a model of one layer that was never trained; its numbers against perplexity.score."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ from rich.console import Console
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertModel,
     BertTokenizerFast,
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,7 +24,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from raylm import checkpoint, perplexity, prepare, tokenizer, tokens
+from raylm import checkpoint, cli, perplexity, prepare, tokenizer, tokens
 from raylm.config import Experiment, TrainedTokenizer
 from raylm.errors import ConfigError, DataError, StorageError
 from raylm.evaluate import evaluate
@@ -395,3 +397,35 @@ def test_a_set_is_tokenized_once_as_the_run_is_and_nothing_of_it_is_left_out(ray
     with pytest.raises(DataError, match=r"^eval.paths: there is nothing to score in .*empty: no document has any"):
         prepare.evaluation_sets(one, store)
     assert prepare.evaluation_sets(tiny(), store) == {}
+
+
+def test_a_causal_model_has_no_pseudo_perplexity(causal, texts):
+    with pytest.raises(
+        ConfigError, match=r"^eval.pseudo_perplexity=true is for masked models; leave it out, or set obj"
+    ):
+        evaluate(causal, ["eval.pseudo_perplexity=true"], text=[f"{texts}/books"])
+
+
+@pytest.mark.parametrize("settings", [[], ["eval.pseudo_perplexity=true"]])
+def test_the_tokens_that_are_scored_are_told_as_they_go(masked, texts, settings, monkeypatch):
+    seen = []
+
+    def advance(done, total):
+        seen.append((done, total))
+
+    monkeypatch.setattr(cli, "task", lambda *_: contextlib.nullcontext(advance))
+    answer = evaluate(masked, ["eval.batch_tokens=16", *settings], text=[f"{texts}/books"])
+    assert len(seen) > 2
+    assert seen == sorted(seen)
+    assert seen[-1] == pytest.approx((answer.record["tokens"], answer.record["tokens"]))
+
+
+def test_a_model_without_its_head_is_refused(tmp_path):
+    """Which would be made at random: a sentence encoder, say, or what is left of a model that was cut off."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    directory = saved(BertModel(BertConfig(vocab_size=270, max_position_embeddings=16, **sizes)), tmp_path)
+    (tmp_path / "text.txt").write_text("abc")
+    with pytest.raises(
+        StorageError, match=rf"^{directory} has no weights for cls\.predictions\..* and \d more of BertFor"
+    ):
+        evaluate(directory, ["objective.kind=masked"], text=[f"{tmp_path}/text.txt"])

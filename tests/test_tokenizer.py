@@ -261,6 +261,15 @@ def test_a_tokenizer_that_transformers_reads_by_other_rules_is_named(tmp_path, c
     assert capsys.readouterr().err == ""
 
 
+def test_padding_is_no_rule_of_reading(tmp_path, capsys):
+    """Sentence encoders come with it in their tokenizer.json."""
+    made = tokenizer.train(TEXTS, TrainedTokenizer(vocab_size=300))
+    made.backend_tokenizer.enable_padding(length=50)
+    made.save_pretrained(tmp_path)
+    tokenizer.load_section(chosen(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
 def test_a_vocabulary_that_knows_no_probe_is_found_out_by_its_rules(tmp_path, capsys):
     """One of Arabic, whose vowel signs BertTokenizer takes away: here every word with one falls into its letters."""
     text = "كِتَابٌ جَدِيدٌ فِي بَيْتٍ قَدِيمٍ"

@@ -136,7 +136,9 @@ def load(
         found = model.pretrained_configuration(section)
         masked = masked or model.is_masked(found)
         kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        network = kind.from_pretrained(path, config=found, dtype="float32", **model.options(section))
+        network, told = kind.from_pretrained(
+            path, config=found, dtype="float32", output_loading_info=True, **model.options(section)
+        )
         if tokenizer is None or tokenizer == TokenizerConfig(prefix=tokenizer.prefix):
             packed = {"gguf_file": section.gguf_file} if section.gguf_file else {}
             known = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code, **packed)
@@ -149,4 +151,11 @@ def load(
         raise StorageError(
             f"{directory} cannot be loaded: {type(error).__name__}: {problem}", str(directory)
         ) from error
+    if missing := sorted(told["missing_keys"]):
+        few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise StorageError(
+            f"{directory} has no weights for {few} of {type(network).__name__}, which would be random, and so "
+            "would what comes of it; train it first, with model.path",
+            str(directory),
+        )
     return Trained(network, known, read_experiment(path), read_record(path), masked)

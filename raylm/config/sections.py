@@ -14,6 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
+from raylm.errors import ConfigError
+
 
 def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -336,8 +338,11 @@ class EvalConfig(Section):
     (at least one document)."""
 
     def measure(self, *, masked: bool) -> Literal["perplexity", "masked_perplexity", "pseudo_perplexity"]:
-        """What the score is called: a masked model has no perplexity."""
+        """What the score is called: a masked model has no perplexity, and a causal one no other (ConfigError)."""
         if not masked:
+            if self.pseudo_perplexity:
+                key = "eval.pseudo_perplexity"
+                raise ConfigError(f"{key}=true is for masked models; leave it out, or set objective.kind=masked", key)
             return "perplexity"
         return "pseudo_perplexity" if self.pseudo_perplexity else "masked_perplexity"
 

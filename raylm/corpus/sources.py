@@ -91,7 +91,7 @@ def find(key: str, path: str, validation: bool = False) -> Source:
     if redacted(path) != path:
         raise ConfigError(
             f"{key}: {redacted(path)}: must come without the password that is in it, since it is written down in many "
-            "places; give it in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            "places; give it in the environment, as AWS_SECRET_ACCESS_KEY for s3://",
             key,
         )
     left_out: Counter[str] = Counter()

@@ -445,7 +445,7 @@ class _Told:
         """Names what goes on, if it takes long."""
         if self.is_first and time.monotonic() - self.told_at > TELL_SECONDS:
             self.told_at = time.monotonic()
-            self.job.say(f"evaluating after step {self.step:,}: {done:,} of {total:,} documents")
+            self.job.say(f"evaluating after step {self.step:,}: {done:,.0f} of {total:,.0f} tokens")
 
     def stopping(self) -> bool:
         now = time.monotonic()

@@ -12,6 +12,7 @@ from typing import Any
 from ray import tune
 from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial as RayTrial
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raylm.cluster import Resources
@@ -54,10 +55,17 @@ def run(trials: Trials, job: Job, resources: Resources, limits: Limits, watcher:
                 storage_path=scratch,
                 stop=limits,
                 failure_config=tune.FailureConfig(max_failures=job.experiment.cluster.max_failures),
-                callbacks=[watcher],
+                callbacks=[watcher, _Silent()],
                 verbose=0,
             ),
         ).fit()
+
+
+class _Silent(TrialProgressCallback):
+    """In the place of Tune's own, which prints at verbose=0 that a trial has completed, though it was stopped."""
+
+    def _print(self, msg: str) -> None:
+        pass
 
 
 @contextlib.contextmanager

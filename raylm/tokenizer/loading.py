@@ -116,9 +116,10 @@ def _other_rules(tokenizer: PreTrainedTokenizerFast, path: str, revision: str | 
 
 def _tokens(backend: Any, text: str) -> str:
     try:
-        return " ".join(backend.encode(text, add_special_tokens=False).tokens)
+        found = backend.encode(text, add_special_tokens=False)
     except Exception:  # it has no unknown token, and this text is unknown to it
         return "nothing"
+    return " ".join(token for token, is_text in zip(found.tokens, found.attention_mask, strict=True) if is_text)
 
 
 def spelled(backend: Any, text: str) -> str:
