@@ -214,7 +214,7 @@ def scores(tmp_path_factory):
     for number, (name, family) in enumerate(SCORED.items()):
         directory = home / str(number)
         trained(FAMILIES[family][0], directory, steps=12)
-        record = evaluate.evaluate(str(directory), text=[f"{home}/text.txt"]).record
+        record = evaluate.evaluate(str(directory), ["eval.pseudo_perplexity=true"], text=[f"{home}/text.txt"]).record
         prefix = FAMILIES[family][0].convert_tokens_to_ids(record["prefix"])
         as_it_is, alone, its_prefix = rolling(directory)
         found[name] = {
@@ -238,7 +238,7 @@ def scores(tmp_path_factory):
     config = BertConfig(vocab_size=len(made), **sizes, max_position_embeddings=64, initializer_range=0.3)
     BertForMaskedLM(config).save_pretrained(directory)
     made.save_pretrained(directory)
-    record = evaluate.evaluate(str(directory), text=[f"{home}/text.txt"]).record
+    record = evaluate.evaluate(str(directory), ["eval.pseudo_perplexity=true"], text=[f"{home}/text.txt"]).record
     found[MASKED] = {"raylm": record["nll"], "reference": masked_reference(directory)}
     return found
 
