@@ -214,7 +214,7 @@ def scores(tmp_path_factory):
     for number, (name, family) in enumerate(SCORED.items()):
         directory = home / str(number)
         trained(FAMILIES[family][0], directory, steps=12)
-        record = evaluate.evaluate(str(directory), ["eval.pseudo_perplexity=true"], text=[f"{home}/text.txt"]).record
+        record = evaluate.evaluate(str(directory), text=[f"{home}/text.txt"]).record
         prefix = FAMILIES[family][0].convert_tokens_to_ids(record["prefix"])
         as_it_is, alone, its_prefix = rolling(directory)
         found[name] = {
