@@ -231,7 +231,7 @@ FAULTS = {
     "tune: {scheduler: foo}": "1:8 tune.scheduler.kind: must be one of 'none', 'asha', 'median', 'hyperband' or 'pbt', "
     "got 'foo'",
     "blocks: {block_size: 100}\ntrain: {batch_tokens: 1000, max_tokens: 999}": "2:29 train.max_tokens: must be at "
-    "least one optimizer step, train.batch_tokens = 1000, got 999",
+    "least one optimizer step, train.batch_tokens = 1000, got 999; lower train.batch_tokens too, to a multiple of 100",
     "eval: {paths: 5}": "1:8 eval.paths: must be text, a list of texts or a mapping of names to them, got 5",
     "eval: {paths: [5]}": "1:8 eval.paths: must be text, a list of texts or a mapping of names to them, got [5]",
     "eval: {paths: {a b: c}}": "1:8 eval.paths: must have names of letters, digits, dots, dashes, underscores; "

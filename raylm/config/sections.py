@@ -498,8 +498,8 @@ class Experiment(Section):
         if self.train.max_tokens is not None and self.train.max_tokens < self.train.batch_tokens:
             raise ValueError(
                 f"train.max_tokens must be at least one optimizer step, train.batch_tokens = "
-                f"{self.train.batch_tokens}, got {self.train.max_tokens}; lower train.batch_tokens too, to a multiple of "
-                f"{step}"
+                f"{self.train.batch_tokens}, got {self.train.max_tokens}; lower train.batch_tokens too, to a "
+                f"multiple of {step}"
             )
         self._tokenizer_agrees()
         self._sweep_agrees()
