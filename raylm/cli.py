@@ -224,6 +224,7 @@ def _stop_later(number: int) -> None:
 
 
 def _stop(number: int, frame: object) -> None:
+    signal.alarm(0)  # by which Ray's core, while it starts, would abort the process
     if _forking:
         _stop_later(number)
     elif number == signal.SIGINT:

@@ -123,10 +123,12 @@ def test_a_prepare_that_is_killed_again_and_again_ends_with_the_same_bytes(comma
         assert (torn / file).read_bytes() == (tmp_path / "whole" / "tokens" / whole["fingerprint"] / file).read_bytes()
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.5, 1.0])
-def test_a_command_that_is_terminated_while_ray_starts_says_so(start_command, settings, seconds):
+@pytest.mark.parametrize(
+    ("line", "seconds"), [("Starting Ray", 0.0), ("Starting Ray", 0.5), ("Starting Ray", 1.0), ("training a", 0.3)]
+)
+def test_a_command_that_is_terminated_while_ray_starts_or_works_says_so(start_command, settings, line, seconds):
     running = start_command("prepare", *settings)
-    until(lambda: running.stderr.exists() and "Starting Ray" in running.stderr.read_text())
+    until(lambda: running.stderr.exists() and line in running.stderr.read_text())
     time.sleep(seconds)
     running.terminate()
     ended = running.wait()

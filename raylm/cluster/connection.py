@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -97,9 +98,11 @@ def _connect(elsewhere: Address | None, log: output.Log) -> None:
         with cli.waiting(what) if begun is None or not begun.done() else contextlib.nullcontext():
             if begun is not None:
                 begun.result()
-                return
-            # By its HOST:PORT: of `auto` Ray takes a token that is there to be asked for.
-            _start("local" if elsewhere is None else check(elsewhere))
+            else:  # By its HOST:PORT: of `auto` Ray takes a token that is there to be asked for.
+                _start("local" if elsewhere is None else check(elsewhere))
+        if threading.current_thread() is threading.main_thread():
+            # Again, since Ray's core has put its own before it, which aborts the process 3 s after the signal.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     except RaylmError:
         raise
     except Exception as error:  # Ray's have no class of their own
