@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from concurrent.futures import Future
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -87,6 +88,10 @@ def check(address: Address) -> str:
         raise refused(no_token()) from error
     except RayError as error:
         raise refused("what answers there is not the head of a Ray cluster, whose port is 6379 by default") from error
+    until = time.monotonic() + ANSWER_SECONDS  # a node that has just been started is not there at once
+    while nodes.isdisjoint(services.find_node_ids()) and time.monotonic() < until:
+        time.sleep(0.5)
+        nodes = _nodes(found)
     if nodes.isdisjoint(services.find_node_ids()):
         raise refused(
             "no node of this cluster runs on this machine, and a command needs one beside it; run it on a node, or "
