@@ -230,40 +230,21 @@ def test_a_verb_prints_its_config(verb):
     assert json.loads(printed.stdout) == config.load(settings=["train.seed=7"]).model_dump(mode="json")
 
 
-IN_A_FORK = """
+STOPPED = """
 import os, signal, time
-os.register_at_fork(after_in_parent=lambda: signal.raise_signal({number}))
-from raylm import cli
-from raylm.errors import Interrupted
-cli._heed_signals()
-try:
-    if os.fork() == 0:
-        os._exit(0)
-    time.sleep(20)
-    print("lost")
-except (Interrupted, KeyboardInterrupt) as told:
-    print(type(told).__name__)
-"""
-
-
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "Interrupted"), (signal.SIGINT, "KeyboardInterrupt")])
-def test_a_signal_in_the_midst_of_a_fork_is_heeded_after_it(number, name):
-    script = IN_A_FORK.format(number=int(number))
-    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert (told.stdout, told.stderr) == (f"{name}\n", "")
-
-
-LOST = """
-import os, signal, time
-from raylm import cli
-from raylm.errors import Interrupted
-cli._heed_signals()
 class Dying:
     def __del__(self):
         signal.raise_signal({number})
+if {in_fork}:
+    os.register_at_fork(after_in_parent=lambda: signal.raise_signal({number}))
+from raylm import cli
+from raylm.errors import Interrupted
+cli._heed_signals()
 try:
-    del_me = Dying()
-    del del_me
+    if {in_fork} and os.fork() == 0:
+        os._exit(0)
+    if not {in_fork}:
+        Dying()
     time.sleep(20)
     print("lost")
 except (Interrupted, KeyboardInterrupt) as told:
@@ -271,10 +252,11 @@ except (Interrupted, KeyboardInterrupt) as told:
 """
 
 
+@pytest.mark.parametrize("in_fork", [True, False], ids=["fork", "__del__"])
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "Interrupted"), (signal.SIGINT, "KeyboardInterrupt")])
-def test_an_interruption_that_python_loses_is_made_again(number, name):
-    """In a __del__ every error is lost."""
-    script = LOST.format(number=int(number))
+def test_a_signal_where_python_loses_an_exception_is_heeded_after_it(number, name, in_fork):
+    """In what is called around a fork, which would keep the lock of logging, and in a __del__."""
+    script = STOPPED.format(number=int(number), in_fork=in_fork)
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (told.stdout, told.stderr) == (f"{name}\n", "")
 
