@@ -7,7 +7,8 @@ windows of the model's context. Context 4, stride 4, a document of tokens a to f
     reads   b c d e         scores        e f     the last window slides back, so that its context is full
 
 The definition of lm-evaluation-harness' rolling log-likelihood; a smaller stride gives every token more context.
-Without a prefix the first token of a document is not scored, and not counted.
+Without a prefix the first token of a document is not scored, and neither it nor its bytes (taken as those of an
+average token of the document) are counted.
 
 A masked model is scored on a fixed part of the tokens, the same for every model, which are masked together; or on
 every token, each masked by itself (MaskedTokens).
@@ -69,7 +70,7 @@ class Score:
     def of(cls, rows: np.ndarray) -> Score:
         """Of the rows that `score_documents` returns, or some of them."""
         nll, tokens, num_bytes, keyword_nll, keyword_tokens = rows.sum(axis=0).tolist()
-        return cls(nll, int(tokens), int(num_bytes), keyword_nll, int(keyword_tokens))
+        return cls(nll, int(tokens), round(num_bytes), keyword_nll, int(keyword_tokens))
 
     def __add__(self, other: Score) -> Score:
         return Score(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
@@ -214,13 +215,14 @@ def score_documents(
             if masked is None:
                 scored = np.arange(0 if frame.prefix is not None else min(1, len(ids)), len(ids))
                 rows[index, 1] = len(scored)
+                rows[index, 2] = documents.document_bytes(index) * len(scored) / max(1, len(ids))
                 yield from _windows_of(index, ids, marks, frame, context, stride or context)
             else:
                 scored = masked.chosen(ids)
                 rows[index, 1] = len(ids)
+                rows[index, 2] = documents.document_bytes(index)
                 share[index] = len(scored) / max(1, len(ids))
                 yield from _masked_windows_of(index, ids, marks, scored, masked, context)
-            rows[index, 2] = documents.document_bytes(index)
             rows[index, 4] = marks[scored].sum().item()
 
     batches = _batches(read(), context, batch_tokens)

@@ -69,7 +69,7 @@ def test_another_prefix_can_be_said():
 @pytest.mark.parametrize("prefix", ["auto", "bos", "eos", "none"])
 @pytest.mark.parametrize("family", [*FAMILIES, "GPT2Tokenizer", "LlamaTokenizer"])
 def test_an_exported_tokenizer_frames_a_text_as_its_model_was_trained(tmp_path, family, prefix):
-    """As AutoTokenizer loads it, by whichever class; auto leaves what the tokenizer's makers put around a text."""
+    """As AutoTokenizer loads it, by whichever class."""
     known = FAMILIES[family][0] if family in FAMILIES else of_class(family)
     if prefix == "bos" and known.bos_token is None:
         pytest.skip("without a begin-of-text token prefix=bos is an error: test_another_prefix_can_be_said")
@@ -80,7 +80,7 @@ def test_an_exported_tokenizer_frames_a_text_as_its_model_was_trained(tmp_path, 
     ids, whole = own(TEXT, add_special_tokens=False)["input_ids"], own(TEXT)["input_ids"]
     start = whole.index(ids[0])
     token = tokenizer.frame(own, prefix).prefix
-    before = whole[:start] if prefix == "auto" else [] if token is None else [token]
+    before = [] if token is None else [token]
     framed = [*before, *whole[start:]]
     assert found(TEXT, add_special_tokens=False)["input_ids"] == ids
     assert found(TEXT)["input_ids"] == framed

@@ -122,7 +122,8 @@ def test_equals_a_naive_float64_reference(network, documents, stride):
 
 @pytest.mark.parametrize("prefix", [1, None])
 def test_another_prefix_or_none(network, documents, prefix):
-    """By hand, for documents of one window; without a prefix their first tokens are neither scored nor counted."""
+    """By hand, for documents of one window; without a prefix their first tokens are neither scored nor counted,
+    nor are the bytes of these."""
     short = Documents(document for document in documents if len(document) < CONTEXT)
     rows = score_documents(network, short, frame=Frame(prefix, EOS), context=CONTEXT, keywords=EveryThird())
     for row, document in zip(rows, short, strict=True):
@@ -132,6 +133,7 @@ def test_another_prefix_or_none(network, documents, prefix):
         each = -likely[:-1].gather(1, text[1:, None])[:, 0].double()
         assert row[0] == pytest.approx(each.sum().item(), rel=1e-5)
         assert row[1] == len(text) - 1
+        assert row[2] == 3 * (len(text) - 1)
         assert row[3] == pytest.approx(each[text[1:] % 3 == 0].sum().item(), rel=1e-5)
         assert row[4] == (text[1:] % 3 == 0).sum()
 

@@ -61,10 +61,7 @@ def frame(tokenizer: PreTrainedTokenizerBase, prefix: str = "auto") -> Frame:
 
 def exported(tokenizer: PreTrainedTokenizerBase, prefix: str, context: int | None) -> PreTrainedTokenizerBase:
     """A copy of a tokenizer to be saved beside a model: it puts the prefix that the model was trained with in front of
-    a text, and knows how long a text the model takes (any, if its context is None).
-
-    With tokenizer.prefix=auto a text has what the tokenizer's makers put around it: who loads a GPT-2 expects GPT-2's
-    ids, and lm-evaluation-harness would score an end-of-text token in front as a token of the text.
+    a text, as Llama's does with its BOS, and knows how long a text the model takes (any, if its context is None).
     """
     made = copy.deepcopy(tokenizer)
     for key in ("is_local", "local_files_only"):  # how it was loaded here, which transformers would write down
@@ -75,7 +72,7 @@ def exported(tokenizer: PreTrainedTokenizerBase, prefix: str, context: int | Non
     before, behind = _template(made)
     token = frame(made, prefix).prefix
     wanted = [] if token is None else [token]
-    if prefix != "auto" and before != wanted and backend is not None:
+    if before != wanted and backend is not None:
         from tokenizers import processors
 
         def around(text: str) -> list[str]:
