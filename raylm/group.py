@@ -370,7 +370,5 @@ def _unwrapped(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     while seen is not None:
         yield seen
-        inner = (
-            getattr(seen, name, None) for name in ("cause", "base_exc", "controller_failure", "health_check_failure")
-        )
+        inner = (getattr(seen, name, None) for name in ("cause", "controller_failure", "health_check_failure"))
         seen = next(filter(None, inner), seen.__cause__)

@@ -201,4 +201,5 @@ def computes_in_bfloat16(on_gpu: bool) -> bool:
     """Whether the hardware does: elsewhere it is emulated, on a CPU 20 times as slow as float32."""
     if on_gpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

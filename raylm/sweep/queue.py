@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from ray.tune.experiment import Trial as RayTrial
-from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
 from raylm import storage
@@ -88,8 +87,15 @@ class Trials(NotSaved, SearchAlgorithm):
         self.begun.sort(key=lambda each: each.status != RayTrial.PAUSED)
 
     def _made(self, trial_id: str, settings: dict[str, Any]) -> RayTrial:
-        spec = {**self.spec, "config": dict(settings)}
-        trial = _create_trial_from_spec(spec, _make_parser(), trial_id=trial_id, experiment_tag=trial_id)
+        same = ("storage", "checkpoint_config", "max_failures", "trial_name_creator", "trial_dirname_creator")
+        trial = RayTrial(
+            self.spec["run"],
+            config=dict(settings),
+            trial_id=trial_id,
+            experiment_tag=trial_id,
+            placement_group_factory=self.spec["resources_per_trial"],
+            **{name: self.spec[name] for name in same},
+        )
         trial.init_local_path()  # or Tune fails in the end, for one that waited and did not go on
         return trial
 

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from ray import tune
-from ray.tune.search.sample import _BackwardsCompatibleNumpyRng
 from ray.tune.search.variant_generator import generate_variants
 
 from raylm.config import TuneConfig, is_sampler, spaces
@@ -57,7 +56,7 @@ class Drawn:
     """Points drawn at random, each with every point of the grid. They are known before the sweep begins."""
 
     def __init__(self, section: TuneConfig, seed: int):
-        random = _BackwardsCompatibleNumpyRng(seed)
+        random = np.random.default_rng(seed)
         self._points: list[dict[str, Any]] = []
         # Of grids alone every draw is the same, and trials of the same settings end with the same bytes.
         is_drawn = any("grid" not in sampler for sampler in section.space.values())

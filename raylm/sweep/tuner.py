@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial as RayTrial
@@ -174,7 +175,5 @@ def _release(placement_group: str | None) -> None:
     Tune kills a trial and with it Train's controller. Train has a cleaner for that case, but it asks the dashboard
     whether the controller lives, and without a dashboard (Ray 2.60) it never learns.
     """
-    from ray._raylet import PlacementGroupID
-
     if placement_group is not None:
-        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(placement_group))))
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(placement_group)))
