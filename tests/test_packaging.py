@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -30,13 +31,15 @@ def names(requirements):
 
 def imported(file):
     """The top-level modules that a file imports, at its top or in a function."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module.split(".")[0])
-    return found - set(sys.stdlib_module_names) - {"raylm"}
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return {module for node in nodes for module in imported_by(node)} - set(sys.stdlib_module_names) - {"raylm"}
+
+
+def imported_by(node):
+    """The top-level modules of an import statement."""
+    if isinstance(node, ast.Import):
+        return {alias.name.split(".")[0] for alias in node.names}
+    return {node.module.split(".")[0]} if isinstance(node, ast.ImportFrom) and not node.level else set()
 
 
 def test_every_import_is_of_a_declared_dependency():
@@ -50,6 +53,40 @@ def test_every_import_is_of_a_declared_dependency():
         if not declared & {canonicalize_name(name) for name in distributions.get(module, [])}
     }
     assert undeclared == {}
+
+
+def test_what_an_extra_brings_is_imported_where_its_absence_is_told():
+    """In a function, in a file that names the extra: everywhere else raylm must do without."""
+    modules = {name: extra for extra, needs in EXTRAS.items() for name in names(needs)}
+    for file in (ROOT / "raylm").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        at_top = {module for node in ast.parse(text).body for module in imported_by(node)}
+        assert not at_top & modules.keys(), file
+        for module in imported(file) & modules.keys():
+            assert f"raylm[{modules[module]}]" in text, f"{file} imports {module}"
+
+
+UNSTABLE = ["accelerate", "datasets", "mlflow", "peft", "ray", "torch", "transformers"]
+"""What raylm uses by names that may change with a minor version: see test_upstream.py."""
+
+
+def test_what_may_change_is_taken_up_to_the_minor_version_that_is_tested():
+    lines = [*PROJECT["dependencies"], *(line for needs in EXTRAS.values() for line in needs)]
+    asked = {canonicalize_name(Requirement(line).name): Requirement(line).specifier for line in lines}
+    for name in UNSTABLE:
+        here = Version(importlib.metadata.version(name))
+        assert asked[name].contains(here.base_version), f"{name} {here} is installed, {asked[name]} declared"
+        assert not asked[name].contains(f"{here.major}.{here.minor + 1}"), f"{name}{asked[name]} takes untested ones"
+
+
+def test_what_is_pinned_is_what_is_declared():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    every = [*PROJECT["dependencies"], *(line for needs in PROJECT["optional-dependencies"].values() for line in needs)]
+    for asked in map(Requirement, every):
+        if asked.name != "raylm":
+            assert asked.specifier.contains(pinned[canonicalize_name(asked.name)]), asked
 
 
 def test_every_extra_is_one_of_all():
