@@ -257,7 +257,7 @@ COMMAND_LINE_FAULTS = {
     "train.seed.x=1": "command line: train.seed: must be a whole number, got {'x': 1}",
     "train.seed": "'train.seed' is not a setting; write section.key=value",
     "=1": "'=1' is not a setting; write section.key=value",
-    "train.seed=[1": "train.seed=[1: the value is not YAML: expected ',' or ']', but got '<stream end>'",
+    "train.seed=[1": "train.seed=[1: ] is missing at its end",
     "train.seed=!!python/name:os.system": "train.seed=!!python/name:os.system: the value is not YAML: "
     "could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'",
 }
@@ -582,6 +582,37 @@ def test_the_built_in_experiment_is_a_file_of_configs():
 )
 def test_where_a_text_is_wanted_it_stays_as_it_was_typed(setting, value):
     assert config.parse_setting(setting) == (setting.partition("=")[0], value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "missing"),
+    [
+        ("corpus.paths=[a.txt,b.txt", "]"),
+        ("corpus.paths={a,b/*.txt", "}"),
+        ("eval.paths.books=[a.txt", "]"),
+        ("eval.paths={books: [a.txt", "]}"),
+        ("tokenizer.train.special_tokens=[<eos>, '<[mask]>'", "]"),
+        ("tune.space.train.seed={randint: [0, 9]", "}"),
+        ("cluster.num_workers=[1, 4", "]"),
+        ("train.seed=[1", "]"),
+        ("corpus={paths: [a.txt]", "}"),
+    ],
+)
+def test_a_bracket_that_is_not_closed_is_no_part_of_a_name(setting, missing):
+    with pytest.raises(ConfigError) as caught:
+        config.parse_setting(setting)
+    assert caught.value.message.startswith(f"{setting}: {missing} is missing at its end")
+    assert caught.value.where == setting.partition("=")[0]
+
+
+def test_a_name_may_begin_with_a_bracket(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("[draft.txt", "{a.txt"):
+        (tmp_path / name).touch()
+        assert config.parse_setting(f"corpus.paths={name}")[1] == name
+        assert config.parse_setting(f"corpus.paths='{name[:3]}*'")[1] == f"{name[:3]}*"
+    for setting in ("corpus.paths=[ab]*.txt", "corpus.text=[{question", "name=[1", "tokenizer.eos_token=[EOS"):
+        assert config.parse_setting(setting)[1] == setting.partition("=")[2]
 
 
 def test_escapes_are_understood_however_they_are_quoted(load):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -200,9 +201,16 @@ def parse_setting(setting: str) -> tuple[str, Any]:
         raise ConfigError(f"{setting!r} is not a setting; write section.key=value", where=setting)
     takes = _kinds(key)
     takes_text = bool({str, tuple} & takes)
+    is_text_alone = takes_text and not {tuple, dict} & takes
     try:
         value = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
+        missing = "" if is_text_alone else _unclosed(text)
+        if missing and not (takes_text and os.path.exists(os.path.expanduser(text))):
+            way_out = (
+                f"; text that begins with a bracket stands in quotes of its own, {key}='\"…\"'" if takes_text else ""
+            )
+            raise ConfigError(f"{setting}: {missing} is missing at its end{way_out}", where=key) from None
         if takes_text:
             return key, text
         problem = str(getattr(error, "problem", error)).split("\n")[0]
@@ -211,6 +219,19 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     is_null = value is None and (text.strip() if text else takes != {str})
     has_shape = (isinstance(value, list) and tuple in takes) or (isinstance(value, dict) and dict in takes)
     return key, value if not takes_text or is_quoted or is_null or has_shape else text
+
+
+def _unclosed(text: str) -> str:
+    """The closing brackets that are missing at the end of a list or mapping: "]" of "[a, b"; "" if none is."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return ""
+    awaited: list[str] = []
+    for bracket in re.findall(r"[][{}]", re.sub(r"'[^']*'|\"[^\"]*\"", "", text)):
+        if bracket in "[{":
+            awaited.append("]" if bracket == "[" else "}")
+        elif awaited and awaited[-1] == bracket:
+            awaited.pop()
+    return "".join(reversed(awaited))
 
 
 def _kinds(key: str) -> set[type]:
