@@ -65,11 +65,22 @@ def ready(experiment: Experiment) -> tuple[Store, bool]:
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen)
     if tokens.is_store(path):
         return prepared(experiment, path)
+    check_tokenizer(experiment)
     storage.check(experiment.storage)
     derived.keep()
     with cluster.connect(experiment.cluster):
         check_nodes(experiment)
         return prepared(experiment)
+
+
+def check_tokenizer(experiment: Experiment) -> None:
+    """ConfigError if the settings of the tokenizer do not fit it, DataError if it cannot be loaded."""
+    from raylm import tokenizer
+
+    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
+    if chosen.train is None:
+        key = "tokenizer.path" if experiment.tokenizer.path else "model.path"
+        tokenizer.frame(tokenizer.load_section(chosen, key), experiment.tokenizer.prefix)
 
 
 def check_nodes(experiment: Experiment) -> None:
@@ -202,6 +213,7 @@ def plan(experiment: Experiment) -> cli.Answer:
 
     storage.look(experiment.storage)
     sources = corpus.check(experiment.corpus)
+    check_tokenizer(experiment)
     chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
     faults = tokens.damage(path)

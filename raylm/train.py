@@ -203,6 +203,8 @@ def plan(
     loop.check(experiment.train, has_updates=experiment.model.lora is not None)
     key = "tokenizer.path" if experiment.tokenizer.path else "model.path"
     known: Any = chosen.train or tokenizer.load_section(chosen, key)
+    if chosen.train is None:
+        tokenizer.frame(known, experiment.tokenizer.prefix)
     objective.check(experiment.objective, experiment.blocks, known)
     found = model.planned(
         experiment, chosen.train.vocab_size if chosen.train else model.num_ids(experiment.model, known)

@@ -43,6 +43,31 @@ def test_a_command_lists_its_corpus_once(tiny, monkeypatch):
     assert len(listed) == 1
 
 
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ("tokenizer.eos_token=zzz", "tokenizer.eos_token=zzz: it is not among the 257 tokens of "),
+        ("tokenizer.prefix=bos", "tokenizer.prefix=bos: the tokenizer has no begin-of-text token"),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_tokenizer_is_told_before_any_work(command, settings, tmp_path, setting, error):
+    from raylm import tokenizer
+    from raylm.config import TrainedTokenizer
+
+    made = tokenizer.train(["a"], TrainedTokenizer(vocab_size=257))
+    made.bos_token = None
+    made.save_pretrained(tmp_path / "tokenizer")
+    kept = [given for given in settings if not given.startswith("tokenizer.")]
+    more = [f"tokenizer.path={tmp_path}/tokenizer", setting, "model.config={model_type: gpt2}"]
+    for verb in (["prepare"], ["prepare", "--dry-run"], ["train", "blocks.block_size=8", "--dry-run"]):
+        ended = command(*verb, *kept, *more, "--json")
+        answer = json.loads(ended.stdout)
+        assert answer["error"].startswith(error)
+        assert (answer["where"], ended.returncode) == (setting.partition("=")[0], 2)
+        assert "Ray" not in ended.stderr
+        assert not (tmp_path / "runs").exists()
+
+
 def test_prepare_writes_a_store_and_then_finds_it(command, settings, tmp_path):
     plan = json.loads(command("prepare", *settings, "--dry-run", "--json").stdout)
     assert not (tmp_path / "runs").exists()

@@ -330,7 +330,7 @@ def test_an_end_of_text_token_can_be_named(trained):
     config = (trained / "tokenizer_config.json").read_text()
     (trained / "tokenizer_config.json").write_text(config.replace('"eos_token"', '"not_eos_token"'))
     assert tokenizer.load(trained, eos_token="<|endoftext|>").eos_token_id == 0
-    with pytest.raises(DataError, match=r"tokenizer\.eos_token: '<eos>' is not among the 280 tokens"):
+    with pytest.raises(ConfigError, match=r"^tokenizer\.eos_token=<eos>: it is not among the 280 tokens"):
         tokenizer.load(trained, eos_token="<eos>")
 
 

@@ -139,7 +139,8 @@ def load(
     eos_token: str | None = None,
     key: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a directory or Hub id. Without an end-of-text token: DataError."""
+    """The tokenizer of a directory or Hub id. Without an end-of-text token: DataError; without the one that is asked
+    for: ConfigError."""
     from transformers import AutoTokenizer
 
     options = {"revision": revision, "gguf_file": gguf_file}
@@ -147,8 +148,8 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(path, **{name: value for name, value in options.items() if value})
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
-            raise DataError(
-                f"tokenizer.eos_token: {eos_token!r} is not among the {len(tokenizer)} tokens of {path}; "
+            raise ConfigError(
+                f"tokenizer.eos_token={eos_token}: it is not among the {len(tokenizer)} tokens of {path}; "
                 f"its special ones: {', '.join(tokenizer.all_special_tokens) or 'none'}",
                 "tokenizer.eos_token",
             )
