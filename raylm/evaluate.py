@@ -57,19 +57,22 @@ def evaluate(
     resources = cluster.plan(experiment.cluster)
     if documents is not None:
         check_writable(documents)
+    from raylm import group, objective, perplexity, storage
+    from raylm import model as models
+
+    configuration = models.pretrained_configuration(experiment.model)
+    perplexity.context_of(experiment.eval, models.context(configuration), experiment.blocks.block_size)
+    known = tokenizer_of(experiment)
+    prefix = tokenizer.frame(known, experiment.tokenizer.prefix).prefix
+    is_masked = experiment.objective.is_masked or models.is_masked(configuration)
+    measure = experiment.eval.measure(masked=is_masked)
+    if is_masked:
+        objective.check(ObjectiveConfig(kind="masked"), BlocksConfig(), known)
     found, sets = what_is_scored(directory, experiment, text or [])
     if dry_run:
         counts = {name: len(numbers) for name, numbers in sets.items()}
         shown = {f"documents of {name}": count for name, count in counts.items()}
         return cli.Answer({"model": model, "sets": counts}, tables.facts({"model": model, **shown}))
-    from raylm import group, objective, storage
-    from raylm import model as models
-
-    known = tokenizer_of(experiment)
-    is_masked = experiment.objective.is_masked or models.is_masked(models.pretrained_configuration(experiment.model))
-    measure = experiment.eval.measure(masked=is_masked)
-    if is_masked:
-        objective.check(ObjectiveConfig(kind="masked"), BlocksConfig(), known)
     here = str(directory)
     with cli.task("Scoring", "tokens") as progress:
         if resources is not None and resources.num_workers == 1:
@@ -80,7 +83,6 @@ def evaluate(
                 rows = group.score(where, found, experiment, connected, progress, as_given=True)
     unknown = tokenizer.unknown_id(known)
     scored = Scored(rows, found, sets, measure, unknown, keywords=bool(experiment.objective.keywords))
-    prefix = tokenizer.frame(known, experiment.tokenizer.prefix).prefix
     token = None if prefix is None else known.convert_ids_to_tokens(prefix)
     record = {"model": model, "prefix": token, "scored_in": experiment.eval.precision, **scored.record()}
     if record["nll"] is None:

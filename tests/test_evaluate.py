@@ -251,6 +251,26 @@ def test_a_pretrained_bert_is_scored_with_the_setting_that_it_needs(plain_bert, 
     assert evaluate(str(other), settings, text=text).record == {**answer.record, "model": str(other)}
 
 
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ("eval.context=17", "eval.context must be at most 16, the positions of the model, got 17"),
+        ("tokenizer.eos_token=zzz", "tokenizer.eos_token=zzz: it is not among the 267 tokens"),
+        ("tokenizer.prefix=bos", "tokenizer.prefix=bos: the tokenizer has no begin-of-text token"),
+    ],
+)
+def test_a_setting_that_the_model_cannot_keep_is_told_before_any_work(causal, texts, tmp_path, capsys, setting, error):
+    own = tmp_path / "model"
+    shutil.copytree(causal, own)
+    known = tokenizer.load(own)
+    known.bos_token = None
+    known.save_pretrained(own)
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=f"^{error}"):
+            evaluate(str(own), [sets(texts), setting], dry_run=dry_run)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_tokenizer_from_elsewhere(causal, texts, tmp_path):
     alone = tmp_path / "alone"
     shutil.copytree(causal, alone, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
@@ -330,8 +350,7 @@ def test_what_to_score_must_be_said_where_no_store_is_there(causal, tmp_path):
     with pytest.raises(ConfigError, match=r"was not trained by raylm, .*; give --text FILE"):
         evaluate(causal)
     directory = tmp_path / "model"
-    directory.mkdir()
-    (directory / "config.json").write_text("{}")
+    shutil.copytree(causal, directory)
     checkpoint.describe(directory, Experiment(), {"store": f"{tmp_path}/gone"})
     with pytest.raises(DataError, match=r"was trained with the token store .*/gone, which is gone; give --text"):
         evaluate(str(directory))
