@@ -227,6 +227,7 @@ def _sizes(experiment: Experiment, held: Holdout) -> dict[str, Any]:
     if "batch_tokens" in train.model_fields_set:
         sizes = [size for size in sizes if batch % (size * workers) == 0] or [batch // workers]
     else:  # some thousand steps, with examples of every size for every worker
+        sizes = [size for size in sizes if size * workers <= tokens] or sizes[:1]  # a step is no more than the budget
         least = max(sizes) * workers
         batch = least * 2 ** max(0, min(6, round(math.log2(tokens / 1000 / least))))
     between = max(1, tokens // EVALUATIONS // batch) * batch

@@ -6,6 +6,7 @@ import pytest
 
 from raylm import budget, config, derived
 from raylm.derived import _rounds, _vocabulary
+from raylm.errors import ConfigError
 
 NOTES = "Note {}. The harbour was quiet, and {} boats came in before noon.\n\nNobody wrote down why.\n\n" * 8
 
@@ -116,6 +117,29 @@ def test_what_is_given_stays(load, setting, key, value):
     found = derived.training(load(setting), without_config=True)
     assert config.get(found, key) == value
     assert config.override(found, {}) == found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.max_tokens=10000"],
+        ["train.max_tokens=100"],
+        ["blocks.block_size=100"],
+        ["cluster.num_workers=3"],
+        ["train.max_tokens=10000", "blocks.block_size=96", "cluster.num_workers=2"],
+    ],
+)
+def test_the_batch_goes_with_what_was_given_unless_it_was_given_itself(load, settings):
+    found = derived.training(load(*settings), without_config=True)
+    assert "batch_tokens" in found.train.model_fields_set
+    for size in [found.blocks.block_size, *found.tune.space.get("blocks.block_size", {"choice": []})["choice"]]:
+        assert found.train.batch_tokens % (size * found.cluster.most_workers) == 0
+        assert config.override(found, {"blocks.block_size": size}).train == found.train, "so are trials made"
+    assert found.train.batch_tokens <= found.train.max_tokens
+    derived.keep()
+    assert derived.training(load(*settings), without_config=True) == found, "the same when it is resumed"
+    with pytest.raises(ConfigError, match=r"train.batch_tokens|train.max_tokens"):
+        load(*settings, "train.batch_tokens=32768")
 
 
 @pytest.mark.parametrize("kind", ["masked", "fill_in_middle"])

@@ -45,7 +45,8 @@ def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) ->
     """The checked experiment of a YAML file with `section.key=value` settings on top.
 
     Without a file it is the built-in example, unless the settings name text (corpus.paths): then nothing of the example
-    applies. `model_fields_set` of a section tells what was given. Local paths are absolute afterwards because Ray's
+    applies, and train.batch_tokens need not fit the other settings unless it was given: it is to be derived from them.
+    `model_fields_set` of a section tells what was given. Local paths are absolute afterwards because Ray's
     workers run in directories of their own.
     """
     layer = dict(parse_setting(setting) for setting in settings)
@@ -58,7 +59,7 @@ def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) ->
             _put(tree, {key: os.environ[variable]})
             places.setdefault(key, f"{variable}:")
     _put(tree, layer)
-    experiment = _validate(tree, places)
+    experiment = _validate(tree, places, derives_batch=path is None)
     faults = [
         (f"tune.space.{key}", text)
         for key, sampler in experiment.tune.space.items()
@@ -107,7 +108,7 @@ def override(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
     """A copy with the dotted settings replaced, checked as a whole."""
     tree = experiment.model_dump(exclude_unset=True)  # what nobody has set stays so
     _put(tree, settings)
-    return _validate(tree, {})
+    return _validate(tree, {}, derives_batch=experiment.derives_batch)
 
 
 def get(experiment: Experiment, key: str) -> Any:
@@ -295,9 +296,9 @@ def _is_given(tree: Tree, key: str) -> bool:
 # Checks ------------------------------------------------------------------------------------------------------------
 
 
-def _validate(tree: Tree, places: Mapping[str, str]) -> Experiment:
+def _validate(tree: Tree, places: Mapping[str, str], *, derives_batch: bool) -> Experiment:
     try:
-        return Experiment.model_validate(tree)
+        return Experiment.model_validate(tree, context={"derives_batch": derives_batch})
     except ValidationError as error:
         faults = faults_of(error)
     raise config_error(faults + [fault for fault in _early_faults(tree) if fault not in faults], places)

@@ -11,7 +11,17 @@ import string
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    Strict,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from raylm.errors import ConfigError
@@ -477,14 +487,30 @@ class Experiment(Section):
     tracking: TrackingConfig = TrackingConfig()
     tune: TuneConfig = TuneConfig()
 
+    _derives_batch: bool = PrivateAttr(default=False)
+    """Whether train.batch_tokens is still to be derived, so that its default need not fit the other settings."""
+
+    @property
+    def derives_batch(self) -> bool:
+        return self._derives_batch
+
     @property
     def measure(self) -> str:
         """What the score is called."""
         return self.eval.measure(masked=self.objective.is_masked)
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Experiment:
+    def _sections_agree(self, info: ValidationInfo) -> Experiment:
         """Settings of different sections that cannot go together; each message starts with its dotted key."""
+        derives_batch = (info.context or {}).get("derives_batch", False)
+        self._derives_batch = derives_batch and "batch_tokens" not in self.train.model_fields_set
+        if not self._derives_batch:
+            self._batch_agrees()
+        self._tokenizer_agrees()
+        self._sweep_agrees()
+        return self
+
+    def _batch_agrees(self) -> None:
         fewest, most = self.cluster.fewest_workers, self.cluster.most_workers
         step = self.blocks.block_size * math.lcm(*range(fewest, most + 1))
         if self.train.batch_tokens % step:
@@ -501,9 +527,6 @@ class Experiment(Section):
                 f"{self.train.batch_tokens}, got {self.train.max_tokens}; lower train.batch_tokens too, to a "
                 f"multiple of {step}"
             )
-        self._tokenizer_agrees()
-        self._sweep_agrees()
-        return self
 
     def _tokenizer_agrees(self) -> None:
         """What says which token or file of a tokenizer to load says nothing about one that is trained."""
