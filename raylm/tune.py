@@ -297,8 +297,10 @@ def answer(
     reused: bool,
     scored_on: str,
 ) -> cli.Answer:
-    """The ranked table, and what to do next; TrainingError if no trial has a result."""
+    """The ranked table, and what to do next; if no trial has a result, TrainingError, or ConfigError where no trial
+    could use its settings."""
     from raylm import summary, tables, tokens, tracking
+    from raylm import sweep as sweeps
 
     measure = experiment.measure
     incomparable = tokens.incomparable(store.validation.unknown_tokens, store.validation.num_tokens)
@@ -310,6 +312,9 @@ def answer(
         reasons = "; ".join(sorted({row["failure"] for row in rows if row["failure"]}))
         problem = f"no trial of the sweep has a result: {reasons or 'it was stopped before'}"
         begun.end({"error": problem})  # the same settings would fail again
+        wrong = {trial.wrong_setting for trial in sweeps.read(begun.directory).values()}
+        if wrong and None not in wrong:
+            raise ConfigError(problem, where=min(map(str, wrong)))
         raise TrainingError(problem, where=begun.name)
     record = {
         "sweep": begun.name,

@@ -198,7 +198,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     record.end("trial_00000", "completed")
     record.start("trial_00001")
     record.start("trial_00001")
-    record.end("trial_00001", "failed", "out of memory")
+    record.end("trial_00001", "failed", "model.path=a: it has no weights", "model.path")
     record.spend(2.5)
     with (tmp_path / EVENTS).open("a") as file:
         file.write('{"over": "trial_0')  # killed while it wrote
@@ -207,6 +207,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     assert list(again.trials) == ["trial_00000", "trial_00001"]
     assert again.trials["trial_00000"].settings == {"train.learning_rate": 0.1 + 0.2}
     assert again.trials["trial_00001"].attempts == 2
+    assert again.trials["trial_00001"].wrong_setting == "model.path"
     assert again.seconds == 2.5
     journal.log(str(tmp_path), EVENTS).close()  # as in a new process
     again.begin("trial_00002", {})

@@ -153,6 +153,31 @@ def test_a_trial_that_diverges_or_cannot_be_built_is_a_row_and_the_others_go_on(
     assert statuses == {row["trial_id"]: "FAILED" if row["failure"] else "FINISHED" for row in rows}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "error", "where", "exit_code"),
+    [
+        (
+            ["blocks.isolate_documents=true", "model.config={model_type: opt, hidden_size: 16, num_hidden_layers: 1, "
+             "ffn_dim: 16, num_attention_heads: 2, word_embed_proj_dim: 16}"],
+            "blocks.isolate_documents=true: model.config.model_type=opt ", "blocks.isolate_documents", 2,
+        ),
+        (["tune.space={train.learning_rate: {choice: [1e30]}}", "train.arguments.max_grad_norm=1e30"],
+         "diverged", None, 4),
+    ],
+)  # fmt: skip
+def test_a_sweep_whose_trials_all_fail_says_if_a_setting_is_wrong(
+    command, tiny, tmp_path, settings, error, where, exit_code
+):
+    save(tiny(f"storage={tmp_path}/runs"), tmp_path / "tiny.yaml")
+    ended = command("tune", "--config", f"{tmp_path}/tiny.yaml", "tune.num_samples=2", *settings, "--json")
+    answer = json.loads(ended.stdout)
+    assert ended.returncode == answer["exit_code"] == exit_code, ended.stderr
+    assert answer["error"].startswith("no trial of the sweep has a result: ")
+    assert error in answer["error"]
+    assert where is None or answer["where"] == where
+
+
 def asha(experiment, rates, grace_tokens, eta, together=1, **settings):
     """The experiment with a sweep over these learning rates."""
     return override(

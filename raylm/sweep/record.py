@@ -39,6 +39,8 @@ class Trial:
     """One an evaluation, in order: step, tokens, perplexity, bits_per_byte, best_perplexity, seconds, ..."""
     status: Status = "running"
     failure: str | None = None
+    wrong_setting: str | None = None
+    """Which setting the failure is about, if it is one that cannot be used."""
     attempts: int = 0
     """How often a process began to work on it."""
 
@@ -97,8 +99,9 @@ class Record:
         """By its population: it goes on as another one was after these tokens, with settings of its own."""
         self._add({"changed": trial_id, "settings": dict(settings), "like": like, "tokens": tokens})
 
-    def end(self, trial_id: str, status: Status, failure: str | None = None) -> None:
-        self._add({"over": trial_id, "status": status, "failure": failure})
+    def end(self, trial_id: str, status: Status, failure: str | None = None, wrong_setting: str | None = None) -> None:
+        about = {} if wrong_setting is None else {"wrong_setting": wrong_setting}
+        self._add({"over": trial_id, "status": status, "failure": failure, **about})
 
     def spend(self, seconds: float) -> None:
         self._add({"spent": round(seconds, 3)})
@@ -131,7 +134,8 @@ class Record:
                 trial.settings = settings
                 trial.results = [result for result in trial.results if result["tokens"] <= tokens]
             case {"over": trial_id, "status": status, "failure": failure}:
-                self.trials[trial_id].status, self.trials[trial_id].failure = status, failure
+                trial = self.trials[trial_id]
+                trial.status, trial.failure, trial.wrong_setting = status, failure, event.get("wrong_setting")
             case {"spent": seconds}:
                 self.seconds += seconds
 

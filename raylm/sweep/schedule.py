@@ -127,7 +127,7 @@ class Recorded(NotSaved, TrialScheduler):
             self.record.outage = StorageUnavailable(outage, self.record.directory)
             return self.CONTINUE
         if (failure := result.get("failure")) and not known.is_over:
-            self.record.end(trial.trial_id, "failed", failure)
+            self.record.end(trial.trial_id, "failed", failure, result.get("wrong_setting"))
             self.inner.on_trial_remove(tune_controller, trial)
             return self.CONTINUE
         # Tune shows the last result again when a trial ends, and a trial that was cut off makes some a second time.

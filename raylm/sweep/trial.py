@@ -19,7 +19,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from raylm import budget, checkpoint, group, storage, summary, tokens
 from raylm.cluster import Resources
 from raylm.config import Experiment, dump, get, override
-from raylm.errors import RaylmError, StorageUnavailable, TrainingError
+from raylm.errors import ConfigError, RaylmError, StorageUnavailable, TrainingError
 from raylm.loop import Job
 from raylm.sweep.record import Record
 from raylm.sweep.space import keys
@@ -30,7 +30,8 @@ WORST = dict.fromkeys(("perplexity", "bits_per_byte", "best_perplexity", "best_b
 def run_trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> None:
     """Train the template's run with these settings. What goes wrong in it is reported as its result.
 
-    That is a `failure`, with which the trial is over; or an `outage` of its storage, after which it is to resume.
+    That is a `failure`, with which the trial is over, and the `wrong_setting` that it is about if there is one; or an
+    `outage` of its storage, after which it is to resume.
     """
     trial_id = tune.get_context().get_trial_id()
     kind = "failure"
@@ -39,7 +40,8 @@ def run_trial(settings: dict[str, Any], *, template: Job, resources: Resources) 
     except RaylmError as error:  # of its journal or of the token store, which all trials have
         kind, problem = "outage", error
     if problem is not None:
-        tune.report({**WORST, "step": 0, "tokens": 0, kind: problem.message})
+        about = {"wrong_setting": problem.where} if isinstance(problem, ConfigError) else {}
+        tune.report({**WORST, "step": 0, "tokens": 0, kind: problem.message, **about})
 
 
 def _problem(trial_id: str, settings: dict[str, Any], template: Job, resources: Resources) -> RaylmError | None:
