@@ -114,7 +114,7 @@ def trained(
         cluster.watch(lambda done: advance(done, planned.tokens), cli.say) as board,
     ):
         outcome = group.fit(dataclasses.replace(job, board=board), resources)
-        if outcome.stopped:
+        if outcome.stopped or cluster.stopped_by() is not None:  # after the last look at it: a score is left to do
             raise cluster.interruption(begun.directory, f"stopped after step {outcome.step:,}, which is saved")
     seconds = time.monotonic() - started
     best = dict(outcome.best)

@@ -455,13 +455,31 @@ def test_a_signal_tells_the_workers_to_stop_and_a_second_ctrl_c_ends_the_command
     assert cluster.stopped_by() is None
 
 
+def test_what_ends_although_it_was_to_stop_is_told_then():
+    """As a training whose workers were asked in their last step."""
+    said, heard = [], []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = signal.signal(number, lambda number, _: heard.append(number))
+        try:
+            with cluster.signals(said.append):
+                signal.raise_signal(number)
+                assert heard == []
+            assert heard.pop() == number
+            with cluster.signals(said.append):
+                pass
+            assert (heard, cluster.stopped_by()) == ([], None)
+        finally:
+            signal.signal(number, before)
+    assert [line.split()[0] for line in said] == ["Stopping", "Stopping"]
+
+
 def test_a_board_whose_process_is_killed_begins_anew_and_forwards_the_stop(ray_cluster):
     import ray
 
     seen = []
-    with cluster.signals(print), cluster.watch(seen.append, print) as board:
+    with pytest.raises(KeyboardInterrupt), cluster.signals(print), cluster.watch(seen.append, print) as board:  # noqa: PT012
         os.kill(ray.get(board.actor.__ray_call__.remote(lambda board: os.getpid())), signal.SIGKILL)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
         deadline = time.monotonic() + 60
         while not ray.get(ray.remote(lambda: board.is_stopping()).remote()) and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,25 @@ def test_a_plan_refuses_what_ray_would_find_out_late(tiny):
 def test_the_store_outlives_its_process(one_worker):
     *_, store, _ = one_worker
     assert tokens.open_store(store.path).fingerprint == store.fingerprint
+
+
+def test_a_run_that_is_stopped_in_its_last_step_stops(ray_cluster, tiny, tmp_path, monkeypatch):
+    """It has a score and an export left to do, which the same command does."""
+    fit = group.fit
+
+    def interrupted(*args, **options):
+        outcome = fit(*args, **options)
+        signal.raise_signal(signal.SIGINT)
+        return outcome
+
+    config.save(tiny(f"storage={tmp_path}"), tmp_path / "tiny.yaml")
+    monkeypatch.setattr(write, "_each", one_by_one)
+    with monkeypatch.context() as last_step:
+        last_step.setattr(group, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 10, which is saved; the same command goes on"):
+            train.train(config=tmp_path / "tiny.yaml")
+    result = train.train(config=tmp_path / "tiny.yaml").record
+    assert (result["resumed_from"], result["steps"]) == (10, 10)
 
 
 @pytest.mark.parametrize(("where", "is_over"), [("eval.batch_tokens", False), ("blocks.block_size", True)])

@@ -135,7 +135,8 @@ def interruption(directory: str, how: str) -> BaseException:
 def signals(say: Callable[[str], None]) -> Iterator[None]:
     """SIGTERM and the first Ctrl-C do not end the process here, but are told to whoever asks `stopped_by`.
 
-    A second Ctrl-C is one. In other threads than the main one nothing is changed.
+    A second Ctrl-C is one. If what is inside ends in spite of being asked to stop, as in the last step of a training,
+    the process is told then. In other threads than the main one nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -153,4 +154,7 @@ def signals(say: Callable[[str], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        asked = _asked.copy()
         _asked.clear()
+    if asked:
+        signal.raise_signal(asked[0])
