@@ -186,6 +186,8 @@ def plan(
 
     if begins:
         cluster.check_reachable(experiment.cluster)
+    if experiment.tracking.uri is not None:
+        tracking.check(experiment.tracking.uri)
     storage.look(experiment.storage)
     sources = corpus.check(experiment.corpus)
     sets = evaluation_corpora(experiment)

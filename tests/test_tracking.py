@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -1052,12 +1053,31 @@ def test_what_is_left_at_the_end_is_told_with_the_way_out(server, gate, tmp_path
 
 
 @pytest.mark.parametrize(
-    "uri", ["nonsense://x", "sqlite:////proc/no/mlflow.db", "sqlite:////etc/passwd", "sqlite:////usr", "./mlruns"]
+    "uri",
+    [
+        "nonsense://x",
+        "sqlite:////proc/no/mlflow.db",
+        "sqlite:////etc/passwd",
+        "sqlite:////usr",
+        "./mlruns",
+        "none",
+        "None",
+        "localhost:5000",
+        "sqlite:mlflow.db",
+        "redis://x",
+        "http:/x",
+    ],
 )
 def test_an_address_that_can_never_work_is_an_error_before_anything_is_written(uri, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"tracking.uri={uri} cannot be used: "):
+    with pytest.raises(ConfigError) as caught:
         start(TrackingConfig(uri=uri), tmp_path / "run")
+    assert re.fullmatch(
+        rf"tracking.uri={uri} cannot be used: [^\n]*[^.… ]; give sqlite:///FILE, or [^\n]*; "
+        "tracking.uri=null tracks nothing",
+        caught.value.message,
+    )
+    assert len(caught.value.message) < 400, "a line that is read"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,8 +14,8 @@ run          a run, of which a command and its workers tell: parameters, points,
 command      how a command begins runs, waits for MLflow at its end, finds runs, and says where to look
 """
 
-from raylm.tracking.command import compare, how_to_look, problem, runs, settle, start
+from raylm.tracking.command import check, compare, how_to_look, problem, runs, settle, start
 from raylm.tracking.failures import shown
 from raylm.tracking.run import COMMIT, Run, Status
 
-__all__ = ["COMMIT", "Run", "Status", "compare", "how_to_look", "problem", "runs", "settle", "shown", "start"]
+__all__ = ["COMMIT", "Run", "Status", "check", "compare", "how_to_look", "problem", "runs", "settle", "shown", "start"]

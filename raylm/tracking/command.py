@@ -42,6 +42,7 @@ def start(
     """
     belongs = section.experiment or experiment
     if section.uri is not None:
+        check(section.uri)
         storage.check_stays("tracking.uri", shown(section.uri))
     connected = section.uri is not None and _connect(section.uri, belongs, metric)
     run = Run(storage.absolute(directory), section.uri)
@@ -50,6 +51,13 @@ def start(
     if connected:
         run.ship(mlflow.PATIENCE_SECONDS)
     return run
+
+
+def check(uri: str) -> None:
+    """ConfigError for what is no address of an MLflow at all: none, localhost:5000, a directory."""
+    is_address = "://" in uri or uri.startswith(("sqlite:", "databricks", "uc"))
+    if not is_address and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
+        raise _unusable(uri, "it is not the address of a server or a database")
 
 
 def settle(run: Run, say: Callable[[str], None]) -> None:
@@ -144,7 +152,12 @@ def _connect(uri: str, experiment: str, metric: str) -> bool:
                 experiment, metric, 60 if uri.startswith("sqlite") else mlflow.PATIENCE_SECONDS
             )
     except Unusable as error:
-        raise ConfigError(
-            f"tracking.uri={shown(uri)} cannot be used: {error}; give another, or tracking.uri=null to track nothing",
-            where="tracking.uri",
-        ) from error
+        raise _unusable(uri, str(error)) from error
+
+
+def _unusable(uri: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"tracking.uri={shown(uri)} cannot be used: {why}; give sqlite:///FILE, or the address of a server "
+        "(http://HOST:PORT) or of a database (postgresql, mysql or mssql); tracking.uri=null tracks nothing",
+        where="tracking.uri",
+    )

@@ -171,7 +171,7 @@ class Server:
         if known:
             return known[0]
         text = redacted(text.replace(self.uri, shown(self.uri)))
-        return text.split("\n")[0][:300] or type(error).__name__
+        return re.split(r"\n|(?<=\w[.;]) ", text)[0].rstrip(".;") or type(error).__name__
 
     def _is_hopeless(self, error: Exception) -> bool:
         """Whether waiting cannot help: a scheme that MLflow does not know, a driver that is missing, a deleted name."""
