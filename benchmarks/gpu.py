@@ -19,7 +19,7 @@ from typing import Any
 
 import cloudpickle
 
-from raylm import budget, cluster, config, group, loop, prepare, runs, tracking
+from raylm import budget, cluster, config, launch, prepare, runs, tracking, training
 from raylm.errors import Diverged
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -27,7 +27,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 SHOWN = re.compile("raylm|transformers/|accelerate/")
 
 
-def job_of(home: str, session: type, *settings: str) -> loop.Job:
+def job_of(home: str, session: type, *settings: str) -> training.TrainTask:
     made = config.load(
         None,
         [
@@ -48,29 +48,29 @@ def job_of(home: str, session: type, *settings: str) -> loop.Job:
         ],
     )
     store, _ = prepare.prepared(made)
-    begun = runs.begin(made, "train", store.fingerprint, "never")
+    begun = runs.start_or_resume(made, "train", store.fingerprint, "never")
     run = tracking.start(made.tracking, experiment="gpu", name=begun.name, tags={}, directory=begun.directory)
-    return loop.Job(made, store.path, budget.of(made, store), run, begun.directory, session)
+    return training.TrainTask(made, store.path, budget.for_store(made, store), run, begun.directory, session)
 
 
-def fit(job: loop.Job, resources: Any, stop: bool = False) -> Any:
-    with cluster.watch(lambda value: None, print) as board:
+def fit(job: training.TrainTask, resources: Any, stop: bool = False) -> Any:
+    with cluster.progress_channel(lambda value: None, print) as board:
         if stop:
             board.stop.remote()
-        return group.fit(dataclasses.replace(job, board=board), resources)
+        return launch.fit(dataclasses.replace(job, board=board), resources)
 
 
-def left(job: loop.Job, step: int) -> dict[str, str]:
+def left(job: training.TrainTask, step: int) -> dict[str, str]:
     """File -> SHA-256 of what a checkpoint has of the model and the optimizer."""
     manifest = json.loads(Path(job.checkpoints.path(step), "manifest.json").read_text())
     return {name: manifest["files"][name]["sha256"] for name in ("model.safetensors", "optimizer.pt")}
 
 
 def patched(patch: Any) -> type:
-    class Patched(loop.WorkerGroup):
+    class Patched(training.RayTrainSession):
         def __init__(self) -> None:
             super().__init__()
-            from raylm.loop import trainer
+            from raylm.training import trainer
 
             patch(trainer)
 
@@ -143,7 +143,7 @@ def main() -> None:
             fit(job_of(home, patched(poisoned), "train.arguments.logging_steps=20"), resources)
         except Diverged as error:
             print("poisoned at step 37:", error, flush=True)
-        whole, other, cut = (job_of(home, loop.WorkerGroup) for _ in range(3))
+        whole, other, cut = (job_of(home, training.RayTrainSession) for _ in range(3))
         fit(whole, resources)
         fit(other, resources)
         print("the same command twice, the same bytes:", left(whole, 100) == left(other, 100), flush=True)

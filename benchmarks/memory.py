@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from raylm.config import CorpusConfig
-from raylm.corpus import Ledger, check, documents, shards
+from raylm.corpus import Ledger, documents, list_sources, shards
 
 
 def main() -> None:
@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[30, 300, 3000])
     arguments = parser.parse_args()
     library = CorpusConfig(paths="python://stdlib")
-    texts = [document.text for shard in shards(check(library)) for document in documents(shard, library, Ledger())]
+    texts = [
+        document.text for shard in shards(list_sources(library)) for document in documents(shard, library, Ledger())
+    ]
     for megabytes in arguments.megabytes:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "corpus.jsonl"

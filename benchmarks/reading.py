@@ -34,7 +34,7 @@ def main() -> None:
             store, _ = prepared(experiment)
         for size in (64, 128, 256):
             section = experiment.blocks.model_copy(update={"block_size": size})
-            cut = blocks.of(store.train, section, store.frame("auto"))
+            cut = blocks.build(store.train, section, store.frame("auto"))
             stream = blocks.Stream(cut, seed=0, length=EXAMPLES)
             Dataset.from_dict({"input_ids": [cut[index] for index in range(len(cut))]}).save_to_disk(f"{home}/{size}")
             rows = load_from_disk(f"{home}/{size}").with_format("numpy")

@@ -61,7 +61,7 @@ def measure(directory: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
     store = tokens.open_store(directory)
-    cut = blocks.of(store.train, BlocksConfig(block_size=1024), store.frame("auto"))
+    cut = blocks.build(store.train, BlocksConfig(block_size=1024), store.frame("auto"))
     stream = blocks.Stream(cut, seed=0, length=2 * len(cut))
     opened = time.perf_counter()
     stream.index(len(cut))

@@ -88,7 +88,7 @@ def prepare(args: argparse.Namespace, home: Path) -> list[dict]:
         texts = (store.tokenizer.decode(split[number]) for number in range(len(split)))
         (home / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     made = config.load(None, settings(args, home, "first"))
-    points = sweep.points(made.tune, made.train.seed)
+    points = sweep.searcher(made.tune, made.train.seed)
     return [points.draw(str(number)) for number in range(points.total)]
 
 

@@ -33,7 +33,7 @@ from ray.cluster_utils import Cluster
 
 from raylm import cluster, tokenizer, tokens
 from raylm.config import ClusterConfig, CorpusConfig, TokenizerConfig, TrainedTokenizer
-from raylm.corpus import Ledger, check, documents, shards
+from raylm.corpus import Ledger, documents, list_sources, shards
 from raylm.tokenizer import encoders
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         copy_library(root / "copies", arguments.copies)
         one = CorpusConfig(paths=f"{root}/copies/0", on_bad_row="skip")
         every = CorpusConfig(paths=f"{root}/copies", on_bad_row="skip")
-        texts = [document.text for shard in shards(check(one)) for document in documents(shard, one, Ledger())]
+        texts = [document.text for shard in shards(list_sources(one)) for document in documents(shard, one, Ledger())]
         tokenizer.train(texts, TrainedTokenizer(vocab_size=8192)).save_pretrained(root / "tokenizer")
         section = TokenizerConfig(path=f"{root}/tokenizer")
         if arguments.nodes:
@@ -76,7 +76,7 @@ def main() -> None:
 
 def copy_library(target: Path, copies: int) -> None:
     for number in range(copies):
-        for file in check(CorpusConfig(paths="python://stdlib"))[0].files:
+        for file in list_sources(CorpusConfig(paths="python://stdlib"))[0].files:
             path = target / str(number) / Path(file.path).relative_to(sysconfig.get_path("stdlib"))
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file.path, path)

@@ -147,7 +147,7 @@ def blocks_of(args: argparse.Namespace):
     made = experiment(args, args.home)
     store, _ = ready(made)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    cut = blocks.of(tokens.open_store(store.path).train, made.blocks, store.frame("auto"))
+    cut = blocks.build(tokens.open_store(store.path).train, made.blocks, store.frame("auto"))
     stream = blocks.Stream(cut, seed=0, length=args.steps * args.batch)
     network = model.build(made.model, store.tokenizer, block_size=args.block, seed=0, masked=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -240,17 +240,17 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
     """`raylm train` from its prepared tokens on."""
     import cloudpickle
 
-    from raylm import budget, cluster, group, loop, runs, tracking
+    from raylm import budget, cluster, launch, runs, tracking, training
     from raylm.prepare import prepared
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     made = experiment(args, args.home, precision, workers=2 if "2 workers" in args.row else 1)
     file = Path(args.home) / "times.json"
 
-    class Timed(loop.WorkerGroup):
+    class Timed(training.RayTrainSession):
         def __init__(self) -> None:
             super().__init__()
-            from raylm.loop import trainer
+            from raylm.training import trainer
 
             times: list[float] = []
             plain = trainer._Schedule.on_step_end
@@ -265,9 +265,11 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
 
     with cluster.connect(made.cluster) as resources:
         store, _ = prepared(made)
-        begun = runs.begin(made, "train", store.fingerprint, "never")
+        begun = runs.start_or_resume(made, "train", store.fingerprint, "never")
         run = tracking.start(made.tracking, experiment="speed", name=begun.name, tags={}, directory=begun.directory)
-        group.fit(loop.Job(made, store.path, budget.of(made, store), run, begun.directory, Timed), resources)
+        launch.fit(
+            training.TrainTask(made, store.path, budget.for_store(made, store), run, begun.directory, Timed), resources
+        )
     return json.loads(file.read_text()), run.series()["train/loss"][-1][1]
 
 

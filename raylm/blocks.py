@@ -77,7 +77,7 @@ class Blocks(Protocol):
     def __getitem__(self, index: int) -> np.ndarray: ...
 
 
-def of(split: Split, section: BlocksConfig, frame: Frame) -> Blocks:
+def build(split: Split, section: BlocksConfig, frame: Frame) -> Blocks:
     """The blocks of a split, cut as the section says. Takes milliseconds: nothing is copied until a block is read."""
     kinds: dict[str, type] = {"packed": Packed, "chunked": Chunked, "padded": Padded}
     return kinds[section.packing](split, section, frame)

@@ -69,7 +69,7 @@ class Budget:
         return replace(self, micro_batch=micro_batch, accumulation=a_worker // micro_batch)
 
 
-def plan(section: TrainConfig, *, block_size: int, num_workers: int, epoch_examples: int | None) -> Budget | None:
+def compute(section: TrainConfig, *, block_size: int, num_workers: int, epoch_examples: int | None) -> Budget | None:
     """The budget of a run; None if it is a number of epochs and `epoch_examples` is not known yet.
 
     Steps are whole: the budget is rounded down, to at least one step.
@@ -121,16 +121,16 @@ def no_validation(experiment: Experiment) -> DataError:
     )
 
 
-def of(experiment: Experiment, store: Store) -> Budget:
+def for_store(experiment: Experiment, store: Store) -> Budget:
     """The budget of a run over a token store; DataError if there is nothing to train or score on."""
     if not store.validation.num_tokens:
         raise no_validation(experiment)
     section = experiment.blocks
-    found = plan(
+    found = compute(
         experiment.train,
         block_size=section.block_size,
         num_workers=experiment.cluster.most_workers,
-        epoch_examples=len(blocks.of(store.train, section, store.frame(experiment.tokenizer.prefix))),
+        epoch_examples=len(blocks.build(store.train, section, store.frame(experiment.tokenizer.prefix))),
     )
     assert found is not None  # the examples are known
     return found

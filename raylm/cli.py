@@ -65,7 +65,7 @@ unanswered: list[threading.Thread] = []
 
 
 @dataclass(frozen=True)
-class Answer:
+class CommandResult:
     """What a verb found: one record for programs, one view for people."""
 
     record: dict[str, Any]
@@ -73,14 +73,14 @@ class Answer:
     exit_code: int = 0
 
 
-def figure(value: Any) -> str:
+def format_number(value: Any) -> str:
     """A number as a person writes it: 400,384, 1,057,006 and 0.00312."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
-def size(num_bytes: float) -> str:
+def format_size(num_bytes: float) -> str:
     """Bytes as a person says them: 512 bytes, 49.9 KB, 3.0 GB."""
     if num_bytes < 1000:
         return f"{num_bytes:.0f} bytes"
@@ -91,7 +91,7 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1000:.1f} TB"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """In the two largest units that matter: 12 s, 4 min 10 s, 3 h 20 min."""
     whole = round(seconds)
     if whole < 60:
@@ -128,11 +128,13 @@ def experiment(
         if without or not print_config:
             loaded = complete(loaded, without_config=without)
     if print_config:
-        raise _Done(Answer(redacted(loaded.model_dump(mode="json")), experiments.dump(loaded, comments=True).rstrip()))
+        raise _Done(
+            CommandResult(redacted(loaded.model_dump(mode="json")), experiments.dump(loaded, comments=True).rstrip())
+        )
     return loaded
 
 
-def run(verb: Callable[..., Answer | None] | typer.Typer) -> None:
+def run(verb: Callable[..., CommandResult | None] | typer.Typer) -> None:
     """Run a verb, or a group of them, with argv. Never returns."""
     as_json = "--json" in sys.argv[1:]  # read here, so that a command line that does not parse answers in JSON too
     if isinstance(verb, typer.Typer):
@@ -170,12 +172,12 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
-def add(app: typer.Typer, verb: Callable[..., Answer | None], name: str | None = None) -> None:
+def add(app: typer.Typer, verb: Callable[..., CommandResult | None], name: str | None = None) -> None:
     """Make a verb a command. What comes after the first argument of one that `passes_on` is another command's."""
     others = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
     @functools.wraps(verb)
-    def command(*args: Any, **kwargs: Any) -> Answer | None:
+    def command(*args: Any, **kwargs: Any) -> CommandResult | None:
         try:
             return verb(*args, **kwargs)
         except KeyboardInterrupt as interrupt:  # of which typer keeps an exit code alone
@@ -243,7 +245,7 @@ def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
 
     try:
         answer = _called(app)
-        record = json.dumps(answer.record, allow_nan=False) if as_json and isinstance(answer, Answer) else ""
+        record = json.dumps(answer.record, allow_nan=False) if as_json and isinstance(answer, CommandResult) else ""
     except (RaylmError, Interrupted) as error:
         cause = getattr(error, "cause", error)  # Ray wraps what a task raises, with the task's traceback as its text
         return fail(cause.message, cause.where, cause.exit_code)
@@ -256,9 +258,9 @@ def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
         return fail(f"{type(error).__name__}: {error}", None, 1)
     if answer == INTERRUPTED:  # before the verb has begun
         return fail("interrupted", None, INTERRUPTED)
-    if isinstance(answer, Answer) and as_json:
+    if isinstance(answer, CommandResult) and as_json:
         print(record, file=stdout)
-    elif isinstance(answer, Answer):
+    elif isinstance(answer, CommandResult):
         _show(answer.view, stdout)
     return answer if isinstance(answer, int) else getattr(answer, "exit_code", 0)
 
@@ -293,7 +295,7 @@ def _show(view: RenderableType | tuple[RenderableType, ...], stdout: Any) -> Non
 
 
 class _Done(Exception):
-    def __init__(self, answer: Answer):
+    def __init__(self, answer: CommandResult):
         self.answer = answer
 
 

@@ -21,11 +21,11 @@ from raylm.report import located, there
 ELSEWHERE = ("name", "storage", "tracking", "tune")
 """Sections that change nothing about a run."""
 SECRET = re.compile(r"(token|secret|password|key)$")
-"""As in card.py, which takes seconds to load: it needs torch."""
+"""As in export/, which takes seconds to load: it needs torch."""
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedRun:
     """A run as it is compared. What is not known of it is None."""
 
     name: str
@@ -82,13 +82,13 @@ def compare(
         ),
     ],
     json: cli.Json = False,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Print runs side by side: scores, speed, data, settings that differ; warn of scores that cannot be compared."""
     if len(runs) < 2:
         raise ConfigError(f"there is nothing to compare {runs[0]} with; give two runs or more", "RUN")
     from raylm import tables
 
-    sides = [side(run) for run in runs]
+    sides = [summarize(run) for run in runs]
     settings = differing([side.experiment for side in sides])
     told = warnings(sides)
     records = [side.record() for side in sides]
@@ -100,13 +100,13 @@ def compare(
     names = list(dict.fromkeys(name for each in records for name in each))
     rows = {name.replace("_", " "): [each.get(name) for each in records] for name in names}
     view = tables.side_by_side([side.name for side in sides], {**rows, **settings})
-    return cli.Answer(record, (view, *(f"\nwarning: {warning}" for warning in told)))
+    return cli.CommandResult(record, (view, *(f"\nwarning: {warning}" for warning in told)))
 
 
 # A run, whatever it is -----------------------------------------------------------------------------------------------
 
 
-def side(given: str) -> Side:
+def summarize(given: str) -> ComparedRun:
     """What is known of a run; StorageError if it is none."""
     from raylm import page, storage
     from raylm.tracking import journal
@@ -127,7 +127,7 @@ def side(given: str) -> Side:
     raise StorageError(f"{given} is no run, trial, sweep or model that raylm trained; {there(directory)}", given)
 
 
-def of_sweep(directory: str, trial_id: str | None) -> Side:
+def of_sweep(directory: str, trial_id: str | None) -> ComparedRun:
     """A trial, by what trials are ranked by; or the best one, scored on the whole split if that was done."""
     from raylm import config, page
 
@@ -141,7 +141,7 @@ def of_sweep(directory: str, trial_id: str | None) -> Side:
         scored = {**found.scores(trial), "scored_on": found.ranked_on}
     else:
         raise StorageError(f"{directory}: {trial_id or 'the sweep'} has no score yet", directory)
-    return Side(
+    return ComparedRun(
         name=f"{directory.rpartition('/')[2]}/{trial.trial_id}",
         experiment=config.override(found.experiment, {**trial.settings, "tune.space": {}, "tune.points": []}),
         perplexity=scored["perplexity"],
@@ -154,7 +154,7 @@ def of_sweep(directory: str, trial_id: str | None) -> Side:
     )
 
 
-def of_training(directory: str) -> Side:
+def of_training(directory: str) -> ComparedRun:
     """A training run; one that is not over has its best evaluation so far."""
     from raylm import page, storage, tracking
     from raylm.tracking import journal
@@ -171,7 +171,7 @@ def of_training(directory: str) -> Side:
         trained = series.get("train/tokens")
         result = {name: steps.get(best) for name, steps in evaluations.items()}
         result["tokens"] = round(trained[-1][1]) if trained else None
-    return Side(
+    return ComparedRun(
         name=directory.rpartition("/")[2],
         experiment=experiment,
         perplexity=result[measure],
@@ -199,15 +199,15 @@ def pace(directory: str) -> dict[str, Any]:
     }
 
 
-def of_model(directory: str, given: str) -> Side:
+def of_model(directory: str, given: str) -> ComparedRun:
     """A model that was exported, or a checkpoint."""
     from raylm import checkpoint
 
-    found = checkpoint.check(directory)
+    found = checkpoint.locate(directory)
     experiment, record = checkpoint.read_experiment(found), checkpoint.read_record(found)
     if experiment is None:
         raise StorageError(f"{directory} was not trained by raylm: it holds no experiment.yaml", directory)
-    return Side(
+    return ComparedRun(
         name=given,
         experiment=experiment,
         perplexity=record.get("perplexity"),
@@ -240,11 +240,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", redacted(value)
 
 
-def warnings(sides: Sequence[Side]) -> list[str]:
+def warnings(sides: Sequence[ComparedRun]) -> list[str]:
     """Why which scores cannot be compared; none if all can."""
     told = []
     if len({side.measure for side in sides}) > 1:
-        kinds = ", ".join(dict.fromkeys(side.measure for side in sides))
+        kinds = ", ".join(dict.fromkeys(summarize.measure for side in sides))
         told.append(f"the scores are of different kinds, which cannot be compared: {kinds}")
     if unknown := [side.name for side in sides if side.store is None]:
         told.append(f"nothing says on what text {', '.join(unknown)} was scored")
@@ -261,7 +261,7 @@ def warnings(sides: Sequence[Side]) -> list[str]:
     return told
 
 
-def _other_tokens(sides: Sequence[Side]) -> str | None:
+def _other_tokens(sides: Sequence[ComparedRun]) -> str | None:
     """What follows from token stores that are not the same; None if their validation tokens are."""
     manifests = [side.manifest for side in sides]
     if all(manifests):

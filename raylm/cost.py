@@ -24,12 +24,12 @@ SHARE = 0.1
 """Of the training that it interrupts, which an evaluation of a masked model costs by default."""
 
 
-def limited(experiment: Experiment, store: Store) -> Experiment:
+def with_eval_limit(experiment: Experiment, store: Store) -> Experiment:
     """The experiment with eval.max_tokens decided where it is left to raylm: of a masked model, so many tokens that an
     evaluation costs a tenth of the training since the one before."""
     if not experiment.objective.is_masked or experiment.eval.max_tokens is not None:
         return experiment
-    planned = budget.of(experiment, store)
+    planned = budget.for_store(experiment, store)
     between = min(planned.eval_every, planned.steps) * planned.batch_tokens
     read = np.cumsum(_read(experiment, store, store.validation))
     documents = max(1, int(np.searchsorted(read, SHARE * OF_TRAINING * between, side="right")))
@@ -47,7 +47,7 @@ def whole_is_affordable(experiment: Experiment, store: Store, planned: Budget) -
     return _read(experiment, store, store.validation).sum() <= SHARE * OF_TRAINING * planned.tokens
 
 
-def share(experiment: Experiment, store: Store, planned: Budget, sets: Iterable[Documents] = ()) -> float:
+def evaluation_share(experiment: Experiment, store: Store, planned: Budget, sets: Iterable[Documents] = ()) -> float:
     """The part of a run that evaluations take, of the validation split and of evaluation sets."""
     scored: list[Documents] = [store.validation, *sets]
     section = experiment.eval
@@ -74,7 +74,7 @@ def _read(experiment: Experiment, store: Store, documents: Documents, count: int
     if experiment.objective.is_masked:
         frame = store.frame(experiment.tokenizer.prefix)
         masked = MaskedTokens.of(store.tokenizer, frame, section.pseudo_perplexity)
-    positions = model.context(model.planned(experiment, len(store.tokenizer)))
+    positions = model.context(model.config_of(experiment, len(store.tokenizer)))
     context = perplexity.context_of(section, positions, experiment.blocks.block_size)
     lengths = [len(documents[index]) for index in range(len(documents) if count is None else count)]
     return perplexity.tokens_read(np.array(lengths, np.int64), context, section.stride, masked)

@@ -77,7 +77,7 @@ def training(experiment: Experiment, *, without_config: bool) -> Experiment:
     layers, width = (section.config or {}).get("n_layer"), (section.config or {}).get("n_embd")
     what = section.path or (f"{layers} layers of width {width}" if layers and width else "the model that you gave")
     cli.say(
-        f"No --config, so sizes follow from {cli.size(_size(held))} of text and this machine: {what}, "
+        f"No --config, so sizes follow from {cli.format_size(_size(held))} of text and this machine: {what}, "
         f"{found.train.max_tokens or 0:,} tokens a training; --print-config shows them as a file"
     )
     return found
@@ -99,7 +99,7 @@ def _split(experiment: Experiment) -> tuple[Experiment, Holdout]:
 
     def look() -> dict[str, Any]:
         with cli.waiting("Looking at the text"):
-            return dataclasses.asdict(corpus.holdout(corpus.check(section), section))
+            return dataclasses.asdict(corpus.holdout(corpus.list_sources(section), section))
 
     found = corpus.Holdout(**_decided(experiment, "split", section.model_dump(mode="json"), look))
     documents = f"{found.documents:,} document{'s' * (found.documents != 1)}"
@@ -196,7 +196,7 @@ def _sizes(experiment: Experiment, held: Holdout) -> dict[str, Any]:
     machine = cluster.this_machine()
     together = min(TRIALS, int(machine["GPU"] or machine["CPU"]))
     threads = max(1, int(machine["CPU"]) // together)
-    known = tokenizer.chosen(experiment.tokenizer, experiment.model)
+    known = tokenizer.choose(experiment.tokenizer, experiment.model)
     vocab_size = known.train.vocab_size if known.train is not None else len(tokenizer.load_section(known))
     masked = experiment.objective.is_masked
     text_tokens = max(1, int(_size(held) * (1 - experiment.corpus.validation_fraction) / BYTES_PER_TOKEN))

@@ -39,7 +39,7 @@ def doctor(
         bool, typer.Option("--fix", help="Mend what can be mended without asking: file permissions.")
     ] = False,
     json: cli.Json = False,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Look at this machine, the cluster, storage and MLflow of an experiment; exit code 2 if something is bad."""
     experiment = cli.experiment(config, settings)
     parts: list[Callable[[], Iterator[Finding]]] = [
@@ -59,7 +59,7 @@ def doctor(
                 findings.append(Finding(error.where or "?", "bad", error.message))
     bad = [finding for finding in findings if finding.verdict == "bad"]
     record = {"findings": [finding._asdict() for finding in findings], "bad": len(bad)}
-    return cli.Answer(record, _table(findings), exit_code=ConfigError.exit_code if bad else 0)
+    return cli.CommandResult(record, _table(findings), exit_code=ConfigError.exit_code if bad else 0)
 
 
 def machine() -> Iterator[Finding]:
@@ -149,7 +149,7 @@ def ray_cluster(experiment: Experiment) -> Iterator[Finding]:
     section = experiment.cluster
     address = cluster.address_of(section)
     if address is None:
-        resources = cluster.plan(section)
+        resources = cluster.planned_resources(section)
         assert resources is not None
         yield Finding("cluster", "good", f"this machine; a worker takes {_amounts(resources.per_worker)}")
         return

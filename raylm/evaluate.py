@@ -41,7 +41,7 @@ def evaluate(
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Score a model: on --text, on the sets of eval.paths, or on the validation split it was trained with.
 
     The number depends on the model and the text alone, not on batch size, workers or training block size.
@@ -49,15 +49,15 @@ def evaluate(
     from raylm import checkpoint, cluster, tables, tokenizer
 
     given = dict(map(parse_setting, settings or []))
-    directory = checkpoint.check(model, given.get("model.gguf_file")).resolve()
+    directory = checkpoint.locate(model, given.get("model.gguf_file")).resolve()
     experiment = cli.experiment(
         config or checkpoint.experiment_file(directory), [*its_own(directory, config), *(settings or [])], print_config
     )
     check_settings(experiment, directory, model)
-    resources = cluster.plan(experiment.cluster)
+    resources = cluster.planned_resources(experiment.cluster)
     if documents is not None:
         check_writable(documents)
-    from raylm import group, objective, perplexity, storage
+    from raylm import launch, objective, perplexity, storage
     from raylm import model as models
 
     configuration = models.pretrained_configuration(experiment.model)
@@ -67,20 +67,20 @@ def evaluate(
     is_masked = experiment.objective.is_masked or models.is_masked(configuration)
     measure = experiment.eval.measure(masked=is_masked)
     if is_masked:
-        objective.check(ObjectiveConfig(kind="masked"), BlocksConfig(), known)
+        objective.check_settings(ObjectiveConfig(kind="masked"), BlocksConfig(), known)
     found, sets = what_is_scored(directory, experiment, text or [])
     if dry_run:
         counts = {name: len(numbers) for name, numbers in sets.items()}
         shown = {f"documents of {name}": count for name, count in counts.items()}
-        return cli.Answer({"model": model, "sets": counts}, tables.facts({"model": model, **shown}))
+        return cli.CommandResult({"model": model, "sets": counts}, tables.key_values({"model": model, **shown}))
     here = str(directory)
     with cli.task("Scoring", "tokens") as progress:
         if resources is not None and resources.num_workers == 1:
-            rows = group.score(here, found, experiment, None, progress, as_given=True)
+            rows = launch.score(here, found, experiment, None, progress, as_given=True)
         else:
             with cluster.connect(experiment.cluster) as connected:
                 where = model if storage.is_remote(model) else here
-                rows = group.score(where, found, experiment, connected, progress, as_given=True)
+                rows = launch.score(where, found, experiment, connected, progress, as_given=True)
     unknown = tokenizer.unknown_id(known)
     scored = Scored(rows, found, sets, measure, unknown, keywords=bool(experiment.objective.keywords))
     token = None if prefix is None else known.convert_ids_to_tokens(prefix)
@@ -91,7 +91,7 @@ def evaluate(
         )
     if documents is not None:
         write_lines(documents, scored.lines())
-    return cli.Answer(record, view(record))
+    return cli.CommandResult(record, view(record))
 
 
 def its_own(directory: Path, config: Path | None) -> list[str]:
@@ -125,7 +125,7 @@ def tokenizer_of(experiment: Experiment) -> PreTrainedTokenizerFast:
     from raylm import tokenizer
 
     key = "tokenizer.path" if experiment.tokenizer.path else "MODEL"
-    return tokenizer.load_section(tokenizer.chosen(experiment.tokenizer, experiment.model), key)
+    return tokenizer.load_section(tokenizer.choose(experiment.tokenizer, experiment.model), key)
 
 
 def what_is_scored(
@@ -264,7 +264,7 @@ def view(record: dict[str, Any]) -> tuple[Any, ...]:
         rows += [(name, found)] if several else []
         if len(found["sources"]) > 1:
             rows += [(f"{'  ' * several}{source}", each) for source, each in found["sources"].items()]
-    facts = tables.facts({**total, **of_keywords})
+    facts = tables.key_values({**total, **of_keywords})
     return (facts, "", tables.scores([*rows, ("total", record)])) if rows else (facts,)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
     from raylm.corpus import Shard, Source
-    from raylm.generation import Answer, Writer
+    from raylm.generation import GeneratedText, TextGenerator
 
 Settings = Annotated[
     list[str] | None,
@@ -57,7 +57,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same text for a prompt.")] = 0,
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Let a model go on from prompts, or from every document of a corpus; a masked model fills its mask tokens."""
     given, dotted = _parsed(settings or [])
     sections = _sections(dotted)
@@ -65,7 +65,7 @@ def generate(
     _check_output(output, overwrite, texts, sections.corpus, dotted)
     from raylm import checkpoint, cluster, tables
 
-    directory = checkpoint.check(model)
+    directory = checkpoint.locate(model)
     trusted = sections.model.trust_remote_code
     how = _how(directory, given, trusted)
     mask = _mask(directory, trusted) if how is None else ""
@@ -75,7 +75,7 @@ def generate(
     record: dict[str, Any] = {"model": model, **_shown(how), "seed": seed}
     if output is None and dry_run:
         record["prompts"] = texts
-        return cli.Answer(record, tables.facts(record))
+        return cli.CommandResult(record, tables.key_values(record))
     from raylm import generation, storage
 
     # Workers on other nodes do not see this one's copy.
@@ -85,13 +85,13 @@ def generate(
         with cli.task("Loading the model"):
             writer = load(cluster.cpus_here(), None)
         return _answered(writer, texts, batch_size, stream=_may_stream(texts, how, json))
-    resources = cluster.plan(sections.cluster)
+    resources = cluster.planned_resources(sections.cluster)
     sources, plan, documents = _documents(sections.corpus, mask)
     if not dry_run:
         return _written(load, plan, sections, output, documents=documents, batch_size=batch_size)
     record |= {"documents": documents, "sources": [source.name for source in sources], "output": str(output)}
     record["resources_per_worker"] = resources.per_worker if resources else None
-    return cli.Answer(record, tables.facts(record))
+    return cli.CommandResult(record, tables.key_values(record))
 
 
 # What is asked for ---------------------------------------------------------------------------------------------------
@@ -197,20 +197,20 @@ def _may_stream(texts: list[str], how: GenerationConfig | None, json: bool) -> b
 # Prompts -------------------------------------------------------------------------------------------------------------
 
 
-def _answered(writer: Writer, texts: list[str], batch_size: int, *, stream: bool) -> cli.Answer:
+def _answered(writer: TextGenerator, texts: list[str], batch_size: int, *, stream: bool) -> cli.CommandResult:
     if stream:
         try:
             found = [text for text, _ in writer.texts(texts, _print)]
         finally:
             _print("\n")
-        return cli.Answer({"prompts": texts, "texts": found}, ())
+        return cli.CommandResult({"prompts": texts, "texts": found}, ())
     found = []
     with cli.task("Writing", "texts") if len(texts) > batch_size else contextlib.nullcontext() as advance:
         for start in range(0, len(texts), batch_size):
             found += [text for text, _ in writer.texts(texts[start : start + batch_size])]
             if advance is not None:
                 advance(len(found), len(texts))
-    return cli.Answer({"prompts": texts, "texts": found}, "\n\n".join(found))
+    return cli.CommandResult({"prompts": texts, "texts": found}, "\n\n".join(found))
 
 
 def _print(text: str) -> None:
@@ -227,7 +227,7 @@ def _documents(section: CorpusConfig, mask: str) -> tuple[list[Source], list[Sha
 
     from raylm import corpus
 
-    sources = corpus.check(section)
+    sources = corpus.list_sources(section)
     plan = corpus.shards(sources)
     ledger: corpus.Ledger = corpus.Ledger()
     with cli.task("Reading", "documents") as advance:
@@ -253,14 +253,14 @@ def _documents(section: CorpusConfig, mask: str) -> tuple[list[Source], list[Sha
 
 
 def _written(
-    load: Callable[[float, bool | None], Writer],
+    load: Callable[[float, bool | None], TextGenerator],
     plan: list[Shard],
     sections: Sections,
     output: Path,
     *,
     documents: int,
     batch_size: int,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Go on from every document, on workers, into the file."""
     from raylm import cluster, generation, tables
 
@@ -269,7 +269,7 @@ def _written(
         worker = functools.partial(load, resources.cpus_per_worker, sections.cluster.use_gpu)
         started = time.monotonic()
         with cli.task("Writing", "documents") as advance:
-            made = generation.answers(
+            made = generation.generate_texts(
                 plan,
                 sections.corpus,
                 worker,
@@ -284,10 +284,10 @@ def _written(
                 advance(done, documents)
         seconds = time.monotonic() - started
     record = {"output": str(output), "documents": done, "tokens": tokens, "tokens_per_second": tokens / seconds}
-    return cli.Answer(record, tables.facts({**record, "tokens_per_second": round(tokens / seconds)}))
+    return cli.CommandResult(record, tables.key_values({**record, "tokens_per_second": round(tokens / seconds)}))
 
 
-def _row(answer: Answer, sources: Sequence[str]) -> dict[str, str]:
+def _row(answer: GeneratedText, sources: Sequence[str]) -> dict[str, str]:
     """`doc_id` is the token store's, in hexadecimal: JSON has readers whose numbers end at 53 bits."""
     return {
         "prompt": answer.prompt,

@@ -33,7 +33,7 @@ def inspect(
     examples: Examples = 2,
     html: Html = None,
     json: cli.Json = False,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Show the data as the model will see it: documents, their tokens, blocks, a batch, lengths, the ledger."""
     from raylm import derived, prepare, tokens
 
@@ -48,7 +48,7 @@ def inspect(
     if html is not None:
         html.write_text(page(shown), encoding="utf-8")
         cli.console.print(f"written: {html}", soft_wrap=True)
-    return cli.Answer(record, shown)
+    return cli.CommandResult(record, shown)
 
 
 def look(experiment: Experiment, store: Store, examples: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def look(experiment: Experiment, store: Store, examples: int) -> dict[str, Any]:
 
     section = experiment.blocks
     frame = store.frame(experiment.tokenizer.prefix)
-    cut = blocks.of(store.train, section, frame)
+    cut = blocks.build(store.train, section, frame)
     rows = [cut[index] for index in range(min(max(examples, 2), len(cut)))]
     batch = blocks.batch(rows, section, frame) if rows else {}
     manifest = store.manifest

@@ -44,7 +44,7 @@ def sweep(
                 raise
     else:
         yield view
-    cli.say(f"Sweep: {cli.duration(time.monotonic() - view.began)}")
+    cli.say(f"Sweep: {cli.format_duration(time.monotonic() - view.began)}")
 
 
 @dataclass
@@ -132,7 +132,7 @@ class View:
         held = f", {waiting:,} waiting" if waiting else ""
         of = f" of {self.total_trials:,}" if self.total_trials else ""
         left = self.seconds_left()
-        told = f", about {cli.duration(left)} left" if left is not None else ""
+        told = f", about {cli.format_duration(left)} left" if left is not None else ""
         return f"{over:,}{of} trials over{held}, {sum(row.tokens for row in rows):,} tokens{told}"
 
     def seconds_left(self) -> float | None:
@@ -169,8 +169,10 @@ class View:
                 row.status,
                 f"{row.tokens:,}",
                 "-" if row.perplexity is None or not math.isfinite(row.perplexity) else f"{row.perplexity:.2f}",
-                *[Text(cli.figure(row.settings.get(key, "-"))) for key in self.keys],  # brackets in it are no markup
-                "" if left is None else cli.duration(left),
+                *[
+                    Text(cli.format_number(row.settings.get(key, "-"))) for key in self.keys
+                ],  # brackets in it are no markup
+                "" if left is None else cli.format_duration(left),
                 style={"running": "bold", "failed": "red"}.get(row.status),
             )
         if len(shown) > MOST_ROWS:

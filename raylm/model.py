@@ -99,7 +99,7 @@ def ids_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({*tokenizer.get_vocab().values()} - special)
 
 
-def planned(experiment: Experiment, vocab_size: int = 0) -> PreTrainedConfig:
+def config_of(experiment: Experiment, vocab_size: int = 0) -> PreTrainedConfig:
     """The configuration of an experiment's model, whose weights are there if it is a pretrained one."""
     _check_weights(experiment.model)
     return configuration(
@@ -353,7 +353,7 @@ def _add_updates(network: PreTrainedModel, section: Lora) -> None:
         network.config.tie_word_embeddings = False
 
 
-def merged(network: PreTrainedModel) -> dict[str, torch.Tensor]:
+def merged_state_dict(network: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights with the updates added to them, under the names that they have without.
 
     Computed beside the model, which stays as it is: adding and taking away again would round.

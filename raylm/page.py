@@ -29,12 +29,12 @@ EXPERIMENT = "experiment.yaml"
 
 
 @dataclass(frozen=True)
-class Found:
+class SweepResults:
     """A sweep, whatever its state."""
 
     directory: str
     experiment: Experiment
-    facts: journal.Facts
+    facts: journal.RunState
     sweep: pictures.Sweep
     seconds: float
     """How long commands have worked on it, but for one that still does."""
@@ -84,7 +84,7 @@ def measure(experiment: Experiment) -> str:
     return experiment.measure.replace("_", "-")
 
 
-def ranked_on(experiment: Experiment, facts: journal.Facts) -> str:
+def ranked_on(experiment: Experiment, facts: journal.RunState) -> str:
     """What text a score during training is of."""
     return str(facts.parameters.get("scored_on") or experiment.eval.scored_on)
 
@@ -102,13 +102,13 @@ def is_sweep(directory: str) -> bool:
     return EVENTS in storage.names(directory)
 
 
-def read(directory: str) -> Found:
+def read(directory: str) -> SweepResults:
     """What is known of a sweep by its directory; StorageError if it is none."""
     if not is_sweep(directory):
         raise StorageError(f"{directory} is not a sweep: it has no {EVENTS}", directory)
     facts = journal.facts(directory)
     known = experiment(directory, facts)
-    record = sweeps.Record(directory)
+    record = sweeps.SweepRecord(directory)
     result = json.loads(storage.read(f"{directory}/result.json") or b"{}")
     trials = list(record.trials.values())
     if result:  # those that were still at it when the sweep was stopped
@@ -127,10 +127,10 @@ def read(directory: str) -> Found:
         metric=metric,
         measure=measure(known) if metric == "perplexity" else metric.replace("_", " "),
     )
-    return Found(directory, known, facts, sweep, record.seconds, result)
+    return SweepResults(directory, known, facts, sweep, record.seconds, result)
 
 
-def experiment(directory: str, facts: journal.Facts) -> Experiment:
+def experiment(directory: str, facts: journal.RunState) -> Experiment:
     """That of a run's or sweep's journal; StorageError if it was stopped before it had one."""
     kept = facts.artifacts.get(EXPERIMENT)
     if kept is None:
@@ -160,7 +160,7 @@ def _samplers(experiment: Experiment) -> dict[str, str]:
     return {key: kinds.pop() for key, kinds in found.items() if len(kinds) == 1}
 
 
-def rows(found: Found) -> list[dict[str, Any]]:
+def rows(found: SweepResults) -> list[dict[str, Any]]:
     """A record for each trial, the best first; those that failed have their reason and no score."""
     weighed = ("parameters", "seconds", "pareto")  # of a sweep that is over, with tune.against
     told = {row["trial_id"]: row for row in found.result.get("trials", [])}
@@ -189,8 +189,8 @@ def build(directory: str) -> str:
     return write(read(directory))
 
 
-def write(found: Found) -> str:
-    drawn = pictures.of(found.sweep)
+def write(found: SweepResults) -> str:
+    drawn = pictures.build(found.sweep)
     images = {figure.name: pictures.png(figure) for figure in drawn if isinstance(figure, pictures.Figure)}
     path = f"{found.directory}/report/report.html"
     with storage.reached(found.directory):
@@ -201,7 +201,7 @@ def write(found: Found) -> str:
     return path
 
 
-def page(found: Found, drawn: Sequence[pictures.Figure | pictures.Omitted], images: Mapping[str, bytes]) -> str:
+def page(found: SweepResults, drawn: Sequence[pictures.Figure | pictures.Omitted], images: Mapping[str, bytes]) -> str:
     script = pictures.plotly_js()
     name = found.directory.rpartition("/")[2]
     parts = [
@@ -226,7 +226,7 @@ def page(found: Found, drawn: Sequence[pictures.Figure | pictures.Omitted], imag
     return HTML.format(title=escape(name), style=STYLE, body="\n".join(parts), scripts=scripts)
 
 
-def _state(found: Found) -> str:
+def _state(found: SweepResults) -> str:
     trials = found.sweep.trials
     counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
@@ -238,7 +238,7 @@ def _state(found: Found) -> str:
     )
 
 
-def _answer(found: Found) -> str:
+def _answer(found: SweepResults) -> str:
     best = found.best
     if best is None:
         problem = found.result.get("error", "no trial has a score yet")
@@ -264,7 +264,7 @@ def _section(figure: pictures.Figure | pictures.Omitted, images: Mapping[str, by
     return f"{heading}{shown}<p class=caption>{escape(figure.caption)}</p>"
 
 
-def _trials(found: Found) -> str:
+def _trials(found: SweepResults) -> str:
     """The ranked table."""
     settings = found.sweep.settings
     ranked = rows(found)
@@ -275,7 +275,7 @@ def _trials(found: Found) -> str:
     for rank, row in enumerate(ranked, 1):
         values = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("perplexity", "bits_per_byte")]
         values += ["-" if row[name] is None else f"{row[name]:,.0f}" for name in weighed]
-        values += [f"{row['tokens']:,}", *(cli.figure(row["settings"].get(key, "-")) for key in settings)]
+        values += [f"{row['tokens']:,}", *(cli.format_number(row["settings"].get(key, "-")) for key in settings)]
         failure = f"<br><small>{escape(row['failure'])}</small>" if row["failure"] else ""
         failure += "<br><small>on the Pareto front</small>" if row.get("pareto") else ""
         trial_id, command = escape(row["trial_id"]), escape(row["repeat"])
@@ -289,7 +289,7 @@ def _trials(found: Found) -> str:
     return "<table class=trials>" + "\n".join(lines) + "</table>"
 
 
-def _about(found: Found) -> dict[str, Any]:
+def _about(found: SweepResults) -> dict[str, Any]:
     """What the numbers are of."""
     experiment, facts = found.experiment, found.facts
     section = experiment.tune
@@ -309,7 +309,7 @@ def _about(found: Found) -> dict[str, Any]:
         "scheduler": section.scheduler.kind,
         "seed": experiment.train.seed,
         "begun": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(facts.run.get("time", 0) / 1000)),
-        "took": cli.duration(found.seconds) if found.seconds else None,
+        "took": cli.format_duration(found.seconds) if found.seconds else None,
         "git commit": {**facts.run.get("tags", {}), **facts.tags}.get(tracking.COMMIT),
         "directory": found.directory,
     }
@@ -317,7 +317,7 @@ def _about(found: Found) -> dict[str, Any]:
 
 def _facts(pairs: Mapping[str, Any]) -> str:
     lines = [
-        f"<tr><th>{escape(name)}</th><td>{'<code>' if name == 'repeat it' else ''}{escape(cli.figure(value))}</td></tr>"
+        f"<tr><th>{escape(name)}</th><td>{'<code>' if name == 'repeat it' else ''}{escape(cli.format_number(value))}</td></tr>"
         for name, value in pairs.items()
         if value is not None
     ]

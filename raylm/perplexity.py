@@ -147,7 +147,7 @@ def context_of(section: EvalConfig, positions: int | None, block_size: int) -> i
     return section.context
 
 
-class Stopped(Exception):
+class EvaluationStopped(Exception):
     """An evaluation was asked to stop before its end, on all workers."""
 
 
@@ -255,7 +255,7 @@ def _agreed(
             torch.distributed.all_reduce(told)
         left, is_stopping = told.tolist()
         if is_stopping and left:
-            raise Stopped
+            raise EvaluationStopped
         if not left:
             return
         yield batch

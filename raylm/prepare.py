@@ -31,7 +31,7 @@ def prepare(
     dry_run: cli.DryRun = False,
     verify: Verify = False,
     json: cli.Json = False,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Turn the corpus into a token store, once for all runs that share corpus and tokenizer."""
     from raylm import derived
 
@@ -53,7 +53,7 @@ def prepare(
     record["ledger"] = store.manifest["ledger"]
     for warning in tokens.warnings(store):
         cli.warn(warning)
-    return cli.Answer(record, summary(store, reused))
+    return cli.CommandResult(record, summary(store, reused))
 
 
 def ready(experiment: Experiment) -> tuple[Store, bool]:
@@ -61,7 +61,7 @@ def ready(experiment: Experiment) -> tuple[Store, bool]:
     from raylm import cluster, derived, storage, tokenizer, tokens
 
     storage.look(experiment.storage)
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
+    chosen = tokenizer.choose(experiment.tokenizer, experiment.model)
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen)
     if tokens.is_store(path):
         return prepared(experiment, path)
@@ -77,7 +77,7 @@ def check_tokenizer(experiment: Experiment) -> None:
     """ConfigError if the settings of the tokenizer do not fit it, DataError if it cannot be loaded."""
     from raylm import tokenizer
 
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
+    chosen = tokenizer.choose(experiment.tokenizer, experiment.model)
     if chosen.train is None:
         key = "tokenizer.path" if experiment.tokenizer.path else "model.path"
         tokenizer.frame(tokenizer.load_section(chosen, key), experiment.tokenizer.prefix)
@@ -106,7 +106,7 @@ def check_nodes(experiment: Experiment) -> None:
         )
 
 
-def is_to_do(experiment: Experiment, path: str) -> bool:
+def is_needed(experiment: Experiment, path: str) -> bool:
     """Whether a token store of a run is not there yet: its own, whose path is known, or that of an evaluation set."""
     from raylm import tokens
 
@@ -133,7 +133,7 @@ def prepared(experiment: Experiment, path: str | None = None) -> tuple[Store, bo
 
     if path is not None and tokens.is_store(path):
         return tokens.open_store(path), True
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
+    chosen = tokenizer.choose(experiment.tokenizer, experiment.model)
     with cli.task("Preparing tokens", "bytes") as progress:
         return tokens.prepare(experiment.corpus, chosen, storage=experiment.storage, progress=progress)
 
@@ -152,7 +152,7 @@ def evaluation_corpus(paths: Sequence[str], how: CorpusConfig, key: str) -> Corp
 
     reading = {name: getattr(how, name) for name in ("text", "join", "separator", "encoding", "on_bad_row")}
     made = CorpusConfig(paths=tuple(paths), validation_fraction=0, **reading)
-    corpus.check(made, key)
+    corpus.list_sources(made, key)
     return made
 
 
@@ -186,12 +186,12 @@ def nothing_to_score(key: str, paths: Sequence[str]) -> DataError:
     )
 
 
-def verified(experiment: Experiment) -> cli.Answer:
+def verified(experiment: Experiment) -> cli.CommandResult:
     """The answer that the experiment's store is whole; DataError naming the files of it that are not."""
     from raylm import storage, tokenizer, tokens
 
     storage.look(experiment.storage)
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
+    chosen = tokenizer.choose(experiment.tokenizer, experiment.model)
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen)
     faults = tokens.damage(path)
     if faults is None:
@@ -204,17 +204,17 @@ def verified(experiment: Experiment) -> cli.Answer:
         raise DataError(f"{path} is damaged: {tokens.shown(faults)}; remove it and run raylm prepare", path)
     files = sum(len(store.manifest[name]["shards"]) for name in tokens.SPLITS)
     record = {"store": path, "fingerprint": store.fingerprint, "verified": True, "shards": files}
-    return cli.Answer(record, f"{path}: {files} shards, all as they were written")
+    return cli.CommandResult(record, f"{path}: {files} shards, all as they were written")
 
 
-def plan(experiment: Experiment) -> cli.Answer:
+def plan(experiment: Experiment) -> cli.CommandResult:
     """What prepare would do: the sources, and where the store lies."""
     from raylm import corpus, storage, tokenizer, tokens
 
     storage.look(experiment.storage)
-    sources = corpus.check(experiment.corpus)
+    sources = corpus.list_sources(experiment.corpus)
     check_tokenizer(experiment)
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
+    chosen = tokenizer.choose(experiment.tokenizer, experiment.model)
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
     faults = tokens.damage(path)
     exists = faults == []
@@ -235,7 +235,7 @@ def plan(experiment: Experiment) -> cli.Answer:
         "reused": exists,
         "sources": [{"name": source.name, "files": len(source.files), "bytes": source.num_bytes} for source in sources],
     }
-    return cli.Answer(record, "\n".join(lines))
+    return cli.CommandResult(record, "\n".join(lines))
 
 
 def summary(store: Store, reused: bool) -> Table:

@@ -1,6 +1,6 @@
 """python -m raylm.push MODEL REPO_ID: a trained model, with a card that says what it is, to the Hugging Face Hub.
 
-What is sent is what card.py lists: weights, configuration, tokenizer, README.md (the card) and experiment.yaml. What it
+What is sent is what export.py lists: weights, configuration, tokenizer, README.md (the card) and experiment.yaml. What it
 does not list stays: optimizer, random states, whatever is pickled, where things lay.
 """
 
@@ -22,7 +22,7 @@ from raylm.errors import ConfigError, StorageError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from raylm.card import Files
+    from raylm.export import Files
 
 
 def push(
@@ -34,7 +34,7 @@ def push(
         Path | None, typer.Option("--out", metavar="DIR", help="Keep what is sent in this new or empty directory.")
     ] = None,
     json: cli.Json = False,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Send a model, its tokenizer and a model card to the Hugging Face Hub, as one commit.
 
     The token is that of HF_TOKEN or of hf auth login.
@@ -43,7 +43,7 @@ def push(
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    from raylm import card, checkpoint, tables
+    from raylm import checkpoint, export, tables
 
     try:
         validate_repo_id(repo_id)
@@ -51,14 +51,14 @@ def push(
         raise ConfigError(f"REPO_ID {repo_id!r}: {error}", where="REPO_ID") from None
     if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out} is there already; give a new or an empty directory", where="--out")
-    directory = checkpoint.check(model)
-    files = card.model_files(directory)
-    num_parameters = card.parameters(directory, files)
+    directory = checkpoint.locate(model)
+    files = export.model_files(directory)
+    num_parameters = export.parameters(directory, files)
     experiment = checkpoint.read_experiment(directory)
     if experiment is not None:
-        experiment = card.published(experiment)
-        files[card.EXPERIMENT] = dump(experiment).encode()
-    if left := sorted({path.name for path in directory.iterdir()} - {*files, card.CARD}):
+        experiment = export.published(experiment)
+        files[export.EXPERIMENT] = dump(experiment).encode()
+    if left := sorted({path.name for path in directory.iterdir()} - {*files, export.CARD}):
         cli.console.print(f"not sent: {', '.join(left)}", soft_wrap=True, markup=False)
     hub = connect(None if dry_run else token(repo_id))
     if dry_run:
@@ -66,7 +66,7 @@ def push(
         out = out or Path(tempfile.mkdtemp(prefix="raylm-push-"))
     else:
         repo, url = create(hub, repo_id, private)
-    files[card.CARD] = card.of(directory, repo, experiment, num_parameters)
+    files[export.CARD] = export.build(directory, repo, experiment, num_parameters)
     if out is not None:
         write(files, out)
     if not dry_run:
@@ -76,7 +76,7 @@ def push(
         record["folder"] = str(out.resolve())
     sizes = {name: f"{size(content):,} bytes" for name, content in sorted(files.items())}
     where = {"folder": record.get("folder"), "would go to" if dry_run else "sent to": url}
-    return cli.Answer(record, tables.facts({**where, **sizes}))
+    return cli.CommandResult(record, tables.key_values({**where, **sizes}))
 
 
 def size(content: Path | bytes) -> int:

@@ -19,7 +19,7 @@ MOST_NAMES = 10
 def report(
     sweep: Annotated[str, typer.Argument(help=f"A sweep's directory, or its name if it is one of {RUNS}/*/ here.")],
     json: cli.Json = False,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Write the report of a sweep again, of one that still runs or was stopped too, and print its table."""
     from raylm import page, storage, tables
 
@@ -44,8 +44,8 @@ def report(
         "trials": [named(row) for row in rows],
     }
     failures = [f"{row['trial_id']} failed: {row['failure']}" for row in rows if row["failure"]]
-    facts = tables.facts({"report": path, "pictures": ", ".join(name.rpartition("/")[2] for name in pictures)})
-    return cli.Answer(record, (tables.trials(rows, found.measure), *failures, "", facts))
+    facts = tables.key_values({"report": path, "pictures": ", ".join(name.rpartition("/")[2] for name in pictures)})
+    return cli.CommandResult(record, (tables.trials(rows, found.measure), *failures, "", facts))
 
 
 def located(given: str) -> str:

@@ -5,7 +5,7 @@
     decided.json    what raylm found for settings that are auto, for as long as the run goes on
     lock            held by the command that works on it; the system lets go of it when that dies. Remote storage and
                     file systems without flock have none: there one command at a time is up to whoever starts them
-    checkpoints/    see checkpoint.Series
+    checkpoints/    see checkpoint.CheckpointManager
     metrics.jsonl   see tracking
     model/          the best model, as a plain Hugging Face directory
     result.json     when it is over: it ended, or was given up with --resume never
@@ -28,13 +28,13 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Literal
 
 from raylm import cli, storage
-from raylm.checkpoint import Series
+from raylm.checkpoint import CheckpointManager
 from raylm.config import Experiment, get, override
 from raylm.errors import ConfigError, StorageError, StorageUnavailable
 
 Resume = Literal["auto", "never", "must"]
 
-FREE = (
+MUTABLE_ON_RESUME = (
     "storage", "corpus", "tokenizer", "eval.batch_tokens", "cluster", "tracking", "train.micro_batch_tokens",
     "train.save_every_tokens", "train.keep_checkpoints", "tune.num_samples", "tune.stop", "tune.max_concurrent_trials",
 )  # fmt: skip
@@ -52,7 +52,7 @@ BUDGET = ("train.max_tokens", "train.num_epochs")
 
 
 @dataclass(frozen=True)
-class Begun:
+class ActiveRun:
     """A run that this command works on."""
 
     name: str
@@ -96,12 +96,12 @@ def directory_of(experiment: Experiment) -> str:
     return f"{experiment.storage.rstrip('/')}/{experiment.name}"
 
 
-def named(verb: str) -> str:
+def new_name(verb: str) -> str:
     """A name that no other run has."""
     return f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begun:
+def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resume) -> ActiveRun:
     """The newest run that stopped before its end and can be gone on with; else, unless it `must`, a new one.
 
     `never` gives up all that have stopped. ConfigError if the newest was begun with other settings or on other tokens
@@ -128,7 +128,7 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
         lock = _locked(directory)
         if lock is None:  # somebody works on it
             continue
-        step = max(Series(f"{directory}/checkpoints").complete(), default=None)
+        step = max(CheckpointManager(f"{directory}/checkpoints").complete(), default=None)
         trials = sum(name.startswith("trial_") for name in storage.names(directory))
         differences = _differences(json.loads(written), terms)
         if resume == "never" or (differences and step is None and not trials):
@@ -142,7 +142,7 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
                 + "\ngive these back to go on with it, or --resume never to begin a new run",
                 differences[0].split(":")[0],
             )
-        return Begun(name, directory, step, lock, list(abandoned))
+        return ActiveRun(name, directory, step, lock, list(abandoned))
     if resume == "must":
         raise StorageError(f"--resume must: no run in {place} stopped before its end", place)
     if finished is not None and resume == "auto":
@@ -152,7 +152,7 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
             f"rate has followed its schedule ({schedule}) to the end. A new run begins; to train that run's model "
             f"further instead, give model.path={finished}/model"
         )
-    name = named(verb)
+    name = new_name(verb)
     directory = f"{place}/{name}"
     lock = _locked(directory)  # before it is a run, or another command could take it first
     assert lock is not None, f"{directory}: nobody else knows of it"
@@ -160,7 +160,7 @@ def begin(experiment: Experiment, verb: str, store: str, resume: Resume) -> Begu
     if resume == "never":
         for each in abandoned:
             _end(each, {"error": f"given up: --resume never began {name}"})
-    return Begun(name, directory, None, lock, list(abandoned))
+    return ActiveRun(name, directory, None, lock, list(abandoned))
 
 
 def _end(directory: str, result: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ def _note_end(directory: str) -> None:
 def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:
     """What has to stay for a run to be the same run: dotted key -> value."""
     flat = dict(_flat(experiment.model_dump(mode="json")))
-    may_change: tuple[str, ...] = FREE if verb == "tune" else (*FREE, "tune")
+    may_change: tuple[str, ...] = MUTABLE_ON_RESUME if verb == "tune" else (*MUTABLE_ON_RESUME, "tune")
     if verb == "tune" and experiment.tune.scheduler.kind == "asha":  # its rungs lie in whole saves
         may_change = tuple(key for key in may_change if key != "train.save_every_tokens")
     kept = {

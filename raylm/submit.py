@@ -47,7 +47,7 @@ def submit(
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the job.")] = False,
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Run a raylm command as a job of a Ray cluster, and follow it; its exit code is the command's.
 
     The files that the arguments name go along, and this version of raylm. Everything else is read and written where the
@@ -72,7 +72,7 @@ def submit(
         entrypoint = shlex.join(["python", "-m", f"raylm.{verb}", *packed])
         record: dict[str, Any] = {"address": where, "entrypoint": entrypoint, "files": sorted(os.listdir(directory))}
         if dry_run:
-            return cli.Answer(record, tables.facts({**record, "files": " ".join(record["files"]) or None}))
+            return cli.CommandResult(record, tables.key_values({**record, "files": " ".join(record["files"]) or None}))
         client = _client(dashboard)
         job = _submitted(
             client,
@@ -88,7 +88,7 @@ def submit(
     stop = f"ray job stop --address {where} {job}"
     if detach:
         facts = {"job": job, "follow it": f"ray job logs --follow --address {where} {job}", "stop it": stop}
-        return cli.Answer(record, tables.facts(facts))
+        return cli.CommandResult(record, tables.key_values(facts))
     cli.say(f"{job}: submitted to {where}; to stop it: {stop}")
     try:
         asyncio.run(_follow(client, job))
@@ -97,7 +97,9 @@ def submit(
     info = client.get_job_info(job)
     exit_code = info.driver_exit_code if info.driver_exit_code is not None else 1
     record |= {"status": str(info.status), "exit_code": exit_code}
-    return cli.Answer(record, f"{job}: {str(info.status).lower()}, exit code {exit_code}", exit_code=exit_code % 256)
+    return cli.CommandResult(
+        record, f"{job}: {str(info.status).lower()}, exit code {exit_code}", exit_code=exit_code % 256
+    )
 
 
 def _dashboard(given: str | None) -> Address:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raylm import card, model, perplexity, tracking
+from raylm import export, model, perplexity, tracking
 from raylm.budget import Budget
 from raylm.config import WHOLE_SPLIT, Experiment, get
 from raylm.tokens import COUNTED, Store, incomparable
@@ -26,9 +26,9 @@ def start(experiment: Experiment, directory: str, name: str, verb: str) -> Run:
 
 def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str, Any]:
     """What an MLflow run has as parameters: the same keys for every run of an experiment."""
-    found = model.planned(experiment, model.num_ids(experiment.model, store.tokenizer))
+    found = model.config_of(experiment, model.num_ids(experiment.model, store.tokenizer))
     return {
-        **{key: get(experiment, key) for key in card.SETTINGS},
+        **{key: get(experiment, key) for key in export.SETTINGS},
         "model": experiment.model.path or found.model_type,
         "model_parameters": model.num_parameters(found, masked=experiment.objective.is_masked),
         "tokens": budget.tokens,
@@ -58,7 +58,7 @@ def scored(experiment: Experiment, store: Store) -> dict[str, Any]:
     }
 
 
-def tell_data(run: Run, experiment: Experiment, store: Store) -> None:
+def log_data(run: Run, experiment: Experiment, store: Store) -> None:
     """The splits of the token store as what an MLflow run reads, and whether scores on them compare with others."""
     if (why := incomparable(store.validation.unknown_tokens, store.validation.num_tokens)) is not None:
         run.tags({"raylm.incomparable": why})
@@ -68,7 +68,7 @@ def tell_data(run: Run, experiment: Experiment, store: Store) -> None:
         run.dataset(name, digest=store.fingerprint, source=store.path, profile=profile, context=context)
 
 
-def tell_best(run: Run, experiment: Experiment, best: Mapping[str, Any]) -> None:
+def log_best(run: Run, experiment: Experiment, best: Mapping[str, Any]) -> None:
     """The scores of the best evaluation. At step 0, or MLflow shows them as dots instead of bars."""
     name = experiment.measure
     run.metrics({f"best/eval_{name}": best["perplexity"], "best/eval_bits_per_byte": best["bits_per_byte"]}, 0)

@@ -28,7 +28,7 @@ def sync(
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Ship to MLflow what it has missed of runs, since it was down or they ran without it; nothing twice.
 
     The exit code is 5 if something is left.
@@ -56,8 +56,8 @@ def sync(
                 advance(total - sum(left.values()), total)
     record = {"runs": len(runs), "shipped": total - sum(left.values()), "left": sum(left.values())}
     lines = [f"{place}: {count:,} entries are not in MLflow yet" for place, count in left.items() if count]
-    view = "\n".join([*lines, tables.facts(record)])
-    return cli.Answer(record, view, exit_code=5 if record["left"] and not dry_run else 0)
+    view = "\n".join([*lines, tables.key_values(record)])
+    return cli.CommandResult(record, view, exit_code=5 if record["left"] and not dry_run else 0)
 
 
 def main() -> None:

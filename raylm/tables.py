@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from raylm.cli import figure
+from raylm.cli import format_number
 
 
 def trials(rows: Sequence[Mapping[str, Any]], measure: str = "perplexity") -> Table:
@@ -34,7 +34,7 @@ def trials(rows: Sequence[Mapping[str, Any]], measure: str = "perplexity") -> Ta
             f"{row['tokens']:,}",
             "; ".join([row["status"], *overfitting(row)]),
             *["✓" * row["pareto"] for _ in weighed],
-            *[figure(row["settings"].get(key, "-")) for key in settings],
+            *[format_number(row["settings"].get(key, "-")) for key in settings],
             style="bold" if rank == 1 and row["perplexity"] is not None else None,
         )
     return table
@@ -45,13 +45,13 @@ def overfitting(row: Mapping[str, Any]) -> list[str]:
     best, last, tokens = (row.get(key) for key in ("perplexity", "last_perplexity", "best_tokens"))
     if best is None or last is None or tokens is None or not last > 1.05 * best:
         return []
-    return [f"overfitted: {figure(best)} at {tokens:,} tokens, {figure(last)} at the end"]
+    return [f"overfitted: {format_number(best)} at {tokens:,} tokens, {format_number(last)} at the end"]
 
 
-def facts(pairs: Mapping[str, Any]) -> str:
+def key_values(pairs: Mapping[str, Any]) -> str:
     """A line a fact: its name, its value; None is left out."""
     width = max(len(name) for name in pairs)
-    return "\n".join(f"{name:<{width}}  {figure(value)}" for name, value in pairs.items() if value is not None)
+    return "\n".join(f"{name:<{width}}  {format_number(value)}" for name, value in pairs.items() if value is not None)
 
 
 def side_by_side(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Table:
@@ -61,7 +61,7 @@ def side_by_side(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Tab
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
     for fact, values in rows.items():
-        table.add_row(fact, *("-" if value is None else figure(value) for value in values))
+        table.add_row(fact, *("-" if value is None else format_number(value) for value in values))
     return table
 
 

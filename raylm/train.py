@@ -16,7 +16,7 @@ from raylm.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 
 if TYPE_CHECKING:
     from raylm.cluster import Resources
-    from raylm.runs import Begun
+    from raylm.runs import ActiveRun
     from raylm.tokens import Store
     from raylm.tracking import Run
 
@@ -28,7 +28,7 @@ def train(
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Train one language model on the corpus; the tokens are prepared first, unless they are there already."""
     from raylm import derived
 
@@ -40,7 +40,7 @@ def train(
 
     storage.check(experiment.storage)
     derived.keep()
-    begun = runs.begin(experiment, "train", os.path.basename(checked.record["store"]), resume)
+    begun = runs.start_or_resume(experiment, "train", os.path.basename(checked.record["store"]), resume)
     for directory in begun.abandoned:
         summary.start(experiment, directory, os.path.basename(directory), "train").end_if_running("KILLED")
     run = summary.start(experiment, begun.directory, begun.name, "train")
@@ -48,8 +48,8 @@ def train(
     try:
         with contextlib.ExitStack() as connection:
             decided = begun.decided.get("cluster.cpus_per_worker")
-            alone = cluster.alone(experiment.cluster, decided=decided)
-            if alone is not None and not prepare.is_to_do(experiment, checked.record["store"]):
+            alone = cluster.single_worker_resources(experiment.cluster, decided=decided)
+            if alone is not None and not prepare.is_needed(experiment, checked.record["store"]):
                 resources = alone
             else:
                 resources = connection.enter_context(cluster.connect(experiment.cluster, decided=decided))
@@ -68,7 +68,7 @@ def train(
         status = "KILLED"
         raise
     except (Diverged, OutOfMemory) as error:
-        if error.where not in runs.FREE:  # else it can go on with another
+        if error.where not in runs.MUTABLE_ON_RESUME:  # else it can go on with another
             begun.end({"error": error.message})  # with the same settings it would fail again
         raise
     finally:
@@ -92,29 +92,29 @@ def check_nodes(experiment: Experiment) -> None:
 
 
 def trained(
-    experiment: Experiment, store: Store, sets: dict[str, str], run: Run, begun: Begun, resources: Resources
-) -> cli.Answer:
+    experiment: Experiment, store: Store, sets: dict[str, str], run: Run, begun: ActiveRun, resources: Resources
+) -> cli.CommandResult:
     """Train to the end of the budget, export the best model and score it."""
-    from raylm import budget, card, cluster, cost, group, loop, summary, tables, tokens, tracking
+    from raylm import budget, cluster, cost, export, launch, summary, tables, tokens, tracking, training
     from raylm.perplexity import Score
 
     experiment = begun.settled(experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
-    experiment = cost.limited(experiment, store)
-    planned = budget.of(experiment, store)
+    experiment = cost.with_eval_limit(experiment, store)
+    planned = budget.for_store(experiment, store)
     run.parameters(summary.parameters(experiment, store, planned))
     run.text(dump(experiment), "experiment.yaml")
-    summary.tell_data(run, experiment, store)
+    summary.log_data(run, experiment, store)
     if begun.step is not None:
         cli.say(f"{begun.directory}: the newest checkpoint is of step {begun.step:,} of {planned.steps:,}")
-    job = loop.Job(experiment, store.path, planned, run, begun.directory, sets=sets)
+    job = training.TrainTask(experiment, store.path, planned, run, begun.directory, sets=sets)
     started = time.monotonic()
     with (
         cli.task("Training", "tokens") as advance,
-        cluster.signals(cli.say),
-        cluster.watch(lambda done: advance(done, planned.tokens), cli.say) as board,
+        cluster.handle_signals(cli.say),
+        cluster.progress_channel(lambda done: advance(done, planned.tokens), cli.say) as board,
     ):
-        outcome = group.fit(dataclasses.replace(job, board=board), resources)
-        if outcome.stopped or cluster.stopped_by() is not None:  # after the last look at it: a score is left to do
+        outcome = launch.fit(dataclasses.replace(job, board=board), resources)
+        if outcome.stopped or cluster.stop_signal() is not None:  # after the last look at it: a score is left to do
             raise cluster.interruption(begun.directory, f"stopped after step {outcome.step:,}, which is saved")
     seconds = time.monotonic() - started
     best = dict(outcome.best)
@@ -127,11 +127,11 @@ def trained(
     if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, planned):
         scored_on = WHOLE_SPLIT
         with cli.task("Scoring the whole validation split", "tokens") as advance:
-            scored = Score.of(group.score(checkpoint, store.validation, experiment, resources, advance))
+            scored = Score.of(launch.score(checkpoint, store.validation, experiment, resources, advance))
         score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
     best |= score
-    card.export(checkpoint, target, {**score, "scored_on": scored_on})
-    summary.tell_best(run, experiment, best)
+    export.export(checkpoint, target, {**score, "scored_on": scored_on})
+    summary.log_best(run, experiment, best)
     run.tags({"raylm.checkpoint": target})
     run.model(target, experiment.tracking, best["step"], cli.say)
     measure = experiment.measure
@@ -154,7 +154,7 @@ def trained(
         "tokens_per_second": trained_here / seconds,
         "mlflow_run_id": run.run_id,
     }
-    view = tables.facts(
+    view = tables.key_values(
         {
             measure.replace("_", "-"): best["perplexity"],
             "bits per byte": best["bits_per_byte"],
@@ -167,7 +167,7 @@ def trained(
             "mlflow": tracking.how_to_look(experiment.tracking),
         }
     )
-    return cli.Answer(record, view)
+    return cli.CommandResult(record, view)
 
 
 def plan(
@@ -175,7 +175,7 @@ def plan(
     *,
     begins: Literal["train", "tune"] | None = None,
     trials_at_a_time: Callable[[], int] = lambda: 1,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Check whatever can be checked without Ray; what the run will do.
 
     If one begins then, what it needs starts meanwhile: the process of its worker, Ray. How many trials there are at a
@@ -189,26 +189,26 @@ def plan(
     if experiment.tracking.uri is not None:
         tracking.check(experiment.tracking.uri)
     storage.look(experiment.storage)
-    sources = corpus.check(experiment.corpus)
+    sources = corpus.list_sources(experiment.corpus)
     sets = evaluation_corpora(experiment)
-    resources, elsewhere = cluster.plan(experiment.cluster), cluster.address_of(experiment.cluster)
-    chosen = tokenizer.chosen(experiment.tokenizer, experiment.model)
+    resources, elsewhere = cluster.planned_resources(experiment.cluster), cluster.address_of(experiment.cluster)
+    chosen = tokenizer.choose(experiment.tokenizer, experiment.model)
     store = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
-    is_alone = begins == "train" and cluster.alone(experiment.cluster) is not None
+    is_alone = begins == "train" and cluster.single_worker_resources(experiment.cluster) is not None
     if is_alone:
-        cluster.begin()
+        cluster.start_worker_early()
     if begins and resources is not None and not (is_alone and tokens.is_store(store)):
-        cluster.ahead()
+        cluster.start_ray_early()
     with cli.waiting("Loading PyTorch and transformers"), cli.importing():  # after the quick checks
-        from raylm import budget, cost, loop, model, objective, perplexity, runs, summary, tables
+        from raylm import budget, cost, model, objective, perplexity, runs, summary, tables, training
 
-    loop.check(experiment.train, has_updates=experiment.model.lora is not None)
+    training.check_settings(experiment.train, has_updates=experiment.model.lora is not None)
     key = "tokenizer.path" if experiment.tokenizer.path else "model.path"
     known: Any = chosen.train or tokenizer.load_section(chosen, key)
     if chosen.train is None:
         tokenizer.frame(known, experiment.tokenizer.prefix)
-    objective.check(experiment.objective, experiment.blocks, known)
-    found = model.planned(
+    objective.check_settings(experiment.objective, experiment.blocks, known)
+    found = model.config_of(
         experiment, chosen.train.vocab_size if chosen.train else model.num_ids(experiment.model, known)
     )
     perplexity.context_of(experiment.eval, model.context(found), experiment.blocks.block_size)
@@ -217,21 +217,21 @@ def plan(
     if tokens.is_store(store):
         opened = tokens.open_store(store)
         warn(experiment, opened)
-        decided = budget.of(experiment, opened)
+        decided = budget.for_store(experiment, opened)
         planned: budget.Budget | None = decided
-        limited = cost.limited(experiment, opened)
+        limited = cost.with_eval_limit(experiment, opened)
         scored = summary.scored(limited, opened)
         paths = [tokens.store_path(experiment.storage, corpus, tokenizer_of(store)) for corpus in sets.values()]
         prepared = [tokens.open_store(path).train for path in paths if tokens.is_store(path)]
-        share = cost.share(limited, opened, decided, prepared)
+        share = cost.evaluation_share(limited, opened, decided, prepared)
     else:
-        planned = budget.plan(
+        planned = budget.compute(
             experiment.train,
             block_size=experiment.blocks.block_size,
             num_workers=experiment.cluster.most_workers,
             epoch_examples=None,
         )
-    resources = cluster.plan(experiment.cluster, trials=trials_at_a_time())
+    resources = cluster.planned_resources(experiment.cluster, trials=trials_at_a_time())
     num_files = sum(len(source.files) for source in sources)
     num_bytes = sum(source.num_bytes for source in sources)
     record = {
@@ -259,8 +259,8 @@ def plan(
         name = {"tracking.uri": "tracking", "tracking.experiment": "experiment"}[key]
         pairs[name] = f"{pairs[name]} (from {variable})"
     others = corpus.left_out(sources)
-    found = f"{num_files:,} files, {cli.size(num_bytes)}" + (f"; left out: {others}" if others else "")
-    return cli.Answer(record, tables.facts({"corpus": found, **pairs}))
+    found = f"{num_files:,} files, {cli.format_size(num_bytes)}" + (f"; left out: {others}" if others else "")
+    return cli.CommandResult(record, tables.key_values({"corpus": found, **pairs}))
 
 
 def warn(experiment: Experiment, store: Store) -> None:
@@ -270,7 +270,7 @@ def warn(experiment: Experiment, store: Store) -> None:
     objective.warn_of_absent(experiment.objective, store)
     for warning in tokens.warnings(store):
         cli.warn(warning)
-    for warning in budget.of(experiment, store).warnings(experiment.train):
+    for warning in budget.for_store(experiment, store).warnings(experiment.train):
         cli.warn(warning)
 
 

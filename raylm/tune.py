@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from raylm.cluster import Resources
-    from raylm.runs import Begun
+    from raylm.runs import ActiveRun
     from raylm.sweep import Trial
     from raylm.tokens import Store
     from raylm.tracking import Run, Status
@@ -35,7 +35,7 @@ def tune(
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """Sweep settings of an experiment and rank the trials by perplexity on the same validation tokens.
 
     Without --config: a small GPT-2 on the source code of Python's standard library.
@@ -51,7 +51,7 @@ def tune(
 
     storage.check(experiment.storage)
     derived.keep()
-    begun = runs.begin(experiment, "tune", os.path.basename(checked.record["store"]), resume)
+    begun = runs.start_or_resume(experiment, "tune", os.path.basename(checked.record["store"]), resume)
     for directory in begun.abandoned:
         _close(summary.start(experiment, directory, os.path.basename(directory), "tune"))
     parent = summary.start(experiment, begun.directory, begun.name, "tune")
@@ -64,7 +64,7 @@ def tune(
             store, reused = prepared(experiment, checked.record["store"])
             if not reused:  # else the plan has told
                 train.warn(experiment, store)
-            experiment = cost.limited(experiment, store)
+            experiment = cost.with_eval_limit(experiment, store)
             rows = sweep(experiment, store, parent, begun, resources)
             best = finish(experiment, store, parent, resources, rows)
         scored_on = page.scored_on(experiment.eval, summary.scored(experiment, store))
@@ -87,7 +87,7 @@ def _close(parent: Run, status: Status = "KILLED") -> None:
     parent.end(status)
 
 
-def plan(experiment: Experiment, *, begins: bool = False) -> cli.Answer:
+def plan(experiment: Experiment, *, begins: bool = False) -> cli.CommandResult:
     """Check every value of the space as far as that can be done without Ray; what the sweep will do.
 
     If it begins then, Ray starts meanwhile.
@@ -104,16 +104,16 @@ def plan(experiment: Experiment, *, begins: bool = False) -> cli.Answer:
     base = train.plan(
         experiment, begins="tune" if begins else None, trials_at_a_time=lambda: trials_at_a_time(experiment)
     )
-    from raylm import loop, model, tokenizer
+    from raylm import model, tokenizer, training
     from raylm import sweep as sweeps
 
-    own = tokenizer.chosen(experiment.tokenizer, experiment.model).path
+    own = tokenizer.choose(experiment.tokenizer, experiment.model).path
     for key, sampler in section.space.items():
         for settings in corners(key, sampler):
             changed = override(experiment, settings)
             try:
-                loop.check(changed.train, has_updates=changed.model.lora is not None)
-                model.planned(changed)
+                training.check_settings(changed.train, has_updates=changed.model.lora is not None)
+                model.config_of(changed)
                 path = settings.get("model.path")
                 if own and path is not None and not tokenizer.same(own, path):
                     raise ConfigError(f"its tokenizer is not that of {own}, and tokens are prepared once for a sweep")
@@ -127,7 +127,7 @@ def plan(experiment: Experiment, *, begins: bool = False) -> cli.Answer:
             "workers, so that all are alike; give one number",
             where="cluster.num_workers",
         )
-    trials = sweeps.points(section, experiment.train.seed).total
+    trials = sweeps.searcher(section, experiment.train.seed).total
     record = {
         **base.record,
         "trials": trials,
@@ -141,36 +141,36 @@ def plan(experiment: Experiment, *, begins: bool = False) -> cli.Answer:
         "scheduler": section.scheduler.kind,
         "tokens of all trials": f"at most {record['most_tokens']:,}" if record["most_tokens"] else None,
     }
-    return cli.Answer(record, f"{base.view}\n{tables.facts(lines)}")
+    return cli.CommandResult(record, f"{base.view}\n{tables.key_values(lines)}")
 
 
 def trials_at_a_time(experiment: Experiment) -> int:
     """At most, whatever the cluster holds."""
     from raylm import sweep as sweeps
 
-    trials = sweeps.points(experiment.tune, experiment.train.seed).total
+    trials = sweeps.searcher(experiment.tune, experiment.train.seed).total
     return min(trials, experiment.tune.max_concurrent_trials or trials)
 
 
 def sweep(
-    experiment: Experiment, store: Store, parent: Run, begun: Begun, resources: Resources
+    experiment: Experiment, store: Store, parent: Run, begun: ActiveRun, resources: Resources
 ) -> list[dict[str, Any]]:
     """Run the trials that are not over; a row for each, the best first.
 
     A trial that fails is a row with its reason, not an error. Interrupted or KeyboardInterrupt if the command was asked
     to stop: trials save a checkpoint then, and go on from it when the sweep does; StorageUnavailable if storage failed.
     """
-    from raylm import budget, cluster, live, loop, summary
+    from raylm import budget, cluster, live, summary, training
     from raylm import sweep as sweeps
     from raylm.prepare import evaluation_sets
     from raylm.sweep import tuner
 
     def stopping() -> bool:
-        return cluster.stopped_by() is not None or record.outage is not None
+        return cluster.stop_signal() is not None or record.outage is not None
 
     experiment = begun.settled(experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
-    planned = budget.of(experiment, store)
-    record = sweeps.Record(begun.directory)
+    planned = budget.for_store(experiment, store)
+    record = sweeps.SweepRecord(begun.directory)
     if record.trials:
         over = sum(trial.is_over for trial in record.trials.values())
         cli.say(f"{begun.directory}: going on with {over} trials over and {len(record.trials) - over} begun")
@@ -179,13 +179,13 @@ def sweep(
     swept = sweeps.keys(section.space)
     whole = summary.parameters(experiment, store, planned)
     parent.parameters({key: value for key, value in whole.items() if key not in swept})
-    summary.tell_data(parent, experiment, store)
+    summary.log_data(parent, experiment, store)
     parent.text(dump(experiment), "experiment.yaml")
     random.seed(experiment.train.seed)  # by which a population draws
-    scheduler = sweeps.Recorded(sweeps.scheduler(section, planned, metric), record, planned, stopping)
+    scheduler = sweeps.RecordedScheduler(sweeps.scheduler(section, planned, metric), record, planned, stopping)
     together = min(resources.most_runs, section.max_concurrent_trials or resources.most_runs)
-    points = sweeps.points(section, experiment.train.seed)
-    trials = sweeps.Trials(
+    points = sweeps.searcher(section, experiment.train.seed)
+    trials = sweeps.TrialQueue(
         points,
         record,
         scheduler,
@@ -198,13 +198,13 @@ def sweep(
         unknown = ", ".join(trials.unknown)
         cli.say(f"{begun.directory}: the sweep's record knows nothing of {unknown}: their names are not used again")
     sets = evaluation_sets(experiment, store)
-    job = loop.Job(experiment, store.path, planned, parent, begun.directory, sets=sets)
-    limits = sweeps.Limits(section.stop, record, metric)
+    job = training.TrainTask(experiment, store.path, planned, parent, begun.directory, sets=sets)
+    limits = sweeps.SweepStopper(section.stop, record, metric)
     try:
         with (
             live.sweep(planned.tokens, trials.total_samples, swept, measure) as view,
-            cluster.signals(cli.say),
-            cluster.watch(lambda _: None, cli.say) as board,
+            cluster.handle_signals(cli.say),
+            cluster.progress_channel(lambda _: None, cli.say) as board,
         ):
             watcher = tuner.Watcher(scheduler, parent, view.update, board.stop, metric)
             tuner.run(trials, dataclasses.replace(job, board=board), resources, limits, watcher, together=together)
@@ -234,7 +234,7 @@ def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
     if section.against == "seconds":
         return [score, trial.results[-1]["seconds"]]
     changed = override(experiment, {**trial.settings, "tune.space": {}})
-    found = model.planned(changed, model.num_ids(changed.model, store.tokenizer))
+    found = model.config_of(changed, model.num_ids(changed.model, store.tokenizer))
     return [score, model.num_parameters(found, masked=changed.objective.is_masked)]
 
 
@@ -255,7 +255,7 @@ def finish(
 
     The best row, with the exported model as its checkpoint; None if no trial has a result.
     """
-    from raylm import budget, card, cost, group, summary
+    from raylm import budget, cost, export, launch, summary
     from raylm.perplexity import Score
 
     children = parent.children()
@@ -265,7 +265,7 @@ def finish(
             continue
         child.end_late("FAILED" if row["status"] == "failed" else "FINISHED")
         if row["perplexity"] is not None:
-            summary.tell_best(child, experiment, row)
+            summary.log_best(child, experiment, row)
         child.tags({"raylm.status": row["status"]})
         row["mlflow_run_id"] = child.run_id
     if not rows or rows[0]["perplexity"] is None:
@@ -273,15 +273,15 @@ def finish(
     best = dict(rows[0])
     score = {name: best[name] for name in ("perplexity", "bits_per_byte")}
     scored_on = experiment.eval.scored_on
-    planned = budget.of(experiment, store)
+    planned = budget.for_store(experiment, store)
     if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, planned):
         scored_on = WHOLE_SPLIT
         with cli.task("Scoring the best trial on the whole validation split", "tokens") as advance:
-            scored = Score.of(group.score(best["checkpoint"], store.validation, experiment, resources, advance))
+            scored = Score.of(launch.score(best["checkpoint"], store.validation, experiment, resources, advance))
         score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
-    exported = card.export(best["checkpoint"], f"{parent.directory}/model", {**score, "scored_on": scored_on})
+    exported = export.export(best["checkpoint"], f"{parent.directory}/model", {**score, "scored_on": scored_on})
     best |= {**score, "checkpoint": exported, "scored_on": scored_on}
-    summary.tell_best(parent, experiment, best)
+    summary.log_best(parent, experiment, best)
     parent.tags({"raylm.best_trial": best["trial_id"], "raylm.checkpoint": best["checkpoint"]})
     parent.model(best["checkpoint"], experiment.tracking, best["best_step"], cli.say)
     return best
@@ -289,14 +289,14 @@ def finish(
 
 def answer(
     experiment: Experiment,
-    begun: Begun,
+    begun: ActiveRun,
     parent: Run,
     store: Store,
     rows: list[dict[str, Any]],
     best: dict[str, Any] | None,
     reused: bool,
     scored_on: str,
-) -> cli.Answer:
+) -> cli.CommandResult:
     """The ranked table, and what to do next; if no trial has a result, TrainingError, or ConfigError where no trial
     could use its settings."""
     from raylm import summary, tables, tokens, tracking
@@ -340,7 +340,7 @@ def answer(
     notes = [f"ranked by {ranking} on {scored_on}", *([incomparable] if incomparable else []), *_failures(rows)]
     tracking.settle(parent, cli.say)
     comparison = tracking.compare(parent)  # which links it from the sweep's own page, too
-    facts = tables.facts(
+    facts = tables.key_values(
         {
             "best trial": best["trial_id"],
             measure.replace("_", "-"): best["perplexity"],
@@ -353,7 +353,7 @@ def answer(
             else tracking.how_to_look(experiment.tracking),
         }
     )
-    return cli.Answer(record, (tables.trials(rows, measure.replace("_", "-")), "\n".join(notes), "", facts))
+    return cli.CommandResult(record, (tables.trials(rows, measure.replace("_", "-")), "\n".join(notes), "", facts))
 
 
 def _page(directory: str, parent: Run) -> str | None:

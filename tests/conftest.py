@@ -132,7 +132,7 @@ tune: {{space: {{train.learning_rate: {{choice: [2e-2]}}}}}}
 
 # A command -----------------------------------------------------------------------------------------------------------
 
-HEAVY = ["raylm.loop", "ray.tune", "ray.data", "mlflow", "datasets"]
+HEAVY = ["raylm.training", "ray.tune", "ray.data", "mlflow", "datasets"]
 """What the verbs import between them: 10 s of CPU time, where the rest of a command's start is 0.3 s."""
 
 
@@ -303,28 +303,28 @@ def train_run(ray_cluster):
 
     import ray
 
-    from raylm import budget, cluster, group, loop, prepare, runs, tracking
+    from raylm import budget, cluster, launch, prepare, runs, tracking, training
 
-    def fit(job: loop.Job):
+    def fit(job: training.TrainTask):
         if job.session is not Here:
-            return group.fit(job, cluster.resources(job.experiment.cluster, ray.cluster_resources()))
-        return group.with_less(job, lambda: loop.train_loop_per_worker(job))
+            return launch.fit(job, cluster.resources(job.experiment.cluster, ray.cluster_resources()))
+        return launch.with_smaller_batches(job, lambda: training.train_loop_per_worker(job))
 
     def run(experiment: config.Experiment, session: type | None = None, board=None):
         store, _ = prepare.prepared(experiment)
-        begun = runs.begin(experiment, "train", os.path.basename(store.path), "never")
+        begun = runs.start_or_resume(experiment, "train", os.path.basename(store.path), "never")
         tracked = tracking.start(
             experiment.tracking, experiment=experiment.name, name=begun.name, tags={}, directory=begun.directory
         )
         sets = prepare.evaluation_sets(experiment, store)
-        session = session or (Here if experiment.cluster.most_workers == 1 else loop.WorkerGroup)
-        job = loop.Job(
-            experiment, store.path, budget.of(experiment, store), tracked, begun.directory, session, board, sets
+        session = session or (Here if experiment.cluster.most_workers == 1 else training.RayTrainSession)
+        job = training.TrainTask(
+            experiment, store.path, budget.for_store(experiment, store), tracked, begun.directory, session, board, sets
         )
         return fit(job), job
 
     def go_on(job, experiment, board=None):
-        session = Here if experiment.cluster.most_workers == 1 else loop.WorkerGroup
+        session = Here if experiment.cluster.most_workers == 1 else training.RayTrainSession
         return fit(dataclasses.replace(job, experiment=experiment, board=board, session=session))
 
     run.go_on = go_on

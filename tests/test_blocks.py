@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from raylm.blocks import Packed, Stream, batch, cut, of, permuted
+from raylm.blocks import Packed, Stream, batch, build, cut, permuted
 from raylm.config import BlocksConfig
 from raylm.errors import DataError
 from raylm.tokenizer import Frame
@@ -35,7 +35,7 @@ class Documents:
 
 
 def blocks_of(*shards, **settings):
-    return of(Documents(*shards), BlocksConfig(**settings), Frame(0, 0))
+    return build(Documents(*shards), BlocksConfig(**settings), Frame(0, 0))
 
 
 def packed(*shards, block_size):
@@ -165,7 +165,7 @@ def test_a_batch_of_isolated_documents():
 def test_a_prefix_of_its_own_stands_before_every_document_and_is_not_predicted():
     """As Llama's <s> (1) before and </s> (0) behind."""
     frame, documents = Frame(1, 0), Documents(DOCUMENTS)
-    rows = list(of(documents, BlocksConfig(block_size=5), frame))
+    rows = list(build(documents, BlocksConfig(block_size=5), frame))
     assert [row.tolist() for row in rows] == [[1, 5, 6, 7, 0], [1, 8, 9, 0, 1], [10, 11, 12, 13, 0]]
     section = BlocksConfig(block_size=5, isolate_documents=True)
     assert {name: array.tolist() for name, array in batch(rows, section, frame).items()} == {
@@ -174,19 +174,19 @@ def test_a_prefix_of_its_own_stands_before_every_document_and_is_not_predicted()
         "labels": [[-100, 5, 6, 7, 0], [-100, 8, 9, 0, -100], [-100, 11, 12, 13, 0]],
     }
     for packing in ("chunked", "padded"):
-        (first, *_) = of(documents, BlocksConfig(block_size=4, packing=packing), frame)
+        (first, *_) = build(documents, BlocksConfig(block_size=4, packing=packing), frame)
         assert first.tolist() == [1, 5, 6, 7]
 
 
 def test_without_a_prefix_the_first_token_of_a_document_is_not_predicted():
     frame = Frame(None, 0)
-    rows = list(of(Documents(DOCUMENTS), BlocksConfig(block_size=6), frame))
+    rows = list(build(Documents(DOCUMENTS), BlocksConfig(block_size=6), frame))
     assert [row.tolist() for row in rows] == [[5, 6, 7, 0, 8, 9], [0, 10, 11, 12, 13, 0]]
     for isolated, positions in ((False, None), (True, [[0, 1, 2, 3, 0, 1], [0, 0, 1, 2, 3, 4]])):
         made = batch(rows, BlocksConfig(block_size=6, isolate_documents=isolated), frame)
         assert made["labels"].tolist() == [[-100, 6, 7, 0, -100, 9], [-100, -100, 11, 12, 13, 0]]
         assert (made["position_ids"].tolist() if isolated else None) == positions
-    (first, *_) = of(Documents(DOCUMENTS), BlocksConfig(block_size=4, packing="padded"), frame)
+    (first, *_) = build(Documents(DOCUMENTS), BlocksConfig(block_size=4, packing="padded"), frame)
     assert first.tolist() == [5, 6, 7, 0]
 
 

@@ -7,7 +7,7 @@ from raylm.errors import DataError
 
 def plan(block_size=128, num_workers=2, epoch_examples=None, **settings):
     section = TrainConfig(**{"batch_tokens": 2048, "micro_batch_tokens": 512, "max_tokens": 20_480, **settings})
-    return budget.plan(section, block_size=block_size, num_workers=num_workers, epoch_examples=epoch_examples)
+    return budget.compute(section, block_size=block_size, num_workers=num_workers, epoch_examples=epoch_examples)
 
 
 def test_a_step_is_shared_out_among_workers_and_micro_batches():
@@ -53,16 +53,16 @@ def test_a_micro_batch_holds_at_least_one_block():
 
 def test_many_passes_over_a_small_text_are_told_before_they_are_made():
     section = TrainConfig(batch_tokens=2048, max_tokens=737_280)
-    found = budget.plan(section, block_size=128, num_workers=1, epoch_examples=87)
+    found = budget.compute(section, block_size=128, num_workers=1, epoch_examples=87)
     (told,) = found.warnings(section)
     assert told.startswith("66 passes over 11,136 tokens of training text: expect overfitting; train.max_tokens=44544 ")
     few = TrainConfig(batch_tokens=2048, max_tokens=44_544)
-    assert list(budget.plan(few, block_size=128, num_workers=1, epoch_examples=87).warnings(few)) == []
+    assert list(budget.compute(few, block_size=128, num_workers=1, epoch_examples=87).warnings(few)) == []
 
 
 def test_a_warmup_that_is_longer_than_the_run_is_told():
     section = TrainConfig(batch_tokens=2048, max_tokens=20_480, warmup_steps=10)
-    (told,) = budget.plan(section, block_size=128, num_workers=1, epoch_examples=None).warnings(section)
+    (told,) = budget.compute(section, block_size=128, num_workers=1, epoch_examples=None).warnings(section)
     assert told.startswith("train.warmup_steps=10 is all of the 10 steps")
     half = section.model_copy(update={"warmup_steps": 0.5})
-    assert list(budget.plan(half, block_size=128, num_workers=1, epoch_examples=None).warnings(half)) == []
+    assert list(budget.compute(half, block_size=128, num_workers=1, epoch_examples=None).warnings(half)) == []

@@ -14,7 +14,7 @@ from conftest import PLAIN, TOKEN, copied, one_by_one
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, pipeline
 
-from raylm import card, checkpoint, config, evaluate, perplexity, tokens
+from raylm import checkpoint, config, evaluate, export, perplexity, tokens
 from raylm.config import CorpusConfig, TokenizerConfig, TrainedTokenizer
 from raylm.errors import StorageError
 from raylm.tokens import write
@@ -33,7 +33,7 @@ def changed(file, **settings):
 def test_the_experiment_that_is_published_can_be_run(trained_directory, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     given = checkpoint.read_experiment(trained_directory)
-    config.save(card.published(given), tmp_path / "experiment.yaml")
+    config.save(export.published(given), tmp_path / "experiment.yaml")
     found = config.load(tmp_path / "experiment.yaml")
     assert found.corpus.paths == (f"{tmp_path}/notes/**/*.md", "hub://stories?split=train")
     assert found.eval.paths == (f"{tmp_path}/out.txt",)
@@ -41,7 +41,7 @@ def test_the_experiment_that_is_published_can_be_run(trained_directory, monkeypa
     assert found.tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert found.train.arguments == {"logging_first_step": True, "deepspeed": "./zero.json"}
     assert (found.model, found.blocks, found.tune) == (given.model, given.blocks, given.tune)
-    assert card.published(found) == card.published(given)
+    assert export.published(found) == export.published(given)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_experiment_that_is_published_can_be_run(trained_directory, monkeypa
     ],
 )
 def test_a_place_is_told_by_its_name(place, name):
-    assert card.name_of(place) == name
+    assert export.name_of(place) == name
 
 
 def test_settings_that_are_no_places_stay_as_they_are():
@@ -75,39 +75,39 @@ def test_settings_that_are_no_places_stay_as_they_are():
         "keywords": ("/usr/bin", "~", "://"),
         "rate": 0.5,
     }
-    assert card.named(kept) == kept
-    assert card.named({"space": {"model.path": {"choice": ["/home/me/base", "gpt2"]}}}) == {
+    assert export.named(kept) == kept
+    assert export.named({"space": {"model.path": {"choice": ["/home/me/base", "gpt2"]}}}) == {
         "space": {"model.path": {"choice": ["./base", "gpt2"]}}
     }
-    assert card.named({"config": {"any": "/home/me/x"}}) == {"config": {"any": "./x"}}
-    assert card.named({"text": "http://me:secret@host/x"}) == {"text": "http://host/x"}
+    assert export.named({"config": {"any": "/home/me/x"}}) == {"config": {"any": "./x"}}
+    assert export.named({"text": "http://me:secret@host/x"}) == {"text": "http://host/x"}
 
 
 def test_a_configuration_that_tells_where_it_was_loaded_from(trained_directory, tmp_path):
     directory = copied(trained_directory, tmp_path / "model", PLAIN)
     told = changed(directory / "config.json", _name_or_path="/home/me/base")
-    assert json.loads(card.model_files(directory)["config.json"]) == {**told, "_name_or_path": "./base"}
+    assert json.loads(export.model_files(directory)["config.json"]) == {**told, "_name_or_path": "./base"}
 
 
 def test_weights_in_several_files_are_published_with_their_index(trained_directory, tmp_path):
     directory = copied(trained_directory, tmp_path / "model", PLAIN)
     AutoModelForCausalLM.from_pretrained(trained_directory).save_pretrained(directory, max_shard_size="5KB")
     (directory / "model.safetensors").unlink()
-    files = card.model_files(directory)
+    files = export.model_files(directory)
     shards = sorted(name for name in files if name.endswith(".safetensors"))
     assert len(shards) > 1
     assert "model.safetensors.index.json" in files
-    whole = card.model_files(trained_directory)
-    assert card.parameters(directory, files) == card.parameters(trained_directory, whole)
+    whole = export.model_files(trained_directory)
+    assert export.parameters(directory, files) == export.parameters(trained_directory, whole)
     (directory / shards[0]).unlink()
     with pytest.raises(StorageError, match=shards[0]):
-        card.model_files(directory)
+        export.model_files(directory)
 
 
 def test_what_is_no_whole_model_is_named(trained_directory, tmp_path):
     def refused(directory):
         with pytest.raises(StorageError) as raised:
-            card.parameters(directory, card.model_files(directory))
+            export.parameters(directory, export.model_files(directory))
         return str(raised.value)
 
     untold = copied(trained_directory, tmp_path / "a", ("config.json", "model.safetensors"))
@@ -128,8 +128,8 @@ def test_what_is_no_whole_model_is_named(trained_directory, tmp_path):
 
 def card_of(directory, repo="someone/tiny"):
     experiment = checkpoint.read_experiment(directory)
-    published = None if experiment is None else card.published(experiment)
-    return ModelCard(card.of(directory, repo, published, 3096).decode())
+    published = None if experiment is None else export.published(experiment)
+    return ModelCard(export.build(directory, repo, published, 3096).decode())
 
 
 def test_the_card_says_what_the_model_is(trained_directory):
@@ -178,8 +178,8 @@ def test_the_card_says_when_a_score_does_not_compare(trained_directory, tmp_path
 
 
 def test_the_parameters_are_those_of_the_weights(trained_directory):
-    files = card.model_files(trained_directory)
-    assert card.parameters(trained_directory, files) == 3096
+    files = export.model_files(trained_directory)
+    assert export.parameters(trained_directory, files) == 3096
 
 
 def test_the_card_says_when_the_score_is_of_a_part(trained_directory, tmp_path):
@@ -213,13 +213,13 @@ EXPORTED = sorted([*PLAIN, "README.md", "experiment.yaml", "raylm.json"])
 
 @pytest.fixture
 def exported(trained_directory, tmp_path):
-    return Path(card.export(trained_directory, tmp_path / "best"))
+    return Path(export.export(trained_directory, tmp_path / "best"))
 
 
 def test_card_and_raylm_json_tell_the_score_that_the_export_is_given(trained_directory, tmp_path):
     """That of the whole split, where evaluations during training were of less."""
     score = {"perplexity": 8.6, "bits_per_byte": 1.5, "scored_on": config.WHOLE_SPLIT}
-    target = Path(card.export(trained_directory, tmp_path / "best", score))
+    target = Path(export.export(trained_directory, tmp_path / "best", score))
     before = checkpoint.read_record(trained_directory)
     assert before["perplexity"] != 8.6
     assert checkpoint.read_record(target) == {**before, **score}
@@ -251,7 +251,7 @@ def test_an_exported_model_is_a_plain_directory_that_scores_the_same(tmp_path, m
     checkpoint.describe(trained, experiment, {"perplexity": score.perplexity, "store": store.path})
 
     found = tmp_path / "runs" / "best"
-    assert card.export(trained, found) == str(found)
+    assert export.export(trained, found) == str(found)
     assert sorted(contents(found)) == EXPORTED
     told = evaluate.evaluate(str(found)).record
     assert told["perplexity"] == pytest.approx(score.perplexity, rel=1e-6)
@@ -288,7 +288,7 @@ def test_weights_are_copied_where_they_cannot_be_linked(trained_directory, tmp_p
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(os, "link", link)
-    found = Path(card.export(trained_directory, tmp_path / "best"), "model.safetensors")
+    found = Path(export.export(trained_directory, tmp_path / "best"), "model.safetensors")
     assert not found.samefile(trained_directory / "model.safetensors")
     assert found.read_bytes() == (trained_directory / "model.safetensors").read_bytes()
 
@@ -296,7 +296,7 @@ def test_weights_are_copied_where_they_cannot_be_linked(trained_directory, tmp_p
 def test_an_older_export_is_replaced_whole(trained_directory, exported):
     (exported / "model.safetensors").unlink()
     (exported / "of_before.txt").write_text("of before")
-    assert card.export(trained_directory, exported) == str(exported)
+    assert export.export(trained_directory, exported) == str(exported)
     assert sorted(contents(exported)) == EXPORTED
     assert list(exported.parent.iterdir()) == [exported], "nothing is left of the way there"
 
@@ -308,7 +308,7 @@ def test_an_older_export_stays_where_the_new_one_fails(trained_directory, export
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
         with pytest.raises(StorageError, match=r"best: the model cannot be exported there: File too large"):
-            card.export(trained_directory, exported)
+            export.export(trained_directory, exported)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(exported) == before
@@ -318,14 +318,14 @@ def test_an_older_export_stays_where_the_new_one_fails(trained_directory, export
 def test_only_an_export_is_replaced(trained_directory, tmp_path):
     (tmp_path / "kept").write_text("")
     with pytest.raises(StorageError, match="is there already and holds no exported model"):
-        card.export(trained_directory, tmp_path)
+        export.export(trained_directory, tmp_path)
     with pytest.raises(StorageError, match="is there already and holds no exported model"):
-        card.export(trained_directory, trained_directory)
+        export.export(trained_directory, trained_directory)
     with pytest.raises(StorageError, match="is there already and holds no exported model"):
-        card.export(trained_directory, tmp_path / "kept")
+        export.export(trained_directory, tmp_path / "kept")
 
 
 def test_a_model_that_raylm_did_not_train_is_not_exported(trained_directory, tmp_path):
     shutil.copytree(trained_directory, tmp_path / "model", ignore=lambda *_: ["experiment.yaml"])
     with pytest.raises(StorageError, match="model was not trained by raylm: it holds no experiment.yaml"):
-        card.export(tmp_path / "model", tmp_path / "best")
+        export.export(tmp_path / "model", tmp_path / "best")

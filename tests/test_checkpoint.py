@@ -40,9 +40,9 @@ def test_what_raylm_wrote_beside_a_model_comes_back(saved):
 
 def test_what_is_not_a_model_is_named(saved, tmp_path):
     with pytest.raises(StorageError, match="missing is not a directory"):
-        checkpoint.check(tmp_path / "missing")
+        checkpoint.locate(tmp_path / "missing")
     with pytest.raises(StorageError, match=r"has no config.json; did you mean .*model\?"):
-        checkpoint.check(tmp_path)
+        checkpoint.locate(tmp_path)
 
 
 def test_a_torn_model_is_named(saved):
@@ -68,7 +68,7 @@ def committed(series, local, step):
 
 @pytest.fixture
 def series(tmp_path):
-    return checkpoint.Series(str(tmp_path / "checkpoints"))
+    return checkpoint.CheckpointManager(str(tmp_path / "checkpoints"))
 
 
 def test_the_newest_whole_checkpoint_is_used_and_a_skipped_one_is_named_with_its_fault(series, tmp_path):
@@ -186,7 +186,7 @@ MUTATIONS = st.tuples(
 def test_every_damage_to_a_checkpoint_is_found(tmp_path_factory, mutation):
     name, how, where, bit = mutation
     home = tmp_path_factory.mktemp("damage")
-    series = checkpoint.Series(str(home / "checkpoints"))
+    series = checkpoint.CheckpointManager(str(home / "checkpoints"))
     committed(series, home / "local", 20)
     file = Path(series.path(20)) / name
     whole = file.read_bytes()

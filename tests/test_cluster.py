@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from raylm import cluster, config
-from raylm.cluster.address import check
+from raylm.cluster.address import reachable_address
 from raylm.config import ClusterConfig
 from raylm.errors import ConfigError, TrainingError
 
@@ -208,7 +208,7 @@ def quick(monkeypatch):
 
 def refused(value, problem):
     with pytest.raises(ConfigError, match=f"^cluster.address={value}: {problem}") as error:
-        check(cluster.address_of(ClusterConfig(address=value)))
+        reachable_address(cluster.address_of(ClusterConfig(address=value)))
     assert error.value.where == "cluster.address"
 
 
@@ -431,7 +431,7 @@ def test_whoever_watches_sees_what_a_worker_puts_and_says(ray_cluster):
         board.put(5.0)
         board.say("half of it")
 
-    with cluster.watch(seen.append, said.append) as board:
+    with cluster.progress_channel(seen.append, said.append) as board:
         ray.get(work.remote(board))
         deadline = time.monotonic() + 60
         while not seen and time.monotonic() < deadline:
@@ -442,17 +442,21 @@ def test_whoever_watches_sees_what_a_worker_puts_and_says(ray_cluster):
 
 def test_a_signal_tells_the_workers_to_stop_and_a_second_ctrl_c_ends_the_command(ray_cluster):
     said = []
-    with pytest.raises(KeyboardInterrupt), cluster.signals(said.append), cluster.watch(print, print) as board:  # noqa: PT012
+    with (
+        pytest.raises(KeyboardInterrupt),
+        cluster.handle_signals(said.append),
+        cluster.progress_channel(print, print) as board,
+    ):  # noqa: PT012
         assert not board.is_stopping()
         signal.raise_signal(signal.SIGINT)
         deadline = time.monotonic() + 60
         while not board.is_stopping() and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert cluster.stopped_by() == signal.SIGINT
+        assert cluster.stop_signal() == signal.SIGINT
         assert board.is_stopping()
         signal.raise_signal(signal.SIGINT)
     assert "Ctrl-C stops at once" in said[0]
-    assert cluster.stopped_by() is None
+    assert cluster.stop_signal() is None
 
 
 def test_what_ends_although_it_was_to_stop_is_told_then():
@@ -461,13 +465,13 @@ def test_what_ends_although_it_was_to_stop_is_told_then():
     for number in (signal.SIGINT, signal.SIGTERM):
         before = signal.signal(number, lambda number, _: heard.append(number))
         try:
-            with cluster.signals(said.append):
+            with cluster.handle_signals(said.append):
                 signal.raise_signal(number)
                 assert heard == []
             assert heard.pop() == number
-            with cluster.signals(said.append):
+            with cluster.handle_signals(said.append):
                 pass
-            assert (heard, cluster.stopped_by()) == ([], None)
+            assert (heard, cluster.stop_signal()) == ([], None)
         finally:
             signal.signal(number, before)
     assert [line.split()[0] for line in said] == ["Stopping", "Stopping"]
@@ -477,7 +481,11 @@ def test_a_board_whose_process_is_killed_begins_anew_and_forwards_the_stop(ray_c
     import ray
 
     seen = []
-    with pytest.raises(KeyboardInterrupt), cluster.signals(print), cluster.watch(seen.append, print) as board:  # noqa: PT012
+    with (
+        pytest.raises(KeyboardInterrupt),
+        cluster.handle_signals(print),
+        cluster.progress_channel(seen.append, print) as board,
+    ):  # noqa: PT012
         os.kill(ray.get(board.actor.__ray_call__.remote(lambda board: os.getpid())), signal.SIGKILL)
         signal.raise_signal(signal.SIGINT)
         deadline = time.monotonic() + 60
@@ -493,7 +501,7 @@ def test_a_board_whose_process_is_killed_begins_anew_and_forwards_the_stop(ray_c
 def test_what_ends_well_ends_well_without_its_board(ray_cluster):
     import ray
 
-    with cluster.watch(print, print) as board:
+    with cluster.progress_channel(print, print) as board:
         ray.kill(board.actor)
         board.put(7.0)
         assert not board.is_stopping()
@@ -527,17 +535,17 @@ def working(work):
 
 
 def called(what, board=None):
-    with cluster.process("wave") as process:
+    with cluster.local_worker("wave") as process:
         return process.call(working, Work(what, board))
 
 
 def test_a_process_of_this_machine_does_one_thing_on_one_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    cluster.begin("wave")
+    cluster.start_worker_early("wave")
     gpu, kept, process = called("look")
     assert (gpu, kept) == ("2", cluster.WORKER_ENVIRONMENT["MALLOC_TOP_PAD_"])
     assert not psutil.pid_exists(process)
-    board = cluster.Board()
+    board = cluster.ProgressChannel()
     board.say = lambda message: board.stop()
     assert called("stop", board)[0] == "2"
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -8,7 +8,7 @@ from conftest import TOKEN
 from test_report import BUDGET, TRIALS, write_sweep
 
 from raylm import config, tracking
-from raylm.compare import compare, pace, side
+from raylm.compare import compare, pace, summarize
 from raylm.errors import ConfigError, StorageError
 
 STORES = {  # fingerprint -> (documents, bytes, unknown tokens) of its validation split, and its tokenizer
@@ -85,20 +85,20 @@ def test_runs_side_by_side(storage, trained):
 
 def test_a_sweep_is_its_best_trial(storage):
     going, over = (
-        side(f"{storage}/words/{name}") for name in ("tune-20260101-000000-aaaa", "tune-20260102-000000-bbbb")
+        summarize(f"{storage}/words/{name}") for name in ("tune-20260101-000000-aaaa", "tune-20260102-000000-bbbb")
     )
     part, whole = "the first 64 validation tokens", "the whole validation split"
     assert (going.name, going.perplexity, going.scored_on) == ("tune-20260101-000000-aaaa/trial_00000", 32.0, part)
     assert (over.perplexity, over.scored_on) == (31.5, whole)
-    trial = side(f"{storage}/words/tune-20260102-000000-bbbb/trial_00000")
+    trial = summarize(f"{storage}/words/tune-20260102-000000-bbbb/trial_00000")
     assert (trial.perplexity, trial.scored_on) == (32.0, part), "comparable with the other trials"
     model = Path(f"{storage}/words/tune-20260102-000000-bbbb/model")
     model.mkdir()
-    assert side(str(model)) == over
+    assert summarize(str(model)) == over
 
 
 def test_a_run_that_is_not_over_has_its_best_evaluation(trained):
-    found = side(trained("train-2"))
+    found = summarize(trained("train-2"))
     assert (found.perplexity, found.bits_per_byte, found.tokens, found.scored_on) == (
         40.0,
         2.0,
@@ -115,7 +115,7 @@ def test_speed_is_that_of_the_steps_without_stops(tmp_path):
 
 
 def test_a_model_that_was_exported(trained_directory):
-    found = side(str(trained_directory))
+    found = summarize(str(trained_directory))
     assert (found.perplexity, found.bits_per_byte, found.tokens, found.store) == (12.25, 1.5, 3584, "f")
     assert found.experiment.model.config["n_embd"] == 8
 
@@ -167,4 +167,4 @@ def test_what_is_no_run_is_refused(storage, monkeypatch):
         compare(["runs/words", "tune-20260101-000000-aaaa"])
     empty = write_sweep(storage, "tune-20260103-000000-cccc", trials=[])
     with pytest.raises(StorageError, match="the sweep has no score yet"):
-        side(empty)
+        summarize(empty)

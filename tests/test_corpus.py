@@ -25,26 +25,26 @@ from raylm.corpus import (
     File,
     Ledger,
     Shard,
-    check,
     documents,
     formats,
     hashes,
     holdout,
     kept_fraction,
     left_out,
+    list_sources,
     passages,
     reader,
     select,
     shards,
     split,
 )
-from raylm.corpus.piece import Piece, whole
+from raylm.corpus.piece import FilePart, whole_file
 from raylm.errors import DataError
 
 
 def read(corpus, ledger=None):
     ledger = Ledger() if ledger is None else ledger
-    return [document for shard in shards(check(corpus)) for document in documents(shard, corpus, ledger)]
+    return [document for shard in shards(list_sources(corpus)) for document in documents(shard, corpus, ledger)]
 
 
 def texts(corpus):
@@ -87,9 +87,9 @@ def test_big_files_are_read_in_parts_and_every_row_once(tmp_path, scheme, suffix
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     pa.parquet.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=10)
     corpus = CorpusConfig(paths=f"{scheme}{tmp_path}/a.{suffix}")
-    (source,) = check(corpus)
+    (source,) = list_sources(corpus)
     for most in (100, 977, 5000):
-        pieces = [piece for piece, _ in reader._pieces(whole(source.files[0], 0, source), most)]
+        pieces = [piece for piece, _ in reader._pieces(whole_file(source.files[0], 0, source), most)]
         assert len(pieces) > 10
         assert [text for piece in pieces for text in formats.texts(piece, corpus)] == rows
 
@@ -131,7 +131,7 @@ def test_a_parquet_file_of_one_row_group_is_not_read_whole(rows, most, last, tmp
 
 
 def test_the_standard_library_is_a_source():
-    sources = check(CorpusConfig(paths="python://stdlib"))
+    sources = list_sources(CorpusConfig(paths="python://stdlib"))
     assert len(sources[0].files) > 500
     assert all(file.path.endswith(".py") and "site-packages" not in file.path for file in sources[0].files)
 
@@ -201,11 +201,11 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
 
 def test_a_path_that_matches_nothing_is_named_as_written(tmp_path):
     with pytest.raises(DataError, match=r"corpus\.paths: /no/such/place: no such file, directory or glob"):
-        check(CorpusConfig(paths="/no/such/place"))
+        list_sources(CorpusConfig(paths="/no/such/place"))
     with pytest.raises(DataError, match=r"corpus\.paths: .*: no files in it"):
-        check(CorpusConfig(paths=str(tmp_path)))
+        list_sources(CorpusConfig(paths=str(tmp_path)))
     with pytest.raises(DataError, match=r"corpus\.paths is empty"):
-        check(CorpusConfig())
+        list_sources(CorpusConfig())
 
 
 # Formats -------------------------------------------------------------------------------------------------------------
@@ -257,15 +257,15 @@ def test_of_a_json_file_the_first_row_is_checked_and_the_rest_is_not_read(tmp_pa
     for name, content in (("list", f"[{torn}"), ("lines", torn), ("marked", f"\ufeff[{torn}"), ("naive", f"[{torn}ï")):
         (tmp_path / f"{name}.json").write_text(content, encoding="utf-8")
         corpus = CorpusConfig(paths=f"{tmp_path}/{name}.json")
-        check(corpus)
+        list_sources(corpus)
         with pytest.raises(DataError, match=f"{name}.json .*torn, or not json"):
             texts(corpus)
     (tmp_path / "object.json").write_text(f'{{"data": [{torn}')
     with pytest.raises(DataError, match="object.json .*torn, or not json"):
-        check(CorpusConfig(paths=f"{tmp_path}/object.json"))
+        list_sources(CorpusConfig(paths=f"{tmp_path}/object.json"))
     (tmp_path / "other.json").write_text(f'[{{"id": 1}}, {row}]')
     with pytest.raises(DataError, match="corpus.text: no column 'text'"):
-        check(CorpusConfig(paths=f"{tmp_path}/other.json"))
+        list_sources(CorpusConfig(paths=f"{tmp_path}/other.json"))
 
 
 COMPRESS = {
@@ -300,7 +300,7 @@ def test_a_torn_compressed_file_is_named(tmp_path, suffix):
         read(CorpusConfig(paths=str(path)))
     path.write_text("plain text after all")
     with pytest.raises(DataError, match=r"begins with b'pl.*expected b"):
-        check(CorpusConfig(paths=str(path)))
+        list_sources(CorpusConfig(paths=str(path)))
 
 
 def test_torn_and_empty_tables_are_named_before_anything_starts(tmp_path):
@@ -308,18 +308,18 @@ def test_torn_and_empty_tables_are_named_before_anything_starts(tmp_path):
     pa.parquet.write_table(pa.Table.from_pylist(ROWS * 100), path)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(DataError, match=r"a\.parquet \(\d+ bytes\): torn, or not parquet"):
-        check(CorpusConfig(paths=str(path)))
+        list_sources(CorpusConfig(paths=str(path)))
     for name in ("b.parquet", "b.jsonl", "b.csv", "b.jsonl.gz"):
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(DataError, match=rf"{name}: empty file \(0 bytes\), expected"):
-            check(CorpusConfig(paths=f"{tmp_path}/{name}"))
+            list_sources(CorpusConfig(paths=f"{tmp_path}/{name}"))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow", "saved"])
 def test_a_missing_column_is_named_with_the_ones_there_are(tmp_path, name):
     WRITERS[name](tmp_path / name)
     with pytest.raises(DataError, match=rf"{name}.*no column 'txt'; columns: id, text\. Did you mean 'text'\?"):
-        check(CorpusConfig(paths=f"{tmp_path}/{name}", text="txt"))
+        list_sources(CorpusConfig(paths=f"{tmp_path}/{name}", text="txt"))
 
 
 ELI5 = {
@@ -347,7 +347,7 @@ def test_nested_columns_by_dotted_path_and_templates(tmp_path, suffix):
         "Question: Why is the sky blue?\nAnswer: Because of scattering.\n\nBlue light is bent more."
     ]
     with pytest.raises(DataError, match=r"corpus\.text: no column 'txt in answers.txt'; columns: a_id, text, score"):
-        check(CorpusConfig(paths=str(path), text="answers.txt"))
+        list_sources(CorpusConfig(paths=str(path), text="answers.txt"))
 
 
 def test_a_list_of_objects_under_a_dotted_path(tmp_path):
@@ -373,7 +373,7 @@ def test_bad_rows_can_be_skipped_counted_and_listed(tmp_path):
     files = [f"{tmp_path}/{name}" for name in ("a.jsonl", "b.txt", "c.parquet")]
     corpus = CorpusConfig(paths=files, on_bad_row="skip")
     ledger, rejected = Ledger(), []
-    (shard,) = shards(check(corpus))
+    (shard,) = shards(list_sources(corpus))
     found = documents(shard, corpus, ledger, lambda file, fault: rejected.append(fault.of(file)))
     assert [document.text for document in found] == ["a", "b"]
     assert ledger["bad rows"] == 5
@@ -397,9 +397,9 @@ def test_the_row_of_a_fault_far_into_a_big_file(tmp_path):
     rows[1500] = '{"text": 5}\n'
     (tmp_path / "a.jsonl").write_text("".join(rows))
     corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl")
-    source = check(corpus)[0]
-    pieces = [piece for piece, _ in reader._pieces(whole(source.files[0], 0, source), 1000)]
-    faults = [row for piece in pieces for row in formats.texts(piece, corpus) if isinstance(row, formats.Fault)]
+    source = list_sources(corpus)[0]
+    pieces = [piece for piece, _ in reader._pieces(whole_file(source.files[0], 0, source), 1000)]
+    faults = [row for piece in pieces for row in formats.texts(piece, corpus) if isinstance(row, formats.BadDocument)]
     assert len(pieces) > 10
     assert [fault.place for fault in faults] == ["row 1501"]
 
@@ -407,7 +407,7 @@ def test_the_row_of_a_fault_far_into_a_big_file(tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     corpus = CorpusConfig(paths=str(tmp_path))
-    (shard,) = shards(check(corpus))
+    (shard,) = shards(list_sources(corpus))
     (tmp_path / "a.txt").write_text("another")
     with pytest.raises(DataError, match=r"a\.txt: it has changed since the corpus was listed"):
         list(documents(shard, corpus, Ledger()))
@@ -417,10 +417,10 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
 
 
 def test_an_installed_package_is_a_source():
-    (source,) = check(CorpusConfig(paths="python://pytest"))
+    (source,) = list_sources(CorpusConfig(paths="python://pytest"))
     assert all(file.path.endswith(".py") and "/pytest/" in file.path for file in source.files)
     with pytest.raises(DataError, match=r"corpus\.paths: python://no_such: no package 'no_such' is installed"):
-        check(CorpusConfig(paths="python://no_such"))
+        list_sources(CorpusConfig(paths="python://no_such"))
 
 
 def test_source_code_is_read_in_the_encoding_it_declares(tmp_path, monkeypatch):
@@ -445,7 +445,7 @@ def test_remote_files_directories_and_globs(tmp_path):
     assert texts(CorpusConfig(paths=f"{root}/**/*.jsonl")) == ["b.jsonl", "sub/c.jsonl"]
     assert texts(CorpusConfig(paths=root)) == ['{"text": "a.txt"}\n', "b.jsonl", "sub/c.jsonl"]
     with pytest.raises(DataError, match=r"corpus\.paths: file://.*/nothing: no such file"):
-        check(CorpusConfig(paths=f"{root}/nothing"))
+        list_sources(CorpusConfig(paths=f"{root}/nothing"))
 
 
 def test_other_schemes_go_through_fsspec():
@@ -455,7 +455,7 @@ def test_other_schemes_go_through_fsspec():
     memory.pipe("/corpus/a.jsonl", b'{"text": "from memory"}\n')
     assert texts(CorpusConfig(paths="memory://corpus")) == ["from memory"]
     with pytest.raises(DataError, match=r"corpus\.paths: nosuch://x/y: "):
-        check(CorpusConfig(paths="nosuch://x/y"))
+        list_sources(CorpusConfig(paths="nosuch://x/y"))
 
 
 @pytest.fixture
@@ -495,7 +495,7 @@ def test_a_data_set_is_read_as_it_was_listed_though_there_is_a_new_commit(tmp_pa
 
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    (source,) = check(CorpusConfig(paths="hub://somebody/stories"))
+    (source,) = list_sources(CorpusConfig(paths="hub://somebody/stories"))
     commits.append("b" * 40)
     assert [piece.file for shard in shards([source]) for piece in shard.pieces] == list(source.files)
     assert loaded == ["a" * 40]
@@ -503,7 +503,7 @@ def test_a_data_set_is_read_as_it_was_listed_though_there_is_a_new_commit(tmp_pa
 
 def test_a_stream_of_the_hub_is_read_shard_by_shard(hub):
     corpus = CorpusConfig(paths=f"{hub}?split=train&streaming=true")
-    plan = shards(check(corpus))
+    plan = shards(list_sources(corpus))
     assert sum(len(shard.pieces) for shard in plan) == 4
     assert texts(corpus) == [f"{part} {row}" for part in range(4) for row in range(5)]
 
@@ -526,7 +526,7 @@ def test_a_saved_data_set_of_several_splits_wants_one_named(tmp_path):
     rows = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match=r"several splits; name one: .*/saved/test"):
-        check(CorpusConfig(paths=f"{tmp_path}/saved"))
+        list_sources(CorpusConfig(paths=f"{tmp_path}/saved"))
     assert texts(CorpusConfig(paths=f"{tmp_path}/saved/test")) == [ROWS[1]["text"]]
 
 
@@ -566,7 +566,7 @@ def test_which_documents_are_kept_does_not_depend_on_the_shards(tmp_path, settin
     for number, text in enumerate(["a", "b", "a", "", "c", "b", "a", "d", "e", "d"]):
         (tmp_path / f"{number}.txt").write_text(text)
     corpus = CorpusConfig(paths=str(tmp_path), **settings)
-    (whole,) = shards(check(corpus))
+    (whole,) = shards(list_sources(corpus))
     plan = [
         Shard(whole.pieces[first : first + files_a_shard], 1) for first in range(0, len(whole.pieces), files_a_shard)
     ]
@@ -578,7 +578,7 @@ def test_of_duplicates_in_both_splits_the_one_for_validation_is_kept(tmp_path):
     for name, text in {"train1": "a", "train2": "b", "valid1": "b", "valid2": "c", "valid3": "c"}.items():
         (tmp_path / name).write_text(text)
     corpus = CorpusConfig(paths=f"{tmp_path}/train*", validation_paths=f"{tmp_path}/valid*", deduplicate=True)
-    plan = chosen(shards(check(corpus)), corpus)
+    plan = chosen(shards(list_sources(corpus)), corpus)
     kept = [document for shard in plan for document in documents(shard, corpus, Ledger())]
     assert [(document.text, document.validation) for document in kept] == [("a", False), ("b", True), ("c", True)]
 
@@ -587,7 +587,7 @@ def test_no_more_is_read_than_needed(tmp_path):
     for number in range(10):
         (tmp_path / f"{number}.txt").write_text(f"document {number}")
     corpus = CorpusConfig(paths=str(tmp_path), max_documents=3)
-    (whole,) = shards(check(corpus))
+    (whole,) = shards(list_sources(corpus))
     plan = [Shard((piece,), 1) for piece in whole.pieces]
     read_shards = []
 
@@ -616,7 +616,7 @@ def test_documents_are_taken_from_the_sources_in_turn(tmp_path, monkeypatch, set
         (tmp_path / name[0]).mkdir(exist_ok=True)
         (tmp_path / name[0] / name).write_text(name)
     corpus = CorpusConfig(paths=["a", "b/b*", "c/*"], **settings)
-    pieces = [piece for shard in shards(check(corpus)) for piece in shard.pieces]
+    pieces = [piece for shard in shards(list_sources(corpus)) for piece in shard.pieces]
     sides = [[piece for piece in pieces if piece.validation is side] for side in (False, True)]
     plan = [
         Shard(tuple(side[first : first + files_a_shard]), 1)
@@ -640,7 +640,8 @@ def test_a_selection_is_the_same_however_the_shards_are_cut(sources, most, dedup
     cut = [documents[first : first + docs_a_shard] for first in range(0, len(documents), docs_a_shard)]
     file = File("a", 1, "")
     plan = [
-        Shard(tuple(Piece(file, "text", None, index) for _, index in part), number) for number, part in enumerate(cut)
+        Shard(tuple(FilePart(file, "text", None, index) for _, index in part), number)
+        for number, part in enumerate(cut)
     ]
 
     def read(some):
@@ -755,7 +756,7 @@ def test_filters_and_selection_are_of_documents_before_they_are_cut(tmp_path):
     for number, text in enumerate(["short", prose(50), prose(50), prose(50, seed=1), prose(50, seed=2)]):
         (tmp_path / f"{number}.txt").write_text(text)
     corpus = CorpusConfig(paths=str(tmp_path), split_by="passage", min_chars=1000, deduplicate=True, max_documents=2)
-    plan = chosen(shards(check(corpus)), corpus)
+    plan = chosen(shards(list_sources(corpus)), corpus)
     ledger = Ledger()
     found = "".join(document.text for shard in plan for document in documents(shard, corpus, ledger))
     assert found == prose(50) + prose(50, seed=1)
@@ -766,7 +767,7 @@ def test_filters_and_selection_are_of_documents_before_they_are_cut(tmp_path):
 
 
 def held(corpus):
-    return holdout(check(corpus), corpus)
+    return holdout(list_sources(corpus), corpus)
 
 
 def validation(corpus, found):
@@ -826,7 +827,7 @@ def test_what_decides_nothing_is_not_looked_at(tmp_path):
 
 def test_a_data_set_of_the_hub_is_many_documents_and_not_loaded(hub, monkeypatch):
     corpus = CorpusConfig(paths=hub, deduplicate=True)
-    sources = check(corpus)
+    sources = list_sources(corpus)
     monkeypatch.setattr(datasets, "load_dataset", None)
     reader.data_set_rows.cache_clear()
     found = holdout(sources, corpus)
@@ -889,7 +890,7 @@ def notes(path):
 
 
 def test_of_a_mixed_directory_what_is_text_is_read_and_the_rest_counted(tmp_path):
-    (source,) = check(CorpusConfig(paths=str(notes(tmp_path))))
+    (source,) = list_sources(CorpusConfig(paths=str(notes(tmp_path))))
     assert names(source) == ["a.md", "b.py"]
     assert source.left_out == {
         ".pdf": 1, ".png": 2, ".so": 1, ".pt": 1, ".txt": 1, "without a suffix": 1, ".tar.gz": 1,
@@ -917,7 +918,7 @@ def test_a_directory_with_nothing_to_read_is_an_error(tmp_path):
     with pytest.raises(
         DataError, match=r"corpus\.paths: .*: nothing to read in it: 1 \.png, 1 \.txt; .*corpus\.encoding"
     ):
-        check(CorpusConfig(paths=str(tmp_path)))
+        list_sources(CorpusConfig(paths=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["jsonl", "csv", "parquet"])
@@ -925,17 +926,17 @@ def test_a_directory_of_tables_without_the_column_is_an_error(tmp_path, name):
     for part in "ab":
         WRITERS[f"a.{name}"](tmp_path / f"{part}.{name}")
     with pytest.raises(DataError, match=r"no column 'txt'"):
-        check(CorpusConfig(paths=str(tmp_path), text="txt"))
+        list_sources(CorpusConfig(paths=str(tmp_path), text="txt"))
     (tmp_path / "README.md").write_text("what it is")
     with pytest.raises(DataError, match=r"no column 'txt'"):  # else a typo would train on the README
-        check(CorpusConfig(paths=str(tmp_path), text="txt"))
+        list_sources(CorpusConfig(paths=str(tmp_path), text="txt"))
 
 
 def test_a_torn_table_beside_text_is_an_error(tmp_path):
     (tmp_path / "README.md").write_text("what it is")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(DataError, match=r"a\.parquet .*torn"):
-        check(CorpusConfig(paths=str(tmp_path)))
+        list_sources(CorpusConfig(paths=str(tmp_path)))
 
 
 def test_a_found_file_that_turns_out_to_be_no_text_is_counted(tmp_path):
@@ -959,7 +960,7 @@ def test_runs_token_stores_and_mlflow_are_never_corpus(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
     for paths in (str(tmp_path), f"{tmp_path}/**", f"file://{tmp_path}"):
-        (source,) = check(CorpusConfig(paths=paths))
+        (source,) = list_sources(CorpusConfig(paths=paths))
         assert names(source) == ["a.txt", "of-mine.txt"]
         assert source.left_out == {"of runs and tracking": 5}
 
@@ -980,9 +981,9 @@ def test_links_to_nothing_and_in_circles_are_counted(tmp_path):
         os.symlink(target, tmp_path / "data" / name)
     os.mkfifo(tmp_path / "data" / "pipe")
     for paths in (f"{tmp_path}/data", f"{tmp_path}/data/**/*.txt"):
-        (source,) = check(CorpusConfig(paths=paths))
+        (source,) = list_sources(CorpusConfig(paths=paths))
         assert names(source) == ["b.txt", "a.txt"]
-    (source,) = check(CorpusConfig(paths=f"{tmp_path}/data"))
+    (source,) = list_sources(CorpusConfig(paths=f"{tmp_path}/data"))
     assert source.left_out == {
         "links to nothing": 2,
         "no regular files": 1,
@@ -1046,7 +1047,7 @@ def test_the_delimiter_of_a_csv_is_found(tmp_path, delimiter):
     write_csv(tmp_path / "a.csv", delimiter)
     assert texts(CorpusConfig(paths=f"{tmp_path}/a.csv")) == [row["text"] for row in ROWS]
     with pytest.raises(DataError, match="no column 'body'; columns: id, text"):
-        check(CorpusConfig(paths=f"{tmp_path}/a.csv", text="body"))
+        list_sources(CorpusConfig(paths=f"{tmp_path}/a.csv", text="body"))
 
 
 def test_a_row_of_csv_with_more_fields_than_the_header_is_not_cut(tmp_path):
@@ -1064,13 +1065,13 @@ def test_one_object_of_records(tmp_path, content):
     (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
     assert texts(CorpusConfig(paths=str(tmp_path))) == ["a", "b"]
     with pytest.raises(DataError, match=r"row 1: corpus\.text: no column 'txt'; columns: text"):
-        check(CorpusConfig(paths=str(tmp_path), text="txt"))
+        list_sources(CorpusConfig(paths=str(tmp_path), text="txt"))
 
 
 def test_an_error_names_some_of_many_columns(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({f"{'x' * 200}{number}": 1 for number in range(5000)}))
     with pytest.raises(DataError, match="and 4,980 more") as error:
-        check(CorpusConfig(paths=str(tmp_path)))
+        list_sources(CorpusConfig(paths=str(tmp_path)))
     assert len(str(error.value)) < 2500
 
 
@@ -1103,7 +1104,7 @@ def test_the_error_of_a_row_names_the_way_out(tmp_path):
         read(CorpusConfig(paths=str(path)))
     write_jsonl(tmp_path / "b.jsonl", [{"body": "a"}])
     with pytest.raises(DataError, match="columns: body$"):  # to skip all of them is no way out
-        check(CorpusConfig(paths=f"{tmp_path}/b.jsonl"))
+        list_sources(CorpusConfig(paths=f"{tmp_path}/b.jsonl"))
 
 
 def test_a_binary_column_that_holds_utf8_is_read(tmp_path):

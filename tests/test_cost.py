@@ -67,32 +67,32 @@ def test_the_tokens_that_are_read_are_counted_before(stride, every):
 def test_the_share_of_evaluations_by_hand(prepared):
     """Three tokens forward for each that is trained on; five evaluations of documents of one window or several."""
     experiment, store = prepared()
-    planned = budget.of(experiment, store)
+    planned = budget.for_store(experiment, store)
     lengths = [len(store.validation[index]) for index in range(len(store.validation))]
     assert (planned.steps, planned.eval_every) == (10, 2)
     read = sum(length if length <= 32 else 32 * (1 + -(-(length - 32) // 32)) for length in lengths)
-    assert cost.share(experiment, store, planned) == pytest.approx(5 * read / (5 * read + 3 * 2560))
-    assert cost.limited(experiment, store) is experiment, "a causal model is scored on all"
+    assert cost.evaluation_share(experiment, store, planned) == pytest.approx(5 * read / (5 * read + 3 * 2560))
+    assert cost.with_eval_limit(experiment, store) is experiment, "a causal model is scored on all"
     limited, _ = prepared("eval.max_tokens=1")
     again = 5 * (32 * (1 + -(-(lengths[0] - 32) // 32))) + read  # and the whole split in the end
-    assert cost.share(limited, store, planned) == pytest.approx(again / (again + 3 * 2560))
+    assert cost.evaluation_share(limited, store, planned) == pytest.approx(again / (again + 3 * 2560))
 
 
 @pytest.mark.parametrize(("every", "save", "number"), [(2, 2, 5), (3, 3, 4), (4, 6, 4), (10, 10, 1), (20, 20, 1)])
 def test_how_many_evaluations_a_run_has(prepared, every, save, number):
     experiment, store = prepared(f"train.eval_every_tokens={256 * every}", f"train.save_every_tokens={256 * save}")
-    assert cost._number(budget.of(experiment, store)) == number
+    assert cost._number(budget.for_store(experiment, store)) == number
 
 
 def test_an_evaluation_of_a_masked_model_costs_a_tenth_of_what_it_interrupts(prepared):
     experiment, store = prepared(*MASKED, "train.max_tokens=25600", "train.eval_every_tokens=2560")
-    limited = cost.limited(experiment, store)
+    limited = cost.with_eval_limit(experiment, store)
     documents = perplexity.first_documents(store.validation, limited.eval.max_tokens)
     lengths = np.array([len(store.validation[index]) for index in range(len(store.validation))])
     masked = MaskedTokens.of(store.tokenizer, store.frame("auto"))
     read = perplexity.tokens_read(lengths, 32, None, masked).cumsum()
     assert read[documents - 1] <= 0.1 * 3 * 2560 < read[documents]
-    assert cost.share(limited, store, budget.of(limited, store)) < 0.15
+    assert cost.evaluation_share(limited, store, budget.for_store(limited, store)) < 0.15
     other = prepared(*MASKED, "eval.max_tokens=77")[0]
-    assert cost.limited(other, store) is other, "as somebody has said"
-    assert not cost.whole_is_affordable(prepared(*MASKED)[0], store, budget.of(other, store))
+    assert cost.with_eval_limit(other, store) is other, "as somebody has said"
+    assert not cost.whole_is_affordable(prepared(*MASKED)[0], store, budget.for_store(other, store))

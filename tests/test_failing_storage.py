@@ -19,7 +19,7 @@ import pytest
 from conftest import Here, one_by_one
 from ray.tune.experiment import Trial as RayTrial
 
-from raylm import cluster, config, group, loop, prepare, storage, sweep, tokens, train, tune
+from raylm import cluster, config, launch, prepare, storage, sweep, tokens, train, training, tune
 from raylm.errors import RaylmError
 from raylm.sweep import trial as trials
 from raylm.sweep import tuner
@@ -209,8 +209,10 @@ class Played:
 
 
 def fit(job, resources=None, callbacks=()):
-    session = job.session if job.session is not loop.WorkerGroup else Here
-    return group.with_less(job, lambda: loop.train_loop_per_worker(dataclasses.replace(job, session=session)))
+    session = job.session if job.session is not training.RayTrainSession else Here
+    return launch.with_smaller_batches(
+        job, lambda: training.train_loop_per_worker(dataclasses.replace(job, session=session))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +221,7 @@ def place(tmp_path_factory):
     is there for the next one."""
     system, farewells = Failing(), []
     resources = cluster.Resources({"CPU": 1.0}, {"CPU": 1.0}, 1, 1)
-    board = cluster.Board()
+    board = cluster.ProgressChannel()
     plain = storage._file_system
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -236,12 +238,14 @@ def place(tmp_path_factory):
         patch.setattr(cluster, "connect", lambda *_, **__: contextlib.nullcontext(resources))
         patch.setattr(cluster, "other_nodes", dict)
         patch.setattr(cluster, "watch", lambda *_: contextlib.nullcontext(board))
-        patch.setattr(group, "fit", fit)
-        patch.setattr(group, "fit_here", fit)
+        patch.setattr(launch, "fit", fit)
+        patch.setattr(launch, "fit_here", fit)
         patch.setattr(write, "_each", one_by_one)
         patch.setattr(tune, "_page", lambda *_: None)  # it can be made again
         patch.setattr(
-            sweep.Trials, "_made", lambda _, name, settings: RayTrial("t", stub=True, trial_id=name, config=settings)
+            sweep.TrialQueue,
+            "_made",
+            lambda _, name, settings: RayTrial("t", stub=True, trial_id=name, config=settings),
         )
         patch.setattr(
             tuner,

@@ -22,7 +22,7 @@ import ray
 import torch
 from ray.train import ControllerError, WorkerGroupError
 
-from raylm import checkpoint, cluster, config, group, loop, tracking
+from raylm import checkpoint, cluster, config, launch, tracking, training
 from raylm.config import override
 from raylm.errors import ConfigError, Diverged, OutOfMemory, StorageError, TrainingError, WorkerFailed
 
@@ -39,10 +39,10 @@ def left(directory, step):
 def patched(patch):
     """A session in whose process `patch(trainer class, rank)` is called before anything else."""
 
-    class Patched(loop.WorkerGroup):
+    class Patched(training.RayTrainSession):
         def __init__(self):
             super().__init__()
-            from raylm.loop import trainer
+            from raylm.training import trainer
 
             patch(trainer._Trainer, self.rank)
 
@@ -52,7 +52,7 @@ def patched(patch):
 @pytest.fixture
 def with_patch(train_run, monkeypatch):
     """(patch, experiment, board) -> train_run in this process, with its Trainer patched by `patch(its class, rank)`."""
-    from raylm.loop import trainer
+    from raylm.training import trainer
 
     def run(patch, experiment, board=None):
         class Patched(trainer._Trainer):
@@ -122,7 +122,7 @@ def test_workers_killed_at_random_steps_end_with_the_same_bytes(untouched, two_w
 def test_the_only_worker_of_this_machine_begins_again_where_it_was_killed(tiny, train_run, tmp_path):
     alone = tiny("train.max_tokens=3072", "train.micro_batch_tokens=64", "cluster.max_failures=1")
     untouched, said = train_run(alone), []
-    with cluster.watch(lambda value: None, said.append) as board:
+    with cluster.progress_channel(lambda value: None, said.append) as board:
         outcome, job = train_run(alone, dying([(0, 5)], tmp_path), board)
     ends_as(untouched, outcome, job)
     assert [line.split(",")[0] for line in said] == ["worker 0 was killed", "going on from step 4 of 12"]
@@ -138,7 +138,7 @@ def test_the_only_worker_of_this_machine_begins_again_where_it_was_killed(tiny, 
 def test_a_training_that_was_asked_to_stop_starts_no_worker_again_for_it(tiny, train_run, tmp_path):
     """Its only worker dies after the checkpoint of step 4, and the command is asked to stop at that moment."""
 
-    class Stopped(cluster.Board):
+    class Stopped(cluster.ProgressChannel):
         def is_stopping(self):
             return any(tmp_path.iterdir())
 
@@ -167,7 +167,11 @@ CLOSED = RuntimeError("Connection closed by peer")
         (WorkerGroupError("", {1: died("its node has died")}), WorkerFailed, "worker 1 died with its node"),
         (WorkerGroupError("", {0: CLOSED, 1: died()}), WorkerFailed, "worker 1 (process 7 on 10.0.0.2) died"),
         (WorkerGroupError("", {0: CLOSED}), WorkerFailed, "worker 0 failed: RuntimeError: Connection closed by peer"),
-        (WorkerGroupError("", {0: died(preempted=True)}), group._Uncounted, "worker 0 died with its node, which was"),
+        (
+            WorkerGroupError("", {0: died(preempted=True)}),
+            launch._UncountedFailure,
+            "worker 0 died with its node, which was",
+        ),
         (ControllerError(died()), WorkerFailed, "a worker (process 7 on 10.0.0.2) died"),
         (died("class_name: TrainController"), WorkerFailed, "Ray Train's controller died"),
         (WorkerGroupError("", {0: ImportError("no torch"), 1: CLOSED}), TrainingError, "worker 0 failed: ImportError"),
@@ -180,13 +184,16 @@ CLOSED = RuntimeError("Connection closed by peer")
     ],
 )
 def test_deaths_are_told_from_errors_that_would_come_again(error, kind, told):
-    found = group._cause(error, "here")
+    found = launch._cause(error, "here")
     assert type(found) is kind
     assert str(found).startswith(told)
 
 
 def test_failures_are_counted_over_all_attempts_and_told_in_one_line():
-    said, endings = [], [WorkerFailed("one died"), group._Uncounted("a node went"), WorkerFailed("two died"), "trained"]
+    said, endings = (
+        [],
+        [WorkerFailed("one died"), launch._UncountedFailure("a node went"), WorkerFailed("two died"), "trained"],
+    )
 
     def attempt():
         ending = endings.pop(0)
@@ -194,7 +201,7 @@ def test_failures_are_counted_over_all_attempts_and_told_in_one_line():
             raise ending
         return ending
 
-    assert group._despite_failures(attempt, 2, said.append, "here") == "trained"
+    assert launch._despite_failures(attempt, 2, said.append, "here") == "trained"
     assert said == [
         "one died; starting again, attempt 2 of at most 3",
         "a node went; starting again, attempt 2 of at most 3",
@@ -202,11 +209,11 @@ def test_failures_are_counted_over_all_attempts_and_told_in_one_line():
     ]
     endings += [WorkerFailed("one died"), WorkerFailed("two died")]
     with pytest.raises(WorkerFailed, match=r"^two died \(tried 2 times: cluster.max_failures=1\)$") as failed:
-        group._despite_failures(attempt, 1, said.append, "here")
+        launch._despite_failures(attempt, 1, said.append, "here")
     assert failed.value.where == "here"
     endings += [ConfigError("no such model")]
     with pytest.raises(ConfigError):
-        group._despite_failures(attempt, 3, said.append, "here")
+        launch._despite_failures(attempt, 3, said.append, "here")
 
 
 class Killer(threading.Thread):
@@ -321,7 +328,7 @@ def test_workers_killed_in_an_evaluation_and_at_the_end(untouched, two_workers, 
 def leaving(place):
     """A session whose only node is to be taken away, as it is told once."""
 
-    class Leaving(loop.WorkerGroup):
+    class Leaving(training.RayTrainSession):
         def lost_nodes(self):
             told = place / str(self.rank)
             if told.exists():
@@ -341,12 +348,12 @@ def test_a_trial_goes_on_after_its_node_was_taken_away(two_workers, train_run, r
     assert (outcome.stopped, outcome.step) == (True, 1)
     resources = cluster.resources(two_workers.cluster, ray.cluster_resources())
     trial = dataclasses.replace(job, session=leaving(tmp_path / "trial"))
-    outcome = group.fit(trial, resources, callbacks=[ray.train.UserCallback()])
+    outcome = launch.fit(trial, resources, callbacks=[ray.train.UserCallback()])
     assert (outcome.stopped, outcome.step) == (False, 12)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("settings", "seconds"), [([], group.WAIT_SECONDS), (["train.arguments.ddp_timeout=77"], 77)])
+@pytest.mark.parametrize(("settings", "seconds"), [([], launch.WAIT_SECONDS), (["train.arguments.ddp_timeout=77"], 77)])
 def test_how_long_a_rank_waits_for_another_one(ray_cluster, tiny, tmp_path, settings, seconds):
     def waits():
         processes = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
@@ -354,7 +361,7 @@ def test_how_long_a_rank_waits_for_another_one(ray_cluster, tiny, tmp_path, sett
 
     experiment = tiny("cluster.num_workers=2", "cluster.cpus_per_worker=0.5", *settings)
     resources = cluster.resources(experiment.cluster, ray.cluster_resources())
-    assert group._on_workers(waits, experiment, resources, str(tmp_path)) == seconds
+    assert launch._on_workers(waits, experiment, resources, str(tmp_path)) == seconds
 
 
 def raising(error: Exception):
@@ -375,7 +382,10 @@ def raising(error: Exception):
 @pytest.mark.parametrize("error", [ImportError("no module named nothing"), ConfigError("no such model", "model.name")])
 def test_what_would_come_again_is_not_tried_again(two_workers, train_run, error):
     said = []
-    with cluster.watch(lambda value: None, said.append) as board, pytest.raises((TrainingError, ConfigError)) as failed:
+    with (
+        cluster.progress_channel(lambda value: None, said.append) as board,
+        pytest.raises((TrainingError, ConfigError)) as failed,
+    ):
         train_run(two_workers, raising(error), board)
     assert said == []
     assert str(error) in failed.value.message
@@ -475,7 +485,7 @@ def dying_in_a_save(places: list[tuple[int, str]], marks: Path):
         def is_manifest(path, *_):
             return str(path).endswith("manifest.json")
 
-        gathered, save = loop.session.gathered, trainer._save_checkpoint
+        gathered, save = training.session.gathered, trainer._save_checkpoint
 
         def counted(session, value):
             nonlocal agreements
@@ -492,15 +502,15 @@ def dying_in_a_save(places: list[tuple[int, str]], marks: Path):
             save(self, *args)
             at("written here")
 
-        loop.trainer.gathered = loop.saves.gathered = counted
+        training.trainer.gathered = training.checkpoint_writer.gathered = counted
         trainer._save_checkpoint = begun
         around(torch, "save", half="half of a state")
         around(storage, "upload", after="a file uploaded", half="half of a file uploaded")
         around(storage, "write", "before the manifest", "after the manifest", when=is_manifest)
         around(os, "replace", "half of the manifest", when=lambda _, path: is_manifest(path))
-        around(checkpoint.Series, "prune", "before removing older ones", "after removing older ones")
+        around(checkpoint.CheckpointManager, "prune", "before removing older ones", "after removing older ones")
         around(storage, "remove_file", after="half removed")
-        around(loop.WorkerGroup, "report", "before the report", "after the report")
+        around(training.RayTrainSession, "report", "before the report", "after the report")
 
     return patched(patch)
 
@@ -538,11 +548,11 @@ def test_another_number_of_workers_goes_on_with_the_same_examples_in_the_same_st
     two = override(two_workers, still)
     one = override(two, {"cluster.num_workers": 1})
     said = []
-    with cluster.watch(lambda value: None, said.append) as board:
+    with cluster.progress_channel(lambda value: None, said.append) as board:
         board.stop()  # after the first step, then
         stopped, job = train_run(two, board=board)
     assert (stopped.step, stopped.stopped) == (1, True)
-    with cluster.watch(lambda value: None, said.append) as board:
+    with cluster.progress_channel(lambda value: None, said.append) as board:
         outcome = train_run.go_on(job, one, board)
     assert said == [
         "going on from step 1 of 12 with 1 worker instead of 2: the same examples in the same steps, but not the same "
@@ -657,9 +667,9 @@ def test_a_run_resumes_with_the_threads_it_started_with_where_they_fit(tiny, tra
 
 def test_a_gradient_that_nobody_waits_for_stops_the_run_before_it_changes_a_weight(tiny, with_patch, monkeypatch):
     """As on a GPU: the third step's gradient is not a number, the first look at it is after the sixth."""
-    from raylm.loop import guards
+    from raylm.training import guards
 
-    seen, trainers, check = [], [], guards.Finite.check
+    seen, trainers, check = [], [], guards.GradientGuard.check
 
     def patch(trainer, rank):
         compute_loss = trainer.compute_loss
@@ -676,8 +686,8 @@ def test_a_gradient_that_nobody_waits_for_stops_the_run_before_it_changes_a_weig
         seen.append((trainers[-1].state.global_step, all(weight.isfinite().all() for weight in weights)))
         check(finite)
 
-    monkeypatch.setattr(guards.Finite, "runs_ahead", lambda *_: True)
-    monkeypatch.setattr(guards.Finite, "check", checked)
+    monkeypatch.setattr(guards.GradientGuard, "runs_ahead", lambda *_: True)
+    monkeypatch.setattr(guards.GradientGuard, "check", checked)
     settings = ("train.arguments.logging_steps=6", "train.eval_every_tokens=1536")
     with pytest.raises(Diverged, match="the gradient is not finite at step 3; lower train.learning_rate=0.02"):
         with_patch(patch, tiny(*settings))
@@ -699,7 +709,7 @@ def test_a_step_that_does_not_fit_is_done_in_smaller_pieces(tiny, ray_cluster, w
 
     said = []
     experiment = tiny("train.max_tokens=1024", "train.eval_every_tokens=1024", "train.micro_batch_tokens=128")
-    with cluster.watch(lambda value: None, said.append) as board:
+    with cluster.progress_channel(lambda value: None, said.append) as board:
         outcome, _ = with_patch(patch, experiment, board)
     assert outcome.step == 4, "the same steps of the same tokens"
     assert [message.split("; ")[1] for message in said] == ["going on with 64, and 256 a step as before"]
@@ -733,17 +743,17 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tiny, train_r
     def patch(trainer, rank):
         from raylm import checkpoint
 
-        plain = checkpoint.Series.upload
+        plain = checkpoint.CheckpointManager.upload
 
         def upload(self, step, local):
             if step == 4:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
             return plain(self, step, local)
 
-        checkpoint.Series.upload = upload
+        checkpoint.CheckpointManager.upload = upload
 
     with pytest.raises(StorageError, match=r"step_00000004/\S+: no room for [\d,]+ bytes, [\d,]+ are free") as full:
         train_run(tiny(), patched(patch))
-    series = checkpoint.Series(str(Path(full.value.where).parents[1]))
+    series = checkpoint.CheckpointManager(str(Path(full.value.where).parents[1]))
     assert series.steps() == [2], "what was half written is gone"
     assert series.fault(2) is None

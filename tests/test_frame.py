@@ -75,7 +75,7 @@ def test_an_exported_tokenizer_frames_a_text_as_its_model_was_trained(tmp_path, 
         pytest.skip("without a begin-of-text token prefix=bos is an error: test_another_prefix_can_be_said")
     known.save_pretrained(tmp_path / "own")
     own = tokenizer.load(tmp_path / "own")
-    tokenizer.exported(own, prefix, 32).save_pretrained(tmp_path / "exported")
+    tokenizer.for_export(own, prefix, 32).save_pretrained(tmp_path / "exported")
     found = AutoTokenizer.from_pretrained(tmp_path / "exported")
     ids, whole = own(TEXT, add_special_tokens=False)["input_ids"], own(TEXT)["input_ids"]
     start = whole.index(ids[0])

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from raylm import generation
-from raylm.checkpoint import Trained
+from raylm.checkpoint import TrainedModel
 from raylm.config import TrainedTokenizer
 from raylm.corpus import Document
 from raylm.errors import ConfigError, DataError, StorageError
@@ -176,7 +176,7 @@ def test_what_is_shown_while_it_is_made_is_the_text(kind):
     trained = tokenizer.train(texts, TrainedTokenizer(kind=kind, vocab_size=300))
     network = GPT2LMHeadModel(GPT2Config(vocab_size=len(trained), n_positions=CONTEXT, n_layer=1, n_head=1, n_embd=8))
     how = GenerationConfig(do_sample=True, max_new_tokens=40, min_new_tokens=40, eos_token_id=[0])
-    whole = generation.Writer(Trained(network.eval(), trained, None, {}), how, seed=0)
+    whole = generation.TextGenerator(TrainedModel(network.eval(), trained, None, {}), how, seed=0)
     for prompt in ("the cat", "the ", "é日😀"):
         pieces: list[str] = []
         [(text, _)] = whole.texts([prompt], pieces.append)
@@ -195,7 +195,7 @@ def test_masks_are_filled_in_windows_of_the_context(tmp_path):
     torch.manual_seed(0)
     network = BertForMaskedLM(BertConfig(vocab_size=len(trained), max_position_embeddings=8, **sizes)).eval()
     network.config.architectures = ["BertForMaskedLM"]
-    whole = generation.Writer(Trained(network, trained, None, {}), GenerationConfig(), seed=0)
+    whole = generation.TextGenerator(TrainedModel(network, trained, None, {}), GenerationConfig(), seed=0)
     [first, none, long] = whole.texts(["a<mask>c", "a b", "a b c d a b c<mask>"])
 
     def likeliest(ids):

@@ -163,12 +163,16 @@ def test_the_readme_shows_every_file_in_reading_order():
 
 IMPORTS_BELOW = [
     ("blocks", "from raylm import loop", "blocks imports loop, which stands below it"),
-    ("blocks", "import raylm.loop as l", "blocks imports loop, which stands below it"),
-    ("blocks", "from raylm.loop import Job", "blocks imports loop, which stands below it"),
+    ("blocks", "import raylm.training as l", "blocks imports loop, which stands below it"),
+    ("blocks", "from raylm.training import Job", "blocks imports loop, which stands below it"),
     ("blocks", "from . import loop", "blocks imports loop, which stands below it"),
     ("blocks", "from .loop import Job", "blocks imports loop, which stands below it"),
     ("blocks", "def f():\n    from raylm import loop", "blocks imports loop, which stands below it"),
-    ("blocks", "class A:\n    def f(self):\n        import raylm.loop", "blocks imports loop, which stands below it"),
+    (
+        "blocks",
+        "class A:\n    def f(self):\n        import raylm.training",
+        "blocks imports loop, which stands below it",
+    ),
     ("tables", "from raylm.train import train", "tables imports train, which stands below it"),
     ("train", "from raylm.tune import sweep", "train imports tune, which stands below it"),
     ("helpers", "", "helpers has no place in the order"),
@@ -234,11 +238,11 @@ def test_a_library_at_home_is_welcome(module, source):
     [
         ("import torch", ["tune imports torch at its top"]),
         ("from ray import tune", ["tune imports ray.tune at its top"]),
-        ("from raylm import loop", ["tune imports raylm.loop at its top"]),
+        ("from raylm import loop", ["tune imports raylm.training at its top"]),
         ("try:\n    import torch\nexcept ImportError:\n    pass", ["tune imports torch at its top"]),
         ("class A:\n    import torch", ["tune imports torch at its top"]),
         ("def f():\n    import torch", []),
-        ("if TYPE_CHECKING:\n    from raylm.loop import Job", []),
+        ("if TYPE_CHECKING:\n    from raylm.training import Job", []),
         ("from raylm import cli\nfrom raylm.train import run_name\nimport typer", []),
     ],
 )

@@ -17,11 +17,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from raylm import card, checkpoint, loop, model, objective, train
+from raylm import checkpoint, export, model, objective, train, training
 from raylm import tokenizer as tokenizers
 from raylm.config import Experiment, ModelConfig
 from raylm.errors import ConfigError, RaylmError
-from raylm.loop.trainer import _Trainer
+from raylm.training.trainer import _Trainer
 
 SMALL = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8}
 
@@ -325,7 +325,7 @@ def test_a_model_with_code_of_its_own_is_trained_and_saved_with_that_code(tmp_pa
     tokenizer.save_pretrained(scratch / "checkpoint-4")
     record = {"step": 4, "tokens": 64, "perplexity": 12.25, "bits_per_byte": 1.5, "store": "/nowhere"}
     checkpoint.describe(scratch / "checkpoint-4", experiment, record)
-    exported = card.export(scratch / "checkpoint-4", tmp_path / "model")
+    exported = export.export(scratch / "checkpoint-4", tmp_path / "model")
     ids = torch.arange(8)[None]
     for directory in (scratch / "checkpoint-4", exported):
         with pytest.raises(ConfigError, match="comes with code of its own.*model.trust_remote_code=true"):
@@ -352,7 +352,7 @@ def test_low_rank_updates_are_trained_alone_and_saved_merged(tmp_path, tokenizer
             if name in trained:
                 weight.normal_()
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
-    network.save_pretrained(tmp_path, state_dict=model.merged(network))
+    network.save_pretrained(tmp_path, state_dict=model.merged_state_dict(network))
     model.save_updates(network, tmp_path)
     assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
     given = torch.arange(8)[None]
@@ -404,7 +404,7 @@ def test_biases_and_norms_do_not_decay(tmp_path, tokenizer):
 def trainer_of(experiment, tokenizer, directory, **arguments):
     """raylm's Trainer for four steps of two random blocks, without Ray."""
     network = model.build(experiment.model, tokenizer, block_size=8)
-    batches = objective.of(experiment.objective, experiment.blocks, tokenizer, tokenizers.frame(tokenizer), 0)
+    batches = objective.build(experiment.objective, experiment.blocks, tokenizer, tokenizers.frame(tokenizer), 0)
     objective.attach(network, shifted=batches.shifted)
     common = {
         "output_dir": str(directory),
@@ -420,9 +420,11 @@ def trainer_of(experiment, tokenizer, directory, **arguments):
     }
     settings = TrainingArguments(**(common | arguments))
     rows = [np.random.default_rng(number).integers(0, len(tokenizer), 8) for number in range(8)]
-    dataset = objective.Numbered(rows)
-    job = loop.Job(experiment, "", None, None, "")
-    return _Trainer(job, loop.Alone, None, model=network, args=settings, train_dataset=dataset, data_collator=batches)
+    dataset = objective.NumberedExamples(rows)
+    job = training.TrainTask(experiment, "", None, None, "")
+    return _Trainer(
+        job, training.SingleProcess, None, model=network, args=settings, train_dataset=dataset, data_collator=batches
+    )
 
 
 def test_a_gguf_file_is_unpacked_to_weights_that_can_be_trained_and_saved(tmp_path, tokenizer):

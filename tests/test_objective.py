@@ -27,8 +27,8 @@ from transformers import (
 from raylm import objective, tokenizer, train
 from raylm.config import BlocksConfig, ObjectiveConfig, TrainedTokenizer
 from raylm.errors import ConfigError
-from raylm.loop.trainer import _Trainer
 from raylm.objective import IGNORED, keywords, loss
+from raylm.training.trainer import _Trainer
 
 SPECIAL = ("<|endoftext|>", "<mask>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>")
 PADDED = BlocksConfig(block_size=16, packing="padded")
@@ -54,7 +54,7 @@ def byte():
 
 
 def batches(tokens, cut=PADDED, seed=0, **settings):
-    return objective.of(ObjectiveConfig(**settings), cut, tokens, tokenizer.frame(tokens), seed)
+    return objective.build(ObjectiveConfig(**settings), cut, tokens, tokenizer.frame(tokens), seed)
 
 
 def ids(tokens, text):
@@ -231,9 +231,9 @@ def test_what_the_tokenizer_lacks_is_named_with_a_way_out():
     with pytest.raises(ConfigError, match=r"blocks.isolate_documents"):
         batches(byte_tokenizer(), BlocksConfig(isolate_documents=True), kind="masked")
     planned = TrainedTokenizer(special_tokens=("<|endoftext|>", "[MASK]"))
-    objective.check(ObjectiveConfig(kind="masked"), PADDED, planned)
+    objective.check_settings(ObjectiveConfig(kind="masked"), PADDED, planned)
     with pytest.raises(ConfigError, match=r"objective.sentinels: .* no <fim_prefix>"):
-        objective.check(ObjectiveConfig(kind="fill_in_middle"), PADDED, planned)
+        objective.check_settings(ObjectiveConfig(kind="fill_in_middle"), PADDED, planned)
 
 
 def test_a_plan_refuses_what_the_tokenizer_to_be_trained_will_lack(tiny):
@@ -440,7 +440,13 @@ def step(directory, micro_batch, accumulation):
         )  # fmt: skip
         before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
         trainer = _Trainer(
-            None, None, None, model=model, args=arguments, train_dataset=objective.Numbered(rows), data_collator=made
+            None,
+            None,
+            None,
+            model=model,
+            args=arguments,
+            train_dataset=objective.NumberedExamples(rows),
+            data_collator=made,
         )
         trainer.train()
         steps = {key: before[key] - weight.detach() for key, weight in model.named_parameters()}

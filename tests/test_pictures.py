@@ -171,7 +171,7 @@ def test_the_setting_that_decides_has_the_importance():
 def test_why_there_is_no_importance(trials, reason):
     sweep = pictures.Sweep(trials, 400)
     assert figures.importance(sweep) == reason
-    assert figures.of(sweep)[-1].reason == reason
+    assert figures.build(sweep)[-1].reason == reason
 
 
 def test_without_optuna_there_is_no_importance(monkeypatch):
@@ -180,11 +180,11 @@ def test_without_optuna_there_is_no_importance(monkeypatch):
 
 
 def test_a_sweep_that_has_just_begun_says_what_there_is_not():
-    found = figures.of(pictures.Sweep([], 400))
+    found = figures.build(pictures.Sweep([], 400))
     assert [each.name for each in found] == ["perplexity", "loss", "settings", "heat", "saved", "importance"]
     assert found[0].reason == "no trial has been evaluated yet"
     running = [Trial(f"trial_{number:05}", {RATE: 1e-3 * number, SIZE: 64}, []) for number in range(2)]
-    by_name = {each.name: each for each in figures.of(pictures.Sweep(running, 400))}
+    by_name = {each.name: each for each in figures.build(pictures.Sweep(running, 400))}
     assert [bar.length for bar in by_name["saved"].bars] == [0, 0]
 
 
@@ -226,7 +226,7 @@ def test_where_values_stand_on_an_axis(values, sampler, places):
 
 @pytest.fixture(scope="module")
 def every():
-    return {figure.name: figure for figure in figures.of(SWEEP)}
+    return {figure.name: figure for figure in figures.build(SWEEP)}
 
 
 EACH = pytest.mark.parametrize("name", ["perplexity", "loss", "settings", "heat", "saved", "importance"])

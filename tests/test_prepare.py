@@ -38,7 +38,7 @@ def test_a_command_lists_its_corpus_once(tiny, monkeypatch):
     prepare.prepared(experiment)
     monkeypatch.setattr(listing, "find", lambda *args: (listed.append(args), plain(*args))[1])
     store = train.plan(experiment).record["store"]
-    assert not prepare.is_to_do(experiment, store)
+    assert not prepare.is_needed(experiment, store)
     assert prepare.prepared(experiment, store)[1]
     assert len(listed) == 1
 

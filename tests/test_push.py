@@ -19,7 +19,7 @@ from conftest import PLAIN, TOKEN, copied
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from raylm import card, checkpoint, push
+from raylm import checkpoint, export, push
 from raylm.errors import ConfigError, StorageError
 
 SENT = [
@@ -234,7 +234,7 @@ def test_an_edited_folder_is_pushed_as_it_is(hub, folder, tmp_path):
 
 def test_the_card_of_an_export_loads_what_was_pushed(trained_directory, tmp_path):
     exported = tmp_path / "best"
-    card.export(trained_directory, exported)
+    export.export(trained_directory, exported)
     with open(exported / "README.md", "a", encoding="utf-8") as file:
         file.write('An edit: "." stays.\n')
     answer = push.push(str(exported), "someone/tiny", dry_run=True, out=tmp_path / "out")

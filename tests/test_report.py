@@ -11,7 +11,7 @@ import pytest
 from raylm import config, page, pictures, tables, tracking
 from raylm.errors import ConfigError, StorageError
 from raylm.report import report
-from raylm.sweep import Record
+from raylm.sweep import SweepRecord
 
 RATE, SIZE = "train.learning_rate", "blocks.block_size"
 BUDGET = 1024
@@ -36,7 +36,7 @@ def write_sweep(storage, name, *settings, trials, result_json=None):
     parent = tracking.start(experiment.tracking, experiment="words", name=name, tags={}, directory=directory)
     parent.parameters({"tokens": BUDGET, "store": "f00d"})
     parent.text(config.dump(experiment), "experiment.yaml")
-    record = Record(directory)
+    record = SweepRecord(directory)
     for number, (swept, evaluations, status, failure) in enumerate(trials):
         trial_id = f"trial_{number:05}"
         record.begin(trial_id, swept)
@@ -106,7 +106,7 @@ class Page(HTMLParser):
 def shown(directory):
     """The page of a sweep, without the pictures beside it."""
     found = page.read(directory)
-    return Page(page.page(found, pictures.of(found.sweep), {}))
+    return Page(page.page(found, pictures.build(found.sweep), {}))
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def test_a_row_of_the_report_says_when_its_trial_was_best(storage):
     directory = write_sweep(
         storage, "tune-20260101-000000-cccc", trials=[({RATE: 1e-3}, [(256, 20.0)], "completed", None)]
     )
-    Record(directory).result("trial_00000", {**result(1024, 90.0), "best_perplexity": 20.0, "best_step": 1})
+    SweepRecord(directory).result("trial_00000", {**result(1024, 90.0), "best_perplexity": 20.0, "best_step": 1})
     (row,) = page.rows(page.read(directory))
     assert (row["best_tokens"], row["last_perplexity"], row["tokens"]) == (256, 90.0, 1024)
     assert "completed; overfitted: 20 at 256 tokens, 90 at the end" in Path(page.build(directory)).read_text()

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from raylm import config, runs, storage
-from raylm.checkpoint import Series
+from raylm.checkpoint import CheckpointManager
 from raylm.errors import ConfigError, StorageError, StorageUnavailable
 
 
@@ -17,13 +17,13 @@ def experiment(tmp_path):
 
 
 def begin(experiment, store="abc", resume="auto"):
-    return runs.begin(experiment, "train", store, resume)
+    return runs.start_or_resume(experiment, "train", store, resume)
 
 
 def stop(begun, step=None):
     """As when the command dies: the lock is gone; and it had written a checkpoint, if a step is given."""
     if step is not None:
-        Series(f"{begun.directory}/checkpoints").commit(step, {})
+        CheckpointManager(f"{begun.directory}/checkpoints").commit(step, {})
     begun.lock.close()
 
 
@@ -205,15 +205,15 @@ def test_the_rungs_of_a_sweep_stay_where_they_are(experiment):
     """ASHA's lie in whole saves: where a trial waits it has a checkpoint."""
     asha = config.override(experiment, {"tune.space": {"train.seed": {"choice": [1]}}})
     changed = config.override(asha, {"train.save_every_tokens": 4096})
-    first = runs.begin(asha, "tune", "abc", "auto")
+    first = runs.start_or_resume(asha, "tune", "abc", "auto")
     os.mkdir(f"{first.directory}/trial_00000")
     stop(first)
     with pytest.raises(ConfigError, match="train.save_every_tokens: null then, 4096 now"):
-        runs.begin(changed, "tune", "abc", "auto")
+        runs.start_or_resume(changed, "tune", "abc", "auto")
     no_rungs = {"tune.scheduler": "none", "name": "others"}
-    first = runs.begin(config.override(asha, no_rungs), "tune", "abc", "auto")
+    first = runs.start_or_resume(config.override(asha, no_rungs), "tune", "abc", "auto")
     stop(first)
-    again = runs.begin(config.override(changed, no_rungs), "tune", "abc", "auto")
+    again = runs.start_or_resume(config.override(changed, no_rungs), "tune", "abc", "auto")
     assert again.directory == first.directory
 
 
@@ -231,5 +231,5 @@ def test_runs_that_are_over_cost_a_command_no_requests_of_their_own(tmp_path, mo
         monkeypatch.setattr(storage, name, lambda path, plain=plain: (requests.append(path), plain(path))[1])
     stopped = begin(experiment)
     assert len(requests) == 4, "the directory, the index, and two files of the newest"
-    Series(f"{stopped.directory}/checkpoints").commit(40, {})
+    CheckpointManager(f"{stopped.directory}/checkpoints").commit(40, {})
     assert begin(experiment).directory == stopped.directory

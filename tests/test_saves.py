@@ -7,8 +7,8 @@ import pytest
 
 from raylm import checkpoint, cluster, storage
 from raylm.errors import StorageError
-from raylm.loop import trainer
 from raylm.perplexity import Score
+from raylm.training import trainer
 
 SCORES = {2: 9.0, 4: 7.0, 6: 5.0, 8: 6.0, 10: 6.5}
 """Step -> perplexity: the evaluation after step 6 is the best."""
@@ -19,7 +19,7 @@ def failing(monkeypatch):
     """(steps) -> nothing: no checkpoint of these steps can be made."""
     monkeypatch.setattr(storage, "RETRIES_SECONDS", (0.01, 0.01))
     monkeypatch.setattr(storage, "_in_vain", -storage.IN_VAIN_SECONDS)
-    commit = checkpoint.Series.commit
+    commit = checkpoint.CheckpointManager.commit
     score = lambda self, documents: Score(math.log(SCORES[self.state.global_step]) * 100, 100, 100)  # noqa: E731
     monkeypatch.setattr(trainer._Trainer, "_score", score)
 
@@ -29,7 +29,7 @@ def failing(monkeypatch):
                 raise OSError("503 SlowDown")
             return commit(self, step, files)
 
-        monkeypatch.setattr(checkpoint.Series, "commit", refuse)
+        monkeypatch.setattr(checkpoint.CheckpointManager, "commit", refuse)
 
     return fail
 
@@ -66,7 +66,7 @@ def test_the_last_save_has_no_other_after_it(failing, train_run, tiny):
 
 def stopped(train_run, experiment, monkeypatch):
     """A run that was stopped after step 8, whose best checkpoint is that of step 6."""
-    board = cluster.Board()
+    board = cluster.ProgressChannel()
     keep = trainer._Trainer.keep
 
     def kept(self):
@@ -102,7 +102,7 @@ def test_the_best_checkpoint_stays_where_it_can_not_be_read_for_a_moment(failing
 
 
 def test_a_best_checkpoint_that_is_damaged_is_told_of(failing, train_run, tiny, monkeypatch):
-    experiment, board = tiny("train.keep_checkpoints=1"), cluster.Board()
+    experiment, board = tiny("train.keep_checkpoints=1"), cluster.ProgressChannel()
     job = stopped(train_run, experiment, monkeypatch)
     storage.remove_file(f"{job.checkpoints.path(6)}/model.safetensors")
     outcome = train_run.go_on(job, experiment, board)

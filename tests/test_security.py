@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raylm import config, corpus, loop
+from raylm import config, corpus, training
 from raylm.config import override
 from raylm.errors import ConfigError
 
@@ -79,7 +79,7 @@ def test_a_password_of_a_corpus_is_refused():
     with pytest.raises(
         ConfigError, match=r"corpus\.paths: s3://key@bucket/words: must come without the pass"
     ) as caught:
-        corpus.check(experiment.corpus)
+        corpus.list_sources(experiment.corpus)
     assert SECRET not in caught.value.message
 
 
@@ -99,7 +99,7 @@ def test_a_password_in_an_address_is_not_written_down():
 def test_tokens_are_not_taken_from_an_experiment(name):
     experiment = config.load(None, [f"train.arguments={{{name}: {SECRET}}}"])
     with pytest.raises(ConfigError, match=f"train.arguments.{name} is derived by raylm") as caught:
-        loop.check(experiment.train)
+        training.check_settings(experiment.train)
     assert SECRET not in caught.value.message
 
 

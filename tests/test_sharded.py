@@ -9,7 +9,7 @@ import torch
 from ray import cloudpickle
 from transformers import AutoModelForCausalLM
 
-from raylm import checkpoint, cluster, group, loop, perplexity, tokens, train
+from raylm import checkpoint, cluster, launch, perplexity, tokens, train, training
 from raylm.config import override
 from raylm.errors import ConfigError, StorageError
 
@@ -19,10 +19,10 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot im
 def noting(what, marks: Path):
     """A session whose workers each leave `what(trainer)` of their last forward pass in a file."""
 
-    class Noting(loop.WorkerGroup):
+    class Noting(training.RayTrainSession):
         def __init__(self):
             super().__init__()
-            from raylm.loop import trainer
+            from raylm.training import trainer
 
             plain = trainer._Trainer.compute_loss
 
@@ -56,23 +56,23 @@ def sharded(two_workers):
 
 def stopped_and_begun_again(train_run, experiment):
     """(outcome, job) of a run that is stopped after its first step and goes on then."""
-    with cluster.watch(lambda value: None, lambda message: None) as board:
+    with cluster.progress_channel(lambda value: None, lambda message: None) as board:
         board.stop()
         stopped, job = train_run(experiment, board=board)
     assert (stopped.step, stopped.stopped) == (1, True)
-    with cluster.watch(lambda value: None, lambda message: None) as board:
+    with cluster.progress_channel(lambda value: None, lambda message: None) as board:
         return train_run.go_on(job, experiment, board), job
 
 
 def failing_to_write(step):
     """A session whose first worker has no room for the weights of that step on its own disk."""
 
-    class Failing(loop.WorkerGroup):
+    class Failing(training.RayTrainSession):
         def __init__(self):
             super().__init__()
             import errno
 
-            from raylm.loop import trainer
+            from raylm.training import trainer
 
             plain = trainer._Trainer._save
 
@@ -161,7 +161,7 @@ def scored(job, outcome, experiment):
     """The perplexity of the best checkpoint as `raylm evaluate` has it."""
     store, saved = tokens.open_store(job.store), job.checkpoints.path(outcome.best["step"])
     count = perplexity.first_documents(store.validation, experiment.eval.max_tokens)
-    rows = group.score(saved, store.validation, experiment, None)
+    rows = launch.score(saved, store.validation, experiment, None)
     return perplexity.Score.of(rows[:count]).perplexity
 
 
@@ -224,7 +224,7 @@ def test_states_of_the_optimizer_shared_out_by_deepspeed(two_workers, train_run)
 
     settings["zero_optimization"]["stage"] = 3
     with pytest.raises(ConfigError, match=r"stage must be 1 or 2, got 3; train\.arguments\.fsdp=true"):
-        loop.check(override(two_workers, {"train.arguments.deepspeed": settings}).train)
+        training.check_settings(override(two_workers, {"train.arguments.deepspeed": settings}).train)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_states_of_the_optimizer_shared_out_by_deepspeed(two_workers, train_run)
 def test_what_cannot_share_out_weights_is_refused_before_anything_starts(tiny, setting, problem, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed, where it is
     with pytest.raises(ConfigError, match=problem):
-        loop.check(tiny(setting).train)
+        training.check_settings(tiny(setting).train)
 
 
 def test_updates_of_low_rank_are_not_shared_out(tiny):

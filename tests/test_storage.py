@@ -22,12 +22,12 @@ from conftest import S3, S3_KEY, mlflow_server, one_by_one
 from mlflow import MlflowClient
 from werkzeug.serving import make_server
 
-from raylm import card, checkpoint, cluster, config, prepare, runs, storage, tokens, tracking, train
+from raylm import checkpoint, cluster, config, export, prepare, runs, storage, tokens, tracking, train
 from raylm.corpus import sources
 from raylm.errors import ConfigError, DataError, StorageError
 from raylm.evaluate import evaluate
 from raylm.generate import generate
-from raylm.sweep import Record
+from raylm.sweep import SweepRecord
 from raylm.tokens import store as stores
 from raylm.tokens import write
 
@@ -207,7 +207,7 @@ def test_credentials_do_not_belong_in_a_setting(uri):
 
 
 def test_the_checkpoints_of_a_run(place, tmp_path):
-    series = checkpoint.Series(f"{place}/checkpoints")
+    series = checkpoint.CheckpointManager(f"{place}/checkpoints")
     assert series.newest() == (None, [])
     (tmp_path / "model.safetensors").write_bytes(b"weights" * 10)
     for step in (20, 40, 60):
@@ -225,37 +225,37 @@ def test_the_checkpoints_of_a_run(place, tmp_path):
 
 def test_a_run_that_stopped_is_gone_on_with(place):
     experiment = config.load(None, [f"storage={place}/", "name=words"])
-    first = runs.begin(experiment, "train", "abc", "auto")
+    first = runs.start_or_resume(experiment, "train", "abc", "auto")
     assert first.directory.startswith(f"{place}/words/train-")
-    checkpoint.Series(f"{first.directory}/checkpoints").commit(40, {})
-    assert runs.begin(experiment, "train", "abc", "auto").step == 40
+    checkpoint.CheckpointManager(f"{first.directory}/checkpoints").commit(40, {})
+    assert runs.start_or_resume(experiment, "train", "abc", "auto").step == 40
     first.end({"perplexity": 3.5})
-    assert runs.begin(experiment, "train", "abc", "auto").directory != first.directory
+    assert runs.start_or_resume(experiment, "train", "abc", "auto").directory != first.directory
 
 
 def test_a_model_is_exported_to_object_storage_and_found_there(place, server, trained_directory, tmp_path):
     target = f"{place}/model"
-    assert card.export(trained_directory, target) == target
+    assert export.export(trained_directory, target) == target
     there = storage.names(target)
     assert {"config.json", "model.safetensors", "README.md", "experiment.yaml", "raylm.json"} <= set(there)
     assert "optimizer.pt" not in there
-    local = Path(card.export(trained_directory, tmp_path / "model"))
+    local = Path(export.export(trained_directory, tmp_path / "model"))
     assert sorted(file.name for file in local.iterdir()) == there
     texts = [generate(str(model), prompt=["a"], json=True).record["texts"] for model in (target, local)]
     assert texts[0] == texts[1]
     assert checkpoint.load(target).record == checkpoint.read_record(local)
     assert server.read("model.safetensors") == 1, "it is copied once"
     with pytest.raises(StorageError, match=f"{place} holds no model.*did you mean {target}"):
-        checkpoint.check(place)
+        checkpoint.locate(place)
     with pytest.raises(StorageError, match=f"{place}/none is not a directory; give one"):
-        checkpoint.check(f"{place}/none")
+        checkpoint.locate(f"{place}/none")
 
     storage.write(f"{target}/model-00002-of-00002.safetensors", b"of a larger model")
-    card.export(trained_directory, target)
+    export.export(trained_directory, target)
     assert storage.names(target) == there, "the older one is replaced whole"
     storage.write(f"{place}/other/of_mine.txt", b"")
     with pytest.raises(StorageError, match="other is there already and holds no exported model"):
-        card.export(trained_directory, f"{place}/other")
+        export.export(trained_directory, f"{place}/other")
 
 
 def test_a_file_of_a_run_is_kept_there_and_reaches_mlflow(place, tmp_path):
@@ -276,7 +276,7 @@ def test_a_file_of_a_run_is_kept_there_and_reaches_mlflow(place, tmp_path):
 
 
 def test_a_sweep_ends_where_its_record_cannot_be_written_twice(place, server):
-    record = Record(f"{place}/words/tune-1")
+    record = SweepRecord(f"{place}/words/tune-1")
     record.begin("trial_00000", {})
     server.refused = lambda method, path: True
     record.end("trial_00000", "completed")
@@ -286,24 +286,24 @@ def test_a_sweep_ends_where_its_record_cannot_be_written_twice(place, server):
         record.spend(1.0)
     server.refused = never
     record.spend(2.0)
-    kinds = [next(iter(event)) for event in Record(record.directory).events]
+    kinds = [next(iter(event)) for event in SweepRecord(record.directory).events]
     assert kinds == ["begun", "over", "spent", "spent"], "nothing is lost meanwhile"
 
 
 def test_an_export_that_is_cut_off_leaves_no_model(place, server, trained_directory):
     target = f"{place}/model"
-    card.export(trained_directory, target)
+    export.export(trained_directory, target)
     server.refused = lambda method, path: method == "PUT" and path.endswith("tokenizer.json")
     with pytest.raises(StorageError, match=f"{target}/tokenizer.json cannot be reached: .*expired"):
-        card.export(trained_directory, target)
+        export.export(trained_directory, target)
     with pytest.raises(StorageError, match="holds no model: it has no config.json"):
-        checkpoint.check(target)
+        checkpoint.locate(target)
     with pytest.raises(StorageError, match="expired"):
-        card.export(trained_directory, f"{place}/first")
+        export.export(trained_directory, f"{place}/first")
     server.refused = never
     for again in (target, f"{place}/first"):
-        card.export(trained_directory, again)
-        checkpoint.check(again)
+        export.export(trained_directory, again)
+        checkpoint.locate(again)
 
 
 def test_a_token_store_is_copied_once_a_node(place, server, tiny, monkeypatch):
@@ -331,7 +331,7 @@ def test_a_run_goes_on_to_the_next_save_where_storage_fails_and_ends_if_it_stays
     server.refused = lambda method, path: method == "PUT" and any(step in path for step in failing)
     said = []
     experiment = tiny(f"storage={place}", "train.save_every_tokens=512", "train.keep_checkpoints=9")
-    with cluster.watch(lambda value: None, said.append) as board, pytest.raises(StorageError) as ended:
+    with cluster.progress_channel(lambda value: None, said.append) as board, pytest.raises(StorageError) as ended:
         train_run(experiment, board=board)
     assert ended.value.message.startswith(f"{place}/tiny/train-")
     assert re.search(r"step_00000010/\S+ cannot be reached: When uploading", ended.value.message)
@@ -340,7 +340,7 @@ def test_a_run_goes_on_to_the_next_save_where_storage_fails_and_ends_if_it_stays
         "the checkpoint of step 4", "the checkpoint of step 8"
     ]  # fmt: skip
     directory = ended.value.where.rpartition("/checkpoints/")[0]
-    series = checkpoint.Series(f"{directory}/checkpoints")
+    series = checkpoint.CheckpointManager(f"{directory}/checkpoints")
     assert series.complete() == [2, 6]
 
     server.refused = never
@@ -439,7 +439,7 @@ def test_a_sweep_whose_storage_fails_ends_and_its_trials_are_to_resume(place, se
     assert "Traceback" not in ended.stderr
     server.refused = never
     (sweep,) = [name for name in storage.names(f"{place}/words") if name.startswith("tune-")]
-    before = Record(f"{place}/words/{sweep}").trials
+    before = SweepRecord(f"{place}/words/{sweep}").trials
     assert [trial.status for trial in before.values()] == ["completed", "running"]
 
     ended = command("tune", "--config", file, "--json", cwd=tmp_path)

@@ -38,7 +38,7 @@ INNER = {
 
 
 def drawn(seed=0, **section):
-    points = sweep.points(TuneConfig(**section), seed)
+    points = sweep.searcher(TuneConfig(**section), seed)
     return [points.draw(f"trial_{number:05d}") for number in range(points.total)]
 
 
@@ -95,7 +95,7 @@ def test_every_point_of_grids_alone_once():
 
 
 def test_optuna_looks_where_results_were_good():
-    points = sweep.points(
+    points = sweep.searcher(
         TuneConfig(space={"train.weight_decay": {"uniform": [0, 1]}}, num_samples=40, searcher="optuna"), 0
     )
     found = []
@@ -110,11 +110,11 @@ def test_optuna_looks_where_results_were_good():
 @pytest.mark.parametrize("space", [SPACE, INNER])
 def test_results_are_those_of_the_settings_that_were_trained(searcher, space):
     """Of a stopped sweep that goes on with more trials: drawn again, the first ones may have other settings."""
-    before = sweep.points(TuneConfig(space=space, num_samples=16, searcher=searcher), 0)
+    before = sweep.searcher(TuneConfig(space=space, num_samples=16, searcher=searcher), 0)
     begun = {f"trial_{number:05d}": before.draw(f"trial_{number:05d}") for number in range(10)}
     for number, trial_id in enumerate(begun):
         before.tell(trial_id, [float(number)])
-    again = sweep.points(TuneConfig(space=space, num_samples=40, searcher=searcher), 0)
+    again = sweep.searcher(TuneConfig(space=space, num_samples=40, searcher=searcher), 0)
     for number, (trial_id, point) in enumerate(begun.items()):
         again.add(trial_id, json.loads(json.dumps(point)))
         again.tell(trial_id, [float(number)])
@@ -134,9 +134,9 @@ def test_optuna_goes_on_as_if_the_sweep_had_never_stopped(space):
     def told(points, number, point):
         points.tell(str(number), [point["train.learning_rate"]] if number % 5 else None)
 
-    whole, found = sweep.points(section, 0), []
+    whole, found = sweep.searcher(section, 0), []
     for number in range(30):
-        again = sweep.points(section, 0)
+        again = sweep.searcher(section, 0)
         for earlier, point in enumerate(found):
             again.add(str(earlier), point)
             told(again, earlier, point)
@@ -190,7 +190,7 @@ def test_what_does_not_go_together_is_refused(settings, told, tmp_path):
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
-    record = sweep.Record(str(tmp_path))
+    record = sweep.SweepRecord(str(tmp_path))
     record.begin("trial_00000", {"train.learning_rate": 0.1 + 0.2})
     record.start("trial_00000")
     record.result("trial_00000", {"tokens": 10, "perplexity": 7.5})
@@ -202,7 +202,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     record.spend(2.5)
     with (tmp_path / EVENTS).open("a") as file:
         file.write('{"over": "trial_0')  # killed while it wrote
-    again = sweep.Record(str(tmp_path))
+    again = sweep.SweepRecord(str(tmp_path))
     assert again.trials == record.trials == sweep.read(str(tmp_path))
     assert list(again.trials) == ["trial_00000", "trial_00001"]
     assert again.trials["trial_00000"].settings == {"train.learning_rate": 0.1 + 0.2}
@@ -215,7 +215,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 
 
 def test_a_trial_that_became_like_another_goes_on_from_its_tokens(tmp_path):
-    record = sweep.Record(str(tmp_path))
+    record = sweep.SweepRecord(str(tmp_path))
     record.begin("trial_00000", {"train.learning_rate": 1e-3})
     for tokens in (10, 20, 30):
         record.result("trial_00000", {"tokens": tokens})
@@ -253,23 +253,23 @@ def test_fewer_trials_than_were_begun_leave_those_that_were(tmp_path, searcher):
     ],
 )
 def test_limits_of_a_sweep(tmp_path, stop, over):
-    record = sweep.Record(str(tmp_path))
+    record = sweep.SweepRecord(str(tmp_path))
     for number, tokens in enumerate((20, 30)):
         record.begin(f"trial_{number}", {})
         record.result(f"trial_{number}", {"tokens": tokens, "best_perplexity": 7.0 + number})
     record.spend(200.0)
-    limits = sweep.Limits(StopConfig(**stop), record, "best_perplexity")
+    limits = sweep.SweepStopper(StopConfig(**stop), record, "best_perplexity")
     assert limits.stop_all() is over
 
 
 def test_the_seconds_of_a_killed_sweep_count(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    limits = sweep.Limits(StopConfig(seconds=100), sweep.Record(str(tmp_path)), "best_perplexity")
+    limits = sweep.SweepStopper(StopConfig(seconds=100), sweep.SweepRecord(str(tmp_path)), "best_perplexity")
     for _ in range(60):
         now[0] += 1
         assert not limits.stop_all()
-    again = sweep.Limits(StopConfig(seconds=100), sweep.Record(str(tmp_path)), "best_perplexity")
+    again = sweep.SweepStopper(StopConfig(seconds=100), sweep.SweepRecord(str(tmp_path)), "best_perplexity")
     now[0] += 39
     assert not again.stop_all()
     now[0] += 1
@@ -278,7 +278,7 @@ def test_the_seconds_of_a_killed_sweep_count(tmp_path, monkeypatch):
 
 # Schedulers ----------------------------------------------------------------------------------------------------------
 
-BUDGET = budget.plan(
+BUDGET = budget.compute(
     TrainConfig(batch_tokens=64, max_tokens=64 * 16, eval_every_tokens=64),
     block_size=64,
     num_workers=1,
@@ -290,11 +290,11 @@ class Controller:
     """Tune without processes: it runs what the queue and the scheduler let run, and hands on one result at a time."""
 
     def __init__(self, directory, section, together):
-        self.record = sweep.Record(str(directory))
+        self.record = sweep.SweepRecord(str(directory))
         inner = sweep.scheduler(section, BUDGET, "best_perplexity")
-        self.scheduler = sweep.Recorded(inner, self.record, BUDGET, lambda: False)
+        self.scheduler = sweep.RecordedScheduler(inner, self.record, BUDGET, lambda: False)
         self.search_alg = Queue(
-            sweep.points(section, 0),
+            sweep.searcher(section, 0),
             self.record,
             self.scheduler,
             together=together,
@@ -351,7 +351,7 @@ class Controller:
             self.saving.pop().set_status(RayTrial.PAUSED)
 
 
-class Queue(sweep.Trials):
+class Queue(sweep.TrialQueue):
     def _made(self, trial_id, settings):
         return ray_trial(trial_id)
 
@@ -373,7 +373,7 @@ def play(directory, scheduler, scores, *, together=3, seed=0, cuts=(), searcher=
     directory.mkdir(exist_ok=True)
     space = {"train.weight_decay": {"uniform": [0, 1]}}
     section = TuneConfig(scheduler=scheduler, num_samples=len(scores), space=space, searcher=searcher)
-    wrote, written, cuts = sweep.Record._add, itertools.count(1), set(cuts)
+    wrote, written, cuts = sweep.SweepRecord._add, itertools.count(1), set(cuts)
 
     def add(record, event):
         wrote(record, event)
@@ -381,7 +381,7 @@ def play(directory, scheduler, scores, *, together=3, seed=0, cuts=(), searcher=
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep.Record, "_add", add)
+        patch.setattr(sweep.SweepRecord, "_add", add)
         while True:
             controller = Controller(directory, section, together)
             try:
@@ -396,7 +396,7 @@ def play(directory, scheduler, scores, *, together=3, seed=0, cuts=(), searcher=
             except Killed:
                 continue
             assert controller.search_alg.is_finished(), "or Tune would wait for ever"
-            return sweep.Record(str(directory)).events
+            return sweep.SweepRecord(str(directory)).events
 
 
 def _next_result(trials, running, scores, seed):
@@ -447,8 +447,8 @@ def test_a_new_trial_does_not_go_on_from_the_checkpoints_of_one_that_the_record_
     section = TuneConfig(scheduler="none", num_samples=5, space=SPACE, searcher=searcher)
     for number in range(3):
         (tmp_path / f"trial_{number:05d}").mkdir()
-    record = sweep.Record(str(tmp_path))
-    record.begin("trial_00000", sweep.points(section, 0).draw("trial_00000"))
+    record = sweep.SweepRecord(str(tmp_path))
+    record.begin("trial_00000", sweep.searcher(section, 0).draw("trial_00000"))
     again = Controller(tmp_path, section, together=5)
     assert again.search_alg.unknown == ["trial_00001", "trial_00002"]
     assert list(again.running()) == ["trial_00000", "trial_00003", "trial_00004", "trial_00005", "trial_00006"]
@@ -456,7 +456,7 @@ def test_a_new_trial_does_not_go_on_from_the_checkpoints_of_one_that_the_record_
 
 
 def test_a_trial_of_a_population_has_no_checkpoints_of_a_change_that_is_lost(tmp_path):
-    job = SimpleNamespace(directory=str(tmp_path), checkpoints=checkpoint.Series(f"{tmp_path}/checkpoints"))
+    job = SimpleNamespace(directory=str(tmp_path), checkpoints=checkpoint.CheckpointManager(f"{tmp_path}/checkpoints"))
     for step in (10, 20):
         job.checkpoints.commit(step, {})
     (tmp_path / ADOPTED).write_text(json.dumps({"changed": "trial_00000", "like": "trial_00001"}))
@@ -565,14 +565,16 @@ def test_what_was_decided_and_nobody_heard_of_is_made_up_for(tmp_path):
     found = {}
     for kind in ("asha", "median"):
         (tmp_path / kind).mkdir()
-        record = sweep.Record(str(tmp_path / kind))
+        record = sweep.SweepRecord(str(tmp_path / kind))
         for number, score in enumerate((10.0, 20.0, 30.0, 90.0)):
             record.begin(f"trial_{number}", {})
             for tokens in (64, 128):
                 record.result(f"trial_{number}", {"tokens": tokens, "best_perplexity": score, "budget_tokens": 1024})
-        record = sweep.Record(str(tmp_path / kind))
+        record = sweep.SweepRecord(str(tmp_path / kind))
         section = TuneConfig(scheduler={"kind": kind, "grace_tokens": 128, "reduction_factor": 4.0})
-        scheduler = sweep.Recorded(sweep.scheduler(section, BUDGET, "best_perplexity"), record, BUDGET, lambda: False)
+        scheduler = sweep.RecordedScheduler(
+            sweep.scheduler(section, BUDGET, "best_perplexity"), record, BUDGET, lambda: False
+        )
         trials = {trial_id: ray_trial(trial_id) for trial_id in record.trials}
         scheduler.replay(trials)
         found[kind] = [record.trials[trial_id].status for trial_id in trials], [t.status for t in trials.values()]
@@ -582,9 +584,9 @@ def test_what_was_decided_and_nobody_heard_of_is_made_up_for(tmp_path):
 
 
 def test_a_trial_whose_process_is_lost_while_it_begins_to_wait_does_not_go_on(tmp_path):
-    record = sweep.Record(str(tmp_path))
+    record = sweep.SweepRecord(str(tmp_path))
     inner = sweep.scheduler(TuneConfig(scheduler="asha"), BUDGET, "best_perplexity")
-    found, trial = sweep.Recorded(inner, record, BUDGET, lambda: False), ray_trial("trial_0")
+    found, trial = sweep.RecordedScheduler(inner, record, BUDGET, lambda: False), ray_trial("trial_0")
     record.begin("trial_0", {})
     result = {"tokens": 128, "best_perplexity": 9.0, "budget_tokens": 1024}
     assert found.on_trial_result(None, trial, result) == "PAUSE"
@@ -599,8 +601,8 @@ def test_a_trial_whose_process_is_lost_while_it_begins_to_wait_does_not_go_on(tm
 
 def test_a_failed_trial_does_not_decide_about_others(tmp_path):
     section = TuneConfig(scheduler={"kind": "asha", "grace_tokens": 64, "reduction_factor": 2.0})
-    record = sweep.Record(str(tmp_path))
-    found = sweep.Recorded(sweep.scheduler(section, BUDGET, "best_perplexity"), record, BUDGET, lambda: False)
+    record = sweep.SweepRecord(str(tmp_path))
+    found = sweep.RecordedScheduler(sweep.scheduler(section, BUDGET, "best_perplexity"), record, BUDGET, lambda: False)
     decisions = []
     for number, score in enumerate((50.0, float("inf"), float("inf"), 60.0, 40.0)):
         record.begin(f"trial_{number}", {})
@@ -628,7 +630,7 @@ def test_a_population_stays_inside_the_ranges_of_its_space():
     population = sweep.scheduler(section, BUDGET, "best_perplexity")
     trial = ray_trial("trial_0")
     random.seed(0)
-    trial.config = dict(sweep.points(section, 0).draw("trial_0"))
+    trial.config = dict(sweep.searcher(section, 0).draw("trial_0"))
     seen = []
     for _ in range(300):
         trial.config, _ = population._get_new_config(trial, trial)

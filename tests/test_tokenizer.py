@@ -193,7 +193,7 @@ def test_a_tokenizer_without_end_of_text_is_refused_with_the_way_out(trained):
 
 
 def chosen(path, gguf_file=None):
-    return tokenizer.chosen(TokenizerConfig(path=str(path), gguf_file=gguf_file), ModelConfig())
+    return tokenizer.choose(TokenizerConfig(path=str(path), gguf_file=gguf_file), ModelConfig())
 
 
 @pytest.mark.parametrize("key", ["tokenizer.path", "model.path"])
@@ -210,7 +210,7 @@ def test_a_directory_without_a_tokenizer_is_refused_before_anything_starts(tmp_p
             )
         )
         with pytest.raises(ConfigError, match=rf"^{key}={path}: {why}") as raised:
-            tokenizer.chosen(*sections)
+            tokenizer.choose(*sections)
         assert raised.value.where == key
 
     refused(str(tmp_path / "gone"), "there is no such directory")
@@ -293,20 +293,20 @@ def test_a_vocabulary_that_knows_no_probe_is_found_out_by_its_rules(tmp_path, ca
 
 
 def test_the_models_own_tokenizer_is_the_default():
-    assert tokenizer.chosen(TokenizerConfig(), ModelConfig(path="some/model")).path == "some/model"
-    assert tokenizer.chosen(TokenizerConfig(path="mine"), ModelConfig(path="some/model")).path == "mine"
+    assert tokenizer.choose(TokenizerConfig(), ModelConfig(path="some/model")).path == "some/model"
+    assert tokenizer.choose(TokenizerConfig(path="mine"), ModelConfig(path="some/model")).path == "mine"
     with pytest.raises(ConfigError, match=r"tokenizer\.path or tokenizer\.train"):
-        tokenizer.chosen(TokenizerConfig(), ModelConfig(config={"model_type": "gpt2"}))
+        tokenizer.choose(TokenizerConfig(), ModelConfig(config={"model_type": "gpt2"}))
 
 
 def test_the_models_own_tokenizer_is_of_its_revision_and_gguf_file():
     model = ModelConfig(path="some/model", revision="v2", gguf_file="q4.gguf")
     own = TokenizerConfig(path="some/model", revision="v2", gguf_file="q4.gguf")
-    assert tokenizer.chosen(TokenizerConfig(), model) == own
-    assert tokenizer.chosen(TokenizerConfig(revision="v3"), model).revision == "v3"
-    assert tokenizer.chosen(TokenizerConfig(eos_token="</s>"), model).eos_token == "</s>"
+    assert tokenizer.choose(TokenizerConfig(), model) == own
+    assert tokenizer.choose(TokenizerConfig(revision="v3"), model).revision == "v3"
+    assert tokenizer.choose(TokenizerConfig(eos_token="</s>"), model).eos_token == "</s>"
     other = TokenizerConfig(path="other")
-    assert tokenizer.chosen(other, model) == other
+    assert tokenizer.choose(other, model) == other
 
 
 @pytest.mark.parametrize(
@@ -367,12 +367,12 @@ def test_a_kind_that_the_fast_encoder_does_not_read_is_encoded_by_the_slow_one(t
 
 def test_the_version_of_a_tokenizer_is_that_of_its_files(trained):
     section = TokenizerConfig(path=str(trained))
-    before = tokenizer.version(section)
+    before = tokenizer.fingerprint(section)
     (trained / "model.safetensors").write_text("weights are none of it")
-    assert tokenizer.version(section) == before
+    assert tokenizer.fingerprint(section) == before
     (trained / "tokenizer.json").write_text((trained / "tokenizer.json").read_text() + " ")
-    assert tokenizer.version(section) != before
-    assert tokenizer.version(TokenizerConfig(train=TrainedTokenizer())) == {}
+    assert tokenizer.fingerprint(section) != before
+    assert tokenizer.fingerprint(TokenizerConfig(train=TrainedTokenizer())) == {}
 
 
 class Hub(ThreadingHTTPServer):
@@ -514,7 +514,7 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path):
     loaded = tokenizer.load_section(section)
     assert loaded.eos_token_id == 0
     assert loaded(TEXTS[0]).input_ids == made(TEXTS[0]).input_ids
-    assert list(tokenizer.version(section)) == ["model.gguf"]
+    assert list(tokenizer.fingerprint(section)) == ["model.gguf"]
 
 
 def test_ids_are_stored_in_two_bytes_where_they_fit():

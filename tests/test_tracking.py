@@ -261,7 +261,7 @@ def test_a_line_that_is_torn_at_any_byte_spoils_no_other(tmp_path_factory, befor
 
 
 def test_a_reader_that_comes_while_a_line_is_written_sees_it_whole_the_next_time(tmp_path):
-    file, log = tmp_path / "log", journal.Log(str(tmp_path / "log"))
+    file, log = tmp_path / "log", journal.JsonLines(str(tmp_path / "log"))
     file.write_bytes(b'{"step": 1}\n{"st')
     assert log.read() == ([{"step": 1}], 12)
     file.write_bytes(b'{"step": 1}\n{"step": 2}')
@@ -480,7 +480,7 @@ def test_how_busy_the_machine_is(section, tmp_path, monkeypatch):
     run = start(section, tmp_path / "run")
     run.system_metrics(1)
     monkeypatch.setattr(system, "SECONDS", -1.0)
-    system.watch.cache_clear()
+    system.monitor.cache_clear()
     run.system_metrics(2)
     assert run.ship(20)
     found = MlflowClient(section.uri).get_run(run.run_id).data.metrics

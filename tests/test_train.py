@@ -11,13 +11,13 @@ from conftest import one_by_one
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raylm import budget, checkpoint, cluster, config, group, loop, prepare, tokens, train
+from raylm import budget, checkpoint, cluster, config, launch, prepare, tokens, train, training
 from raylm.config import override
 from raylm.errors import ConfigError, DataError, Diverged, OutOfMemory
 from raylm.evaluate import evaluate
-from raylm.loop import arguments
 from raylm.perplexity import Score
 from raylm.tokens import write
+from raylm.training import arguments
 
 
 @pytest.fixture(scope="module")
@@ -105,18 +105,18 @@ def test_the_same_score_from_one_process_and_from_two_workers(one_worker, ray_cl
     import ray
 
     experiment, best, saved, store, _ = one_worker
-    alone = Score.of(group.score(saved, store.validation, experiment, None))
+    alone = Score.of(launch.score(saved, store.validation, experiment, None))
     assert alone.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
     two = override(experiment, {"cluster.num_workers": 2, "eval.batch_tokens": 64})
     resources = cluster.resources(two.cluster, ray.cluster_resources())
-    shared = Score.of(group.score(saved, store.validation, two, resources))
+    shared = Score.of(launch.score(saved, store.validation, two, resources))
     assert (shared.tokens, shared.bytes) == (alone.tokens, alone.bytes)
     assert shared.nll == pytest.approx(alone.nll, rel=1e-6)
     assert shared.keyword_tokens == alone.keyword_tokens > 0
     assert shared.keyword_nll == pytest.approx(alone.keyword_nll, rel=1e-6)
 
 
-class StopsWhenAsked(cluster.Board):
+class StopsWhenAsked(cluster.ProgressChannel):
     """Says at the n-th time that it is asked, and later, that the training shall stop."""
 
     def __init__(self, times=None):
@@ -131,7 +131,7 @@ class StopsWhenAsked(cluster.Board):
 
 @pytest.mark.parametrize("in_last_one", [False, True])
 def test_an_evaluation_is_broken_off_and_made_when_the_run_resumes(train_run, tiny, monkeypatch, in_last_one):
-    from raylm.loop import trainer
+    from raylm.training import trainer
 
     monkeypatch.setattr(trainer, "LOOK_SECONDS", 0.0)
     experiment = tiny("eval.batch_tokens=64", "train.patience=9")
@@ -157,27 +157,27 @@ def test_divergence_is_an_error_that_names_step_and_setting(train_run, tiny):
 
 def test_arguments_of_the_trainer_are_checked(tiny):
     with pytest.raises(ConfigError, match=r"train.arguments.optimm: not a field .* did you mean optim\?"):
-        loop.check(tiny("train.arguments.optimm=sgd").train)
+        training.check_settings(tiny("train.arguments.optimm=sgd").train)
     with pytest.raises(ConfigError, match=r"train.arguments.learning_rate is derived.*set train.learning_rate"):
-        loop.check(tiny("train.arguments.learning_rate=1").train)
+        training.check_settings(tiny("train.arguments.learning_rate=1").train)
     with pytest.raises(ConfigError, match=r"train.arguments.ddp_timeout must be a whole number of seconds.*, got 0"):
-        loop.check(tiny("train.arguments.ddp_timeout=0").train)
+        training.check_settings(tiny("train.arguments.ddp_timeout=0").train)
     with pytest.raises(ConfigError, match=r"train.arguments: .*adamww"):
-        loop.check(tiny("train.arguments.optim=adamww").train)
+        training.check_settings(tiny("train.arguments.optim=adamww").train)
     with pytest.raises(ConfigError, match=r"train.lr_scheduler_type must be one of .*cosine.*, got 'cosinus'"):
-        loop.check(tiny("train.lr_scheduler_type=cosinus").train)
+        training.check_settings(tiny("train.lr_scheduler_type=cosinus").train)
 
 
 def test_a_schedule_gets_the_arguments_that_it_needs_or_is_refused(tiny):
     from transformers import SchedulerType, get_scheduler
 
-    from raylm.loop import arguments
+    from raylm.training import arguments
 
     def schedule(kind, given):
         experiment = tiny(f"train.lr_scheduler_type={kind}", f"train.arguments.lr_scheduler_kwargs={given}")
-        loop.check(experiment.train)
-        planned = budget.plan(experiment.train, block_size=32, num_workers=1, epoch_examples=None)
-        made = arguments.of(experiment, planned, "/nowhere")
+        training.check_settings(experiment.train)
+        planned = budget.compute(experiment.train, block_size=32, num_workers=1, epoch_examples=None)
+        made = arguments.build(experiment, planned, "/nowhere")
         weights = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         rates = get_scheduler(kind, weights, 0, planned.steps, made.lr_scheduler_kwargs).lr_lambdas[0]
         return [round(rates(step), 2) for step in range(planned.steps + 1)]
@@ -194,8 +194,8 @@ def test_a_schedule_gets_the_arguments_that_it_needs_or_is_refused(tiny):
 
 def test_an_optimizer_of_a_package_that_is_not_there_is_refused_before_anything_starts(tiny):
     with pytest.raises(ConfigError, match=r"^train.arguments.optim=adamw_bnb_8bit: .*pip install -U bitsandbytes"):
-        loop.check(tiny("train.arguments.optim=adamw_bnb_8bit").train)
-    loop.check(tiny("train.arguments.optim=adafactor").train)
+        training.check_settings(tiny("train.arguments.optim=adamw_bnb_8bit").train)
+    training.check_settings(tiny("train.arguments.optim=adafactor").train)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,9 @@ def test_arguments_with_which_numbers_would_be_wrong_are_refused_in_the_plan(set
 
 
 def test_arguments_that_change_no_number_are_taken(tiny):
-    loop.check(tiny("train.arguments.use_liger_kernel=false", "train.arguments.accelerator_config={}").train)
+    training.check_settings(
+        tiny("train.arguments.use_liger_kernel=false", "train.arguments.accelerator_config={}").train
+    )
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "auto"])
@@ -253,7 +255,7 @@ def test_no_validation_text_is_an_error(ray_cluster, tiny, tmp_path):
     experiment = tiny(f"corpus.paths={tmp_path}", "corpus.validation_fraction=0")
     store, _ = prepare.prepared(experiment)
     with pytest.raises(DataError, match="validation split is empty.*corpus.validation_fraction=0"):
-        budget.of(experiment, store)
+        budget.for_store(experiment, store)
 
 
 def test_a_plan_starts_no_ray_and_writes_nothing(tiny, tmp_path, monkeypatch):
@@ -282,7 +284,7 @@ def test_the_store_outlives_its_process(one_worker):
 
 def test_a_run_that_is_stopped_in_its_last_step_stops(ray_cluster, tiny, tmp_path, monkeypatch):
     """It has a score and an export left to do, which the same command does."""
-    fit = group.fit
+    fit = launch.fit
 
     def interrupted(*args, **options):
         outcome = fit(*args, **options)
@@ -292,7 +294,7 @@ def test_a_run_that_is_stopped_in_its_last_step_stops(ray_cluster, tiny, tmp_pat
     config.save(tiny(f"storage={tmp_path}"), tmp_path / "tiny.yaml")
     monkeypatch.setattr(write, "_each", one_by_one)
     with monkeypatch.context() as last_step:
-        last_step.setattr(group, "fit", interrupted)
+        last_step.setattr(launch, "fit", interrupted)
         with pytest.raises(KeyboardInterrupt, match="stopped after step 10, which is saved; the same command goes on"):
             train.train(config=tmp_path / "tiny.yaml")
     result = train.train(config=tmp_path / "tiny.yaml").record

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from raylm import budget, checkpoint, cluster, group, prepare, runs, summary, tables, tracking, train, tune
+from raylm import budget, checkpoint, cluster, launch, prepare, runs, summary, tables, tracking, train, tune
 from raylm import sweep as sweeps
 from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
 from raylm.errors import ConfigError, Interrupted
@@ -35,7 +35,7 @@ def run(experiment, resume="never"):
 
     resources = cluster.resources(experiment.cluster, ray.cluster_resources())
     store, _ = prepare.prepared(experiment)
-    begun = runs.begin(experiment, "tune", Path(store.path).name, resume)
+    begun = runs.start_or_resume(experiment, "tune", Path(store.path).name, resume)
     parent = summary.start(experiment, begun.directory, begun.name, "tune")
     rows = tune.sweep(experiment, store, parent, begun, resources)
     best = tune.finish(experiment, store, parent, resources, rows)
@@ -66,7 +66,7 @@ def test_the_best_checkpoint_has_the_score_that_the_sweep_tells(sweep):
     experiment, rows, best, _ = sweep
     store, _ = prepare.prepared(experiment)
     assert best["perplexity"] == rows[0]["perplexity"]
-    score = Score.of(group.score(best["checkpoint"], store.validation, experiment, None))
+    score = Score.of(launch.score(best["checkpoint"], store.validation, experiment, None))
     assert score.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
 
 
@@ -217,13 +217,13 @@ def test_asha_has_trials_wait_at_rungs_of_tokens_and_the_best_go_on(ray_cluster,
 
 def test_a_trial_that_waited_ends_as_one_that_ran_through(ray_cluster, tiny, monkeypatch):
     """The best of three goes on twice in the end, each time in the process of the trial before: a new one takes 5 s."""
-    processes, told = set(), sweeps.Recorded.on_trial_result
+    processes, told = set(), sweeps.RecordedScheduler.on_trial_result
 
     def result(self, controller, trial, result):
         processes.add(result["pid"])
         return told(self, controller, trial, result)
 
-    monkeypatch.setattr(sweeps.Recorded, "on_trial_result", result)
+    monkeypatch.setattr(sweeps.RecordedScheduler, "on_trial_result", result)
     experiment = asha(tiny("train.max_tokens=4608", "name=waits"), [2e-2, 1e-2, 1e-6], 512, 3.0)
     rows, best, parent = run(experiment)
     assert [(row["status"], row["tokens"]) for row in rows] == [
@@ -252,7 +252,7 @@ def test_a_sweep_of_which_trials_wait_stops_when_it_is_asked_to(ray_cluster, tin
     """Tune would wait for those that nobody lets go on any more."""
     experiment = asha(tiny("train.max_tokens=2560", f"name=stops-{kind}"), [1e-6, 2e-2, 2e-6, 1e-2], 512, 4.0)
     experiment = override(experiment, {"tune.scheduler.kind": kind})
-    wrote, seen = sweeps.Record.result, itertools.count(1)
+    wrote, seen = sweeps.SweepRecord.result, itertools.count(1)
 
     def result(self, *arguments):
         wrote(self, *arguments)
@@ -260,7 +260,7 @@ def test_a_sweep_of_which_trials_wait_stops_when_it_is_asked_to(ray_cluster, tin
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweeps.Record, "result", result)
+        patch.setattr(sweeps.SweepRecord, "result", result)
         with pytest.raises(Interrupted, match="trials left"):
             run(experiment)
     gc.collect()  # the error's frames hold the sweep's lock
@@ -304,12 +304,12 @@ def statuses(parent, trial_id):
 
 
 def promoted(directory):
-    return [event["promoted"] for event in sweeps.Record(str(directory)).events if "promoted" in event]
+    return [event["promoted"] for event in sweeps.SweepRecord(str(directory)).events if "promoted" in event]
 
 
 def dies_after(monkeypatch, results):
     """Have the sweep's own process die when so many results were written down in it."""
-    wrote = sweeps.Record.result
+    wrote = sweeps.SweepRecord.result
     seen = itertools.count(1)
     left = [results]
 
@@ -322,8 +322,8 @@ def dies_after(monkeypatch, results):
             raise Died
         return False
 
-    monkeypatch.setattr(sweeps.Record, "result", result)
-    monkeypatch.setattr(sweeps.Limits, "stop_all", stop_all)
+    monkeypatch.setattr(sweeps.SweepRecord, "result", result)
+    monkeypatch.setattr(sweeps.SweepStopper, "stop_all", stop_all)
 
 
 @pytest.mark.slow
@@ -449,13 +449,13 @@ def test_fifty_trials_leave_nothing_behind(ray_cluster, tiny):
 @pytest.mark.timeout(600)
 def test_a_process_of_many_trials_has_the_memory_of_few(ray_cluster, tiny, monkeypatch):
     """Of 7.5 million parameters, 120 MB with gradients and AdamW; the third had 1.4 GB once, and the twelfth 3.4 GB."""
-    held, told = {}, sweeps.Recorded.on_trial_result
+    held, told = {}, sweeps.RecordedScheduler.on_trial_result
 
     def result(self, controller, trial, result):
         held[trial.trial_id] = (result["pid"], psutil.Process(result["pid"]).memory_info().rss)
         return told(self, controller, trial, result)
 
-    monkeypatch.setattr(sweeps.Recorded, "on_trial_result", result)
+    monkeypatch.setattr(sweeps.RecordedScheduler, "on_trial_result", result)
     sizes = ("n_layer=6", "n_head=4", "n_embd=320")
     experiment = tiny(*(f"model.config.{size}" for size in sizes), "train.max_tokens=512", "eval.max_tokens=500")
     rates = [1e-3 * number for number in range(1, 13)]
@@ -493,7 +493,7 @@ def test_a_population_goes_on_from_its_best_with_other_settings(ray_cluster, tin
     )
     rows, best, parent = run(experiment)
     assert {row["status"] for row in rows} == {"completed"}
-    events = sweeps.Record(parent.directory).events
+    events = sweeps.SweepRecord(parent.directory).events
     changes = [event for event in events if "changed" in event]
     assert changes, "somebody was far behind"
     begun = {event["begun"]: event["settings"] for event in events if "begun" in event}
@@ -544,7 +544,7 @@ def test_trials_of_two_workers_take_the_same_road(ray_cluster, tiny):
     rows, best, _ = run(experiment)
     assert [row["status"] for row in rows] == ["completed", "completed"]
     store, _ = prepare.prepared(experiment)
-    score = Score.of(group.score(best["checkpoint"], store.validation, experiment, None))
+    score = Score.of(launch.score(best["checkpoint"], store.validation, experiment, None))
     assert score.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
 
 
@@ -612,7 +612,7 @@ def test_what_would_make_trials_incomparable_cannot_be_swept(tiny, setting, faul
 def test_rungs_lie_where_trials_are_saved(eta, save_every_tokens, saves):
     """Evaluated every 39,936 tokens, a rung at 40,000 would be seen at 79,872."""
     section = {"batch_tokens": 512, "max_tokens": 360_000, "eval_every_tokens": 40_000}
-    found = budget.plan(
+    found = budget.compute(
         TrainConfig(**section, save_every_tokens=save_every_tokens),
         block_size=64,
         num_workers=1,

@@ -6,25 +6,25 @@ series       the checkpoints of a run: written whole or not at all, verified, th
 
 from raylm.checkpoint.directory import (
     OF_TRAINING,
-    Trained,
-    check,
+    TrainedModel,
     describe,
     experiment_file,
     load,
+    locate,
     read_experiment,
     read_record,
 )
-from raylm.checkpoint.series import MANIFEST, Series
+from raylm.checkpoint.manager import MANIFEST, CheckpointManager
 
 __all__ = [
     "MANIFEST",
     "OF_TRAINING",
-    "Series",
-    "Trained",
-    "check",
+    "CheckpointManager",
+    "TrainedModel",
     "describe",
     "experiment_file",
     "load",
+    "locate",
     "read_experiment",
     "read_record",
 ]

@@ -36,7 +36,7 @@ OF_TRAINING = ("*.pt", "*.pth", "trainer_state.json")
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     experiment: Experiment | None
@@ -90,7 +90,7 @@ def read_experiment(directory: str | Path) -> Experiment | None:
     return config.load(path) if path is not None else None
 
 
-def check(directory: str | Path, gguf_file: str | None = None) -> Path:
+def locate(directory: str | Path, gguf_file: str | None = None) -> Path:
     """The directory, local or remote, if it can hold a model at all; a copy of a remote one goes with the process."""
     place = str(directory)
     with storage.reached(place):
@@ -121,7 +121,7 @@ def load(
     tokenizer: TokenizerConfig | None = None,
     *,
     masked: bool = False,
-) -> Trained:
+) -> TrainedModel:
     """Model (float32, on the CPU) and tokenizer of a checkpoint or any Hugging Face model directory.
 
     `section` says how it is loaded, `tokenizer` which tokenizer is, if not its own as it is; `masked`, that it is a
@@ -130,7 +130,7 @@ def load(
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     section = section or ModelConfig()
-    path = check(directory, section.gguf_file)
+    path = locate(directory, section.gguf_file)
     section = section.model_copy(update={"path": str(path), "config": None})
     try:
         found = model.pretrained_configuration(section)
@@ -143,7 +143,7 @@ def load(
             packed = {"gguf_file": section.gguf_file} if section.gguf_file else {}
             known = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code, **packed)
         else:
-            known = tokenizers.load_section(tokenizers.chosen(tokenizer, section))
+            known = tokenizers.load_section(tokenizers.choose(tokenizer, section))
     except RaylmError:
         raise
     except Exception as error:  # safetensors and tokenizers have errors of their own
@@ -158,4 +158,4 @@ def load(
             "would what comes of it; train it first, with model.path",
             str(directory),
         )
-    return Trained(network, known, read_experiment(path), read_record(path), masked)
+    return TrainedModel(network, known, read_experiment(path), read_record(path), masked)

@@ -9,19 +9,26 @@ board        how far the workers are, what they say, and whether they shall stop
 """
 
 from raylm.cluster.address import Address, address_of, has_token, is_local, no_token, show_token, token_source
-from raylm.cluster.board import Board, SharedBoard, interruption, signals, stopped_by, watch
-from raylm.cluster.capacity import Resources, cpus_here, resources, this_machine, workers
+from raylm.cluster.capacity import Resources, cpus_here, plural_workers, resources, this_machine
 from raylm.cluster.connection import (
     DRIVER_ENVIRONMENT,
-    ahead,
-    alone,
     check_reachable,
     connect,
     on_nodes,
     other_nodes,
-    plan,
+    planned_resources,
+    single_worker_resources,
+    start_ray_early,
 )
-from raylm.cluster.process import LESS_MEMORY, MAY_PASS, WORKER_ENVIRONMENT, begin, process
+from raylm.cluster.local_worker import LESS_MEMORY, MAY_PASS, WORKER_ENVIRONMENT, local_worker, start_worker_early
+from raylm.cluster.progress import (
+    ProgressChannel,
+    SharedProgressChannel,
+    handle_signals,
+    interruption,
+    progress_channel,
+    stop_signal,
+)
 
 __all__ = [
     "DRIVER_ENVIRONMENT",
@@ -29,30 +36,30 @@ __all__ = [
     "MAY_PASS",
     "WORKER_ENVIRONMENT",
     "Address",
-    "Board",
+    "ProgressChannel",
     "Resources",
-    "SharedBoard",
+    "SharedProgressChannel",
     "address_of",
-    "ahead",
-    "alone",
-    "begin",
     "check_reachable",
     "connect",
     "cpus_here",
+    "handle_signals",
     "has_token",
     "interruption",
     "is_local",
+    "local_worker",
     "no_token",
     "on_nodes",
     "other_nodes",
-    "plan",
-    "process",
+    "planned_resources",
+    "plural_workers",
+    "progress_channel",
     "resources",
     "show_token",
-    "signals",
-    "stopped_by",
+    "single_worker_resources",
+    "start_ray_early",
+    "start_worker_early",
+    "stop_signal",
     "this_machine",
     "token_source",
-    "watch",
-    "workers",
 ]

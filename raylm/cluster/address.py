@@ -61,7 +61,7 @@ def is_local(section: ClusterConfig) -> bool:
 # Whether it is there -------------------------------------------------------------------------------------------------
 
 
-def check(address: Address) -> str:
+def reachable_address(address: Address) -> str:
     """The cluster's HOST:PORT, which asks for no token or has been shown the one that is here.
 
     ConfigError, within ten seconds, if this process cannot connect to it: none answers, it does not take the token, or

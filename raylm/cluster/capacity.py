@@ -88,7 +88,7 @@ def resources(
     if gpus > 1 or (section.most_workers > 1 and not float(gpus).is_integer()):
         raise ConfigError(
             f"cluster.gpus_per_worker must be 1, or a fraction with cluster.num_workers=1, got "
-            f"{gpus:g} with {workers(section.most_workers)}: a worker trains on one GPU",
+            f"{gpus:g} with {plural_workers(section.most_workers)}: a worker trains on one GPU",
             where="cluster.gpus_per_worker",
         )
     others = {**({"GPU": gpus} if gpus else {}), **_others(section)}
@@ -157,7 +157,7 @@ def amount_of(number: float, kind: str) -> str:
     return f"{number:g} {kind}{'s' * (kind in ('CPU', 'GPU'))}"
 
 
-def workers(number: int) -> str:
+def plural_workers(number: int) -> str:
     """1 worker, 2 workers."""
     return f"{number} worker{'s' * (number != 1)}"
 

@@ -22,9 +22,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylm import cli
 from raylm.cluster import output
-from raylm.cluster.address import Address, address_of, check, has_token, is_local
+from raylm.cluster.address import Address, address_of, has_token, is_local, reachable_address
 from raylm.cluster.capacity import Resources, amount_of, capacity, cpus_here, resources, this_machine
-from raylm.cluster.process import WORKER_ENVIRONMENT
+from raylm.cluster.local_worker import WORKER_ENVIRONMENT
 from raylm.config import ClusterConfig
 from raylm.errors import ConfigError, RaylmError, TrainingError
 from raylm.redaction import redacted
@@ -40,14 +40,14 @@ _begun: list[Future] = []
 """What `ahead` has begun and `connect` has not waited for yet."""
 
 
-def plan(section: ClusterConfig, *, trials: int = 1, decided: float | None = None) -> Resources | None:
+def planned_resources(section: ClusterConfig, *, trials: int = 1, decided: float | None = None) -> Resources | None:
     """The resources of a run on this machine, without starting Ray; None for a cluster elsewhere."""
     return resources(section, this_machine(), trials=trials, decided=decided) if is_local(section) else None
 
 
-def alone(section: ClusterConfig, *, decided: float | None = None) -> Resources | None:
+def single_worker_resources(section: ClusterConfig, *, decided: float | None = None) -> Resources | None:
     """The resources of a run's one worker on this machine, which needs no Ray; None of any other run."""
-    found = plan(section, decided=decided)
+    found = planned_resources(section, decided=decided)
     return found if found is not None and found.most_workers == 1 else None
 
 
@@ -56,7 +56,7 @@ def check_reachable(section: ClusterConfig) -> None:
     elsewhere = address_of(section)
     if elsewhere is not None and not ray.is_initialized():
         with output.to_file():
-            check(elsewhere)
+            reachable_address(elsewhere)
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = 
         return
     elsewhere = address_of(section)
     if elsewhere is None:
-        plan(section)  # refuse before anything starts
+        planned_resources(section)  # refuse before anything starts
     with output.to_file() as log:
         _connect(elsewhere, log)
         try:
@@ -90,7 +90,7 @@ def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = 
             ray.shutdown()
 
 
-def _connect(elsewhere: Address | None, log: output.Log) -> None:
+def _connect(elsewhere: Address | None, log: output.RayLog) -> None:
     """Connect to a cluster, or to the Ray of this machine that is started for it, or was ahead of it."""
     begun = _begun.pop() if _begun else None
     what = "Starting Ray" if elsewhere is None else f"Connecting to Ray at {elsewhere.value}"
@@ -99,7 +99,7 @@ def _connect(elsewhere: Address | None, log: output.Log) -> None:
             if begun is not None:
                 begun.result()
             else:  # By its HOST:PORT: of `auto` Ray takes a token that is there to be asked for.
-                _start("local" if elsewhere is None else check(elsewhere))
+                _start("local" if elsewhere is None else reachable_address(elsewhere))
         if threading.current_thread() is threading.main_thread():
             # Again, since Ray's core has put its own before it, which aborts the process 3 s after the signal.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
@@ -117,7 +117,7 @@ def _problem(error: Exception) -> str:
     return " ".join(lines) if lines[0].endswith(":") else lines[0]
 
 
-def ahead() -> None:
+def start_ray_early() -> None:
     """Start the Ray of this machine that `connect` will ask for, while this process does something else.
 
     If nobody ever connects, Ray ends with this process.

@@ -19,7 +19,7 @@ from ray._private import worker
 from ray._private.log import PlainRayHandler
 
 
-class Log:
+class RayLog:
     """A file that takes whatever Ray says until `end`, when it is removed unless an error has named it."""
 
     def __init__(self) -> None:
@@ -68,18 +68,18 @@ def _is_descriptor_2(stream: Any) -> bool:
         return False
 
 
-_log: Log | None = None
+_log: RayLog | None = None
 
 
-def begin() -> Log:
+def begin() -> RayLog:
     """The log of this process's Ray, which begins now unless it has before."""
     global _log
-    _log = _log or Log()
+    _log = _log or RayLog()
     return _log
 
 
 @contextlib.contextmanager
-def to_file() -> Iterator[Log]:
+def to_file() -> Iterator[RayLog]:
     """The log of this process's Ray, which ends with the block."""
     global _log
     log = begin()

@@ -22,8 +22,8 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from raylm.config.faults import config_error, exclusive_faults, faults_of, section_of, show
 from raylm.config.sections import Experiment, Section
+from raylm.config.setting_errors import config_error, exclusive_faults, faults_of, section_of, show
 from raylm.config.space import corners, entry_fault, sampler_fault
 from raylm.errors import ConfigError
 from raylm.redaction import redacted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raylm.config.faults import settings_named
+from raylm.config.setting_errors import settings_named
 
 # TrainingArguments that raylm derives or answers for, and the setting to use instead.
 OWNED = {

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from raylm.config.faults import show
+from raylm.config.setting_errors import show
 
 SAMPLERS = {
     "uniform": "[low, high]",

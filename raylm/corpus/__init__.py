@@ -15,8 +15,8 @@ What a shard holds, which documents are kept and which side of the split they fa
 settings alone, not on processes or their order.
 """
 
-from raylm.corpus.listing import check, left_out
-from raylm.corpus.piece import Fault
+from raylm.corpus.listing import left_out, list_sources
+from raylm.corpus.piece import BadDocument
 from raylm.corpus.reader import (
     Document,
     Ledger,
@@ -32,19 +32,19 @@ from raylm.corpus.split import ENOUGH_UNITS, Holdout, holdout
 __all__ = [
     "ENOUGH_UNITS",
     "SEEN",
+    "BadDocument",
     "Document",
-    "Fault",
     "File",
     "Holdout",
     "Ledger",
     "Shard",
     "Source",
-    "check",
     "documents",
     "hashes",
     "holdout",
     "kept_fraction",
     "left_out",
+    "list_sources",
     "select",
     "selected",
     "shards",

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from raylm.config import CorpusConfig
-from raylm.corpus.piece import Fault, Piece, Texts, as_utf8, decompressed, opened
+from raylm.corpus.piece import BadDocument, FilePart, Texts, as_utf8, decompressed, opened
 from raylm.corpus.sources import File, load_data_set
 from raylm.corpus.text import decoded, lines
 from raylm.errors import DataError
@@ -126,16 +126,16 @@ def _short(text: Any) -> str:
     return str(text) if len(str(text)) <= 60 else str(text)[:57] + "..."
 
 
-def _row_text(columns: Columns, row: Any, place: str) -> str | Fault:
+def _row_text(columns: Columns, row: Any, place: str) -> str | BadDocument:
     if not isinstance(row, dict):
-        return Fault(place, f"a row is an object {{...}}, got {_shown(row)}")
+        return BadDocument(place, f"a row is an object {{...}}, got {_shown(row)}")
     try:
         return columns.text(row)
     except LookupError as error:
-        return Fault(place, error.args[0], may_skip=not isinstance(error, KeyError))
+        return BadDocument(place, error.args[0], may_skip=not isinstance(error, KeyError))
 
 
-def read_jsonl(piece: Piece, corpus: CorpusConfig) -> Texts:
+def read_jsonl(piece: FilePart, corpus: CorpusConfig) -> Texts:
     columns = Columns(corpus)
     with decompressed(piece) as stream:
         for number, (begin, line) in enumerate(lines(piece, stream)):
@@ -159,10 +159,10 @@ def read_jsonl(piece: Piece, corpus: CorpusConfig) -> Texts:
                 fault = None, "not JSON: nested too deep"
             at, what = fault
             place = f"row {number + 1 + _lines_before(piece)}"
-            yield Fault(place if at is None else f"{place}, byte {begin + start + at}", what, may_skip)
+            yield BadDocument(place if at is None else f"{place}, byte {begin + start + at}", what, may_skip)
 
 
-def _lines_before(piece: Piece) -> int:
+def _lines_before(piece: FilePart) -> int:
     """Lines that begin before the piece, to number the one at fault."""
     if not piece.start:
         return 0
@@ -174,12 +174,12 @@ def _lines_before(piece: Piece) -> int:
     return count + 1
 
 
-def read_json(piece: Piece, corpus: CorpusConfig) -> Texts:
+def read_json(piece: FilePart, corpus: CorpusConfig) -> Texts:
     """The objects of a .json file: the items of a list, one after the other, or those that its one object holds."""
     columns = Columns(corpus)
     with as_utf8(piece, "utf-8") as stream:
         content = decoded(stream.read(), 0)
-    if isinstance(content, Fault):
+    if isinstance(content, BadDocument):
         yield content
         return
     decoder = json.JSONDecoder()
@@ -190,7 +190,7 @@ def read_json(piece: Piece, corpus: CorpusConfig) -> Texts:
         try:
             row, position = decoder.raw_decode(content, position)
         except RecursionError:
-            yield Fault(f"row {number + 1}", "not JSON: nested too deep")
+            yield BadDocument(f"row {number + 1}", "not JSON: nested too deep")
             return
         position = _skip(content, position, " \t\r\n,")
         is_alone = not number and position == len(content)
@@ -199,7 +199,7 @@ def read_json(piece: Piece, corpus: CorpusConfig) -> Texts:
             yield _row_text(columns, inner, f"row {number}")
 
 
-def begins_with_text(piece: Piece, corpus: CorpusConfig) -> bool:
+def begins_with_text(piece: FilePart, corpus: CorpusConfig) -> bool:
     """Whether the first bytes of a .json file hold its first row, with a text; if not, all of it has to be read.
 
     What holds a single object may have its rows in that.
@@ -230,7 +230,7 @@ def _skip(content: str, position: int, characters: str) -> int:
     return position
 
 
-def read_csv(piece: Piece, corpus: CorpusConfig) -> Texts:
+def read_csv(piece: FilePart, corpus: CorpusConfig) -> Texts:
     columns = Columns(corpus)
     csv.field_size_limit(sys.maxsize)
     with as_utf8(piece, corpus.encoding) as stream:
@@ -246,9 +246,11 @@ def read_csv(piece: Piece, corpus: CorpusConfig) -> Texts:
                 place = f"row {number}, line {rows.line_num}"
                 text = _row_text(columns, row, place)
                 if any(row.pop(None, ())):
-                    text = Fault(place, f"has more fields than the header, {len(names)}; is a {delimiter!r} unquoted?")
+                    text = BadDocument(
+                        place, f"has more fields than the header, {len(names)}; is a {delimiter!r} unquoted?"
+                    )
                 if isinstance(text, str) and not text.isascii() and any("\udc80" <= char <= "\udcff" for char in text):
-                    text = Fault(place, "invalid UTF-8")
+                    text = BadDocument(place, "invalid UTF-8")
                 yield text
         except csv.Error as error:
             raise DataError(f"{piece.file.path}: line {rows.line_num}: {error}", piece.file.path) from None
@@ -264,7 +266,7 @@ def _delimiter(header: str, columns: Columns) -> str:
     return max(",;\t|", key=fitness)
 
 
-def read_parquet(piece: Piece, corpus: CorpusConfig) -> Texts:
+def read_parquet(piece: FilePart, corpus: CorpusConfig) -> Texts:
     """Rows of row groups, about BATCH_BYTES at a time.
 
     A page must be in memory whole, as it is stored and decompressed. Pages are of about 1 MB, but pyarrow looks at
@@ -304,15 +306,15 @@ def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:
     return min(1024, max(1, BATCH_BYTES * num_rows // max(1, num_bytes)))
 
 
-def read_arrow(piece: Piece, corpus: CorpusConfig) -> Texts:
+def read_arrow(piece: FilePart, corpus: CorpusConfig) -> Texts:
     columns = Columns(corpus)
     with _arrow_source(piece.file) as source:
-        reader = arrow_batches(source)
+        reader = ArrowBatches(source)
         names = columns.top(reader.schema.names, piece.file.path)
         yield from _batches(_rows_of(reader, piece, names), columns, piece.start)
 
 
-def _rows_of(batches: Any, piece: Piece, names: list[str]) -> Iterator[Any]:
+def _rows_of(batches: Any, piece: FilePart, names: list[str]) -> Iterator[Any]:
     """Batches cut to the piece's range of rows and the columns of these names."""
     first = 0
     for batch in batches:
@@ -335,7 +337,7 @@ def _arrow_source(file: File) -> Any:
     )
 
 
-class arrow_batches:
+class ArrowBatches:
     """The record batches of an Arrow file or an Arrow stream, whichever it is."""
 
     def __init__(self, source: Any):
@@ -357,7 +359,7 @@ class arrow_batches:
                 yield self.file.get_batch(number)
 
 
-def read_data_set(piece: Piece, corpus: CorpusConfig) -> Texts:
+def read_data_set(piece: FilePart, corpus: CorpusConfig) -> Texts:
     """Rows of a datasets.Dataset out of its memory map, or of one shard of a stream."""
     columns = Columns(corpus)
     rows = data_set_rows(piece.file)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from raylm.config import CorpusConfig
 from raylm.corpus import columns, text
-from raylm.corpus.piece import Fault, Piece, Texts, opened
+from raylm.corpus.piece import BadDocument, FilePart, Texts, opened
 from raylm.corpus.sources import File
 from raylm.errors import DataError
 
@@ -26,7 +26,7 @@ MAGIC = {
     "parquet": b"PAR1",
 }
 
-READERS: dict[str, Callable[[Piece, CorpusConfig], Texts]] = {
+READERS: dict[str, Callable[[FilePart, CorpusConfig], Texts]] = {
     "text": text.read_text,
     "python": text.read_python,
     "jsonl": columns.read_jsonl,
@@ -40,20 +40,20 @@ READERS: dict[str, Callable[[Piece, CorpusConfig], Texts]] = {
 }
 
 
-def texts(piece: Piece, corpus: CorpusConfig) -> Texts:
+def texts(piece: FilePart, corpus: CorpusConfig) -> Texts:
     """The documents of a piece as they stand there; nothing is filtered."""
     import pyarrow
 
     file = piece.file
     _check_unchanged(piece)
     if not file.size and piece.format not in ("text", "python", "hub"):
-        yield Fault("", f"empty file (0 bytes), expected {piece.compression or piece.format}")
+        yield BadDocument("", f"empty file (0 bytes), expected {piece.compression or piece.format}")
         return
     try:
         yield from READERS[piece.format](piece, corpus)
     except UnicodeDecodeError as error:
         encoding = corpus.encoding if error.encoding == "charmap" else error.encoding
-        yield Fault("", f"not text in {encoding}: {error.reason}")
+        yield BadDocument("", f"not text in {encoding}: {error.reason}")
     except (EOFError, OSError, zlib.error, lzma.LZMAError, pyarrow.ArrowException, json.JSONDecodeError) as error:
         kind = piece.compression or piece.format
         raise DataError(
@@ -72,7 +72,7 @@ def _expected(kind: str, file: File) -> str:
     return "" if head == MAGIC[kind] else f" (begins with {head!r}, expected {MAGIC[kind]!r})"
 
 
-def _check_unchanged(piece: Piece) -> None:
+def _check_unchanged(piece: FilePart) -> None:
     file = piece.file
     if "://" in file.path or os.path.isdir(file.path):
         return

@@ -13,7 +13,7 @@ from functools import lru_cache
 from raylm.config import CorpusConfig
 from raylm.corpus.columns import begins_with_text
 from raylm.corpus.formats import texts
-from raylm.corpus.piece import BYTE_ORDER_MARKS, Fault, Piece, decompressed, whole
+from raylm.corpus.piece import BYTE_ORDER_MARKS, BadDocument, FilePart, decompressed, whole_file
 from raylm.corpus.sources import Source, find, suffix
 from raylm.errors import DataError
 
@@ -26,7 +26,7 @@ TABLES_OF_ANYTHING = ("json", "csv", "tsv")
 """Formats in which much else is kept beside text: settings, figures, logs."""
 
 
-def check(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
+def list_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
     """The files of every source; DataError if one has none, or if the first ones cannot be read as they are named.
 
     `key` is the setting that corpus.paths was given as.
@@ -47,7 +47,7 @@ def check(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
             source = _readable("corpus.validation_paths" if source.validation else key, source, corpus)
         readable.append(source)
         for file in source.files[:FIRST_FILES]:
-            piece = whole(file, 0, source)
+            piece = whole_file(file, 0, source)
             if piece.format in ("text", "python", "hub") and not piece.compression:
                 continue
             problem = _problem(piece, corpus)
@@ -71,7 +71,7 @@ def _readable(key: str, source: Source, corpus: CorpusConfig) -> Source:
     """The source without the files that cannot be read; DataError if it has no others."""
     kinds = Counter(source.left_out)
     pieces = []
-    for piece in (whole(file, 0, source) for file in source.files):
+    for piece in (whole_file(file, 0, source) for file in source.files):
         if piece.format == "text" and not _is_text(piece, corpus.encoding):
             kinds[suffix(piece.file.path)] += 1
         else:
@@ -88,7 +88,7 @@ def _readable(key: str, source: Source, corpus: CorpusConfig) -> Source:
     return dataclasses.replace(source, files=files, left_out=dict(kinds))
 
 
-def _useless(pieces: list[Piece], corpus: CorpusConfig) -> set[Piece]:
+def _useless(pieces: list[FilePart], corpus: CorpusConfig) -> set[FilePart]:
     """The files with columns that have no corpus.text, in a directory where others give text.
 
     Where corpus.text is set those are others with columns: else it would be a mistake that only a line tells of.
@@ -105,12 +105,12 @@ def _useless(pieces: list[Piece], corpus: CorpusConfig) -> set[Piece]:
     return {piece for piece, it in problems.items() if piece.format in TABLES_OF_ANYTHING or _is_no_column(it)}
 
 
-def _is_no_column(problem: Fault | DataError) -> bool:
+def _is_no_column(problem: BadDocument | DataError) -> bool:
     return problem.where == "corpus.text" if isinstance(problem, DataError) else not problem.may_skip
 
 
 @lru_cache(maxsize=100_000)  # a command asks several times, and some .json files have to be read as a whole
-def _problem(piece: Piece, corpus: CorpusConfig) -> Fault | DataError | None:
+def _problem(piece: FilePart, corpus: CorpusConfig) -> BadDocument | DataError | None:
     """What is wrong with the first document of a file, or with the file."""
     if piece.format == "json":
         with contextlib.suppress(EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError):  # as told below
@@ -120,11 +120,11 @@ def _problem(piece: Piece, corpus: CorpusConfig) -> Fault | DataError | None:
         first = next(texts(piece, corpus), None)
     except DataError as error:
         return error
-    return first if isinstance(first, Fault) else None
+    return first if isinstance(first, BadDocument) else None
 
 
 @lru_cache(maxsize=100_000)
-def _is_text(piece: Piece, encoding: str) -> bool:
+def _is_text(piece: FilePart, encoding: str) -> bool:
     """Whether a local file begins like text: no byte is 0, and all are of its encoding."""
     if "://" in piece.file.path:  # a request each: what is no text is found when it is read
         return True

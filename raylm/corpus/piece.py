@@ -15,7 +15,7 @@ from raylm.errors import DataError
 from raylm.storage import file_system
 
 
-class Piece(NamedTuple):
+class FilePart(NamedTuple):
     """A file, or a part of one: a range of bytes, row groups or rows, whatever its format can be cut at."""
 
     file: File
@@ -31,12 +31,12 @@ class Piece(NamedTuple):
     stop: int | None = None
 
 
-def whole(file: File, index: int, source: Source) -> Piece:
+def whole_file(file: File, index: int, source: Source) -> FilePart:
     """All of a file of the source at this index."""
-    return Piece(file, *format_of(file.path, source.name), index, source.validation, source.is_found)
+    return FilePart(file, *format_of(file.path, source.name), index, source.validation, source.is_found)
 
 
-class Fault(NamedTuple):
+class BadDocument(NamedTuple):
     """A document that cannot be used."""
 
     place: str
@@ -55,7 +55,7 @@ class Fault(NamedTuple):
         return DataError(f"{self.of(file)}{way_out}", file.path if self.may_skip else "corpus.text")
 
 
-Texts = Iterator[str | Fault]
+Texts = Iterator[str | BadDocument]
 
 
 def opened(file: File) -> Any:
@@ -66,7 +66,7 @@ def opened(file: File) -> Any:
     return io.BufferedReader(system.open_input_file(path), 1 << 20)
 
 
-def decompressed(piece: Piece) -> Any:
+def decompressed(piece: FilePart) -> Any:
     """The piece's file as a binary stream, decompressed."""
     raw = opened(piece.file)
     match piece.compression:
@@ -91,7 +91,7 @@ BYTE_ORDER_MARKS = {
 }
 
 
-def as_utf8(piece: Piece, encoding: str) -> Any:
+def as_utf8(piece: FilePart, encoding: str) -> Any:
     """The piece's file as a binary stream of UTF-8: decompressed, and from the encoding that its byte order mark tells,
     else the given one. A UnicodeDecodeError says which it is not of."""
     stream = decompressed(piece)

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from raylm.config import CorpusConfig
-from raylm.corpus.columns import arrow_batches, data_set_rows
+from raylm.corpus.columns import ArrowBatches, data_set_rows
 from raylm.corpus.formats import texts
 from raylm.corpus.passages import passages
-from raylm.corpus.piece import Fault, Piece, opened, whole
+from raylm.corpus.piece import BadDocument, FilePart, opened, whole_file
 from raylm.corpus.sources import File, Source
 
 Ledger = Counter  # what happened to documents -> how many; "bytes" are UTF-8 bytes of the documents that were read
@@ -29,7 +29,7 @@ Ledger = Counter  # what happened to documents -> how many; "bytes" are UTF-8 by
 class Shard(NamedTuple):
     """What one task reads and writes."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FilePart, ...]
     num_bytes: int
     """On disk."""
     keep: bytes | None = None
@@ -60,11 +60,11 @@ def shards(sources: list[Source]) -> list[Shard]:
     # 8 MB keep a laptop's cores busy on 30 MB of text; at most some thousand shards, since each is a memory map.
     most = min(max(8_000_000, total // 2048), 256_000_000)
     made: list[Shard] = []
-    pieces: list[Piece] = []
+    pieces: list[FilePart] = []
     size = 0
     for index, source in enumerate(sources):
         for file in source.files:
-            for piece, num_bytes in _pieces(whole(file, index, source), most):
+            for piece, num_bytes in _pieces(whole_file(file, index, source), most):
                 if pieces and (size + num_bytes > most or piece.validation != pieces[-1].validation):
                     made.append(Shard(tuple(pieces), size))
                     pieces, size = [], 0
@@ -73,7 +73,7 @@ def shards(sources: list[Source]) -> list[Shard]:
     return [*made, Shard(tuple(pieces), size)]
 
 
-def _pieces(piece: Piece, most: int) -> Iterator[tuple[Piece, int]]:
+def _pieces(piece: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
     """The piece, or parts of about `most` bytes of it where the format has places to cut; and the bytes of each."""
     file = piece.file
     if piece.format == "hub" or (piece.format == "saved" and file.size > most):
@@ -92,13 +92,13 @@ def _pieces(piece: Piece, most: int) -> Iterator[tuple[Piece, int]]:
         import pyarrow
 
         with pyarrow.memory_map(file.path) as source:
-            rows = sum(batch.num_rows for batch in arrow_batches(source))
+            rows = sum(batch.num_rows for batch in ArrowBatches(source))
         yield from _ranges(piece, rows, file.size, most)
     else:
         yield piece, file.size
 
 
-def _data_set_pieces(whole: Piece, most: int) -> Iterator[tuple[Piece, int]]:
+def _data_set_pieces(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
     rows = data_set_rows(whole.file)
     if hasattr(rows, "select"):
         size = sum(os.path.getsize(part["filename"]) for part in rows.cache_files)
@@ -108,7 +108,7 @@ def _data_set_pieces(whole: Piece, most: int) -> Iterator[tuple[Piece, int]]:
             yield whole._replace(start=shard, stop=shard + 1), whole.file.size // rows.num_shards
 
 
-def _ranges(whole: Piece, length: int, num_bytes: int, most: int) -> Iterator[tuple[Piece, int]]:
+def _ranges(whole: FilePart, length: int, num_bytes: int, most: int) -> Iterator[tuple[FilePart, int]]:
     """Cut 0:length, which is num_bytes in all, into ranges of about `most` bytes."""
     count = max(1, min(length, -(-num_bytes // most)))
     edges = [length * part // count for part in range(count + 1)]
@@ -123,7 +123,7 @@ def documents(
     shard: Shard,
     corpus: CorpusConfig,
     ledger: Ledger,
-    reject: Callable[[File, Fault], None] = lambda file, fault: None,
+    reject: Callable[[File, BadDocument], None] = lambda file, fault: None,
 ) -> Iterator[Document]:
     """The documents of a shard in the order of its files, each on one side of the split.
 
@@ -170,8 +170,8 @@ def kept(
     shard: Shard,
     corpus: CorpusConfig,
     ledger: Ledger,
-    reject: Callable[[File, Fault], None] = lambda file, fault: None,
-) -> Iterator[tuple[Piece, str, bytes]]:
+    reject: Callable[[File, BadDocument], None] = lambda file, fault: None,
+) -> Iterator[tuple[FilePart, str, bytes]]:
     """(piece, text, UTF-8 bytes) of the documents of a shard that pass the filters and are selected, in its order.
 
     The ledger counts every document that was read. One that cannot be used is a DataError, or with
@@ -186,7 +186,7 @@ def kept(
         for text in texts(piece, corpus):
             if keep is not None and passed == len(keep) and corpus.max_documents is not None:
                 return
-            if isinstance(text, Fault):
+            if isinstance(text, BadDocument):
                 # The standard library has files of bad encodings for its own tests, and nobody to repair them. What
                 # turns out to be no text in the middle of a directory is none that somebody has asked for.
                 is_asked_for = piece.format != "python" and not (piece.format == "text" and piece.is_found)

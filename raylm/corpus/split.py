@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from raylm.config import CorpusConfig
 from raylm.corpus.passages import MOST_CHARS, passages
-from raylm.corpus.piece import Piece
+from raylm.corpus.piece import FilePart
 from raylm.corpus.reader import Ledger, Shard, content_hash, kept, shards
 from raylm.corpus.selection import hashes, select, selected
 from raylm.corpus.sources import HUB, Source
@@ -128,7 +128,7 @@ def _look(plan: list[Shard], corpus: CorpusConfig) -> _Look:
     return _Look(documents, cut, 0, True, ledger)
 
 
-def _is_document(piece: Piece, corpus: CorpusConfig) -> bool:
+def _is_document(piece: FilePart, corpus: CorpusConfig) -> bool:
     """Whether a piece is one document, which is read as a whole."""
     return piece.format in ("text", "python") and corpus.separator is None
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from raylm.config import CorpusConfig
-from raylm.corpus.piece import Fault, Piece, Texts, as_utf8, opened
+from raylm.corpus.piece import BadDocument, FilePart, Texts, as_utf8, opened
 
 
-def read_text(piece: Piece, corpus: CorpusConfig) -> Texts:
+def read_text(piece: FilePart, corpus: CorpusConfig) -> Texts:
     with as_utf8(piece, corpus.encoding) as stream:
         if corpus.separator is None:
             yield decoded(stream.read(), 0)
@@ -25,15 +25,15 @@ def read_text(piece: Piece, corpus: CorpusConfig) -> Texts:
                 yield decoded(part, begin)
 
 
-def decoded(content: bytes, begin: int) -> str | Fault:
+def decoded(content: bytes, begin: int) -> str | BadDocument:
     """Text of bytes that stand at an offset of the file; a byte order mark at its very beginning is none of it."""
     try:
         return (content.removeprefix(codecs.BOM_UTF8) if not begin else content).decode()
     except UnicodeDecodeError as error:
-        return Fault(f"byte {begin + error.start}", "invalid UTF-8")
+        return BadDocument(f"byte {begin + error.start}", "invalid UTF-8")
 
 
-def lines(piece: Piece, stream: Any) -> Iterator[tuple[int, bytes]]:
+def lines(piece: FilePart, stream: Any) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of the lines that begin in the piece's range of bytes. \\n ends a line and nothing else does."""
     begin = 0
     if piece.start:  # the line that the byte before is in is the piece before's
@@ -69,7 +69,7 @@ def _separated(stream: Any, separator: bytes) -> Iterator[tuple[int, bytes]]:
         yield begin, bytes(rest)
 
 
-def read_python(piece: Piece, corpus: CorpusConfig) -> Texts:
+def read_python(piece: FilePart, corpus: CorpusConfig) -> Texts:
     """A source file as Python itself reads it: with the encoding that its first lines declare."""
     with opened(piece.file) as stream:
         content = stream.read()
@@ -77,4 +77,4 @@ def read_python(piece: Piece, corpus: CorpusConfig) -> Texts:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
         yield content.decode(encoding)
     except (SyntaxError, UnicodeDecodeError):
-        yield Fault("", "not in the encoding that it declares")
+        yield BadDocument("", "not in the encoding that it declares")

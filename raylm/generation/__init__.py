@@ -6,9 +6,9 @@ documents    what a model says to every document of a corpus, by workers
 output       texts -> a .jsonl or .parquet file
 """
 
-from raylm.generation.documents import Answer, answers
+from raylm.generation.documents import GeneratedText, generate_texts
 from raylm.generation.output import output_file
 from raylm.generation.sampling import settings, taken
-from raylm.generation.writer import Writer, identity, load
+from raylm.generation.writer import TextGenerator, identity, load
 
-__all__ = ["Answer", "Writer", "answers", "identity", "load", "output_file", "settings", "taken"]
+__all__ = ["GeneratedText", "TextGenerator", "generate_texts", "identity", "load", "output_file", "settings", "taken"]

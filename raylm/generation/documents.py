@@ -17,14 +17,14 @@ import torch
 from raylm.config import CorpusConfig
 from raylm.corpus import Ledger, Shard, documents
 from raylm.errors import ConfigError, RaylmError, TrainingError
-from raylm.generation.writer import Writer
+from raylm.generation.writer import TextGenerator
 from raylm.tokens import set_up_ray_data
 
 if TYPE_CHECKING:
     from raylm.cluster import Resources
 
 
-class Answer(NamedTuple):
+class GeneratedText(NamedTuple):
     """What became of a document."""
 
     prompt: str
@@ -39,11 +39,11 @@ class Answer(NamedTuple):
 class _Worker:
     """A process that writes batch after batch with one model."""
 
-    def __init__(self, load: Callable[[], Writer]):
+    def __init__(self, load: Callable[[], TextGenerator]):
         self._load = load
 
     @cached_property
-    def _writer(self) -> Writer:
+    def _writer(self) -> TextGenerator:
         return self._load()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -57,19 +57,19 @@ class _Worker:
             problem = f"--batch-size is more than the GPU's memory holds: {str(error).splitlines()[0]}"
             return {"answers": pickle.dumps(ConfigError(problem, "--batch-size"))}
         each = zip(batch, texts, strict=True)
-        answers = [Answer(document.text, *text, document.hash, document.source) for document, text in each]
+        answers = [GeneratedText(document.text, *text, document.hash, document.source) for document, text in each]
         return {"answers": pickle.dumps(answers)}
 
 
-def answers(
+def generate_texts(
     plan: list[Shard],
     corpus: CorpusConfig,
-    load: Callable[[], Writer],
+    load: Callable[[], TextGenerator],
     *,
     batch_size: int,
     resources: Resources,
     max_failures: int,
-) -> Iterator[list[Answer]]:
+) -> Iterator[list[GeneratedText]]:
     """What a model says to the kept documents of shards, in their order, a batch at a time. Ray is connected.
 
     Holds some batches a worker, however many documents there are.

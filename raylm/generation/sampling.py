@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from raylm.checkpoint import Trained
+from raylm.checkpoint import TrainedModel
 from raylm.errors import ConfigError, DataError
-from raylm.generation.writer import Writer
+from raylm.generation.writer import TextGenerator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +127,7 @@ def _rehearse(how: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None
     short.max_new_tokens = min(2, how.max_new_tokens)
     if how.min_new_tokens is not None:
         short.min_new_tokens = min(2, how.min_new_tokens)
-    Writer(Trained(network.eval(), tokenizer, None, {}), short, seed=0).texts(["a"])
+    TextGenerator(TrainedModel(network.eval(), tokenizer, None, {}), short, seed=0).texts(["a"])
 
 
 def _wrong(given: Mapping[str, Any], problem: str) -> ConfigError:

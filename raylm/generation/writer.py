@@ -37,7 +37,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from raylm import checkpoint, model
-from raylm.checkpoint import Trained
+from raylm.checkpoint import TrainedModel
 from raylm.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -58,18 +58,18 @@ def identity(prompt: str) -> int:
 
 def load(
     directory: str, how: GenerationConfig | None, seed: int, trusted: bool, cpus: float, use_gpu: bool | None
-) -> Writer:
+) -> TextGenerator:
     """The model of a directory, on this process's GPU if it may use one."""
     model.set_up_torch(cpus)
     trained = checkpoint.load(directory, ModelConfig(trust_remote_code=trusted))
     trained.model.to(model.device(use_gpu)).eval()
-    return Writer(trained, how or GenerationConfig(), seed=seed)
+    return TextGenerator(trained, how or GenerationConfig(), seed=seed)
 
 
-class Writer:
+class TextGenerator:
     """A model and how it writes."""
 
-    def __init__(self, trained: Trained, how: GenerationConfig, *, seed: int):
+    def __init__(self, trained: TrainedModel, how: GenerationConfig, *, seed: int):
         self.trained, self.how, self.seed = trained, how, seed
         self.tokenizer, self.network = trained.tokenizer, trained.model
         self.network.generation_config = GenerationConfig()  # what it said is in `how`
@@ -186,7 +186,7 @@ class Writer:
 class _Row:
     """One prompt on its way to a text."""
 
-    def __init__(self, writer: Writer, prompt: str):
+    def __init__(self, writer: TextGenerator, prompt: str):
         tokenizer = writer.tokenizer
         self.writer, self.prompt = writer, prompt
         ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])

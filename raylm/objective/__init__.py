@@ -6,21 +6,30 @@ has one loss and one gradient, however it is split.
 """
 
 from raylm.blocks import IGNORED
-from raylm.objective.batches import Batches, Causal, FillInMiddle, KeywordWeighted, Masked, Numbered, check, of
+from raylm.objective.batches import (
+    CausalCollator,
+    Collator,
+    FillInMiddleCollator,
+    KeywordWeightedCollator,
+    MaskedCollator,
+    NumberedExamples,
+    build,
+    check_settings,
+)
 from raylm.objective.keywords import Keywords, warn_of_absent
 from raylm.objective.loss import attach
 
 __all__ = [
     "IGNORED",
-    "Batches",
-    "Causal",
-    "FillInMiddle",
-    "KeywordWeighted",
+    "CausalCollator",
+    "Collator",
+    "FillInMiddleCollator",
+    "KeywordWeightedCollator",
     "Keywords",
-    "Masked",
-    "Numbered",
+    "MaskedCollator",
+    "NumberedExamples",
     "attach",
-    "check",
-    "of",
+    "build",
+    "check_settings",
     "warn_of_absent",
 ]

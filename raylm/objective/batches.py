@@ -32,21 +32,23 @@ Example = tuple[int, np.ndarray]
 """An example's number in the order of training, and its token ids."""
 
 
-def of(
+def build(
     section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, frame: Frame, seed: int
-) -> Batches:
+) -> Collator:
     """What makes batches for an objective: the Trainer's collator."""
-    kinds: dict[str, type[Batches]] = {
-        "causal": Causal,
-        "keyword_weighted": KeywordWeighted,
-        "masked": Masked,
-        "fill_in_middle": FillInMiddle,
+    kinds: dict[str, type[Collator]] = {
+        "causal": CausalCollator,
+        "keyword_weighted": KeywordWeightedCollator,
+        "masked": MaskedCollator,
+        "fill_in_middle": FillInMiddleCollator,
     }
-    check(section, cut, tokenizer)
+    check_settings(section, cut, tokenizer)
     return kinds[section.kind](section, cut, tokenizer, frame, seed)
 
 
-def check(section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase | TrainedTokenizer) -> None:
+def check_settings(
+    section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase | TrainedTokenizer
+) -> None:
     """Refuse an objective that lacks a setting, or tokens of the tokenizer, be it there or yet to be trained."""
     vocabulary: Collection[str]
     if isinstance(tokenizer, TrainedTokenizer):
@@ -79,7 +81,7 @@ def check(section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedToke
         )
 
 
-class Numbered(Dataset):
+class NumberedExamples(Dataset):
     """A Stream whose examples know their number, from number `first` on."""
 
     def __init__(self, stream: blocks.Stream, first: int = 0):
@@ -93,7 +95,7 @@ class Numbered(Dataset):
         return number, self.stream[number]
 
 
-class Batches:
+class Collator:
     """Examples -> one batch of tensors, int64 of shape (examples, longest row); see blocks.batch."""
 
     shifted = True
@@ -128,14 +130,14 @@ class Batches:
         return np.random.default_rng((self.seed, number))
 
 
-class Causal(Batches):
+class CausalCollator(Collator):
     """Each token is predicted from those before it, so a block of B tokens has B - 1 predictions.
 
     The first label is IGNORED, since GPT-2 and some other classes count it as a prediction that it is not.
     """
 
 
-class KeywordWeighted(Causal):
+class KeywordWeightedCollator(CausalCollator):
     """Causal; a row's tokens count alpha x (1 + the keywords in it): the Hugging Face course's loss for code.
 
     Normalized, the weights' sum over the tokens of the global batch divides the loss: with no keyword anywhere it is
@@ -159,7 +161,7 @@ class KeywordWeighted(Causal):
         return (batch["weights"] * (batch["labels"] != IGNORED).sum(dim=1)).sum()
 
 
-class Masked(Batches):
+class MaskedCollator(Collator):
     """BERT's objective (Devlin et al. 2018, arXiv:1810.04805): some tokens are predicted from all around them.
 
     Of these, 80 % are shown as the mask token, 10 % as a random token and 10 % as they are. Special tokens are not
@@ -192,7 +194,7 @@ class Masked(Batches):
         return shown, np.where(chosen, row, IGNORED)
 
 
-class FillInMiddle(Causal):
+class FillInMiddleCollator(CausalCollator):
     """Documents cut in three and put in another order (Bavarian et al. 2022, arXiv:2207.14255); then causal.
 
     PSM: P prefix S suffix M middle, and SPM: P S suffix M prefix middle, where P, S and M are the sentinels. They make

@@ -8,10 +8,10 @@ still        figure -> PNG, by matplotlib
 interactive  figure -> what plotly.js draws
 """
 
-from raylm.pictures.figures import of
+from raylm.pictures.figures import build
 from raylm.pictures.interactive import drawn, plotly_js
 from raylm.pictures.marks import Figure, Omitted
 from raylm.pictures.still import png
 from raylm.pictures.trials import Sweep, short
 
-__all__ = ["Figure", "Omitted", "Sweep", "drawn", "of", "plotly_js", "png", "short"]
+__all__ = ["Figure", "Omitted", "Sweep", "build", "drawn", "plotly_js", "png", "short"]

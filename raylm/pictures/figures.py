@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raylm.cli import figure as number
+from raylm.cli import format_number as number
 from raylm.pictures.marks import Axis, Bar, Cell, Figure, Line, Omitted
 from raylm.pictures.trials import ABOVE, BELOW, Setting, Sweep, hashable, short, ticks
 
@@ -20,7 +20,7 @@ FAVOURITES = ("train.learning_rate", "blocks.block_size")
 """Of the heat map, where both are swept."""
 
 
-def of(sweep: Sweep) -> list[Figure | Omitted]:
+def build(sweep: Sweep) -> list[Figure | Omitted]:
     """Of a sweep in whatever state, in the order in which they are looked at."""
     shares = importance(sweep)
     return [curves(sweep), losses(sweep), parallel(sweep), heat(sweep, shares), saved(sweep), weights(sweep, shares)]

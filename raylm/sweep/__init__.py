@@ -11,21 +11,21 @@ tuner       Ray Tune runs the trials, and neither prints nor keeps anything of i
 Who imports tuner imports what trials train with, 5 s; the rest is quick.
 """
 
-from raylm.sweep.queue import Trials
-from raylm.sweep.record import NotSaved, Record, Trial, read
-from raylm.sweep.schedule import Limits, Recorded, scheduler
-from raylm.sweep.space import keys, points, shown
+from raylm.sweep.queue import TrialQueue
+from raylm.sweep.record import SweepRecord, Trial, Unsaved, read
+from raylm.sweep.schedule import RecordedScheduler, SweepStopper, scheduler
+from raylm.sweep.space import keys, searcher, shown
 
 __all__ = [
-    "Limits",
-    "NotSaved",
-    "Record",
-    "Recorded",
+    "RecordedScheduler",
+    "SweepRecord",
+    "SweepStopper",
     "Trial",
-    "Trials",
+    "TrialQueue",
+    "Unsaved",
     "keys",
-    "points",
     "read",
     "scheduler",
+    "searcher",
     "shown",
 ]

@@ -11,19 +11,19 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
 from raylm import storage
-from raylm.sweep.record import NotSaved, Record, Trial
-from raylm.sweep.schedule import Recorded
-from raylm.sweep.space import Points
+from raylm.sweep.record import SweepRecord, Trial, Unsaved
+from raylm.sweep.schedule import RecordedScheduler
+from raylm.sweep.space import Searcher
 
 
-class Trials(NotSaved, SearchAlgorithm):
+class TrialQueue(Unsaved, SearchAlgorithm):
     """The trials of a sweep, by ids that stay when it goes on: trial_00000, trial_00001, ..."""
 
     def __init__(
         self,
-        points: Points,
-        record: Record,
-        scheduler: Recorded,
+        points: Searcher,
+        record: SweepRecord,
+        scheduler: RecordedScheduler,
         *,
         together: int,
         values: Callable[[Trial], Sequence[float]],

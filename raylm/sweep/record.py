@@ -60,7 +60,7 @@ class Trial:
         return self.results[-1]["tokens"] if self.results else 0
 
 
-class Record:
+class SweepRecord:
     """The record of one sweep: what it says already, and what is added to it."""
 
     def __init__(self, directory: str):
@@ -140,7 +140,7 @@ class Record:
                 self.seconds += seconds
 
 
-class NotSaved:
+class Unsaved:
     """For what is given to Tune, which saves it beside its own files; those are never read here."""
 
     def __reduce__(self) -> tuple:
@@ -149,4 +149,4 @@ class NotSaved:
 
 def read(directory: str) -> dict[str, Trial]:
     """The trials of a sweep by their ids, in the order in which they were begun; none if it is not a sweep."""
-    return Record(directory).trials
+    return SweepRecord(directory).trials

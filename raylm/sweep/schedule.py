@@ -23,7 +23,7 @@ from raylm.budget import Budget
 from raylm.config import MUTABLE, StopConfig, TuneConfig
 from raylm.errors import StorageUnavailable
 from raylm.sweep.asha import Asha, rungs
-from raylm.sweep.record import Event, NotSaved, Record
+from raylm.sweep.record import Event, SweepRecord, Unsaved
 from raylm.sweep.space import Space, domains
 
 KEPT = (
@@ -90,10 +90,10 @@ def inside(space: Space, settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-class Recorded(NotSaved, TrialScheduler):
+class RecordedScheduler(Unsaved, TrialScheduler):
     """A scheduler that is shown each result once, after it was written down; and again, when the sweep goes on."""
 
-    def __init__(self, inner: TrialScheduler, record: Record, budget: Budget, stopping: Callable[[], bool]):
+    def __init__(self, inner: TrialScheduler, record: SweepRecord, budget: Budget, stopping: Callable[[], bool]):
         super().__init__()
         self.inner, self.record, self.stopping = inner, record, stopping
         self.budget = budget
@@ -207,7 +207,7 @@ class Recorded(NotSaved, TrialScheduler):
         if self._is_whole(trial):  # there is nothing left to train after a change
             return self.CONTINUE
         settings = dict(trial.config)
-        decision = self.inner.on_trial_result(_Keeper(tune_controller), trial, result)
+        decision = self.inner.on_trial_result(_PbtController(tune_controller), trial, result)
         if trial.config != settings:
             donor = trial.latest_checkpoint_result.checkpoint.path.split("/")[-2]
             like = self.record.trials[donor]
@@ -224,7 +224,7 @@ class Recorded(NotSaved, TrialScheduler):
         A population begins anew with the trials as they are: its changes are in the record already.
         """
         if not self.is_population:
-            past = _Past(self.inner)
+            past = _ReplayController(self.inner)
             for event in self.record.events:
                 self._again(past, event, trials)
         for trial_id, trial in trials.items():
@@ -233,7 +233,7 @@ class Recorded(NotSaved, TrialScheduler):
             if not self.record.trials[trial_id].is_over:
                 trial.set_status(RayTrial.PAUSED if self.waits(trial_id) else RayTrial.PENDING)
 
-    def _again(self, past: _Past, event: Event, trials: Mapping[str, RayTrial]) -> None:
+    def _again(self, past: _ReplayController, event: Event, trials: Mapping[str, RayTrial]) -> None:
         match event:
             case {"begun": trial_id}:
                 self.added.add(trial_id)
@@ -258,7 +258,7 @@ class Recorded(NotSaved, TrialScheduler):
                 trial.set_status(RayTrial.TERMINATED)
 
 
-class _Past:
+class _ReplayController:
     """What a scheduler may ask of Tune's controller, when it is shown again what happened."""
 
     def __init__(self, inner: TrialScheduler):
@@ -269,7 +269,7 @@ class _Past:
         trial.set_status(RayTrial.TERMINATED)
 
 
-class _Keeper:
+class _PbtController:
     """Tune's controller to a population: trials have checkpoints of their own, and none need be made for others."""
 
     def __init__(self, controller: Any):
@@ -282,10 +282,10 @@ class _Keeper:
         return Checkpoint(result["best_checkpoint"].rpartition("/")[0])  # all of them: this one is soon removed
 
 
-class Limits(NotSaved, Stopper):
+class SweepStopper(Unsaved, Stopper):
     """Ends the sweep as a whole, as tune.stop says."""
 
-    def __init__(self, section: StopConfig, record: Record, metric: str):
+    def __init__(self, section: StopConfig, record: SweepRecord, metric: str):
         self.section, self.record, self.metric = section, record, metric
         self.counted = time.monotonic()
         """Until when the seconds of the sweep are in its record."""

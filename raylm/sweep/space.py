@@ -16,7 +16,7 @@ from raylm.errors import ConfigError
 Space = Mapping[str, Mapping[str, Any]]
 
 
-class Points(Protocol):
+class Searcher(Protocol):
     """Where the settings of trials come from. They depend on the trials so far and what was told of them alone."""
 
     total: int
@@ -35,9 +35,9 @@ class Points(Protocol):
         """What became of a trial: what shall be small, or None if it failed."""
 
 
-def points(section: TuneConfig, seed: int) -> Points:
+def searcher(section: TuneConfig, seed: int) -> Searcher:
     """As tune.searcher says."""
-    return Searched(section, seed) if section.searcher == "optuna" else Drawn(section, seed)
+    return OptunaSearch(section, seed) if section.searcher == "optuna" else RandomSearch(section, seed)
 
 
 def keys(space: Space) -> list[str]:
@@ -52,7 +52,7 @@ def shown(sampler: Mapping[str, Any]) -> str:
     return f"{kind}({', '.join(f'{value:g}' if isinstance(value, float) else str(value) for value in values)})"
 
 
-class Drawn:
+class RandomSearch:
     """Points drawn at random, each with every point of the grid. They are known before the sweep begins."""
 
     def __init__(self, section: TuneConfig, seed: int):
@@ -110,7 +110,7 @@ def _settings(point: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-class Searched:
+class OptunaSearch:
     """Points where Optuna expects the best ones, from what it was told so far."""
 
     def __init__(self, section: TuneConfig, seed: int):

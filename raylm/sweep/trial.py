@@ -16,18 +16,18 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from raylm import budget, checkpoint, group, storage, summary, tokens
+from raylm import budget, checkpoint, launch, storage, summary, tokens
 from raylm.cluster import Resources
 from raylm.config import Experiment, dump, get, override
 from raylm.errors import ConfigError, RaylmError, StorageUnavailable, TrainingError
-from raylm.loop import Job
-from raylm.sweep.record import Record
+from raylm.sweep.record import SweepRecord
 from raylm.sweep.space import keys
+from raylm.training import TrainTask
 
 WORST = dict.fromkeys(("perplexity", "bits_per_byte", "best_perplexity", "best_bits_per_byte"), math.inf)
 
 
-def run_trial(settings: dict[str, Any], *, template: Job, resources: Resources) -> None:
+def run_trial(settings: dict[str, Any], *, template: TrainTask, resources: Resources) -> None:
     """Train the template's run with these settings. What goes wrong in it is reported as its result.
 
     That is a `failure`, with which the trial is over, and the `wrong_setting` that it is about if there is one; or an
@@ -44,7 +44,7 @@ def run_trial(settings: dict[str, Any], *, template: Job, resources: Resources) 
         tune.report({**WORST, "step": 0, "tokens": 0, kind: problem.message, **about})
 
 
-def _problem(trial_id: str, settings: dict[str, Any], template: Job, resources: Resources) -> RaylmError | None:
+def _problem(trial_id: str, settings: dict[str, Any], template: TrainTask, resources: Resources) -> RaylmError | None:
     """Why the training of a trial failed, if it did; its journal says so, too."""
     directory = f"{template.directory}/{trial_id}"
     run = template.run.child(trial_id, directory=directory, ships=False)
@@ -52,20 +52,20 @@ def _problem(trial_id: str, settings: dict[str, Any], template: Job, resources: 
     experiment, planned, said = template.experiment, template.budget, {}
     try:
         experiment = override(experiment, {**settings, "tune.space": {}, "tune.points": []})
-        planned = budget.of(experiment, store)
+        planned = budget.for_store(experiment, store)
         said = summary.parameters(experiment, store, planned)
         run.text(dump(experiment), "experiment.yaml")
         run.parameters({**said, **_swept(template.experiment, settings)})
-        summary.tell_data(run, experiment, store)
+        summary.log_data(run, experiment, store)
         job = dataclasses.replace(
             template, experiment=experiment, budget=planned, run=run, directory=directory, name=trial_id
         )
         if template.experiment.tune.scheduler.kind == "pbt":
-            _settle(Record(template.directory).changes(trial_id), template, job)
+            _settle(SweepRecord(template.directory).changes(trial_id), template, job)
         if resources.num_workers == 1:
-            group.fit_here(dataclasses.replace(job, session=InTrial))
+            launch.fit_in_this_process(dataclasses.replace(job, session=TuneSession))
         else:
-            group.fit(job, resources, callbacks=[TuneReportCallback()])
+            launch.fit(job, resources, callbacks=[TuneReportCallback()])
     except StorageUnavailable:
         raise
     except Exception as error:
@@ -83,7 +83,7 @@ def _swept(experiment: Experiment, settings: dict[str, Any]) -> dict[str, Any]:
     return {key: settings[key] if key in settings else get(experiment, key) for key in keys(experiment.tune.space)}
 
 
-class InTrial:
+class TuneSession:
     """The only worker of a trial, in the trial's own process: a loop.Session over ray.tune."""
 
     rank = 0
@@ -100,7 +100,7 @@ ADOPTED = "adopted.json"
 """In the directory of a trial of a population: the change by which it has the checkpoints of another one."""
 
 
-def _settle(changes: list[dict[str, Any]], template: Job, job: Job) -> None:
+def _settle(changes: list[dict[str, Any]], template: TrainTask, job: TrainTask) -> None:
     """Have a trial go on from the checkpoints that the changes of its population lead to, however often it is begun."""
     adopted = storage.read(f"{job.directory}/{ADOPTED}")
     if changes:
@@ -112,9 +112,9 @@ def _settle(changes: list[dict[str, Any]], template: Job, job: Job) -> None:
         storage.remove_file(f"{job.directory}/{ADOPTED}")
 
 
-def _adopt(change: dict[str, Any], template: Job, job: Job) -> None:
+def _adopt(change: dict[str, Any], template: TrainTask, job: TrainTask) -> None:
     """Give a trial a checkpoint of another one in place of its own."""
-    theirs = checkpoint.Series(f"{template.directory}/{change['like']}/checkpoints")
+    theirs = checkpoint.CheckpointManager(f"{template.directory}/{change['like']}/checkpoints")
     step: int | None = change["tokens"] // job.budget.batch_tokens
     for attempt in range(3):  # the other one goes on, and may remove a checkpoint while it is copied
         if step is None or theirs.fault(step) is not None:

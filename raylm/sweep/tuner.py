@@ -18,12 +18,12 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raylm.cluster import Resources
 from raylm.errors import StorageError
-from raylm.loop import Job
-from raylm.sweep.queue import Trials
-from raylm.sweep.record import NotSaved, Record
-from raylm.sweep.schedule import Limits, Recorded
+from raylm.sweep.queue import TrialQueue
+from raylm.sweep.record import SweepRecord, Unsaved
+from raylm.sweep.schedule import RecordedScheduler, SweepStopper
 from raylm.sweep.trial import run_trial
 from raylm.tracking import Run
+from raylm.training import TrainTask
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the newer console output of Tune talks even at verbose=0
@@ -33,7 +33,9 @@ ENVIRONMENT = {
 }
 
 
-def run(trials: Trials, job: Job, resources: Resources, limits: Limits, watcher: Watcher, *, together: int) -> None:
+def run(
+    trials: TrialQueue, job: TrainTask, resources: Resources, limits: SweepStopper, watcher: Watcher, *, together: int
+) -> None:
     """Run the trials that are left, each as `job` with its settings, at most so many of them side by side."""
     os.environ |= {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(together)}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
@@ -70,7 +72,7 @@ class _Silent(TrialProgressCallback):
 
 
 @contextlib.contextmanager
-def _told(record: Record) -> Iterator[None]:
+def _told(record: SweepRecord) -> Iterator[None]:
     """That the sweep's record cannot be written, as such: Tune makes a text of the traceback of what ends it."""
     try:
         yield
@@ -93,11 +95,16 @@ def _trial_resources(resources: Resources) -> Any:
     return tune.PlacementGroupFactory([{"CPU": 0, "memory": 1}])  # one byte: Ray refuses to reserve nothing
 
 
-class Watcher(NotSaved, tune.Callback):
+class Watcher(Unsaved, tune.Callback):
     """Shows what becomes of the trials, and clears up after each."""
 
     def __init__(
-        self, scheduler: Recorded, parent: Run, show: Callable[..., None], stop: Callable[[], None], metric: str
+        self,
+        scheduler: RecordedScheduler,
+        parent: Run,
+        show: Callable[..., None],
+        stop: Callable[[], None],
+        metric: str,
     ):
         self.scheduler, self.record, self.parent, self.metric = scheduler, scheduler.record, parent, metric
         self._show, self._stop = show, stop

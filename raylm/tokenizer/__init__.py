@@ -11,8 +11,8 @@ token is not needed.
 """
 
 from raylm.tokenizer.encoders import BATCH, LONG, Encoder, choose_encoder, encoder, id_type, unknown_id
-from raylm.tokenizer.frame import Frame, exported, frame
-from raylm.tokenizer.loading import chosen, load, load_section, same, version
+from raylm.tokenizer.frame import Frame, for_export, frame
+from raylm.tokenizer.loading import choose, fingerprint, load, load_section, same
 from raylm.tokenizer.training import train
 
 __all__ = [
@@ -20,10 +20,11 @@ __all__ = [
     "LONG",
     "Encoder",
     "Frame",
+    "choose",
     "choose_encoder",
-    "chosen",
     "encoder",
-    "exported",
+    "fingerprint",
+    "for_export",
     "frame",
     "id_type",
     "load",
@@ -31,5 +32,4 @@ __all__ = [
     "same",
     "train",
     "unknown_id",
-    "version",
 ]

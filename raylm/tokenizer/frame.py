@@ -59,7 +59,7 @@ def frame(tokenizer: PreTrainedTokenizerBase, prefix: str = "auto") -> Frame:
     return Frame(before[-1] if before else end, behind[0] if before and behind else end)
 
 
-def exported(tokenizer: PreTrainedTokenizerBase, prefix: str, context: int | None) -> PreTrainedTokenizerBase:
+def for_export(tokenizer: PreTrainedTokenizerBase, prefix: str, context: int | None) -> PreTrainedTokenizerBase:
     """A copy of a tokenizer to be saved beside a model: it puts the prefix that the model was trained with in front of
     a text, as Llama's does with its BOS, and knows how long a text the model takes (any, if its context is None).
     """

@@ -27,7 +27,7 @@ PROBES = ("A word", "naïve", "ﬁ", "two  spaces ", " x", "don't", "1234", "東
 the vowel signs of Arabic and Hindi, the syllables of Korean."""
 
 
-def chosen(section: TokenizerConfig, model: ModelConfig) -> TokenizerConfig:
+def choose(section: TokenizerConfig, model: ModelConfig) -> TokenizerConfig:
     """The section with its default filled in: the pretrained model's own tokenizer, of its revision or GGUF file."""
     if section.train is not None:
         return section
@@ -168,7 +168,7 @@ def same(path: str, other: str) -> bool:
     return load(path).backend_tokenizer.to_str() == load(other).backend_tokenizer.to_str()
 
 
-def version(section: TokenizerConfig) -> dict[str, str]:
+def fingerprint(section: TokenizerConfig) -> dict[str, str]:
     """What changes when the tokenizer behind a path does, and only then: a checksum of each of its files.
 
     Of a tokenizer on the Hub the files' and not the repository's: a commit to its README changes no token.

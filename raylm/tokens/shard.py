@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig
-from raylm.corpus import Document, Fault, File, Ledger, Shard, documents
+from raylm.corpus import BadDocument, Document, File, Ledger, Shard, documents
 from raylm.storage import read
 from raylm.tokens.store import SPLITS, checksum, local_tokenizer, write
 
@@ -29,7 +29,7 @@ def write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, encod
     ledger: Ledger = Ledger()
     rejected: list[dict[str, str]] = []
 
-    def reject(file: File, fault: Fault) -> None:
+    def reject(file: File, fault: BadDocument) -> None:
         if len(rejected) < MOST_REJECTED:
             rejected.append({"file": file.path, "place": fault.place, "fault": fault.what})
 

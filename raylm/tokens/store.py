@@ -24,7 +24,7 @@ import pyarrow as pa
 from raylm import storage
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig
-from raylm.corpus import File, Source, check
+from raylm.corpus import File, Source, list_sources
 from raylm.errors import DataError, StorageError, StorageUnavailable
 from raylm.storage import is_remote, read, sizes
 from raylm.tokenizer import Frame
@@ -304,7 +304,7 @@ def verify(store: Store) -> list[str]:
 def changed_inputs(store: Store, sources: list[Source] | None = None) -> list[str]:
     """How the corpus differs from what the store was made of: "a.txt: changed", "b.txt: added", "c.txt: removed"."""
     if sources is None:
-        sources = check(CorpusConfig.model_validate(store.manifest["settings"]["corpus"]))
+        sources = list_sources(CorpusConfig.model_validate(store.manifest["settings"]["corpus"]))
     now = {file.path: file for source in sources for file in source.files}
     then = {file[0]: File(*file) for source in store.manifest["sources"] for file in source["files"]}
     faults = []

@@ -17,7 +17,7 @@ from typing import Any
 from raylm import cli
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig, TokenizerConfig
-from raylm.corpus import Ledger, Shard, Source, check, documents, hashes, left_out, select, selected, shards
+from raylm.corpus import Ledger, Shard, Source, documents, hashes, left_out, list_sources, select, selected, shards
 from raylm.errors import DataError, RaylmError, StorageUnavailable
 from raylm.storage import names, read, remove
 from raylm.tokens.shard import facts_name, finished, write_shard
@@ -56,7 +56,7 @@ Progress = Callable[[float, float | None], None]
 def fingerprint(corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: list[Source] | None = None) -> str:
     """Names what a store is made of: files with size and time, filters, split, tokenizer. Not blocks, not the model."""
     if sources is None:
-        sources = check(corpus)
+        sources = list_sources(corpus)
     made_of = [FORMAT, _settings(corpus, tokenizer), [[list(file) for file in source.files] for source in sources]]
     return checksum(json.dumps(made_of, sort_keys=True).encode())[:16]
 
@@ -69,7 +69,7 @@ def store_path(
 
 
 def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
-    version = tokenizers.version(tokenizer)
+    version = tokenizers.fingerprint(tokenizer)
     # Its files say which tokenizer it is, wherever they lie and by whatever name of a revision they are asked for.
     elsewhere = {"path", "revision"} if version and tokenizer.gguf_file is None else set()
     return {
@@ -89,7 +89,7 @@ def prepare(
 
     Ray must be up unless it is. A run that was killed goes on at the shards it had not finished.
     """
-    sources = check(corpus)
+    sources = list_sources(corpus)
     path = store_path(storage, corpus, tokenizer, sources)
     if (faults := damage(path)) == []:
         return open_store(path), True
@@ -265,7 +265,7 @@ def encode_files(corpus: CorpusConfig, tokenizer: str) -> Encoded:
     """The documents of a corpus, encoded with the tokenizer of a directory, in this process."""
     encode = tokenizers.encoder(tokenizer, "tokenizers")
     encoded = Encoded()
-    for shard in shards(check(corpus)):
+    for shard in shards(list_sources(corpus)):
         for document in documents(shard, corpus, Ledger()):
             ids, _ = encode([document.text])
             encoded.append(ids, document.num_bytes, document.hash, corpus.paths[document.source])

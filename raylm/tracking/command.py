@@ -19,7 +19,7 @@ from raylm.config import TrackingConfig
 from raylm.errors import ConfigError, StorageError
 from raylm.tracking import journal, mlflow
 from raylm.tracking.failures import Unusable, shown
-from raylm.tracking.run import COMMIT, JOB, NOTE, SOURCE, Run, begin, sync_command
+from raylm.tracking.run import COMMIT, JOB, NOTE, SOURCE, Run, start_run, sync_command
 
 SETTLE_SECONDS = 60.0
 """How long a command waits at its end for a server that takes what it gets."""
@@ -47,7 +47,7 @@ def start(
     connected = section.uri is not None and _connect(section.uri, belongs, metric)
     run = Run(storage.absolute(directory), section.uri)
     told = {**_origin(tags.get("raylm.verb")), **{key: str(value) for key, value in tags.items()}}
-    begin(run, experiment=belongs, metric=metric, name=name, tags=told, is_child=False)
+    start_run(run, experiment=belongs, metric=metric, name=name, tags=told, is_child=False)
     if connected:
         run.ship(mlflow.PATIENCE_SECONDS)
     return run

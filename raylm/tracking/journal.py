@@ -50,7 +50,7 @@ def now() -> int:
     return int(time.time() * 1000)
 
 
-class Log:
+class JsonLines:
     """A file of JSON lines."""
 
     def __init__(self, path: str):
@@ -175,9 +175,9 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 @functools.cache
-def log(directory: str, name: str) -> Log:
+def log(directory: str, name: str) -> JsonLines:
     """The file of a journal: one object a process, so that its lines wait in one place."""
-    found = Log(f"{directory}/{name}")
+    found = JsonLines(f"{directory}/{name}")
     if storage.is_remote(directory):
         atexit.register(found.farewell)
     return found
@@ -187,7 +187,7 @@ def log(directory: str, name: str) -> Log:
 
 
 @dataclass
-class Facts:
+class RunState:
     """What tracking.jsonl, or a part of it, says."""
 
     run: dict[str, Any] = field(default_factory=dict)
@@ -205,7 +205,7 @@ class Facts:
     uri: str | None = None
     """The MLflow of the last start, without a password."""
 
-    def add(self, records: Iterable[Mapping[str, Any]]) -> Facts:
+    def add(self, records: Iterable[Mapping[str, Any]]) -> RunState:
         for record in records:
             self.run = self.run or record.get("run", {})
             self.parameters = {**record.get("parameters", {}), **self.parameters}
@@ -221,8 +221,8 @@ class Facts:
         return self
 
 
-def facts(directory: str) -> Facts:
-    return Facts().add(log(directory, RUN).read()[0])
+def facts(directory: str) -> RunState:
+    return RunState().add(log(directory, RUN).read()[0])
 
 
 def begin(directory: str, uri: str | None, **about: Any) -> None:
@@ -239,7 +239,7 @@ def begin(directory: str, uri: str | None, **about: Any) -> None:
 
 
 @contextlib.contextmanager
-def alone(directory: str) -> Iterator[bool]:
+def lock(directory: str) -> Iterator[bool]:
     """Whether this is the only one to ship the journal, for as long as the context and the process last."""
     if storage.is_remote(directory):  # no locks there, see shipment.py why that does no harm
         yield True
@@ -270,7 +270,7 @@ def apply(records: Iterable[Mapping[str, Any]], points: dict[Place, Point]) -> N
             points.setdefault((key, record["step"]), (float(value), record["time"]))
 
 
-class Metrics:
+class MetricHistory:
     """metrics.jsonl as the process knows it that writes there."""
 
     def __init__(self, directory: str):
@@ -318,15 +318,15 @@ class Metrics:
 
 
 @functools.cache
-def metrics(directory: str) -> Metrics:
-    return Metrics(directory)
+def metrics(directory: str) -> MetricHistory:
+    return MetricHistory(directory)
 
 
 # mlflow.json -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Note:
+class UploadedOffsets:
     """How much of a journal an MLflow store or server has. To lose it costs a few questions to the server."""
 
     uri: str
@@ -341,21 +341,21 @@ class Note:
     """Bytes of metrics.jsonl."""
 
 
-def note(directory: str, uri: str) -> Note:
+def note(directory: str, uri: str) -> UploadedOffsets:
     """What was noted of this journal and this server."""
-    new = Note(uri, facts(directory).run.get("id", ""))
+    new = UploadedOffsets(uri, facts(directory).run.get("id", ""))
     try:
-        found = Note(**json.loads(storage.read(f"{directory}/{NOTE}") or b""))
+        found = UploadedOffsets(**json.loads(storage.read(f"{directory}/{NOTE}") or b""))
     except (ValueError, TypeError):
         return new
     return found if (found.uri, found.journal) == (new.uri, new.journal) else new
 
 
-def write_note(directory: str, note: Note) -> None:
+def write_note(directory: str, note: UploadedOffsets) -> None:
     storage.write(f"{directory}/{NOTE}", json.dumps(asdict(note)).encode())
 
 
-def ends(directory: str) -> dict[str, int]:
+def end_offsets(directory: str) -> dict[str, int]:
     """A note's bytes as they are when MLflow has everything."""
     run, points = (log(directory, name).read()[1] for name in (RUN, METRICS))
     return {"facts": run, "artifacts": run, "metrics": points}
@@ -369,20 +369,20 @@ def sizes(directory: str) -> tuple[int, int]:
     return found.get(METRICS, 0), found.get(RUN, 0)
 
 
-def has_grown(directory: str, note: Note) -> bool:
+def has_grown(directory: str, note: UploadedOffsets) -> bool:
     """Whether there may be something that MLflow has not."""
     metrics, run = sizes(directory)
     return metrics > note.metrics or run > min(note.facts, note.artifacts)
 
 
-def left(directory: str, note: Note) -> int:
+def pending(directory: str, note: UploadedOffsets) -> int:
     """How many entries MLflow has not: metric points, parameters, tags, datasets, artifacts, changes of status."""
     if not has_grown(directory, note):
         return 0
     points: dict[Place, Point] = {}
     apply(log(directory, METRICS).read(note.metrics)[0], points)
-    told = Facts().add(log(directory, RUN).read(note.facts)[0])
-    artifacts = Facts().add(log(directory, RUN).read(note.artifacts)[0]).artifacts
+    told = RunState().add(log(directory, RUN).read(note.facts)[0])
+    artifacts = RunState().add(log(directory, RUN).read(note.artifacts)[0]).artifacts
     return (
         sum(math.isfinite(value) for value, _ in points.values())
         + len(told.parameters)

@@ -105,7 +105,7 @@ class Server:
 
     def left(self, directory: str) -> int:
         """How many entries of a journal MLflow has not, as far as is noted."""
-        return journal.left(directory, journal.note(directory, shown(self.uri)))
+        return journal.pending(directory, journal.note(directory, shown(self.uri)))
 
     def close(self, timeout_seconds: float) -> None:
         """Ship what can be shipped at once, and end the thread."""

@@ -85,7 +85,7 @@ class Run:
     def system_metrics(self, step: int) -> None:
         """How busy this machine has been, a point about every 10 seconds: to be called by the process that trains."""
         if self.directory:
-            self.metrics(system.watch(self.directory).metrics(), step)
+            self.metrics(system.monitor(self.directory).metrics(), step)
 
     def series(self) -> dict[str, list[tuple[int, float]]]:
         """(step, value) of every metric but the system's, by step, as the journal has them."""
@@ -186,7 +186,7 @@ class Run:
         parent = journal.facts(self.directory)
         known = {**parent.run["tags"], **parent.tags}
         origin = {key: known[key] for key in (SOURCE, COMMIT, JOB) if key in known}
-        return begin(
+        return start_run(
             Run(where, self.uri),
             experiment=parent.run["experiment"],
             metric=parent.run["metric"],
@@ -258,7 +258,7 @@ class Run:
             _warn_of_disk(self.directory, error.strerror)
 
 
-def begin(run: Run, *, ships: bool = True, **about: Any) -> Run:
+def start_run(run: Run, *, ships: bool = True, **about: Any) -> Run:
     """Write into the journal of a run that it begins, for the first time or once more, and what is known `about` it."""
     about["tags"] = {**about["tags"], ATTEMPTS: str(journal.facts(run.directory).starts + 1)}
     try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from raylm import storage
 from raylm.tracking import journal, models
 from raylm.tracking.failures import Busy, Deleted, NotStored, kind, shown
-from raylm.tracking.journal import Facts, Note, Place, Point
+from raylm.tracking.journal import Place, Point, RunState, UploadedOffsets
 
 if TYPE_CHECKING:
     from raylm.tracking.mlflow import Server
@@ -63,7 +63,7 @@ class Shipment:
         """Whether it is time to look what is new: a look is a request where the journal is remote."""
         return self._is_expected or time.monotonic() >= self._next_look
 
-    def _begin(self, note: Note) -> None:
+    def _begin(self, note: UploadedOffsets) -> None:
         """To go on from what is noted."""
         self._note = note
         self._end = note.metrics
@@ -71,7 +71,7 @@ class Shipment:
         self._known: set[Place] | None = None  # the points that MLflow has; None: it is to be asked
         self._status: tuple[str, int] | None = None  # that the run has in MLflow, and since when, if known
 
-    def _noted(self) -> Note:
+    def _noted(self) -> UploadedOffsets:
         return journal.note(self.directory, shown(self.server.uri))
 
     def _write(self, **changes: Any) -> None:
@@ -101,11 +101,11 @@ class Shipment:
                     self._facts(run_id)
                     self._artifacts(run_id)
                 ended = journal.facts(self.directory).status != "RUNNING"
-                self.is_over = ended and not journal.left(self.directory, self._note)
+                self.is_over = ended and not journal.pending(self.directory, self._note)
         except FileNotFoundError:  # the run was removed
             self.is_over = True
         except Deleted:
-            self._write(**journal.ends(self.directory))
+            self._write(**journal.end_offsets(self.directory))
             raise
         except Exception as error:
             self._known = None
@@ -117,7 +117,7 @@ class Shipment:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        with journal.alone(self.directory) as alone:
+        with journal.lock(self.directory) as alone:
             if not alone:
                 raise Busy
             if (noted := self._noted()) != self._note:  # another process has shipped in between
@@ -186,7 +186,7 @@ class Shipment:
 
         client = self.server.client
         records, end = journal.log(self.directory, journal.RUN).read(self._note.facts)
-        told = Facts().add(records)
+        told = RunState().add(records)
         params = [Param(key, value) for key, value in told.parameters.items()]
         tags = [RunTag(key, value[:LONGEST_TAG]) for key, value in told.tags.items()]
         datasets = []
@@ -210,7 +210,7 @@ class Shipment:
 
     def _artifacts(self, run_id: str) -> None:
         records, end = journal.log(self.directory, journal.RUN).read(self._note.artifacts)
-        for name, record in Facts().add(records).artifacts.items():
+        for name, record in RunState().add(records).artifacts.items():
             try:
                 if "text" in record:
                     self.server.client.log_text(run_id, record["text"], name)

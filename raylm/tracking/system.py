@@ -17,7 +17,7 @@ SECONDS = 10.0
 """Between two points: asking takes 0.2 ms."""
 
 
-class Watch:
+class SystemMonitor:
     def __init__(self) -> None:
         self._next = time.monotonic() + SECONDS
         psutil.cpu_percent()  # from now on
@@ -54,6 +54,6 @@ def _gpu() -> dict[str, float]:
 
 
 @functools.cache
-def watch(directory: str) -> Watch:
+def monitor(directory: str) -> SystemMonitor:
     """The one of a run in this process."""
-    return Watch()
+    return SystemMonitor()

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from raylm import cli, corpus, tokens
-from raylm.card.files import name_of
 from raylm.checkpoint import read_record
 from raylm.config import WHOLE_SPLIT, Experiment, get
 from raylm.errors import DataError
+from raylm.export.files import name_of
 
 if TYPE_CHECKING:
     from raylm.tokens import Store
@@ -40,7 +40,7 @@ HERE = "."
 LOADS_HERE = re.compile(rb'(from_pretrained\(|model=)"\."')
 
 
-def of(
+def build(
     directory: Path,
     repo: str,
     experiment: Experiment | None,
@@ -182,9 +182,9 @@ def _settings(experiment: Experiment, record: Mapping[str, Any], repo: str) -> l
     shown = {key: get(experiment, key) for key in (*SETTINGS, "train.max_tokens", "train.num_epochs")}
     if experiment.model.config is not None:
         shown |= {f"model.config.{name}": value for name, value in experiment.model.config.items()}
-    rows = [(_code(key), _code(cli.figure(value))) for key, value in shown.items() if value is not None]
+    rows = [(_code(key), _code(cli.format_number(value))) for key, value in shown.items() if value is not None]
     if "step" in record:
-        rows.append(("optimizer steps of these weights", cli.figure(record["step"])))
+        rows.append(("optimizer steps of these weights", cli.format_number(record["step"])))
     names = "" if repo == HERE else ", where local paths are left as their names"
     return [
         "## Settings",

@@ -12,16 +12,16 @@ from torch.distributed.tensor import DTensor
 
 from raylm import storage
 from raylm.errors import Diverged, OutOfMemory
-from raylm.loop.session import Agreed, Job, Session
+from raylm.training.session import CollectiveError, Session, TrainTask
 
 KINDS = (torch.OutOfMemoryError, MemoryError)
 """How a lack of memory is raised."""
 
 
-class Memory:
+class MemoryGuard:
     """Where it runs out, an error says what to do about it."""
 
-    def __init__(self, job: Job, session: Session, micro_batch: int):
+    def __init__(self, job: TrainTask, session: Session, micro_batch: int):
         self.job, self.session, self.micro_batch = job, session, micro_batch
 
     def for_training(self) -> contextlib.AbstractContextManager[None]:
@@ -40,7 +40,7 @@ class Memory:
                 raise
             problem = too_much(str(error).split("\n")[0])
         if problem is not None:  # outside of the except, where what filled the memory would be held on to
-            raise Agreed(problem) if self.session.world_size == 1 else problem
+            raise CollectiveError(problem) if self.session.world_size == 1 else problem
 
     def _fewer_at_once(self, problem: str) -> OutOfMemory:
         """Half as many tokens, from the next start on; or there is no way out."""
@@ -69,10 +69,10 @@ class Memory:
         )
 
 
-class Finite:
+class GradientGuard:
     """Lets no optimizer step take a gradient that is not finite."""
 
-    def __init__(self, job: Job, session: Session):
+    def __init__(self, job: TrainTask, session: Session):
         self.job, self.session = job, session
         self.first_bad_step: torch.Tensor | None = None
 
@@ -81,7 +81,7 @@ class Finite:
         if self.runs_ahead(norm, optimizer):
             self._skip(step, norm, optimizer)
         elif not math.isfinite(norm):
-            raise Agreed(self.diverged(f"the gradient is {float(norm)} at step {step}"))
+            raise CollectiveError(self.diverged(f"the gradient is {float(norm)} at step {step}"))
 
     def runs_ahead(self, norm: Any, optimizer: Any) -> bool:
         """Whether the norm is not known yet, and the optimizer can be told by a tensor to leave the weights alone."""
@@ -103,7 +103,7 @@ class Finite:
     def check(self) -> None:
         """Whether a step was skipped; this waits for the GPU."""
         if self.first_bad_step is not None and math.isfinite(first := self.first_bad_step.item()):
-            raise Agreed(self.diverged(f"the gradient is not finite at step {int(first)}"))
+            raise CollectiveError(self.diverged(f"the gradient is not finite at step {int(first)}"))
 
     def diverged(self, how: str) -> Diverged:
         kept = self.job.checkpoints.steps() if self.session.rank == 0 else []

@@ -26,7 +26,7 @@ STEP = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True)
-class Series:
+class CheckpointManager:
     """The checkpoints below `directory`, local or remote, by the step after which they were written."""
 
     directory: str

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from raylm import checkpoint, storage
-from raylm.checkpoint import Series
+from raylm.checkpoint import CheckpointManager
 from raylm.errors import StorageError, StorageFull
-from raylm.loop.session import Agreed, Job, Session, gathered
+from raylm.training.session import CollectiveError, Session, TrainTask, gathered
 
 PROGRESS = "progress.json"
 """In a checkpoint: what the Trainer forgets, as the loss since it was last logged."""
 
 
-class Saves:
+class CheckpointWriter:
     """The checkpoints of one run, as one of its ranks sees them. Every rank calls `commit` at the same steps."""
 
-    def __init__(self, job: Job, session: Session, scratch: Path, say: Callable[[str], None]):
+    def __init__(self, job: TrainTask, session: Session, scratch: Path, say: Callable[[str], None]):
         self.job, self.session, self.scratch, self.say = job, session, scratch, say
         self.failed: Exception | None = None
         """Why this rank could not write its part on its own machine; it is told to the others by `commit`."""
@@ -29,7 +29,7 @@ class Saves:
         """Checkpoints in a row that could not be committed."""
 
     @property
-    def series(self) -> Series:
+    def series(self) -> CheckpointManager:
         return self.job.checkpoints
 
     def describe(self, local: Path, record: dict[str, Any], progress: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ class Saves:
             with contextlib.suppress(Exception):  # what is left of it has no manifest, and is no checkpoint
                 self.series.discard(step)
         if self.missed == 2 or is_last_chance or isinstance(problem, StorageFull):
-            raise Agreed(self._cannot(step, problem))
+            raise CollectiveError(self._cannot(step, problem))
         self.say(f"the checkpoint of step {step:,} could not be written ({problem}); training until the next one")
         return False
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from raylm.budget import Budget
-from raylm.checkpoint import Series
+from raylm.checkpoint import CheckpointManager
 from raylm.config import EvalConfig, Experiment, ModelConfig, TokenizerConfig
 from raylm.errors import RaylmError
 from raylm.perplexity import Documents
@@ -33,7 +33,7 @@ class Session(Protocol):
         """The nodes of workers that will be taken away soon."""
 
 
-class WorkerGroup:
+class RayTrainSession:
     """A worker of Ray Train."""
 
     def __init__(self) -> None:
@@ -65,11 +65,11 @@ def gathered(session: Session, value: Any) -> list[Any]:
     return found
 
 
-class Agreed(Exception):
+class CollectiveError(Exception):
     """An error that every rank meets at the same step, so that none of them waits for another."""
 
 
-class Alone:
+class SingleProcess:
     """A process without Ray."""
 
     rank = 0
@@ -77,7 +77,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainTask:
     """What a worker is given to do."""
 
     experiment: Experiment
@@ -87,7 +87,7 @@ class Job:
     run: Run
     directory: str
     """The run's own."""
-    session: type[Session] = WorkerGroup
+    session: type[Session] = RayTrainSession
     board: Any = None
     """What cluster.watch gives, if somebody watches: told how far the training is, and asked whether it shall stop."""
     sets: Mapping[str, str] = field(default_factory=dict)
@@ -101,8 +101,8 @@ class Job:
             self.board.say(f"{self.name}: {message}" if self.name else message)
 
     @property
-    def checkpoints(self) -> Series:
-        return Series(f"{self.directory}/checkpoints")
+    def checkpoints(self) -> CheckpointManager:
+        return CheckpointManager(f"{self.directory}/checkpoints")
 
     @property
     def micro_batch_file(self) -> str:
@@ -129,7 +129,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoreTask:
     """What a worker is given to score."""
 
     model: str
@@ -144,6 +144,6 @@ class Scoring:
     masked: bool = False
     """That it is a masked model, though its configuration may not say so."""
     use_gpu: bool | None = None
-    session: type[Any] = WorkerGroup
+    session: type[Any] = RayTrainSession
     progress: Callable[[float, float | None], None] | None = None
     keywords: tuple[str, ...] = ()

@@ -9,10 +9,10 @@ text         the model card
 directory    a checkpoint -> a plain Hugging Face directory with its card, whole or not at all
 """
 
-from raylm.card.directory import export
-from raylm.card.files import Files, model_files, name_of, named, parameters, published
-from raylm.card.text import CARD, HERE, SETTINGS, of
 from raylm.checkpoint.directory import EXPERIMENT
+from raylm.export.directory import export
+from raylm.export.files import Files, model_files, name_of, named, parameters, published
+from raylm.export.model_card import CARD, HERE, SETTINGS, build
 
 __all__ = [
     "CARD",
@@ -20,11 +20,11 @@ __all__ = [
     "HERE",
     "SETTINGS",
     "Files",
+    "build",
     "export",
     "model_files",
     "name_of",
     "named",
-    "of",
     "parameters",
     "published",
 ]

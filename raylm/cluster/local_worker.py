@@ -45,7 +45,7 @@ WORKER_ENVIRONMENT = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
 }
 
-TRAINER = "raylm.loop.trainer"
+TRAINER = "raylm.training.trainer"
 """What a training spends 5 s on to import."""
 
 MAY_PASS = (OSError, RuntimeError)
@@ -57,11 +57,11 @@ LESS_MEMORY = "lower train.micro_batch_tokens, eval.batch_tokens or the size of 
 CLEARING_SECONDS = 10.0
 """How long a process may take to end once it has given its answer."""
 
-_begun: list[Process] = []
+_begun: list[LocalWorker] = []
 """What `begin` has begun and nobody has asked for yet."""
 
 
-class Process:
+class LocalWorker:
     """Another Python of this machine, with one GPU at most, that waits for something to do."""
 
     def __init__(self, load: str):
@@ -146,7 +146,7 @@ class Process:
         return f"worker 0 {how}; {kept.name} has all that it said", kept.name
 
 
-class _Wire:
+class _WorkerPipe:
     """The board of a worker in a process of its own."""
 
     def __init__(self, connection: Connection):
@@ -183,7 +183,7 @@ class _Wire:
 def serve() -> None:
     """What a Process executes: one call."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as that of a service manager, for the command too
-    wire = _Wire(Connection(int(sys.argv[1])))
+    wire = _WorkerPipe(Connection(int(sys.argv[1])))
     threading.Thread(target=wire.listen, daemon=True).start()
     with cli.importing():
         importlib.import_module(sys.argv[2])
@@ -199,15 +199,15 @@ def serve() -> None:
     wire.tell(*answer)
 
 
-def begin(load: str = TRAINER) -> None:
+def start_worker_early(load: str = TRAINER) -> None:
     """Begin the process that the next `process` will be, which imports a module meanwhile."""
-    _begun.append(Process(load))
+    _begun.append(LocalWorker(load))
 
 
 @contextlib.contextmanager
-def process(load: str = TRAINER) -> Iterator[Process]:
+def local_worker(load: str = TRAINER) -> Iterator[LocalWorker]:
     """The process that was begun, or a new one; it ends at the end."""
-    found = _begun.pop() if _begun else Process(load)
+    found = _begun.pop() if _begun else LocalWorker(load)
     try:
         yield found
     finally:

@@ -34,7 +34,7 @@ STEPS = 100
 """Of the training that a schedule is tried for."""
 
 
-def check(section: TrainConfig, *, has_updates: bool = False) -> None:
+def check_settings(section: TrainConfig, *, has_updates: bool = False) -> None:
     """Refuse what the Trainer would refuse on the workers, with model.lora if that `has_updates` of its own."""
     schedules = [schedule.value for schedule in SchedulerType if schedule not in BY_SCORE]
     if section.lr_scheduler_type not in schedules:
@@ -154,7 +154,7 @@ def _schedule_arguments(made: TrainingArguments, steps: int) -> dict[str, Any]:
     return given
 
 
-def of(experiment: Experiment, budget: Budget, scratch: str) -> TrainingArguments:
+def build(experiment: Experiment, budget: Budget, scratch: str) -> TrainingArguments:
     """The arguments of one worker's Trainer, which writes to `scratch`."""
     section = experiment.train
     on_gpu = torch.cuda.is_available() and experiment.cluster.use_gpu is not False

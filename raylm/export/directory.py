@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from raylm import storage
-from raylm.card.files import Files, model_files, parameters, published
-from raylm.card.text import CARD, HERE, of
-from raylm.checkpoint import OF_TRAINING, check, read_experiment, read_record
+from raylm.checkpoint import OF_TRAINING, locate, read_experiment, read_record
 from raylm.checkpoint.directory import EXPERIMENT, RECORD, recorded
 from raylm.errors import StorageError
+from raylm.export.files import Files, model_files, parameters, published
+from raylm.export.model_card import CARD, HERE, build
 
 
 def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] | None = None) -> str:
@@ -26,13 +26,13 @@ def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] 
     system has them, and copies elsewhere; the small files are copies, to be edited freely.
     """
     with storage.here(str(checkpoint), but_for=OF_TRAINING) as found:
-        directory = check(found)
+        directory = locate(found)
         experiment = read_experiment(directory)
         if experiment is None:
             raise StorageError(f"{checkpoint} was not trained by raylm: it holds no {EXPERIMENT}", str(checkpoint))
         files = model_files(directory)
         record = {**read_record(directory), **(score or {})}
-        made = of(directory, HERE, published(experiment), parameters(directory, files), record)
+        made = build(directory, HERE, published(experiment), parameters(directory, files), record)
         files |= {EXPERIMENT: directory / EXPERIMENT, RECORD: recorded(record), CARD: made}
         if storage.is_remote(str(target)):
             _send(files, str(target))

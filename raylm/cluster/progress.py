@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raylm.errors import Interrupted
 
 
-class Board:
+class ProgressChannel:
     """How far the workers are, what they have to say, and whether they shall stop."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ ANSWER_SECONDS = 10.0
 """How long a shared board may take to answer: longer than a process that begins anew."""
 
 
-class SharedBoard:
+class SharedProgressChannel:
     """A Board that workers on all nodes are in touch with: an actor of Ray's, beside the command.
 
     Its process may be killed as any other, by Ray's memory monitor for one. It begins anew then, and knows nothing. A
@@ -55,7 +55,7 @@ class SharedBoard:
         here = ray.get_runtime_context().get_node_id()  # or it would go with another node that is lost
         beside = NodeAffinitySchedulingStrategy(here, soft=False)
         self.actor = (
-            ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board)
+            ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressChannel)
             .options(scheduling_strategy=beside)
             .remote()
         )
@@ -83,12 +83,14 @@ class SharedBoard:
 
 
 @contextlib.contextmanager
-def watch(show: Callable[[float], None], say: Callable[[str], None]) -> Iterator[Board | SharedBoard]:
+def progress_channel(
+    show: Callable[[float], None], say: Callable[[str], None]
+) -> Iterator[ProgressChannel | SharedProgressChannel]:
     """A board, shared if Ray is connected, and looked at about twice a second.
 
     Its workers are told to stop once the process is (`signals`).
     """
-    board = SharedBoard() if ray.is_initialized() else Board()
+    board = SharedProgressChannel() if ray.is_initialized() else ProgressChannel()
     over = threading.Event()
 
     def look() -> None:
@@ -100,7 +102,7 @@ def watch(show: Callable[[float], None], say: Callable[[str], None]) -> Iterator
 
     def watching() -> None:
         while not over.wait(0.5):
-            if stopped_by() is not None:
+            if stop_signal() is not None:
                 board.stop()  # again and again: it may have begun anew
             look()
 
@@ -112,7 +114,7 @@ def watch(show: Callable[[float], None], say: Callable[[str], None]) -> Iterator
         over.set()
         watcher.join()
         look()  # what was said last
-        if isinstance(board, SharedBoard):
+        if isinstance(board, SharedProgressChannel):
             ray.kill(board.actor)
 
 
@@ -120,7 +122,7 @@ _asked: list[int] = []
 """Signals by which this process was asked to stop, inside of `signals`."""
 
 
-def stopped_by() -> signal.Signals | None:
+def stop_signal() -> signal.Signals | None:
     """The signal that asked this process to stop, if one did."""
     return signal.Signals(_asked[0]) if _asked else None
 
@@ -128,11 +130,11 @@ def stopped_by() -> signal.Signals | None:
 def interruption(directory: str, how: str) -> BaseException:
     """What a command ends with that was asked to stop."""
     told = f"{directory}: {how}; the same command goes on from there"
-    return KeyboardInterrupt(told) if stopped_by() == signal.SIGINT else Interrupted(told, directory)
+    return KeyboardInterrupt(told) if stop_signal() == signal.SIGINT else Interrupted(told, directory)
 
 
 @contextlib.contextmanager
-def signals(say: Callable[[str], None]) -> Iterator[None]:
+def handle_signals(say: Callable[[str], None]) -> Iterator[None]:
     """SIGTERM and the first Ctrl-C do not end the process here, but are told to whoever asks `stopped_by`.
 
     A second Ctrl-C is one. If what is inside ends in spite of being asked to stop, as in the last step of a training,

@@ -18,13 +18,13 @@ from transformers import PrinterCallback, TrainerCallback
 from raylm import blocks, checkpoint, cluster, model, objective, perplexity, probe, storage, summary, tokens
 from raylm import tokenizer as tokenizers
 from raylm.errors import ConfigError, RaylmError
-from raylm.loop import arguments
-from raylm.loop.guards import Finite, Memory
-from raylm.loop.saves import PROGRESS, Saves
-from raylm.loop.session import Agreed, Job, Outcome, Session, gathered
-from raylm.loop.sharding import ShardingTrainer
 from raylm.perplexity import Documents, Score
 from raylm.tokenizer import Frame
+from raylm.training import arguments
+from raylm.training.checkpoint_writer import PROGRESS, CheckpointWriter
+from raylm.training.guards import GradientGuard, MemoryGuard
+from raylm.training.session import CollectiveError, Outcome, Session, TrainTask, gathered
+from raylm.training.sharding import ShardingTrainer
 
 TELL_SECONDS = 10.0
 """Of an evaluation, before it is told of, and until it is again."""
@@ -33,14 +33,14 @@ LOOK_SECONDS = 1.0
 """How long a worker trains between two looks at whether it shall stop."""
 
 
-def made(job: Job, session: Session, scratch: Path) -> _Trainer:
+def build(job: TrainTask, session: Session, scratch: Path) -> _Trainer:
     """The Trainer of one worker, which writes to `scratch` before anything is kept."""
     experiment = job.experiment
     smaller = storage.read(job.micro_batch_file)
     budget = job.budget.shared_by(session.world_size, int(smaller) if smaller else experiment.train.micro_batch_tokens)
     store = tokens.open_store(job.store)
     frame = store.frame(experiment.tokenizer.prefix)
-    cut = blocks.of(store.train, experiment.blocks, frame)
+    cut = blocks.build(store.train, experiment.blocks, frame)
     network = model.build(
         experiment.model,
         store.tokenizer,
@@ -48,8 +48,8 @@ def made(job: Job, session: Session, scratch: Path) -> _Trainer:
         seed=experiment.train.seed,
         masked=experiment.objective.is_masked,
     )
-    batches = objective.of(experiment.objective, experiment.blocks, store.tokenizer, frame, experiment.train.seed)
-    args = arguments.of(experiment, budget, str(scratch))
+    batches = objective.build(experiment.objective, experiment.blocks, store.tokenizer, frame, experiment.train.seed)
+    args = arguments.build(experiment, budget, str(scratch))
     is_sharded = bool(args.fsdp)
     if session.world_size == 1:  # nobody to share the weights with
         args.fsdp = args.fsdp_plugin_args = None
@@ -61,9 +61,9 @@ def made(job: Job, session: Session, scratch: Path) -> _Trainer:
         store,
         model=network,
         args=args,
-        train_dataset=objective.Numbered(examples),
+        train_dataset=objective.NumberedExamples(examples),
         data_collator=batches,
-        processing_class=tokenizers.exported(
+        processing_class=tokenizers.for_export(
             store.tokenizer, experiment.tokenizer.prefix, model.context(network.config)
         ),
     )
@@ -76,7 +76,7 @@ def made(job: Job, session: Session, scratch: Path) -> _Trainer:
 class _Trainer(ShardingTrainer):
     loss_is_scaled_for_ga = True  # the loss is divided once, by the items of the whole step
 
-    def __init__(self, job: Job, session: Session, store: tokens.Store, **kwargs: Any):
+    def __init__(self, job: TrainTask, session: Session, store: tokens.Store, **kwargs: Any):
         super().__init__(**kwargs)
         self.job, self.session, self.store = job, session, store
         self.best: dict[str, Any] = {}
@@ -97,9 +97,9 @@ class _Trainer(ShardingTrainer):
         self.looked = (0, 0.0)
         """After which step, and when."""
         self.next_look = 1
-        self.saves = Saves(job, session, Path(self.args.output_dir), self.say)
-        self.memory = Memory(job, session, self.args.per_device_train_batch_size)
-        self.finite = Finite(job, session)
+        self.saves = CheckpointWriter(job, session, Path(self.args.output_dir), self.say)
+        self.memory = MemoryGuard(job, session, self.args.per_device_train_batch_size)
+        self.finite = GradientGuard(job, session)
 
     # From beginning to end
 
@@ -117,7 +117,7 @@ class _Trainer(ShardingTrainer):
                     one_row=self.args.per_device_train_batch_size == 1,
                 )
             except ConfigError as error:
-                raise Agreed(error) from error
+                raise CollectiveError(error) from error
         self.reshard()
 
     def run(self) -> Outcome:
@@ -149,7 +149,7 @@ class _Trainer(ShardingTrainer):
                 found = error
         found = gathered(self.session, found)[0]
         if isinstance(found, RaylmError):
-            raise Agreed(found)
+            raise CollectiveError(found)
         return found
 
     def _restore(self, directory: Path, step: int) -> None:
@@ -169,7 +169,7 @@ class _Trainer(ShardingTrainer):
             self.session.report(self._reported())
         told = f"going on from step {step:,} of {self.job.budget.steps:,}"
         if progress["world_size"] != self.session.world_size:
-            now = cluster.workers(self.session.world_size)
+            now = cluster.plural_workers(self.session.world_size)
             told += (
                 f" with {now} instead of {progress['world_size']}: the same examples in the same steps, but not the "
                 "same bits"
@@ -250,12 +250,12 @@ class _Trainer(ShardingTrainer):
             with self.memory.for_scoring():
                 score = self._score(self.store.validation)
                 sets = {name: self._score(documents) for name, documents in self.sets.items()}
-        except perplexity.Stopped:  # saved as it is, and evaluated first when the run resumes
+        except perplexity.EvaluationStopped:  # saved as it is, and evaluated first when the run resumes
             self.is_unscored = self.stopped = True
             self.control.should_save = self.control.should_training_stop = True
             return {}
         if not math.isfinite(score.perplexity):
-            raise Agreed(self.finite.diverged(f"perplexity is {score.perplexity} at step {step}"))
+            raise CollectiveError(self.finite.diverged(f"perplexity is {score.perplexity} at step {step}"))
         self.latest = self._found(step, score.perplexity, score.bits_per_byte)
         is_best = not self.best or score.perplexity < self.best["perplexity"]
         if is_best:
@@ -367,7 +367,7 @@ class _Trainer(ShardingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Mapping | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
         if self.job.experiment.model.lora is not None:
-            state_dict = model.merged(self.model)
+            state_dict = model.merged_state_dict(self.model)
         super()._save(str(directory), state_dict)
         if self.job.experiment.model.lora is not None:
             model.save_updates(self.model, directory)
@@ -435,7 +435,7 @@ class _Trainer(ShardingTrainer):
 class _Told:
     """What is told of an evaluation while it lasts, and whether it shall stop; on the first rank alone."""
 
-    def __init__(self, job: Job, session: Session, step: int):
+    def __init__(self, job: TrainTask, session: Session, step: int):
         self.job, self.step = job, step
         self.is_first = session.rank == 0 and job.board is not None
         self.told_at = time.monotonic()

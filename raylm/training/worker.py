@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from raylm import checkpoint, model, objective, perplexity, probe, storage
-from raylm.loop.session import Agreed, Job, Outcome, Scoring
+from raylm.training.session import CollectiveError, Outcome, ScoreTask, TrainTask
 
 
-def train_loop_per_worker(job: Job) -> Outcome:
+def train_loop_per_worker(job: TrainTask) -> Outcome:
     """Train one model to the end of its budget, from its newest checkpoint if it has one."""
-    from raylm.loop import trainer  # 4 s, which whoever only hands out jobs does not need
+    from raylm.training import trainer  # 4 s, which whoever only hands out jobs does not need
 
     session = job.session()
     cpus = job.experiment.cluster.cpus_per_worker
@@ -23,8 +23,8 @@ def train_loop_per_worker(job: Job) -> Outcome:
     # One directory a rank: ranks on a node must not share files.
     scratch = tempfile.mkdtemp(prefix=f"raylm-rank{session.rank}-")
     try:
-        return trainer.made(job, session, Path(scratch)).run()
-    except Agreed as agreed:
+        return trainer.build(job, session, Path(scratch)).run()
+    except CollectiveError as agreed:
         return Outcome({}, 0, error=agreed.args[0])
     finally:
         if session.rank == 0:
@@ -32,7 +32,7 @@ def train_loop_per_worker(job: Job) -> Outcome:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def score_loop_per_worker(job: Scoring) -> np.ndarray:
+def score_loop_per_worker(job: ScoreTask) -> np.ndarray:
     """What perplexity.score_documents tells of a saved model, the documents shared out among the workers."""
     session = job.session()
     model.set_up_torch(job.cpus)

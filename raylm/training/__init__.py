@@ -9,18 +9,18 @@ trainer      the Trainer of sharding, with raylm's evaluation, checkpoints and o
 worker       one worker's training or scoring, from beginning to end
 """
 
-from raylm.loop.arguments import check
-from raylm.loop.session import Alone, Job, Outcome, Scoring, Session, WorkerGroup
-from raylm.loop.worker import score_loop_per_worker, train_loop_per_worker
+from raylm.training.arguments import check_settings
+from raylm.training.session import Outcome, RayTrainSession, ScoreTask, Session, SingleProcess, TrainTask
+from raylm.training.worker import score_loop_per_worker, train_loop_per_worker
 
 __all__ = [
-    "Alone",
-    "Job",
     "Outcome",
-    "Scoring",
+    "RayTrainSession",
+    "ScoreTask",
     "Session",
-    "WorkerGroup",
-    "check",
+    "SingleProcess",
+    "TrainTask",
+    "check_settings",
     "score_loop_per_worker",
     "train_loop_per_worker",
 ]

@@ -22,12 +22,12 @@ import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from raylm import cli, cluster, loop, runs
+from raylm import cli, cluster, runs, training
 from raylm.cluster import Resources
 from raylm.config import Experiment, ModelConfig, TokenizerConfig
 from raylm.errors import OutOfMemory, RaylmError, TrainingError, WorkerFailed
-from raylm.loop import Job, Outcome
 from raylm.perplexity import Documents
+from raylm.training import Outcome, TrainTask
 
 CLEARING_SECONDS = 60.0
 """How long the workers of an attempt that failed may take to end: longer than Ray takes to give up a node."""
@@ -39,14 +39,14 @@ rank cannot write, or verify, a checkpoint of 100 GB at 50 MB/s. Of a rank that 
 Result = TypeVar("Result")
 
 
-def fit(job: Job, resources: Resources, callbacks: Sequence[Any] = ()) -> Outcome:
+def fit(job: TrainTask, resources: Resources, callbacks: Sequence[Any] = ()) -> Outcome:
     """Train until the end of the budget or a stop."""
 
     def attempt() -> Outcome:
-        if cluster.alone(job.experiment.cluster) and not callbacks:
-            return with_less(job, lambda: _in_process(job))
+        if cluster.single_worker_resources(job.experiment.cluster) and not callbacks:
+            return with_smaller_batches(job, lambda: _in_process(job))
         while True:
-            outcome = with_less(job, lambda: _in_group(job, resources, callbacks))
+            outcome = with_smaller_batches(job, lambda: _in_group(job, resources, callbacks))
             if not outcome.lost_nodes or stopped() is not None:
                 return outcome
             # A command ends where too little is left, and the same one goes on. A trial, which nobody begins again once
@@ -80,7 +80,7 @@ def _despite_failures(
     while True:
         try:
             return attempt()
-        except (WorkerFailed, _Uncounted) as error:
+        except (WorkerFailed, _UncountedFailure) as error:
             failures += isinstance(error, WorkerFailed)
             if (outcome := stopped()) is not None:
                 return outcome
@@ -92,31 +92,31 @@ def _despite_failures(
             say(f"{error}; starting again{attempts}")
 
 
-class _Uncounted(Exception):
+class _UncountedFailure(Exception):
     """An attempt ended for a reason that is not counted: nodes were taken away, or are not there yet."""
 
 
-def fit_here(job: Job) -> Outcome:
+def fit_in_this_process(job: TrainTask) -> Outcome:
     """Train in this process: a trial whose only worker is its own process."""
-    return with_less(job, lambda: _alone(job))
+    return with_smaller_batches(job, lambda: _in_local_mode(job))
 
 
-def _alone(job: Job) -> Outcome:
+def _in_local_mode(job: TrainTask) -> Outcome:
     """In Ray Train's local mode."""
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    train = functools.partial(loop.train_loop_per_worker, job)
+    train = functools.partial(training.train_loop_per_worker, job)
     return TorchTrainer(train, scaling_config=ScalingConfig(num_workers=0)).fit().return_value
 
 
-def _in_process(job: Job) -> Outcome:
+def _in_process(job: TrainTask) -> Outcome:
     """In another process of this machine."""
-    with cluster.process() as process:
-        return process.call(_alone, job)
+    with cluster.local_worker() as process:
+        return process.call(_in_local_mode, job)
 
 
-def with_less(job: Job, train: Callable[[], Outcome]) -> Outcome:
+def with_smaller_batches(job: TrainTask, train: Callable[[], Outcome]) -> Outcome:
     """What becomes of a training, begun again with smaller micro-batches where memory ran out; or why it failed."""
     while True:
         try:
@@ -130,8 +130,8 @@ def with_less(job: Job, train: Callable[[], Outcome]) -> Outcome:
             job.say(error.message)
 
 
-def _in_group(job: Job, resources: Resources, callbacks: Sequence[Any]) -> Outcome:
-    train = functools.partial(loop.train_loop_per_worker, job)
+def _in_group(job: TrainTask, resources: Resources, callbacks: Sequence[Any]) -> Outcome:
+    train = functools.partial(training.train_loop_per_worker, job)
     return _on_workers(train, job.experiment, resources, job.directory, callbacks)
 
 
@@ -153,7 +153,7 @@ def score(
     if not as_given:
         section = ModelConfig(trust_remote_code=section.trust_remote_code)
         tokenizer = TokenizerConfig(prefix=tokenizer.prefix)
-    job = loop.Scoring(
+    job = training.ScoreTask(
         directory,
         documents,
         experiment.eval,
@@ -165,9 +165,9 @@ def score(
         masked=experiment.objective.is_masked,
     )
     if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):
-        alone = dataclasses.replace(job, cpus=cluster.cpus_here(), session=loop.Alone, progress=progress)
-        return loop.score_loop_per_worker(alone)
-    score = functools.partial(loop.score_loop_per_worker, job)
+        alone = dataclasses.replace(job, cpus=cluster.cpus_here(), session=training.SingleProcess, progress=progress)
+        return training.score_loop_per_worker(alone)
+    score = functools.partial(training.score_loop_per_worker, job)
     return _despite_failures(
         lambda: _on_workers(score, experiment, resources, directory),
         experiment.cluster.max_failures,
@@ -190,7 +190,7 @@ def _on_workers(
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # 0.8 s, and a lone worker trains without
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    _left_over()  # by a trial's process that was killed
+    _leftover_actors()  # by a trial's process that was killed
     with _bookkeeping() as kept:
         trainer = TorchTrainer(
             function,
@@ -219,7 +219,7 @@ def _bookkeeping() -> Iterator[dict[str, str]]:
     Not in `storage`: the checkpoints are ours, and a storage that fails would take the workers with it.
     """
     with tempfile.TemporaryDirectory(prefix="raylm-ray-") as directory:
-        yield {"name": runs.named("attempt"), "storage_path": directory}
+        yield {"name": runs.new_name("attempt"), "storage_path": directory}
 
 
 def _result(trainer: Any, where: str) -> Any:
@@ -247,14 +247,14 @@ def _result(trainer: Any, where: str) -> Any:
         return results[0]
     if not isinstance(failures[0], Exception):
         raise failures[0]  # a trial that the scheduler stops
-    _clear()
+    _wait_for_leftovers()
     raise _cause(failures[0], where) from failures[0]
 
 
-def _clear() -> None:
+def _wait_for_leftovers() -> None:
     """Wait until nothing is left of the worker groups that this process has started."""
     until = time.monotonic() + CLEARING_SECONDS
-    while left := _left_over():
+    while left := _leftover_actors():
         if time.monotonic() > until:
             raise TrainingError(
                 f"{len(left)} processes of a worker group that failed do not end, as process {left[0].pid} on "
@@ -263,7 +263,7 @@ def _clear() -> None:
         time.sleep(0.1)
 
 
-def _left_over() -> list[Any]:
+def _leftover_actors() -> list[Any]:
     """The actors that are left of the worker groups that this process has started; what they had reserved is freed.
 
     Ray Train (2.60) leaves both behind where a worker dies while it loads the function, or the controller at any time.
@@ -333,7 +333,7 @@ def _death(rank: int | None, error: BaseException, where: str) -> Exception | No
     from ray.train.v2._internal import exceptions as of_train
 
     if isinstance(error, of_train.WorkerGroupStartupTimeoutError):
-        return _Uncounted(f"{cluster.workers(error.num_workers)} had no room within a minute")
+        return _UncountedFailure(f"{cluster.plural_workers(error.num_workers)} had no room within a minute")
     if isinstance(error, of_train.WorkerGroupStartupFailedError):
         return WorkerFailed(f"a worker died while its group started; {_FOR_MEMORY}", where)
     if isinstance(error, of_train.WorkerHealthCheckTimeoutError):
@@ -341,7 +341,7 @@ def _death(rank: int | None, error: BaseException, where: str) -> Exception | No
     if not isinstance(error, _DEATHS) or getattr(error, "actor_init_failed", False):
         return None
     if getattr(error, "preempted", False):
-        return _Uncounted(f"{_named(rank)} died with its node, which was taken away")
+        return _UncountedFailure(f"{_named(rank)} died with its node, which was taken away")
     told = dict(re.findall(r"^\s*(class_name|pid|ip): (\S+)$", str(error), re.MULTILINE))
     classes = {"RayTrainWorker": "a worker", "TrainController": "Ray Train's controller"}
     name = _named(rank) if rank is not None else classes.get(told.get("class_name", ""), _named(None))
