@@ -9,14 +9,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import gc
 import io
 import json
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,9 +23,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from raylm import config as experiments
+from raylm import console
 from raylm.errors import ConfigError, Interrupted, RaylmError
 from raylm.redaction import redacted
 
@@ -56,13 +53,6 @@ Json = Annotated[bool, typer.Option("--json", help="The result as one JSON objec
 
 INTERRUPTED = 130  # by Ctrl-C, as shells say it
 
-console = Console(stderr=True, highlight=False, emoji=False)  # or ":100:" of file.yaml:100:3 becomes a picture
-"""Where progress and errors go. Results go to stdout."""
-
-
-unanswered: list[threading.Thread] = []
-"""Threads whose request a server may never answer: a command ends without them."""
-
 
 @dataclass(frozen=True)
 class CommandResult:
@@ -71,44 +61,6 @@ class CommandResult:
     record: dict[str, Any]
     view: RenderableType | tuple[RenderableType, ...]
     exit_code: int = 0
-
-
-def format_number(value: Any) -> str:
-    """A number as a person writes it: 400,384, 1,057,006 and 0.00312."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
-
-
-def format_size(num_bytes: float) -> str:
-    """Bytes as a person says them: 512 bytes, 49.9 KB, 3.0 GB."""
-    if num_bytes < 1000:
-        return f"{num_bytes:.0f} bytes"
-    for unit in ("KB", "MB", "GB"):
-        num_bytes /= 1000
-        if num_bytes < 999.95:
-            return f"{num_bytes:.1f} {unit}"
-    return f"{num_bytes / 1000:.1f} TB"
-
-
-def format_duration(seconds: float) -> str:
-    """In the two largest units that matter: 12 s, 4 min 10 s, 3 h 20 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def say(message: str) -> None:
-    """A line about what is going on."""
-    console.print(message, soft_wrap=True, markup=False)
-
-
-def warn(message: str) -> None:
-    """A line about what is most likely not meant."""
-    console.print(f"[yellow]warning:[/] {_escaped(message)}", soft_wrap=True)
 
 
 def experiment(
@@ -144,13 +96,15 @@ def run(verb: Callable[..., CommandResult | None] | typer.Typer) -> None:
         add(app, verb)
     _heed_signals()
     _keep_stderr()
+    console.show_messages()
     _quiet_libraries()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # why, cluster.WORKER_ENVIRONMENT says
     with _stdout_for_result(as_json) as stdout:
         exit_code = _run(app, as_json, stdout)
         stdout.flush()
     sys.stderr.flush()
-    if any(thread.is_alive() for thread in unanswered):
+    storage = sys.modules.get("raylm.storage")  # which takes imports
+    if storage is not None and storage.is_waiting():
         _leave(exit_code)
     sys.exit(exit_code)
 
@@ -240,7 +194,7 @@ def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
         if as_json:
             print(json.dumps(redacted({"error": error, "where": where, "exit_code": exit_code})), file=stdout)
         for line in error.split("\n"):
-            console.print(f"[red]error:[/] {_escaped(line)}", soft_wrap=True)
+            console.screen.print(f"[red]error:[/] {console.escaped(line)}", soft_wrap=True)
         return exit_code
 
     try:
@@ -331,69 +285,3 @@ class _Redacting(io.TextIOWrapper):
     def write(self, text: str) -> int:
         super().write(redacted(text))
         return len(text)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-@contextlib.contextmanager
-def task(description: str, unit: str = "") -> Iterator[Callable[[float, float | None], None]]:
-    """Show that something is under way: a bar on a terminal, elsewhere a line now and then.
-
-    Yields `advance(done, total)`, to be called whenever there is news; a total of None is unknown.
-    """
-    started = time.monotonic()
-    if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[amount]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, transient=True) as progress:
-            bar = progress.add_task(description, total=None, amount="")
-            yield lambda done, total: progress.update(
-                bar, completed=done, total=total, amount=_amount(done, total, unit)
-            )
-    else:
-        console.print(f"{description} …", soft_wrap=True)
-        last = started
-
-        def advance(done: float, total: float | None) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last >= 5:
-                last = now
-                left = f", {(now - started) * (total - done) / done:.0f} s left" if total and done else ""
-                console.print(f"{description} … {_amount(done, total, unit)}{left}", soft_wrap=True)
-
-        yield advance
-    console.print(f"{description}: {time.monotonic() - started:.1f} s", soft_wrap=True)
-
-
-@contextlib.contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Say what takes some seconds: a line that goes away on a terminal."""
-    if console.is_terminal:
-        with console.status(what):
-            yield
-    else:
-        console.print(f"{what} …", soft_wrap=True)
-        yield
-
-
-@contextlib.contextmanager
-def importing() -> Iterator[None]:
-    """Import much in four fifths of the time: the garbage collector, which finds nothing in modules, rests."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def _amount(done: float, total: float | None, unit: str) -> str:
-    return f"{done:,.0f}{f' of {total:,.0f}' if total else ''} {unit}".strip()

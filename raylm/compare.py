@@ -244,7 +244,7 @@ def warnings(sides: Sequence[ComparedRun]) -> list[str]:
     """Why which scores cannot be compared; none if all can."""
     told = []
     if len({side.measure for side in sides}) > 1:
-        kinds = ", ".join(dict.fromkeys(summarize.measure for side in sides))
+        kinds = ", ".join(dict.fromkeys(side.measure for side in sides))
         told.append(f"the scores are of different kinds, which cannot be compared: {kinds}")
     if unknown := [side.name for side in sides if side.store is None]:
         told.append(f"nothing says on what text {', '.join(unknown)} was scored")

@@ -12,18 +12,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from raylm import cli
+from raylm import console
 from raylm.config import Experiment, ModelConfig, override
 
 if TYPE_CHECKING:  # whoever has a wrong setting is told before these are imported
     from transformers import PreTrainedConfig
 
     from raylm.corpus import Holdout
+
+logger = logging.getLogger(__name__)
 
 TOKENS_PER_PARAMETER = 10
 """A larger model is taken as long as its budget has this many tokens for each parameter outside the embeddings. 20 are
@@ -76,8 +79,8 @@ def training(experiment: Experiment, *, without_config: bool) -> Experiment:
     section = found.model
     layers, width = (section.config or {}).get("n_layer"), (section.config or {}).get("n_embd")
     what = section.path or (f"{layers} layers of width {width}" if layers and width else "the model that you gave")
-    cli.say(
-        f"No --config, so sizes follow from {cli.format_size(_size(held))} of text and this machine: {what}, "
+    logger.info(
+        f"No --config, so sizes follow from {console.format_size(_size(held))} of text and this machine: {what}, "
         f"{found.train.max_tokens or 0:,} tokens a training; --print-config shows them as a file"
     )
     return found
@@ -98,7 +101,7 @@ def _split(experiment: Experiment) -> tuple[Experiment, Holdout]:
     section = experiment.corpus
 
     def look() -> dict[str, Any]:
-        with cli.waiting("Looking at the text"):
+        with console.waiting("Looking at the text"):
             return dataclasses.asdict(corpus.holdout(corpus.list_sources(section), section))
 
     found = corpus.Holdout(**_decided(experiment, "split", section.model_dump(mode="json"), look))
@@ -107,12 +110,12 @@ def _split(experiment: Experiment) -> tuple[Experiment, Holdout]:
         held = f"{100 * found.validation_fraction:.2g} %"
         if found.complete:
             held = f"about {max(1, found.units * found.validation_fraction):.0f} of {found.units:,}"
-        cli.say(
+        logger.info(
             f"The text is {documents}, too few to hold any out: passages of them are held out for validation, {held}; "
             "corpus.split_by=document holds out whole documents"
         )
     elif found.validation_fraction > section.validation_fraction:
-        cli.say(
+        logger.info(
             f"corpus.validation_fraction={section.validation_fraction:g} of {documents} is too little to rank trials "
             f"by: {found.validation_fraction:.2g} is held out"
         )
@@ -190,7 +193,7 @@ def _sizes(experiment: Experiment, held: Holdout) -> dict[str, Any]:
     from raylm import budget, cluster, corpus
 
     cluster.check_reachable(experiment.cluster)  # before what takes seconds
-    with cli.waiting("Loading PyTorch and transformers"), cli.importing():
+    with console.waiting("Loading PyTorch and transformers"), console.importing():
         from raylm import model, tokenizer
 
     machine = cluster.this_machine()
@@ -208,7 +211,7 @@ def _sizes(experiment: Experiment, held: Holdout) -> dict[str, Any]:
         return min(budget.FEW_PASSES * text_tokens, int(_tokens_per_second(found, masked, threads) * seconds))
 
     section, width, rate = experiment.model, None, 1e-4
-    with cli.waiting("Measuring how fast this machine trains"):
+    with console.waiting("Measuring how fast this machine trains"):
         if section.path is not None or {"model_type", "path"} & (section.config or {}).keys():
             tokens = affordable(section)
         else:

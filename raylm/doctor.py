@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from raylm import cli
+from raylm import cli, console
 from raylm.config import Experiment
 from raylm.errors import ConfigError, RaylmError
 
@@ -51,7 +51,7 @@ def doctor(
         lambda: tracking_of(experiment),
     ]
     findings: list[Finding] = []
-    with cli.task("Looking"):
+    with console.task("Looking"):
         for part in parts:
             try:
                 findings += part()

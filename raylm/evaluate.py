@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raylm import cli
+from raylm import cli, console
 from raylm.config import BlocksConfig, ObjectiveConfig, parse_setting
 from raylm.errors import ConfigError, DataError, StorageError
 
@@ -74,7 +74,7 @@ def evaluate(
         shown = {f"documents of {name}": count for name, count in counts.items()}
         return cli.CommandResult({"model": model, "sets": counts}, tables.key_values({"model": model, **shown}))
     here = str(directory)
-    with cli.task("Scoring", "tokens") as progress:
+    with console.task("Scoring", "tokens") as progress:
         if resources is not None and resources.num_workers == 1:
             rows = launch.score(here, found, experiment, None, progress, as_given=True)
         else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raylm import cli
+from raylm import cli, console
 from raylm.config import ClusterConfig, CorpusConfig, ModelConfig, Section, load_part, parse_setting
 from raylm.errors import ConfigError, DataError
 
@@ -82,7 +82,7 @@ def generate(
     where = model if output is not None and storage.is_remote(model) else str(directory.resolve())
     load = functools.partial(generation.load, where, how, seed, trusted)
     if output is None:
-        with cli.task("Loading the model"):
+        with console.task("Loading the model"):
             writer = load(cluster.cpus_here(), None)
         return _answered(writer, texts, batch_size, stream=_may_stream(texts, how, json))
     resources = cluster.planned_resources(sections.cluster)
@@ -205,7 +205,7 @@ def _answered(writer: TextGenerator, texts: list[str], batch_size: int, *, strea
             _print("\n")
         return cli.CommandResult({"prompts": texts, "texts": found}, ())
     found = []
-    with cli.task("Writing", "texts") if len(texts) > batch_size else contextlib.nullcontext() as advance:
+    with console.task("Writing", "texts") if len(texts) > batch_size else contextlib.nullcontext() as advance:
         for start in range(0, len(texts), batch_size):
             found += [text for text, _ in writer.texts(texts[start : start + batch_size])]
             if advance is not None:
@@ -230,7 +230,7 @@ def _documents(section: CorpusConfig, mask: str) -> tuple[list[Source], list[Sha
     sources = corpus.list_sources(section)
     plan = corpus.shards(sources)
     ledger: corpus.Ledger = corpus.Ledger()
-    with cli.task("Reading", "documents") as advance:
+    with console.task("Reading", "documents") as advance:
 
         def hashes(shards: list[corpus.Shard]) -> Iterator[bytes]:
             for shard in shards:
@@ -268,7 +268,7 @@ def _written(
     with generation.output_file(output) as write, cluster.connect(sections.cluster) as resources:
         worker = functools.partial(load, resources.cpus_per_worker, sections.cluster.use_gpu)
         started = time.monotonic()
-        with cli.task("Writing", "documents") as advance:
+        with console.task("Writing", "documents") as advance:
             made = generation.generate_texts(
                 plan,
                 sections.corpus,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import sys
@@ -14,8 +15,9 @@ import threading
 from collections.abc import Iterator
 from functools import lru_cache
 
-from raylm import cli
 from raylm.errors import RaylmError
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -88,7 +90,7 @@ def out_of_reach() -> str | None:
     constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
-    cli.say(f"{constants.ENDPOINT} cannot be reached: {problem}; what was downloaded before is used")
+    logger.info(f"{constants.ENDPOINT} cannot be reached: {problem}; what was downloaded before is used")
     return "which cannot be reached; with HF_HUB_OFFLINE=1 it is not even tried"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from raylm.tokens import Split, Store
+
+logger = logging.getLogger(__name__)
 
 SHOWN_TOKENS = 160
 """Of a document or block on the screen; more than that nobody reads."""
@@ -42,12 +45,12 @@ def inspect(
         return prepare.plan(experiment)
     store, _ = prepare.ready(experiment)
     for warning in tokens.warnings(store):
-        cli.warn(warning)
+        logger.warning(warning)
     record = look(experiment, store, examples)
     shown = view(record)
     if html is not None:
         html.write_text(page(shown), encoding="utf-8")
-        cli.console.print(f"written: {html}", soft_wrap=True)
+        logger.info(f"written: {html}")
     return cli.CommandResult(record, shown)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import re
 import tempfile
 import threading
@@ -22,12 +23,14 @@ import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from raylm import cli, cluster, runs, training
+from raylm import cluster, runs, training
 from raylm.cluster import Resources
 from raylm.config import Experiment, ModelConfig, TokenizerConfig
 from raylm.errors import OutOfMemory, RaylmError, TrainingError, WorkerFailed
 from raylm.perplexity import Documents
 from raylm.training import Outcome, TrainTask
+
+logger = logging.getLogger(__name__)
 
 CLEARING_SECONDS = 60.0
 """How long the workers of an attempt that failed may take to end: longer than Ray takes to give up a node."""
@@ -171,7 +174,7 @@ def score(
     return _despite_failures(
         lambda: _on_workers(score, experiment, resources, directory),
         experiment.cluster.max_failures,
-        cli.say,
+        logger.info,
         directory,
     )
 

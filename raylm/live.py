@@ -5,12 +5,13 @@ with live.sweep(budget_tokens=737_280, total_trials=8, keys=["train.learning_rat
     view.update("trial_00000", tokens=81_920, perplexity=130.5)
     view.update("trial_00000", status="stopped early")
 
-What is printed meanwhile through `cli.say` or `print` stands above the table.
+What is printed meanwhile through `logger.info` or `print` stands above the table.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raylm import cli
+from raylm import console
+
+logger = logging.getLogger(__name__)
 
 MOST_ROWS = 12
 """Of the table: those that run, then the best of the others."""
@@ -35,8 +38,8 @@ def sweep(
 ) -> Iterator[View]:
     """Show a sweep for as long as the context lasts. What is left of the table after an error stays on the screen."""
     view = View(budget_tokens, total_trials, keys, measure)
-    if cli.console.is_terminal:
-        with Live(get_renderable=view.table, console=cli.console, refresh_per_second=2, transient=True) as screen:
+    if console.screen.is_terminal:
+        with Live(get_renderable=view.table, console=console.screen, refresh_per_second=2, transient=True) as screen:
             try:
                 yield view
             except BaseException:
@@ -44,7 +47,7 @@ def sweep(
                 raise
     else:
         yield view
-    cli.say(f"Sweep: {cli.format_duration(time.monotonic() - view.began)}")
+    logger.info(f"Sweep: {console.format_duration(time.monotonic() - view.began)}")
 
 
 @dataclass
@@ -115,14 +118,14 @@ class View:
         row.status = status or row.status
         row.perplexity = perplexity if perplexity is not None else row.perplexity
         row.settings = dict(settings) if settings is not None else row.settings
-        if cli.console.is_terminal:
+        if console.screen.is_terminal:
             return
         if row.is_over and not was_over:
             score = f", {self.measure} {row.perplexity:.2f}" if row.perplexity is not None else ""
-            cli.say(f"{trial_id}: {row.status}, {row.tokens:,} tokens{score}{f': {failure}' if failure else ''}")
+            logger.info(f"{trial_id}: {row.status}, {row.tokens:,} tokens{score}{f': {failure}' if failure else ''}")
         if now - self._told >= max(PLAIN_SECONDS, (now - self.began) / 20):
             self._told = now
-            cli.say(self.summary())
+            logger.info(self.summary())
 
     def summary(self) -> str:
         """All trials in a line."""
@@ -132,7 +135,7 @@ class View:
         held = f", {waiting:,} waiting" if waiting else ""
         of = f" of {self.total_trials:,}" if self.total_trials else ""
         left = self.seconds_left()
-        told = f", about {cli.format_duration(left)} left" if left is not None else ""
+        told = f", about {console.format_duration(left)} left" if left is not None else ""
         return f"{over:,}{of} trials over{held}, {sum(row.tokens for row in rows):,} tokens{told}"
 
     def seconds_left(self) -> float | None:
@@ -170,9 +173,9 @@ class View:
                 f"{row.tokens:,}",
                 "-" if row.perplexity is None or not math.isfinite(row.perplexity) else f"{row.perplexity:.2f}",
                 *[
-                    Text(cli.format_number(row.settings.get(key, "-"))) for key in self.keys
+                    Text(console.format_number(row.settings.get(key, "-"))) for key in self.keys
                 ],  # brackets in it are no markup
-                "" if left is None else cli.format_duration(left),
+                "" if left is None else console.format_duration(left),
                 style={"running": "bold", "failed": "red"}.get(row.status),
             )
         if len(shown) > MOST_ROWS:

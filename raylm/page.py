@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from raylm import cli, config, pictures, storage, tables, tracking
+from raylm import config, console, pictures, storage, tables, tracking
 from raylm import sweep as sweeps
 from raylm.config import WHOLE_SPLIT, EvalConfig, Experiment
 from raylm.errors import ConfigError, StorageError
@@ -275,7 +275,7 @@ def _trials(found: SweepResults) -> str:
     for rank, row in enumerate(ranked, 1):
         values = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("perplexity", "bits_per_byte")]
         values += ["-" if row[name] is None else f"{row[name]:,.0f}" for name in weighed]
-        values += [f"{row['tokens']:,}", *(cli.format_number(row["settings"].get(key, "-")) for key in settings)]
+        values += [f"{row['tokens']:,}", *(console.format_number(row["settings"].get(key, "-")) for key in settings)]
         failure = f"<br><small>{escape(row['failure'])}</small>" if row["failure"] else ""
         failure += "<br><small>on the Pareto front</small>" if row.get("pareto") else ""
         trial_id, command = escape(row["trial_id"]), escape(row["repeat"])
@@ -309,7 +309,7 @@ def _about(found: SweepResults) -> dict[str, Any]:
         "scheduler": section.scheduler.kind,
         "seed": experiment.train.seed,
         "begun": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(facts.run.get("time", 0) / 1000)),
-        "took": cli.format_duration(found.seconds) if found.seconds else None,
+        "took": console.format_duration(found.seconds) if found.seconds else None,
         "git commit": {**facts.run.get("tags", {}), **facts.tags}.get(tracking.COMMIT),
         "directory": found.directory,
     }
@@ -317,7 +317,8 @@ def _about(found: SweepResults) -> dict[str, Any]:
 
 def _facts(pairs: Mapping[str, Any]) -> str:
     lines = [
-        f"<tr><th>{escape(name)}</th><td>{'<code>' if name == 'repeat it' else ''}{escape(cli.format_number(value))}</td></tr>"
+        f"<tr><th>{escape(name)}</th><td>{'<code>' if name == 'repeat it' else ''}"
+        f"{escape(console.format_number(value))}</td></tr>"
         for name, value in pairs.items()
         if value is not None
     ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raylm import cli
+from raylm import cli, console
 from raylm.config import CorpusConfig, Experiment, TokenizerConfig
 from raylm.errors import DataError, StorageError
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from raylm.tokens import Store
+
+logger = logging.getLogger(__name__)
 
 
 Verify = Annotated[
@@ -46,13 +49,13 @@ def prepare(
     if not store.validation.num_tokens:
         from raylm import budget
 
-        cli.warn(budget.no_validation(experiment).message)
+        logger.warning(budget.no_validation(experiment).message)
     record = {"store": store.path, "fingerprint": store.fingerprint, "reused": reused}
     for name in tokens.SPLITS:
         record[name] = {what: store.manifest[name][what] for what in tokens.COUNTED}
     record["ledger"] = store.manifest["ledger"]
     for warning in tokens.warnings(store):
-        cli.warn(warning)
+        logger.warning(warning)
     return cli.CommandResult(record, summary(store, reused))
 
 
@@ -134,7 +137,7 @@ def prepared(experiment: Experiment, path: str | None = None) -> tuple[Store, bo
     if path is not None and tokens.is_store(path):
         return tokens.open_store(path), True
     chosen = tokenizer.choose(experiment.tokenizer, experiment.model)
-    with cli.task("Preparing tokens", "bytes") as progress:
+    with console.task("Preparing tokens", "bytes") as progress:
         return tokens.prepare(experiment.corpus, chosen, storage=experiment.storage, progress=progress)
 
 
@@ -168,7 +171,7 @@ def evaluation_sets(experiment: Experiment, store: Store) -> dict[str, str]:
     found = {}
     for name, corpus in evaluation_corpora(experiment).items():
         empty = nothing_to_score(experiment.eval.key(name), corpus.paths)
-        with cli.task(f"Preparing tokens of evaluation set {name}", "bytes") as progress:
+        with console.task(f"Preparing tokens of evaluation set {name}", "bytes") as progress:
             try:
                 made, _ = tokens.prepare(corpus, tokenizer, storage=experiment.storage, progress=progress)
             except DataError as error:

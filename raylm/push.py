@@ -1,12 +1,13 @@
 """python -m raylm.push MODEL REPO_ID: a trained model, with a card that says what it is, to the Hugging Face Hub.
 
-What is sent is what export.py lists: weights, configuration, tokenizer, README.md (the card) and experiment.yaml. What it
+What is sent is what export/ lists: weights, configuration, tokenizer, README.md (the card) and experiment.yaml. What it
 does not list stays: optimizer, random states, whatever is pickled, where things lay.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from raylm.export import Files
+
+logger = logging.getLogger(__name__)
 
 
 def push(
@@ -59,7 +62,7 @@ def push(
         experiment = export.published(experiment)
         files[export.EXPERIMENT] = dump(experiment).encode()
     if left := sorted({path.name for path in directory.iterdir()} - {*files, export.CARD}):
-        cli.console.print(f"not sent: {', '.join(left)}", soft_wrap=True, markup=False)
+        logger.info(f"not sent: {', '.join(left)}")
     hub = connect(None if dry_run else token(repo_id))
     if dry_run:
         repo, url = repo_id, f"{hub.endpoint}/{repo_id}"
@@ -145,7 +148,7 @@ def send(hub: HfApi, repo: str, files: Files) -> None:
             if str(hub.token).encode() in text:
                 raise ConfigError(f"{name} has your Hub token in it; take it out first", where=name)
     total = sum(size(content) for content in files.values())
-    cli.console.print(f"sending {len(files)} files, {total / 1e6:.1f} MB, to {repo} …", soft_wrap=True)
+    logger.info(f"sending {len(files)} files, {total / 1e6:.1f} MB, to {repo} …")
     with _failures(repo, hub):
         operations = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))

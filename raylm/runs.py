@@ -20,6 +20,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import time
@@ -27,10 +28,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal
 
-from raylm import cli, storage
+from raylm import storage
 from raylm.checkpoint import CheckpointManager
 from raylm.config import Experiment, get, override
 from raylm.errors import ConfigError, StorageError, StorageUnavailable
+
+logger = logging.getLogger(__name__)
 
 Resume = Literal["auto", "never", "must"]
 
@@ -77,7 +80,7 @@ class ActiveRun:
         before = self.decided
         for key in values.keys() & before.keys():
             if values[key] != before[key]:
-                cli.say(
+                logger.info(
                     f"{key}={before[key]:g}, as when the run started, does not fit here: {values[key]:g} instead, and "
                     "results may differ in their last bits"
                 )
@@ -147,7 +150,7 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
         raise StorageError(f"--resume must: no run in {place} stopped before its end", place)
     if finished is not None and resume == "auto":
         schedule = experiment.train.lr_scheduler_type
-        cli.say(
+        logger.info(
             f"{finished} is a finished run of the same settings with a smaller budget. It cannot go on: its learning "
             f"rate has followed its schedule ({schedule}) to the end. A new run begins; to train that run's model "
             f"further instead, give model.path={finished}/model"

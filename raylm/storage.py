@@ -29,7 +29,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from raylm import cli
 from raylm.errors import ConfigError, RaylmError, StorageError, StorageFull, StorageUnavailable
 
 PIECE = 2**22
@@ -65,6 +64,15 @@ class Stored(NamedTuple):
 
     size: int
     sha256: str
+
+
+_asked: list[threading.Thread] = []
+"""Threads whose request a server may never answer."""
+
+
+def is_waiting() -> bool:
+    """Whether a request to a server has not been answered yet, as one to a server that is not there."""
+    return any(thread.is_alive() for thread in _asked)
 
 
 def is_remote(path: str) -> bool:
@@ -452,7 +460,7 @@ def _in_time(act: Callable[[], object], storage: str, done: str) -> None:
             failures.append(error)
 
     thread = threading.Thread(target=acting, daemon=True)  # a server that does not answer can keep it for minutes
-    cli.unanswered.append(thread)
+    _asked.append(thread)
     thread.start()
     thread.join(ANSWER_SECONDS)
     if thread.is_alive():

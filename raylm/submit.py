@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from raylm.cluster import Address
 
+logger = logging.getLogger(__name__)
+
 VERBS = ("prepare", "train", "tune", "evaluate", "generate", "inspect", "push", "sync", "report", "compare")
 DASHBOARD = "http://127.0.0.1:8265"
 ANSWER_SECONDS = 8.0
@@ -89,7 +91,7 @@ def submit(
     if detach:
         facts = {"job": job, "follow it": f"ray job logs --follow --address {where} {job}", "stop it": stop}
         return cli.CommandResult(record, tables.key_values(facts))
-    cli.say(f"{job}: submitted to {where}; to stop it: {stop}")
+    logger.info(f"{job}: submitted to {where}; to stop it: {stop}")
     try:
         asyncio.run(_follow(client, job))
     except KeyboardInterrupt:

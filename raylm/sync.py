@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from raylm import cli
+from raylm import cli, console
 
 PATIENCE_SECONDS = 10.0
 """How long a server is waited for that takes nothing."""
@@ -46,7 +46,7 @@ def sync(
     left = dict(owed)
     silent: set[str | None] = set()
     if total and not dry_run:
-        with cli.task("Shipping", "entries") as advance:
+        with console.task("Shipping", "entries") as advance:
             for place, run in runs.items():
                 while run.uri not in silent and left[place] and not run.ship(PATIENCE_SECONDS):
                     before, left[place] = left[place], run.left()

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from raylm.cli import format_number
+from raylm.console import format_number
 
 
 def trials(rows: Sequence[Mapping[str, Any]], measure: str = "perplexity") -> Table:

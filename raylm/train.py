@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from raylm import cli
+from raylm import cli, console
 from raylm.config import WHOLE_SPLIT, Experiment, dump, from_environment
 from raylm.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from raylm.runs import ActiveRun
     from raylm.tokens import Store
     from raylm.tracking import Run
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -73,7 +76,7 @@ def train(
         raise
     finally:
         run.end(status)
-        tracking.settle(run, cli.say)
+        tracking.settle(run, logger.info)
 
 
 def check_nodes(experiment: Experiment) -> None:
@@ -105,13 +108,13 @@ def trained(
     run.text(dump(experiment), "experiment.yaml")
     summary.log_data(run, experiment, store)
     if begun.step is not None:
-        cli.say(f"{begun.directory}: the newest checkpoint is of step {begun.step:,} of {planned.steps:,}")
+        logger.info(f"{begun.directory}: the newest checkpoint is of step {begun.step:,} of {planned.steps:,}")
     job = training.TrainTask(experiment, store.path, planned, run, begun.directory, sets=sets)
     started = time.monotonic()
     with (
-        cli.task("Training", "tokens") as advance,
-        cluster.handle_signals(cli.say),
-        cluster.progress_channel(lambda done: advance(done, planned.tokens), cli.say) as board,
+        console.task("Training", "tokens") as advance,
+        cluster.handle_signals(logger.info),
+        cluster.progress_channel(lambda done: advance(done, planned.tokens), logger.info) as board,
     ):
         outcome = launch.fit(dataclasses.replace(job, board=board), resources)
         if outcome.stopped or cluster.stop_signal() is not None:  # after the last look at it: a score is left to do
@@ -126,14 +129,14 @@ def trained(
     # The figure to compare is of the whole split.
     if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, planned):
         scored_on = WHOLE_SPLIT
-        with cli.task("Scoring the whole validation split", "tokens") as advance:
+        with console.task("Scoring the whole validation split", "tokens") as advance:
             scored = Score.of(launch.score(checkpoint, store.validation, experiment, resources, advance))
         score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
     best |= score
     export.export(checkpoint, target, {**score, "scored_on": scored_on})
     summary.log_best(run, experiment, best)
     run.tags({"raylm.checkpoint": target})
-    run.model(target, experiment.tracking, best["step"], cli.say)
+    run.model(target, experiment.tracking, best["step"], logger.info)
     measure = experiment.measure
     trained_here = (outcome.step - (begun.step or 0)) * planned.batch_tokens
     record = {
@@ -199,7 +202,7 @@ def plan(
         cluster.start_worker_early()
     if begins and resources is not None and not (is_alone and tokens.is_store(store)):
         cluster.start_ray_early()
-    with cli.waiting("Loading PyTorch and transformers"), cli.importing():  # after the quick checks
+    with console.waiting("Loading PyTorch and transformers"), console.importing():  # after the quick checks
         from raylm import budget, cost, model, objective, perplexity, runs, summary, tables, training
 
     training.check_settings(experiment.train, has_updates=experiment.model.lora is not None)
@@ -259,7 +262,7 @@ def plan(
         name = {"tracking.uri": "tracking", "tracking.experiment": "experiment"}[key]
         pairs[name] = f"{pairs[name]} (from {variable})"
     others = corpus.left_out(sources)
-    found = f"{num_files:,} files, {cli.format_size(num_bytes)}" + (f"; left out: {others}" if others else "")
+    found = f"{num_files:,} files, {console.format_size(num_bytes)}" + (f"; left out: {others}" if others else "")
     return cli.CommandResult(record, tables.key_values({"corpus": found, **pairs}))
 
 
@@ -269,9 +272,9 @@ def warn(experiment: Experiment, store: Store) -> None:
 
     objective.warn_of_absent(experiment.objective, store)
     for warning in tokens.warnings(store):
-        cli.warn(warning)
+        logger.warning(warning)
     for warning in budget.for_store(experiment, store).warnings(experiment.train):
-        cli.warn(warning)
+        logger.warning(warning)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import random
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raylm import cli
+from raylm import cli, console
 from raylm.config import WHOLE_SPLIT, Experiment, corners, dump, override
 from raylm.errors import ConfigError, Interrupted, StorageError, TrainingError
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from raylm.sweep import Trial
     from raylm.tokens import Store
     from raylm.tracking import Run, Status
+
+logger = logging.getLogger(__name__)
 
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 4 if any trial failed.")]
 
@@ -76,7 +79,7 @@ def tune(
         raise
     finally:
         _close(parent, status)
-        tracking.settle(parent, cli.say)
+        tracking.settle(parent, logger.info)
 
 
 def _close(parent: Run, status: Status = "KILLED") -> None:
@@ -173,7 +176,7 @@ def sweep(
     record = sweeps.SweepRecord(begun.directory)
     if record.trials:
         over = sum(trial.is_over for trial in record.trials.values())
-        cli.say(f"{begun.directory}: going on with {over} trials over and {len(record.trials) - over} begun")
+        logger.info(f"{begun.directory}: going on with {over} trials over and {len(record.trials) - over} begun")
     section, metric = experiment.tune, f"best_{experiment.tune.metric}"
     measure = experiment.measure if section.metric == "perplexity" else section.metric
     swept = sweeps.keys(section.space)
@@ -196,15 +199,15 @@ def sweep(
     )
     if trials.unknown:
         unknown = ", ".join(trials.unknown)
-        cli.say(f"{begun.directory}: the sweep's record knows nothing of {unknown}: their names are not used again")
+        logger.info(f"{begun.directory}: the sweep's record knows nothing of {unknown}: their names are not used again")
     sets = evaluation_sets(experiment, store)
     job = training.TrainTask(experiment, store.path, planned, parent, begun.directory, sets=sets)
     limits = sweeps.SweepStopper(section.stop, record, metric)
     try:
         with (
             live.sweep(planned.tokens, trials.total_samples, swept, measure) as view,
-            cluster.handle_signals(cli.say),
-            cluster.progress_channel(lambda _: None, cli.say) as board,
+            cluster.handle_signals(logger.info),
+            cluster.progress_channel(lambda _: None, logger.info) as board,
         ):
             watcher = tuner.Watcher(scheduler, parent, view.update, board.stop, metric)
             tuner.run(trials, dataclasses.replace(job, board=board), resources, limits, watcher, together=together)
@@ -276,14 +279,14 @@ def finish(
     planned = budget.for_store(experiment, store)
     if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, planned):
         scored_on = WHOLE_SPLIT
-        with cli.task("Scoring the best trial on the whole validation split", "tokens") as advance:
+        with console.task("Scoring the best trial on the whole validation split", "tokens") as advance:
             scored = Score.of(launch.score(best["checkpoint"], store.validation, experiment, resources, advance))
         score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
     exported = export.export(best["checkpoint"], f"{parent.directory}/model", {**score, "scored_on": scored_on})
     best |= {**score, "checkpoint": exported, "scored_on": scored_on}
     summary.log_best(parent, experiment, best)
     parent.tags({"raylm.best_trial": best["trial_id"], "raylm.checkpoint": best["checkpoint"]})
-    parent.model(best["checkpoint"], experiment.tracking, best["best_step"], cli.say)
+    parent.model(best["checkpoint"], experiment.tracking, best["best_step"], logger.info)
     return best
 
 
@@ -338,7 +341,7 @@ def answer(
         record["report"] = page
     ranking = measure.replace("_", "-") if experiment.tune.metric == "perplexity" else "bits per byte"
     notes = [f"ranked by {ranking} on {scored_on}", *([incomparable] if incomparable else []), *_failures(rows)]
-    tracking.settle(parent, cli.say)
+    tracking.settle(parent, logger.info)
     comparison = tracking.compare(parent)  # which links it from the sweep's own page, too
     facts = tables.key_values(
         {
@@ -361,10 +364,10 @@ def _page(directory: str, parent: Run) -> str | None:
     from raylm import page
 
     try:
-        with cli.task("Drawing the report"):
+        with console.task("Drawing the report"):
             found = page.build(directory)
     except Exception as error:
-        cli.say(f"the report could not be drawn ({error}); again: {sys.executable} -m raylm.report {directory}")
+        logger.info(f"the report could not be drawn ({error}); again: {sys.executable} -m raylm.report {directory}")
         return None
     parent.file(found, "report/report.html")
     return found

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from raylm import config
+from raylm import config, console
 
 S3 = socket.create_server(("127.0.0.1", 0), backlog=0)
 """Where the S3 server of test_storage.py will be: its port is taken from the beginning, for whatever starts with this
@@ -44,6 +44,12 @@ def pytest_runtest_setup(item):
     """MLflow sets for good what raylm takes for the user's wish, once it is used in this process."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def messages():
+    """What raylm says stands on stderr, as in a command."""
+    console.show_messages()
 
 
 @pytest.fixture(scope="session")

@@ -24,11 +24,11 @@ VERB = '''
 
 import os, subprocess, sys
 import typer
-from raylm import cli
+from raylm import cli, console
 from raylm.errors import DataError
 
 def verb(settings: cli.Settings = None, config: cli.ConfigFile = None, print_config: cli.PrintConfig = False,
-         json: cli.Json = False) -> cli.Answer:
+         json: cli.Json = False) -> cli.CommandResult:
     """Do it."""
     experiment = cli.experiment(config, settings, print_config)
     print("noise of Python")
@@ -44,10 +44,10 @@ def verb(settings: cli.Settings = None, config: cli.ConfigFile = None, print_con
         case "stopped":
             raise KeyboardInterrupt("stopped after step 3, which is saved")
         case "nan":
-            return cli.Answer({"perplexity": float("nan")}, "nan")
-    with cli.task("Working", "things") as advance:
+            return cli.CommandResult({"perplexity": float("nan")}, "nan")
+    with console.task("Working", "things") as advance:
         advance(1, 2)
-    return cli.Answer({"texts": ["é [bold] :100:"]}, "é [bold] :100:\t" + "long " * 60)
+    return cli.CommandResult({"texts": ["é [bold] :100:"]}, "é [bold] :100:\t" + "long " * 60)
 
 if __name__ == "__main__":
     cli.run(verb)
@@ -107,7 +107,7 @@ def test_options_of_other_tools_are_told_as_settings(verb):
 def test_libraries_do_not_warn_on_the_screen(tmp_path):
     """Unless Python is told to let them."""
     (tmp_path / "warns.py").write_text(
-        "from raylm import cli\n\ndef verb() -> cli.Answer:\n    import warnings\n"
+        "from raylm import cli\n\ndef verb() -> cli.CommandResult:\n    import warnings\n"
         "    warnings.warn('of old', FutureWarning)\n    return cli.Answer({}, 'done')\n\ncli.run(verb)\n"
     )
     assert run(tmp_path / "warns.py").stderr == ""

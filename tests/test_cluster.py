@@ -268,7 +268,7 @@ import sys
 import ray
 from raylm import cluster
 from raylm.config import ClusterConfig
-cluster.ahead()
+cluster.start_ray_early()
 if "fails" in sys.argv:
     sys.exit("no")
 with cluster.connect(ClusterConfig()):
@@ -336,8 +336,8 @@ from raylm import cli, cluster
 from raylm.config import ClusterConfig
 from raylm.errors import TrainingError
 
-def verb(outcome: str) -> cli.Answer:
-    cluster.ahead()
+def verb(outcome: str) -> cli.CommandResult:
+    cluster.start_ray_early()
     with cluster.connect(ClusterConfig()):
         said = [file for file in os.listdir(os.environ["TMPDIR"]) if file.startswith("raylm-ray-")][0]
         ray._private.utils.push_error_to_driver(ray._private.worker.global_worker, "kind", "of another process")
@@ -353,7 +353,7 @@ def verb(outcome: str) -> cli.Answer:
         if outcome == "crashes":
             raise ValueError("no value")
     os.write(2, b"later\\n")
-    return cli.Answer({}, "done")
+    return cli.CommandResult({}, "done")
 
 cli.run(verb)
 """
@@ -442,11 +442,11 @@ def test_whoever_watches_sees_what_a_worker_puts_and_says(ray_cluster):
 
 def test_a_signal_tells_the_workers_to_stop_and_a_second_ctrl_c_ends_the_command(ray_cluster):
     said = []
-    with (
+    with (  # noqa: PT012
         pytest.raises(KeyboardInterrupt),
         cluster.handle_signals(said.append),
         cluster.progress_channel(print, print) as board,
-    ):  # noqa: PT012
+    ):
         assert not board.is_stopping()
         signal.raise_signal(signal.SIGINT)
         deadline = time.monotonic() + 60
@@ -568,7 +568,7 @@ from raylm.config import ClusterConfig
 sys.path.insert(0, sys.argv[1])
 import test_cluster
 
-with cluster.process("wave") as process:
+with cluster.local_worker("wave") as process:
     print(process._process.pid, flush=True)
     threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
     process.call(test_cluster.working, test_cluster.Work("sleep"))

@@ -98,7 +98,7 @@ MEMORY_OF_READING = """
 import re, sys
 import pyarrow.parquet
 from raylm.config import CorpusConfig
-from raylm.corpus import Ledger, check, documents, shards
+from raylm.corpus import Ledger, documents, list_sources, shards
 
 def most():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
@@ -106,7 +106,8 @@ def most():
 corpus = CorpusConfig(paths=sys.argv[1])
 pyarrow.parquet.ParquetFile(sys.argv[1])
 before = most()
-size = sum(document.num_bytes for shard in shards(check(corpus)) for document in documents(shard, corpus, Ledger()))
+read = (document for shard in shards(list_sources(corpus)) for document in documents(shard, corpus, Ledger()))
+size = sum(document.num_bytes for document in read)
 print((most() - before) / size)
 """
 

@@ -24,7 +24,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from raylm import checkpoint, cli, perplexity, prepare, tokenizer, tokens
+from raylm import checkpoint, console, perplexity, prepare, tokenizer, tokens
 from raylm.config import Experiment, TrainedTokenizer
 from raylm.errors import ConfigError, DataError, StorageError
 from raylm.evaluate import evaluate
@@ -432,7 +432,7 @@ def test_the_tokens_that_are_scored_are_told_as_they_go(masked, texts, settings,
     def advance(done, total):
         seen.append((done, total))
 
-    monkeypatch.setattr(cli, "task", lambda *_: contextlib.nullcontext(advance))
+    monkeypatch.setattr(console, "task", lambda *_: contextlib.nullcontext(advance))
     answer = evaluate(masked, ["eval.batch_tokens=16", *settings], text=[f"{texts}/books"])
     assert len(seen) > 2
     assert seen == sorted(seen)

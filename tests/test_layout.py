@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PARTS = """
-    errors redaction config cli cluster storage hub corpus tokenizer tokens blocks model objective probe scorer
-    perplexity checkpoint card runs tracking budget cost summary derived loop group generation sweep tables live
-    pictures page
+    errors redaction config console cluster storage hub corpus tokenizer tokens blocks model objective probe scorer
+    perplexity checkpoint export runs tracking budget cost summary derived training launch generation sweep tables live
+    pictures page cli
 """.split()
 VERBS = "prepare train tune evaluate generate inspect push sync report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]
@@ -23,11 +23,11 @@ HOMES = {  # the pattern of a dotted name -> the modules that may use it
     "matplotlib": {"pictures"},
     "plotly": {"pictures"},
     "ray.data": {"corpus", "generation", "tokens"},  # the passes over documents
-    "transformers.*TrainingArguments": {"loop"},
+    "transformers.*TrainingArguments": {"training"},
     "ruamel": {"config"},
 }
 
-LIGHT = {"errors", "redaction", "config", "cli", *VERBS}
+LIGHT = {"errors", "redaction", "config", "console", "cli", *VERBS}
 """What a verb may import at its top: `--help` runs it."""
 
 HEAVY = {
@@ -162,16 +162,16 @@ def test_the_readme_shows_every_file_in_reading_order():
 # The rules themselves, on modules that break them ------------------------------------------------------------------
 
 IMPORTS_BELOW = [
-    ("blocks", "from raylm import loop", "blocks imports loop, which stands below it"),
-    ("blocks", "import raylm.training as l", "blocks imports loop, which stands below it"),
-    ("blocks", "from raylm.training import Job", "blocks imports loop, which stands below it"),
-    ("blocks", "from . import loop", "blocks imports loop, which stands below it"),
-    ("blocks", "from .loop import Job", "blocks imports loop, which stands below it"),
-    ("blocks", "def f():\n    from raylm import loop", "blocks imports loop, which stands below it"),
+    ("blocks", "from raylm import training", "blocks imports training, which stands below it"),
+    ("blocks", "import raylm.training as l", "blocks imports training, which stands below it"),
+    ("blocks", "from raylm.training import TrainTask", "blocks imports training, which stands below it"),
+    ("blocks", "from . import training", "blocks imports training, which stands below it"),
+    ("blocks", "from .training import TrainTask", "blocks imports training, which stands below it"),
+    ("blocks", "def f():\n    from raylm import training", "blocks imports training, which stands below it"),
     (
         "blocks",
         "class A:\n    def f(self):\n        import raylm.training",
-        "blocks imports loop, which stands below it",
+        "blocks imports training, which stands below it",
     ),
     ("tables", "from raylm.train import train", "tables imports train, which stands below it"),
     ("train", "from raylm.tune import sweep", "train imports tune, which stands below it"),
@@ -187,22 +187,22 @@ def test_an_import_from_below_is_found(module, source, fault):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("loop", "from raylm import blocks, checkpoint\nfrom raylm.tracking import Run"),
-        ("tune", "from raylm.train import train\nfrom raylm import loop"),
+        ("training", "from raylm import blocks, checkpoint\nfrom raylm.tracking import Run"),
+        ("tune", "from raylm.train import train\nfrom raylm import training"),
         ("tune", "from raylm.tune import main"),
         ("config", "from raylm.config.sections import Experiment"),
-        ("blocks", "import loop\nfrom other.loop import Job\nfrom raylm import __version__"),
+        ("blocks", "import training\nfrom other.training import TrainTask\nfrom raylm import __version__"),
     ],
 )
 def test_an_import_from_above_is_none_of_its_business(module, source):
     assert order_faults(module, source) == []
 
 
-ARGUMENTS = "train uses transformers.*TrainingArguments, whose home is loop"
+ARGUMENTS = "train uses transformers.*TrainingArguments, whose home is training"
 DATA = "blocks uses ray.data, whose home is corpus and generation and tokens"
 AWAY_FROM_HOME = [
-    ("loop", "import mlflow", "loop uses mlflow, whose home is tracking"),
-    ("loop", "def f():\n    from mlflow.entities import Param", "loop uses mlflow, whose home is tracking"),
+    ("training", "import mlflow", "training uses mlflow, whose home is tracking"),
+    ("training", "def f():\n    from mlflow.entities import Param", "training uses mlflow, whose home is tracking"),
     ("train", "from ray import tune", "train uses ray.tune, whose home is sweep"),
     ("train", "from ray.tune.integration.ray_train import X", "train uses ray.tune, whose home is sweep"),
     ("blocks", "import ray\nray.data.read_text('a')", DATA),
@@ -224,8 +224,8 @@ def test_a_library_away_from_home_is_found(module, source, fault):
         ("tracking", "import mlflow"),
         ("sweep", "from ray import tune"),
         ("tokens", "import ray.data"),
-        ("loop", "from transformers import TrainingArguments"),
-        ("loop", "import ray.train\nfrom raylm import tracking\nself.mlflow.run\nray.database"),
+        ("training", "from transformers import TrainingArguments"),
+        ("training", "import ray.train\nfrom raylm import tracking\nself.mlflow.run\nray.database"),
         ("config", "from ruamel.yaml import YAML"),
     ],
 )
@@ -238,11 +238,11 @@ def test_a_library_at_home_is_welcome(module, source):
     [
         ("import torch", ["tune imports torch at its top"]),
         ("from ray import tune", ["tune imports ray.tune at its top"]),
-        ("from raylm import loop", ["tune imports raylm.training at its top"]),
+        ("from raylm import training", ["tune imports raylm.training at its top"]),
         ("try:\n    import torch\nexcept ImportError:\n    pass", ["tune imports torch at its top"]),
         ("class A:\n    import torch", ["tune imports torch at its top"]),
         ("def f():\n    import torch", []),
-        ("if TYPE_CHECKING:\n    from raylm.training import Job", []),
+        ("if TYPE_CHECKING:\n    from raylm.training import TrainTask", []),
         ("from raylm import cli\nfrom raylm.train import run_name\nimport typer", []),
     ],
 )

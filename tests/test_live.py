@@ -1,9 +1,10 @@
 import io
+import logging
 
 import pytest
 from rich.console import Console
 
-from raylm import cli, live
+from raylm import console, live
 
 RATE, SIZE = "train.learning_rate", "blocks.block_size"
 
@@ -25,8 +26,8 @@ def screen(monkeypatch):
 
     def make(terminal):
         file = io.StringIO()
-        console = Console(file=file, force_terminal=terminal, width=78, height=30, highlight=False, emoji=False)
-        monkeypatch.setattr(cli, "console", console)
+        made = Console(file=file, force_terminal=terminal, width=78, height=30, highlight=False, emoji=False)
+        monkeypatch.setattr(console, "screen", made)
         return file
 
     return make
@@ -34,9 +35,9 @@ def screen(monkeypatch):
 
 def rows(view):
     """The cells of the table, as they stand on a screen of 78 columns."""
-    console = Console(width=78, file=io.StringIO())
-    console.print(view.table())
-    return [line.split() for line in console.file.getvalue().splitlines()]
+    made = Console(width=78, file=io.StringIO())
+    made.print(view.table())
+    return [line.split() for line in made.file.getvalue().splitlines()]
 
 
 def test_the_table_has_those_that_run_and_then_the_best(clock, screen):
@@ -140,7 +141,7 @@ def test_on_a_terminal_lines_stand_above_the_table_which_goes_in_the_end(screen)
     written = screen(terminal=True)
     with live.sweep(1000, 2, [RATE]) as view:
         view.update("trial_00000", settings={RATE: 1e-3}, tokens=10)
-        cli.say("a line")
+        logging.getLogger("raylm").info("a line")
     text = written.getvalue()
     assert "0 of 2 trials over" in text
     assert text.index("a line") < text.rindex("trials over"), "the table is drawn again below"

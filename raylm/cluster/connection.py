@@ -20,7 +20,7 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raylm import cli
+from raylm import console
 from raylm.cluster import output
 from raylm.cluster.address import Address, address_of, has_token, is_local, reachable_address
 from raylm.cluster.capacity import Resources, amount_of, capacity, cpus_here, resources, this_machine
@@ -28,6 +28,8 @@ from raylm.cluster.local_worker import WORKER_ENVIRONMENT
 from raylm.config import ClusterConfig
 from raylm.errors import ConfigError, RaylmError, TrainingError
 from raylm.redaction import redacted
+
+logger = logging.getLogger(__name__)
 
 DRIVER_ENVIRONMENT = {
     # A report of a worker group waits for the controller's next look at it: 2 s unless told.
@@ -81,7 +83,7 @@ def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = 
             if type(error) is TrainingError:
                 raise TrainingError(error.message + log.named(), error.where) from error
             if not isinstance(error, RaylmError) and (named := log.named()):
-                cli.say(named.removeprefix("; "))
+                logger.info(named.removeprefix("; "))
             raise
         finally:
             # Ray ends the process (exit 1, "the core worker has already been shutdown") if a thread, such as the one
@@ -95,7 +97,7 @@ def _connect(elsewhere: Address | None, log: output.RayLog) -> None:
     begun = _begun.pop() if _begun else None
     what = "Starting Ray" if elsewhere is None else f"Connecting to Ray at {elsewhere.value}"
     try:
-        with cli.waiting(what) if begun is None or not begun.done() else contextlib.nullcontext():
+        with console.waiting(what) if begun is None or not begun.done() else contextlib.nullcontext():
             if begun is not None:
                 begun.result()
             else:  # By its HOST:PORT: of `auto` Ray takes a token that is there to be asked for.
@@ -187,10 +189,12 @@ def _resources(section: ClusterConfig, trials: int, decided: float | None) -> Re
     now, free = ray.cluster_resources(), ray.available_resources()
     for kind, wanted in found.needed.items():
         if wanted > now.get(kind, 0):
-            cli.say(f"{amount_of(wanted, kind)} are needed and the cluster has {now.get(kind, 0):g}: waiting for nodes")
+            logger.info(
+                f"{amount_of(wanted, kind)} are needed and the cluster has {now.get(kind, 0):g}: waiting for nodes"
+            )
         elif wanted > free.get(kind, 0):
             others = f"the cluster has {now[kind]:g}, of which {free.get(kind, 0):g} are free"
-            cli.say(f"{amount_of(wanted, kind)} are needed and {others}: waiting for others to end")
+            logger.info(f"{amount_of(wanted, kind)} are needed and {others}: waiting for others to end")
     return found
 
 
@@ -209,7 +213,9 @@ def _told_of_no_worker() -> Iterator[None]:
     def tell() -> None:
         if not first.done():
             logs = ray._private.worker._global_node.get_logs_dir_path()
-            cli.say(f"Ray has started no worker in {WORKER_SECONDS:g} s, and this waits for one; Ray's logs: {logs}")
+            logger.info(
+                f"Ray has started no worker in {WORKER_SECONDS:g} s, and this waits for one; Ray's logs: {logs}"
+            )
 
     timer = threading.Timer(WORKER_SECONDS, tell)
     timer.daemon = True

@@ -25,7 +25,7 @@ from typing import Any
 
 from ray import cloudpickle
 
-from raylm import cli
+from raylm import console
 from raylm.errors import RaylmError, TrainingError, WorkerFailed
 
 WORKER_ENVIRONMENT = {
@@ -185,7 +185,7 @@ def serve() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as that of a service manager, for the command too
     wire = _WorkerPipe(Connection(int(sys.argv[1])))
     threading.Thread(target=wire.listen, daemon=True).start()
-    with cli.importing():
+    with console.importing():
         importlib.import_module(sys.argv[2])
     try:
         function, job = pickle.loads(wire.given.get())  # of the command, which has begun this process

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
-from raylm import cli, corpus, tokens
+from raylm import console, corpus, tokens
 from raylm.checkpoint import read_record
 from raylm.config import WHOLE_SPLIT, Experiment, get
 from raylm.errors import DataError
@@ -18,6 +17,8 @@ from raylm.export.files import name_of
 
 if TYPE_CHECKING:
     from raylm.tokens import Store
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 
@@ -97,11 +98,7 @@ def _store(record: Mapping[str, Any]) -> Store | None:
     try:
         return tokens.open_store(record["store"])
     except (DataError, OSError):
-        where = escape(str(record["store"]))
-        cli.console.print(
-            f"[yellow]warning:[/] the token store {where} is not there, so the card does not tell of the data",
-            soft_wrap=True,
-        )
+        logger.warning("token store %s not found; the model card omits the data section", record["store"])
         return None
 
 
@@ -182,9 +179,9 @@ def _settings(experiment: Experiment, record: Mapping[str, Any], repo: str) -> l
     shown = {key: get(experiment, key) for key in (*SETTINGS, "train.max_tokens", "train.num_epochs")}
     if experiment.model.config is not None:
         shown |= {f"model.config.{name}": value for name, value in experiment.model.config.items()}
-    rows = [(_code(key), _code(cli.format_number(value))) for key, value in shown.items() if value is not None]
+    rows = [(_code(key), _code(console.format_number(value))) for key, value in shown.items() if value is not None]
     if "step" in record:
-        rows.append(("optimizer steps of these weights", cli.format_number(record["step"])))
+        rows.append(("optimizer steps of these weights", console.format_number(record["step"])))
     names = "" if repo == HERE else ", where local paths are left as their names"
     return [
         "## Settings",

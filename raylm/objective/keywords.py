@@ -8,19 +8,20 @@ A keyword counts with and without a space before it, and as the sequence of its 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.markup import escape
 
-from raylm import cli
 from raylm.config import ObjectiveConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from raylm.tokens import Split, Store
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 """Tokens of a shard that are looked at together: they stay in the processor's cache from one keyword to the next."""
@@ -75,11 +76,11 @@ def warn_of_absent(section: ObjectiveConfig, store: Store) -> list[str]:
         return []
     found = Keywords(section.keywords, store.tokenizer).absent(store.train)
     for word in found:
-        text = escape(
-            f"objective.keywords: no document of the training split has {word!r}, so it makes no difference; "
-            "is it written as the text has it, upper and lower case too?"
+        logger.warning(
+            "objective.keywords: no document of the training split has %r, so it makes no difference; "
+            "is it written as the text has it, upper and lower case too?",
+            word,
         )
-        cli.console.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
     return found
 
 

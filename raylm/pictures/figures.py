@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raylm.cli import format_number as number
+from raylm.console import format_number as number
 from raylm.pictures.marks import Axis, Bar, Cell, Figure, Line, Omitted
 from raylm.pictures.trials import ABOVE, BELOW, Setting, Sweep, hashable, short, ticks
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from raylm.cli import format_number as number
+from raylm.console import format_number as number
 from raylm.pictures.marks import Kind
 
 if TYPE_CHECKING:

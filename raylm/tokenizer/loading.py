@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm import cli, hub
+from raylm import hub
 from raylm.config import ModelConfig, TokenizerConfig
 from raylm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 FILES = ("tokenizer", "vocab", "merges", "special", "added", "spiece", "sentencepiece")
 """How the names of a tokenizer's files begin."""
@@ -80,7 +83,7 @@ def load_section(section: TokenizerConfig, key: str = "tokenizer.path") -> PreTr
     return tokenizer
 
 
-_say_once = lru_cache(cli.say)
+_say_once = lru_cache(logger.info)
 
 
 def _other_rules(tokenizer: PreTrainedTokenizerFast, path: str, revision: str | None) -> str | None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raylm import cli
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig, TokenizerConfig
 from raylm.corpus import Ledger, Shard, Source, documents, hashes, left_out, list_sources, select, selected, shards
@@ -36,6 +35,8 @@ from raylm.tokens.store import (
     shown,
     write,
 )
+
+logger = logging.getLogger(__name__)
 
 # Text to train a tokenizer on, bytes an entry of the vocabulary. On the standard library with 4096 entries, 8 MB give
 # 0.4 % more tokens than all 31 MB, in a quarter of the time.
@@ -94,14 +95,14 @@ def prepare(
     if (faults := damage(path)) == []:
         return open_store(path), True
     if faults:
-        cli.say(f"{path} is damaged: {shown(faults)}; it is written again")
+        logger.info(f"{path} is damaged: {shown(faults)}; it is written again")
         remove(f"{path}/progress")
         if any(fault.startswith("tokenizer/") for fault in faults):
             remove(f"{path}/tokenizer")
     elif known := changes(storage, corpus, tokenizer, sources):
-        cli.console.print(f"{known}; a new store is written", soft_wrap=True)
+        logger.info(f"{known}; a new store is written")
     if others := left_out(sources):
-        cli.say(f"corpus.paths: left out, because they are no text to train on: {others}")
+        logger.info(f"corpus.paths: left out, because they are no text to train on: {others}")
     settings = _settings(corpus, tokenizer)
     try:
         manifest = _write_store(path, corpus, tokenizer, sources, progress)
@@ -125,9 +126,7 @@ def _write_store(
     _write_tokenizer(path, section, plan, corpus)
     encoder = tokenizers.choose_encoder(local_tokenizer(path), _sample(plan, corpus, CHECKED_BYTES))
     if encoder["differs"]:
-        cli.console.print(
-            f"[yellow]warning:[/] {encoder['differs']}; encoding with {encoder['name']} instead, many times slower"
-        )
+        logger.warning("%s; encoding with %s instead, many times slower", encoder["differs"], encoder["name"])
     written = _write_shards(path, plan, corpus, encoder["name"], progress)
     splits = _splits(written)
     ledger = sum((Ledger(shard["ledger"]) for shard in written), Ledger())
@@ -139,7 +138,7 @@ def _write_store(
     rejected = [fault for shard in written for fault in shard["rejected"]]
     if rejected:
         write(path, "rejected.jsonl", "".join(json.dumps(fault) + "\n" for fault in rejected).encode())
-        cli.say(f"{ledger['bad rows']:,} documents cannot be read and are left out; see {path}/rejected.jsonl")
+        logger.info(f"{ledger['bad rows']:,} documents cannot be read and are left out; see {path}/rejected.jsonl")
     return {
         "tokenizer": {**_tokenizer_facts(path), "encoder": encoder},
         "ledger": dict(ledger),
@@ -174,7 +173,7 @@ def _write_tokenizer(path: str, section: TokenizerConfig, plan: list[Shard], cor
     if section.train is not None:
         most = SAMPLE_BYTES * section.train.vocab_size
         share = min(most, sum(shard.num_bytes for shard in plan)) / 1e6
-        cli.console.print(f"training a tokenizer of {section.train.vocab_size:,} entries on {share:.1f} MB of text")
+        logger.info(f"training a tokenizer of {section.train.vocab_size:,} entries on {share:.1f} MB of text")
         made = tokenizers.train(_sample(plan, corpus, most), section.train)
     else:
         made = tokenizers.load_section(section)

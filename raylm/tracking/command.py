@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from raylm import cli, storage
+from raylm import console, storage
 from raylm.config import TrackingConfig
 from raylm.errors import ConfigError, StorageError
 from raylm.tracking import journal, mlflow
@@ -147,7 +147,7 @@ def _ray_job() -> str | None:
 def _connect(uri: str, experiment: str, metric: str) -> bool:
     try:
         # A new database takes MLflow 4 s, on a busy machine 20.
-        with cli.waiting(f"Opening MLflow at {shown(uri)}"):
+        with console.waiting(f"Opening MLflow at {shown(uri)}"):
             return mlflow.server(uri).connect(
                 experiment, metric, 60 if uri.startswith("sqlite") else mlflow.PATIENCE_SECONDS
             )

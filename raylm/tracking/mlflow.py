@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from raylm import cli
+from raylm import console
 from raylm.redaction import redacted
 from raylm.tracking import journal
 from raylm.tracking.failures import CUT_OFF, WRONG_HOST, Busy, Deleted, Unusable, kind, shown
 from raylm.tracking.shipment import Shipment
+
+logger = logging.getLogger(__name__)
 
 EXPERIMENT = {  # tags of an experiment that is made here: its page opens on the runs, and not on traces of agents
     "mlflow.experimentKind": "custom_model_development",
@@ -51,7 +53,7 @@ class Server:
             logging.getLogger(name).setLevel(level)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        with cli.importing():
+        with console.importing():
             import mlflow  # noqa: F401 - 2 s, here rather than in a thread beside the imports of the training
 
         self.uri = uri
@@ -147,8 +149,7 @@ class Server:
             return
         self._told.add(what)
         later = "; the run goes on, and what MLflow has missed is shipped later"
-        warning = f"warning: {self._told_of(error)}{later if what in (*CUT_OFF, 'not stored') else ''}"
-        cli.console.print(warning, style="yellow", markup=False, soft_wrap=True)
+        logger.warning("%s%s", self._told_of(error), later if what in (*CUT_OFF, "not stored") else "")
 
     def _told_of(self, error: Exception) -> str:
         """A failure in a sentence, with the way out."""

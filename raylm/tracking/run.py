@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from raylm import cli, storage
+from raylm import storage
 from raylm.config import TrackingConfig
 from raylm.errors import StorageUnavailable
 from raylm.tracking import journal, mlflow, models, system
 from raylm.tracking.failures import shown
+
+logger = logging.getLogger(__name__)
 
 TRIAL, SWEEP, ATTEMPTS, JOB = "raylm.trial", "raylm.sweep", "raylm.attempts", "raylm.ray_job"
 SOURCE, COMMIT, NOTE = "mlflow.source.name", "mlflow.source.git.commit", "mlflow.note.content"  # MLflow's own tags
@@ -291,4 +294,4 @@ def sync_command(run: Run) -> str:
 
 @functools.cache
 def _warn_of_disk(directory: str, problem: str) -> None:
-    cli.console.print(f"warning: {directory}: metrics wait in memory: {problem}", style="yellow", markup=False)
+    logger.warning("%s: metrics wait in memory: %s", directory, problem)

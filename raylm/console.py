@@ -1,0 +1,140 @@
+"""What a person sees of a command while it works: messages, progress, and numbers as people write them.
+
+Whatever is to be said goes through logging, to loggers named after their modules (`raylm.tokens.write`). A command
+shows it (`show_messages`); a program that imports raylm decides for itself, as with any library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+screen = Console(stderr=True, highlight=False, emoji=False)  # or ":100:" of file.yaml:100:3 becomes a picture
+"""Where messages, progress and errors go. Results go to stdout."""
+
+logger = logging.getLogger(__name__)
+
+
+class _Screen(logging.Handler):
+    """Messages as lines of the console; they stand above a progress bar that is there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            if record.levelno >= logging.WARNING:
+                screen.print(f"[yellow]warning:[/] {escaped(text)}", soft_wrap=True)
+            else:
+                screen.print(text, soft_wrap=True, markup=False)
+        except Exception:
+            self.handleError(record)
+
+
+def show_messages() -> None:
+    """Show what raylm's loggers say from level INFO on, once, on the console."""
+    log = logging.getLogger("raylm")
+    if not any(isinstance(handler, _Screen) for handler in log.handlers):
+        log.addHandler(_Screen())
+        log.setLevel(logging.INFO)
+        log.propagate = False  # or a library that sets up the root logger would show each line twice
+
+
+def escaped(text: str) -> str:
+    """Text in which rich sees no markup."""
+    return text.replace("[", r"\[")
+
+
+def format_number(value: Any) -> str:
+    """A number as a person writes it: 400,384, 1,057,006 and 0.00312."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def format_size(num_bytes: float) -> str:
+    """Bytes as a person says them: 512 bytes, 49.9 KB, 3.0 GB."""
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} bytes"
+    for unit in ("KB", "MB", "GB"):
+        num_bytes /= 1000
+        if num_bytes < 999.95:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1000:.1f} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """In the two largest units that matter: 12 s, 4 min 10 s, 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextlib.contextmanager
+def task(description: str, unit: str = "") -> Iterator[Callable[[float, float | None], None]]:
+    """Show that something is under way: a bar on a terminal, elsewhere a line now and then.
+
+    Yields `advance(done, total)`, to be called whenever there is news; a total of None is unknown.
+    """
+    started = time.monotonic()
+    if screen.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[amount]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=screen, transient=True) as progress:
+            bar = progress.add_task(description, total=None, amount="")
+            yield lambda done, total: progress.update(
+                bar, completed=done, total=total, amount=_amount(done, total, unit)
+            )
+    else:
+        logger.info(f"{description} …")
+        last = started
+
+        def advance(done: float, total: float | None) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= 5:
+                last = now
+                left = f", {(now - started) * (total - done) / done:.0f} s left" if total and done else ""
+                logger.info(f"{description} … {_amount(done, total, unit)}{left}")
+
+        yield advance
+    logger.info(f"{description}: {time.monotonic() - started:.1f} s")
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say what takes some seconds: a line that goes away on a terminal."""
+    if screen.is_terminal:
+        with screen.status(what):
+            yield
+    else:
+        logger.info(f"{what} …")
+        yield
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Import much in four fifths of the time: the garbage collector, which finds nothing in modules, rests."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _amount(done: float, total: float | None, unit: str) -> str:
+    return f"{done:,.0f}{f' of {total:,.0f}' if total else ''} {unit}".strip()
