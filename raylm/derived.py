@@ -24,7 +24,7 @@ from raylm.config import Experiment, ModelConfig, override
 if TYPE_CHECKING:  # whoever has a wrong setting is told before these are imported
     from transformers import PreTrainedConfig
 
-    from raylm.corpus import Holdout
+    from raylm.corpus import Holdout, Source
 
 logger = logging.getLogger(__name__)
 
@@ -59,21 +59,21 @@ BYTES_PER_TOKEN = 3.0
 """Of English and source code in a small vocabulary: 2.2 with 512 entries, 3.6 with 8,192."""
 
 
-def text(experiment: Experiment, *, without_config: bool) -> Experiment:
-    """The experiment with its split decided; without a --config with a tokenizer, too, unless one was given.
+def text(experiment: Experiment, sources: list[Source]) -> Experiment:
+    """The experiment with its split decided; without a config file also with a tokenizer, unless one was given.
 
     Reads some of the text, unless it was decided before.
     """
-    return (_text if without_config else _split)(experiment)[0]
+    return (_text if experiment.sizes_follow_text else _split)(experiment, sources)[0]
 
 
-def training(experiment: Experiment, *, without_config: bool) -> Experiment:
-    """`text`; without a --config with a model, a budget of a few passes and a sweep of about ten minutes here, too."""
-    if not without_config:
-        return _split(experiment)[0]
+def training(experiment: Experiment, sources: list[Source]) -> Experiment:
+    """`text`; without a config file also with a model, a budget of a few passes and a sweep of about ten minutes here."""
+    if not experiment.sizes_follow_text:
+        return _split(experiment, sources)[0]
     moot = {"train": {"micro_batch_tokens", "save_every_tokens", "keep_checkpoints"}}
     given = experiment.model_dump(mode="json", exclude_unset=True, include=set(GO_INTO_SIZES), exclude=moot)
-    complete, held = _text(experiment)
+    complete, held = _text(experiment, sources)
     sizes = _decided(experiment, "sizes", given, lambda: _sizes(complete, held))
     found = override(complete, {key: value for key, value in sizes.items() if not _is_given(experiment, key)})
     section = found.model
@@ -95,14 +95,14 @@ def _is_given(experiment: Experiment, key: str) -> bool:
     return name in given or (name == "max_tokens" and section == "train" and "num_epochs" in given)
 
 
-def _split(experiment: Experiment) -> tuple[Experiment, Holdout]:
+def _split(experiment: Experiment, sources: list[Source]) -> tuple[Experiment, Holdout]:
     from raylm import corpus
 
     section = experiment.corpus
 
     def look() -> dict[str, Any]:
         with console.waiting("Looking at the text"):
-            return dataclasses.asdict(corpus.holdout(corpus.list_sources(section), section))
+            return dataclasses.asdict(corpus.holdout(sources, section))
 
     found = corpus.Holdout(**_decided(experiment, "split", section.model_dump(mode="json"), look))
     documents = f"{found.documents:,} document{'s' * (found.documents != 1)}"
@@ -123,11 +123,11 @@ def _split(experiment: Experiment) -> tuple[Experiment, Holdout]:
     return override(experiment, settings), found
 
 
-def _text(experiment: Experiment) -> tuple[Experiment, Holdout]:
+def _text(experiment: Experiment, sources: list[Source]) -> tuple[Experiment, Holdout]:
     from raylm import corpus
 
     given = experiment.corpus
-    experiment, held = _split(experiment)
+    experiment, held = _split(experiment, sources)
     enough = max(HELD_OUT_BYTES, 3 * corpus.ENOUGH_UNITS * held.unit_bytes)
     if "validation_fraction" not in given.model_fields_set and _size(held) * held.validation_fraction > enough:
         held = dataclasses.replace(held, validation_fraction=round(enough / _size(held), 7))

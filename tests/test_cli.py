@@ -108,7 +108,7 @@ def test_libraries_do_not_warn_on_the_screen(tmp_path):
     """Unless Python is told to let them."""
     (tmp_path / "warns.py").write_text(
         "from raylm import cli\n\ndef verb() -> cli.CommandResult:\n    import warnings\n"
-        "    warnings.warn('of old', FutureWarning)\n    return cli.Answer({}, 'done')\n\ncli.run(verb)\n"
+        "    warnings.warn('of old', FutureWarning)\n    return cli.CommandResult({}, 'done')\n\ncli.run(verb)\n"
     )
     assert run(tmp_path / "warns.py").stderr == ""
     assert "FutureWarning: of old" in run("-Wdefault", tmp_path / "warns.py").stderr

@@ -237,9 +237,9 @@ def place(tmp_path_factory):
             patch.setattr(cluster, name, lambda *_, **__: None)
         patch.setattr(cluster, "connect", lambda *_, **__: contextlib.nullcontext(resources))
         patch.setattr(cluster, "other_nodes", dict)
-        patch.setattr(cluster, "watch", lambda *_: contextlib.nullcontext(board))
+        patch.setattr(cluster, "progress_channel", lambda *_: contextlib.nullcontext(board))
         patch.setattr(launch, "fit", fit)
-        patch.setattr(launch, "fit_here", fit)
+        patch.setattr(launch, "fit_in_this_process", fit)
         patch.setattr(write, "_each", one_by_one)
         patch.setattr(tune, "_page", lambda *_: None)  # it can be made again
         patch.setattr(

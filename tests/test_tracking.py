@@ -829,7 +829,7 @@ def test_many_that_ship_the_same_journal_ship_it_once(server, gate, tmp_path):
 def test_without_locks_mlflow_itself_drops_what_it_has(server, tmp_path, monkeypatch):
     run = start(server, tmp_path / "run")
     trained(run)
-    monkeypatch.setattr(journal, "alone", lambda directory: contextlib.nullcontext(True))
+    monkeypatch.setattr(journal, "lock", lambda directory: contextlib.nullcontext(True))
     ships = [Shipment(run.directory, tracking.mlflow.server(server.uri)) for _ in range(3)]
     for ship in ships:
         ship._known = set()  # as they would be if they had asked at the same time

@@ -50,7 +50,8 @@ def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) ->
     workers run in directories of their own.
     """
     layer = dict(parse_setting(setting) for setting in settings)
-    if path is None and not names_text(layer):
+    sizes_follow_text = path is None and _names_text(layer)
+    if path is None and not sizes_follow_text:
         path = BUILT_IN
     tree, lines = _read(Path(path)) if path is not None else ({}, {})
     places = lines | dict.fromkeys(layer, "command line:")
@@ -59,7 +60,7 @@ def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) ->
             _put(tree, {key: os.environ[variable]})
             places.setdefault(key, f"{variable}:")
     _put(tree, layer)
-    experiment = _validate(tree, places, derives_batch=path is None)
+    experiment = _validate(tree, places, sizes_follow_text=sizes_follow_text)
     faults = [
         (f"tune.space.{key}", text)
         for key, sampler in experiment.tune.space.items()
@@ -75,7 +76,7 @@ def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) ->
     return _absolute(experiment)
 
 
-def names_text(layer: Mapping[str, Any]) -> bool:
+def _names_text(layer: Mapping[str, Any]) -> bool:
     """Whether one of these settings names text: corpus.paths, corpus.validation_paths, or a whole section with them."""
     tree: Tree = {}
     _put(tree, {key: value for key, value in layer.items() if key.partition(".")[0] == "corpus"})
@@ -108,7 +109,7 @@ def override(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
     """A copy with the dotted settings replaced, checked as a whole."""
     tree = experiment.model_dump(exclude_unset=True)  # what nobody has set stays so
     _put(tree, settings)
-    return _validate(tree, {}, derives_batch=experiment.derives_batch)
+    return _validate(tree, {}, sizes_follow_text=experiment.sizes_follow_text)
 
 
 def get(experiment: Experiment, key: str) -> Any:
@@ -296,9 +297,9 @@ def _is_given(tree: Tree, key: str) -> bool:
 # Checks ------------------------------------------------------------------------------------------------------------
 
 
-def _validate(tree: Tree, places: Mapping[str, str], *, derives_batch: bool) -> Experiment:
+def _validate(tree: Tree, places: Mapping[str, str], *, sizes_follow_text: bool) -> Experiment:
     try:
-        return Experiment.model_validate(tree, context={"derives_batch": derives_batch})
+        return Experiment.model_validate(tree, context={"sizes_follow_text": sizes_follow_text})
     except ValidationError as error:
         faults = faults_of(error)
     raise config_error(faults + [fault for fault in _early_faults(tree) if fault not in faults], places)

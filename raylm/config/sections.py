@@ -487,12 +487,12 @@ class Experiment(Section):
     tracking: TrackingConfig = TrackingConfig()
     tune: TuneConfig = TuneConfig()
 
-    _derives_batch: bool = PrivateAttr(default=False)
-    """Whether train.batch_tokens is still to be derived, so that its default need not fit the other settings."""
+    _sizes_follow_text: bool = PrivateAttr(False)
 
     @property
-    def derives_batch(self) -> bool:
-        return self._derives_batch
+    def sizes_follow_text(self) -> bool:
+        """Whether there is text but no file: sizes that nobody gave are derived from the text, see `derived`."""
+        return self._sizes_follow_text
 
     @property
     def measure(self) -> str:
@@ -502,9 +502,8 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _sections_agree(self, info: ValidationInfo) -> Experiment:
         """Settings of different sections that cannot go together; each message starts with its dotted key."""
-        derives_batch = (info.context or {}).get("derives_batch", False)
-        self._derives_batch = derives_batch and "batch_tokens" not in self.train.model_fields_set
-        if not self._derives_batch:
+        self._sizes_follow_text = (info.context or {}).get("sizes_follow_text", False)
+        if not self._sizes_follow_text or "batch_tokens" in self.train.model_fields_set:  # else it is to be derived
             self._batch_agrees()
         self._tokenizer_agrees()
         self._sweep_agrees()

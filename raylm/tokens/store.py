@@ -329,6 +329,11 @@ def local_copy(path: str) -> str:
     return _copied(path, files, is_whole=is_store)
 
 
+def tokenizer_section(path: str) -> TokenizerConfig:
+    """The tokenizer that a token store was made with, as a section of settings."""
+    return TokenizerConfig(path=os.path.join(local_copy(path), "tokenizer"))
+
+
 @lru_cache(maxsize=8)
 def local_tokenizer(path: str) -> str:
     """The tokenizer of a store that may not be whole yet, on this node."""

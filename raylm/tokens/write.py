@@ -84,13 +84,19 @@ def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any
 
 
 def prepare(
-    corpus: CorpusConfig, tokenizer: TokenizerConfig, *, storage: str, progress: Progress = lambda done, total: None
+    corpus: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    *,
+    storage: str,
+    sources: list[Source] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> tuple[Store, bool]:
-    """The store of these settings, and whether it was there already.
+    """The store of these settings, and whether it existed. `sources` are those of the corpus, if they are listed already.
 
-    Ray must be up unless it is. A run that was killed goes on at the shards it had not finished.
+    Ray must be connected unless the store exists. A run that was killed resumes at the shards it had not finished.
     """
-    sources = list_sources(corpus)
+    if sources is None:
+        sources = list_sources(corpus)
     path = store_path(storage, corpus, tokenizer, sources)
     if (faults := damage(path)) == []:
         return open_store(path), True

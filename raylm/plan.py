@@ -1,0 +1,184 @@
+"""Experiment -> plan: everything that follows from it, resolved once, before anything is run.
+
+A plan is what `--dry-run` shows and what every later function takes, whole or in part. The corpus is listed here and
+nowhere else in a command, so that what was checked is what is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from raylm import cluster, console, corpus, storage, tokenizer, tokens
+from raylm.cluster import Address, Resources
+from raylm.config import CorpusConfig, Experiment, TokenizerConfig
+from raylm.corpus import Source
+
+if TYPE_CHECKING:  # a wrong setting is reported before torch and transformers are imported
+    from transformers import PreTrainedConfig
+
+    from raylm.budget import Budget
+    from raylm.tokens import Store
+
+
+@dataclass(frozen=True)
+class TokensPlan:
+    """A corpus as a token store."""
+
+    experiment: Experiment
+    """With its split decided; without a config file also its tokenizer."""
+    sources: list[Source]
+    """The files of every entry of corpus.paths and corpus.validation_paths."""
+    tokenizer: TokenizerConfig
+    """Which tokenizer is loaded or trained: the model's if the experiment names none."""
+    store: str
+    """The directory of the token store, which may not exist yet."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what the store is made of: files, filters, split, tokenizer."""
+        return os.path.basename(self.store)
+
+    @property
+    def num_files(self) -> int:
+        return sum(len(source.files) for source in self.sources)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(source.num_bytes for source in self.sources)
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Text of eval.paths, which is scored beside the validation split."""
+
+    key: str
+    """The setting that named it."""
+    corpus: CorpusConfig
+    sources: list[Source]
+
+    def store(self, storage: str, tokenizer: TokenizerConfig) -> str:
+        """The directory of its token store, which may not exist yet."""
+        return tokens.store_path(storage, self.corpus, tokenizer, self.sources)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training, or the training that a sweep varies."""
+
+    tokens: TokensPlan
+    evaluation_sets: Mapping[str, EvaluationSet]
+    address: Address | None
+    """The cluster that is used; None for this machine."""
+    resources: Resources | None
+    """What a run takes of it; None where that is known only once Ray is connected."""
+    model_config: PreTrainedConfig
+    num_parameters: int
+    budget: Budget | None = None
+    """None for a number of epochs of a token store that does not exist yet."""
+    scored: Mapping[str, Any] = field(default_factory=dict)
+    """scored_on, scored_documents and scored_tokens: what an evaluation during training is made of; empty if there is
+    no token store yet."""
+    evaluation_share: float | None = None
+    """The part of a run that evaluations take; None if there is no token store yet."""
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment with all that was decided for it."""
+        return self.tokens.experiment
+
+    def with_store(self, store: Store) -> Plan:
+        """The plan with what follows from the token store: budget, limit of an evaluation, what evaluations cost."""
+        from raylm import budget, cost, summary
+
+        experiment = cost.with_eval_limit(self.experiment, store)
+        planned = budget.for_store(experiment, store)
+        own = tokens.tokenizer_section(store.path)
+        paths = [each.store(experiment.storage, own) for each in self.evaluation_sets.values()]
+        prepared = [tokens.open_store(path).train for path in paths if tokens.is_store(path)]
+        return replace(
+            self,
+            tokens=replace(self.tokens, experiment=experiment),
+            budget=planned,
+            scored=summary.scored(experiment, store),
+            evaluation_share=cost.evaluation_share(experiment, store, planned, prepared),
+        )
+
+
+def resolve_tokens(experiment: Experiment, *, with_sizes: bool = False) -> TokensPlan:
+    """The plan of a token store. ConfigError or DataError with the setting that does not fit.
+
+    With sizes, an experiment that was made without a config file also has its model, budget and sweep derived from the
+    text.
+    """
+    from raylm import derived
+
+    storage.look(experiment.storage)
+    sources = corpus.list_sources(experiment.corpus)
+    experiment = (derived.training if with_sizes else derived.text)(experiment, sources)
+    chosen = tokenizer.choose(experiment.tokenizer, experiment.model)
+    path = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
+    return TokensPlan(experiment, sources, chosen, path)
+
+
+def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None = None) -> Plan:
+    """The plan of a training, or of the one that a sweep varies. Checks whatever can be checked without Ray.
+
+    If a run `starts` right away, what it needs is started meanwhile: the process of its worker, Ray.
+    """
+    if starts:
+        cluster.check_reachable(experiment.cluster)
+    planned = resolve_tokens(experiment, with_sizes=True)
+    experiment, store = planned.experiment, planned.store
+    sets = evaluation_sets(experiment)
+    resources, address = cluster.planned_resources(experiment.cluster), cluster.address_of(experiment.cluster)
+    is_alone = starts == "train" and cluster.single_worker_resources(experiment.cluster) is not None
+    if is_alone:
+        cluster.start_worker_early()
+    if starts and resources is not None and not (is_alone and tokens.is_store(store)):
+        cluster.start_ray_early()
+    with console.waiting("Loading PyTorch and transformers"), console.importing():  # after the quick checks
+        from raylm import budget, model, objective, perplexity, training
+
+    training.check_settings(experiment.train, has_updates=experiment.model.lora is not None)
+    chosen = planned.tokenizer
+    key = "tokenizer.path" if experiment.tokenizer.path else "model.path"
+    known: Any = chosen.train or tokenizer.load_section(chosen, key)
+    objective.check_settings(experiment.objective, experiment.blocks, known)
+    num_ids = chosen.train.vocab_size if chosen.train else model.num_ids(experiment.model, known)
+    model_config = model.config_of(experiment, num_ids)
+    perplexity.context_of(experiment.eval, model.context(model_config), experiment.blocks.block_size)
+    found = Plan(
+        planned,
+        sets,
+        address,
+        resources,
+        model_config,
+        model.num_parameters(model_config, masked=experiment.objective.is_masked),
+    )
+    if tokens.is_store(store):
+        return found.with_store(tokens.open_store(store))
+    number = budget.compute(
+        experiment.train,
+        block_size=experiment.blocks.block_size,
+        num_workers=experiment.cluster.most_workers,
+        epoch_examples=None,
+    )
+    return replace(found, budget=number)
+
+
+def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSet]:
+    """The evaluation sets by name; DataError naming the set if its files do not exist."""
+    section = experiment.eval
+    return {
+        name: evaluation_set(paths, experiment.corpus, section.key(name)) for name, paths in section.sets.items()
+    }
+
+
+def evaluation_set(paths: Sequence[str], like: CorpusConfig, key: str) -> EvaluationSet:
+    """The text of paths that the setting `key` gave, read as the corpus is: nothing filtered and nothing held out."""
+    reading = {name: getattr(like, name) for name in ("text", "join", "separator", "encoding", "on_bad_row")}
+    section = CorpusConfig(paths=tuple(paths), validation_fraction=0, **reading)
+    return EvaluationSet(key, section, corpus.list_sources(section, key))

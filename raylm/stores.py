@@ -1,0 +1,125 @@
+"""The token stores that a plan needs: opened where they exist, else prepared."""
+
+from __future__ import annotations
+
+from raylm import cluster, console, derived, storage, tokens
+from raylm.config import Experiment
+from raylm.errors import ConfigError, DataError, StorageError
+from raylm.plan import EvaluationSet, Plan, TokensPlan
+from raylm.tokens import Store
+
+
+def open_or_prepare(plan: TokensPlan) -> tuple[Store, bool]:
+    """`prepare`, with a connection to Ray of its own if the store does not exist yet."""
+    if tokens.is_store(plan.store):
+        return tokens.open_store(plan.store), True
+    storage.check(plan.experiment.storage)
+    derived.keep()
+    with cluster.connect(plan.experiment.cluster):
+        check_storage(plan.experiment)
+        return prepare(plan)
+
+
+def prepare(plan: TokensPlan) -> tuple[Store, bool]:
+    """The token store, and whether it existed; Ray is connected unless it does. Progress is shown."""
+    if tokens.is_store(plan.store):
+        return tokens.open_store(plan.store), True
+    experiment = plan.experiment
+    with console.task("Preparing tokens", "bytes") as progress:
+        return tokens.prepare(
+            experiment.corpus, plan.tokenizer, storage=experiment.storage, sources=plan.sources, progress=progress
+        )
+
+
+def prepare_evaluation_sets(plan: Plan, store: Store) -> dict[str, str]:
+    """The token store of each evaluation set, made by the tokenizer of the run's own store; a store that exists is used.
+
+    Ray is connected unless all exist (`exist`). Progress is shown. A set is the `train` split of its store: nothing is
+    held out.
+    """
+    tokenizer = tokens.tokenizer_section(store.path)
+    found = {}
+    for name, each in plan.evaluation_sets.items():
+        empty = nothing_to_score(each)
+        with console.task(f"Preparing tokens of evaluation set {name}", "bytes") as progress:
+            try:
+                made, _ = tokens.prepare(
+                    each.corpus,
+                    tokenizer,
+                    storage=plan.experiment.storage,
+                    sources=each.sources,
+                    progress=progress,
+                )
+            except DataError as error:
+                raise (empty if error.where == "corpus" else error) from None
+        if not made.train.num_tokens:
+            raise empty
+        found[name] = made.path
+    return found
+
+
+def exist(plan: Plan) -> bool:
+    """Whether there is nothing to prepare: neither the run's own token store nor that of an evaluation set."""
+    store = plan.tokens.store
+    if not tokens.is_store(store):
+        return False
+    tokenizer = tokens.tokenizer_section(store)
+    paths = [each.store(plan.experiment.storage, tokenizer) for each in plan.evaluation_sets.values()]
+    return all(map(tokens.is_store, paths))
+
+
+def nothing_to_score(text: EvaluationSet) -> DataError:
+    """The error that the paths of an evaluation set hold no text."""
+    paths = ", ".join(text.corpus.paths)
+    return DataError(
+        f"{text.key}: there is nothing to score in {paths}: no document has any text; give other files", text.key
+    )
+
+
+def check_nodes(experiment: Experiment) -> None:
+    """An error naming the setting that does not suit all nodes of the cluster, which is connected."""
+    check_storage(experiment)
+    uri = experiment.tracking.uri
+    if uri is not None and uri.startswith("sqlite") and (nodes := cluster.other_nodes()):
+        raise ConfigError(
+            f"tracking.uri={uri} is a file of this machine, and the cluster has nodes elsewhere: "
+            f"{', '.join(sorted(set(nodes.values())))}; start a server (mlflow server --backend-store-uri {uri} --host "
+            "0.0.0.0) and give its address, or tracking.uri=null: raylm sync uploads to any MLflow later",
+            "tracking.uri",
+        )
+
+
+def check_storage(experiment: Experiment) -> None:
+    """StorageError if other nodes of the cluster, which is connected, do not read and write in the same storage."""
+    nodes = cluster.other_nodes()
+    if not nodes:
+        return
+    marked = storage.mark(experiment.storage)
+    found = cluster.on_nodes(nodes, storage.unusable, marked)
+    storage.remove_file(marked)
+    problems = [f"{nodes[node]}: {str(why).splitlines()[0]}" for node, why in found.items() if why is not None]
+    if problems:
+        way_out = "give a directory that all nodes share, or a place in object storage such as s3://bucket/runs"
+        if storage.is_remote(experiment.storage):
+            way_out = "have the credentials for it in the environment of every node"
+        raise StorageError(
+            f"storage={experiment.storage} cannot be read and written by all nodes of the cluster:\n  "
+            + "\n  ".join(problems)
+            + f"\n{way_out}",
+            "storage",
+        )
+
+
+def verify(plan: TokensPlan) -> int:
+    """The number of shards of the token store, all whole by their checksums; DataError naming the files that are not."""
+    path = plan.store
+    faults = tokens.damage(path)
+    if faults is None:
+        known = tokens.changes(plan.experiment.storage, plan.experiment.corpus, plan.tokenizer, plan.sources)
+        raise DataError(f"{path}: no token store there{known and f'; {known}'}; run raylm prepare", path)
+    if not faults:
+        faults = tokens.verify(tokens.open_store(path))
+    if faults:
+        raise DataError(f"{path} is damaged: {tokens.shown(faults)}; remove it and run raylm prepare", path)
+    manifest = tokens.open_store(path).manifest
+    return sum(len(manifest[name]["shards"]) for name in tokens.SPLITS)
