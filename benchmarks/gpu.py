@@ -19,7 +19,8 @@ from typing import Any
 
 import cloudpickle
 
-from raylm import budget, cluster, config, launch, prepare, runs, tracking, training
+from raylm import budget, cluster, config, prepare, runs, tracking, training
+from raylm.training import launch
 from raylm.errors import Diverged
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

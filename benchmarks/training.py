@@ -240,7 +240,8 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
     """`raylm train` from its prepared tokens on."""
     import cloudpickle
 
-    from raylm import budget, cluster, launch, runs, tracking, training
+    from raylm import budget, cluster, runs, tracking, training
+    from raylm.training import launch
     from raylm.prepare import prepared
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -57,8 +57,9 @@ def evaluate(
     resources = cluster.planned_resources(experiment.cluster)
     if documents is not None:
         check_writable(documents)
-    from raylm import launch, objective, perplexity, storage
+    from raylm import objective, perplexity, storage
     from raylm import model as models
+    from raylm.training import launch
 
     configuration = models.pretrained_configuration(experiment.model)
     perplexity.context_of(experiment.eval, models.context(configuration), experiment.blocks.block_size)

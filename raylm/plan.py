@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from raylm import cluster, console, corpus, storage, tokenizer, tokens
+from raylm import cluster, console, corpus, derived, runs, storage, tokenizer, tokens, tracking
 from raylm.cluster import Address, Resources
 from raylm.config import CorpusConfig, Experiment, TokenizerConfig
 from raylm.corpus import Source
 
 if TYPE_CHECKING:  # a wrong setting is reported before torch and transformers are imported
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
     from raylm.budget import Budget
     from raylm.tokens import Store
@@ -76,6 +76,9 @@ class Plan:
     """What a run takes of it; None where that is known only once Ray is connected."""
     model_config: PreTrainedConfig
     num_parameters: int
+    as_trained: Experiment | None = None
+    """The experiment with the limit of an evaluation that follows from the tokens (`cost`); None if there is no token
+    store yet. A run is known again by `experiment`, which does not depend on whether there is one."""
     budget: Budget | None = None
     """None for a number of epochs of a token store that does not exist yet."""
     scored: Mapping[str, Any] = field(default_factory=dict)
@@ -83,15 +86,41 @@ class Plan:
     no token store yet."""
     evaluation_share: float | None = None
     """The part of a run that evaluations take; None if there is no token store yet."""
+    warnings: tuple[str, ...] = ()
+    """What makes a training of these tokens useless or unlike what was meant."""
 
     @property
     def experiment(self) -> Experiment:
         """The experiment with all that was decided for it."""
         return self.tokens.experiment
 
+    def record(self) -> dict[str, Any]:
+        """The plan for --json, and row by row for the screen."""
+        experiment, planned = self.experiment, self.budget
+        section = experiment.tracking
+        return {
+            "corpus": {"files": self.tokens.num_files, "bytes": self.tokens.num_bytes},
+            "store": self.tokens.store,
+            "parameters": self.num_parameters,
+            "steps": planned.steps if planned else None,
+            "tokens": planned.tokens if planned else None,
+            "passes": planned.passes if planned else None,
+            "scored_documents": self.scored.get("scored_documents"),
+            "scored_tokens": self.scored.get("scored_tokens"),
+            "evaluation_share": self.evaluation_share,
+            "micro_batch": planned.micro_batch if planned else None,
+            "accumulation": planned.accumulation if planned else None,
+            "num_workers": experiment.cluster.num_workers,
+            "resources_per_worker": self.resources.per_worker if self.resources else None,
+            "cluster": f"{self.address.value} ({self.address.setting})" if self.address else "this machine",
+            "storage": runs.directory_of(experiment),
+            "tracking": tracking.shown(section.uri) if section.uri else None,
+            "experiment": section.experiment or experiment.name,
+        }
+
     def with_store(self, store: Store) -> Plan:
         """The plan with what follows from the token store: budget, limit of an evaluation, what evaluations cost."""
-        from raylm import budget, cost, summary
+        from raylm import budget, cost, objective, summary
 
         experiment = cost.with_eval_limit(self.experiment, store)
         planned = budget.for_store(experiment, store)
@@ -100,10 +129,15 @@ class Plan:
         prepared = [tokens.open_store(path).train for path in paths if tokens.is_store(path)]
         return replace(
             self,
-            tokens=replace(self.tokens, experiment=experiment),
+            as_trained=experiment,
             budget=planned,
             scored=summary.scored(experiment, store),
             evaluation_share=cost.evaluation_share(experiment, store, planned, prepared),
+            warnings=(
+                *objective.warnings(experiment.objective, store),
+                *tokens.warnings(store),
+                *planned.warnings(experiment.train),
+            ),
         )
 
 
@@ -113,8 +147,6 @@ def resolve_tokens(experiment: Experiment, *, with_sizes: bool = False) -> Token
     With sizes, an experiment that was made without a config file also has its model, budget and sweep derived from the
     text.
     """
-    from raylm import derived
-
     storage.look(experiment.storage)
     sources = corpus.list_sources(experiment.corpus)
     experiment = (derived.training if with_sizes else derived.text)(experiment, sources)
@@ -130,6 +162,8 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
     """
     if starts:
         cluster.check_reachable(experiment.cluster)
+    if experiment.tracking.uri is not None:
+        tracking.check(experiment.tracking.uri)
     planned = resolve_tokens(experiment, with_sizes=True)
     experiment, store = planned.experiment, planned.store
     sets = evaluation_sets(experiment)
@@ -144,8 +178,7 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
 
     training.check_settings(experiment.train, has_updates=experiment.model.lora is not None)
     chosen = planned.tokenizer
-    key = "tokenizer.path" if experiment.tokenizer.path else "model.path"
-    known: Any = chosen.train or tokenizer.load_section(chosen, key)
+    known: Any = chosen.train or load_tokenizer(planned)
     objective.check_settings(experiment.objective, experiment.blocks, known)
     num_ids = chosen.train.vocab_size if chosen.train else model.num_ids(experiment.model, known)
     model_config = model.config_of(experiment, num_ids)
@@ -167,6 +200,27 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
         epoch_examples=None,
     )
     return replace(found, budget=number)
+
+
+def load_tokenizer(plan: TokensPlan) -> PreTrainedTokenizerFast:
+    """The tokenizer of a plan that trains none; ConfigError if its settings do not fit it, DataError if it cannot be
+    loaded."""
+    section = plan.experiment.tokenizer
+    found = tokenizer.load_section(plan.tokenizer, "tokenizer.path" if section.path else "model.path")
+    tokenizer.frame(found, section.prefix)
+    return found
+
+
+def complete(experiment: Experiment) -> Experiment:
+    """The experiment with all that follows from its text and this machine, for `--print-config`."""
+    storage.look(experiment.storage)
+    return derived.training(experiment, corpus.list_sources(experiment.corpus))
+
+
+def complete_text(experiment: Experiment) -> Experiment:
+    """`complete`, for commands that only read text."""
+    storage.look(experiment.storage)
+    return derived.text(experiment, corpus.list_sources(experiment.corpus))
 
 
 def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSet]:

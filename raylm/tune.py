@@ -258,7 +258,8 @@ def finish(
 
     The best row, with the exported model as its checkpoint; None if no trial has a result.
     """
-    from raylm import budget, cost, export, launch, summary
+    from raylm import budget, cost, export, summary
+    from raylm.training import launch
     from raylm.perplexity import Score
 
     children = parent.children()

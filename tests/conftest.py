@@ -309,7 +309,8 @@ def train_run(ray_cluster):
 
     import ray
 
-    from raylm import budget, cluster, launch, prepare, runs, tracking, training
+    from raylm import budget, cluster, prepare, runs, tracking, training
+    from raylm.training import launch
 
     def fit(job: training.TrainTask):
         if job.session is not Here:

@@ -22,7 +22,8 @@ import ray
 import torch
 from ray.train import ControllerError, WorkerGroupError
 
-from raylm import checkpoint, cluster, config, launch, tracking, training
+from raylm import checkpoint, cluster, config, tracking, training
+from raylm.training import launch
 from raylm.config import override
 from raylm.errors import ConfigError, Diverged, OutOfMemory, StorageError, TrainingError, WorkerFailed
 

@@ -9,7 +9,8 @@ import torch
 from ray import cloudpickle
 from transformers import AutoModelForCausalLM
 
-from raylm import checkpoint, cluster, launch, perplexity, tokens, train, training
+from raylm import checkpoint, cluster, perplexity, tokens, train, training
+from raylm.training import launch
 from raylm.config import override
 from raylm.errors import ConfigError, StorageError
 

@@ -11,7 +11,8 @@ from conftest import one_by_one
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raylm import budget, checkpoint, cluster, config, launch, prepare, tokens, train, training
+from raylm import budget, checkpoint, cluster, config, prepare, tokens, train, training
+from raylm.training import launch
 from raylm.config import override
 from raylm.errors import ConfigError, DataError, Diverged, OutOfMemory
 from raylm.evaluate import evaluate

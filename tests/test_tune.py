@@ -15,7 +15,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from raylm import budget, checkpoint, cluster, launch, prepare, runs, summary, tables, tracking, train, tune
+from raylm import budget, checkpoint, cluster, prepare, runs, summary, tables, tracking, train, tune
+from raylm.training import launch
 from raylm import sweep as sweeps
 from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
 from raylm.errors import ConfigError, Interrupted

@@ -16,7 +16,7 @@ from raylm.objective.batches import (
     build,
     check_settings,
 )
-from raylm.objective.keywords import Keywords, warn_of_absent
+from raylm.objective.keywords import Keywords, warnings
 from raylm.objective.loss import attach
 
 __all__ = [
@@ -31,5 +31,5 @@ __all__ = [
     "attach",
     "build",
     "check_settings",
-    "warn_of_absent",
+    "warnings",
 ]

@@ -8,7 +8,6 @@ A keyword counts with and without a space before it, and as the sequence of its 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from raylm.tokens import Split, Store
-
-logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 """Tokens of a shard that are looked at together: they stay in the processor's cache from one keyword to the next."""
@@ -70,18 +67,14 @@ class Keywords:
         return list(missing)
 
 
-def warn_of_absent(section: ObjectiveConfig, store: Store) -> list[str]:
-    """The keywords that no document of the training split has, each with a warning on the screen."""
-    if not section.keywords:
-        return []
-    found = Keywords(section.keywords, store.tokenizer).absent(store.train)
-    for word in found:
-        logger.warning(
-            "objective.keywords: no document of the training split has %r, so it makes no difference; "
-            "is it written as the text has it, upper and lower case too?",
-            word,
-        )
-    return found
+def warnings(section: ObjectiveConfig, store: Store) -> Iterator[str]:
+    """A warning for each keyword that no document of the training split has."""
+    if section.keywords:
+        for word in Keywords(section.keywords, store.tokenizer).absent(store.train):
+            yield (
+                f"objective.keywords: no document of the training split has {word!r}, so it makes no difference; "
+                "is it written as the text has it, upper and lower case too?"
+            )
 
 
 def _starts(row: np.ndarray, spelling: tuple[int, ...]) -> Iterator[int]:

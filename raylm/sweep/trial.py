@@ -16,7 +16,8 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from raylm import budget, checkpoint, launch, storage, summary, tokens
+from raylm import budget, checkpoint, storage, summary, tokens
+from raylm.training import launch
 from raylm.cluster import Resources
 from raylm.config import Experiment, dump, get, override
 from raylm.errors import ConfigError, RaylmError, StorageUnavailable, TrainingError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raylm import cluster, console, derived, storage, tokens
 from raylm.config import Experiment
 from raylm.errors import ConfigError, DataError, StorageError
-from raylm.plan import EvaluationSet, Plan, TokensPlan
+from raylm.plan import EvaluationSet, Plan, TokensPlan, load_tokenizer
 from raylm.tokens import Store
 
 
@@ -13,6 +13,8 @@ def open_or_prepare(plan: TokensPlan) -> tuple[Store, bool]:
     """`prepare`, with a connection to Ray of its own if the store does not exist yet."""
     if tokens.is_store(plan.store):
         return tokens.open_store(plan.store), True
+    if plan.tokenizer.train is None:
+        load_tokenizer(plan)
     storage.check(plan.experiment.storage)
     derived.keep()
     with cluster.connect(plan.experiment.cluster):

@@ -1,0 +1,213 @@
+"""One training, from its tokens to an exported and scored model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raylm import cluster, console, cost, derived, export, runs, storage, summary, tokens, tracking
+from raylm.config import WHOLE_SPLIT, dump
+from raylm.errors import Diverged, Interrupted, OutOfMemory
+from raylm.perplexity import Score
+from raylm.pipeline import stores
+from raylm.plan import Plan
+from raylm.training import TrainTask, launch
+
+if TYPE_CHECKING:
+    from raylm.cluster import Resources
+    from raylm.runs import ActiveRun
+    from raylm.tokens import Store
+    from raylm.tracking import Run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A training that has ended."""
+
+    run: str
+    """The run's name, which is that of its directory."""
+    checkpoint: str
+    """The directory of the best model: a plain Hugging Face directory."""
+    measure: str
+    """What the score is called: perplexity, masked_perplexity or pseudo_perplexity."""
+    score: float
+    """Of the best model; per token, smaller is better."""
+    bits_per_byte: float
+    prefix: str | None
+    """The token in front of every document."""
+    unknown_tokens: int
+    """Of the validation split."""
+    incomparable: str | None
+    """Why the score does not compare with others, if it does not."""
+    scored_on: str
+    """Which part of the validation split."""
+    scored_in: str
+    """The arithmetic of the score, such as float32."""
+    tokens: int
+    """Trained on."""
+    steps: int
+    best_step: int
+    best_tokens: int
+    """Tokens that the best model was trained on."""
+    last_perplexity: float | None
+    """Of the last evaluation."""
+    resumed_from: int | None
+    """The step of the checkpoint that this command resumed from."""
+    tokens_per_second: float
+    mlflow_run_id: str | None
+
+    def record(self) -> dict[str, Any]:
+        """The result for --json: the score stands under its own name."""
+        record = dataclasses.asdict(self)
+        own = {"measure": (record["measure"], record.pop("score"))}
+        return dict(own.get(key, (key, value)) for key, value in record.items())
+
+
+def run(plan: Plan, resume: runs.Resume = "auto") -> TrainResult:
+    """Train to the end of the budget, export the best model and score it.
+
+    Resumes the newest unfinished run of the experiment, unless `resume` is never. Interrupted or KeyboardInterrupt if
+    the process is asked to stop: the same call resumes then.
+    """
+    experiment = plan.experiment
+    storage.check(experiment.storage)
+    derived.keep()
+    active = runs.start_or_resume(experiment, "train", plan.tokens.fingerprint, resume)
+    for directory in active.abandoned:
+        summary.start(experiment, directory, os.path.basename(directory), "train").end_if_running("KILLED")
+    tracked = summary.start(experiment, active.directory, active.name, "train")
+    status: tracking.Status = "FAILED"
+    try:
+        result = _run(plan, active, tracked)
+        active.end(result.record())
+        status = "FINISHED"
+        return result
+    except (KeyboardInterrupt, Interrupted):
+        status = "KILLED"
+        raise
+    except (Diverged, OutOfMemory) as error:
+        if error.where not in runs.MUTABLE_ON_RESUME:  # else it can be resumed with another value
+            active.end({"error": error.message})  # with the same settings it would fail again
+        raise
+    finally:
+        tracked.end(status)
+        tracking.settle(tracked, logger.info)
+
+
+def _run(plan: Plan, active: ActiveRun, tracked: Run) -> TrainResult:
+    section = plan.experiment.cluster
+    with contextlib.ExitStack() as connection:
+        decided = active.decided.get("cluster.cpus_per_worker")
+        alone = cluster.single_worker_resources(section, decided=decided)
+        if alone is not None and stores.exist(plan):
+            resources = alone
+        else:
+            resources = connection.enter_context(cluster.connect(section, decided=decided))
+            stores.check_nodes(plan.experiment)
+        store, reused = stores.prepare(plan.tokens)
+        if not reused:  # else the plan was made with it
+            plan = plan.with_store(store)
+        for warning in plan.warnings:
+            logger.warning(warning)
+        sets = stores.prepare_evaluation_sets(plan, store)
+        if alone is not None:
+            connection.close()  # the worker has the machine for itself
+        return _train(plan, store, sets, active, tracked, resources)
+
+
+def _train(
+    plan: Plan, store: Store, sets: dict[str, str], active: ActiveRun, tracked: Run, resources: Resources
+) -> TrainResult:
+    assert plan.as_trained is not None and plan.budget is not None, "the token store is there"
+    experiment = active.settled(plan.as_trained, {"cluster.cpus_per_worker": resources.cpus_per_worker})
+    budget = plan.budget
+    tracked.parameters(summary.parameters(experiment, store, budget))
+    tracked.text(dump(experiment), "experiment.yaml")
+    summary.log_data(tracked, experiment, store)
+    if active.step is not None:
+        logger.info(f"{active.directory}: the newest checkpoint is of step {active.step:,} of {budget.steps:,}")
+    task = TrainTask(experiment, store.path, budget, tracked, active.directory, sets=sets)
+    started = time.monotonic()
+    with (
+        console.task("Training", "tokens") as advance,
+        cluster.handle_signals(logger.info),
+        cluster.progress_channel(lambda done: advance(done, budget.tokens), logger.info) as channel,
+    ):
+        outcome = launch.fit(dataclasses.replace(task, board=channel), resources)
+        if outcome.stopped or cluster.stop_signal() is not None:  # after its last look: a score is left to do
+            raise cluster.interruption(active.directory, f"stopped after step {outcome.step:,}, which is saved")
+    seconds = time.monotonic() - started
+    best = dict(outcome.best)
+    checkpoint = task.checkpoints.path(best["step"])
+    exported = export_best(
+        plan, store, checkpoint, best, active.directory, resources, "Scoring the whole validation split"
+    )
+    summary.log_best(tracked, experiment, {**best, **exported.score})
+    tracked.tags({"raylm.checkpoint": exported.directory})
+    tracked.model(exported.directory, experiment.tracking, best["step"], logger.info)
+    trained_here = (outcome.step - (active.step or 0)) * budget.batch_tokens
+    unknown = store.validation.unknown_tokens
+    return TrainResult(
+        run=active.name,
+        checkpoint=exported.directory,
+        measure=experiment.measure,
+        score=exported.score["perplexity"],
+        bits_per_byte=exported.score["bits_per_byte"],
+        prefix=summary.prefix(experiment, store),
+        unknown_tokens=unknown,
+        incomparable=tokens.incomparable(unknown, store.validation.num_tokens),
+        scored_on=exported.scored_on,
+        scored_in=experiment.eval.precision,
+        tokens=outcome.step * budget.batch_tokens,
+        steps=outcome.step,
+        best_step=best["step"],
+        best_tokens=best["tokens"],
+        last_perplexity=outcome.last.get("perplexity"),
+        resumed_from=active.step,
+        tokens_per_second=trained_here / seconds,
+        mlflow_run_id=tracked.run_id,
+    )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The best model of a run or sweep."""
+
+    directory: str
+    score: dict[str, float]
+    """perplexity and bits_per_byte."""
+    scored_on: str
+    """Which part of the validation split."""
+
+
+def export_best(
+    plan: Plan,
+    store: Store,
+    checkpoint: str,
+    best: Mapping[str, Any],
+    directory: str,
+    resources: Resources,
+    doing: str,
+) -> Exported:
+    """The model of a checkpoint as a plain Hugging Face directory, `directory`/model, with its score on the whole
+    validation split where that is affordable, else with the score of its evaluation."""
+    experiment, budget = plan.as_trained, plan.budget
+    assert experiment is not None and budget is not None, "the token store is there"
+    score = {name: best[name] for name in ("perplexity", "bits_per_byte")}
+    scored_on = experiment.eval.scored_on
+    if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, budget):
+        scored_on = WHOLE_SPLIT
+        with console.task(doing, "tokens") as advance:
+            scored = Score.of(launch.score(checkpoint, store.validation, experiment, resources, advance))
+        score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
+    target = export.export(checkpoint, f"{directory}/model", {**score, "scored_on": scored_on})
+    return Exported(target, score, scored_on)
+
