@@ -19,9 +19,11 @@ from typing import Any
 
 import cloudpickle
 
-from raylm import budget, cluster, config, prepare, runs, tracking, training
-from raylm.training import launch
+from raylm import budget, cluster, config, runs, tracking, training
+from raylm import plan as plans
 from raylm.errors import Diverged
+from raylm.pipeline import stores
+from raylm.training import launch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -48,7 +50,7 @@ def job_of(home: str, session: type, *settings: str) -> training.TrainTask:
             *settings,
         ],
     )
-    store, _ = prepare.prepared(made)
+    store, _ = stores.prepare(plans.resolve_tokens(made))
     begun = runs.start_or_resume(made, "train", store.fingerprint, "never")
     run = tracking.start(made.tracking, experiment="gpu", name=begun.name, tags={}, directory=begun.directory)
     return training.TrainTask(made, store.path, budget.for_store(made, store), run, begun.directory, session)

@@ -20,7 +20,8 @@ import numpy as np
 from datasets import Dataset, disable_progress_bars, load_from_disk
 
 from raylm import blocks, cluster, config
-from raylm.prepare import prepared
+from raylm import plan as plans
+from raylm.pipeline import stores
 
 EXAMPLES = 20_000
 
@@ -31,7 +32,7 @@ def main() -> None:
         settings = ["name=reading", f"storage={home}", "tokenizer.train={vocab_size: 8192}"]
         experiment = config.load(None, settings)
         with cluster.connect(experiment.cluster):
-            store, _ = prepared(experiment)
+            store, _ = stores.prepare(plans.resolve_tokens(experiment))
         for size in (64, 128, 256):
             section = experiment.blocks.model_copy(update={"block_size": size})
             cut = blocks.build(store.train, section, store.frame("auto"))

@@ -78,11 +78,12 @@ def settings(args: argparse.Namespace, home: Path, place: str) -> list[str]:
 def prepare(args: argparse.Namespace, home: Path) -> list[dict]:
     """The tokenizer, the documents of both splits as JSON lines, and the settings of the trials."""
     from raylm import cluster, config, sweep
-    from raylm.prepare import prepared
+    from raylm import plan as plans
+    from raylm.pipeline import stores
 
     made = config.load(None, [*settings(args, home, "first")[:2], "tokenizer.train={vocab_size: 2048}"])
     with cluster.connect(made.cluster):
-        store, _ = prepared(made)
+        store, _ = stores.prepare(plans.resolve_tokens(made))
     store.tokenizer.save_pretrained(home / "tokenizer")
     for name, split in (("train", store.train), ("validation", store.validation)):
         texts = (store.tokenizer.decode(split[number]) for number in range(len(split)))

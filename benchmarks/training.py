@@ -122,11 +122,12 @@ def experiment(args: argparse.Namespace, home: str | Path, precision: str = "flo
 
 def prepare(args: argparse.Namespace, home: str) -> None:
     from raylm import cluster
-    from raylm.prepare import prepared
+    from raylm import plan as plans
+    from raylm.pipeline import stores
 
     made = experiment(args, home)
     with cluster.connect(made.cluster):
-        prepared(made)
+        stores.prepare(plans.resolve_tokens(made))
 
 
 def measured(args: argparse.Namespace) -> dict:
@@ -142,10 +143,11 @@ def blocks_of(args: argparse.Namespace):
     import torch
 
     from raylm import blocks, model, tokens
-    from raylm.prepare import ready
+    from raylm import plan as plans
+    from raylm.pipeline import stores
 
     made = experiment(args, args.home)
-    store, _ = ready(made)
+    store, _ = stores.open_or_prepare(plans.resolve_tokens(made))
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     cut = blocks.build(tokens.open_store(store.path).train, made.blocks, store.frame("auto"))
     stream = blocks.Stream(cut, seed=0, length=args.steps * args.batch)
@@ -202,10 +204,11 @@ def trainer(args: argparse.Namespace, precision: str) -> tuple[list[float], floa
     import datasets
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
-    from raylm.prepare import ready
+    from raylm import plan as plans
+    from raylm.pipeline import stores
 
     rows, network, _ = blocks_of(args)
-    store, _ = ready(experiment(args, args.home))
+    store, _ = stores.open_or_prepare(plans.resolve_tokens(experiment(args, args.home)))
     store.tokenizer.pad_token = store.tokenizer.eos_token
     times: list[float] = []
 
@@ -241,8 +244,9 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
     import cloudpickle
 
     from raylm import budget, cluster, runs, tracking, training
+    from raylm import plan as plans
+    from raylm.pipeline import stores
     from raylm.training import launch
-    from raylm.prepare import prepared
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     made = experiment(args, args.home, precision, workers=2 if "2 workers" in args.row else 1)
@@ -265,7 +269,7 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
             trainer._Schedule.on_step_end = on_step_end
 
     with cluster.connect(made.cluster) as resources:
-        store, _ = prepared(made)
+        store, _ = stores.prepare(plans.resolve_tokens(made))
         begun = runs.start_or_resume(made, "train", store.fingerprint, "never")
         run = tracking.start(made.tracking, experiment="speed", name=begun.name, tags={}, directory=begun.directory)
         launch.fit(

@@ -67,19 +67,16 @@ def experiment(
     config: Path | None,
     settings: list[str] | None,
     print_config: bool = False,
-    complete: Callable[..., experiments.Experiment] | None = None,
+    complete: Callable[[experiments.Experiment], experiments.Experiment] | None = None,
 ) -> experiments.Experiment:
     """The experiment of the command line. With `print_config` it is printed and the command ends.
 
-    `complete`: a function of `derived`, for settings that follow from the text and the machine.
+    `complete` adds the sizes that follow from the text, where there is no file that says them.
     """
     loaded = experiments.load(config, settings or [])
-    if complete is not None:
-        layer = dict(map(experiments.parse_setting, settings or []))
-        without = config is None and experiments.names_text(layer)
-        if without or not print_config:
-            loaded = complete(loaded, without_config=without)
     if print_config:
+        if complete is not None and loaded.sizes_follow_text:
+            loaded = complete(loaded)
         raise _Done(
             CommandResult(redacted(loaded.model_dump(mode="json")), experiments.dump(loaded, comments=True).rstrip())
         )

@@ -68,7 +68,7 @@ def text(experiment: Experiment, sources: list[Source]) -> Experiment:
 
 
 def training(experiment: Experiment, sources: list[Source]) -> Experiment:
-    """`text`; without a config file also with a model, a budget of a few passes and a sweep of about ten minutes here."""
+    """`text`; without a config file also with a model, a budget of a few passes, and a sweep of ten minutes here."""
     if not experiment.sizes_follow_text:
         return _split(experiment, sources)[0]
     moot = {"train": {"micro_batch_tokens", "save_every_tokens", "keep_checkpoints"}}

@@ -38,15 +38,17 @@ def inspect(
     json: cli.Json = False,
 ) -> cli.CommandResult:
     """Show the data as the model will see it: documents, their tokens, blocks, a batch, lengths, the ledger."""
-    from raylm import derived, prepare, tokens
+    from raylm import plan, tokens, views
+    from raylm.pipeline import stores
 
-    experiment = cli.experiment(config, settings, print_config, derived.text)
+    experiment = cli.experiment(config, settings, print_config, plan.complete_text)
+    resolved = plan.resolve_tokens(experiment)
     if dry_run:
-        return prepare.plan(experiment)
-    store, _ = prepare.ready(experiment)
+        return cli.CommandResult(*views.tokens_plan(resolved))
+    store, _ = stores.open_or_prepare(resolved)
     for warning in tokens.warnings(store):
         logger.warning(warning)
-    record = look(experiment, store, examples)
+    record = look(resolved.experiment, store, examples)
     shown = view(record)
     if html is not None:
         html.write_text(page(shown), encoding="utf-8")

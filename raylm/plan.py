@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from raylm import cluster, console, corpus, derived, runs, storage, tokenizer, tokens, tracking
@@ -65,6 +65,22 @@ class EvaluationSet:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What follows from a token store, once it exists."""
+
+    store: Store
+    experiment: Experiment
+    """The experiment as it is trained: also with the limit of an evaluation that follows from the tokens (`cost`)."""
+    budget: Budget
+    scored: Mapping[str, Any]
+    """scored_on, scored_documents and scored_tokens: what an evaluation during training is made of."""
+    evaluation_share: float
+    """The part of a run that evaluations take."""
+    warnings: tuple[str, ...]
+    """What makes a training on these tokens useless, or unlike what was meant."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A training, or the training that a sweep varies."""
 
@@ -76,40 +92,33 @@ class Plan:
     """What a run takes of it; None where that is known only once Ray is connected."""
     model_config: PreTrainedConfig
     num_parameters: int
-    as_trained: Experiment | None = None
-    """The experiment with the limit of an evaluation that follows from the tokens (`cost`); None if there is no token
-    store yet. A run is known again by `experiment`, which does not depend on whether there is one."""
-    budget: Budget | None = None
-    """None for a number of epochs of a token store that does not exist yet."""
-    scored: Mapping[str, Any] = field(default_factory=dict)
-    """scored_on, scored_documents and scored_tokens: what an evaluation during training is made of; empty if there is
-    no token store yet."""
-    evaluation_share: float | None = None
-    """The part of a run that evaluations take; None if there is no token store yet."""
-    warnings: tuple[str, ...] = ()
-    """What makes a training of these tokens useless or unlike what was meant."""
+    budget: Budget | None
+    """None for a number of epochs over tokens that are not prepared yet."""
+    prepared: Prepared | None = None
+    """None if there is no token store yet."""
 
     @property
     def experiment(self) -> Experiment:
-        """The experiment with all that was decided for it."""
+        """The experiment with all that was decided for it. A run is known again by it: it is the same before and after
+        the tokens are prepared."""
         return self.tokens.experiment
 
     def record(self) -> dict[str, Any]:
-        """The plan for --json, and row by row for the screen."""
-        experiment, planned = self.experiment, self.budget
+        """The plan for --json."""
+        experiment, budget, prepared = self.experiment, self.budget, self.prepared
         section = experiment.tracking
         return {
             "corpus": {"files": self.tokens.num_files, "bytes": self.tokens.num_bytes},
             "store": self.tokens.store,
             "parameters": self.num_parameters,
-            "steps": planned.steps if planned else None,
-            "tokens": planned.tokens if planned else None,
-            "passes": planned.passes if planned else None,
-            "scored_documents": self.scored.get("scored_documents"),
-            "scored_tokens": self.scored.get("scored_tokens"),
-            "evaluation_share": self.evaluation_share,
-            "micro_batch": planned.micro_batch if planned else None,
-            "accumulation": planned.accumulation if planned else None,
+            "steps": budget.steps if budget else None,
+            "tokens": budget.tokens if budget else None,
+            "passes": budget.passes if budget else None,
+            "scored_documents": prepared.scored["scored_documents"] if prepared else None,
+            "scored_tokens": prepared.scored["scored_tokens"] if prepared else None,
+            "evaluation_share": prepared.evaluation_share if prepared else None,
+            "micro_batch": budget.micro_batch if budget else None,
+            "accumulation": budget.accumulation if budget else None,
             "num_workers": experiment.cluster.num_workers,
             "resources_per_worker": self.resources.per_worker if self.resources else None,
             "cluster": f"{self.address.value} ({self.address.setting})" if self.address else "this machine",
@@ -118,22 +127,22 @@ class Plan:
             "experiment": section.experiment or experiment.name,
         }
 
-    def with_store(self, store: Store) -> Plan:
-        """The plan with what follows from the token store: budget, limit of an evaluation, what evaluations cost."""
+    def with_store(self, store: Store) -> Prepared:
+        """What follows from the token store of this plan."""
         from raylm import budget, cost, objective, summary
 
         experiment = cost.with_eval_limit(self.experiment, store)
         planned = budget.for_store(experiment, store)
         own = tokens.tokenizer_section(store.path)
         paths = [each.store(experiment.storage, own) for each in self.evaluation_sets.values()]
-        prepared = [tokens.open_store(path).train for path in paths if tokens.is_store(path)]
-        return replace(
-            self,
-            as_trained=experiment,
-            budget=planned,
-            scored=summary.scored(experiment, store),
-            evaluation_share=cost.evaluation_share(experiment, store, planned, prepared),
-            warnings=(
+        sets = [tokens.open_store(path).train for path in paths if tokens.is_store(path)]
+        return Prepared(
+            store,
+            experiment,
+            planned,
+            summary.scored(experiment, store),
+            cost.evaluation_share(experiment, store, planned, sets),
+            (
                 *objective.warnings(experiment.objective, store),
                 *tokens.warnings(store),
                 *planned.warnings(experiment.train),
@@ -183,23 +192,18 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
     num_ids = chosen.train.vocab_size if chosen.train else model.num_ids(experiment.model, known)
     model_config = model.config_of(experiment, num_ids)
     perplexity.context_of(experiment.eval, model.context(model_config), experiment.blocks.block_size)
-    found = Plan(
-        planned,
-        sets,
-        address,
-        resources,
-        model_config,
-        model.num_parameters(model_config, masked=experiment.objective.is_masked),
-    )
-    if tokens.is_store(store):
-        return found.with_store(tokens.open_store(store))
-    number = budget.compute(
+    estimated = budget.compute(
         experiment.train,
         block_size=experiment.blocks.block_size,
         num_workers=experiment.cluster.most_workers,
         epoch_examples=None,
     )
-    return replace(found, budget=number)
+    num_parameters = model.num_parameters(model_config, masked=experiment.objective.is_masked)
+    found = Plan(planned, sets, address, resources, model_config, num_parameters, estimated)
+    if not tokens.is_store(store):
+        return found
+    prepared = found.with_store(tokens.open_store(store))
+    return replace(found, budget=prepared.budget, prepared=prepared)
 
 
 def load_tokenizer(plan: TokensPlan) -> PreTrainedTokenizerFast:
@@ -226,9 +230,7 @@ def complete_text(experiment: Experiment) -> Experiment:
 def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSet]:
     """The evaluation sets by name; DataError naming the set if its files do not exist."""
     section = experiment.eval
-    return {
-        name: evaluation_set(paths, experiment.corpus, section.key(name)) for name, paths in section.sets.items()
-    }
+    return {name: evaluation_set(paths, experiment.corpus, section.key(name)) for name, paths in section.sets.items()}
 
 
 def evaluation_set(paths: Sequence[str], like: CorpusConfig, key: str) -> EvaluationSet:

@@ -1,4 +1,4 @@
-"""Tables of a sweep and of a plan."""
+"""Tables and lines of facts, for the screen and the report."""
 
 from __future__ import annotations
 

@@ -14,16 +14,16 @@ def train(
     json: cli.Json = False,
 ) -> cli.CommandResult:
     """Train one language model on the corpus; the tokens are prepared first, unless they exist already."""
-    from raylm import plan, tables
+    from raylm import plan, views
 
     experiment = cli.experiment(config, settings, print_config, plan.complete)
     resolved = plan.resolve(experiment, starts=None if dry_run else "train")
     if dry_run:
-        return cli.CommandResult(resolved.record(), tables.plan(resolved))
+        return cli.CommandResult(resolved.record(), views.plan(resolved))
     from raylm.pipeline import training
 
     result = training.run(resolved, resume)
-    return cli.CommandResult(result.record(), tables.training(result, experiment.tracking))
+    return cli.CommandResult(result.record(), views.training(result, experiment.tracking))
 
 
 def main() -> None:

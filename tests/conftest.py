@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 
 from raylm import config, console
+from raylm import plan as plans
+from raylm.pipeline import stores
 
 S3 = socket.create_server(("127.0.0.1", 0), backlog=0)
 """Where the S3 server of test_storage.py will be: its port is taken from the beginning, for whatever starts with this
@@ -309,7 +311,7 @@ def train_run(ray_cluster):
 
     import ray
 
-    from raylm import budget, cluster, prepare, runs, tracking, training
+    from raylm import budget, cluster, runs, tracking, training
     from raylm.training import launch
 
     def fit(job: training.TrainTask):
@@ -318,12 +320,12 @@ def train_run(ray_cluster):
         return launch.with_smaller_batches(job, lambda: training.train_loop_per_worker(job))
 
     def run(experiment: config.Experiment, session: type | None = None, board=None):
-        store, _ = prepare.prepared(experiment)
+        store, _ = stores.prepare(plans.resolve_tokens(experiment))
         begun = runs.start_or_resume(experiment, "train", os.path.basename(store.path), "never")
         tracked = tracking.start(
             experiment.tracking, experiment=experiment.name, name=begun.name, tags={}, directory=begun.directory
         )
-        sets = prepare.evaluation_sets(experiment, store)
+        sets = stores.prepare_evaluation_sets(plans.resolve(experiment), store)
         session = session or (Here if experiment.cluster.most_workers == 1 else training.RayTrainSession)
         job = training.TrainTask(
             experiment, store.path, budget.for_store(experiment, store), tracked, begun.directory, session, board, sets

@@ -481,11 +481,11 @@ def test_a_board_whose_process_is_killed_begins_anew_and_forwards_the_stop(ray_c
     import ray
 
     seen = []
-    with (
+    with (  # noqa: PT012
         pytest.raises(KeyboardInterrupt),
         cluster.handle_signals(print),
         cluster.progress_channel(seen.append, print) as board,
-    ):  # noqa: PT012
+    ):
         os.kill(ray.get(board.actor.__ray_call__.remote(lambda board: os.getpid())), signal.SIGKILL)
         signal.raise_signal(signal.SIGINT)
         deadline = time.monotonic() + 60

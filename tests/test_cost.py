@@ -6,8 +6,10 @@ import torch
 from conftest import one_by_one
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from raylm import budget, cost, perplexity, prepare
+from raylm import budget, cost, perplexity
+from raylm import plan as plans
 from raylm.perplexity import MaskedTokens
+from raylm.pipeline import stores
 from raylm.tokenizer import Frame
 from raylm.tokens import write
 
@@ -26,7 +28,7 @@ def prepared(tiny, monkeypatch):
 
     def make(*settings):
         experiment = tiny(*settings)
-        return experiment, prepare.prepared(experiment)[0]
+        return experiment, stores.prepare(plans.resolve_tokens(experiment))[0]
 
     return make
 

@@ -24,11 +24,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from raylm import checkpoint, console, perplexity, prepare, tokenizer, tokens
+from raylm import checkpoint, console, perplexity, tokenizer, tokens
+from raylm import plan as plans
 from raylm.config import Experiment, TrainedTokenizer
 from raylm.errors import ConfigError, DataError, StorageError
 from raylm.evaluate import evaluate
 from raylm.generate import generate
+from raylm.pipeline import stores
 
 SPECIAL = ("<|endoftext|>", "<mask>")
 TEXTS = {
@@ -401,8 +403,8 @@ def test_what_is_not_a_checkpoint_is_told_with_the_way_out(verb, causal, texts, 
 def test_a_set_is_tokenized_once_as_the_run_is_and_nothing_of_it_is_left_out(ray_cluster, tiny, texts):
     filtered = ["corpus.keep_any=cat", "corpus.max_documents=1", 'corpus.separator=" "']
     experiment = tiny(sets(texts), *filtered)
-    store, _ = prepare.prepared(tiny())
-    found = prepare.evaluation_sets(experiment, store)
+    store, _ = stores.prepare(plans.resolve_tokens(tiny()))
+    found = stores.prepare_evaluation_sets(plans.resolve(experiment), store)
     assert list(found) == ["books", "code"]
     books = tokens.open_store(found["books"])
     words = " ".join(TEXTS[name] for name in ("books/a.txt", "books/b.txt")).split()
@@ -410,12 +412,12 @@ def test_a_set_is_tokenized_once_as_the_run_is_and_nothing_of_it_is_left_out(ray
     assert len(books.validation) == 0
     assert books.frame("auto") == store.frame("auto")
     times = {path: os.stat(f"{path}/manifest.json").st_mtime_ns for path in found.values()}
-    assert prepare.evaluation_sets(experiment, store) == found
+    assert stores.prepare_evaluation_sets(plans.resolve(experiment), store) == found
     assert times == {path: os.stat(f"{path}/manifest.json").st_mtime_ns for path in found.values()}
     one = tiny(f"eval.paths={texts}/empty", *filtered)
     with pytest.raises(DataError, match=r"^eval.paths: there is nothing to score in .*empty: no document has any"):
-        prepare.evaluation_sets(one, store)
-    assert prepare.evaluation_sets(tiny(), store) == {}
+        stores.prepare_evaluation_sets(plans.resolve(one), store)
+    assert stores.prepare_evaluation_sets(plans.resolve(tiny()), store) == {}
 
 
 def test_a_causal_model_has_no_pseudo_perplexity(causal, texts):

@@ -20,12 +20,12 @@ from conftest import Here, one_by_one
 from ray.tune.experiment import Trial as RayTrial
 
 from raylm import cluster, config, prepare, storage, sweep, tokens, train, training, tune
-from raylm.training import launch
 from raylm.errors import RaylmError
 from raylm.sweep import trial as trials
 from raylm.sweep import tuner
 from raylm.tokens import write
 from raylm.tracking import journal
+from raylm.training import launch
 
 ROOT = "failing://here"
 

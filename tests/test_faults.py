@@ -23,9 +23,9 @@ import torch
 from ray.train import ControllerError, WorkerGroupError
 
 from raylm import checkpoint, cluster, config, tracking, training
-from raylm.training import launch
 from raylm.config import override
 from raylm.errors import ConfigError, Diverged, OutOfMemory, StorageError, TrainingError, WorkerFailed
+from raylm.training import launch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 

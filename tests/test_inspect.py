@@ -4,7 +4,9 @@ import re
 import pytest
 from conftest import one_by_one
 
-from raylm import config, inspect, prepare, tokens
+from raylm import config, inspect, tokens
+from raylm import plan as plans
+from raylm.pipeline import stores
 from raylm.tokens import write
 
 
@@ -30,7 +32,7 @@ def experiment(tmp_path, monkeypatch):
 
 @pytest.fixture
 def store(experiment):
-    store, _ = prepare.prepared(experiment)
+    store, _ = stores.prepare(plans.resolve_tokens(experiment))
     return store
 
 

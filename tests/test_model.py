@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from raylm import checkpoint, export, model, objective, train, training
+from raylm import checkpoint, export, model, objective, training
+from raylm import plan as plans
 from raylm import tokenizer as tokenizers
 from raylm.config import Experiment, ModelConfig
 from raylm.errors import ConfigError, RaylmError
@@ -73,7 +74,7 @@ def test_a_vocabulary_beyond_the_embedding_is_refused(tmp_path):
 )
 def test_a_model_that_does_not_fit_is_refused_by_the_verb_before_ray_starts(settings, message, tiny):
     with pytest.raises(ConfigError, match=message):
-        train.plan(tiny(*settings))
+        plans.resolve(tiny(*settings))
 
 
 MASKED = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
@@ -163,7 +164,7 @@ def test_a_path_that_holds_no_model_is_refused(tmp_path):
 def test_a_directory_without_weights_is_refused_by_the_plan(tmp_path, tiny):
     GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=300).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=rf"no weights, no model.safetensors; .* model.config={{path: {tmp_path}}}$"):
-        train.plan(tiny(f"model.path={tmp_path}"))
+        plans.resolve(tiny(f"model.path={tmp_path}"))
 
 
 def test_damaged_weights_are_the_settings_fault(tmp_path, tokenizer):

@@ -24,7 +24,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from raylm import objective, tokenizer, train
+from raylm import objective, tokenizer
+from raylm import plan as plans
 from raylm.config import BlocksConfig, ObjectiveConfig, TrainedTokenizer
 from raylm.errors import ConfigError
 from raylm.objective import IGNORED, keywords, loss
@@ -243,7 +244,7 @@ def test_a_plan_refuses_what_the_tokenizer_to_be_trained_will_lack(tiny):
         "objective.kind=keyword_weighted": "needs words",
     }.items():
         with pytest.raises(ConfigError, match=message):
-            train.plan(tiny(settings))
+            plans.resolve(tiny(settings))
 
 
 # Losses --------------------------------------------------------------------------------------------------------------

@@ -25,22 +25,20 @@ def settings(tmp_path):
     ]
 
 
-def test_a_command_lists_its_corpus_once(tiny, monkeypatch):
-    """When the store is there: for its plan."""
-    from conftest import one_by_one
-
-    from raylm import prepare, train
+def test_a_command_lists_its_corpus_once(tiny, text_directory, tmp_path, monkeypatch):
+    """To make the plan, whether there is a token store or not; an evaluation set, too."""
+    from raylm import config
     from raylm.corpus import listing
-    from raylm.tokens import write
+    from raylm.train import train
 
-    monkeypatch.setattr(write, "_each", one_by_one)
-    experiment, listed, plain = tiny(), [], listing.find
-    prepare.prepared(experiment)
-    monkeypatch.setattr(listing, "find", lambda *args: (listed.append(args), plain(*args))[1])
-    store = train.plan(experiment).record["store"]
-    assert not prepare.is_needed(experiment, store)
-    assert prepare.prepared(experiment, store)[1]
-    assert len(listed) == 1
+    experiment = tiny(f"storage={tmp_path}/runs", f"eval.paths={text_directory}/00.txt")
+    config.save(experiment, tmp_path / "own.yaml")
+    listed, find = [], listing.find
+    monkeypatch.setattr(listing, "find", lambda key, *args, **how: (listed.append(key), find(key, *args, **how))[1])
+    for _ in range(2):
+        train(config=tmp_path / "own.yaml", resume="never")
+        assert listed == ["corpus.paths", "eval.paths"]
+        listed.clear()
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import torch
 from ray import cloudpickle
 from transformers import AutoModelForCausalLM
 
-from raylm import checkpoint, cluster, perplexity, tokens, train, training
-from raylm.training import launch
+from raylm import checkpoint, cluster, perplexity, tokens, training
+from raylm import plan as plans
 from raylm.config import override
 from raylm.errors import ConfigError, StorageError
+from raylm.training import launch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -247,4 +248,4 @@ def test_what_cannot_share_out_weights_is_refused_before_anything_starts(tiny, s
 
 def test_updates_of_low_rank_are_not_shared_out(tiny):
     with pytest.raises(ConfigError, match="model.lora cannot be combined with train.arguments.fsdp"):
-        train.plan(tiny("model.lora={r: 2}", "train.arguments.fsdp=true"))
+        plans.resolve(tiny("model.lora={r: 2}", "train.arguments.fsdp=true"))

@@ -22,13 +22,15 @@ from conftest import S3, S3_KEY, mlflow_server, one_by_one
 from mlflow import MlflowClient
 from werkzeug.serving import make_server
 
-from raylm import checkpoint, cluster, config, export, prepare, runs, storage, tokens, tracking, train
+from raylm import checkpoint, cluster, config, export, runs, storage, tokens, tracking, train
+from raylm import plan as plans
 from raylm.corpus import sources
 from raylm.errors import ConfigError, DataError, StorageError
 from raylm.evaluate import evaluate
 from raylm.generate import generate
+from raylm.pipeline import stores
 from raylm.sweep import SweepRecord
-from raylm.tokens import store as stores
+from raylm.tokens import store as token_store
 from raylm.tokens import write
 
 DENIED = b"<Error><Code>%s</Code><Message>%s</Message></Error>"
@@ -90,7 +92,7 @@ def place(server, tmp_path, monkeypatch):
     bucket = f"bucket-{uuid.uuid4().hex}"
     pyarrow.fs.FileSystem.from_uri(f"s3://{bucket}/?allow_bucket_creation=true")[0].create_dir(bucket)
     server.requests.clear()
-    copies = Path(stores.copy_of("s3://a/b")).parents[1]
+    copies = Path(token_store.copy_of("s3://a/b")).parents[1]
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     yield f"s3://{bucket}/runs"
@@ -121,7 +123,7 @@ def test_wrong_credentials_are_refused_before_anything_is_read(place, monkeypatc
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "another")
         with pytest.raises(StorageError, match=rf"^storage={place} cannot be read: .*INVALID_ACCESS_KEY_ID"):
-            train.plan(tiny(f"storage={place}"))
+            plans.resolve(tiny(f"storage={place}"))
     storage._file_system.cache_clear()
 
 
@@ -308,16 +310,16 @@ def test_an_export_that_is_cut_off_leaves_no_model(place, server, trained_direct
 
 def test_a_token_store_is_copied_once_a_node(place, server, tiny, monkeypatch):
     monkeypatch.setattr(write, "_each", one_by_one)
-    made, reused = prepare.prepared(tiny(f"storage={place}"))
+    made, reused = stores.prepare(plans.resolve_tokens(tiny(f"storage={place}")))
     assert not reused
     assert tokens.verify(made) == []
     server.requests.clear()
     for _ in range(2):
-        stores.local_copy.cache_clear()  # as in a second process of the node
+        token_store.local_copy.cache_clear()  # as in a second process of the node
         opened = tokens.open_store(made.path)
         assert sum(len(ids) for ids in opened.train) == opened.train.num_tokens
     assert server.read("train/shard-00000.arrow") == 1
-    assert prepare.prepared(tiny(f"storage={place}"))[1]
+    assert stores.prepare(plans.resolve_tokens(tiny(f"storage={place}")))[1]
 
 
 # A run ---------------------------------------------------------------------------------------------------------------
@@ -554,21 +556,21 @@ def another_node(ray_cluster, monkeypatch):
 
 def test_a_directory_that_other_nodes_do_not_see_is_refused(another_node, tiny, tmp_path, monkeypatch):
     """/proc/self/cwd is another directory in each process, as a local one is on each node."""
-    train.check_nodes(tiny())
+    stores.check_nodes(tiny())
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         StorageError, match=r"^storage=/proc/self/cwd/runs cannot.*\n  10.0.0.7: not the same.*\n.*s3://"
     ):
-        train.check_nodes(tiny("storage=/proc/self/cwd/runs"))
+        stores.check_nodes(tiny("storage=/proc/self/cwd/runs"))
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_database_that_other_nodes_do_not_see_is_refused(another_node, tiny):
-    train.check_nodes(tiny("tracking.uri=http://10.0.0.1:5000"))
+    stores.check_nodes(tiny("tracking.uri=http://10.0.0.1:5000"))
     with pytest.raises(
         ConfigError, match=r"^tracking.uri=sqlite:\S+ is a file of this machine.*10.0.0.7; start a server"
     ):
-        train.check_nodes(tiny("tracking.uri=sqlite:///mlflow.db"))
+        stores.check_nodes(tiny("tracking.uri=sqlite:///mlflow.db"))
 
 
 def test_a_single_node_needs_no_asking(ray_cluster):

@@ -11,14 +11,15 @@ from conftest import one_by_one
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raylm import budget, checkpoint, cluster, config, prepare, tokens, train, training
-from raylm.training import launch
+from raylm import budget, checkpoint, cluster, config, tokens, train, training
+from raylm import plan as plans
 from raylm.config import override
 from raylm.errors import ConfigError, DataError, Diverged, OutOfMemory
 from raylm.evaluate import evaluate
 from raylm.perplexity import Score
+from raylm.pipeline import stores
 from raylm.tokens import write
-from raylm.training import arguments
+from raylm.training import arguments, launch
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_an_optimizer_of_a_package_that_is_not_there_is_refused_before_anything_
 )
 def test_arguments_with_which_numbers_would_be_wrong_are_refused_in_the_plan(setting, key, tiny):
     with pytest.raises(ConfigError, match=rf"^train\.arguments\.{key}"):
-        train.plan(tiny(setting))
+        plans.resolve(tiny(setting))
 
 
 def test_arguments_that_change_no_number_are_taken(tiny):
@@ -248,34 +249,34 @@ def test_sizes_that_do_not_fit_are_told_before_ray_starts(tiny):
         "train.lr_scheduler_type=reduce_lr_on_plateau",
     ):
         with pytest.raises(ConfigError, match=r"^model(\.config.*)?: |^train\.lr_scheduler_type must be one of "):
-            train.plan(tiny(setting))
+            plans.resolve(tiny(setting))
 
 
 def test_no_validation_text_is_an_error(ray_cluster, tiny, tmp_path):
     (tmp_path / "one.txt").write_text("the only document, which is long enough for a block or two of tokens " * 20)
     experiment = tiny(f"corpus.paths={tmp_path}", "corpus.validation_fraction=0")
-    store, _ = prepare.prepared(experiment)
+    store, _ = stores.prepare(plans.resolve_tokens(experiment))
     with pytest.raises(DataError, match="validation split is empty.*corpus.validation_fraction=0"):
         budget.for_store(experiment, store)
 
 
 def test_a_plan_starts_no_ray_and_writes_nothing(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = train.plan(tiny(f"storage={tmp_path}/runs"))
-    assert plan.record["steps"] == 10
-    assert plan.record["tokens"] == 2560
-    assert plan.record["parameters"] == 300 * 16 + 32 * 16 + 12 * 16 * 16 + 13 * 16 + 2 * 16
-    assert json.dumps(plan.record)
+    record = plans.resolve(tiny(f"storage={tmp_path}/runs")).record()
+    assert record["steps"] == 10
+    assert record["tokens"] == 2560
+    assert record["parameters"] == 300 * 16 + 32 * 16 + 12 * 16 * 16 + 13 * 16 + 2 * 16
+    assert json.dumps(record)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_plan_refuses_what_ray_would_find_out_late(tiny):
     with pytest.raises(ConfigError, match="cluster.num_workers"):
-        train.plan(tiny("cluster.num_workers=1024", "train.batch_tokens=32768", "train.max_tokens=32768"))
+        plans.resolve(tiny("cluster.num_workers=1024", "train.batch_tokens=32768", "train.max_tokens=32768"))
     with pytest.raises(ConfigError, match="blocks.block_size must be at most 16"):
-        train.plan(tiny("model.config.n_positions=16"))
+        plans.resolve(tiny("model.config.n_positions=16"))
     with pytest.raises(DataError, match=r"corpus.paths.*nowhere"):
-        train.plan(tiny("corpus.paths=/nowhere/*.txt"))
+        plans.resolve(tiny("corpus.paths=/nowhere/*.txt"))
 
 
 def test_the_store_outlives_its_process(one_worker):

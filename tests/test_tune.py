@@ -15,13 +15,16 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from raylm import budget, checkpoint, cluster, prepare, runs, summary, tables, tracking, train, tune
-from raylm.training import launch
+from raylm import budget, checkpoint, cluster, runs, summary, tables, tracking
+from raylm import plan as plans
 from raylm import sweep as sweeps
 from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
 from raylm.errors import ConfigError, Interrupted
 from raylm.perplexity import Score
+from raylm.pipeline import stores
+from raylm.pipeline import sweep as sweeping
 from raylm.tracking import journal
+from raylm.training import launch
 
 SPACE = {
     "train.learning_rate": {"choice": [2e-2, 1e-2]},
@@ -35,11 +38,13 @@ def run(experiment, resume="never"):
     import ray
 
     resources = cluster.resources(experiment.cluster, ray.cluster_resources())
-    store, _ = prepare.prepared(experiment)
+    plan = plans.resolve(experiment)
+    store, _ = stores.prepare(plan.tokens)
     begun = runs.start_or_resume(experiment, "tune", Path(store.path).name, resume)
     parent = summary.start(experiment, begun.directory, begun.name, "tune")
-    rows = tune.sweep(experiment, store, parent, begun, resources)
-    best = tune.finish(experiment, store, parent, resources, rows)
+    prepared = plan.with_store(store)
+    rows = sweeping.run_trials(prepared, {}, parent, begun, resources)
+    best = sweeping.export_best_trial(prepared, parent, resources, rows)
     parent.end()
     assert parent.ship(60)
     return rows, best, parent
@@ -65,7 +70,7 @@ def test_every_point_of_the_grid_is_a_ranked_trial(sweep):
 
 def test_the_best_checkpoint_has_the_score_that_the_sweep_tells(sweep):
     experiment, rows, best, _ = sweep
-    store, _ = prepare.prepared(experiment)
+    store, _ = stores.prepare(plans.resolve_tokens(experiment))
     assert best["perplexity"] == rows[0]["perplexity"]
     score = Score.of(launch.score(best["checkpoint"], store.validation, experiment, None))
     assert score.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
@@ -544,14 +549,14 @@ def test_trials_of_two_workers_take_the_same_road(ray_cluster, tiny):
     )
     rows, best, _ = run(experiment)
     assert [row["status"] for row in rows] == ["completed", "completed"]
-    store, _ = prepare.prepared(experiment)
+    store, _ = stores.prepare(plans.resolve_tokens(experiment))
     score = Score.of(launch.score(best["checkpoint"], store.validation, experiment, None))
     assert score.perplexity == pytest.approx(best["perplexity"], rel=1e-6)
 
 
 def test_a_plan_counts_trials_and_writes_nothing(tiny, tmp_path):
     experiment = override(tiny(f"storage={tmp_path}"), {"tune.space": SPACE, "tune.num_samples": 3})
-    record = tune.plan(experiment).record
+    record = sweeping.resolve(experiment).record()
     assert record["trials"] == 6, "three draws of each of two points of the grid"
     assert record["most_tokens"] == 6 * 2560
     assert list(Path(tmp_path).iterdir()) == []
@@ -563,18 +568,18 @@ def test_cpus_are_divided_by_the_trials_at_a_time(tiny, monkeypatch):
 
     def cpus(plan, **settings):
         changed = override(experiment, {key.replace("__", "."): value for key, value in settings.items()})
-        return plan(changed).record["resources_per_worker"]["CPU"]
+        return plan(changed).record()["resources_per_worker"]["CPU"]
 
-    assert cpus(tune.plan) == 2, "of six trials"
-    assert cpus(tune.plan, tune__max_concurrent_trials=2) == 6
-    assert cpus(tune.plan, cluster__num_workers=2) == 1
-    assert cpus(tune.plan, tune__num_samples=100) == 1
-    assert cpus(train.plan) == 12
+    assert cpus(sweeping.resolve) == 2, "of six trials"
+    assert cpus(sweeping.resolve, tune__max_concurrent_trials=2) == 6
+    assert cpus(sweeping.resolve, cluster__num_workers=2) == 1
+    assert cpus(sweeping.resolve, tune__num_samples=100) == 1
+    assert cpus(plans.resolve) == 12
 
 
 def test_a_sweep_over_nothing_is_refused(tiny):
     with pytest.raises(ConfigError, match="tune.space is empty"):
-        tune.plan(override(tiny(), {"tune.space": {}}))
+        sweeping.resolve(override(tiny(), {"tune.space": {}}))
 
 
 def test_a_value_that_only_the_model_can_refuse_is_refused_before_ray_starts(tiny):
@@ -582,7 +587,7 @@ def test_a_value_that_only_the_model_can_refuse_is_refused_before_ray_starts(tin
         tiny("model.config.n_positions=32"), {"tune.space": {"blocks.block_size": {"choice": [32, 64]}}}
     )
     with pytest.raises(ConfigError, match=r"tune.space.blocks.block_size: value 64: .*at most 32"):
-        tune.plan(experiment)
+        sweeping.resolve(experiment)
 
 
 @pytest.mark.parametrize(
@@ -598,7 +603,7 @@ def test_what_would_make_trials_incomparable_cannot_be_swept(tiny, setting, faul
     save(tiny(), file)
     key, sampler = next(iter(setting.items()))
     with pytest.raises(ConfigError, match=fault):
-        tune.plan(load(file, [f"tune.space={{{key}: {sampler}}}"]))
+        sweeping.resolve(load(file, [f"tune.space={{{key}: {sampler}}}"]))
 
 
 @pytest.mark.parametrize(
@@ -647,7 +652,7 @@ def test_the_trials_that_none_beats_in_both_are_marked():
         }
         for name, score in (("small", 9.0), ("better", 7.0), ("larger", 7.0), ("failed", None))
     ]
-    tune.weigh(rows, "parameters", {"small": [9.0, 10], "better": [7.0, 20], "larger": [7.0, 30]})
+    sweeping.weigh(rows, "parameters", {"small": [9.0, 10], "better": [7.0, 20], "larger": [7.0, 30]})
     assert {row["trial_id"]: row["pareto"] for row in rows} == {
         "small": True, "better": True, "larger": False, "failed": False
     }  # fmt: skip
@@ -662,5 +667,5 @@ def test_the_trials_that_none_beats_in_both_are_marked():
 )
 def test_a_limit_that_nothing_reaches_is_none(ray_cluster, tiny, limit, what):
     experiment = tiny(f"eval.max_tokens={limit}")
-    store, _ = prepare.prepared(experiment)
+    store, _ = stores.prepare(plans.resolve_tokens(experiment))
     assert summary.scored(experiment, store)["scored_on"].startswith(what)

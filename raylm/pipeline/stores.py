@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from raylm import cluster, console, derived, storage, tokens
+from collections.abc import Iterator
+from typing import Any
+
+from raylm import budget, cluster, console, derived, storage, tokens
 from raylm.config import Experiment
 from raylm.errors import ConfigError, DataError, StorageError
 from raylm.plan import EvaluationSet, Plan, TokensPlan, load_tokenizer
@@ -34,7 +37,7 @@ def prepare(plan: TokensPlan) -> tuple[Store, bool]:
 
 
 def prepare_evaluation_sets(plan: Plan, store: Store) -> dict[str, str]:
-    """The token store of each evaluation set, made by the tokenizer of the run's own store; a store that exists is used.
+    """The token store of each evaluation set, by the tokenizer of the run's own store; a store that exists is used.
 
     Ray is connected unless all exist (`exist`). Progress is shown. A set is the `train` split of its store: nothing is
     held out.
@@ -113,7 +116,7 @@ def check_storage(experiment: Experiment) -> None:
 
 
 def verify(plan: TokensPlan) -> int:
-    """The number of shards of the token store, all whole by their checksums; DataError naming the files that are not."""
+    """The number of shards, all whole by their checksums; DataError naming the files that are damaged or missing."""
     path = plan.store
     faults = tokens.damage(path)
     if faults is None:
@@ -125,3 +128,16 @@ def verify(plan: TokensPlan) -> int:
         raise DataError(f"{path} is damaged: {tokens.shown(faults)}; remove it and run raylm prepare", path)
     manifest = tokens.open_store(path).manifest
     return sum(len(manifest[name]["shards"]) for name in tokens.SPLITS)
+
+
+def record(store: Store) -> dict[str, Any]:
+    """What a token store holds, for --json: the counts of its splits and its ledger."""
+    splits = {name: {what: store.manifest[name][what] for what in tokens.COUNTED} for name in tokens.SPLITS}
+    return {"store": store.path, "fingerprint": store.fingerprint, **splits, "ledger": store.manifest["ledger"]}
+
+
+def warnings(plan: TokensPlan, store: Store) -> Iterator[str]:
+    """What makes a token store useless, or unlike what was meant."""
+    if not store.validation.num_tokens:
+        yield budget.no_validation(plan.experiment).message
+    yield from tokens.warnings(store)

@@ -16,13 +16,12 @@ from raylm.config import WHOLE_SPLIT, dump
 from raylm.errors import Diverged, Interrupted, OutOfMemory
 from raylm.perplexity import Score
 from raylm.pipeline import stores
-from raylm.plan import Plan
+from raylm.plan import Plan, Prepared
 from raylm.training import TrainTask, launch
 
 if TYPE_CHECKING:
     from raylm.cluster import Resources
     from raylm.runs import ActiveRun
-    from raylm.tokens import Store
     from raylm.tracking import Run
 
 logger = logging.getLogger(__name__)
@@ -112,23 +111,20 @@ def _run(plan: Plan, active: ActiveRun, tracked: Run) -> TrainResult:
         else:
             resources = connection.enter_context(cluster.connect(section, decided=decided))
             stores.check_nodes(plan.experiment)
-        store, reused = stores.prepare(plan.tokens)
-        if not reused:  # else the plan was made with it
-            plan = plan.with_store(store)
-        for warning in plan.warnings:
+        prepared = plan.prepared or plan.with_store(stores.prepare(plan.tokens)[0])
+        for warning in prepared.warnings:
             logger.warning(warning)
-        sets = stores.prepare_evaluation_sets(plan, store)
+        sets = stores.prepare_evaluation_sets(plan, prepared.store)
         if alone is not None:
             connection.close()  # the worker has the machine for itself
-        return _train(plan, store, sets, active, tracked, resources)
+        return _train(prepared, sets, active, tracked, resources)
 
 
 def _train(
-    plan: Plan, store: Store, sets: dict[str, str], active: ActiveRun, tracked: Run, resources: Resources
+    prepared: Prepared, sets: dict[str, str], active: ActiveRun, tracked: Run, resources: Resources
 ) -> TrainResult:
-    assert plan.as_trained is not None and plan.budget is not None, "the token store is there"
-    experiment = active.settled(plan.as_trained, {"cluster.cpus_per_worker": resources.cpus_per_worker})
-    budget = plan.budget
+    store, budget = prepared.store, prepared.budget
+    experiment = active.settled(prepared.experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
     tracked.parameters(summary.parameters(experiment, store, budget))
     tracked.text(dump(experiment), "experiment.yaml")
     summary.log_data(tracked, experiment, store)
@@ -147,9 +143,7 @@ def _train(
     seconds = time.monotonic() - started
     best = dict(outcome.best)
     checkpoint = task.checkpoints.path(best["step"])
-    exported = export_best(
-        plan, store, checkpoint, best, active.directory, resources, "Scoring the whole validation split"
-    )
+    exported = export_best(prepared, checkpoint, best, active.directory, resources)
     summary.log_best(tracked, experiment, {**best, **exported.score})
     tracked.tags({"raylm.checkpoint": exported.directory})
     tracked.model(exported.directory, experiment.tracking, best["step"], logger.info)
@@ -189,25 +183,17 @@ class Exported:
 
 
 def export_best(
-    plan: Plan,
-    store: Store,
-    checkpoint: str,
-    best: Mapping[str, Any],
-    directory: str,
-    resources: Resources,
-    doing: str,
+    prepared: Prepared, checkpoint: str, best: Mapping[str, Any], directory: str, resources: Resources
 ) -> Exported:
     """The model of a checkpoint as a plain Hugging Face directory, `directory`/model, with its score on the whole
     validation split where that is affordable, else with the score of its evaluation."""
-    experiment, budget = plan.as_trained, plan.budget
-    assert experiment is not None and budget is not None, "the token store is there"
+    experiment, store = prepared.experiment, prepared.store
     score = {name: best[name] for name in ("perplexity", "bits_per_byte")}
     scored_on = experiment.eval.scored_on
-    if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, budget):
+    if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, prepared.budget):
         scored_on = WHOLE_SPLIT
-        with console.task(doing, "tokens") as advance:
+        with console.task("Scoring the best model on the whole validation split", "tokens") as advance:
             scored = Score.of(launch.score(checkpoint, store.validation, experiment, resources, advance))
         score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
     target = export.export(checkpoint, f"{directory}/model", {**score, "scored_on": scored_on})
     return Exported(target, score, scored_on)
-

@@ -17,13 +17,12 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from raylm import budget, checkpoint, storage, summary, tokens
-from raylm.training import launch
 from raylm.cluster import Resources
 from raylm.config import Experiment, dump, get, override
 from raylm.errors import ConfigError, RaylmError, StorageUnavailable, TrainingError
 from raylm.sweep.record import SweepRecord
 from raylm.sweep.space import keys
-from raylm.training import TrainTask
+from raylm.training import TrainTask, launch
 
 WORST = dict.fromkeys(("perplexity", "bits_per_byte", "best_perplexity", "best_bits_per_byte"), math.inf)
 

@@ -30,6 +30,7 @@ from raylm.tokens.store import (
     local_copy,
     open_store,
     shown,
+    tokenizer_section,
     verify,
     warnings,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "set_up_ray_data",
     "shown",
     "store_path",
+    "tokenizer_section",
     "verify",
     "warnings",
 ]

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from raylm import storage
 from raylm import tokenizer as tokenizers
-from raylm.config import CorpusConfig
+from raylm.config import CorpusConfig, TokenizerConfig
 from raylm.corpus import File, Source, list_sources
 from raylm.errors import DataError, StorageError, StorageUnavailable
 from raylm.storage import is_remote, read, sizes

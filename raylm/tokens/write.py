@@ -91,7 +91,7 @@ def prepare(
     sources: list[Source] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Store, bool]:
-    """The store of these settings, and whether it existed. `sources` are those of the corpus, if they are listed already.
+    """The store of these settings, and whether it existed. `sources`: the corpus', if they are listed already.
 
     Ray must be connected unless the store exists. A run that was killed resumes at the shards it had not finished.
     """
@@ -266,11 +266,11 @@ def _of_source(written: list[dict[str, Any]], index: int) -> dict[str, int]:
 # Without a store -----------------------------------------------------------------------------------------------------
 
 
-def encode_files(corpus: CorpusConfig, tokenizer: str) -> Encoded:
+def encode_files(corpus: CorpusConfig, sources: list[Source], tokenizer: str) -> Encoded:
     """The documents of a corpus, encoded with the tokenizer of a directory, in this process."""
     encode = tokenizers.encoder(tokenizer, "tokenizers")
     encoded = Encoded()
-    for shard in shards(list_sources(corpus)):
+    for shard in shards(sources):
         for document in documents(shard, corpus, Ledger()):
             ids, _ = encode([document.text])
             encoded.append(ids, document.num_bytes, document.hash, corpus.paths[document.source])

@@ -1,0 +1,256 @@
+"""The score of a model on text: `raylm evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raylm import checkpoint, cluster, console, objective, perplexity, storage, tokenizer, tokens
+from raylm import config as config_files
+from raylm import model as models
+from raylm.config import BlocksConfig, Experiment, ObjectiveConfig
+from raylm.errors import ConfigError, DataError, StorageError
+from raylm.perplexity import Score
+from raylm.pipeline.stores import nothing_to_score
+from raylm.plan import evaluation_set, evaluation_sets
+from raylm.tokens import Encoded, Split
+from raylm.training import launch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from raylm.cluster import Resources
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """A model, and the documents that it is scored on."""
+
+    model: str
+    """As it was given: a directory, here or in object storage, or an id of the Hugging Face Hub."""
+    directory: Path
+    """Where the model lies on this machine."""
+    experiment: Experiment
+    documents: Encoded | Split
+    """Of all sets, one after the other."""
+    sets: dict[str, range]
+    """The documents of each set: evaluation sets, "text" or "validation"."""
+    measure: str
+    """What the score is called: perplexity, masked_perplexity or pseudo_perplexity."""
+    prefix: str | None
+    """The token in front of every document."""
+    unknown_id: int | None
+    """Of the tokenizer's token for what it does not know."""
+    resources: Resources | None
+    """None where they are known only once Ray is connected."""
+
+    def record(self) -> dict[str, Any]:
+        """The plan for --json: how many documents each set has."""
+        return {"model": self.model, "sets": {name: len(numbers) for name, numbers in self.sets.items()}}
+
+
+def resolve(model: str, directory: Path, experiment: Experiment, text: Sequence[str] = ()) -> EvaluationPlan:
+    """The plan of an evaluation on `text` (paths), else on the sets of eval.paths, else on the validation split that
+    the model was trained with. The text is read and encoded."""
+    _check_settings(experiment, directory, model)
+    resources = cluster.planned_resources(experiment.cluster)
+    configuration = models.pretrained_configuration(experiment.model)
+    perplexity.context_of(experiment.eval, models.context(configuration), experiment.blocks.block_size)
+    known = _tokenizer_of(experiment)
+    prefix = tokenizer.frame(known, experiment.tokenizer.prefix).prefix
+    is_masked = experiment.objective.is_masked or models.is_masked(configuration)
+    if is_masked:
+        objective.check_settings(ObjectiveConfig(kind="masked"), BlocksConfig(), known)
+    documents, sets = _documents(directory, experiment, text)
+    return EvaluationPlan(
+        model=model,
+        directory=directory,
+        experiment=experiment,
+        documents=documents,
+        sets=sets,
+        measure=experiment.eval.measure(masked=is_masked),
+        prefix=None if prefix is None else known.convert_ids_to_tokens(prefix),
+        unknown_id=tokenizer.unknown_id(known),
+        resources=resources,
+    )
+
+
+def run(plan: EvaluationPlan) -> Evaluation:
+    """Score the model; StorageError if the likelihood of the text is not a finite number."""
+    experiment, resources, here = plan.experiment, plan.resources, str(plan.directory)
+    with console.task("Scoring", "tokens") as progress:
+        if resources is not None and resources.num_workers == 1:
+            rows = launch.score(here, plan.documents, experiment, None, progress, as_given=True)
+        else:
+            with cluster.connect(experiment.cluster) as connected:
+                where = plan.model if storage.is_remote(plan.model) else here
+                rows = launch.score(where, plan.documents, experiment, connected, progress, as_given=True)
+    result = Evaluation(plan, rows)
+    if not math.isfinite(result.score.nll):
+        raise StorageError(
+            f"{plan.model}: the likelihood of the text is not a finite number: the model has diverged or is damaged",
+            plan.model,
+        )
+    return result
+
+
+class Evaluation:
+    """The score of a model on some documents."""
+
+    def __init__(self, plan: EvaluationPlan, rows: np.ndarray):
+        self.plan = plan
+        self.rows = rows
+        """What perplexity.score_documents gives: float64 of shape (documents, 5)."""
+        self.unknown_tokens = [
+            0 if plan.unknown_id is None else int((plan.documents[number] == plan.unknown_id).sum())
+            for number in range(len(plan.documents))
+        ]
+        """Of each document."""
+
+    @property
+    def score(self) -> Score:
+        """Of all documents together: perplexity, bits_per_byte, nll, tokens, bytes."""
+        return Score.of(self.rows)
+
+    @property
+    def perplexity(self) -> float:
+        """Per token, of all documents together."""
+        return self.score.perplexity
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.score.bits_per_byte
+
+    def figures(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """The score of these documents together. nll is summed, in nats; None where a number is not finite."""
+        score = Score.of(self.rows[list(numbers)])
+        measure = self.plan.measure
+        found = {
+            measure: _finite(score.perplexity),
+            "bits_per_byte": _finite(score.bits_per_byte),
+            "nll": _finite(score.nll),
+            "tokens": score.tokens,
+            "bytes": score.bytes,
+            "unknown_tokens": sum(self.unknown_tokens[number] for number in numbers),
+        }
+        if not self.plan.experiment.objective.keywords:
+            return found
+        of_keywords = {
+            measure: _finite(score.keyword_perplexity),
+            "nll": _finite(score.keyword_nll),
+            "tokens": score.keyword_tokens,
+        }
+        return {**found, "keywords": of_keywords}
+
+    def record(self) -> dict[str, Any]:
+        """All documents together, each set, and each source of a set; for --json."""
+        plan, sets = self.plan, {}
+        for name, numbers in plan.sets.items():
+            sources: dict[str, list[int]] = {}
+            for number in numbers:
+                sources.setdefault(plan.documents.document_source(number), []).append(number)
+            of_sources = {source: self.figures(some) for source, some in sources.items()}
+            sets[name] = {**self.figures(list(numbers)), "documents": len(numbers), "sources": of_sources}
+        total = self.figures(range(len(self.rows)))
+        return {
+            "model": plan.model,
+            "prefix": plan.prefix,
+            "scored_in": plan.experiment.eval.precision,
+            **total,
+            "incomparable": tokens.incomparable(total["unknown_tokens"], total["tokens"]),
+            "sets": sets,
+        }
+
+    def documents(self) -> Iterator[dict[str, Any]]:
+        """The figures of each document. Its id is the 16 digits that `b2sum -l 64` tells of its text."""
+        plan = self.plan
+        for name, numbers in plan.sets.items():
+            for number in numbers:
+                yield {
+                    "set": name,
+                    "source": plan.documents.document_source(number),
+                    "document": f"{plan.documents.document_id(number):016x}",
+                    **self.figures([number]),
+                }
+
+    def __repr__(self) -> str:
+        return f"Evaluation({self.plan.model!r}: {self.plan.measure} {self.perplexity:.4g})"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def settings_of(directory: Path, config: Path | None) -> list[str]:
+    """Settings of the model that is there, in place of those by which a model was made or shall be.
+
+    Of the file's section tokenizer what is about documents stays: prefix, and end-of-text token unless the file is the
+    model's own, whose tokenizer has it. What lies beside a model does not say that its code may run.
+    """
+    file = config or checkpoint.experiment_file(directory)
+    kept: dict[str, Any] = {}
+    if file is not None:
+        told = config_files.load(file).tokenizer
+        kept = {"prefix": told.prefix, "eos_token": told.eos_token if config is not None else None}
+    return ["cluster={}", "tune={}", f"model={json.dumps({'path': str(directory)})}", f"tokenizer={json.dumps(kept)}"]
+
+
+def _check_settings(experiment: Experiment, directory: Path, model: str) -> None:
+    """ConfigError for settings that say what the argument says."""
+    if experiment.model.path != str(directory):
+        key = "model.config" if experiment.model.config is not None else "model.path"
+        raise ConfigError(f"{key}: the model that is scored is the argument, {model}; leave the setting out", key)
+    if experiment.tokenizer.train is not None:
+        raise ConfigError("tokenizer.train: a trained model has a tokenizer; give tokenizer.path", "tokenizer.train")
+
+
+def _tokenizer_of(experiment: Experiment) -> PreTrainedTokenizerFast:
+    """The tokenizer of the model that is scored."""
+    key = "tokenizer.path" if experiment.tokenizer.path else "MODEL"
+    return tokenizer.load_section(tokenizer.choose(experiment.tokenizer, experiment.model), key)
+
+
+def _documents(
+    directory: Path, experiment: Experiment, text: Sequence[str]
+) -> tuple[Encoded | Split, dict[str, range]]:
+    """The documents of all sets one after the other, and which of them are whose."""
+    if text:
+        found_sets = {"text": evaluation_set(text, experiment.corpus, "--text")}
+    else:
+        found_sets = evaluation_sets(experiment)
+    if not found_sets:
+        split = _validation(directory)
+        return split, {"validation": range(len(split))}
+    documents = tokens.Encoded()
+    sets = {}
+    for name, each in found_sets.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            _tokenizer_of(experiment).save_pretrained(scratch)
+            found = tokens.encode_files(each.corpus, each.sources, scratch)
+        if not any(len(found[index]) for index in range(len(found))):
+            raise nothing_to_score(each)
+        sets[name] = range(len(documents), len(documents) + len(found))
+        documents.extend(found)
+    return documents, sets
+
+
+def _validation(directory: Path) -> Split:
+    """The validation split that a model was trained with; an error that says what else to score if there is none."""
+    store = checkpoint.read_record(directory).get("store")
+    if store is None:
+        raise ConfigError(
+            f"{directory} was not trained by raylm, so nothing says what to score; give --text FILE", "--text"
+        )
+    if tokens.damage(store) is None:
+        raise DataError(f"{directory} was trained with the token store {store}, which is gone; give --text FILE", store)
+    split = tokens.open_store(store).validation
+    if not split.num_tokens:
+        raise DataError(f"the validation split of {store} is empty; give --text FILE", "--text")
+    return split

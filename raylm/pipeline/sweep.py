@@ -1,0 +1,412 @@
+"""Many trainings of one experiment with other settings, ranked by their score on the same tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raylm import (
+    cluster,
+    console,
+    derived,
+    live,
+    model,
+    page,
+    runs,
+    storage,
+    summary,
+    tokenizer,
+    tokens,
+    tracking,
+    training,
+)
+from raylm import plan as plans
+from raylm import sweep as sweeps
+from raylm.config import Experiment, corners, dump, override
+from raylm.errors import ConfigError, Interrupted, StorageError, TrainingError
+from raylm.pipeline import stores
+from raylm.pipeline.training import export_best
+from raylm.plan import Plan, Prepared
+from raylm.sweep import Trial, tuner
+
+if TYPE_CHECKING:
+    import pandas
+
+    from raylm.cluster import Resources
+    from raylm.runs import ActiveRun
+    from raylm.tokens import Store
+    from raylm.tracking import Run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep will do."""
+
+    plan: Plan
+    """Of the training that trials vary."""
+    trials: int
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.plan.experiment
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Of all trials together, if none is stopped early; None where the budget is not known yet."""
+        return self.trials * self.plan.budget.tokens if self.plan.budget else None
+
+    def record(self) -> dict[str, Any]:
+        """The plan for --json."""
+        section = self.experiment.tune
+        return {
+            **self.plan.record(),
+            "trials": self.trials,
+            "space": section.space,
+            "scheduler": section.scheduler.kind,
+            "most_tokens": self.most_tokens,
+        }
+
+
+def resolve(experiment: Experiment, *, starts: bool = False) -> SweepPlan:
+    """The plan of a sweep, each value of its space checked as far as that can be done without Ray.
+
+    If the sweep `starts` right away, Ray is started meanwhile.
+    """
+    plan = plans.resolve(experiment, starts="tune" if starts else None)
+    experiment = plan.experiment
+    section = experiment.tune
+    if not section.space:
+        raise ConfigError(
+            "tune.space is empty: nothing to sweep; say for example "
+            "tune.space.train.learning_rate='{loguniform: [1e-4, 1e-2]}'",
+            where="tune.space",
+        )
+    for key, sampler in section.space.items():
+        for settings in corners(key, sampler):
+            try:
+                _check_value(experiment, plan.tokens.tokenizer.path, settings)
+            except ConfigError as error:
+                value = settings.get(key, settings)
+                raise ConfigError(f"tune.space.{key}: value {value}: {error.message}", f"tune.space.{key}") from None
+    fewest, most = experiment.cluster.fewest_workers, experiment.cluster.most_workers
+    if fewest != most:
+        raise ConfigError(
+            f"cluster.num_workers=[{fewest}, {most}]: a trial of a sweep has a fixed number of "
+            "workers, so that all are alike; give one number",
+            where="cluster.num_workers",
+        )
+    trials = sweeps.searcher(section, experiment.train.seed).total
+    resources = cluster.planned_resources(experiment.cluster, trials=_most_at_a_time(experiment, trials))
+    return SweepPlan(dataclasses.replace(plan, resources=resources), trials)
+
+
+def _check_value(experiment: Experiment, tokenizer_path: str | None, settings: Mapping[str, Any]) -> None:
+    """ConfigError if no trial can have these settings."""
+    changed = override(experiment, settings)
+    training.check_settings(changed.train, has_updates=changed.model.lora is not None)
+    model.config_of(changed)
+    path = settings.get("model.path")
+    if tokenizer_path and path is not None and not tokenizer.same(tokenizer_path, path):
+        raise ConfigError(f"its tokenizer is not that of {tokenizer_path}, and tokens are prepared once for a sweep")
+
+
+def _most_at_a_time(experiment: Experiment, trials: int) -> int:
+    """Trials at a time, whatever the cluster holds."""
+    return min(trials, experiment.tune.max_concurrent_trials or trials)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep that has ended."""
+
+    sweep: str
+    """The sweep's name, which is that of its directory."""
+    mlflow_run_id: str | None
+    """The parent of the trials' runs."""
+    measure: str
+    """What the score is called: perplexity, masked_perplexity or pseudo_perplexity."""
+    tokens_reused: bool
+    """Whether the token store existed before."""
+    scored_on: str
+    """Which documents the trials are ranked by."""
+    scored_in: str
+    """The arithmetic of the scores, such as float32."""
+    prefix: str | None
+    """The token in front of every document."""
+    unknown_tokens: int
+    """Of the validation split."""
+    incomparable: str | None
+    """Why the scores do not compare with others, if they do not."""
+    best: dict[str, Any]
+    """The best trial: trial_id, checkpoint (its exported model), perplexity, bits_per_byte, scored_on, settings."""
+    trials: list[dict[str, Any]]
+    """Every trial, the best first: trial_id, status, perplexity, bits_per_byte, tokens, settings, failure, ..."""
+    report: str | None = None
+    """The path of the HTML report."""
+    comparison: str | None = None
+    """The address of MLflow's page that compares the trials, where it is known."""
+
+    @property
+    def failures(self) -> list[str]:
+        """Why each trial that failed did."""
+        return [f"{row['trial_id']} failed: {row['failure']}" for row in self.trials if row["failure"]]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row for each trial, the best first; each swept setting is a column of its dotted name."""
+        import pandas
+
+        rows = [{**row, **row["settings"]} for row in self.trials]
+        return pandas.DataFrame([{key: value for key, value in row.items() if key != "settings"} for row in rows])
+
+    def record(self) -> dict[str, Any]:
+        """The result for --json: scores stand under their own name."""
+
+        def named(row: dict[str, Any]) -> dict[str, Any]:
+            return {self.measure if key == "perplexity" else key: value for key, value in row.items()}
+
+        left_out = ("measure", "report", "comparison")
+        record = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
+        record |= {"best": named(self.best), "trials": [named(row) for row in self.trials]}
+        return {**record, "report": self.report} if self.report is not None else record
+
+
+def run(plan: SweepPlan, resume: runs.Resume = "auto") -> SweepResult:
+    """Run the trials that have not finished, rank all, export and score the best model, and write the report.
+
+    Resumes the newest unfinished sweep of the experiment, unless `resume` is never. A trial that fails is a row with
+    its reason; TrainingError if none has a score, ConfigError if none could use its settings. Interrupted or
+    KeyboardInterrupt if the process is asked to stop: the same call resumes then.
+    """
+    experiment = plan.experiment
+    storage.check(experiment.storage)
+    derived.keep()
+    active = runs.start_or_resume(experiment, "tune", plan.plan.tokens.fingerprint, resume)
+    for directory in active.abandoned:
+        _close(summary.start(experiment, directory, os.path.basename(directory), "tune"))
+    parent = summary.start(experiment, active.directory, active.name, "tune")
+    status: tracking.Status = "FAILED"
+    try:
+        decided = active.decided.get("cluster.cpus_per_worker")
+        at_a_time = _most_at_a_time(experiment, plan.trials)
+        with cluster.connect(experiment.cluster, trials=at_a_time, decided=decided) as resources:
+            stores.check_nodes(experiment)
+            store, reused = stores.prepare(plan.plan.tokens)
+            prepared = plan.plan.prepared or plan.plan.with_store(store)
+            for warning in prepared.warnings:
+                logger.warning(warning)
+            sets = stores.prepare_evaluation_sets(plan.plan, store)
+            rows = run_trials(prepared, sets, parent, active, resources)
+            best = export_best_trial(prepared, parent, resources, rows)
+        if best is None:
+            raise _no_result(active, rows)
+        result = _result(prepared, active, parent, rows, best, reused)
+        active.end(result.record())
+        report = _report(active.directory, parent)
+        tracking.settle(parent, logger.info)
+        comparison = tracking.compare(parent)  # which links it from the sweep's own page, too
+        known = comparison if comparison and comparison.startswith("http") else None
+        result = dataclasses.replace(result, report=report, comparison=known)
+        status = "FINISHED"
+        return result
+    except (KeyboardInterrupt, Interrupted):
+        status = "KILLED"
+        raise
+    finally:
+        _close(parent, status)
+        tracking.settle(parent, logger.info)
+
+
+def _close(parent: Run, status: tracking.Status = "KILLED") -> None:
+    """End a sweep in MLflow, and those of its trials that have not ended."""
+    with contextlib.suppress(StorageError):  # which has ended the sweep, too
+        for child in parent.children().values():
+            child.end_if_running("KILLED")
+    parent.end(status)
+
+
+def run_trials(
+    prepared: Prepared, sets: dict[str, str], parent: Run, active: ActiveRun, resources: Resources
+) -> list[dict[str, Any]]:
+    """Run the trials that have not finished; a row for each trial, the best first.
+
+    `sets`: the token store of each evaluation set. Interrupted or KeyboardInterrupt if the process is asked to stop:
+    trials save a checkpoint then, from which they resume; StorageUnavailable if storage failed.
+    """
+
+    def stopping() -> bool:
+        return cluster.stop_signal() is not None or record.outage is not None
+
+    store, planned = prepared.store, prepared.budget
+    experiment = active.settled(prepared.experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
+    record = sweeps.SweepRecord(active.directory)
+    if record.trials:
+        finished = sum(trial.is_over for trial in record.trials.values())
+        logger.info(
+            f"{active.directory}: resuming: {finished} trials finished, {len(record.trials) - finished} in progress"
+        )
+    section, metric = experiment.tune, f"best_{experiment.tune.metric}"
+    measure = experiment.measure if section.metric == "perplexity" else section.metric
+    swept = sweeps.keys(section.space)
+    parameters = summary.parameters(experiment, store, planned)
+    parent.parameters({key: value for key, value in parameters.items() if key not in swept})
+    summary.log_data(parent, experiment, store)
+    parent.text(dump(experiment), "experiment.yaml")
+    random.seed(experiment.train.seed)  # by which a population draws
+    scheduler = sweeps.RecordedScheduler(sweeps.scheduler(section, planned, metric), record, planned, stopping)
+    together = min(resources.most_runs, section.max_concurrent_trials or resources.most_runs)
+    searcher = sweeps.searcher(section, experiment.train.seed)
+    trials = sweeps.TrialQueue(
+        searcher,
+        record,
+        scheduler,
+        # A population is compared as a whole: its trials take turns.
+        together=together if section.scheduler.kind != "pbt" else searcher.total,
+        values=lambda trial: values(experiment, store, trial),
+        stopping=stopping,
+    )
+    if trials.unknown:
+        unknown = ", ".join(trials.unknown)
+        logger.info(f"{active.directory}: the sweep's record does not have {unknown}: their names are not used again")
+    task = training.TrainTask(experiment, store.path, planned, parent, active.directory, sets=sets)
+    limits = sweeps.SweepStopper(section.stop, record, metric)
+    try:
+        with (
+            live.sweep(planned.tokens, trials.total_samples, swept, measure) as view,
+            cluster.handle_signals(logger.info),
+            cluster.progress_channel(lambda _: None, logger.info) as channel,
+        ):
+            watcher = tuner.Watcher(scheduler, parent, view.update, channel.stop, metric)
+            tuner.run(trials, dataclasses.replace(task, board=channel), resources, limits, watcher, together=together)
+            if record.outage is not None:
+                raise record.outage
+            if stopping():
+                left = trials.total_samples - sum(trial.is_over for trial in record.trials.values())
+                how = f"stopped with {left} of {trials.total_samples} trials left"
+                raise cluster.interruption(active.directory, how)
+    finally:
+        limits.count()
+    rows = [_row(trial) for trial in record.trials.values()]
+    if section.against is not None:
+        scored = [trial for trial in record.trials.values() if trial.results and trial.failure is None]
+        weigh(rows, section.against, {trial.trial_id: values(experiment, store, trial) for trial in scored})
+    return sorted(rows, key=lambda row: (row[section.metric] is None, row[section.metric] or 0))
+
+
+def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
+    """What a searcher minimizes: the score, and what it is weighed against."""
+    section = experiment.tune
+    score = trial.results[-1][f"best_{section.metric}"]
+    if section.against is None:
+        return [score]
+    if section.against == "seconds":
+        return [score, trial.results[-1]["seconds"]]
+    changed = override(experiment, {**trial.settings, "tune.space": {}})
+    found = model.config_of(changed, model.num_ids(changed.model, store.tokenizer))
+    return [score, model.num_parameters(found, masked=changed.objective.is_masked)]
+
+
+def weigh(rows: list[dict[str, Any]], against: str, found: dict[str, list[float]]) -> None:
+    """Add to each row what its score is weighed against, and whether it is on the Pareto front."""
+    for row in rows:
+        own = found.get(row["trial_id"])
+        row[against] = own[1] if own else None
+        row["pareto"] = own is not None and not any(
+            other != own and other[0] <= own[0] and other[1] <= own[1] for other in found.values()
+        )
+
+
+def export_best_trial(
+    prepared: Prepared, parent: Run, resources: Resources, rows: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Export the best trial's model, score it as `raylm evaluate` does and end every trial's run in MLflow.
+
+    The best row, with the exported model as its checkpoint; None if no trial has a score.
+    """
+    experiment = prepared.experiment
+    children = parent.children()
+    for row in rows:
+        child = children.get(row["trial_id"])
+        if child is None:
+            continue
+        child.end_late("FAILED" if row["status"] == "failed" else "FINISHED")
+        if row["perplexity"] is not None:
+            summary.log_best(child, experiment, row)
+        child.tags({"raylm.status": row["status"]})
+        row["mlflow_run_id"] = child.run_id
+    if not rows or rows[0]["perplexity"] is None:
+        return None
+    exported = export_best(prepared, rows[0]["checkpoint"], rows[0], parent.directory, resources)
+    best = {**rows[0], **exported.score, "checkpoint": exported.directory, "scored_on": exported.scored_on}
+    summary.log_best(parent, experiment, best)
+    parent.tags({"raylm.best_trial": best["trial_id"], "raylm.checkpoint": best["checkpoint"]})
+    parent.model(best["checkpoint"], experiment.tracking, best["best_step"], logger.info)
+    return best
+
+
+def _no_result(active: ActiveRun, rows: list[dict[str, Any]]) -> TrainingError | ConfigError:
+    """The error that no trial has a score; the sweep has ended, since the same settings would fail again."""
+    reasons = "; ".join(sorted({row["failure"] for row in rows if row["failure"]}))
+    problem = f"no trial of the sweep has a result: {reasons or 'it was stopped before'}"
+    active.end({"error": problem})
+    wrong = {trial.wrong_setting for trial in sweeps.read(active.directory).values()}
+    if wrong and None not in wrong:
+        return ConfigError(problem, where=min(map(str, wrong)))
+    return TrainingError(problem, where=active.name)
+
+
+def _result(
+    prepared: Prepared, active: ActiveRun, parent: Run, rows: list[dict[str, Any]], best: dict[str, Any], reused: bool
+) -> SweepResult:
+    experiment, validation = prepared.experiment, prepared.store.validation
+    told = ("trial_id", "checkpoint", "perplexity", "bits_per_byte", "scored_on", "settings")
+    return SweepResult(
+        sweep=active.name,
+        mlflow_run_id=parent.run_id,
+        measure=experiment.measure,
+        tokens_reused=reused,
+        scored_on=page.scored_on(experiment.eval, prepared.scored),
+        scored_in=experiment.eval.precision,
+        prefix=summary.prefix(experiment, prepared.store),
+        unknown_tokens=validation.unknown_tokens,
+        incomparable=tokens.incomparable(validation.unknown_tokens, validation.num_tokens),
+        best={key: best[key] for key in told},
+        trials=rows,
+    )
+
+
+def _report(directory: str, parent: Run) -> str | None:
+    """The report of a sweep that has ended. It can be made again, so its failure is not the sweep's."""
+    try:
+        with console.task("Drawing the report"):
+            found = page.build(directory)
+    except Exception as error:
+        logger.warning(f"the report could not be drawn ({error}); again: {sys.executable} -m raylm.report {directory}")
+        return None
+    parent.file(found, "report/report.html")
+    return found
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    last = trial.results[-1] if trial.results and trial.failure is None else {}
+    return {
+        "trial_id": trial.trial_id,
+        "status": trial.status if trial.is_over else "stopped early",  # with the whole sweep
+        "perplexity": last.get("best_perplexity"),
+        "bits_per_byte": last.get("best_bits_per_byte"),
+        "tokens": trial.tokens,
+        "best_tokens": trial.best_tokens,
+        "last_perplexity": last.get("perplexity"),
+        "settings": trial.settings,
+        "checkpoint": last.get("best_checkpoint"),
+        "best_step": last.get("best_step", 0),
+        "failure": trial.failure,
+    }

@@ -1,0 +1,147 @@
+"""What commands show of plans and results."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from raylm import corpus, tokens, tracking
+from raylm.config import Experiment, TrackingConfig, from_environment
+from raylm.console import format_size
+from raylm.tables import key_values, overfitting, scores, trials
+
+if TYPE_CHECKING:
+    from raylm.pipeline.evaluation import EvaluationPlan
+    from raylm.pipeline.sweep import SweepPlan, SweepResult
+    from raylm.pipeline.training import TrainResult
+    from raylm.plan import Plan, TokensPlan
+    from raylm.tokens import Store
+
+
+def plan(planned: Plan) -> str:
+    """The plan of a training, a line each; what was taken from the environment says so."""
+    record = planned.record()
+    pairs = {name.replace("_", " "): value for name, value in record.items() if name != "corpus"}
+    share = record["evaluation_share"]
+    pairs["evaluation share"] = None if share is None else f"{share:.1%} of the run"
+    for key, variable in from_environment(planned.experiment).items():
+        name = {"tracking.uri": "tracking", "tracking.experiment": "experiment"}[key]
+        pairs[name] = f"{pairs[name]} (from {variable})"
+    others = corpus.left_out(planned.tokens.sources)
+    files = f"{planned.tokens.num_files:,} files, {format_size(planned.tokens.num_bytes)}"
+    return key_values({"corpus": files + (f"; left out: {others}" if others else ""), **pairs})
+
+
+def tokens_plan(plan: TokensPlan) -> tuple[dict[str, Any], str]:
+    """What preparing tokens would do, as a record and for the screen."""
+    faults = tokens.damage(plan.store)
+    state = "to be written"
+    if faults is not None:
+        state = f"damaged, to be written again: {tokens.shown(faults)}" if faults else "there already"
+    lines = [f"{source.name}: {len(source.files):,} files, {source.num_bytes:,} bytes" for source in plan.sources]
+    if others := corpus.left_out(plan.sources):
+        lines.append(f"left out: {others}")
+    record = {
+        "store": plan.store,
+        "fingerprint": plan.fingerprint,
+        "reused": faults == [],
+        "sources": [
+            {"name": source.name, "files": len(source.files), "bytes": source.num_bytes} for source in plan.sources
+        ],
+    }
+    return record, "\n".join([*lines, f"store: {plan.store} ({state})"])
+
+
+def store(store: Store, reused: bool) -> Table:
+    """The splits in numbers, and what became of the documents that were read."""
+    table = Table("split", "documents", "tokens", "bytes", "bytes a token", "unknown tokens", title=store.path)
+    for name in ("train", "validation"):
+        split = store.manifest[name]
+        each = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else "-"
+        counts = [f"{split[what]:,}" for what in ("documents", "tokens", "bytes")]
+        table.add_row(name, *counts, each, f"{split['unknown_tokens']:,}")
+    ledger = store.manifest["ledger"]
+    counted = ", ".join(f"{what} {count:,}" for what, count in ledger.items())
+    table.caption = (
+        f"{100 * corpus.kept_fraction(ledger):.2f}% of data after filtering; read: {counted}\n"
+        f"{'reused' if reused else 'written'}, ids by {store.manifest['tokenizer']['encoder']['name']}"
+    )
+    return table
+
+
+def training(result: TrainResult, section: TrackingConfig) -> str:
+    """The result of a training, and what to do next."""
+    overfitted = overfitting({"perplexity": result.score, **result.record()})
+    return key_values(
+        {
+            result.measure.replace("_", "-"): result.score,
+            "bits per byte": result.bits_per_byte,
+            "incomparable": result.incomparable,
+            "tokens": result.tokens,
+            "tokens/s": round(result.tokens_per_second) or None,
+            "checkpoint": result.checkpoint,
+            "training": next(iter(overfitted), None),
+            "generate": f'{sys.executable} -m raylm.generate {result.checkpoint} --prompt "..."',
+            "mlflow": tracking.how_to_look(section),
+        }
+    )
+
+
+def sweep_plan(planned: SweepPlan) -> str:
+    """The plan of a sweep, a line each."""
+    from raylm.sweep import shown  # with Ray Tune
+
+    section = planned.experiment.tune
+    lines = {
+        "trials": planned.trials,
+        **{f"  {key}": shown(sampler) for key, sampler in section.space.items()},
+        "scheduler": section.scheduler.kind,
+        "tokens of all trials": f"at most {planned.most_tokens:,}" if planned.most_tokens else None,
+    }
+    return f"{plan(planned.plan)}\n{key_values(lines)}"
+
+
+def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
+    """The ranked trials of a sweep that has ended, and what to do next."""
+    measure, best = result.measure.replace("_", "-"), result.best
+    ranking = measure if experiment.tune.metric == "perplexity" else "bits per byte"
+    incomparable = [result.incomparable] if result.incomparable else []
+    notes = [f"ranked by {ranking} on {result.scored_on}", *incomparable, *result.failures]
+    next_steps = key_values(
+        {
+            "best trial": best["trial_id"],
+            measure: best["perplexity"],
+            "checkpoint": best["checkpoint"],
+            "repeat it": f"{sys.executable} -m raylm.train --config {best['checkpoint']}/experiment.yaml",
+            "try it": f"{sys.executable} -m raylm.generate {best['checkpoint']} --prompt '...'",
+            "report": result.report,
+            "compare trials": result.comparison or tracking.how_to_look(experiment.tracking),
+        }
+    )
+    return trials(result.trials, measure), "\n".join(notes), "", next_steps
+
+
+def evaluation_plan(planned: EvaluationPlan) -> str:
+    """How many documents would be scored."""
+    counts = {f"documents of {name}": len(numbers) for name, numbers in planned.sets.items()}
+    return key_values({"model": planned.model, **counts})
+
+
+def evaluation(record: dict[str, Any]) -> tuple[Any, ...]:
+    """The figures of all, and a table of sets and sources where there are several."""
+    texts = [source for found in record["sets"].values() for source in found["sources"]]
+    what = "the validation split" if "validation" in record["sets"] else ", ".join(dict.fromkeys(texts))
+    total = {name: value for name, value in record.items() if name not in ("model", "sets", "keywords")}
+    total = {"model": record["model"], "text": what, **total, "nll": round(record["nll"])}
+    total["unknown_tokens"] = total["unknown_tokens"] or None
+    of_keywords = {f"{name}_of_keywords": value for name, value in record.get("keywords", {}).items()}
+    rows: list[tuple[str, dict[str, Any]]] = []
+    several = len(record["sets"]) > 1
+    for name, found in record["sets"].items():
+        rows += [(name, found)] if several else []
+        if len(found["sources"]) > 1:
+            rows += [(f"{'  ' * several}{source}", each) for source, each in found["sources"].items()]
+    facts = key_values({**total, **of_keywords})
+    return (facts, "", scores([*rows, ("total", record)])) if rows else (facts,)
