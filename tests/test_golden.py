@@ -7,6 +7,7 @@
                  json/VERB.json         the shape of each verb's --json: keys, and types in the place of values
                  manifest.json          a token store's manifest
                  events.json            the kinds of lines of a sweep's record
+                 files.json             the other files of a sweep, of a trial and of a checkpoint: their shapes
 
 To make the files again where a change is meant:
 
@@ -303,3 +304,23 @@ def test_the_record_of_a_sweep(project):
     (file,) = project[0].glob("runs/words/*/events.jsonl")
     kinds = {json.dumps(shape(json.loads(line))) for line in file.read_text(encoding="utf-8").splitlines()}
     check("events.json", [json.loads(kind) for kind in sorted(kinds)])
+
+
+OTHERS = re.compile(r"(config|tokenizer|trainer_state|generation_config|tokenizer_config)\.json$|metrics\.jsonl$")
+"""Files of transformers, and one whose keys depend on the machine."""
+
+
+def test_the_shape_of_the_files_of_a_sweep(project):
+    (sweep,) = (file.parent for file in project[0].glob("runs/words/*/events.jsonl"))
+    found = {}
+    for file in sorted([*sweep.rglob("*.json"), *sweep.rglob("*.jsonl")]):
+        # A trial does not wait for MLflow: whether it has an id there yet is a matter of time.
+        lines = file.read_text(encoding="utf-8").replace('"mlflow_run_id": null', '"mlflow_run_id": ""').splitlines()
+        name = str(file.relative_to(sweep))
+        if OTHERS.search(name) or name.startswith("trial_00000") or name == "events.jsonl":
+            continue  # the first trial's are as the second's, but as many as it has waited
+        if file.suffix == ".json":
+            found[name] = shape(json.loads("\n".join(lines)))
+        else:
+            found[name] = [json.loads(kind) for kind in sorted({json.dumps(shape(json.loads(line))) for line in lines})]
+    check("files.json", found)
