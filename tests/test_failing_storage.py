@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pytest
 from conftest import Here, one_by_one
+from played import Played, ray_trial
 from ray.tune.experiment import Trial as RayTrial
 
 from raylm import cluster, config, prepare, storage, sweep, tokens, train, training, tune
@@ -148,46 +149,30 @@ class Paused(BaseException):
     """Tune ends a trial that waits."""
 
 
-class Played:
-    """Tune without processes: it runs one trial after the other, and hands on what it reports."""
+class OneByOne(Played):
+    """It runs one trial after the other, and hands on what it reports."""
 
     def __init__(self, queue, job, resources, watcher):
-        self.queue, self.scheduler, self.watcher = queue, queue.scheduler, watcher
-        self.job, self.resources = job, resources
-        self.trials = []
-        self.search_alg = queue
-
-    def get_trials(self):
-        return self.trials
-
-    def get_live_trials(self):
-        return [trial for trial in self.trials if trial.status != RayTrial.TERMINATED]
+        self.job, self.resources, self.watcher = job, resources, watcher
+        super().__init__(queue)
 
     def stop_trial(self, trial):
-        if trial.status == RayTrial.RUNNING:
-            self.scheduler.on_trial_complete(self, trial, trial.last_result)
-        else:
-            self.scheduler.on_trial_remove(self, trial)
-        self.queue.on_trial_complete(trial.trial_id)
-        trial.set_status(RayTrial.TERMINATED)
+        super().stop_trial(trial)
         self.watcher.on_trial_complete(0, self.trials, trial)
 
     def run(self):
-        self.queue.add_configurations([SimpleNamespace(spec={})])
         while True:
-            while (trial := self.queue.next_trial()) is not None:
-                self.trials.append(trial)
-                self.scheduler.on_trial_add(self, trial)
+            self.take_new()
             pending = [trial for trial in self.trials if trial.status == RayTrial.PENDING]
             trial = self.scheduler.choose_trial_to_run(self) or next(iter(pending), None)
-            if trial is None or self.queue.stopping():
+            if trial is None or self.search_alg.stopping():
                 return
             self.run_trial(trial)
 
     def run_trial(self, trial):
         def report(result):
             decision = self.scheduler.on_trial_result(self, trial, result)
-            self.queue.on_trial_result(trial.trial_id, result)
+            self.search_alg.on_trial_result(trial.trial_id, result)
             self.watcher.on_trial_result(0, self.trials, trial, result)
             trial.update_last_result(result)
             if decision == self.scheduler.PAUSE:
@@ -243,15 +228,11 @@ def place(tmp_path_factory):
         patch.setattr(launch, "fit_in_this_process", fit)
         patch.setattr(write, "_each", one_by_one)
         patch.setattr(tune, "_page", lambda *_: None)  # it can be made again
-        patch.setattr(
-            sweep.TrialQueue,
-            "_made",
-            lambda _, name, settings: RayTrial("t", stub=True, trial_id=name, config=settings),
-        )
+        patch.setattr(sweep.TrialQueue, "_made", lambda _, name, settings: ray_trial(name, settings))
         patch.setattr(
             tuner,
             "run",
-            lambda queue, job, resources, limits, watcher, *, together: Played(queue, job, resources, watcher).run(),
+            lambda queue, job, resources, limits, watcher, *, together: OneByOne(queue, job, resources, watcher).run(),
         )
 
         def end():

@@ -12,6 +12,7 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from played import Played, ray_trial
 from ray.tune.experiment import Trial as RayTrial
 
 from raylm import budget, checkpoint, sweep
@@ -286,46 +287,28 @@ BUDGET = budget.compute(
 )
 
 
-class Controller:
-    """Tune without processes: it runs what the queue and the scheduler let run, and hands on one result at a time."""
+class Controller(Played):
+    """It runs what the queue and the scheduler let run, and hands on one result at a time."""
 
     def __init__(self, directory, section, together):
         self.record = sweep.SweepRecord(str(directory))
         inner = sweep.scheduler(section, BUDGET, "best_perplexity")
-        self.scheduler = sweep.RecordedScheduler(inner, self.record, BUDGET, lambda: False)
-        self.search_alg = Queue(
+        queue = Queue(
             sweep.searcher(section, 0),
             self.record,
-            self.scheduler,
+            sweep.RecordedScheduler(inner, self.record, BUDGET, lambda: False),
             together=together,
             values=lambda trial: [trial.results[-1]["best_perplexity"]],
             stopping=lambda: False,
         )
-        self.trials = []
         self.saving = []
         """Those that are told to wait, and do not yet."""
-        self.search_alg.add_configurations([SimpleNamespace(spec={})])
-
-    def get_trials(self):
-        return self.trials
-
-    def get_live_trials(self):
-        return [trial for trial in self.trials if trial.status != RayTrial.TERMINATED]
-
-    def stop_trial(self, trial):
-        if trial.status == RayTrial.RUNNING:
-            self.scheduler.on_trial_complete(self, trial, trial.last_result)
-        else:
-            self.scheduler.on_trial_remove(self, trial)
-        self.search_alg.on_trial_complete(trial.trial_id)
-        trial.set_status(RayTrial.TERMINATED)
+        super().__init__(queue)
 
     def running(self):
         """Those that run when every free place is taken, by name."""
         while True:
-            while (trial := self.search_alg.next_trial()) is not None:
-                self.trials.append(trial)
-                self.scheduler.on_trial_add(self, trial)
+            self.take_new()
             chosen = self.scheduler.choose_trial_to_run(self)
             for trial in self.trials:
                 if trial is chosen or trial.status == RayTrial.PENDING:
@@ -354,10 +337,6 @@ class Controller:
 class Queue(sweep.TrialQueue):
     def _made(self, trial_id, settings):
         return ray_trial(trial_id)
-
-
-def ray_trial(trial_id):
-    return RayTrial("t", stub=True, trial_id=trial_id)
 
 
 class Killed(Exception):
