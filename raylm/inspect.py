@@ -135,6 +135,8 @@ def view(record: dict[str, Any]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
+    from raylm import corpus
+
     def table(*columns: str) -> Table:
         made = Table(box=None, pad_edge=False, header_style="bold")
         for number, column in enumerate(columns):
@@ -175,6 +177,7 @@ def view(record: dict[str, Any]) -> RenderableType:
         ledger,
         heading("Splits"),
         splits,
+        *([Text(counted)] if (counted := corpus.counted_as(record["ledger"])) else []),
         heading(f"Tokens: vocabulary of {tokenizer['vocab_size']:,}; {framed(record['frame'])}"),
         Text(f"ids by {tokenizer['encoder']['name']} {tokenizer['encoder']['version']}"),
         heading("Lengths of training documents"),

@@ -16,7 +16,7 @@ from typing import Any
 
 from raylm import config, console, pictures, storage, tables, tracking
 from raylm import sweep as sweeps
-from raylm.config import WHOLE_SPLIT, EvalConfig, Experiment
+from raylm.config import WHOLE_SPLIT, Experiment
 from raylm.errors import ConfigError, StorageError
 from raylm.redaction import redacted
 from raylm.sweep.record import EVENTS, Trial
@@ -89,13 +89,15 @@ def ranked_on(experiment: Experiment, facts: journal.RunState) -> str:
     return str(facts.parameters.get("scored_on") or experiment.eval.scored_on)
 
 
-def scored_on(section: EvalConfig, parameters: Mapping[str, Any]) -> str:
+def scored_on(experiment: Experiment, parameters: Mapping[str, Any]) -> str:
     """What text a score during training is of, and how much that is, by the parameters of its run."""
-    what = str(parameters.get("scored_on") or section.scored_on)
+    what = str(parameters.get("scored_on") or experiment.eval.scored_on)
     if "scored_documents" not in parameters:
         return what
     documents, tokens = (int(parameters[f"scored_{each}"]) for each in ("documents", "tokens"))
-    return f"{what}: {documents:,} document{'s' * (documents != 1)}, {tokens:,} tokens"
+    of_passages = experiment.corpus.split_by == "passage" and not experiment.corpus.validation_paths
+    unit = "passage" if of_passages else "document"
+    return f"{what}: {documents:,} {unit}{'s' * (documents != 1)}, {tokens:,} tokens"
 
 
 def is_sweep(directory: str) -> bool:
@@ -210,7 +212,7 @@ def page(found: SweepResults, drawn: Sequence[pictures.Figure | pictures.Omitted
         _answer(found),
         *[_section(figure, images, interactive=script is not None) for figure in drawn],
         "<h2>All trials</h2>",
-        f"<p class=caption>Ranked by {scored_on(found.experiment.eval, found.facts.parameters)}. "
+        f"<p class=caption>Ranked by {scored_on(found.experiment, found.facts.parameters)}. "
         f"{FOLLOW if script else ''}</p>",
         _trials(found),
         f"<p class=caption>{OF_A_POPULATION}</p>" if found.experiment.tune.scheduler.kind == "pbt" else "",

@@ -63,10 +63,11 @@ def store(store: Store, reused: bool) -> Table:
         counts = [f"{split[what]:,}" for what in ("documents", "tokens", "bytes")]
         table.add_row(name, *counts, each, f"{split['unknown_tokens']:,}")
     ledger = store.manifest["ledger"]
-    counted = ", ".join(f"{what} {count:,}" for what, count in ledger.items())
+    read = ", ".join(f"{what} {count:,}" for what, count in ledger.items())
     table.caption = (
-        f"{100 * corpus.kept_fraction(ledger):.2f}% of data after filtering; read: {counted}\n"
-        f"{'reused' if reused else 'written'}, ids by {store.manifest['tokenizer']['encoder']['name']}"
+        f"{100 * corpus.kept_fraction(ledger):.2f}% of data after filtering; read: {read}\n"
+        + (f"{counted}\n" if (counted := corpus.counted_as(ledger)) else "")
+        + f"{'reused' if reused else 'written'}, ids by {store.manifest['tokenizer']['encoder']['name']}"
     )
     return table
 

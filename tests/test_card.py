@@ -146,7 +146,7 @@ def test_the_card_says_what_the_model_is(trained_directory):
         'pipeline("text-generation", model="someone/tiny")',
         "| perplexity | 12.2500 |",
         "| bits per byte | 1.5000 |",
-        "On the whole validation split (1 documents, 100 tokens, 200 bytes)",
+        "On the whole validation split (1 document, 100 tokens, 200 bytes)",
         "| `notes/**/*.md` | 2 | 400 | 800 |",
         "| `hub://stories?split=train` | 1 | 200 | 400 |",
         "| train | 2 | 500 | 1,000 |",
@@ -156,6 +156,21 @@ def test_the_card_says_what_the_model_is(trained_directory):
         "| `model.config.n_embd` | `8` |",
     ):
         assert line in made.text
+
+
+def test_the_card_says_what_it_counts_where_passages_were_held_out(trained_directory, tmp_path):
+    manifest = json.loads((trained_directory.parent / "tokens" / "f" / "manifest.json").read_text())
+    manifest["ledger"]["passages"] = 9
+    store = tmp_path / "f"
+    store.mkdir()
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    directory = tmp_path / "model"
+    shutil.copytree(trained_directory, directory)
+    changed(directory / "raylm.json", store=str(store))
+    made = card_of(directory).text
+    assert "On the whole validation split (1 passage, 100 tokens, 200 bytes)" in made
+    assert made.count("a document of the validation split is one passage that was held out") == 1
+    assert "one passage that was held out" not in card_of(trained_directory).text
 
 
 def test_the_card_says_when_a_score_does_not_compare(trained_directory, tmp_path):

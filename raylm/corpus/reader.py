@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -243,3 +243,13 @@ def _filters(corpus: CorpusConfig) -> Callable[[str], str | None]:
 def kept_fraction(ledger: dict[str, int]) -> float:
     """Part of the documents that were kept, as in "3.26% of data after filtering"."""
     return ledger.get("kept", 0) / max(1, ledger.get("documents", 0))
+
+
+def counted_as(ledger: Mapping[str, int]) -> str | None:
+    """What a split's number of documents counts where the corpus is split by passages; None where it is documents."""
+    if "passages" not in ledger:
+        return None
+    return (
+        "corpus.split_by=passage, so a document of the validation split is one passage that was held out, and one of "
+        "the training split is what is left of a document that was read"
+    )

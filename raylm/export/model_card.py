@@ -132,7 +132,9 @@ def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | No
     if store:
         split = store.manifest["validation"]
         of = "" if what == WHOLE_SPLIT else "of "
-        what += f" ({of}{split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes)"
+        unit = "passage" if corpus.counted_as(store.manifest["ledger"]) else "document"
+        counted = f"{split['documents']:,} {unit}{'s' * (split['documents'] != 1)}"
+        what += f" ({of}{counted}, {split['tokens']:,} tokens, {split['bytes']:,} bytes)"
     units = "passages" if experiment.corpus.split_by == "passage" else "documents"
     held = f"{experiment.corpus.validation_fraction:g} of the {units}, chosen by a hash of their text"
     if given := experiment.corpus.validation_paths:
@@ -165,10 +167,12 @@ def _data(store: Store) -> list[str]:
     manifest, ledger = store.manifest, store.manifest["ledger"]
     sources = [(_code(name_of(row["name"])), *(f"{row[what]:,}" for what in counted)) for row in manifest["sources"]]
     splits = [(name, *(f"{manifest[name][what]:,}" for what in counted)) for name in ("train", "validation")]
+    counted_as = corpus.counted_as(ledger)
     return [
         "## Data",
         _table(("source, what was kept of it", *counted), sources),
         _table(("split", *counted), splits),
+        *([f"{counted_as[0].upper()}{counted_as[1:]}."] if counted_as else []),
         f"**{100 * corpus.kept_fraction(ledger):.2f}% of data after filtering**: {ledger.get('kept', 0):,} of "
         f"{ledger.get('documents', 0):,} documents that were read. What became of them:",
         _table(("what became of it", "documents or bytes"), [(name, f"{count:,}") for name, count in ledger.items()]),

@@ -373,7 +373,7 @@ def _result(
         mlflow_run_id=parent.run_id,
         measure=experiment.measure,
         tokens_reused=reused,
-        scored_on=page.scored_on(experiment.eval, prepared.scored),
+        scored_on=page.scored_on(experiment, prepared.scored),
         scored_in=experiment.eval.precision,
         prefix=summary.prefix(experiment, prepared.store),
         unknown_tokens=validation.unknown_tokens,
