@@ -9,10 +9,11 @@ from typing import Any
 _OF_THE_WEB = re.compile(r"(https?://)[^\s/'\"]*@", re.IGNORECASE)
 """A name in front of a web address may itself be a token."""
 
-_OF_A_DATABASE = re.compile(
-    r"((?:postgres(?:ql)?|mysql|mariadb|mssql|oracle)(?:\+\w+)?://[^\s/@:'\"]*):(?:[^\s/'\"]*|[^\s@'\"]*)@"
+_OF_A_STORE = re.compile(
+    r"((?:postgres(?:ql)?|mysql|mariadb|mssql|oracle|s3[an]?|gc?s|abfss?|wasbs?|az)(?:\+\w+)?://[^\s/@:'\"]*):(?:[^\s/'\"]*|[^\s@'\"]*)@"
 )
-"""Its password may have a slash: SQLAlchemy takes it."""
+"""Its password may have a slash: SQLAlchemy takes it, and half of the secret keys of AWS have one. A bucket has no port
+that could be taken for the beginning of one."""
 
 _OF_ANOTHER = re.compile(r"(://[^\s/@:'\"]*):[^\s/'\"]*@")
 
@@ -32,5 +33,5 @@ def redacted(value: Any) -> Any:
     if not isinstance(value, str) or "://" not in value:
         return value
     text = _OF_THE_WEB.sub(r"\1", value)
-    text = _OF_ANOTHER.sub(r"\1@", _OF_A_DATABASE.sub(r"\1@", text))
+    text = _OF_ANOTHER.sub(r"\1@", _OF_A_STORE.sub(r"\1@", text))
     return _OPTION.sub(r"\1…", text)

@@ -13,6 +13,8 @@ from raylm.redaction import redacted
         ("postgresql+psycopg2://me:s3cret/part@host/mlflow", "postgresql+psycopg2://me@host/mlflow"),
         ("mysql://me:p@s3cret@host/mlflow", "mysql://me@host/mlflow"),
         ("s3://key:s3cret@bucket/a", "s3://key@bucket/a"),
+        ("s3://key:s3/c/ret@bucket/a", "s3://key@bucket/a"),
+        ("storage=gs://key:s3/cret+@bucket/a@b", "storage=gs://key@bucket/a@b"),
         ("uri: s3://k:s3cret@b/c, and [s3://k:s3cret@d/e,s3://k:s3cret@f/@g]", "uri: s3://k@b/c, and [s3://k@d/e,s3://k@f/@g]"),
         ("https://host/a.txt?X-Amz-Signature=s3cret&split=train", "https://host/a.txt?X-Amz-Signature=…&split=train"),
         ("https://account.blob/a?sv=1&sig=s3cret", "https://account.blob/a?sv=1&sig=…"),
@@ -32,6 +34,7 @@ def test_no_password_is_left(text, there):
         "hub://stories?split=train",
         "git@host:project",
         "s3://bucket/me:you@home/a.txt",
+        "hdfs://namenode:8020/data@2024/a.txt",
         "databricks",
     ],
 )
