@@ -150,12 +150,26 @@ def _packed(arguments: list[str], directory: Path) -> list[str]:
                 "read it, and name that",
                 argument,
             )
+        if path.suffix in (".yaml", ".yml"):
+            _check_experiment(argument, path)
         target = directory / path.name
         if target.exists():
             raise ConfigError(f"{argument}: two files of this name cannot go along; rename one", argument)
         shutil.copyfile(path, target)
         packed.append(path.name)
     return packed
+
+
+def _check_experiment(argument: str, path: Path) -> None:
+    """ConfigError if a file of settings has a password in it: Ray keeps what goes along with a job."""
+    for word in path.read_text(encoding="utf-8", errors="replace").split():
+        if redacted(word) != word:
+            address = redacted(word).strip("\"'[]{},")
+            raise ConfigError(
+                f"{argument}: must come without the password that is in {address}, since Ray keeps the file; give it "
+                "in the environment of the nodes, as MLFLOW_TRACKING_PASSWORD",
+                argument,
+            )
 
 
 def _client(dashboard: Address) -> JobSubmissionClient:
