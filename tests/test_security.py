@@ -45,6 +45,7 @@ def test_secrets_of_the_environment_and_of_addresses_are_found_nowhere_afterward
 
 
 ADDRESSES = [f"https://somebody:{SECRET}@mlflow.example", f"postgresql://somebody:{SECRET}/{SECRET}@db.example/mlflow"]
+KEY = f"s3://key:{SECRET}/{SECRET}@bucket/words"
 
 
 @pytest.mark.parametrize("uri", ADDRESSES)
@@ -67,10 +68,22 @@ def test_a_password_is_not_told_in_an_error(command, uri):
     assert SECRET not in result.stdout + result.stderr
 
 
-def test_a_password_is_not_sent_to_a_cluster_with_a_command(command):
-    result = command("submit", "tune", f"tracking.uri={ADDRESSES[0]}")
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        (f"tracking.uri={ADDRESSES[0]}", "tracking.uri=https://mlflow.example"),
+        (f"corpus.paths=[{KEY}]", "corpus.paths=[s3://key@bucket/words]"),
+    ],
+)
+def test_a_password_is_not_sent_to_a_cluster_with_a_command(command, tmp_path, setting, told):
+    (tmp_path / "words.yaml").write_text(f"objective: {{keywords: ['{KEY}']}}")
+    result = command("submit", "tune", setting)
     assert result.returncode == 2
-    assert "tracking.uri=https://mlflow.example: must come without the password that is in it" in result.stderr
+    assert f"{told}: must come without the password that is in it" in result.stderr
+    assert SECRET not in result.stderr
+    result = command("submit", "tune", "--config", tmp_path / "words.yaml")
+    assert result.returncode == 2
+    assert "words.yaml: must come without the password that is in s3://key@bucket/words" in result.stderr
     assert SECRET not in result.stderr
 
 
