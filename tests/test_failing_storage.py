@@ -22,6 +22,7 @@ from ray.tune.experiment import Trial as RayTrial
 
 from raylm import cluster, config, prepare, storage, sweep, tokens, train, training, tune
 from raylm.errors import RaylmError
+from raylm.pipeline import sweep as sweeping
 from raylm.sweep import trial as trials
 from raylm.sweep import tuner
 from raylm.tokens import write
@@ -219,7 +220,7 @@ def place(tmp_path_factory):
         patch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("tmp")))
         patch.setattr(journal, "UPLOAD_SECONDS", 1e6)
         patch.setattr(journal, "atexit", SimpleNamespace(register=farewells.append))
-        for name in ("begin", "ahead"):
+        for name in ("start_worker_early", "start_ray_early"):
             patch.setattr(cluster, name, lambda *_, **__: None)
         patch.setattr(cluster, "connect", lambda *_, **__: contextlib.nullcontext(resources))
         patch.setattr(cluster, "other_nodes", dict)
@@ -227,7 +228,7 @@ def place(tmp_path_factory):
         patch.setattr(launch, "fit", fit)
         patch.setattr(launch, "fit_in_this_process", fit)
         patch.setattr(write, "_each", one_by_one)
-        patch.setattr(tune, "_page", lambda *_: None)  # it can be made again
+        patch.setattr(sweeping, "_report", lambda *_: None)  # it can be made again
         patch.setattr(sweep.TrialQueue, "_made", lambda _, name, settings: ray_trial(name, settings))
         patch.setattr(
             tuner,

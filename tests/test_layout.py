@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 PARTS = """
     errors redaction config console cluster storage hub corpus tokenizer tokens blocks model objective probe scorer
-    perplexity checkpoint export runs tracking budget cost summary derived training launch generation sweep tables live
-    pictures page cli
+    perplexity checkpoint export runs tracking budget cost summary training generation sweep derived plan tables live
+    pictures page pipeline views cli
 """.split()
 VERBS = "prepare train tune evaluate generate inspect push sync report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]
@@ -105,13 +105,48 @@ def weight_faults(module: str, source: str) -> list[str]:
 
 
 def tree_of(readme: str) -> list[str]:
-    """The lines under `raylm/`, which are indented further: paths inside of it. A package stands as `config/`."""
+    """The entries of the tree under `raylm/`: modules, and packages as `config/`; the commands stand in one line."""
     block = re.search(r"^( *)raylm/\n((?:\1 +\S.*\n)+)", readme, re.MULTILINE)
     assert block, "README.md shows no tree: a line raylm/ and its files, indented, under it"
-    lines = [line.split(maxsplit=1) for line in block[2].splitlines()]
-    bare = [line[0] for line in lines if len(line) == 1 and line[0].removesuffix(".py") not in VERBS]
-    assert bare == [], "each file but the verbs has a gloss"
-    return [line[0] for line in lines]
+    lines = [re.split(r"  +", line.strip(), maxsplit=1) for line in block[2].splitlines()]
+    assert [line[0] for line in lines if len(line) == 1] == [], "each line has a gloss"
+    return [name for line in lines for name in line[0].split()]
+
+
+def imports_of(module: str, file: Path, modules: set[str], exported: dict[str, dict[str, str]]) -> set[str]:
+    """The modules of raylm that a module needs, for types too; of a package the module that has what it takes."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for name in imported(node):
+            package, _, last = name.rpartition(".")
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            found.add(exported.get(package, {}).get(last, name))
+    return found & modules - {module}
+
+
+def circles(package: Path) -> list[str]:
+    """Modules that need each other, in whatever package they are."""
+    files = {
+        ".".join(("raylm", *file.relative_to(package).with_suffix("").parts)).removesuffix(".__init__"): file
+        for file in package.rglob("*.py")
+    }
+    inits = {name: file for name, file in files.items() if file.name == "__init__.py"}
+    exported: dict[str, dict[str, str]] = {}
+    for name, file in inits.items():
+        nodes = ast.parse(file.read_text(encoding="utf-8")).body
+        of_parts = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        exported[name] = {alias.name: str(node.module) for node in of_parts for alias in node.names}
+    graph = {
+        name: imports_of(name, file, files.keys() - inits.keys(), exported)
+        for name, file in files.items()
+        if name not in inits
+    }
+    while free := {name for name, needs in graph.items() if not needs & graph.keys()}:  # those at the end of every path
+        graph = {name: needs for name, needs in graph.items() if name not in free}
+    while free := {name for name in graph if not any(name in needs for needs in graph.values())}:
+        graph = {name: needs for name, needs in graph.items() if name not in free}
+    return sorted(graph)
 
 
 # This package ------------------------------------------------------------------------------------------------------
@@ -148,14 +183,22 @@ def test_no_module_is_a_drawer():
     assert [str(file) for file in (ROOT / "raylm").rglob("*") if file.stem.strip("_") in drawers] == []
 
 
-def test_the_readme_shows_every_file_in_reading_order():
+def test_no_modules_need_each_other():
+    assert circles(ROOT / "raylm") == []
+
+
+def test_the_readme_shows_every_module_and_package_in_reading_order():
     shown = tree_of((ROOT / "README.md").read_text(encoding="utf-8"))
-    files = [file.relative_to(ROOT / "raylm") for file in (ROOT / "raylm").rglob("*") if file.is_file()]
-    on_disk = [re.sub(r"/__init__\.py$", "/", str(file)) for file in files if file.suffix != ".pyc"]
-    assert sorted(shown) == sorted(on_disk)
-    modules = [
-        module for module in dict.fromkeys(re.split(r"/|\.py", file)[0] for file in shown) if module in ORDER[:-1]
+    files = [
+        path
+        for path in (ROOT / "raylm").iterdir()
+        if path.suffix in (".py", ".yaml") or (path / "__init__.py").exists()
     ]
+    on_disk = [f"{path.name}/" if path.is_dir() else path.name for path in files]
+    assert sorted(shown) == sorted(
+        name.removesuffix(".py") if name.removesuffix(".py") in VERBS else name for name in on_disk
+    )
+    modules = [name for name in (re.sub(r"(\.py|/)$", "", name) for name in shown) if name in ORDER[:-1]]
     assert modules == sorted(modules, key=ORDER.index)
 
 
@@ -254,8 +297,7 @@ TREE = """\
     raylm/
         errors.py          the errors a user can cause and fix
         config/            one YAML file = one experiment
-        config/files.py    load, override, save
-        train.py
+        train tune    the commands
 
     tests/
 """
@@ -263,11 +305,11 @@ TREE = """\
 
 @pytest.mark.parametrize("readme", [TREE, f"```\n{TREE.replace('    ', '  ')}```\n"], ids=["indented", "fenced"])
 def test_the_tree_of_a_readme(readme):
-    assert tree_of(f"# raylm\n\n{readme}") == ["errors.py", "config/", "config/files.py", "train.py"]
+    assert tree_of(f"# raylm\n\n{readme}") == ["errors.py", "config/", "train", "tune"]
 
 
 def test_a_readme_without_a_tree_or_a_gloss_is_found():
     with pytest.raises(AssertionError, match=r"README.md shows no tree"):
         tree_of("# raylm\n")
-    with pytest.raises(AssertionError, match=r"each file but the verbs has a gloss\nassert \['cli.py'\]"):
-        tree_of(TREE.replace("train.py", "cli.py"))
+    with pytest.raises(AssertionError, match=r"each line has a gloss\nassert \['cli.py'\]"):
+        tree_of(TREE.replace("train tune    the commands", "cli.py"))

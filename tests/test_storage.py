@@ -99,7 +99,7 @@ def place(server, tmp_path, monkeypatch):
     server.refused = server.broken = never
     for name in storage.names(f"s3://{bucket}/runs/tokens"):
         for path in (f"s3://{bucket}/runs/tokens/{name}", f"s3://{bucket}/runs/tokens/{name}/tokenizer"):
-            shutil.rmtree(copies / stores.checksum(path.encode()), ignore_errors=True)  # those of Ray's workers
+            shutil.rmtree(copies / token_store.checksum(path.encode()), ignore_errors=True)  # those of Ray's workers
 
 
 # Before a command begins ---------------------------------------------------------------------------------------------

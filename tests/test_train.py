@@ -18,6 +18,7 @@ from raylm.errors import ConfigError, DataError, Diverged, OutOfMemory
 from raylm.evaluate import evaluate
 from raylm.perplexity import Score
 from raylm.pipeline import stores
+from raylm.pipeline import training as pipeline
 from raylm.tokens import write
 from raylm.training import arguments, launch
 
@@ -310,7 +311,7 @@ def test_a_run_that_lacks_memory_can_be_gone_on_with_if_a_free_setting_helps(
     def trained(*_):
         raise OutOfMemory("out of memory", where)
 
-    monkeypatch.setattr(train, "trained", trained)
+    monkeypatch.setattr(pipeline, "_train", trained)
     config.save(tiny(f"storage={tmp_path}"), tmp_path / "tiny.yaml")
     monkeypatch.setattr(write, "_each", one_by_one)
     with pytest.raises(OutOfMemory):
