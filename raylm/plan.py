@@ -184,7 +184,9 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
         cluster.start_ray_early()
     with console.waiting("Loading PyTorch and transformers"), console.importing():  # after the quick checks
         from raylm import budget, model, objective, perplexity, training
+        from raylm.training import callbacks
 
+    callbacks.load(experiment.train.callbacks)
     training.check_settings(experiment.train, has_updates=experiment.model.lora is not None)
     chosen = planned.tokenizer
     known: Any = chosen.train or load_tokenizer(planned)

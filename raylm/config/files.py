@@ -7,6 +7,7 @@ command line are told at once.
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import re
@@ -41,20 +42,29 @@ ENVIRONMENT = {"tracking.uri": "MLFLOW_TRACKING_URI", "tracking.experiment": "ML
 experiment."""
 
 
-def load(path: str | os.PathLike | None = None, settings: Iterable[str] = ()) -> Experiment:
-    """The checked experiment of a YAML file with `section.key=value` settings on top.
+def load(
+    source: str | os.PathLike | Mapping[str, Any] | None = None, settings: Iterable[str] | Mapping[str, Any] = ()
+) -> Experiment:
+    """The checked experiment of a YAML file or mapping, with settings on top: `section.key=value`, or a mapping of
+    dotted keys.
 
     Without a file it is the built-in example, unless the settings name text (corpus.paths): then nothing of the example
     applies, and train.batch_tokens need not fit the other settings unless it was given: it is to be derived from them.
     `model_fields_set` of a section tells what was given. Local paths are absolute afterwards because Ray's
     workers run in directories of their own.
     """
-    layer = dict(parse_setting(setting) for setting in settings)
-    sizes_follow_text = path is None and _names_text(layer)
-    if path is None and not sizes_follow_text:
-        path = BUILT_IN
-    tree, lines = _read(Path(path)) if path is not None else ({}, {})
-    places = lines | dict.fromkeys(layer, "command line:")
+    is_typed = not isinstance(settings, Mapping)
+    layer = dict(settings) if isinstance(settings, Mapping) else dict(map(parse_setting, settings))
+    sizes_follow_text = source is None and _names_text(layer)
+    if source is None and not sizes_follow_text:
+        source = BUILT_IN
+    tree: Tree = {}
+    places: dict[str, str] = {}
+    if isinstance(source, Mapping):
+        tree = copy.deepcopy(dict(source))
+    elif source is not None:
+        tree, places = _read(Path(source))
+    places |= dict.fromkeys(layer, "command line:" if is_typed else "argument:")
     for key, variable in ENVIRONMENT.items():
         if os.environ.get(variable) and not _is_given(tree, key):
             _put(tree, {key: os.environ[variable]})

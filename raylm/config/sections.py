@@ -35,6 +35,13 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def _class_names(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+            raise ValueError(f"must be package.module:Class, got {value}")
+    return values
+
+
 def _evaluation_sets(value: Any) -> Any:
     """Paths, or a mapping of the user's own names to paths: checked here, so that a fault is told of eval.paths."""
     if isinstance(value, Mapping):
@@ -319,6 +326,9 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Of the arithmetic in training; weights stay as model.dtype has them, and scores are as eval.precision says. auto:
     bfloat16 where the hardware computes in it, with TF32 for the rest on GPUs; else float32."""
+    callbacks: Annotated[Strings, AfterValidator(_class_names)] = ()
+    """Classes of transformers.TrainerCallback to add to the Trainer, as package.module:Class; each is made without
+    arguments in every worker."""
     arguments: dict[str, Any] = {}
     """Any other field of transformers' TrainingArguments, by its own name."""
 

@@ -35,6 +35,7 @@ from raylm.pipeline import stores
 from raylm.pipeline.training import export_best
 from raylm.plan import Plan, Prepared
 from raylm.sweep import Trial, tuner
+from raylm.training import callbacks
 
 if TYPE_CHECKING:
     import pandas
@@ -276,7 +277,8 @@ def run_trials(
     if trials.unknown:
         unknown = ", ".join(trials.unknown)
         logger.info(f"{active.directory}: the sweep's record does not have {unknown}: their names are not used again")
-    task = training.TrainTask(experiment, store.path, planned, parent, active.directory, sets=sets)
+    own = callbacks.load(experiment.train.callbacks)
+    task = training.TrainTask(experiment, store.path, planned, parent, active.directory, sets=sets, callbacks=own)
     limits = sweeps.SweepStopper(section.stop, record, metric)
     try:
         with (

@@ -17,7 +17,7 @@ from raylm.errors import Diverged, Interrupted, OutOfMemory
 from raylm.perplexity import Score
 from raylm.pipeline import stores
 from raylm.plan import Plan, Prepared
-from raylm.training import TrainTask, launch
+from raylm.training import TrainTask, callbacks, launch
 
 if TYPE_CHECKING:
     from raylm.cluster import Resources
@@ -130,7 +130,8 @@ def _train(
     summary.log_data(tracked, experiment, store)
     if active.step is not None:
         logger.info(f"{active.directory}: the newest checkpoint is of step {active.step:,} of {budget.steps:,}")
-    task = TrainTask(experiment, store.path, budget, tracked, active.directory, sets=sets)
+    own = callbacks.load(experiment.train.callbacks)
+    task = TrainTask(experiment, store.path, budget, tracked, active.directory, sets=sets, callbacks=own)
     started = time.monotonic()
     with (
         console.task("Training", "tokens") as advance,

@@ -92,6 +92,8 @@ class TrainTask:
     """What cluster.watch gives, if somebody watches: told how far the training is, and asked whether it shall stop."""
     sets: Mapping[str, str] = field(default_factory=dict)
     """The token store of each evaluation set, by its name: what prepare.evaluation_sets gives."""
+    callbacks: tuple[type[Any], ...] = ()
+    """Of train.callbacks: what `callbacks.load` gives."""
     name: str = ""
     """What is said of the training begins with it, where there are others beside it."""
 

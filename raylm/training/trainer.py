@@ -70,6 +70,8 @@ def build(job: TrainTask, session: Session, scratch: Path) -> _Trainer:
     trainer.is_sharded = is_sharded
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Schedule(trainer))
+    for callback in job.callbacks:
+        trainer.add_callback(callback())
     return trainer
 
 

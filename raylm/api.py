@@ -1,0 +1,125 @@
+"""raylm from Python.
+
+    from raylm import api
+
+    experiment = api.load("sweep.yaml", train={"max_tokens": 1_000_000})
+    result = api.tune(experiment)
+    result.best["checkpoint"], result.to_pandas()
+
+Each function does what the command of its name does, and returns a typed result. What a user can cause is raised as an
+error of raylm.errors. Messages go to the logger "raylm"; `show_messages` shows them, as commands do. Ray is started on
+this machine, or used as it is if the program has initialised it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raylm import config
+from raylm.config import Experiment
+from raylm.console import show_messages
+
+if TYPE_CHECKING:  # a program that only loads an experiment waits for neither torch nor Ray
+    from raylm.page import SweepResults
+    from raylm.pipeline.evaluation import Evaluation
+    from raylm.pipeline.sweep import SweepResult
+    from raylm.pipeline.training import TrainResult
+    from raylm.runs import Resume
+    from raylm.tokens import Store
+
+__all__ = [
+    "Experiment",
+    "evaluate",
+    "load",
+    "open_store",
+    "open_sweep",
+    "prepare",
+    "show_messages",
+    "train",
+    "tune",
+]
+
+Source = str | os.PathLike | Mapping[str, Any] | None
+
+
+def load(source: Source = None, /, **overrides: Any) -> Experiment:
+    """The experiment of a YAML file or of a mapping, with sections or dotted settings on top.
+
+    `load("own.yaml", train={"learning_rate": 1e-3})` or `load("own.yaml", **{"train.learning_rate": 1e-3})`. Without a
+    source but with text of one's own, `load(corpus={"paths": "notes/"})`, all other sizes follow from the text; without
+    either it is the built-in example. ConfigError names every setting that is wrong.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in overrides.items():
+        inner = value.items() if isinstance(value, Mapping) and key in Experiment.model_fields else None
+        flat |= {f"{key}.{name}": each for name, each in inner} if inner is not None else {key: value}
+    return config.load(_plain(source), {key: _plain(value) for key, value in flat.items()})
+
+
+def prepare(experiment: Experiment) -> Store:
+    """The token store of the experiment's corpus, written unless it exists; DataError if no document is left."""
+    from raylm import plan
+    from raylm.pipeline import stores
+
+    return stores.open_or_prepare(plan.resolve_tokens(experiment))[0]
+
+
+def train(experiment: Experiment, *, resume: Resume = "auto") -> TrainResult:
+    """Train one model. Resumes an unfinished run of the same settings unless `resume` is "never"; "must" fails if there
+    is none. TrainingError if it cannot be trained, KeyboardInterrupt after a checkpoint if it is interrupted."""
+    from raylm import plan
+    from raylm.pipeline import training
+
+    return training.run(plan.resolve(experiment, starts="train"), resume)
+
+
+def tune(experiment: Experiment, *, resume: Resume = "auto") -> SweepResult:
+    """Sweep the settings of tune.space, and rank the trials on the same validation tokens. Errors as of `train`."""
+    from raylm.pipeline import sweep
+
+    return sweep.run(sweep.resolve(experiment, starts=True), resume)
+
+
+def evaluate(
+    model: str | os.PathLike, text: str | os.PathLike | Sequence[str | os.PathLike] = (), **overrides: Any
+) -> Evaluation:
+    """The score of a checkpoint or any Hugging Face model on files, directories or globs of text; without text, on the
+    validation split that it was trained with. `overrides` as of `load`."""
+    from raylm import checkpoint
+    from raylm.pipeline import evaluation
+
+    directory = checkpoint.locate(os.fspath(model)).resolve()
+    own = evaluation.settings_of(directory, None)
+    paths = [text] if isinstance(text, str | os.PathLike) else text
+    experiment = config.load(checkpoint.experiment_file(directory), own)
+    experiment = config.override(experiment, {key: _plain(value) for key, value in overrides.items()})
+    plan = evaluation.resolve(os.fspath(model), directory, experiment, [os.fspath(path) for path in paths])
+    return evaluation.run(plan)
+
+
+def open_store(path: str | os.PathLike) -> Store:
+    """A token store by its directory. DataError if it is damaged or missing."""
+    from raylm import tokens
+
+    return tokens.open_store(os.fspath(path))
+
+
+def open_sweep(directory: str | os.PathLike) -> SweepResults:
+    """A sweep read back from its directory, whatever its state. StorageError if it is none."""
+    from raylm import page
+
+    return page.read(os.fspath(directory))
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML has it: paths as text."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
