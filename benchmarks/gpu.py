@@ -60,7 +60,7 @@ def fit(job: training.TrainTask, resources: Any, stop: bool = False) -> Any:
     with cluster.progress_channel(lambda value: None, print) as board:
         if stop:
             board.stop.remote()
-        return launch.fit(dataclasses.replace(job, board=board), resources)
+        return launch.fit(dataclasses.replace(job, channel=board), resources)
 
 
 def left(job: training.TrainTask, step: int) -> dict[str, str]:
@@ -87,7 +87,7 @@ def counts_waits(file: Path) -> type:
         import torch
 
         places: list[str] = []
-        plain = trainer._Schedule.on_step_end
+        plain = trainer._Reporting.on_step_end
 
         def show(message: Any, *_: Any, **__: Any) -> None:
             if "synchroniz" in str(message):
@@ -104,7 +104,7 @@ def counts_waits(file: Path) -> type:
                 file.write_text(json.dumps(places))
             plain(self, args, state, control, **more)
 
-        trainer._Schedule.on_step_end = on_step_end
+        trainer._Reporting.on_step_end = on_step_end
 
     return patched(patch)
 

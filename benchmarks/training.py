@@ -258,7 +258,7 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
             from raylm.training import trainer
 
             times: list[float] = []
-            plain = trainer._Schedule.on_step_end
+            plain = trainer._Reporting.on_step_end
 
             def on_step_end(self, args, state, control, **more) -> None:
                 times.append(time.perf_counter())
@@ -266,7 +266,7 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
                     file.write_text(json.dumps(times))
                 plain(self, args, state, control, **more)
 
-            trainer._Schedule.on_step_end = on_step_end
+            trainer._Reporting.on_step_end = on_step_end
 
     with cluster.connect(made.cluster) as resources:
         store, _ = stores.prepare(plans.resolve_tokens(made))

@@ -16,7 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-screen = Console(stderr=True, highlight=False, emoji=False)  # or ":100:" of file.yaml:100:3 becomes a picture
+# Without emoji, or ":100:" of file.yaml:100:3 becomes a picture; as plain text in a notebook, where rich would make a
+# paragraph of each line.
+screen = Console(stderr=True, highlight=False, emoji=False, force_jupyter=False)
 """Where messages, progress and errors go. Results go to stdout."""
 
 logger = logging.getLogger(__name__)

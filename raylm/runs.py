@@ -7,6 +7,7 @@
                     file systems without flock have none: there one command at a time is up to whoever starts them
     checkpoints/    see checkpoint.CheckpointManager
     metrics.jsonl   see tracking
+    run.log         what commands said while they worked on it
     model/          the best model, as a plain Hugging Face directory
     result.json     when it is over: it ended, or was given up with --resume never
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import logging
 import os
@@ -32,6 +34,7 @@ from raylm import storage
 from raylm.checkpoint import CheckpointManager
 from raylm.config import Experiment, get, override
 from raylm.errors import ConfigError, StorageError, StorageUnavailable
+from raylm.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,11 @@ ENDED = "ended"
 
 BUDGET = ("train.max_tokens", "train.num_epochs")
 """How long a run trains, of which it has one or none."""
+
+
+class _Redacting(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,31 @@ class ActiveRun:
     def end(self, result: dict[str, Any]) -> None:
         """Nobody goes on with this run any more."""
         _end(self.directory, result)
+
+    @contextlib.contextmanager
+    def logged(self) -> Iterator[None]:
+        """Also write what raylm's loggers say to run.log, with times and without passwords; on remote storage at the
+        end. A run that is resumed adds to it."""
+        path = f"{self.directory}/run.log"
+        is_remote = storage.is_remote(path)
+        text = io.StringIO()
+        stream = text if is_remote else open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        log = logging.getLogger("raylm")
+        log.addHandler(handler)
+        try:
+            yield
+        except BaseException as error:
+            what = str(error) or type(error).__name__
+            handler.handle(logging.LogRecord("raylm", logging.ERROR, __file__, 0, what, None, None))
+            raise
+        finally:
+            log.removeHandler(handler)
+            if is_remote:
+                with contextlib.suppress(StorageError):
+                    storage.write(path, (storage.read(path) or b"") + text.getvalue().encode(errors="backslashreplace"))
+            stream.close()
 
 
 def directory_of(experiment: Experiment) -> str:

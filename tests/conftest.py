@@ -319,7 +319,7 @@ def train_run(ray_cluster):
             return launch.fit(job, cluster.resources(job.experiment.cluster, ray.cluster_resources()))
         return launch.with_smaller_batches(job, lambda: training.train_loop_per_worker(job))
 
-    def run(experiment: config.Experiment, session: type | None = None, board=None):
+    def run(experiment: config.Experiment, session: type | None = None, channel=None):
         store, _ = stores.prepare(plans.resolve_tokens(experiment))
         begun = runs.start_or_resume(experiment, "train", os.path.basename(store.path), "never")
         tracked = tracking.start(
@@ -328,13 +328,20 @@ def train_run(ray_cluster):
         sets = stores.prepare_evaluation_sets(plans.resolve(experiment), store)
         session = session or (Here if experiment.cluster.most_workers == 1 else training.RayTrainSession)
         job = training.TrainTask(
-            experiment, store.path, budget.for_store(experiment, store), tracked, begun.directory, session, board, sets
+            experiment,
+            store.path,
+            budget.for_store(experiment, store),
+            tracked,
+            begun.directory,
+            session,
+            channel,
+            sets,
         )
         return fit(job), job
 
-    def go_on(job, experiment, board=None):
+    def go_on(job, experiment, channel=None):
         session = Here if experiment.cluster.most_workers == 1 else training.RayTrainSession
-        return fit(dataclasses.replace(job, experiment=experiment, board=board, session=session))
+        return fit(dataclasses.replace(job, experiment=experiment, channel=channel, session=session))
 
     run.go_on = go_on
     return run

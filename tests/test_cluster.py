@@ -427,12 +427,12 @@ def test_whoever_watches_sees_what_a_worker_puts_and_says(ray_cluster):
     seen, said = [], []
 
     @ray.remote
-    def work(board):
-        board.put(5.0)
-        board.say("half of it")
+    def work(channel):
+        channel.advance(5.0)
+        channel.say("half of it")
 
-    with cluster.progress_channel(seen.append, said.append) as board:
-        ray.get(work.remote(board))
+    with cluster.progress_channel(seen.append, said.append) as channel:
+        ray.get(work.remote(channel))
         deadline = time.monotonic() + 60
         while not seen and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -445,15 +445,15 @@ def test_a_signal_tells_the_workers_to_stop_and_a_second_ctrl_c_ends_the_command
     with (  # noqa: PT012
         pytest.raises(KeyboardInterrupt),
         cluster.handle_signals(said.append),
-        cluster.progress_channel(print, print) as board,
+        cluster.progress_channel(print, print) as channel,
     ):
-        assert not board.is_stopping()
+        assert not channel.is_stopping()
         signal.raise_signal(signal.SIGINT)
         deadline = time.monotonic() + 60
-        while not board.is_stopping() and time.monotonic() < deadline:
+        while not channel.is_stopping() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert cluster.stop_signal() == signal.SIGINT
-        assert board.is_stopping()
+        assert channel.is_stopping()
         signal.raise_signal(signal.SIGINT)
     assert "Ctrl-C stops at once" in said[0]
     assert cluster.stop_signal() is None
@@ -484,15 +484,15 @@ def test_a_board_whose_process_is_killed_begins_anew_and_forwards_the_stop(ray_c
     with (  # noqa: PT012
         pytest.raises(KeyboardInterrupt),
         cluster.handle_signals(print),
-        cluster.progress_channel(seen.append, print) as board,
+        cluster.progress_channel(seen.append, print) as channel,
     ):
-        os.kill(ray.get(board.actor.__ray_call__.remote(lambda board: os.getpid())), signal.SIGKILL)
+        os.kill(ray.get(channel.actor.__ray_call__.remote(lambda channel: os.getpid())), signal.SIGKILL)
         signal.raise_signal(signal.SIGINT)
         deadline = time.monotonic() + 60
-        while not ray.get(ray.remote(lambda: board.is_stopping()).remote()) and time.monotonic() < deadline:
+        while not ray.get(ray.remote(lambda: channel.is_stopping()).remote()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert board.is_stopping()
-        board.put(7.0)
+        assert channel.is_stopping()
+        channel.advance(7.0)
         while not seen and time.monotonic() < deadline:
             time.sleep(0.1)
     assert seen[0] == 7.0
@@ -501,18 +501,18 @@ def test_a_board_whose_process_is_killed_begins_anew_and_forwards_the_stop(ray_c
 def test_what_ends_well_ends_well_without_its_board(ray_cluster):
     import ray
 
-    with cluster.progress_channel(print, print) as board:
-        ray.kill(board.actor)
-        board.put(7.0)
-        assert not board.is_stopping()
+    with cluster.progress_channel(print, print) as channel:
+        ray.kill(channel.actor)
+        channel.advance(7.0)
+        assert not channel.is_stopping()
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a process is given to do, as a loop.Job."""
+    """What a process is given to do, as a TrainTask."""
 
     what: str
-    board: object = None
+    channel: object = None
 
 
 def working(work):
@@ -521,8 +521,8 @@ def working(work):
     import time
 
     if work.what == "stop":
-        work.board.say("here")
-        while not work.board.is_stopping():
+        work.channel.say("here")
+        while not work.channel.is_stopping():
             time.sleep(0.01)
     if work.what == "die":
         print("by itself", flush=True)
@@ -534,9 +534,9 @@ def working(work):
     return os.environ["CUDA_VISIBLE_DEVICES"], os.environ["MALLOC_TOP_PAD_"], os.getpid()
 
 
-def called(what, board=None):
+def called(what, channel=None):
     with cluster.local_worker("wave") as process:
-        return process.call(working, Work(what, board))
+        return process.call(working, Work(what, channel))
 
 
 def test_a_process_of_this_machine_does_one_thing_on_one_gpu(monkeypatch, tmp_path):
@@ -545,9 +545,9 @@ def test_a_process_of_this_machine_does_one_thing_on_one_gpu(monkeypatch, tmp_pa
     gpu, kept, process = called("look")
     assert (gpu, kept) == ("2", cluster.WORKER_ENVIRONMENT["MALLOC_TOP_PAD_"])
     assert not psutil.pid_exists(process)
-    board = cluster.ProgressChannel()
-    board.say = lambda message: board.stop()
-    assert called("stop", board)[0] == "2"
+    channel = cluster.ProgressChannel()
+    channel.say = lambda message: channel.stop()
+    assert called("stop", channel)[0] == "2"
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for what, problem, said in (
         ("fail", "failed: ValueError: as this", "in working"),
@@ -614,4 +614,4 @@ raise SystemExit(3)
 def test_what_ray_data_leaves_behind_does_not_end_the_command():
     """Cycles with references in them, collected by a thread while Ray shuts down: Ray ends the process with exit 1."""
     ended = subprocess.run([sys.executable, "-c", LITTER], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (3, "Starting Ray …\n")
+    assert (ended.returncode, ended.stderr) == (3, "")

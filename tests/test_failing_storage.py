@@ -208,7 +208,7 @@ def place(tmp_path_factory):
     is there for the next one."""
     system, farewells = Failing(), []
     resources = cluster.Resources({"CPU": 1.0}, {"CPU": 1.0}, 1, 1)
-    board = cluster.ProgressChannel()
+    channel = cluster.ProgressChannel()
     plain = storage._file_system
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -224,7 +224,7 @@ def place(tmp_path_factory):
             patch.setattr(cluster, name, lambda *_, **__: None)
         patch.setattr(cluster, "connect", lambda *_, **__: contextlib.nullcontext(resources))
         patch.setattr(cluster, "other_nodes", dict)
-        patch.setattr(cluster, "progress_channel", lambda *_: contextlib.nullcontext(board))
+        patch.setattr(cluster, "progress_channel", lambda *_: contextlib.nullcontext(channel))
         patch.setattr(launch, "fit", fit)
         patch.setattr(launch, "fit_in_this_process", fit)
         patch.setattr(write, "_each", one_by_one)
@@ -252,7 +252,7 @@ def place(tmp_path_factory):
             ):
                 cached.cache_clear()
             storage._in_vain = -storage.IN_VAIN_SECONDS
-            board.stopping = False
+            channel.stopping = False
 
         yield SimpleNamespace(system=system, end=end)
 

@@ -52,16 +52,16 @@ def patched(patch):
 
 @pytest.fixture
 def with_patch(train_run, monkeypatch):
-    """(patch, experiment, board) -> train_run in this process, with its Trainer patched by `patch(its class, rank)`."""
+    """(patch, experiment, channel) -> train_run in this process, its Trainer patched by `patch(its class, rank)`."""
     from raylm.training import trainer
 
-    def run(patch, experiment, board=None):
+    def run(patch, experiment, channel=None):
         class Patched(trainer._Trainer):
             pass
 
         patch(Patched, 0)
         monkeypatch.setattr(trainer, "_Trainer", Patched)
-        return train_run(experiment, board=board)
+        return train_run(experiment, channel=channel)
 
     return run
 
@@ -123,8 +123,8 @@ def test_workers_killed_at_random_steps_end_with_the_same_bytes(untouched, two_w
 def test_the_only_worker_of_this_machine_begins_again_where_it_was_killed(tiny, train_run, tmp_path):
     alone = tiny("train.max_tokens=3072", "train.micro_batch_tokens=64", "cluster.max_failures=1")
     untouched, said = train_run(alone), []
-    with cluster.progress_channel(lambda value: None, said.append) as board:
-        outcome, job = train_run(alone, dying([(0, 5)], tmp_path), board)
+    with cluster.progress_channel(lambda value: None, said.append) as channel:
+        outcome, job = train_run(alone, dying([(0, 5)], tmp_path), channel)
     ends_as(untouched, outcome, job)
     assert [line.split(",")[0] for line in said] == ["worker 0 was killed", "going on from step 4 of 12"]
     assert said[0].endswith("; starting again, attempt 2 of at most 2")
@@ -143,11 +143,11 @@ def test_a_training_that_was_asked_to_stop_starts_no_worker_again_for_it(tiny, t
         def is_stopping(self):
             return any(tmp_path.iterdir())
 
-    board = Stopped()
+    channel = Stopped()
     alone = tiny("train.max_tokens=3072", "train.micro_batch_tokens=64", "cluster.max_failures=1")
-    outcome, _ = train_run(alone, dying([(0, 5)], tmp_path), board)
+    outcome, _ = train_run(alone, dying([(0, 5)], tmp_path), channel)
     assert (outcome.step, outcome.stopped) == (4, True)
-    assert board.look()[1] == [], "nobody has started again"
+    assert channel.read()[1] == [], "nobody has started again"
 
 
 LOST = "The actor is dead because its worker process has died."
@@ -384,10 +384,10 @@ def raising(error: Exception):
 def test_what_would_come_again_is_not_tried_again(two_workers, train_run, error):
     said = []
     with (
-        cluster.progress_channel(lambda value: None, said.append) as board,
+        cluster.progress_channel(lambda value: None, said.append) as channel,
         pytest.raises((TrainingError, ConfigError)) as failed,
     ):
-        train_run(two_workers, raising(error), board)
+        train_run(two_workers, raising(error), channel)
     assert said == []
     assert str(error) in failed.value.message
 
@@ -549,12 +549,12 @@ def test_another_number_of_workers_goes_on_with_the_same_examples_in_the_same_st
     two = override(two_workers, still)
     one = override(two, {"cluster.num_workers": 1})
     said = []
-    with cluster.progress_channel(lambda value: None, said.append) as board:
-        board.stop()  # after the first step, then
-        stopped, job = train_run(two, board=board)
+    with cluster.progress_channel(lambda value: None, said.append) as channel:
+        channel.stop()  # after the first step, then
+        stopped, job = train_run(two, channel=channel)
     assert (stopped.step, stopped.stopped) == (1, True)
-    with cluster.progress_channel(lambda value: None, said.append) as board:
-        outcome = train_run.go_on(job, one, board)
+    with cluster.progress_channel(lambda value: None, said.append) as channel:
+        outcome = train_run.go_on(job, one, channel)
     assert said == [
         "going on from step 1 of 12 with 1 worker instead of 2: the same examples in the same steps, but not the same "
         "bits"
@@ -710,8 +710,8 @@ def test_a_step_that_does_not_fit_is_done_in_smaller_pieces(tiny, ray_cluster, w
 
     said = []
     experiment = tiny("train.max_tokens=1024", "train.eval_every_tokens=1024", "train.micro_batch_tokens=128")
-    with cluster.progress_channel(lambda value: None, said.append) as board:
-        outcome, _ = with_patch(patch, experiment, board)
+    with cluster.progress_channel(lambda value: None, said.append) as channel:
+        outcome, _ = with_patch(patch, experiment, channel)
     assert outcome.step == 4, "the same steps of the same tokens"
     assert [message.split("; ")[1] for message in said] == ["going on with 64, and 256 a step as before"]
 

@@ -76,7 +76,7 @@ def stopped(train_run, experiment, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer._Trainer, "keep", kept)
-        outcome, job = train_run(experiment, board=board)
+        outcome, job = train_run(experiment, channel=board)
     assert (outcome.stopped, outcome.step, outcome.best["step"]) == (True, 9, 6)
     return job
 

@@ -58,12 +58,12 @@ def sharded(two_workers):
 
 def stopped_and_begun_again(train_run, experiment):
     """(outcome, job) of a run that is stopped after its first step and goes on then."""
-    with cluster.progress_channel(lambda value: None, lambda message: None) as board:
-        board.stop()
-        stopped, job = train_run(experiment, board=board)
+    with cluster.progress_channel(lambda value: None, lambda message: None) as channel:
+        channel.stop()
+        stopped, job = train_run(experiment, channel=channel)
     assert (stopped.step, stopped.stopped) == (1, True)
-    with cluster.progress_channel(lambda value: None, lambda message: None) as board:
-        return train_run.go_on(job, experiment, board), job
+    with cluster.progress_channel(lambda value: None, lambda message: None) as channel:
+        return train_run.go_on(job, experiment, channel), job
 
 
 def failing_to_write(step):

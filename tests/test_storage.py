@@ -333,8 +333,8 @@ def test_a_run_goes_on_to_the_next_save_where_storage_fails_and_ends_if_it_stays
     server.refused = lambda method, path: method == "PUT" and any(step in path for step in failing)
     said = []
     experiment = tiny(f"storage={place}", "train.save_every_tokens=512", "train.keep_checkpoints=9")
-    with cluster.progress_channel(lambda value: None, said.append) as board, pytest.raises(StorageError) as ended:
-        train_run(experiment, board=board)
+    with cluster.progress_channel(lambda value: None, said.append) as channel, pytest.raises(StorageError) as ended:
+        train_run(experiment, channel=channel)
     assert ended.value.message.startswith(f"{place}/tiny/train-")
     assert re.search(r"step_00000010/\S+ cannot be reached: When uploading", ended.value.message)
     assert ended.value.message.endswith("; once it can, the same command resumes")

@@ -139,9 +139,9 @@ def test_an_evaluation_is_broken_off_and_made_when_the_run_resumes(train_run, ti
     monkeypatch.setattr(trainer, "LOOK_SECONDS", 0.0)
     experiment = tiny("eval.batch_tokens=64", "train.patience=9")
     counting = StopsWhenAsked()
-    reference, whole = train_run(experiment, board=counting)
+    reference, whole = train_run(experiment, channel=counting)
     # Asked after each of two steps, then before each batch that is scored; last when there is none left to score.
-    stopped, job = train_run(experiment, board=StopsWhenAsked(counting.asked - 1 if in_last_one else 4))
+    stopped, job = train_run(experiment, channel=StopsWhenAsked(counting.asked - 1 if in_last_one else 4))
     assert (stopped.step, stopped.stopped) == (10 if in_last_one else 2, True)
     assert len(job.run.series().get("eval/perplexity", [])) == (4 if in_last_one else 0)
     ended = train_run.go_on(job, experiment)

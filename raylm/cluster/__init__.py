@@ -4,8 +4,8 @@ address      which cluster a command uses, whether it is there, and the token th
 output       what Ray says on its own, in a file instead of on the terminal
 capacity     what a cluster has, or may come to have, and what a run takes of it
 connection   a connection to Ray, on this machine alone or to a cluster; and its nodes
-process      a process of this machine for the one worker of a run, which needs no Ray
-board        how far the workers are, what they say, and whether they shall stop
+local_worker a process of this machine for the one worker of a run, which needs no Ray
+progress     how far the workers are, what they say, and whether they shall stop
 """
 
 from raylm.cluster.address import Address, address_of, has_token, is_local, no_token, show_token, token_source

@@ -213,7 +213,7 @@ def _told_of_no_worker() -> Iterator[None]:
     def tell() -> None:
         if not first.done():
             logs = ray._private.worker._global_node.get_logs_dir_path()
-            logger.info(
+            logger.warning(
                 f"Ray has started no worker in {WORKER_SECONDS:g} s, and this waits for one; Ray's logs: {logs}"
             )
 

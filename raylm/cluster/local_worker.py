@@ -85,16 +85,16 @@ class LocalWorker:
                 start_new_session=True,  # Ctrl-C is for the command, which asks for a checkpoint first
             )
 
-    def call(self, function: Callable[[Any], Any], job: Any) -> Any:
-        """What the function gives for the job there, whose board is in touch with the job's own here.
+    def call(self, function: Callable[[Any], Any], task: Any) -> Any:
+        """What the function gives for the task there, whose channel is in touch with the task's own here.
 
         WorkerFailed if the process dies or raises what may pass, TrainingError for any other exception that is none of
         raylm's: it names the file with whatever the process has said.
         """
-        board, told = job.board, False
-        self._send((function, dataclasses.replace(job, board=None)))
+        channel, told = task.channel, False
+        self._send((function, dataclasses.replace(task, channel=None)))
         while True:
-            if board is not None and not told and board.is_stopping():
+            if channel is not None and not told and channel.is_stopping():
                 told = True
                 self._send("stop")
             try:
@@ -112,8 +112,8 @@ class LocalWorker:
                 raise TrainingError(*self._told(f"failed: {value}"))
             if kind == "failed for now":
                 raise WorkerFailed(*self._told(f"failed: {value}"))
-            if board is not None:
-                getattr(board, kind)(value)
+            if channel is not None:
+                getattr(channel, kind)(value)
 
     def end(self) -> None:
         """End it, at once unless it has given its answer and clears up."""
@@ -147,7 +147,7 @@ class LocalWorker:
 
 
 class _WorkerPipe:
-    """The board of a worker in a process of its own."""
+    """The channel of a worker in a process of its own."""
 
     def __init__(self, connection: Connection):
         self._connection = connection
@@ -160,8 +160,8 @@ class _WorkerPipe:
         with self._lock:
             self._connection.send((kind, value))
 
-    def put(self, value: float) -> None:
-        self.tell("put", value)
+    def advance(self, value: float) -> None:
+        self.tell("advance", value)
 
     def say(self, message: str) -> None:
         self.tell("say", message)
@@ -188,8 +188,8 @@ def serve() -> None:
     with console.importing():
         importlib.import_module(sys.argv[2])
     try:
-        function, job = pickle.loads(wire.given.get())  # of the command, which has begun this process
-        answer = "returned", function(dataclasses.replace(job, board=wire))
+        function, task = pickle.loads(wire.given.get())  # of the command, which has begun this process
+        answer = "returned", function(dataclasses.replace(task, channel=wire))
     except RaylmError as error:
         answer = "raised", error
     except Exception as error:

@@ -22,13 +22,13 @@ class ProgressChannel:
         self.said: list[str] = []
         self.stopping = False
 
-    def put(self, value: float) -> None:
+    def advance(self, value: float) -> None:
         self.value = value
 
     def say(self, message: str) -> None:
         self.said.append(message)
 
-    def look(self) -> tuple[float | None, list[str]]:
+    def read(self) -> tuple[float | None, list[str]]:
         """The value, and what was said since the last look."""
         said, self.said = self.said, []
         return self.value, said
@@ -41,7 +41,7 @@ class ProgressChannel:
 
 
 ANSWER_SECONDS = 10.0
-"""How long a shared board may take to answer: longer than a process that begins anew."""
+"""How long a shared channel may take to answer: longer than a process that begins anew."""
 
 
 class SharedProgressChannel:
@@ -60,14 +60,14 @@ class SharedProgressChannel:
             .remote()
         )
 
-    def put(self, value: float) -> None:
-        self.actor.put.remote(value)
+    def advance(self, value: float) -> None:
+        self.actor.advance.remote(value)
 
     def say(self, message: str) -> None:
         self.actor.say.remote(message)
 
-    def look(self) -> tuple[float | None, list[str]]:
-        return self._answer(self.actor.look, (None, []))
+    def read(self) -> tuple[float | None, list[str]]:
+        return self._answer(self.actor.read, (None, []))
 
     def stop(self) -> None:
         self.actor.stop.remote()
@@ -86,15 +86,15 @@ class SharedProgressChannel:
 def progress_channel(
     show: Callable[[float], None], say: Callable[[str], None]
 ) -> Iterator[ProgressChannel | SharedProgressChannel]:
-    """A board, shared if Ray is connected, and looked at about twice a second.
+    """A channel, shared if Ray is connected, and looked at about twice a second.
 
     Its workers are told to stop once the process is (`signals`).
     """
-    board = SharedProgressChannel() if ray.is_initialized() else ProgressChannel()
+    channel = SharedProgressChannel() if ray.is_initialized() else ProgressChannel()
     over = threading.Event()
 
     def look() -> None:
-        value, messages = board.look()
+        value, messages = channel.read()
         for message in messages:
             say(message)
         if value is not None:
@@ -103,19 +103,19 @@ def progress_channel(
     def watching() -> None:
         while not over.wait(0.5):
             if stop_signal() is not None:
-                board.stop()  # again and again: it may have begun anew
+                channel.stop()  # again and again: it may have begun anew
             look()
 
     watcher = threading.Thread(target=watching, daemon=True)
     watcher.start()
     try:
-        yield board
+        yield channel
     finally:
         over.set()
         watcher.join()
         look()  # what was said last
-        if isinstance(board, SharedProgressChannel):
-            ray.kill(board.actor)
+        if isinstance(channel, SharedProgressChannel):
+            ray.kill(channel.actor)
 
 
 _asked: list[int] = []

@@ -196,26 +196,8 @@ def run(plan: SweepPlan, resume: runs.Resume = "auto") -> SweepResult:
     parent = summary.start(experiment, active.directory, active.name, "tune")
     status: tracking.Status = "FAILED"
     try:
-        decided = active.decided.get("cluster.cpus_per_worker")
-        at_a_time = _most_at_a_time(experiment, plan.trials)
-        with cluster.connect(experiment.cluster, trials=at_a_time, decided=decided) as resources:
-            stores.check_nodes(experiment)
-            store, reused = stores.prepare(plan.plan.tokens)
-            prepared = plan.plan.prepared or plan.plan.with_store(store)
-            for warning in prepared.warnings:
-                logger.warning(warning)
-            sets = stores.prepare_evaluation_sets(plan.plan, store)
-            rows = run_trials(prepared, sets, parent, active, resources)
-            best = export_best_trial(prepared, parent, resources, rows)
-        if best is None:
-            raise _no_result(active, rows)
-        result = _result(prepared, active, parent, rows, best, reused)
-        active.end(result.record())
-        report = _report(active.directory, parent)
-        tracking.settle(parent, logger.info)
-        comparison = tracking.compare(parent)  # which links it from the sweep's own page, too
-        known = comparison if comparison and comparison.startswith("http") else None
-        result = dataclasses.replace(result, report=report, comparison=known)
+        with active.logged():
+            result = _run(plan, active, parent)
         status = "FINISHED"
         return result
     except (KeyboardInterrupt, Interrupted):
@@ -224,6 +206,30 @@ def run(plan: SweepPlan, resume: runs.Resume = "auto") -> SweepResult:
     finally:
         _close(parent, status)
         tracking.settle(parent, logger.info)
+
+
+def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
+    experiment = plan.experiment
+    decided = active.decided.get("cluster.cpus_per_worker")
+    at_a_time = _most_at_a_time(experiment, plan.trials)
+    with cluster.connect(experiment.cluster, trials=at_a_time, decided=decided) as resources:
+        stores.check_nodes(experiment)
+        store, reused = stores.prepare(plan.plan.tokens)
+        prepared = plan.plan.prepared or plan.plan.with_store(store)
+        for warning in prepared.warnings:
+            logger.warning(warning)
+        sets = stores.prepare_evaluation_sets(plan.plan, store)
+        rows = run_trials(prepared, sets, parent, active, resources)
+        best = export_best_trial(prepared, parent, resources, rows)
+    if best is None:
+        raise _no_result(active, rows)
+    result = _result(prepared, active, parent, rows, best, reused)
+    active.end(result.record())
+    report = _report(active.directory, parent)
+    tracking.settle(parent, logger.info)
+    comparison = tracking.compare(parent)  # which links it from the sweep's own page, too
+    known = comparison if comparison and comparison.startswith("http") else None
+    return dataclasses.replace(result, report=report, comparison=known)
 
 
 def _close(parent: Run, status: tracking.Status = "KILLED") -> None:
@@ -287,7 +293,7 @@ def run_trials(
             cluster.progress_channel(lambda _: None, logger.info) as channel,
         ):
             watcher = tuner.Watcher(scheduler, parent, view.update, channel.stop, metric)
-            tuner.run(trials, dataclasses.replace(task, board=channel), resources, limits, watcher, together=together)
+            tuner.run(trials, dataclasses.replace(task, channel=channel), resources, limits, watcher, together=together)
             if record.outage is not None:
                 raise record.outage
             if stopping():

@@ -85,7 +85,8 @@ def run(plan: Plan, resume: runs.Resume = "auto") -> TrainResult:
     tracked = summary.start(experiment, active.directory, active.name, "train")
     status: tracking.Status = "FAILED"
     try:
-        result = _run(plan, active, tracked)
+        with active.logged():
+            result = _run(plan, active, tracked)
         active.end(result.record())
         status = "FINISHED"
         return result
@@ -138,7 +139,7 @@ def _train(
         cluster.handle_signals(logger.info),
         cluster.progress_channel(lambda done: advance(done, budget.tokens), logger.info) as channel,
     ):
-        outcome = launch.fit(dataclasses.replace(task, board=channel), resources)
+        outcome = launch.fit(dataclasses.replace(task, channel=channel), resources)
         if outcome.stopped or cluster.stop_signal() is not None:  # after its last look: a score is left to do
             raise cluster.interruption(active.directory, f"stopped after step {outcome.step:,}, which is saved")
     seconds = time.monotonic() - started

@@ -57,15 +57,15 @@ def _problem(trial_id: str, settings: dict[str, Any], template: TrainTask, resou
         run.text(dump(experiment), "experiment.yaml")
         run.parameters({**said, **_swept(template.experiment, settings)})
         summary.log_data(run, experiment, store)
-        job = dataclasses.replace(
+        task = dataclasses.replace(
             template, experiment=experiment, budget=planned, run=run, directory=directory, name=trial_id
         )
         if template.experiment.tune.scheduler.kind == "pbt":
-            _settle(SweepRecord(template.directory).changes(trial_id), template, job)
+            _settle(SweepRecord(template.directory).changes(trial_id), template, task)
         if resources.num_workers == 1:
-            launch.fit_in_this_process(dataclasses.replace(job, session=TuneSession))
+            launch.fit_in_this_process(dataclasses.replace(task, session=TuneSession))
         else:
-            launch.fit(job, resources, callbacks=[TuneReportCallback()])
+            launch.fit(task, resources, callbacks=[TuneReportCallback()])
     except StorageUnavailable:
         raise
     except Exception as error:
@@ -100,31 +100,31 @@ ADOPTED = "adopted.json"
 """In the directory of a trial of a population: the change by which it has the checkpoints of another one."""
 
 
-def _settle(changes: list[dict[str, Any]], template: TrainTask, job: TrainTask) -> None:
+def _settle(changes: list[dict[str, Any]], template: TrainTask, task: TrainTask) -> None:
     """Have a trial go on from the checkpoints that the changes of its population lead to, however often it is begun."""
-    adopted = storage.read(f"{job.directory}/{ADOPTED}")
+    adopted = storage.read(f"{task.directory}/{ADOPTED}")
     if changes:
         if adopted != json.dumps(changes[-1]).encode():
-            _adopt(changes[-1], template, job)
+            _adopt(changes[-1], template, task)
     elif adopted is not None:  # by a change that is lost, as are the trial's own checkpoints: these have other settings
-        for step in reversed(job.checkpoints.steps()):
-            job.checkpoints.discard(step)
-        storage.remove_file(f"{job.directory}/{ADOPTED}")
+        for step in reversed(task.checkpoints.steps()):
+            task.checkpoints.discard(step)
+        storage.remove_file(f"{task.directory}/{ADOPTED}")
 
 
-def _adopt(change: dict[str, Any], template: TrainTask, job: TrainTask) -> None:
+def _adopt(change: dict[str, Any], template: TrainTask, task: TrainTask) -> None:
     """Give a trial a checkpoint of another one in place of its own."""
     theirs = checkpoint.CheckpointManager(f"{template.directory}/{change['like']}/checkpoints")
-    step: int | None = change["tokens"] // job.budget.batch_tokens
+    step: int | None = change["tokens"] // task.budget.batch_tokens
     for attempt in range(3):  # the other one goes on, and may remove a checkpoint while it is copied
         if step is None or theirs.fault(step) is not None:
             step, _ = theirs.newest()
         assert step is not None, f"{change['like']}: a trial that was compared has checkpoints"
         try:
             with tempfile.TemporaryDirectory(prefix="raylm-adopted-") as scratch:
-                job.checkpoints.replace(theirs.fetch(step, Path(scratch)), step)
+                task.checkpoints.replace(theirs.fetch(step, Path(scratch)), step)
             break
         except (OSError, RaylmError):
             if attempt == 2:
                 raise
-    storage.write(f"{job.directory}/{ADOPTED}", json.dumps(change).encode())
+    storage.write(f"{task.directory}/{ADOPTED}", json.dumps(change).encode())

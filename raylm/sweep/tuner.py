@@ -34,16 +34,16 @@ ENVIRONMENT = {
 
 
 def run(
-    trials: TrialQueue, job: TrainTask, resources: Resources, limits: SweepStopper, watcher: Watcher, *, together: int
+    trials: TrialQueue, task: TrainTask, resources: Resources, limits: SweepStopper, watcher: Watcher, *, together: int
 ) -> None:
-    """Run the trials that are left, each as `job` with its settings, at most so many of them side by side."""
+    """Run the trials that are left, each as `task` with its settings, at most so many of them side by side."""
     os.environ |= {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(together)}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     _keep_credentials()
     with tempfile.TemporaryDirectory(prefix="raylm-tune-") as scratch, _told(trials.record):
         tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(run_trial, template=job, resources=resources), _trial_resources(resources)
+                tune.with_parameters(run_trial, template=task, resources=resources), _trial_resources(resources)
             ),
             tune_config=tune.TuneConfig(
                 search_alg=trials,
@@ -57,7 +57,7 @@ def run(
                 name="tune",
                 storage_path=scratch,
                 stop=limits,
-                failure_config=tune.FailureConfig(max_failures=job.experiment.cluster.max_failures),
+                failure_config=tune.FailureConfig(max_failures=task.experiment.cluster.max_failures),
                 callbacks=[watcher, _Silent()],
                 verbose=0,
             ),

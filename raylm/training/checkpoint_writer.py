@@ -21,8 +21,8 @@ PROGRESS = "progress.json"
 class CheckpointWriter:
     """The checkpoints of one run, as one of its ranks sees them. Every rank calls `commit` at the same steps."""
 
-    def __init__(self, job: TrainTask, session: Session, scratch: Path, say: Callable[[str], None]):
-        self.job, self.session, self.scratch, self.say = job, session, scratch, say
+    def __init__(self, task: TrainTask, session: Session, scratch: Path, say: Callable[[str], None]):
+        self.task, self.session, self.scratch, self.say = task, session, scratch, say
         self.failed: Exception | None = None
         """Why this rank could not write its part on its own machine; it is told to the others by `commit`."""
         self.missed = 0
@@ -30,14 +30,14 @@ class CheckpointWriter:
 
     @property
     def series(self) -> CheckpointManager:
-        return self.job.checkpoints
+        return self.task.checkpoints
 
     def describe(self, local: Path, record: dict[str, Any], progress: dict[str, Any]) -> None:
         """Say beside the first rank's part what the checkpoint is."""
         if self.session.rank != 0 or self.failed is not None:
             return
         try:
-            checkpoint.describe(local, self.job.experiment, record)
+            checkpoint.describe(local, self.task.experiment, record)
             (local / PROGRESS).write_text(json.dumps(progress) + "\n", encoding="utf-8")
         except OSError as error:
             self.failed = error
@@ -74,11 +74,11 @@ class CheckpointWriter:
         found = gathered(self.session, (files, problem))
         problem = next((each for _, each in found if each is not None), None)
         if problem is None and self.session.rank == 0:
-            self.job.run.flush()  # a run that goes on from here makes the points before it no more
+            self.task.run.flush()  # a run that goes on from here makes the points before it no more
             whole = {name: stored for uploaded, _ in found for name, stored in uploaded.items()}
             _, problem = _tried(lambda: self.series.commit(step, whole))
             if problem is None:
-                keep = self.job.experiment.train.keep_checkpoints
+                keep = self.task.experiment.train.keep_checkpoints
                 _, left = _tried(lambda: self.series.prune(keep, [best]))
                 if left is not None:  # there are more than need be, until the next save
                     self.say(f"older checkpoints could not be removed: {left}")

@@ -21,8 +21,8 @@ KINDS = (torch.OutOfMemoryError, MemoryError)
 class MemoryGuard:
     """Where it runs out, an error says what to do about it."""
 
-    def __init__(self, job: TrainTask, session: Session, micro_batch: int):
-        self.job, self.session, self.micro_batch = job, session, micro_batch
+    def __init__(self, task: TrainTask, session: Session, micro_batch: int):
+        self.task, self.session, self.micro_batch = task, session, micro_batch
 
     def for_training(self) -> contextlib.AbstractContextManager[None]:
         return self._guarded(self._fewer_at_once)
@@ -44,7 +44,7 @@ class MemoryGuard:
 
     def _fewer_at_once(self, problem: str) -> OutOfMemory:
         """Half as many tokens, from the next start on; or there is no way out."""
-        budget, held = self.job.budget, self.micro_batch
+        budget, held = self.task.budget, self.micro_batch
         block_size = budget.batch_tokens // budget.examples
         if held == 1:
             return OutOfMemory(
@@ -53,7 +53,7 @@ class MemoryGuard:
                 "blocks.block_size",
             )
         fewer = held // 2 * block_size
-        storage.write(self.job.micro_batch_file, str(fewer).encode())
+        storage.write(self.task.micro_batch_file, str(fewer).encode())
         return OutOfMemory(
             f"out of memory with {held * block_size:,} tokens at once ({problem}); going on with {fewer:,}, and "
             f"{budget.batch_tokens:,} a step as before",
@@ -61,7 +61,7 @@ class MemoryGuard:
         )
 
     def _too_much_scored(self, problem: str) -> OutOfMemory:
-        held = self.job.experiment.eval.batch_tokens
+        held = self.task.experiment.eval.batch_tokens
         return OutOfMemory(
             f"out of memory in an evaluation with eval.batch_tokens={held} ({problem}); lower it: no figure depends on "
             "it, and the run goes on from its last checkpoint",
@@ -72,8 +72,8 @@ class MemoryGuard:
 class GradientGuard:
     """Lets no optimizer step take a gradient that is not finite."""
 
-    def __init__(self, job: TrainTask, session: Session):
-        self.job, self.session = job, session
+    def __init__(self, task: TrainTask, session: Session):
+        self.task, self.session = task, session
         self.first_bad_step: torch.Tensor | None = None
 
     def before_step(self, step: int, norm: Any, optimizer: Any) -> None:
@@ -106,9 +106,9 @@ class GradientGuard:
             raise CollectiveError(self.diverged(f"the gradient is not finite at step {int(first)}"))
 
     def diverged(self, how: str) -> Diverged:
-        kept = self.job.checkpoints.steps() if self.session.rank == 0 else []
-        last = f"; the last checkpoint is {self.job.checkpoints.path(kept[-1])}" if kept else ""
-        rate = self.job.experiment.train.learning_rate
+        kept = self.task.checkpoints.steps() if self.session.rank == 0 else []
+        last = f"; the last checkpoint is {self.task.checkpoints.path(kept[-1])}" if kept else ""
+        rate = self.task.experiment.train.learning_rate
         return Diverged(
             f"training diverged: {how}; lower train.learning_rate={rate:g} or raise train.warmup_steps{last}",
             where="train.learning_rate",

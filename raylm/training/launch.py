@@ -42,30 +42,30 @@ rank cannot write, or verify, a checkpoint of 100 GB at 50 MB/s. Of a rank that 
 Result = TypeVar("Result")
 
 
-def fit(job: TrainTask, resources: Resources, callbacks: Sequence[Any] = ()) -> Outcome:
+def fit(task: TrainTask, resources: Resources, callbacks: Sequence[Any] = ()) -> Outcome:
     """Train until the end of the budget or a stop."""
 
     def attempt() -> Outcome:
-        if cluster.single_worker_resources(job.experiment.cluster) and not callbacks:
-            return with_smaller_batches(job, lambda: _in_process(job))
+        if cluster.single_worker_resources(task.experiment.cluster) and not callbacks:
+            return with_smaller_batches(task, lambda: _in_process(task))
         while True:
-            outcome = with_smaller_batches(job, lambda: _in_group(job, resources, callbacks))
+            outcome = with_smaller_batches(task, lambda: _in_group(task, resources, callbacks))
             if not outcome.lost_nodes or stopped() is not None:
                 return outcome
             # A command ends where too little is left, and the same one goes on. A trial, which nobody begins again once
             # it has ended, waits for other nodes.
             if not callbacks and not resources.without(outcome.lost_nodes).most_runs:
                 return outcome
-            job.say(f"a node is being taken away; going on without it from step {outcome.step:,}")
+            task.say(f"a node is being taken away; going on without it from step {outcome.step:,}")
 
     def stopped() -> Outcome | None:
         """The outcome if the training was asked to stop and has a checkpoint, so that no worker need start for it."""
-        if job.board is None or not job.board.is_stopping():
+        if task.channel is None or not task.channel.is_stopping():
             return None
-        step, _ = job.checkpoints.newest()
+        step, _ = task.checkpoints.newest()
         return Outcome({}, step, stopped=True) if step is not None else None
 
-    return _despite_failures(attempt, job.experiment.cluster.max_failures, job.say, job.directory, stopped)
+    return _despite_failures(attempt, task.experiment.cluster.max_failures, task.say, task.directory, stopped)
 
 
 def _despite_failures(
@@ -99,27 +99,27 @@ class _UncountedFailure(Exception):
     """An attempt ended for a reason that is not counted: nodes were taken away, or are not there yet."""
 
 
-def fit_in_this_process(job: TrainTask) -> Outcome:
+def fit_in_this_process(task: TrainTask) -> Outcome:
     """Train in this process: a trial whose only worker is its own process."""
-    return with_smaller_batches(job, lambda: _in_local_mode(job))
+    return with_smaller_batches(task, lambda: _in_local_mode(task))
 
 
-def _in_local_mode(job: TrainTask) -> Outcome:
+def _in_local_mode(task: TrainTask) -> Outcome:
     """In Ray Train's local mode."""
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    train = functools.partial(training.train_loop_per_worker, job)
+    train = functools.partial(training.train_loop_per_worker, task)
     return TorchTrainer(train, scaling_config=ScalingConfig(num_workers=0)).fit().return_value
 
 
-def _in_process(job: TrainTask) -> Outcome:
+def _in_process(task: TrainTask) -> Outcome:
     """In another process of this machine."""
     with cluster.local_worker() as process:
-        return process.call(_in_local_mode, job)
+        return process.call(_in_local_mode, task)
 
 
-def with_smaller_batches(job: TrainTask, train: Callable[[], Outcome]) -> Outcome:
+def with_smaller_batches(task: TrainTask, train: Callable[[], Outcome]) -> Outcome:
     """What becomes of a training, begun again with smaller micro-batches where memory ran out; or why it failed."""
     while True:
         try:
@@ -130,12 +130,12 @@ def with_smaller_batches(job: TrainTask, train: Callable[[], Outcome]) -> Outcom
         except OutOfMemory as error:
             if error.where != "train.micro_batch_tokens":  # there is nothing less
                 raise
-            job.say(error.message)
+            task.say(error.message)
 
 
-def _in_group(job: TrainTask, resources: Resources, callbacks: Sequence[Any]) -> Outcome:
-    train = functools.partial(training.train_loop_per_worker, job)
-    return _on_workers(train, job.experiment, resources, job.directory, callbacks)
+def _in_group(task: TrainTask, resources: Resources, callbacks: Sequence[Any]) -> Outcome:
+    train = functools.partial(training.train_loop_per_worker, task)
+    return _on_workers(train, task.experiment, resources, task.directory, callbacks)
 
 
 def score(
@@ -156,7 +156,7 @@ def score(
     if not as_given:
         section = ModelConfig(trust_remote_code=section.trust_remote_code)
         tokenizer = TokenizerConfig(prefix=tokenizer.prefix)
-    job = training.ScoreTask(
+    task = training.ScoreTask(
         directory,
         documents,
         experiment.eval,
@@ -168,9 +168,9 @@ def score(
         masked=experiment.objective.is_masked,
     )
     if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):
-        alone = dataclasses.replace(job, cpus=cluster.cpus_here(), session=training.SingleProcess, progress=progress)
+        alone = dataclasses.replace(task, cpus=cluster.cpus_here(), session=training.SingleProcess, progress=progress)
         return training.score_loop_per_worker(alone)
-    score = functools.partial(training.score_loop_per_worker, job)
+    score = functools.partial(training.score_loop_per_worker, task)
     return _despite_failures(
         lambda: _on_workers(score, experiment, resources, directory),
         experiment.cluster.max_failures,

@@ -37,7 +37,7 @@ class RayTrainSession:
     """A worker of Ray Train."""
 
     def __init__(self) -> None:
-        from ray import train  # 0.8 s, which a command that only hands out the job does not need
+        from ray import train  # 0.8 s, which a command that only hands out the task does not need
 
         self._train = train
         context = train.get_context()
@@ -88,7 +88,7 @@ class TrainTask:
     directory: str
     """The run's own."""
     session: type[Session] = RayTrainSession
-    board: Any = None
+    channel: Any = None
     """What cluster.watch gives, if somebody watches: told how far the training is, and asked whether it shall stop."""
     sets: Mapping[str, str] = field(default_factory=dict)
     """The token store of each evaluation set, by its name: what prepare.evaluation_sets gives."""
@@ -99,8 +99,8 @@ class TrainTask:
 
     def say(self, message: str) -> None:
         """Tell whoever watches."""
-        if self.board is not None:
-            self.board.say(f"{self.name}: {message}" if self.name else message)
+        if self.channel is not None:
+            self.channel.say(f"{self.name}: {message}" if self.name else message)
 
     @property
     def checkpoints(self) -> CheckpointManager:

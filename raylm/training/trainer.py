@@ -33,12 +33,12 @@ LOOK_SECONDS = 1.0
 """How long a worker trains between two looks at whether it shall stop."""
 
 
-def build(job: TrainTask, session: Session, scratch: Path) -> _Trainer:
+def build(task: TrainTask, session: Session, scratch: Path) -> _Trainer:
     """The Trainer of one worker, which writes to `scratch` before anything is kept."""
-    experiment = job.experiment
-    smaller = storage.read(job.micro_batch_file)
-    budget = job.budget.shared_by(session.world_size, int(smaller) if smaller else experiment.train.micro_batch_tokens)
-    store = tokens.open_store(job.store)
+    experiment = task.experiment
+    smaller = storage.read(task.micro_batch_file)
+    budget = task.budget.shared_by(session.world_size, int(smaller) if smaller else experiment.train.micro_batch_tokens)
+    store = tokens.open_store(task.store)
     frame = store.frame(experiment.tokenizer.prefix)
     cut = blocks.build(store.train, experiment.blocks, frame)
     network = model.build(
@@ -56,7 +56,7 @@ def build(job: TrainTask, session: Session, scratch: Path) -> _Trainer:
     objective.attach(network, shifted=batches.shifted, smoothing=args.label_smoothing_factor)
     examples = blocks.Stream(cut, seed=experiment.train.seed, length=budget.steps * budget.examples)
     trainer = _Trainer(
-        job,
+        task,
         session,
         store,
         model=network,
@@ -69,8 +69,8 @@ def build(job: TrainTask, session: Session, scratch: Path) -> _Trainer:
     )
     trainer.is_sharded = is_sharded
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Schedule(trainer))
-    for callback in job.callbacks:
+    trainer.add_callback(_Reporting(trainer))
+    for callback in task.callbacks:
         trainer.add_callback(callback())
     return trainer
 
@@ -78,9 +78,9 @@ def build(job: TrainTask, session: Session, scratch: Path) -> _Trainer:
 class _Trainer(ShardingTrainer):
     loss_is_scaled_for_ga = True  # the loss is divided once, by the items of the whole step
 
-    def __init__(self, job: TrainTask, session: Session, store: tokens.Store, **kwargs: Any):
+    def __init__(self, task: TrainTask, session: Session, store: tokens.Store, **kwargs: Any):
         super().__init__(**kwargs)
-        self.job, self.session, self.store = job, session, store
+        self.task, self.session, self.store = task, session, store
         self.best: dict[str, Any] = {}
         """The best evaluation whose checkpoint is there."""
         self.better: dict[str, Any] | None = None
@@ -99,9 +99,9 @@ class _Trainer(ShardingTrainer):
         self.looked = (0, 0.0)
         """After which step, and when."""
         self.next_look = 1
-        self.saves = CheckpointWriter(job, session, Path(self.args.output_dir), self.say)
-        self.memory = MemoryGuard(job, session, self.args.per_device_train_batch_size)
-        self.finite = GradientGuard(job, session)
+        self.writer = CheckpointWriter(task, session, Path(self.args.output_dir), self.say)
+        self.memory = MemoryGuard(task, session, self.args.per_device_train_batch_size)
+        self.finite = GradientGuard(task, session)
 
     # From beginning to end
 
@@ -113,7 +113,7 @@ class _Trainer(ShardingTrainer):
             try:
                 probe.check_training(
                     self.model,
-                    self.job.experiment,
+                    self.task.experiment,
                     self.store.tokenizer,
                     self.frame,
                     one_row=self.args.per_device_train_batch_size == 1,
@@ -124,7 +124,7 @@ class _Trainer(ShardingTrainer):
 
     def run(self) -> Outcome:
         """Train from the newest whole checkpoint to the end of the budget."""
-        series = self.job.checkpoints
+        series = self.task.checkpoints
         step, faults = self._found_by_first(series.newest)
         for fault in faults:
             self.say(f"skipping {fault}")
@@ -132,10 +132,10 @@ class _Trainer(ShardingTrainer):
             self.resumed = series.fetch(step, Path(self.args.output_dir))
             self._restore(self.resumed, step)
         if self.session.rank == 0:
-            self.job.run.rewind(self.begins_at)
+            self.task.run.rewind(self.begins_at)
             if self.is_unscored:
                 self._score_resumed()
-        if self.begins_at < self.job.budget.steps and not self._is_patience_over() and not self.stopped:
+        if self.begins_at < self.task.budget.steps and not self._is_patience_over() and not self.stopped:
             self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
         step = self.state.global_step or self.begins_at
         return Outcome(self.best, step, last=self.latest, stopped=self.stopped, lost_nodes=self.lost_nodes)
@@ -145,7 +145,7 @@ class _Trainer(ShardingTrainer):
         found: Any = None
         if self.session.rank == 0:
             try:
-                with storage.reached(self.job.checkpoints.directory):
+                with storage.reached(self.task.checkpoints.directory):
                     found = look()
             except RaylmError as error:
                 found = error
@@ -165,11 +165,11 @@ class _Trainer(ShardingTrainer):
         if self.best and self.best["step"] != step and self._is_lost(self.best["step"]):
             here = {name: record[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
             self.best = here if here["perplexity"] is not None else {}
-        self.train_dataset.first = step * self.job.budget.examples
+        self.train_dataset.first = step * self.task.budget.examples
         if record["perplexity"] is not None:  # whoever listens may have died before hearing of it
             self.latest = self._found(step, record["perplexity"], record["bits_per_byte"])
             self.session.report(self._reported())
-        told = f"going on from step {step:,} of {self.job.budget.steps:,}"
+        told = f"going on from step {step:,} of {self.task.budget.steps:,}"
         if progress["world_size"] != self.session.world_size:
             now = cluster.plural_workers(self.session.world_size)
             told += (
@@ -180,7 +180,7 @@ class _Trainer(ShardingTrainer):
 
     def _is_lost(self, step: int) -> bool:
         """Whether the checkpoint of the best evaluation is damaged, which is told."""
-        series = self.job.checkpoints
+        series = self.task.checkpoints
         fault = self._found_by_first(lambda: series.fault(step))
         if fault is not None:
             self.say(f"the best checkpoint is lost: {series.path(step)}: {fault}")
@@ -189,7 +189,7 @@ class _Trainer(ShardingTrainer):
     def say(self, message: str) -> None:
         """Tell whoever watches."""
         if self.session.rank == 0:
-            self.job.say(message)
+            self.task.say(message)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """With the settings of this run: a trial may go on from the weights of another one."""
@@ -245,7 +245,7 @@ class _Trainer(ShardingTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation split, and decide whether the weights are kept."""
-        step, budget = self.state.global_step, self.job.budget
+        step, budget = self.state.global_step, self.task.budget
         self.control.should_evaluate = False  # or the end of the data would evaluate the last step again
         self.is_unscored = False
         try:
@@ -264,11 +264,11 @@ class _Trainer(ShardingTrainer):
             self.better = {name: self.latest[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
         self.worse_in_a_row = 0 if is_best else self.worse_in_a_row + 1
         if self.session.rank == 0:
-            name = self.job.experiment.measure
+            name = self.task.experiment.measure
             values = {f"eval/{what}": value for what, value in score.figures(name).items()}
             for each, found in sets.items():
                 values |= {f"eval/{each}/{what}": value for what, value in found.figures(name).items()}
-            self.job.run.metrics(values, step)
+            self.task.run.metrics(values, step)
         if self._is_patience_over():
             self.control.should_training_stop = True
         is_last = step == budget.steps or self.control.should_training_stop
@@ -291,27 +291,27 @@ class _Trainer(ShardingTrainer):
             self.session.report(self._reported())
 
     def _is_patience_over(self) -> bool:
-        patience = self.job.experiment.train.patience
+        patience = self.task.experiment.train.patience
         return patience is not None and self.worse_in_a_row >= patience
 
     def _found(self, step: int, perplexity: float, bits_per_byte: float) -> dict[str, Any]:
         return {
             "step": step,
-            "tokens": step * self.job.budget.batch_tokens,
+            "tokens": step * self.task.budget.batch_tokens,
             "perplexity": perplexity,
             "bits_per_byte": bits_per_byte,
-            "budget_tokens": self.job.budget.tokens,
+            "budget_tokens": self.task.budget.tokens,
             "seconds": time.monotonic() - self.began,
         }
 
     def _reported(self) -> dict[str, Any]:
         bests = {f"best_{name}": self.best[name] for name in ("perplexity", "bits_per_byte", "step")}
-        return {**self.latest, **bests, "best_checkpoint": self.job.checkpoints.path(self.best["step"])}
+        return {**self.latest, **bests, "best_checkpoint": self.task.checkpoints.path(self.best["step"])}
 
     @property
     def masked(self) -> perplexity.MaskedTokens | None:
         """How the model is scored if it is a masked one."""
-        experiment = self.job.experiment
+        experiment = self.task.experiment
         if not experiment.objective.is_masked:
             return None
         return perplexity.MaskedTokens.of(self.store.tokenizer, self.frame, experiment.eval.pseudo_perplexity)
@@ -319,20 +319,20 @@ class _Trainer(ShardingTrainer):
     @property
     def frame(self) -> Frame:
         """What stands around every document."""
-        return self.store.frame(self.job.experiment.tokenizer.prefix)
+        return self.store.frame(self.task.experiment.tokenizer.prefix)
 
     @cached_property
     def sets(self) -> dict[str, Documents]:
         """The evaluation sets by their names."""
-        return {name: tokens.open_store(path).train for name, path in self.job.sets.items()}
+        return {name: tokens.open_store(path).train for name, path in self.task.sets.items()}
 
     @cached_property
     def keywords(self) -> objective.Keywords:
-        return objective.Keywords(self.job.experiment.objective.keywords, self.store.tokenizer)
+        return objective.Keywords(self.task.experiment.objective.keywords, self.store.tokenizer)
 
     def _score(self, documents: Documents) -> Score:
-        told = _Told(self.job, self.session, self.state.global_step)
-        section, block_size = self.job.experiment.eval, self.job.experiment.blocks.block_size
+        told = _EvaluationProgress(self.task, self.session, self.state.global_step)
+        section, block_size = self.task.experiment.eval, self.task.experiment.blocks.block_size
         with self.float32_shards():
             return perplexity.score(
                 self.model,
@@ -358,25 +358,25 @@ class _Trainer(ShardingTrainer):
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:  # of one rank alone, perhaps: told to the others in Saves.commit
-            self.saves.failed = self.saves.failed or error
+            self.writer.failed = self.writer.failed or error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         try:
             super().save_model(output_dir, _internal_call)
         except Exception as error:  # this rank gathers the optimizer's state with the others all the same
-            self.saves.failed = error
+            self.writer.failed = error
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
-        if self.job.experiment.model.lora is not None:
+        if self.task.experiment.model.lora is not None:
             state_dict = model.merged_state_dict(self.model)
         super()._save(str(directory), state_dict)
-        if self.job.experiment.model.lora is not None:
+        if self.task.experiment.model.lora is not None:
             model.save_updates(self.model, directory)
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model_to_load: Any = None) -> None:
-        if self.job.experiment.model.lora is not None:  # the weights there are merged, and those here are the base
+        if self.task.experiment.model.lora is not None:  # the weights there are merged, and those here are the base
             model.load_updates(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model_to_load)
@@ -386,9 +386,9 @@ class _Trainer(ShardingTrainer):
         step = self.state.global_step
         local = Path(self.args.output_dir) / f"checkpoint-{step}"
         best, self.better = self.better or self.best, None
-        self.saves.describe(local, *self._told(step, best, gathered(self.session, self._tr_loss.item())))
-        is_last_chance = self.stopped or step == self.job.budget.steps or self._is_patience_over()
-        if self.saves.commit(step, local, best=best.get("step"), is_last_chance=is_last_chance):
+        self.writer.describe(local, *self._told(step, best, gathered(self.session, self._tr_loss.item())))
+        is_last_chance = self.stopped or step == self.task.budget.steps or self._is_patience_over()
+        if self.writer.commit(step, local, best=best.get("step"), is_last_chance=is_last_chance):
             self.best = best
         if self.latest.get("step") == step and self.best:
             self.session.report(self._reported())
@@ -398,16 +398,16 @@ class _Trainer(ShardingTrainer):
         evaluated = self.latest if self.latest.get("step") == step else {}
         record = {
             "step": step,
-            "tokens": step * self.job.budget.batch_tokens,
+            "tokens": step * self.task.budget.batch_tokens,
             "perplexity": evaluated.get("perplexity"),
             "bits_per_byte": evaluated.get("bits_per_byte"),
-            "scored_on": summary.scored(self.job.experiment, self.store)["scored_on"],
-            "scored_in": self.job.experiment.eval.precision,
+            "scored_on": summary.scored(self.task.experiment, self.store)["scored_on"],
+            "scored_in": self.task.experiment.eval.precision,
             "best": best,
-            "store": self.job.store,
-            "prefix": summary.prefix(self.job.experiment, self.store),
+            "store": self.task.store,
+            "prefix": summary.prefix(self.task.experiment, self.store),
             "unknown_tokens": self.store.validation.unknown_tokens,
-            "mlflow_run_id": self.job.run.run_id,
+            "mlflow_run_id": self.task.run.run_id,
         }
         progress = {
             "losses": losses,
@@ -421,25 +421,25 @@ class _Trainer(ShardingTrainer):
 
     # Stopping
 
-    def look(self) -> None:
+    def check_stop(self) -> None:
         """See whether the training shall stop. Every rank looks after the same steps, about once a second."""
         step, now = self.state.global_step, time.monotonic()
         (last_step, last_time), self.looked = self.looked, (step, now)
         told = None
         if self.session.rank == 0:
-            stopping = self.job.board is not None and self.job.board.is_stopping()
+            stopping = self.task.channel is not None and self.task.channel.is_stopping()
             told = (stopping, step + max(1, int((step - last_step) * LOOK_SECONDS / (now - last_time))))
         self.stopped, self.next_look = gathered(self.session, told)[0]
         self.lost_nodes = self.session.lost_nodes()
         self.stopped = self.stopped or bool(self.lost_nodes)
 
 
-class _Told:
+class _EvaluationProgress:
     """What is told of an evaluation while it lasts, and whether it shall stop; on the first rank alone."""
 
-    def __init__(self, job: TrainTask, session: Session, step: int):
-        self.job, self.step = job, step
-        self.is_first = session.rank == 0 and job.board is not None
+    def __init__(self, task: TrainTask, session: Session, step: int):
+        self.task, self.step = task, step
+        self.is_first = session.rank == 0 and task.channel is not None
         self.told_at = time.monotonic()
         self.asked_at = -math.inf
 
@@ -447,17 +447,17 @@ class _Told:
         """Names what goes on, if it takes long."""
         if self.is_first and time.monotonic() - self.told_at > TELL_SECONDS:
             self.told_at = time.monotonic()
-            self.job.say(f"evaluating after step {self.step:,}: {done:,.0f} of {total:,.0f} tokens")
+            self.task.say(f"evaluating after step {self.step:,}: {done:,.0f} of {total:,.0f} tokens")
 
     def stopping(self) -> bool:
         now = time.monotonic()
         if not self.is_first or now - self.asked_at < LOOK_SECONDS:
             return False
         self.asked_at = now
-        return self.job.board.is_stopping()
+        return self.task.channel.is_stopping()
 
 
-class _Schedule(TrainerCallback):
+class _Reporting(TrainerCallback):
     """When to evaluate, counted in the budget's steps; and where the Trainer's own figures go."""
 
     def __init__(self, trainer: _Trainer):
@@ -478,12 +478,12 @@ class _Schedule(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, step = self.trainer, state.global_step
-        budget = trainer.job.budget
+        budget = trainer.task.budget
         is_last = step == budget.steps
         control.should_evaluate = is_last or step % budget.eval_every == 0 or step % budget.save_every == 0
         control.should_log = control.should_log or is_last
         if step >= trainer.next_look and not is_last:
-            trainer.look()
+            trainer.check_stop()
         if trainer.stopped:
             control.should_save = control.should_training_stop = True
         if control.should_evaluate or control.should_log or control.should_save:
@@ -493,11 +493,11 @@ class _Schedule(TrainerCallback):
         names = {"loss": "train/loss", "learning_rate": "train/learning_rate", "grad_norm": "train/grad_norm"}
         values = {ours: logs[theirs] for theirs, ours in names.items() if logs and theirs in logs}
         if values and self.trainer.session.rank == 0:
-            values["train/tokens"] = state.global_step * self.trainer.job.budget.batch_tokens
-            self.trainer.job.run.metrics(values, state.global_step)
-            self.trainer.job.run.system_metrics(state.global_step)
-            if self.trainer.job.board is not None:
-                self.trainer.job.board.put(values["train/tokens"])
+            values["train/tokens"] = state.global_step * self.trainer.task.budget.batch_tokens
+            self.trainer.task.run.metrics(values, state.global_step)
+            self.trainer.task.run.system_metrics(state.global_step)
+            if self.trainer.task.channel is not None:
+                self.trainer.task.channel.advance(values["train/tokens"])
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.keep()
