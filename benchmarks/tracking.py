@@ -3,7 +3,7 @@
 MLflow's own server in a process of its own, in three states: up, slow (a second an answer) and down. In each, by turns:
 
     file      a line of JSON appended to a file and no thread, every 20 ms: what the machine's mood alone costs
-    raylm     run.metrics(), every 20 ms, 8 metrics a call: into the journal, from where a thread ships them
+    raylm     run.log_metrics(), every 20 ms, 8 metrics a call: into the journal, from where a thread uploads them
     mlflow    MlflowClient.log_batch of the same, with 2 tries again of its usual 7, which would take 4 minutes a call
 
 Prints milliseconds a call at the median, the 99th percentile and the most; how many points MLflow had in the end of
@@ -57,10 +57,10 @@ def main() -> None:
                 bare, _ = told(arguments.seconds, appended(f"{root}/lines"), pause=0.02)
                 run = tracking.start(section, experiment="benchmark", name=state, tags={}, directory=directory)
                 server.become(state)
-                ours, cpu = told(arguments.seconds, run.metrics, pause=0.02)
+                ours, cpu = told(arguments.seconds, run.log_metrics, pause=0.02)
                 theirs, _ = told(arguments.seconds, plain(server.uri, run.run_id), pause=0.02)
                 server.become("up")
-                shipped = run.ship(60)
+                is_uploaded = run.upload(60)
                 points = sum(len(points) for points in series(server.uri, run.run_id).values())
                 print(
                     json.dumps(
@@ -70,7 +70,7 @@ def main() -> None:
                             "raylm_ms": figures(ours),
                             "mlflow_ms": figures(theirs),
                             "raylm_points": [points, len(NAMES) * len(ours)],
-                            "shipped": shipped,
+                            "is_uploaded": is_uploaded,
                             "thread_cores": round(cpu, 3),
                         }
                     ),

@@ -275,7 +275,7 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
         launch.fit(
             training.TrainTask(made, store.path, budget.for_store(made, store), run, begun.directory, Timed), resources
         )
-    return json.loads(file.read_text()), run.series()["train/loss"][-1][1]
+    return json.loads(file.read_text()), run.metric_history()["train/loss"][-1][1]
 
 
 if __name__ == "__main__":

@@ -118,9 +118,9 @@ def summarize(given: str) -> ComparedRun:
         return of_sweep(directory, None)
     if page.is_sweep(above):  # a trial, or the model of the best one
         return of_sweep(above, name if name.startswith("trial_") else None)
-    if journal.RUN in inside:
+    if journal.RUN_FILE in inside:
         return of_training(directory)
-    if name == "model" and journal.RUN in storage.names(above):
+    if name == "model" and journal.RUN_FILE in storage.names(above):
         return of_training(above)
     if "config.json" in inside:
         return of_model(directory, given)
@@ -159,13 +159,13 @@ def of_training(directory: str) -> ComparedRun:
     from raylm import page, storage, tracking
     from raylm.tracking import journal
 
-    facts = journal.facts(directory)
+    facts = journal.run_state(directory)
     experiment = page.experiment(directory, facts)
     measure = page.measure(experiment).replace("-", "_")
     result = loads(storage.read(f"{directory}/result.json") or b"{}")
     is_over = measure in result
     if not is_over:
-        series = tracking.Run(directory).series()
+        series = tracking.Run(directory).metric_history()
         evaluations = {name: dict(series.get(f"eval/{name}", ())) for name in (measure, "bits_per_byte")}
         best = min(evaluations[measure], key=lambda step: evaluations[measure][step], default=-1)  # before any: none
         trained = series.get("train/tokens")
@@ -188,8 +188,8 @@ def pace(directory: str) -> dict[str, Any]:
     """`seconds` and `tokens_per_second` of a run, by the times in its journal; None before there are two."""
     from raylm.tracking import journal
 
-    points: dict[journal.Place, journal.Point] = {}
-    journal.apply(journal.log(directory, journal.METRICS).read()[0], points)
+    points: dict[journal.MetricKey, journal.MetricValue] = {}
+    journal.apply_metrics(journal.json_lines(directory, journal.METRICS_FILE).read()[0], points)
     told = sorted((time / 1000, tokens) for (name, _), (tokens, time) in points.items() if name == "train/tokens")
     spans = [(after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(told)]
     speeds = [tokens / seconds for seconds, tokens in spans if seconds > 0]

@@ -108,7 +108,7 @@ def read(directory: str) -> SweepResults:
     """What is known of a sweep by its directory; StorageError if it is none."""
     if not is_sweep(directory):
         raise StorageError(f"{directory} is not a sweep: it has no {EVENTS}", directory)
-    facts = journal.facts(directory)
+    facts = journal.run_state(directory)
     known = experiment(directory, facts)
     record = sweeps.SweepRecord(directory)
     result = json.loads(storage.read(f"{directory}/result.json") or b"{}")
@@ -147,7 +147,7 @@ def experiment(directory: str, facts: journal.RunState) -> Experiment:
 
 
 def _losses(directory: str) -> list[tuple[float, float]]:
-    series = tracking.Run(directory).series()
+    series = tracking.Run(directory).metric_history()
     tokens = dict(series.get("train/tokens", ()))
     return [(tokens[step], loss) for step, loss in series.get("train/loss", ()) if step in tokens]
 
@@ -312,7 +312,7 @@ def _about(found: SweepResults) -> dict[str, Any]:
         "seed": experiment.train.seed,
         "begun": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(facts.run.get("time", 0) / 1000)),
         "took": console.format_duration(found.seconds) if found.seconds else None,
-        "git commit": {**facts.run.get("tags", {}), **facts.tags}.get(tracking.COMMIT),
+        "git commit": {**facts.run.get("tags", {}), **facts.tags}.get(tracking.COMMIT_TAG),
         "directory": found.directory,
     }
 

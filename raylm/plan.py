@@ -123,7 +123,7 @@ class Plan:
             "resources_per_worker": self.resources.per_worker if self.resources else None,
             "cluster": f"{self.address.value} ({self.address.setting})" if self.address else "this machine",
             "storage": runs.directory_of(experiment),
-            "tracking": tracking.shown(section.uri) if section.uri else None,
+            "tracking": tracking.display_uri(section.uri) if section.uri else None,
             "experiment": section.experiment or experiment.name,
         }
 
@@ -172,7 +172,7 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
     if starts:
         cluster.check_reachable(experiment.cluster)
     if experiment.tracking.uri is not None:
-        tracking.check(experiment.tracking.uri)
+        tracking.check_uri(experiment.tracking.uri)
     planned = resolve_tokens(experiment, with_sizes=True)
     experiment, store = planned.experiment, planned.store
     sets = evaluation_sets(experiment)

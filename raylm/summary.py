@@ -1,4 +1,4 @@
-"""What MLflow is told of an experiment's run, alike for a training, a sweep and each of its trials."""
+"""What a run of an experiment logs to MLflow: the same for a training, a sweep and each of its trials."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from raylm.tracking import Run
 
 
 def start(experiment: Experiment, directory: str, name: str, verb: str) -> Run:
-    """The run in MLflow of a run's directory: the one it had before, or a new one."""
+    """Start the MLflow run of a run's directory, or resume the one that it has."""
     return tracking.start(
         experiment.tracking,
         experiment=experiment.name,
         name=name,
-        tags={"raylm.verb": verb},
+        tags={"raylm.command": verb},
         directory=directory,
         metric=f"best/eval_{experiment.measure}",
     )
 
 
 def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str, Any]:
-    """What an MLflow run has as parameters: the same keys for every run of an experiment."""
-    found = model.config_of(experiment, model.num_ids(experiment.model, store.tokenizer))
+    """The parameters of an MLflow run: the same keys for every run of an experiment."""
+    model_config = model.config_of(experiment, model.num_ids(experiment.model, store.tokenizer))
     return {
         **{key: get(experiment, key) for key in export.SETTINGS},
-        "model": experiment.model.path or found.model_type,
-        "model_parameters": model.num_parameters(found, masked=experiment.objective.is_masked),
+        "model": experiment.model.path or model_config.model_type,
+        "model_parameters": model.num_parameters(model_config, masked=experiment.objective.is_masked),
         "tokens": budget.tokens,
         "steps": budget.steps,
         "store": store.fingerprint,
@@ -48,7 +48,7 @@ def prefix(experiment: Experiment, store: Store) -> str | None:
 
 
 def scored(experiment: Experiment, store: Store) -> dict[str, Any]:
-    """What an evaluation during training is made of, and how many documents, and tokens of them, that is."""
+    """What an evaluation during training scores, and the number of its documents and tokens."""
     split = store.validation
     documents = perplexity.first_documents(split, experiment.eval.max_tokens)
     return {
@@ -59,16 +59,16 @@ def scored(experiment: Experiment, store: Store) -> dict[str, Any]:
 
 
 def log_data(run: Run, experiment: Experiment, store: Store) -> None:
-    """The splits of the token store as what an MLflow run reads, and whether scores on them compare with others."""
+    """Log the splits of the token store as data sets, and a tag if scores on them do not compare with others."""
     if (why := incomparable(store.validation.unknown_tokens, store.validation.num_tokens)) is not None:
-        run.tags({"raylm.incomparable": why})
+        run.set_tags({"raylm.incomparable": why})
     for split, context in (("train", "training"), ("validation", "validation")):
         profile = {what: store.manifest[split][what] for what in COUNTED}
         name = f"{experiment.name} {split}"
-        run.dataset(name, digest=store.fingerprint, source=store.path, profile=profile, context=context)
+        run.log_dataset(name, digest=store.fingerprint, source=store.path, profile=profile, context=context)
 
 
 def log_best(run: Run, experiment: Experiment, best: Mapping[str, Any]) -> None:
-    """The scores of the best evaluation. At step 0, or MLflow shows them as dots instead of bars."""
+    """Log the scores of the best evaluation, at step 0: at any other step MLflow shows dots, not bars."""
     name = experiment.measure
-    run.metrics({f"best/eval_{name}": best["perplexity"], "best/eval_bits_per_byte": best["bits_per_byte"]}, 0)
+    run.log_metrics({f"best/eval_{name}": best["perplexity"], "best/eval_bits_per_byte": best["bits_per_byte"]}, 0)

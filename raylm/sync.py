@@ -1,4 +1,4 @@
-"""python -m raylm.sync: what MLflow has missed of runs, out of their journals."""
+"""python -m raylm.sync: upload what MLflow has missed of runs, from their journals."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import typer
 
 from raylm import cli, console
 
-PATIENCE_SECONDS = 10.0
-"""How long a server is waited for that takes nothing."""
+TIMEOUT_SECONDS = 10.0
+"""How long to wait for a server that takes nothing."""
 
-URI = "tracking.uri="
+URI_SETTING = "tracking.uri="
 
 
 def sync(
@@ -20,8 +20,8 @@ def sync(
         list[str] | None,
         typer.Argument(
             metavar="[DIRECTORY]... [SECTION.KEY=VALUE]...",
-            help="Where to look for runs; by default the experiment's storage. With tracking.uri=URI they are shipped "
-            "there, else where each belongs.",
+            help="Where to look for runs; by default the experiment's storage. With tracking.uri=URI they are uploaded "
+            "there, else each to its own MLflow.",
         ),
     ] = None,
     config: cli.ConfigFile = None,
@@ -29,35 +29,35 @@ def sync(
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
 ) -> cli.CommandResult:
-    """Ship to MLflow what it has missed of runs, since it was down or they ran without it; nothing twice.
+    """Upload to MLflow what it has missed of runs, because it was down or they ran without it; nothing twice.
 
-    The exit code is 5 if something is left.
+    The exit code is 5 if something is still missing.
     """
     directories = [argument for argument in arguments or [] if "=" not in argument or os.path.isdir(argument)]
     settings = [argument for argument in arguments or [] if argument not in directories]
     experiment = cli.experiment(config, settings, print_config)
-    elsewhere = experiment.tracking.uri if any(setting.startswith(URI) for setting in settings) else None
+    uri = experiment.tracking.uri if any(setting.startswith(URI_SETTING) for setting in settings) else None
     from raylm import tables, tracking
 
-    found = [run for place in directories or [experiment.storage] for run in tracking.runs(place, elsewhere)]
-    runs = {run.directory: run for run in found if run.uri is not None}
-    owed = {place: run.left() for place, run in runs.items()}
-    total = sum(owed.values())
-    left = dict(owed)
-    silent: set[str | None] = set()
+    with_journal = [run for place in directories or [experiment.storage] for run in tracking.find_runs(place, uri)]
+    runs = {run.directory: run for run in with_journal if run.uri is not None}
+    pending = {directory: run.pending() for directory, run in runs.items()}
+    total = sum(pending.values())
+    unreachable: set[str | None] = set()
     if total and not dry_run:
-        with console.task("Shipping", "entries") as advance:
-            for place, run in runs.items():
-                while run.uri not in silent and left[place] and not run.ship(PATIENCE_SECONDS):
-                    before, left[place] = left[place], run.left()
-                    if left[place] >= before and run.is_cut_off:
-                        silent.add(run.uri)
-                left[place] = run.left()
-                advance(total - sum(left.values()), total)
-    record = {"runs": len(runs), "shipped": total - sum(left.values()), "left": sum(left.values())}
-    lines = [f"{place}: {count:,} entries are not in MLflow yet" for place, count in left.items() if count]
+        with console.task("Uploading", "entries") as advance:
+            for directory, run in runs.items():
+                while run.uri not in unreachable and pending[directory] and not run.upload(TIMEOUT_SECONDS):
+                    before, pending[directory] = pending[directory], run.pending()
+                    if pending[directory] >= before and run.upload_failed:
+                        unreachable.add(run.uri)
+                pending[directory] = run.pending()
+                advance(total - sum(pending.values()), total)
+    missing = sum(pending.values())
+    record = {"runs": len(runs), "uploaded": total - missing, "pending": missing}
+    lines = [f"{directory}: {count:,} entries are not in MLflow yet" for directory, count in pending.items() if count]
     view = "\n".join([*lines, tables.key_values(record)])
-    return cli.CommandResult(record, view, exit_code=5 if record["left"] and not dry_run else 0)
+    return cli.CommandResult(record, view, exit_code=5 if missing and not dry_run else 0)
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def training(result: TrainResult, section: TrackingConfig) -> str:
             "checkpoint": result.checkpoint,
             "training": next(iter(overfitted), None),
             "generate": f'{sys.executable} -m raylm.generate {result.checkpoint} --prompt "..."',
-            "mlflow": tracking.how_to_look(section),
+            "mlflow": tracking.how_to_open(section),
         }
     )
 
@@ -118,7 +118,7 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
             "repeat it": f"{sys.executable} -m raylm.train --config {best['checkpoint']}/experiment.yaml",
             "try it": f"{sys.executable} -m raylm.generate {best['checkpoint']} --prompt '...'",
             "report": result.report,
-            "compare trials": result.comparison or tracking.how_to_look(experiment.tracking),
+            "compare trials": result.comparison or tracking.how_to_open(experiment.tracking),
         }
     )
     return trials(result.trials, measure), "\n".join(notes), "", next_steps

@@ -44,11 +44,11 @@ def trained(storage):
         where = [f"storage={storage}", "name=words", "tracking.uri=null", f"train.max_tokens={BUDGET}"]
         experiment = config.load(None, [*where, "train.batch_tokens=256", "blocks.block_size=64", *settings])
         run = tracking.start(experiment.tracking, experiment="words", name=name, tags={}, directory=directory)
-        run.parameters({"store": store} if store else {})
-        run.text(config.dump(experiment), "experiment.yaml")
+        run.log_parameters({"store": store} if store else {})
+        run.log_text(config.dump(experiment), "experiment.yaml")
         for step, score in ((1, 40.0), (2, 44.0)):
             scores = {f"eval/{experiment.measure}": score, "eval/bits_per_byte": score / 20}
-            run.metrics({**scores, "train/tokens": 256 * step}, step)
+            run.log_metrics({**scores, "train/tokens": 256 * step}, step)
         if result:
             (Path(directory) / "result.json").write_text(json.dumps(result))
         return directory

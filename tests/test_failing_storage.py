@@ -218,7 +218,7 @@ def place(tmp_path_factory):
         )
         patch.setattr(storage, "RETRIES_SECONDS", (0.0, 0.0))
         patch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("tmp")))
-        patch.setattr(journal, "UPLOAD_SECONDS", 1e6)
+        patch.setattr(journal, "REWRITE_SECONDS", 1e6)
         patch.setattr(journal, "atexit", SimpleNamespace(register=farewells.append))
         for name in ("start_worker_early", "start_ray_early"):
             patch.setattr(cluster, name, lambda *_, **__: None)
@@ -244,8 +244,8 @@ def place(tmp_path_factory):
                     farewell.__self__._timer.cancel()
             farewells.clear()
             for cached in (
-                journal.log,
-                journal.metrics,
+                journal.json_lines,
+                journal.metric_writer,
                 tokens.local_copy,
                 tokens.store.local_tokenizer,
                 tokens.store._split,

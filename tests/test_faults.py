@@ -103,7 +103,7 @@ def ends_as(untouched, outcome, job):
     expected, reference = untouched
     assert outcome.best == expected.best
     assert left(job.directory, 12) == left(reference.directory, 12)
-    assert job.run.series() == reference.run.series()
+    assert job.run.metric_history() == reference.run.metric_history()
 
 
 def randomly(number):
@@ -561,8 +561,8 @@ def test_another_number_of_workers_goes_on_with_the_same_examples_in_the_same_st
     ]
     whole, reference = train_run(one)
     assert outcome.best["perplexity"] == pytest.approx(whole.best["perplexity"], rel=1e-4)
-    losses = dict(reference.run.series()["train/loss"])
-    assert dict(job.run.series()["train/loss"]) == pytest.approx(losses, rel=1e-4)
+    losses = dict(reference.run.metric_history()["train/loss"])
+    assert dict(job.run.metric_history()["train/loss"]) == pytest.approx(losses, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -613,8 +613,8 @@ def test_a_command_goes_on_where_it_was_killed_or_stopped(tiny, start_command, t
     outcome, job = train_run(override(experiment, {"storage": str(tmp_path / "untouched")}))
     assert result["perplexity"] == outcome.best["perplexity"]
     assert left(directory, 400) == left(job.directory, 400)
-    series = tracking.Run(str(directory)).series()
-    assert {key: series[key] for key in job.run.series()} == job.run.series()
+    series = tracking.Run(str(directory)).metric_history()
+    assert {key: series[key] for key in job.run.metric_history()} == job.run.metric_history()
     assert not list(place.glob("*/checkpoints/*/*.bin")), "no pickles"
 
 

@@ -97,7 +97,7 @@ def test_the_losses_of_ten_steps(train_run, tiny, tracking_uri):
     for name, settings in TRAININGS.items():
         outcome, job = train_run(tiny(*common, *settings))
         assert outcome.step == 10
-        assert job.run.ship(60)
+        assert job.run.upload(60)
         history = MlflowClient(tracking_uri).get_metric_history(job.run.run_id, "train/loss")
         found[name] = [point.value for point in sorted(history, key=lambda point: point.step)]
         assert len(found[name]) == 10

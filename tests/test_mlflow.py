@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from raylm import config, tokenizer, tracking
 from raylm.config import TrackingConfig
-from raylm.tracking import mlflow as shipping
+from raylm.tracking import uploader
 
 PASSWORD = "canaryCanary77"
 
@@ -20,8 +20,8 @@ PASSWORD = "canaryCanary77"
 @pytest.fixture
 def uri(tmp_path, tmp_path_factory, monkeypatch):
     """Of a SQLite file: a copy of an empty one, since MLflow takes seconds to make one."""
-    monkeypatch.setattr(shipping, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(uploader, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(uploader, "TIMEOUT_SECONDS", 1.0)
     empty = tmp_path_factory.getbasetemp() / "empty.db"
     if not empty.exists():
         MlflowClient(f"sqlite:///{empty}").search_experiments()
@@ -31,17 +31,13 @@ def uri(tmp_path, tmp_path_factory, monkeypatch):
 
 
 def end_threads():
-    for known in tracking.mlflow._servers.values():
-        known.close(10)
-    tracking.mlflow._servers.clear()
+    for each in uploader._uploaders.values():
+        each.close(10)
+    uploader._uploaders.clear()
 
 
 def start(section, directory):
     return tracking.start(section, experiment="words", name="one", tags={}, directory=directory)
-
-
-def never(said):
-    raise AssertionError(said)
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -73,13 +69,13 @@ def test_the_best_model_is_logged_with_its_run_and_registered(uri, trained_direc
     versions = []
     for name in ("first", "second"):
         run = start(section, tmp_path / name)
-        run.parameters({"train.learning_rate": 3e-4})
-        run.metrics({"train/loss": 2.0}, 6)
-        run.metrics({"train/loss": 1.5}, 7)
-        run.metrics({"best/eval_perplexity": 8.5}, 0)
+        run.log_parameters({"train.learning_rate": 3e-4})
+        run.log_metrics({"train/loss": 2.0}, 6)
+        run.log_metrics({"train/loss": 1.5}, 7)
+        run.log_metrics({"best/eval_perplexity": 8.5}, 0)
         directory = copied(trained_directory, tmp_path / name / "model", PLAIN)
         for _ in range(2):  # as a command that goes on does
-            run.model(directory, section, 7, never)
+            run.log_model(directory, section, 7)
         found = client.get_logged_model(client.get_run(run.run_id).outputs.model_outputs[0].model_id)
         assert (str(found.status), found.name, found.params) == ("READY", "model", {"train.learning_rate": "0.0003"})
         linked = {metric.key: metric.value for metric in found.metrics}
@@ -91,7 +87,7 @@ def test_the_best_model_is_logged_with_its_run_and_registered(uri, trained_direc
     assert [version.version for version in client.search_model_versions("name = 'words'")] == [2, 1]
     end_threads()
     (tmp_path / "first" / "mlflow.json").unlink()
-    assert start(section, tmp_path / "first").ship(20)
+    assert start(section, tmp_path / "first").upload(20)
     assert client.get_model_version_by_alias("words", "champion").version == versions[1].version, "the newest"
     requirements = (tmp_path / "mlartifacts").glob("models/*/artifacts/requirements.txt")
     assert all(f"torch=={torch.__version__.partition('+')[0]}\n" in file.read_text() for file in requirements)
@@ -103,7 +99,7 @@ def test_a_masked_model_on_remote_storage_is_logged_as_what_it_is(uri, masked_di
     section = TrackingConfig(uri=uri, log_model=True)
     run = start(section, f"file://{tmp_path}/run")  # a local one, as far as raylm knows
     copied(masked_directory, tmp_path / "run" / "model")
-    run.model(f"file://{tmp_path}/run/model", section, 1, never)
+    run.log_model(f"file://{tmp_path}/run/model", section, 1)
     assert MlflowClient(uri).search_registered_models() == []
     pipeline = loaded(uri, f"runs:/{run.run_id}/model")
     assert pipeline.task == "fill-mask"
@@ -113,8 +109,8 @@ def test_a_masked_model_on_remote_storage_is_logged_as_what_it_is(uri, masked_di
 def test_a_model_is_not_logged_unless_one_says_so(uri, trained_directory, tmp_path):
     section = TrackingConfig(uri=uri)
     run = start(section, tmp_path / "run")
-    run.model(copied(trained_directory, tmp_path / "run" / "model", PLAIN), section, 1, never)
-    assert run.ship(20)
+    run.log_model(copied(trained_directory, tmp_path / "run" / "model", PLAIN), section, 1)
+    assert run.upload(20)
     assert not MlflowClient(uri).get_run(run.run_id).outputs.model_outputs
 
 
@@ -122,12 +118,12 @@ def test_a_model_that_mlflow_does_not_take_is_logged_later(uri, trained_director
     section = TrackingConfig(uri=uri, log_model=True)
     run = start(section, tmp_path / "run")
     (tmp_path / "mlartifacts").write_text("not a directory")
-    said = []
-    run.model(copied(trained_directory, tmp_path / "run" / "model", PLAIN), section, 1, said.append)
-    assert said == [f"MLflow has not got the model yet; to log it: {sys.executable} -m raylm.sync {tmp_path}/run"]
-    assert "does not store artifacts: [Errno 20] Not a directory" in capsys.readouterr().err
+    run.log_model(copied(trained_directory, tmp_path / "run" / "model", PLAIN), section, 1)
+    messages = capsys.readouterr().err
+    assert f"not in MLflow yet; upload it with: {sys.executable} -m raylm.sync {tmp_path}/run" in messages
+    assert "does not store artifacts: [Errno 20] Not a directory" in messages
     (tmp_path / "mlartifacts").unlink()
-    assert run.ship(20)
+    assert run.upload(20)
     client = MlflowClient(uri)
     found = client.search_logged_models([client.get_run(run.run_id).info.experiment_id])
     assert [str(model.status) for model in found] == ["READY"], "what was cut off is gone"
@@ -136,8 +132,8 @@ def test_a_model_that_mlflow_does_not_take_is_logged_later(uri, trained_director
 def test_a_model_that_was_removed_is_wanted_no_more(uri, tmp_path, capsys):
     section = TrackingConfig(uri=uri, log_model=True)
     run = start(section, tmp_path / "run")
-    run.model(tmp_path / "run" / "model", section, 1, never)
-    assert run.left() == 0
+    run.log_model(tmp_path / "run" / "model", section, 1)
+    assert run.pending() == 0
     assert "warning" not in capsys.readouterr().err
 
 
@@ -159,12 +155,12 @@ def test_variables_of_mlflow_send_no_run_elsewhere(uri, elsewhere, trained_direc
     monkeypatch.chdir(tmp_path)
     section = TrackingConfig(uri=uri, register_as="words")
     run = start(section, tmp_path / "run")
-    run.metrics({"best/eval_perplexity": 8.5}, 0)
-    run.text("a: 1", "experiment.yaml")
-    run.model(copied(trained_directory, tmp_path / "run" / "model", PLAIN), section, 7, never)
-    run.child("trial_00000").end()
-    run.end()
-    assert run.ship(20)
+    run.log_metrics({"best/eval_perplexity": 8.5}, 0)
+    run.log_text("a: 1", "experiment.yaml")
+    run.log_model(copied(trained_directory, tmp_path / "run" / "model", PLAIN), section, 7)
+    run.start_trial("trial_00000").finish()
+    run.finish()
+    assert run.upload(20)
     client = MlflowClient(uri)
     assert {found.name for found in client.search_experiments()} == {"Default", "words"}
     assert client.get_model_version_by_alias("words", "champion").run_id == run.run_id
@@ -216,17 +212,17 @@ def test_a_server_with_passwords(uri, trained_directory, tmp_path, monkeypatch, 
     with server_with_passwords(tmp_path / "root", free_port) as address:
         section = TrackingConfig(uri=address, register_as="words")
         run = start(section, tmp_path / "run")
-        run.metrics({"best/eval_perplexity": 8.5}, 7)
+        run.log_metrics({"best/eval_perplexity": 8.5}, 7)
         told = ""
         while "refuses access" not in told:  # nobody answers at first
-            run.ship(1)
+            run.upload(1)
             told += capfd.readouterr().err
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
-        run.text("a: 1\n", "experiment.yaml")
-        assert run.ship(60)
-        run.model(copied(trained_directory, tmp_path / "run" / "model", PLAIN), section, 7, never)
-        run.end()
-        assert run.ship(60)
+        run.log_text("a: 1\n", "experiment.yaml")
+        assert run.upload(60)
+        run.log_model(copied(trained_directory, tmp_path / "run" / "model", PLAIN), section, 7)
+        run.finish()
+        assert run.upload(60)
         client = MlflowClient(address)
         found = client.get_run(run.run_id)
         assert (found.info.status, found.data.metrics) == ("FINISHED", {"best/eval_perplexity": 8.5})

@@ -34,17 +34,17 @@ def write_sweep(storage, name, *settings, trials, result_json=None):
          "train.batch_tokens=256", *settings],
     )  # fmt: skip
     parent = tracking.start(experiment.tracking, experiment="words", name=name, tags={}, directory=directory)
-    parent.parameters({"tokens": BUDGET, "store": "f00d"})
-    parent.text(config.dump(experiment), "experiment.yaml")
+    parent.log_parameters({"tokens": BUDGET, "store": "f00d"})
+    parent.log_text(config.dump(experiment), "experiment.yaml")
     record = SweepRecord(directory)
     for number, (swept, evaluations, status, failure) in enumerate(trials):
         trial_id = f"trial_{number:05}"
         record.begin(trial_id, swept)
         record.start(trial_id)
-        child = parent.child(trial_id)
+        child = parent.start_trial(trial_id)
         for tokens, perplexity in evaluations:
             record.result(trial_id, result(tokens, perplexity))
-            child.metrics({"train/loss": 3.0, "train/tokens": tokens}, tokens // 256)
+            child.log_metrics({"train/loss": 3.0, "train/tokens": tokens}, tokens // 256)
         if status != "running":
             record.end(trial_id, status, failure)
     record.spend(75)

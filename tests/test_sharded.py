@@ -139,7 +139,9 @@ def test_sharded_weights_train_as_whole_ones_do(trained, two_workers, train_run)
     whole, reference = train_run(two_workers)
     assert outcome.best["perplexity"] == pytest.approx(whole.best["perplexity"], rel=1e-4)
     for name in ("train/loss", "train/grad_norm"):
-        assert dict(job.run.series()[name]) == pytest.approx(dict(reference.run.series()[name]), rel=1e-4)
+        assert dict(job.run.metric_history()[name]) == pytest.approx(
+            dict(reference.run.metric_history()[name]), rel=1e-4
+        )
 
 
 @pytest.mark.slow
@@ -147,7 +149,7 @@ def test_a_sharded_run_goes_on_where_it_was_stopped(trained, sharded, train_run)
     outcome, job, _ = trained
     ended, again = stopped_and_begun_again(train_run, sharded)
     assert ended.best == outcome.best
-    assert again.run.series()["train/loss"] == job.run.series()["train/loss"]
+    assert again.run.metric_history()["train/loss"] == job.run.metric_history()["train/loss"]
 
 
 @pytest.mark.slow

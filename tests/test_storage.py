@@ -265,11 +265,11 @@ def test_a_file_of_a_run_is_kept_there_and_reaches_mlflow(place, tmp_path):
     section = config.load(None, [f"tracking.uri={uri}"]).tracking
     run = tracking.start(section, experiment="words", name="tune-1", tags={}, directory=f"{place}/words/tune-1")
     storage.write(f"{run.directory}/report/report.html", b"a page")
-    run.file(f"{run.directory}/report/report.html", "report/report.html")
+    run.log_file(f"{run.directory}/report/report.html", "report/report.html")
     (tmp_path / "here.txt").write_text("from here")
-    run.file(tmp_path / "here.txt", "there.txt")
-    run.end()
-    assert run.ship(60)
+    run.log_file(tmp_path / "here.txt", "there.txt")
+    run.finish()
+    assert run.upload(60)
     assert storage.read(f"{run.directory}/there.txt") == b"from here"
     client = MlflowClient(uri)
     found = client.download_artifacts(run.run_id, "", str(tmp_path))
@@ -352,7 +352,7 @@ def test_a_run_goes_on_to_the_next_save_where_storage_fails_and_ends_if_it_stays
     assert result["checkpoint"] == f"{directory}/model"
     assert series.complete() == [2, 6, 8, 10]
     assert {"run.json", "result.json", "metrics.jsonl", "model"} <= set(storage.names(directory))
-    assert tracking.Run(directory).series()["eval/perplexity"][-1][0] == 10
+    assert tracking.Run(directory).metric_history()["eval/perplexity"][-1][0] == 10
     assert sorted(each.name for each in tmp_path.iterdir()) == ["tiny.yaml", "tmp"], "nothing of it is here"
     assert evaluate(result["checkpoint"]).record["perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
     with pytest.raises(StorageError, match="--resume must: no run"):
@@ -460,16 +460,16 @@ def artifacts(place, tmp_path):
     MlflowClient(uri).create_experiment("words", f"{place}/artifacts")
     section = config.load(None, [f"tracking.uri={uri}"]).tracking
     run = tracking.start(section, experiment="words", name="one", tags={}, directory=tmp_path / "run")
-    run.metrics({"train/loss": 2.0}, 1)
-    run.text("a: 1\n", "experiment.yaml")
-    run.end()
+    run.log_metrics({"train/loss": 2.0}, 1)
+    run.log_text("a: 1\n", "experiment.yaml")
+    run.finish()
     return run
 
 
 def stored_later(place, tmp_path, capsys, when_well, why):
     """What MLflow is given while there is a problem, and once all is well."""
     run = artifacts(place, tmp_path)
-    assert not run.ship(2)
+    assert not run.upload(2)
     told = capsys.readouterr().err
     assert re.search(f"warning: MLflow at .* does not store artifacts: experiment.yaml: .*{why}", told)
     assert told.count("warning") == 1
@@ -477,7 +477,7 @@ def stored_later(place, tmp_path, capsys, when_well, why):
     found = client.get_run(run.run_id)
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 2.0}), "all else is there"
     when_well()
-    assert run.ship(20)
+    assert run.upload(20)
     assert [file.path for file in client.list_artifacts(run.run_id)] == ["experiment.yaml"]
 
 

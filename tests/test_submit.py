@@ -368,10 +368,10 @@ def test_a_job_whose_head_is_lost_goes_on_when_submitted_to_another(tiny, tmp_pa
         (ours,), (theirs,) = place.glob("train-*"), (tmp_path / "runs" / "whole").glob("train-*")
         weights = [(run / "model" / "model.safetensors").read_bytes() for run in (ours, theirs)]
         assert weights[0] == weights[1]
-        assert tracking.Run(str(ours)).series() == tracking.Run(str(theirs)).series()
+        assert tracking.Run(str(ours)).metric_history() == tracking.Run(str(theirs)).metric_history()
         client = MlflowClient(uri)
         (run,) = client.search_runs([client.get_experiment_by_name("words").experiment_id])
         assert run.info.status == "FINISHED"
-        for key, points in tracking.Run(str(ours)).series().items():
+        for key, points in tracking.Run(str(ours)).metric_history().items():
             stored = client.get_metric_history(run.info.run_id, key)
             assert sorted((point.step, point.value) for point in stored) == points, key

@@ -210,7 +210,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     assert again.trials["trial_00001"].attempts == 2
     assert again.trials["trial_00001"].wrong_setting == "model.path"
     assert again.seconds == 2.5
-    journal.log(str(tmp_path), EVENTS).close()  # as in a new process
+    journal.json_lines(str(tmp_path), EVENTS).close()  # as in a new process
     again.begin("trial_00002", {})
     assert list(sweep.read(str(tmp_path))) == ["trial_00000", "trial_00001", "trial_00002"]
 

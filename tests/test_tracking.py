@@ -1,4 +1,4 @@
-"""Journals need no MLflow. What is shipped is asked of MLflow's own server, here in this process, behind a gate."""
+"""Journals need no MLflow. What is uploaded is asked of MLflow's own server, here in this process, behind a gate."""
 
 import contextlib
 import json
@@ -27,8 +27,9 @@ from werkzeug.serving import make_server
 from raylm import storage, tracking
 from raylm.config import TrackingConfig
 from raylm.errors import ConfigError, StorageError
-from raylm.tracking import journal, mlflow, system
-from raylm.tracking.shipment import Shipment
+from raylm.tracking import journal, system, uploader
+from raylm.tracking.server import Server
+from raylm.tracking.upload import Upload
 
 NOWHERE = TrackingConfig(uri=None)
 LOSSES = {step: 5 - step / 10 for step in range(1, 9)}
@@ -76,9 +77,9 @@ def ended(child):
 
 
 def as_in_a_new_process(run):
-    journal.log(run.directory, journal.METRICS).close()
-    journal.log.cache_clear()
-    journal.metrics.cache_clear()
+    journal.json_lines(run.directory, journal.METRICS_FILE).close()
+    journal.json_lines.cache_clear()
+    journal.metric_writer.cache_clear()
 
 
 def eventually(check):
@@ -188,76 +189,76 @@ def section(tmp_path, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Threads that look every moment, and none left over."""
-    monkeypatch.setattr(mlflow, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 20.0)
+    monkeypatch.setattr(uploader, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(uploader, "TIMEOUT_SECONDS", 20.0)
     yield
     end_threads()
 
 
 def end_threads():
     """As if the process were another one."""
-    for known in tracking.mlflow._servers.values():
-        known.close(10)
-    tracking.mlflow._servers.clear()
+    for each in uploader._uploaders.values():
+        each.close(10)
+    uploader._uploaders.clear()
 
 
 # The journal -------------------------------------------------------------------------------------------------------
 
 
-def test_the_journal_is_written_whether_or_not_anything_is_shipped(tmp_path):
+def test_the_journal_is_written_whether_or_not_anything_is_uploaded(tmp_path):
     run = start(NOWHERE, tmp_path / "run")
-    run.metrics({"train/loss": 2.5, "train/tokens": 256}, 1)
-    run.metrics({"train/loss": 2.25, "train/grad_norm": math.inf}, 2)
-    assert run.series() == {
+    run.log_metrics({"train/loss": 2.5, "train/tokens": 256}, 1)
+    run.log_metrics({"train/loss": 2.25, "train/grad_norm": math.inf}, 2)
+    assert run.metric_history() == {
         "train/grad_norm": [(2, math.inf)],
         "train/loss": [(1, 2.5), (2, 2.25)],
         "train/tokens": [(1, 256.0)],
     }
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0] == {"step": 1, "time": lines[0]["time"], "metrics": {"train/loss": 2.5, "train/tokens": 256.0}}
-    assert run.ship(0)
+    assert run.upload(0)
     assert run.run_id is None
 
 
 def test_a_run_without_a_journal_takes_everything_and_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tracking.Run()
-    run.metrics({"a": 1.0}, step=1)
+    run.log_metrics({"a": 1.0}, step=1)
     run.rewind(0)
     run.flush()
-    run.parameters({"a": 1})
-    run.tags({"a": 1})
-    run.text("a", "a.txt")
-    run.file("a.txt", "a.txt")
-    run.dataset("a", digest="a", source="a", profile={}, context="training")
-    run.system_metrics(1)
-    run.model("a", TrackingConfig(log_model=True), 1, print)
-    run.child("trial_00000").end()
-    run.trial("trial_00000").watch()
-    run.end_if_running("FAILED")
-    assert run.children() == {}
-    assert run.series() == {}
+    run.log_parameters({"a": 1})
+    run.set_tags({"a": 1})
+    run.log_text("a", "a.txt")
+    run.log_file("a.txt", "a.txt")
+    run.log_dataset("a", digest="a", source="a", profile={}, context="training")
+    run.log_system_metrics(1)
+    run.log_model("a", TrackingConfig(log_model=True), 1)
+    run.start_trial("trial_00000").finish()
+    run.trial("trial_00000").upload_in_background()
+    run.finish_if_running("FAILED")
+    assert run.trials() == {}
+    assert run.metric_history() == {}
     assert list(tmp_path.iterdir()) == []
 
 
-TOLD = st.dictionaries(st.text(max_size=4), st.floats() | st.integers(-(2**60), 2**60), min_size=1, max_size=2)
+METRICS = st.dictionaries(st.text(max_size=4), st.floats() | st.integers(-(2**60), 2**60), min_size=1, max_size=2)
 
 
 @settings(max_examples=10, deadline=None)
-@given(before=TOLD, torn=TOLD, after=TOLD)
+@given(before=METRICS, torn=METRICS, after=METRICS)
 def test_a_line_that_is_torn_at_any_byte_spoils_no_other(tmp_path_factory, before, torn, after):
     run = tracking.Run(str(tmp_path_factory.mktemp("torn")))
     file = Path(run.directory, "metrics.jsonl")
-    run.metrics(before, 1)
+    run.log_metrics(before, 1)
     begins = file.stat().st_size
-    run.metrics(torn, 2)
+    run.log_metrics(torn, 2)
     content = file.read_bytes()
     for end in range(begins, len(content)):
         file.write_bytes(content[:end])
         as_in_a_new_process(run)
-        run.metrics(after, 3)
+        run.log_metrics(after, 3)
         whole = {2: torn} if end == len(content) - 1 else {}  # all but the line's end
-        assert same(run.series(), {1: before, **whole, 3: after})
+        assert same(run.metric_history(), {1: before, **whole, 3: after})
 
 
 def test_a_reader_that_comes_while_a_line_is_written_sees_it_whole_the_next_time(tmp_path):
@@ -281,16 +282,16 @@ def test_a_writer_that_is_killed_leaves_whole_lines(tmp_path):
 
     def write():
         for step in range(10**9):
-            run.metrics({"train/loss": 1 / (step + 1)}, step)
+            run.log_metrics({"train/loss": 1 / (step + 1)}, step)
 
     for _ in range(3):
         child = in_fork(write)
-        before = len(run.series().get("train/loss", ()))
-        while len(run.series().get("train/loss", ())) < before + 50:
+        before = len(run.metric_history().get("train/loss", ()))
+        while len(run.metric_history().get("train/loss", ())) < before + 50:
             time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         assert ended(child) == -signal.SIGKILL
-        steps = [step for step, _ in run.series()["train/loss"]]
+        steps = [step for step, _ in run.metric_history()["train/loss"]]
         assert steps == list(range(len(steps)))
         run.rewind(len(steps) // 2)
 
@@ -304,28 +305,28 @@ def test_a_disk_that_fills_up_loses_nothing_once_there_is_room(tmp_path, capfd):
         for step, loss in LOSSES.items():
             if step == 7:  # room for some of what waits
                 resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
-            run.metrics({"train/loss": loss, "train/some_other_long_name": loss, "train/tokens": step}, step)
+            run.log_metrics({"train/loss": loss, "train/some_other_long_name": loss, "train/tokens": step}, step)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        run.metrics({"train/loss": 0.0}, 99)
+        run.log_metrics({"train/loss": 0.0}, 99)
 
     assert ended(in_fork(write)) == 0
-    assert run.series()["train/loss"] == [*LOSSES.items(), (99, 0.0)]
-    assert run.series()["train/tokens"] == [(step, step) for step in LOSSES]
-    assert capfd.readouterr().err.count("metrics wait in memory: File too large") == 1
+    assert run.metric_history()["train/loss"] == [*LOSSES.items(), (99, 0.0)]
+    assert run.metric_history()["train/tokens"] == [(step, step) for step in LOSSES]
+    assert capfd.readouterr().err.count("metrics are kept in memory until they can be written: File too large") == 1
 
 
 def test_a_run_that_rewinds_makes_its_points_again(tmp_path):
     run = start(NOWHERE, tmp_path / "run")
     for step, loss in LOSSES.items():
-        run.metrics({"train/loss": loss}, step)
+        run.log_metrics({"train/loss": loss}, step)
     first = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     for again in (3, 5):
         as_in_a_new_process(run)
         run.rewind(again)
-        assert run.series() == {"train/loss": [(step, LOSSES[step]) for step in range(1, again + 1)]}
+        assert run.metric_history() == {"train/loss": [(step, LOSSES[step]) for step in range(1, again + 1)]}
         for step in range(again, 9):  # the step of the checkpoint once more, too
-            run.metrics({"train/loss": LOSSES[step]}, step)
-        assert run.series() == {"train/loss": list(LOSSES.items())}
+            run.log_metrics({"train/loss": LOSSES[step]}, step)
+        assert run.metric_history() == {"train/loss": list(LOSSES.items())}
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert lines == [*first, '{"rewind": 3}', *first[3:], '{"rewind": 5}', *first[5:]], "with their old times"
 
@@ -333,37 +334,37 @@ def test_a_run_that_rewinds_makes_its_points_again(tmp_path):
 def test_a_run_whose_directory_was_removed_begins_anew(tmp_path):
     for _ in range(2):
         run = start(NOWHERE, tmp_path / "run")
-        assert run.series() == {}
-        run.metrics({"train/loss": 2.5}, 1)
-        assert run.series() == {"train/loss": [(1, 2.5)]}
+        assert run.metric_history() == {}
+        run.log_metrics({"train/loss": 2.5}, 1)
+        assert run.metric_history() == {"train/loss": [(1, 2.5)]}
         shutil.rmtree(tmp_path / "run")
 
 
 def test_a_journal_on_remote_storage(tmp_path, section):
     run = start(section, f"file://{tmp_path}/run")  # a local one, as far as raylm knows
     for step, loss in LOSSES.items():
-        run.metrics({"train/loss": loss}, step)
+        run.log_metrics({"train/loss": loss}, step)
     run.flush()
     run.rewind(4)
-    run.metrics({"train/loss": 9.0}, 5)
-    child = run.child("trial_00000")
-    child.end()
+    run.log_metrics({"train/loss": 9.0}, 5)
+    child = run.start_trial("trial_00000")
+    child.finish()
     run.flush()
-    assert run.series()["train/loss"] == [*list(LOSSES.items())[:4], (5, 9.0)]
-    assert run.ship(20)
-    assert stored(section.uri, run) == run.series()["train/loss"]
-    assert tracking.runs(f"file://{tmp_path}") == [run, child]
+    assert run.metric_history()["train/loss"] == [*list(LOSSES.items())[:4], (5, 9.0)]
+    assert run.upload(20)
+    assert stored(section.uri, run) == run.metric_history()["train/loss"]
+    assert tracking.find_runs(f"file://{tmp_path}") == [run, child]
     (tmp_path / "page").write_text("here")
-    run.file(tmp_path / "page", "report/page.html")
-    assert run.ship(20)
+    run.log_file(tmp_path / "page", "report/page.html")
+    assert run.upload(20)
     assert artifact(section.uri, run, "report/page.html") == "here"
 
 
 def test_a_journal_on_remote_storage_that_does_not_grow_is_hardly_asked_for(tmp_path, section, monkeypatch):
     """A trial that waits at a rung: its journal is looked at after 5 s, 10, 20 and every 30, and read when it grows."""
     parent = start(section, f"file://{tmp_path}/run")
-    run = parent.child("trial_00000", ships=False)
-    run.metrics({"train/loss": 2.5}, 1)
+    run = parent.start_trial("trial_00000", uploads=False)
+    run.log_metrics({"train/loss": 2.5}, 1)
     run.flush()
     requests, clock = [], [1000.0]
 
@@ -377,27 +378,27 @@ def test_a_journal_on_remote_storage_that_does_not_grow_is_hardly_asked_for(tmp_
 
     for name in ("read", "size", "sizes"):
         counted(name, getattr(storage, name))
-    monkeypatch.setattr("raylm.tracking.shipment.time", SimpleNamespace(monotonic=lambda: clock[0]))
-    shipped = Shipment(run.directory, mlflow.server(section.uri))
-    shipped.ship()
+    monkeypatch.setattr("raylm.tracking.upload.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    upload = Upload(run.directory, uploader.get(section.uri).server, lambda _: parent.run_id)
+    upload.run()
     assert stored(section.uri, run) == [(1, 2.5)]
     requests.clear()
     looks = []
     for _ in range(120):
         clock[0] += 1
-        if shipped.is_due:
+        if upload.is_due:
             looks.append(clock[0] - 1000)
-            shipped.ship()
+            upload.run()
     assert looks == [5, 15, 35, 65, 95]
     assert requests == ["sizes"] * len(looks)
-    run.metrics({"train/loss": 2.25}, 2)
+    run.log_metrics({"train/loss": 2.25}, 2)
     run.flush()
-    shipped.expect()
-    assert shipped.is_due
-    shipped.ship()
+    upload.check_soon()
+    assert upload.is_due
+    upload.run()
     assert stored(section.uri, run) == [(1, 2.5), (2, 2.25)]
     clock[0] += 5
-    assert shipped.is_due, "there may be more soon"
+    assert upload.is_due, "there may be more soon"
 
 
 def test_a_place_that_cannot_be_written_is_an_error_before_anything_runs(tmp_path):
@@ -410,30 +411,30 @@ def test_a_place_that_cannot_be_written_is_an_error_before_anything_runs(tmp_pat
 
 
 def test_metrics_parameters_tags_and_texts_arrive(section, tmp_path):
-    run = start(section, tmp_path / "run", tags={"raylm.verb": "train"})
+    run = start(section, tmp_path / "run", tags={"raylm.command": "train"})
     assert run.run_id is not None, "a server that answers has the run when start returns"
-    run.metrics({"eval/perplexity": 8.5, "train/loss": math.inf, "train/grad_norm": math.nan}, step=7)
-    run.parameters({f"key{number}": number for number in range(150)} | {"train.learning_rate": 3e-4, "none": None})
-    run.text("name: x\n", "experiment.yaml")
-    run.tags({"raylm.checkpoint": tmp_path, "long": "x" * 9000})
-    run.end()
-    assert run.ship(20)
+    run.log_metrics({"eval/perplexity": 8.5, "train/loss": math.inf, "train/grad_norm": math.nan}, step=7)
+    run.log_parameters({f"key{number}": number for number in range(150)} | {"train.learning_rate": 3e-4, "none": None})
+    run.log_text("name: x\n", "experiment.yaml")
+    run.set_tags({"raylm.checkpoint": tmp_path, "long": "x" * 9000})
+    run.finish()
+    assert run.upload(20)
     client = MlflowClient(section.uri)
     found = client.get_run(run.run_id)
     assert found.data.metrics == {"eval/perplexity": 8.5}, "what is not finite would be stored as 1.8e308"
     assert stored(section.uri, run, "eval/perplexity") == [(7, 8.5)]
     assert len(found.data.params) == 152
     assert (found.data.params["train.learning_rate"], found.data.params["none"]) == ("0.0003", "None")
-    assert (found.data.tags["raylm.verb"], found.data.tags["raylm.checkpoint"]) == ("train", str(tmp_path))
+    assert (found.data.tags["raylm.command"], found.data.tags["raylm.checkpoint"]) == ("train", str(tmp_path))
     assert [file.path for file in client.list_artifacts(run.run_id)] == ["experiment.yaml"]
     assert (found.info.status, found.info.run_name) == ("FINISHED", "one")
-    assert run.left() == 0
+    assert run.pending() == 0
 
 
 def test_a_parameter_that_is_long_or_has_parts_is_whole_in_an_artifact(section, tmp_path):
     run = start(section, tmp_path / "run")
-    run.parameters({"corpus.keep_any": ["plt", "pd"], "prompt": "x" * 7000})
-    assert run.ship(20)
+    run.log_parameters({"corpus.keep_any": ["plt", "pd"], "prompt": "x" * 7000})
+    assert run.upload(20)
     client = MlflowClient(section.uri)
     found = client.get_run(run.run_id)
     assert found.data.params == {"corpus.keep_any": '["plt", "pd"]', "prompt": "x" * 5999 + "…"}
@@ -447,9 +448,9 @@ def test_what_a_run_reads_is_told_with_what_it_is_for(section, tmp_path):
     for name, context, count in (("words train", "training", 9), ("words validation", "validation", 1)):
         for times in (1, 2):  # a run that goes on tells again
             profile = {"documents": count * times}
-            run.dataset(name, digest="f" * 16, source="s3://me:s3cret@bucket/f", profile=profile, context=context)
-    assert run.left() == 2
-    assert run.ship(20)
+            run.log_dataset(name, digest="f" * 16, source="s3://me:s3cret@bucket/f", profile=profile, context=context)
+    assert run.pending() == 2
+    assert run.upload(20)
     assert datasets(section.uri, run) == [
         ("words train", "f" * 16, "s3", {"uri": "s3://me@bucket/f"}, {"documents": 9}, "training"),
         ("words validation", "f" * 16, "s3", {"uri": "s3://me@bucket/f"}, {"documents": 1}, "validation"),
@@ -460,29 +461,29 @@ def test_a_file_is_as_it_was_last(section, tmp_path):
     run = start(section, tmp_path / "run")
     (tmp_path / "elsewhere.html").write_text("one")
     for _ in range(2):
-        run.file(tmp_path / "elsewhere.html", "report/report.html")
-    assert run.left() == 1
-    assert run.ship(20)
+        run.log_file(tmp_path / "elsewhere.html", "report/report.html")
+    assert run.pending() == 1
+    assert run.upload(20)
     assert artifact(section.uri, run, "report/report.html") == "one"
     kept = tmp_path / "run" / "report" / "report.html"
     assert kept.read_text() == "one"
     kept.write_text("two")
-    run.file(kept, "report/report.html")
+    run.log_file(kept, "report/report.html")
     (tmp_path / "run" / "gone.png").touch()
-    run.file(tmp_path / "run" / "gone.png", "gone.png")
+    run.log_file(tmp_path / "run" / "gone.png", "gone.png")
     (tmp_path / "run" / "gone.png").unlink()
-    assert run.ship(20)
+    assert run.upload(20)
     assert artifact(section.uri, run, "report/report.html") == "two"
     assert [file.path for file in MlflowClient(section.uri).list_artifacts(run.run_id)] == ["report"]
 
 
 def test_how_busy_the_machine_is(section, tmp_path, monkeypatch):
     run = start(section, tmp_path / "run")
-    run.system_metrics(1)
+    run.log_system_metrics(1)
     monkeypatch.setattr(system, "SECONDS", -1.0)
     system.monitor.cache_clear()
-    run.system_metrics(2)
-    assert run.ship(20)
+    run.log_system_metrics(2)
+    assert run.upload(20)
     found = MlflowClient(section.uri).get_run(run.run_id).data.metrics
     assert set(found) == {
         "system/cpu_utilization_percentage",
@@ -491,7 +492,7 @@ def test_how_busy_the_machine_is(section, tmp_path, monkeypatch):
     }
     assert 0 < found["system/system_memory_usage_percentage"] <= 100
     assert stored(section.uri, run, "system/cpu_utilization_percentage")[0][0] == 2, "not until the time has come"
-    assert run.series() == {}, "what differs each time is no result of the training"
+    assert run.metric_history() == {}, "what differs each time is no result of the training"
 
 
 def test_tags_tell_where_a_run_is_from_and_how_often_it_was_begun(section, tmp_path, monkeypatch):
@@ -501,12 +502,12 @@ def test_tags_tell_where_a_run_is_from_and_how_often_it_was_begun(section, tmp_p
     git.chmod(0o755)
     monkeypatch.setenv("PATH", str(git.parent))
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_7"}}')
-    parent = start(section, tmp_path / "sweep", name="tune-1", tags={"raylm.verb": "tune"})
+    parent = start(section, tmp_path / "sweep", name="tune-1", tags={"raylm.command": "tune"})
     git.unlink()
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    parent.child("trial_00000")
-    child = parent.child("trial_00000")
-    assert parent.ship(20)
+    parent.start_trial("trial_00000")
+    child = parent.start_trial("trial_00000")
+    assert parent.upload(20)
     client = MlflowClient(section.uri)
     shared = {
         "mlflow.source.name": "raylm tune",
@@ -518,7 +519,7 @@ def test_tags_tell_where_a_run_is_from_and_how_often_it_was_begun(section, tmp_p
     assert told.items() <= client.get_run(child.run_id).data.tags.items()
     other = start(section, tmp_path / "other")
     origin = shared.keys() - {"raylm.ray_job"}  # the tests' own Ray, if another of them has begun it
-    assert not origin & journal.facts(other.directory).run["tags"].keys()
+    assert not origin & journal.run_state(other.directory).run["tags"].keys()
 
 
 def test_an_experiment_that_is_made_opens_on_its_runs_and_one_that_was_there_is_left_alone(section, tmp_path):
@@ -536,19 +537,19 @@ def test_an_experiment_that_is_made_opens_on_its_runs_and_one_that_was_there_is_
 
 def test_a_run_that_goes_on_is_the_same_run(section, tmp_path):
     client = MlflowClient(section.uri)
-    run = start(section, tmp_path / "run", tags={"raylm.verb": "train"})
-    run.parameters({"train.learning_rate": 3e-4, "train.seed": 0})
-    run.metrics({"train/loss": 5.0}, 1)
-    run.end("KILLED")
-    assert run.ship(20)
+    run = start(section, tmp_path / "run", tags={"raylm.command": "train"})
+    run.log_parameters({"train.learning_rate": 3e-4, "train.seed": 0})
+    run.log_metrics({"train/loss": 5.0}, 1)
+    run.finish("KILLED")
+    assert run.upload(20)
     info = client.get_run(run.run_id).info
-    assert (info.status, info.end_time) == ("KILLED", journal.facts(run.directory).time)
+    assert (info.status, info.end_time) == ("KILLED", journal.run_state(run.directory).time)
     end_threads()
-    again = start(section, tmp_path / "run", name="other", tags={"raylm.verb": "train", "raylm.host": "b"})
-    again.parameters({"train.learning_rate": 1e-4, "train.seed": 0, "cluster.num_workers": 2})
-    again.metrics({"train/loss": 5.0}, 1)
-    again.metrics({"train/loss": 4.0}, 2)
-    assert again.ship(20)
+    again = start(section, tmp_path / "run", name="other", tags={"raylm.command": "train", "raylm.host": "b"})
+    again.log_parameters({"train.learning_rate": 1e-4, "train.seed": 0, "cluster.num_workers": 2})
+    again.log_metrics({"train/loss": 5.0}, 1)
+    again.log_metrics({"train/loss": 4.0}, 2)
+    assert again.upload(20)
     found = client.get_run(again.run_id)
     assert (again.run_id, found.info.status, found.info.run_name) == (run.run_id, "RUNNING", "one")
     assert found.info.end_time == info.end_time, "it has not ended again"
@@ -556,23 +557,23 @@ def test_a_run_that_goes_on_is_the_same_run(section, tmp_path):
     assert found.data.tags["resume.1.changed"] == "train.learning_rate: 0.0003 -> 0.0001"
     assert found.data.tags["raylm.host"] == "b"
     assert stored(section.uri, run) == [(1, 5.0), (2, 4.0)]
-    again.end_if_running("FAILED")
-    again.end_if_running("FINISHED")
-    assert again.ship(20)
+    again.finish_if_running("FAILED")
+    again.finish_if_running("FINISHED")
+    assert again.upload(20)
     assert client.get_run(run.run_id).info.status == "FAILED"
 
 
 def test_children_hang_under_their_parent_and_are_found_again(section, tmp_path):
     client = MlflowClient(section.uri)
     parent = start(section, tmp_path / "sweep", name="sweep")
-    child = parent.child("trial_00000")
-    child.end("KILLED")
-    assert parent.ship(20)
+    child = parent.start_trial("trial_00000")
+    child.finish("KILLED")
+    assert parent.upload(20)
     assert client.get_run(child.run_id).info.status == "KILLED"
-    assert parent.child("trial_00000") == child, "an interrupted trial goes on in the run it had"
-    other = parent.child("trial_00001", directory=f"{parent.directory}/elsewhere")
-    assert parent.children() == {"trial_00000": child, "trial_00001": other}
-    assert parent.ship(20), "a parent's ship waits for its children"
+    assert parent.start_trial("trial_00000") == child, "an interrupted trial goes on in the run it had"
+    other = parent.start_trial("trial_00001", directory=f"{parent.directory}/elsewhere")
+    assert parent.trials() == {"trial_00000": child, "trial_00001": other}
+    assert parent.upload(20), "a parent's upload waits for its trials"
     assert client.get_run(child.run_id).info.status == "RUNNING"
     for run in (child, other):
         assert client.get_run(run.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
@@ -583,8 +584,8 @@ def test_artifacts_lie_beside_the_database(section, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     run = start(section, tmp_path / "run")
-    run.text("a", "a.txt")
-    assert run.ship(20)
+    run.log_text("a", "a.txt")
+    assert run.upload(20)
     assert (tmp_path / "mlartifacts").is_dir()
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -594,16 +595,16 @@ def test_artifacts_lie_beside_the_database(section, tmp_path, monkeypatch):
 
 def trained(run, upto=9):
     """What a training tells, while MLflow is as it is."""
-    run.parameters({"train.learning_rate": 3e-4})
-    run.dataset("words", digest="f", source="/f", profile={"tokens": 9}, context="training")
+    run.log_parameters({"train.learning_rate": 3e-4})
+    run.log_dataset("words", digest="f", source="/f", profile={"tokens": 9}, context="training")
     page = Path(run.directory, "report", "page.html")
     page.parent.mkdir(exist_ok=True)
     page.write_text("a page")
-    run.file(page, "report/page.html")
+    run.log_file(page, "report/page.html")
     for step in range(1, upto):
-        run.metrics({"train/loss": LOSSES[step], "train/tokens": 256 * step}, step)
-    run.text("a: 1\n", "experiment.yaml")
-    run.end("FINISHED")
+        run.log_metrics({"train/loss": LOSSES[step], "train/tokens": 256 * step}, step)
+    run.log_text("a: 1\n", "experiment.yaml")
+    run.finish("FINISHED")
 
 
 def is_whole(uri, run):
@@ -628,20 +629,20 @@ FAULTS = ["500 Internal Server Error", "429 Too Many Requests", "404 Not Found",
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("when", ["from the beginning", "in between"])
 def test_a_server_that_fails_costs_no_point_and_doubles_none(fault, when, server, gate, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(uploader, "TIMEOUT_SECONDS", 0.1)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     gate.fault = fault if when == "from the beginning" else None
     run = start(server, tmp_path / "run")
-    run.metrics({"train/loss": LOSSES[1]}, 1)
+    run.log_metrics({"train/loss": LOSSES[1]}, 1)
     if when == "in between":
-        assert run.ship(20)
+        assert run.upload(20)
         gate.fault = fault
     trained(run)
-    run.ship(0.2)
+    run.upload(0.2)
     gate.fault = None
     gate.released.set()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    assert run.ship(20)
+    assert run.upload(20)
     assert is_whole(server.uri, run)
 
 
@@ -650,22 +651,22 @@ def test_a_server_that_is_gone_and_comes_back(server, gate, tmp_path, capsys):
     run = start(server, tmp_path / "run")
     assert run.run_id is None
     trained(run, upto=4)
-    child = run.child("trial_00000")
-    child.metrics({"train/loss": 1.0}, 1)
-    assert not run.ship(0.2)
+    child = run.start_trial("trial_00000")
+    child.log_metrics({"train/loss": 1.0}, 1)
+    assert not run.upload(0.2)
     gate.open()
-    assert run.ship(20)
+    assert run.upload(20)
     gate.close()
     trained(run)
-    assert not run.ship(0.2)
+    assert not run.upload(0.2)
     gate.open()
     end_threads()
-    assert run.ship(20)
+    assert run.upload(20)
     assert is_whole(server.uri, run)
     assert MlflowClient(server.uri).get_run(child.run_id).data.tags["mlflow.parentRunId"] == run.run_id
     warned = capsys.readouterr().err
     assert warned.count("warning: MLflow at") == 1
-    assert f"MLflow at {server.uri} cannot be reached: [Errno 111] Connection refused; the run goes on" in warned
+    assert f"MLflow at {server.uri} cannot be reached: [Errno 111] Connection refused; training continues" in warned
 
 
 @pytest.mark.slow
@@ -689,14 +690,14 @@ def test_mlflow_server_itself_killed_and_started_again(tmp_path, tmp_path_factor
             server.wait()
 
     run = start(TrackingConfig(uri=uri), tmp_path / "run")
-    run.metrics({"train/loss": LOSSES[1]}, 1)
+    run.log_metrics({"train/loss": LOSSES[1]}, 1)
     with served():
-        assert run.ship(200)
-        run.metrics({"train/loss": LOSSES[2]}, 2)
+        assert run.upload(200)
+        run.log_metrics({"train/loss": LOSSES[2]}, 2)
     trained(run)
-    assert not run.ship(2)
+    assert not run.upload(2)
     with served():
-        assert run.ship(200)
+        assert run.upload(200)
         assert is_whole(uri, run)
 
 
@@ -706,13 +707,13 @@ def test_a_refusal_names_the_variables_and_not_their_values(status, server, gate
     gate.fault = status
     run = start(server, tmp_path / "run")
     trained(run)
-    assert not run.ship(0.2)
+    assert not run.upload(0.2)
     warned = capsys.readouterr().err
     assert warned.count("warning") == 1
     assert f"MLflow at {server.uri} refuses access: check MLFLOW_TRACKING_TOKEN" in warned
     assert "s3cret" not in warned
     gate.fault = None
-    assert run.ship(20)
+    assert run.upload(20)
     assert is_whole(server.uri, run)
 
 
@@ -721,63 +722,63 @@ def test_a_trial_that_waits_has_ended_and_runs_again_when_it_goes_on(server, tmp
     parent = start(server, tmp_path / "run")
     ends = []
     for step in (1, 2):
-        child = parent.child("trial_00000")
-        child.metrics({"train/loss": LOSSES[step]}, step)
-        assert parent.ship(20)
+        child = parent.start_trial("trial_00000")
+        child.log_metrics({"train/loss": LOSSES[step]}, step)
+        assert parent.upload(20)
         assert client.get_run(child.run_id).info.status == "RUNNING"
-        child.end()
-        assert parent.ship(20)
+        child.finish()
+        assert parent.upload(20)
         info = client.get_run(child.run_id).info
         assert info.status == "FINISHED"
         ends.append(info.end_time)
         time.sleep(0.01)
     assert ends[0] < ends[1]
-    parent.child("trial_00000").end()  # all of it before anybody ships
-    assert parent.ship(20)
+    parent.start_trial("trial_00000").finish()  # all of it before anything is uploaded
+    assert parent.upload(20)
     assert client.get_run(child.run_id).info.end_time > ends[1]
 
 
 def test_a_run_that_nobody_ended_ends_when_it_told_its_last(section, tmp_path):
     parent = start(section, tmp_path / "run")
-    child = parent.child("trial_00000")
-    child.metrics({"train/loss": 2.0}, 1)
-    ((record,), _) = journal.log(child.directory, journal.METRICS).read()
+    child = parent.start_trial("trial_00000")
+    child.log_metrics({"train/loss": 2.0}, 1)
+    ((record,), _) = journal.json_lines(child.directory, journal.METRICS_FILE).read()
     time.sleep(0.01)
-    child.end_if_running("KILLED")
-    child.end_late("FINISHED")  # as the sweep has found it to be, later
-    parent.trial("trial_00001").end_late("FINISHED")  # it never began
-    assert parent.ship(20)
+    child.finish_if_running("KILLED")
+    child.finish_late("FINISHED")  # as the sweep has found it to be, later
+    parent.trial("trial_00001").finish_late("FINISHED")  # it never began
+    assert parent.upload(20)
     info = MlflowClient(section.uri).get_run(child.run_id).info
     assert (info.status, info.end_time) == ("FINISHED", record["time"])
-    assert list(parent.children()) == ["trial_00000"]
+    assert list(parent.trials()) == ["trial_00000"]
 
 
 def test_a_server_that_does_not_know_its_name_is_not_told_as_one_that_wants_a_password(server, gate, tmp_path, capsys):
     gate.fault = "wrong host"
     run = start(server, tmp_path / "run")
     trained(run)
-    assert not run.ship(0.2)
+    assert not run.upload(0.2)
     problem = tracking.problem(server.uri)
     assert problem.startswith(f"MLflow at {server.uri} answers 'Invalid Host header'")
     assert problem.endswith(f"start it with --allowed-hosts 127.0.0.1:{gate.port}")
     warned = capsys.readouterr().err
-    assert f"warning: {problem}; the run goes on" in warned
+    assert f"warning: {problem}; training continues" in warned
     assert "MLFLOW_TRACKING_TOKEN" not in warned
     gate.fault = None
     assert tracking.problem(server.uri) is None
-    assert run.ship(20)
+    assert run.upload(20)
     assert is_whole(server.uri, run)
 
 
 def test_a_server_that_was_down_and_then_refuses_is_told_of_too(server, gate, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(uploader, "TIMEOUT_SECONDS", 0.2)
     gate.close()
     run = start(server, tmp_path / "run")
     gate.fault = "401 Unauthorized"
     gate.open()
-    assert not run.ship(0.2)
+    assert not run.upload(0.2)
     eventually(lambda: any(call.endswith("get-by-name") for call in gate.calls))
-    eventually(lambda: tracking.mlflow.server(server.uri).failure is not None)
+    eventually(lambda: uploader.get(server.uri).failure is not None)
     warned = capsys.readouterr().err
     assert (warned.count("cannot be reached"), warned.count("refuses access")) == (1, 1)
 
@@ -787,14 +788,14 @@ def test_a_password_in_the_address_is_told_nobody(server, gate, tmp_path, capsys
     gate.close()
     run = start(section, tmp_path / "run")
     trained(run)
-    assert not run.ship(0.2)
+    assert not run.upload(0.2)
     gate.open()
-    assert run.ship(20)
+    assert run.upload(20)
     assert is_whole(server.uri, run)
     written = "".join(file.read_text() for file in (tmp_path / "run").rglob("*") if file.is_file())
-    shown = written + capsys.readouterr().err + repr(run) + tracking.how_to_look(section)
+    shown = written + capsys.readouterr().err + repr(run) + tracking.how_to_open(section)
     assert "s3cret" not in shown
-    assert tracking.runs(tmp_path)[0].uri == server.uri
+    assert tracking.find_runs(tmp_path)[0].uri == server.uri
 
 
 @pytest.mark.parametrize(
@@ -807,22 +808,22 @@ def test_a_password_in_the_address_is_told_nobody(server, gate, tmp_path, capsys
     ],
 )
 def test_what_of_an_address_is_shown(uri, there):
-    assert mlflow.shown(uri) == there
+    assert tracking.display_uri(uri) == there
 
 
-def test_many_that_ship_the_same_journal_ship_it_once(server, gate, tmp_path):
+def test_several_uploaders_of_one_journal_upload_it_once(server, gate, tmp_path):
     gate.close()
     run = start(server, tmp_path / "run")
     trained(run)
-    others = [mlflow.Server(server.uri) for _ in range(2)]
+    others = [uploader.Uploader(Server(server.uri)) for _ in range(2)]
     for other in others:
-        other.watch(run.directory)
+        other.add(run.directory)
     gate.fault = "is slow"
     gate.open()
     for other in others:
-        assert other.ship([run.directory], 60)
+        assert other.upload([run.directory], 60)
         other.close(10)
-    assert run.ship(20)
+    assert run.upload(20)
     assert is_whole(server.uri, run)
 
 
@@ -830,68 +831,68 @@ def test_without_locks_mlflow_itself_drops_what_it_has(server, tmp_path, monkeyp
     run = start(server, tmp_path / "run")
     trained(run)
     monkeypatch.setattr(journal, "lock", lambda directory: contextlib.nullcontext(True))
-    ships = [Shipment(run.directory, tracking.mlflow.server(server.uri)) for _ in range(3)]
-    for ship in ships:
-        ship._known = set()  # as they would be if they had asked at the same time
-    barrier = threading.Barrier(len(ships))
+    uploads = [Upload(run.directory, uploader.get(server.uri).server, pytest.fail) for _ in range(3)]
+    for upload in uploads:
+        upload._stored = set()  # as they would be if they had asked at the same time
+    barrier = threading.Barrier(len(uploads))
 
-    def at_once(ship):
+    def at_once(upload):
         barrier.wait()
         with contextlib.suppress(Exception):  # of two that insert a parameter one fails, and tries again
-            ship.ship()
+            upload.run()
 
-    threads = [threading.Thread(target=at_once, args=(ship,)) for ship in ships]
+    threads = [threading.Thread(target=at_once, args=(upload,)) for upload in uploads]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert run.ship(20)
+    assert run.upload(20)
     assert is_whole(server.uri, run)
 
 
-@pytest.mark.parametrize("lost", ["the note", "what is noted of the metrics", "the note before the run"])
-def test_a_shipper_that_was_killed_before_it_could_note(lost, server, tmp_path):
+@pytest.mark.parametrize("lost", ["the offsets", "the offset of the metrics", "the offsets before the run"])
+def test_an_uploader_that_was_killed_before_it_recorded_its_offsets(lost, server, tmp_path):
     run = start(server, tmp_path / "run")
-    note = tmp_path / "run" / "mlflow.json"
-    created = note.read_text()
+    offsets = tmp_path / "run" / "mlflow.json"
+    created = offsets.read_text()
     trained(run)
-    assert run.ship(20)
+    assert run.upload(20)
     end_threads()
-    if lost == "what is noted of the metrics":
-        note.write_text(created)
+    if lost == "the offset of the metrics":
+        offsets.write_text(created)
     else:
-        note.unlink()
+        offsets.unlink()
     run.rewind(4)  # and the points after it are not made again before this
-    assert start(server, run.directory).ship(20)
+    assert start(server, run.directory).upload(20)
     trained(run)
-    assert run.ship(20)
+    assert run.upload(20)
     assert is_whole(server.uri, run)
 
 
-def test_a_process_that_is_killed_while_it_ships(server, tmp_path, gate):
+def test_a_process_that_is_killed_while_it_uploads(server, tmp_path, gate):
     gate.fault = "is slow"  # or it would be over before it can be killed
     run = start(server, tmp_path / "run")
     end_threads()
     trained(run)
     for milliseconds in (200, 500, 800):
-        child = in_fork(lambda: run.ship(20))
+        child = in_fork(lambda: run.upload(20))
         time.sleep(milliseconds / 1000)
         os.kill(child, signal.SIGKILL)
         ended(child)
     gate.fault = None
-    assert run.ship(20)
+    assert run.upload(20)
     assert is_whole(server.uri, run)
 
 
 def test_what_arrived_though_nobody_heard_of_it_is_not_sent_again(server, gate, tmp_path):
     run = start(server, tmp_path / "run")
     gate.fault = "loses answers"
-    run.metrics(dict.fromkeys(("train/loss", "train/tokens"), 1.0), 1)
+    run.log_metrics(dict.fromkeys(("train/loss", "train/tokens"), 1.0), 1)
     eventually(lambda: any(call.endswith("log-batch") for call in gate.calls))
-    eventually(lambda: tracking.mlflow.server(server.uri).failure is not None)
+    eventually(lambda: uploader.get(server.uri).failure is not None)
     gate.fault = None
     gate.calls.clear()
-    assert run.ship(20)
+    assert run.upload(20)
     assert stored(server.uri, run) == [(1, 1.0)]
     assert [call for call in gate.calls if call.endswith("log-batch")] == []
 
@@ -899,50 +900,50 @@ def test_what_arrived_though_nobody_heard_of_it_is_not_sent_again(server, gate, 
 def test_a_point_that_comes_out_otherwise_the_second_time_stays_as_it_was(server, tmp_path):
     run = start(server, tmp_path / "run")
     trained(run)
-    assert run.ship(20)
+    assert run.upload(20)
     end_threads()
     (tmp_path / "run" / "mlflow.json").unlink()
     run.rewind(4)
     for step in range(5, 9):  # on another number of workers, say
-        run.metrics({"train/loss": LOSSES[step] + 1e-6}, step)
-    assert run.ship(20)
+        run.log_metrics({"train/loss": LOSSES[step] + 1e-6}, step)
+    assert run.upload(20)
     assert is_whole(server.uri, run)
 
 
-def test_points_that_are_made_again_are_not_shipped_again(server, gate, tmp_path):
+def test_points_that_are_made_again_are_not_uploaded_again(server, gate, tmp_path):
     run = start(server, tmp_path / "run")
     trained(run, upto=7)
-    assert run.ship(20)
+    assert run.upload(20)
     run.rewind(3)
     trained(run, upto=6)
-    assert run.ship(20)
+    assert run.upload(20)
     gate.close()
     run.rewind(4)
     trained(run, upto=6)
     run.rewind(2)
     gate.open()
     trained(run)
-    assert run.ship(20)
+    assert run.upload(20)
     assert is_whole(server.uri, run)
 
 
-def test_a_point_that_was_taken_back_before_it_was_shipped_is_not_shipped(server, gate, tmp_path):
+def test_a_point_that_was_rewound_before_it_was_uploaded_is_not_uploaded(server, gate, tmp_path):
     gate.close()
     run = start(server, tmp_path / "run")
-    run.metrics({"train/loss": 5.0}, 1)
-    run.metrics({"train/loss": 4.0}, 2)
+    run.log_metrics({"train/loss": 5.0}, 1)
+    run.log_metrics({"train/loss": 4.0}, 2)
     run.rewind(1)
     gate.open()
-    assert run.ship(20)
+    assert run.upload(20)
     assert stored(server.uri, run) == [(1, 5.0)]
 
 
 def test_what_mlflow_never_takes_holds_nothing_up(server, tmp_path, capsys):
     run = start(server, tmp_path / "run")
-    run.metrics({"train/loss": 5.0, "no such name?": 1.0, "train/tokens": 256}, 1)
-    run.tags({"": "no name"})
-    run.end()
-    assert run.ship(20)
+    run.log_metrics({"train/loss": 5.0, "no such name?": 1.0, "train/tokens": 256}, 1)
+    run.set_tags({"": "no name"})
+    run.finish()
+    assert run.upload(20)
     found = MlflowClient(server.uri).get_run(run.run_id)
     assert found.data.metrics == {"train/loss": 5.0, "train/tokens": 256.0}
     assert found.info.status == "FINISHED"
@@ -955,11 +956,11 @@ def test_an_artifact_store_that_fails_holds_nothing_else_up(section, tmp_path, c
     trained(run)
     eventually(lambda: MlflowClient(section.uri).get_run(run.run_id).info.status == "FINISHED")
     assert stored(section.uri, run) == list(LOSSES.items())
-    assert not run.ship(0.2)
-    eventually(lambda: tracking.mlflow.server(section.uri).failure is not None)
+    assert not run.upload(0.2)
+    eventually(lambda: uploader.get(section.uri).failure is not None)
     assert "does not store artifacts: [Errno 20] Not a directory" in capsys.readouterr().err
     (tmp_path / "mlartifacts").unlink()
-    assert run.ship(20)
+    assert run.upload(20)
     assert is_whole(section.uri, run)
 
 
@@ -968,8 +969,8 @@ def test_a_run_that_was_deleted_in_mlflow_gets_no_more(section, tmp_path, capsys
     run = start(section, tmp_path / "run")
     client.delete_run(run.run_id)
     trained(run)
-    assert run.ship(20)
-    assert "is deleted; it gets no more" in capsys.readouterr().err
+    assert run.upload(20)
+    assert "is deleted; nothing more is uploaded to it" in capsys.readouterr().err
     client.restore_run(run.run_id)
     assert client.get_run(run.run_id).data.metrics == {}
 
@@ -978,17 +979,17 @@ def test_a_database_that_was_removed_gets_everything_anew(section, tmp_path, tmp
     run = start(section, tmp_path / "run")
     before = run.run_id
     trained(run, upto=4)
-    assert run.ship(20)
+    assert run.upload(20)
     end_threads()
     (tmp_path / "other").mkdir()
     shutil.copy(database(tmp_path_factory), tmp_path / "other" / "mlflow.db")
     moved = TrackingConfig(uri=f"sqlite:///{tmp_path}/other/mlflow.db")
-    note = tmp_path / "run" / "mlflow.json"
-    note.write_text(note.read_text().replace(section.uri, moved.uri))  # the file is another, the name is not
-    tracking.mlflow.server(moved.uri)._experiments["words"] = "77"  # as it was in the file that is gone
+    offsets = tmp_path / "run" / "mlflow.json"
+    offsets.write_text(offsets.read_text().replace(section.uri, moved.uri))  # the file is another, the name is not
+    uploader.get(moved.uri).server._experiment_ids["words"] = "77"  # as it was in the file that is gone
     run = start(moved, tmp_path / "run")
     trained(run)
-    assert run.ship(20)
+    assert run.upload(20)
     assert run.run_id != before
     assert is_whole(moved.uri, run)
 
@@ -997,7 +998,7 @@ def test_four_processes_write_one_sqlite_file(section, tmp_path):
     def work(number):
         run = start(section, tmp_path / f"run{number}")
         trained(run)
-        assert run.ship(60)
+        assert run.upload(60)
 
     children = [in_fork(lambda number=number: work(number)) for number in range(4)]
     assert [ended(child) for child in children] == [0, 0, 0, 0]
@@ -1005,47 +1006,46 @@ def test_four_processes_write_one_sqlite_file(section, tmp_path):
         assert is_whole(section.uri, tracking.Run(f"{tmp_path}/run{number}", section.uri))
 
 
-def test_a_trial_that_was_killed_is_shipped_by_the_sweep(server, tmp_path):
+def test_a_trial_that_was_killed_is_uploaded_by_the_sweep(server, tmp_path):
     parent = start(server, tmp_path / "sweep")
 
     def trial():
-        run = parent.child("trial_00000")
+        run = parent.start_trial("trial_00000")
         trained(run)
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert ended(in_fork(trial)) == -signal.SIGKILL
-    assert parent.ship(20)
-    assert is_whole(server.uri, parent.children()["trial_00000"])
+    assert parent.upload(20)
+    assert is_whole(server.uri, parent.trials()["trial_00000"])
 
 
-def test_a_trial_may_leave_the_shipping_to_the_sweep(server, tmp_path):
+def test_a_trial_may_leave_the_upload_to_the_sweep(server, tmp_path):
     parent = start(server, tmp_path / "sweep")
-    of_the_sweep = dict(tracking.mlflow._servers)
-    tracking.mlflow._servers.clear()  # as in a process of its own
-    child = parent.child("trial_00000", ships=False)
+    uploaders_of_the_sweep = dict(uploader._uploaders)
+    uploader._uploaders.clear()  # as in a process of its own
+    child = parent.start_trial("trial_00000", uploads=False)
     trained(child)
-    assert tracking.mlflow._servers == {}
-    tracking.mlflow._servers.update(of_the_sweep)
-    parent.trial("trial_00000").watch()
-    eventually(lambda: child.left() == 0)
+    assert uploader._uploaders == {}
+    uploader._uploaders.update(uploaders_of_the_sweep)
+    parent.trial("trial_00000").upload_in_background()
+    eventually(lambda: child.pending() == 0)
     assert is_whole(server.uri, child)
 
 
-def test_what_is_left_at_the_end_is_told_with_the_way_out(server, gate, tmp_path, monkeypatch):
-    said = []
+def test_what_is_not_uploaded_at_the_end_is_counted_and_the_command_named(server, gate, tmp_path, monkeypatch, capsys):
     run = start(server, tmp_path / "run")
     trained(run)
-    monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 10.0)
-    tracking.settle(run, said.append)
-    assert said == []
-    monkeypatch.setattr(tracking.mlflow, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(uploader, "TIMEOUT_SECONDS", 10.0)
+    tracking.wait_for_upload(run)
+    assert "not in MLflow yet" not in capsys.readouterr().err
+    monkeypatch.setattr(uploader, "TIMEOUT_SECONDS", 0.1)
     gate.close()
-    run.metrics({"train/loss": 1.0}, 99)
-    run.child("trial_00000")
-    tracking.settle(run, said.append)
+    run.log_metrics({"train/loss": 1.0}, 99)
+    run.start_trial("trial_00000")
+    tracking.wait_for_upload(run)
     gate.open()
-    (line,) = said
-    assert line.startswith("MLflow has not got 2 entries yet")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("warning: 2 entries are not in MLflow yet; upload them with: ")
     assert line.endswith(f" -m raylm.sync {tmp_path}/run")
 
 
@@ -1089,24 +1089,24 @@ def test_an_experiment_that_was_deleted_in_mlflow_is_an_error(section, tmp_path)
 
 
 def test_the_page_that_compares_the_trials_of_a_sweep(server, section, tmp_path):
-    assert tracking.compare(start(NOWHERE, tmp_path / "untracked")) is None
+    assert tracking.link_comparison(start(NOWHERE, tmp_path / "untracked")) is None
     parent = start(server, tmp_path / "sweep")
-    assert tracking.compare(parent) is None
-    trials = [parent.child(f"trial_0000{number}") for number in range(2)]
-    assert parent.ship(20)
+    assert tracking.link_comparison(parent) is None
+    trials = [parent.start_trial(f"trial_0000{number}") for number in range(2)]
+    assert parent.upload(20)
     experiment_id = MlflowClient(server.uri).get_run(parent.run_id).info.experiment_id
     ids = f"%5B%22{trials[0].run_id}%22%2C%22{trials[1].run_id}%22%5D"
     page = f"#/compare-runs?runs={ids}&experiments=%5B%22{experiment_id}%22%5D&workflowType=machine_learning"
-    assert tracking.compare(parent) == f"{server.uri}/{page}"
-    note = MlflowClient(server.uri).get_run(parent.run_id).data.tags["mlflow.note.content"]
-    assert note == f"[Compare the trials]({page})"
+    assert tracking.link_comparison(parent) == f"{server.uri}/{page}"
+    description = MlflowClient(server.uri).get_run(parent.run_id).data.tags["mlflow.note.content"]
+    assert description == f"[Compare the trials]({page})"
     local = start(section, tmp_path / "local")
-    local.child("trial_00000")
-    assert local.ship(20)
-    assert tracking.compare(local).startswith("/#/compare-runs?runs=%5B%22")
+    local.start_trial("trial_00000")
+    assert local.upload(20)
+    assert tracking.link_comparison(local).startswith("/#/compare-runs?runs=%5B%22")
 
 
 def test_the_command_that_opens_mlflow(section):
-    assert tracking.how_to_look(section).endswith(f" -m mlflow ui --backend-store-uri {section.uri}")
-    assert tracking.how_to_look(TrackingConfig(uri="http://host:5000")) == "http://host:5000"
-    assert tracking.how_to_look(NOWHERE) is None
+    assert tracking.how_to_open(section).endswith(f" -m mlflow ui --backend-store-uri {section.uri}")
+    assert tracking.how_to_open(TrackingConfig(uri="http://host:5000")) == "http://host:5000"
+    assert tracking.how_to_open(NOWHERE) is None

@@ -30,7 +30,7 @@ def one_worker(train_run, tiny, text_directory, tmp_path_factory):
     sets = f"{{first: {text_directory}/00.txt, some: {text_directory}/1*.txt}}"
     experiment = tiny(f"tracking.uri={uri}", f"eval.paths={sets}", "objective.keywords=[cat, far]")
     outcome, job = train_run(experiment)
-    job.run.ship(60)
+    job.run.upload(60)
     saved = job.checkpoints.path(outcome.best["step"])
     return experiment, outcome.best, saved, tokens.open_store(job.store), job.run
 
@@ -143,12 +143,12 @@ def test_an_evaluation_is_broken_off_and_made_when_the_run_resumes(train_run, ti
     # Asked after each of two steps, then before each batch that is scored; last when there is none left to score.
     stopped, job = train_run(experiment, channel=StopsWhenAsked(counting.asked - 1 if in_last_one else 4))
     assert (stopped.step, stopped.stopped) == (10 if in_last_one else 2, True)
-    assert len(job.run.series().get("eval/perplexity", [])) == (4 if in_last_one else 0)
+    assert len(job.run.metric_history().get("eval/perplexity", [])) == (4 if in_last_one else 0)
     ended = train_run.go_on(job, experiment)
     for found, expected in ((ended.best, reference.best), (ended.last, reference.last)):
         assert {**found, "seconds": None} == {**expected, "seconds": None}
     for name in ("eval/perplexity", "train/loss"):
-        assert job.run.series()[name] == whole.run.series()[name]
+        assert job.run.metric_history()[name] == whole.run.metric_history()[name]
     assert job.checkpoints.fault(ended.best["step"]) is None
 
 

@@ -45,8 +45,8 @@ def run(experiment, resume="never"):
     prepared = plan.with_store(store)
     rows = sweeping.run_trials(prepared, {}, parent, begun, resources)
     best = sweeping.export_best_trial(prepared, parent, resources, rows)
-    parent.end()
-    assert parent.ship(60)
+    parent.finish()
+    assert parent.upload(60)
     return rows, best, parent
 
 
@@ -244,7 +244,7 @@ def test_a_trial_that_waited_ends_as_one_that_ran_through(ray_cluster, tiny, mon
     kept = ("perplexity", "bits_per_byte", "best_step", "tokens")
     assert [through[0][key] for key in kept] == [rows[0][key] for key in kept]
     ours, theirs = (
-        tracking.Run(f"{each.directory}/{trial_id}").series()
+        tracking.Run(f"{each.directory}/{trial_id}").metric_history()
         for each, trial_id in ((parent, best["trial_id"]), (untouched, "trial_00000"))
     )
     for name in ("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens", "eval/perplexity"):
@@ -305,7 +305,7 @@ def attempts(directory):
 
 def statuses(parent, trial_id):
     """(status, time) of a trial's run, as its journal has them."""
-    records, _ = journal.log(f"{parent.directory}/{trial_id}", journal.RUN).read()
+    records, _ = journal.json_lines(f"{parent.directory}/{trial_id}", journal.RUN_FILE).read()
     return [(record["status"], record["time"]) for record in records if "status" in record]
 
 
@@ -515,7 +515,7 @@ def test_a_population_goes_on_from_its_best_with_other_settings(ray_cluster, tin
             del found[trial_id]
     schedules = [
         (
-            tracking.Run(f"{parent.directory}/{trial_id}").series()["train/learning_rate"][-1][1]
+            tracking.Run(f"{parent.directory}/{trial_id}").metric_history()["train/learning_rate"][-1][1]
             / trial.settings["train.learning_rate"]
         )
         for trial_id, trial in found.items()

@@ -205,7 +205,7 @@ def run(plan: SweepPlan, resume: runs.Resume = "auto") -> SweepResult:
         raise
     finally:
         _close(parent, status)
-        tracking.settle(parent, logger.info)
+        tracking.wait_for_upload(parent)
 
 
 def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
@@ -226,8 +226,8 @@ def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
     result = _result(prepared, active, parent, rows, best, reused)
     active.end(result.record())
     report = _report(active.directory, parent)
-    tracking.settle(parent, logger.info)
-    comparison = tracking.compare(parent)  # which links it from the sweep's own page, too
+    tracking.wait_for_upload(parent)
+    comparison = tracking.link_comparison(parent)
     known = comparison if comparison and comparison.startswith("http") else None
     return dataclasses.replace(result, report=report, comparison=known)
 
@@ -235,9 +235,9 @@ def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
 def _close(parent: Run, status: tracking.Status = "KILLED") -> None:
     """End a sweep in MLflow, and those of its trials that have not ended."""
     with contextlib.suppress(StorageError):  # which has ended the sweep, too
-        for child in parent.children().values():
-            child.end_if_running("KILLED")
-    parent.end(status)
+        for child in parent.trials().values():
+            child.finish_if_running("KILLED")
+    parent.finish(status)
 
 
 def run_trials(
@@ -264,9 +264,9 @@ def run_trials(
     measure = experiment.measure if section.metric == "perplexity" else section.metric
     swept = sweeps.keys(section.space)
     parameters = summary.parameters(experiment, store, planned)
-    parent.parameters({key: value for key, value in parameters.items() if key not in swept})
+    parent.log_parameters({key: value for key, value in parameters.items() if key not in swept})
     summary.log_data(parent, experiment, store)
-    parent.text(dump(experiment), "experiment.yaml")
+    parent.log_text(dump(experiment), "experiment.yaml")
     random.seed(experiment.train.seed)  # by which a population draws
     scheduler = sweeps.RecordedScheduler(sweeps.scheduler(section, planned, metric), record, planned, stopping)
     together = min(resources.most_runs, section.max_concurrent_trials or resources.most_runs)
@@ -340,23 +340,23 @@ def export_best_trial(
     The best row, with the exported model as its checkpoint; None if no trial has a score.
     """
     experiment = prepared.experiment
-    children = parent.children()
+    children = parent.trials()
     for row in rows:
         child = children.get(row["trial_id"])
         if child is None:
             continue
-        child.end_late("FAILED" if row["status"] == "failed" else "FINISHED")
+        child.finish_late("FAILED" if row["status"] == "failed" else "FINISHED")
         if row["perplexity"] is not None:
             summary.log_best(child, experiment, row)
-        child.tags({"raylm.status": row["status"]})
+        child.set_tags({"raylm.status": row["status"]})
         row["mlflow_run_id"] = child.run_id
     if not rows or rows[0]["perplexity"] is None:
         return None
     exported = export_best(prepared, rows[0]["checkpoint"], rows[0], parent.directory, resources)
     best = {**rows[0], **exported.score, "checkpoint": exported.directory, "scored_on": exported.scored_on}
     summary.log_best(parent, experiment, best)
-    parent.tags({"raylm.best_trial": best["trial_id"], "raylm.checkpoint": best["checkpoint"]})
-    parent.model(best["checkpoint"], experiment.tracking, best["best_step"], logger.info)
+    parent.set_tags({"raylm.best_trial": best["trial_id"], "raylm.checkpoint": best["checkpoint"]})
+    parent.log_model(best["checkpoint"], experiment.tracking, best["best_step"])
     return best
 
 
@@ -399,7 +399,7 @@ def _report(directory: str, parent: Run) -> str | None:
     except Exception as error:
         logger.warning(f"the report could not be drawn ({error}); again: {sys.executable} -m raylm.report {directory}")
         return None
-    parent.file(found, "report/report.html")
+    parent.log_file(found, "report/report.html")
     return found
 
 

@@ -81,7 +81,7 @@ def run(plan: Plan, resume: runs.Resume = "auto") -> TrainResult:
     derived.keep()
     active = runs.start_or_resume(experiment, "train", plan.tokens.fingerprint, resume)
     for directory in active.abandoned:
-        summary.start(experiment, directory, os.path.basename(directory), "train").end_if_running("KILLED")
+        summary.start(experiment, directory, os.path.basename(directory), "train").finish_if_running("KILLED")
     tracked = summary.start(experiment, active.directory, active.name, "train")
     status: tracking.Status = "FAILED"
     try:
@@ -98,8 +98,8 @@ def run(plan: Plan, resume: runs.Resume = "auto") -> TrainResult:
             active.end({"error": error.message})  # with the same settings it would fail again
         raise
     finally:
-        tracked.end(status)
-        tracking.settle(tracked, logger.info)
+        tracked.finish(status)
+        tracking.wait_for_upload(tracked)
 
 
 def _run(plan: Plan, active: ActiveRun, tracked: Run) -> TrainResult:
@@ -126,8 +126,8 @@ def _train(
 ) -> TrainResult:
     store, budget = prepared.store, prepared.budget
     experiment = active.settled(prepared.experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
-    tracked.parameters(summary.parameters(experiment, store, budget))
-    tracked.text(dump(experiment), "experiment.yaml")
+    tracked.log_parameters(summary.parameters(experiment, store, budget))
+    tracked.log_text(dump(experiment), "experiment.yaml")
     summary.log_data(tracked, experiment, store)
     if active.step is not None:
         logger.info(f"{active.directory}: the newest checkpoint is of step {active.step:,} of {budget.steps:,}")
@@ -147,8 +147,8 @@ def _train(
     checkpoint = task.checkpoints.path(best["step"])
     exported = export_best(prepared, checkpoint, best, active.directory, resources)
     summary.log_best(tracked, experiment, {**best, **exported.score})
-    tracked.tags({"raylm.checkpoint": exported.directory})
-    tracked.model(exported.directory, experiment.tracking, best["step"], logger.info)
+    tracked.set_tags({"raylm.checkpoint": exported.directory})
+    tracked.log_model(exported.directory, experiment.tracking, best["step"])
     trained_here = (outcome.step - (active.step or 0)) * budget.batch_tokens
     unknown = store.validation.unknown_tokens
     return TrainResult(

@@ -65,7 +65,7 @@ class SweepRecord:
 
     def __init__(self, directory: str):
         self.directory = directory
-        self._log = journal.log(directory, EVENTS)
+        self._log = journal.json_lines(directory, EVENTS)
         self.events: list[Event] = self._log.read()[0]
         """Those that were there."""
         self.trials: dict[str, Trial] = {}

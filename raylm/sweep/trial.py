@@ -47,15 +47,15 @@ def run_trial(settings: dict[str, Any], *, template: TrainTask, resources: Resou
 def _problem(trial_id: str, settings: dict[str, Any], template: TrainTask, resources: Resources) -> RaylmError | None:
     """Why the training of a trial failed, if it did; its journal says so, too."""
     directory = f"{template.directory}/{trial_id}"
-    run = template.run.child(trial_id, directory=directory, ships=False)
+    run = template.run.start_trial(trial_id, directory=directory, uploads=False)
     store = tokens.open_store(template.store)
     experiment, planned, said = template.experiment, template.budget, {}
     try:
         experiment = override(experiment, {**settings, "tune.space": {}, "tune.points": []})
         planned = budget.for_store(experiment, store)
         said = summary.parameters(experiment, store, planned)
-        run.text(dump(experiment), "experiment.yaml")
-        run.parameters({**said, **_swept(template.experiment, settings)})
+        run.log_text(dump(experiment), "experiment.yaml")
+        run.log_parameters({**said, **_swept(template.experiment, settings)})
         summary.log_data(run, experiment, store)
         task = dataclasses.replace(
             template, experiment=experiment, budget=planned, run=run, directory=directory, name=trial_id
@@ -72,8 +72,8 @@ def _problem(trial_id: str, settings: dict[str, Any], template: TrainTask, resou
         cause = error if isinstance(error, RaylmError) else TrainingError(f"{type(error).__name__}: {error}")
         if not said:  # those of the sweep: a failed trial has the same keys
             plain = summary.parameters(template.experiment, store, planned)
-            run.parameters({**plain, **_swept(template.experiment, settings)})
-        run.tags({"raylm.failure": cause.message})
+            run.log_parameters({**plain, **_swept(template.experiment, settings)})
+        run.set_tags({"raylm.failure": cause.message})
         return cause
     return None
 

@@ -129,7 +129,7 @@ class Watcher(Unsaved, tune.Callback):
             self._stop()  # the others save a checkpoint, where they can
             return
         with contextlib.suppress(StorageError):  # the next result is soon there
-            self.parent.trial(trial.trial_id).watch()  # its journal is there by now
+            self.parent.trial(trial.trial_id).upload_in_background()  # its journal is there by now
         self.show(trial.trial_id)
 
     def on_step_end(self, iteration: int, trials: list, **_: Any) -> None:
@@ -158,10 +158,10 @@ class Watcher(Unsaved, tune.Callback):
         trial, run = self.record.trials[trial_id], self.parent.trial(trial_id)
         if stopped is None or not run.is_running:  # it waited, maybe since before the sweep was killed
             if trial.is_over:
-                run.end_late("FAILED" if trial.status == "failed" else "FINISHED")
+                run.finish_late("FAILED" if trial.status == "failed" else "FINISHED")
         elif trial.is_over or stopped.status == RayTrial.PAUSED:
-            run.end("FAILED" if trial.status == "failed" else "FINISHED")
-        run.watch()
+            run.finish("FAILED" if trial.status == "failed" else "FINISHED")
+        run.upload_in_background()
 
     def show(self, trial_id: str, runs: bool = True) -> None:
         trial = self.record.trials[trial_id]

@@ -1,21 +1,34 @@
-"""MLflow: one run per training, one parent per sweep with a child per trial; or nothing at all.
+"""MLflow: one run per training, one parent run per sweep with a child run per trial; or nothing at all.
 
-Everything is written to a journal in the run's own directory first, and shipped to MLflow from there by a thread: a
-training neither waits for MLflow nor fails with it. A Run is a directory, not a context: it travels to the worker that
-logs, and is ended by the process that began it, since a killed worker ends nothing.
+Everything is written to a journal in the run's own directory first, and a thread uploads it to MLflow from there. A
+training neither waits for MLflow nor fails with it. A Run is a directory, not a context: it is sent to the worker that
+logs, and is finished by the process that started it, because a killed worker finishes nothing.
 
-journal      what a run has to tell, on disk first: files of lines that only grow
-system       how busy a worker's machine is
+journal      append-only JSON lines of metrics, parameters, tags and artifacts, written before MLflow is called
+system       system metrics of a worker's machine
 models       a model's directory -> MLflow's logged models and its registry
-failures     what became of a call to MLflow: worth another try or not
-shipment     one journal -> its run in MLflow; nothing twice
-mlflow       one MLflow, and the thread that ships journals to it; nobody waits for it
-run          a run, of which a command and its workers tell: parameters, points, artifacts, trials, its end
-command      how a command begins runs, waits for MLflow at its end, finds runs, and says where to look
+failures     the ways in which a call to MLflow fails
+server       one MLflow: its client, its experiments, its failures in words
+upload       one journal -> its run in MLflow, nothing twice
+uploader     the background thread that uploads journals to one MLflow
+run          a run: what is logged to it, its trials, its status
+command      what commands do: start runs, find them, wait for uploads, name the page to open
 """
 
-from raylm.tracking.command import check, compare, how_to_look, problem, runs, settle, start
-from raylm.tracking.failures import shown
-from raylm.tracking.run import COMMIT, Run, Status
+from raylm.tracking.command import check_uri, find_runs, how_to_open, link_comparison, problem, start, wait_for_upload
+from raylm.tracking.failures import display_uri
+from raylm.tracking.run import COMMIT_TAG, Run, Status
 
-__all__ = ["COMMIT", "Run", "Status", "check", "compare", "how_to_look", "problem", "runs", "settle", "shown", "start"]
+__all__ = [
+    "COMMIT_TAG",
+    "Run",
+    "Status",
+    "check_uri",
+    "display_uri",
+    "find_runs",
+    "how_to_open",
+    "link_comparison",
+    "problem",
+    "start",
+    "wait_for_upload",
+]

@@ -1,15 +1,16 @@
-"""How a command begins runs, waits for MLflow at its end, finds runs, and says where to look."""
+"""What commands do with runs: start them, find them, wait for their upload, and name the page to open."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,12 +18,17 @@ from urllib.parse import quote
 from raylm import console, storage
 from raylm.config import TrackingConfig
 from raylm.errors import ConfigError, StorageError
-from raylm.tracking import journal, mlflow
-from raylm.tracking.failures import Unusable, shown
-from raylm.tracking.run import COMMIT, JOB, NOTE, SOURCE, Run, start_run, sync_command
+from raylm.tracking import journal, uploader
+from raylm.tracking.failures import Unusable, display_uri
+from raylm.tracking.run import COMMIT_TAG, JOB_TAG, SOURCE_TAG, Run, start_run, sync_command
 
-SETTLE_SECONDS = 60.0
-"""How long a command waits at its end for a server that takes what it gets."""
+logger = logging.getLogger(__name__)
+
+COMMAND_TAG = "raylm.command"
+DESCRIPTION_TAG = "mlflow.note.content"  # MLflow's own
+
+UPLOAD_SECONDS = 60.0
+"""How long a command waits at its end while an upload makes progress."""
 
 
 def start(
@@ -34,130 +40,134 @@ def start(
     directory: str | Path,
     metric: str = "best/eval_perplexity",
 ) -> Run:
-    """The run whose journal lies in `directory`: a new one called `name`, or the one that was there, which goes on.
+    """Start the run that has its journal in `directory`: a new one called `name`, or the existing one, which resumes.
 
-    It belongs to the section's MLflow experiment, by default `experiment`; one that is made here compares its runs by
-    `metric`. A server that does not answer is told of and waited for no longer than seconds; a tracking.uri that can
-    never work is a ConfigError.
+    It belongs to the section's MLflow experiment, by default `experiment`. MLflow's page of a new experiment compares
+    the runs by `metric`. If a server does not answer within seconds there is a warning, and the run starts without it;
+    a tracking.uri that can never work is a ConfigError.
     """
-    belongs = section.experiment or experiment
+    experiment = section.experiment or experiment
     if section.uri is not None:
-        check(section.uri)
-        storage.check_stays("tracking.uri", shown(section.uri))
-    connected = section.uri is not None and _connect(section.uri, belongs, metric)
+        check_uri(section.uri)
+        storage.check_stays("tracking.uri", display_uri(section.uri))
+    is_connected = section.uri is not None and _connect(section.uri, experiment, metric)
     run = Run(storage.absolute(directory), section.uri)
-    told = {**_origin(tags.get("raylm.verb")), **{key: str(value) for key, value in tags.items()}}
-    start_run(run, experiment=belongs, metric=metric, name=name, tags=told, is_child=False)
-    if connected:
-        run.ship(mlflow.PATIENCE_SECONDS)
+    all_tags = {**_origin(tags.get(COMMAND_TAG)), **{key: str(value) for key, value in tags.items()}}
+    start_run(run, experiment=experiment, metric=metric, name=name, tags=all_tags, is_child=False)
+    if is_connected:
+        run.upload(uploader.TIMEOUT_SECONDS)
     return run
 
 
-def check(uri: str) -> None:
-    """ConfigError for what is no address of an MLflow at all: none, localhost:5000, a directory."""
+def check_uri(uri: str) -> None:
+    """ConfigError for what cannot be the address of an MLflow: none, localhost:5000, a directory."""
     is_address = "://" in uri or uri.startswith(("sqlite:", "databricks", "uc"))
     if not is_address and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
         raise _unusable(uri, "it is not the address of a server or a database")
 
 
-def settle(run: Run, say: Callable[[str], None]) -> None:
-    """Wait at the end of a command for what MLflow has not, as long as it takes some; else `say` how to ship it."""
+def wait_for_upload(run: Run) -> None:
+    """Wait at the end of a command while the upload makes progress; else warn with the command that completes it."""
     if run.uri is None:
         return
-    deadline = time.monotonic() + SETTLE_SECONDS
-    left = math.inf
+    deadline = time.monotonic() + UPLOAD_SECONDS
+    before = math.inf
     try:
-        family = [run, *run.children().values()]
-        while (now_left := sum(one.left() for one in family)) < left and time.monotonic() < deadline:
-            if run.ship(2 * mlflow.PATIENCE_SECONDS):
+        runs = [run, *run.trials().values()]
+        while (pending := sum(each.pending() for each in runs)) < before and time.monotonic() < deadline:
+            if run.upload(2 * uploader.TIMEOUT_SECONDS):
                 return
-            left = now_left
-    except (OSError, StorageError):  # nobody can tell how many: the storage is gone
-        say(f"MLflow has not got all entries yet; to ship them: {sync_command(run)}")
+            before = pending
+    except (OSError, StorageError):  # the storage is gone, and with it the number
+        logger.warning("some entries are not in MLflow yet; upload them with: %s", sync_command(run))
     else:
-        say(f"MLflow has not got {now_left:,} entries yet; to ship them: {sync_command(run)}")
+        is_missing = (
+            "1 entry is not in MLflow yet; upload it"
+            if pending == 1
+            else f"{pending:,} entries are not in MLflow yet; upload them"
+        )
+        logger.warning("%s with: %s", is_missing, sync_command(run))
 
 
-def runs(directory: str | Path, uri: str | None = None) -> list[Run]:
-    """Every run whose journal lies in or below a directory, parents first; bound for `uri`, or where it belongs."""
+def find_runs(directory: str | Path, uri: str | None = None) -> list[Run]:
+    """Every run with a journal in or below a directory, parents first, for upload to `uri` or to its own MLflow."""
     root = storage.absolute(directory)
     if storage.is_remote(root):
         from pyarrow.fs import FileSelector
 
         system, inner = storage.file_system(root)
-        every = system.get_file_info(FileSelector(inner, allow_not_found=True, recursive=True))
-        files = [root + info.path.removeprefix(inner) for info in every if info.base_name == journal.RUN]
+        infos = system.get_file_info(FileSelector(inner, allow_not_found=True, recursive=True))
+        files = [root + info.path.removeprefix(inner) for info in infos if info.base_name == journal.RUN_FILE]
     else:
-        files = [str(file) for file in Path(root).rglob(journal.RUN)]
-    found = sorted(file.rpartition("/")[0] for file in files)
-    return [Run(where, uri or journal.facts(where).uri) for where in found]
+        files = [str(file) for file in Path(root).rglob(journal.RUN_FILE)]
+    directories = sorted(file.rpartition("/")[0] for file in files)
+    return [Run(directory, uri or journal.run_state(directory).uri) for directory in directories]
 
 
 def problem(uri: str) -> str | None:
     """Why the MLflow of a uri cannot be used, and the way out; None if it can."""
-    return mlflow.server(uri).problem(mlflow.PATIENCE_SECONDS)
+    return uploader.get(uri).problem(uploader.TIMEOUT_SECONDS)
 
 
-def how_to_look(section: TrackingConfig) -> str | None:
+def how_to_open(section: TrackingConfig) -> str | None:
     """The command that opens MLflow's page, or its address."""
     if section.uri is None:
         return None
     if section.uri.startswith("http"):
-        return shown(section.uri)
-    return f"{sys.executable} -m mlflow ui --backend-store-uri {shown(section.uri)}"
+        return display_uri(section.uri)
+    return f"{sys.executable} -m mlflow ui --backend-store-uri {display_uri(section.uri)}"
 
 
-def compare(run: Run) -> str | None:
-    """Link the page that compares the trials of a sweep from the sweep's own page, as its description.
+def link_comparison(run: Run) -> str | None:
+    """Address of MLflow's page that compares the trials of a sweep, which the sweep's description then links to.
 
-    Its address; a path below MLflow's where that is not known: of a database. None if MLflow has not got the trials.
+    For a database it is a path below the address of MLflow's UI. None if the trials are not in MLflow.
     """
     if run.uri is None or not run.directory:
         return None
-    experiment_id = mlflow.server(run.uri).experiment_id(journal.facts(run.directory).run["experiment"])
-    trials = [child.run_id for child in run.children().values()]
-    if experiment_id is None or not trials or None in trials:
+    experiment_id = uploader.get(run.uri).server.known_experiment_id(journal.run_state(run.directory).run["experiment"])
+    run_ids = [trial.run_id for trial in run.trials().values()]
+    if experiment_id is None or not run_ids or None in run_ids:
         return None
-    listed = [quote(json.dumps(ids, separators=(",", ":"))) for ids in (trials, [experiment_id])]
-    # Without the last one MLflow 3 shows the side of its page that is about agents.
-    path = f"#/compare-runs?runs={listed[0]}&experiments={listed[1]}&workflowType=machine_learning"
-    run.tags({NOTE: f"[Compare the trials]({path})"})
-    run.ship(mlflow.PATIENCE_SECONDS)
-    return f"{shown(run.uri).rstrip('/')}/{path}" if run.uri.startswith("http") else f"/{path}"
+    runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (run_ids, [experiment_id]))
+    # Without workflowType MLflow 3 shows the part of its page that is about agents.
+    path = f"#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
+    run.set_tags({DESCRIPTION_TAG: f"[Compare the trials]({path})"})
+    run.upload(uploader.TIMEOUT_SECONDS)
+    return f"{display_uri(run.uri).rstrip('/')}/{path}" if run.uri.startswith("http") else f"/{path}"
 
 
-def _origin(verb: str | None) -> dict[str, str]:
-    """Tags that tell where a run is from: the command, the commit that is checked out here, the Ray job."""
-    tags = {SOURCE: f"raylm {verb}", "mlflow.source.type": "LOCAL"} if verb else {}
-    with contextlib.suppress(OSError):  # no git here
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        if found.returncode == 0:
-            tags[COMMIT] = found.stdout.strip()
+def _origin(command: str | None) -> dict[str, str]:
+    """Tags that say where a run comes from: the command, the commit that is checked out here, the Ray job."""
+    tags = {SOURCE_TAG: f"raylm {command}", "mlflow.source.type": "LOCAL"} if command else {}
+    with contextlib.suppress(OSError):  # git is not installed
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if git.returncode == 0:
+            tags[COMMIT_TAG] = git.stdout.strip()
     if job := _ray_job():
-        tags[JOB] = job
+        tags[JOB_TAG] = job
     return tags
 
 
 def _ray_job() -> str | None:
     """The id under which this command was submitted to Ray, if it was."""
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    return submitted.get("metadata", {}).get("job_submission_id")
+    job_config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return job_config.get("metadata", {}).get("job_submission_id")
 
 
 def _connect(uri: str, experiment: str, metric: str) -> bool:
     try:
-        # A new database takes MLflow 4 s, on a busy machine 20.
-        with console.waiting(f"Opening MLflow at {shown(uri)}"):
-            return mlflow.server(uri).connect(
-                experiment, metric, 60 if uri.startswith("sqlite") else mlflow.PATIENCE_SECONDS
-            )
+        # MLflow creates a database in 4 s, on a busy machine in 20 s.
+        with console.waiting(f"Opening MLflow at {display_uri(uri)}"):
+            timeout_seconds = 60.0 if uri.startswith("sqlite") else uploader.TIMEOUT_SECONDS
+            return uploader.get(uri).connect(experiment, metric, timeout_seconds)
     except Unusable as error:
         raise _unusable(uri, str(error)) from error
 
 
-def _unusable(uri: str, why: str) -> ConfigError:
+def _unusable(uri: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"tracking.uri={shown(uri)} cannot be used: {why}; give sqlite:///FILE, or the address of a server "
+        f"tracking.uri={display_uri(uri)} cannot be used: {reason}; give sqlite:///FILE, or the address of a server "
         "(http://HOST:PORT) or of a database (postgresql, mysql or mssql); tracking.uri=null tracks nothing",
         where="tracking.uri",
     )

@@ -1,4 +1,4 @@
-"""What became of a call to MLflow, and what of an address may be shown when that is told."""
+"""The ways in which a call to MLflow fails, and its address without secrets."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from raylm.redaction import redacted
 from raylm.tracking import models
 
 WRONG_HOST = "Invalid Host header"
-"""What `mlflow server` says to a name that is not among its --allowed-hosts, with the status of a missing password."""
+"""Answer of `mlflow server` to a name that is not among its --allowed-hosts, with the status of a missing password."""
 
-CUT_OFF = ("unreachable", "denied", "wrong host")
-"""Kinds of failure that every other call would have, too."""
+CONNECTION_FAILURES = ("unreachable", "denied", "wrong host")
+"""Kinds of failure that every other call would meet, too."""
 
 
 class Unusable(Exception):
@@ -19,7 +19,7 @@ class Unusable(Exception):
 
 
 class Busy(Exception):
-    """Another process ships this journal."""
+    """Another process uploads this journal."""
 
 
 class Deleted(Exception):
@@ -27,30 +27,30 @@ class Deleted(Exception):
 
 
 class NotStored(Exception):
-    """The artifact store, which is another service, did not take an artifact."""
+    """The artifact store, which may be another service, did not store an artifact."""
 
     remedy = ""
 
     def __init__(self, name: str, error: Exception):
-        # boto3 begins with the paths on both sides, of 200 characters and more.
+        # boto3's message starts with the paths on both sides, 200 characters and more.
         super().__init__(f"{name}: {re.sub('^Failed to upload .+? to .+?: ', '', str(error))}")
         if isinstance(error, ModuleNotFoundError):
             self.remedy = f": pip install {error.name}"
-        elif type(error).__module__.startswith("boto"):  # it is S3, and this process writes to it
+        elif type(error).__module__.startswith("boto"):  # S3, which this process writes to itself
             self.remedy = "; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL in the environment"
 
 
 def kind(error: Exception) -> str:
-    """What became of a call to MLflow.
+    """The kind of a failure.
 
-    Only what is `unreachable`, `denied`, the `wrong host` or `not stored` is worth another try.
+    Only `unreachable`, `denied`, `wrong host` and `not stored` are worth a retry.
     """
-    if isinstance(error, Deleted | NotStored | models.Unfit):
-        return {Deleted: "deleted", NotStored: "not stored", models.Unfit: "refused"}[type(error)]
+    if isinstance(error, Deleted | NotStored | models.InvalidModel):
+        return {Deleted: "deleted", NotStored: "not stored", models.InvalidModel: "refused"}[type(error)]
     if WRONG_HOST in str(error):
         return "wrong host"
     code = getattr(error, "error_code", None)
-    answer = str(getattr(error, "json", ""))  # a proxy's own, of which MLflow knows no code
+    answer = str(getattr(error, "json", ""))  # a proxy's own, to which MLflow gives no code
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED") or re.search(
         r"\b40[13]\b|unauthori[sz]ed|forbidden", answer, re.IGNORECASE
     ):
@@ -62,6 +62,6 @@ def kind(error: Exception) -> str:
     return "unreachable"
 
 
-def shown(uri: str) -> str:
-    """A tracking URI as it is named to people: without a password, and without options."""
+def display_uri(uri: str) -> str:
+    """A tracking URI as raylm shows and records it: without a password, and without options."""
     return uri if uri.startswith("sqlite") else redacted(uri).partition("?")[0]

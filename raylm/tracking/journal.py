@@ -1,19 +1,20 @@
-"""What a run has to tell, on disk before anybody else hears of it. Files of JSON lines that only ever grow:
+"""The journal of a run: append-only files of JSON lines, written before anything is sent to MLflow.
 
-    <run>/tracking.jsonl  {"run": {"id": ..., "name": ..., ...}}              what it is
-                          {"status": "RUNNING", "time": ..., "uri": ...}   again whenever it goes on
+    <run>/tracking.jsonl  {"run": {"id": ..., "name": ..., ...}}           once, when the run starts for the first time
+                          {"status": "RUNNING", "time": ..., "uri": ...}   at each start; another status at each finish
                           {"parameters": {...}}   {"tags": {...}}   {"dataset": ..., "digest": ..., ...}
-                          {"text": ..., "name": ...}      an artifact, whole in the line
-                          {"file": SHA-256, "name": ...}  one that lies under this name in the directory
-                          {"model": ..., "name": ..., ...}   a model's directory, to be logged as MLflow's models are
+                          {"text": ..., "name": ...}         a text artifact, with its whole content
+                          {"file": SHA-256, "name": ...}     a file artifact, which has this name in the directory
+                          {"model": ..., "name": ..., ...}   the directory of a model, for MLflow's logged models
           metrics.jsonl   {"step": 8, "time": 1763856000123, "metrics": {"train/loss": 3.25}}
-                          {"rewind": 8}           the run goes on from step 8: the points after it are taken back
-          mlflow.json     the run's id in MLflow, and how many bytes of the other two it has
+                          {"rewind": 8}           the run resumes from step 8: the points after it no longer count
+          mlflow.json     the run's id in MLflow, and how many bytes of the other two files are uploaded
 
-The driver writes tracking.jsonl, rank 0 of the workers metrics.jsonl, whoever ships mlflow.json. A line is one write,
-and one without its end is none: a writer may be killed at any byte, and the next one begins a line of its own.
+The driver writes tracking.jsonl, rank 0 of the workers metrics.jsonl, and the process that uploads mlflow.json. Each
+line is a single write. A line without its end does not count: a writer may be killed at any byte, and the next writer
+starts on a new line.
 
-On remote storage, which knows no appending, a thread writes the whole files again every few seconds.
+Remote storage cannot append, so a thread rewrites the whole file there every few seconds.
 """
 
 from __future__ import annotations
@@ -34,19 +35,20 @@ from typing import Any
 
 from raylm import storage
 
-RUN, METRICS, NOTE = "tracking.jsonl", "metrics.jsonl", "mlflow.json"
+RUN_FILE, METRICS_FILE, OFFSETS_FILE = "tracking.jsonl", "metrics.jsonl", "mlflow.json"
 
-UPLOAD_SECONDS = 5.0
-"""How long lines wait in memory for a remote storage."""
+REWRITE_SECONDS = 5.0
+"""How long lines wait in memory before a file on remote storage is rewritten."""
 
-Place = tuple[str, int]
+MetricKey = tuple[str, int]
 """The name of a metric, and the step."""
 
-Point = tuple[float, int]
-"""The value of a metric, and when it was first told, in milliseconds since 1970."""
+MetricValue = tuple[float, int]
+"""The value of a metric, and when it was first logged, in milliseconds since 1970."""
 
 
 def now() -> int:
+    """Milliseconds since 1970."""
     return int(time.time() * 1000)
 
 
@@ -56,52 +58,53 @@ class JsonLines:
     def __init__(self, path: str):
         self.path = path
         self._lock = threading.Lock()
-        self._waiting: list[bytes] = []
-        self._is_refused = False
-        """Whether the remote storage did not take them the last time."""
-        self._stored = 0
-        """Bytes that the remote storage has, as far as is known: never fewer."""
+        self._unwritten: list[bytes] = []
+        self._rewrite_failed = False
+        """Whether the last rewrite on remote storage failed."""
+        self._remote_size = 0
+        """Bytes that remote storage holds at least, as far as this process knows."""
         self._file: int | None = None
         self._timer: threading.Timer | None = None
 
     def append(self, *records: Mapping[str, Any], durable: bool = False) -> None:
-        """Add lines, which outlive the process then; with `durable`, or on `flush`, a power cut too.
+        """Add lines, which then outlive the process; with `durable`, or after `flush`, a power cut too.
 
-        After an OSError they wait for the next call.
+        After an OSError the lines are kept and written by the next call.
         """
         with self._lock:
-            self._waiting += [json.dumps(record, allow_nan=False).encode() + b"\n" for record in records]
+            self._unwritten += [json.dumps(record, allow_nan=False).encode() + b"\n" for record in records]
             if not storage.is_remote(self.path):
                 self._write(durable)
             elif durable:
-                self._upload()
+                self._rewrite()
             elif self._timer is None:
-                self._timer = threading.Timer(UPLOAD_SECONDS, self._upload_later)
+                self._timer = threading.Timer(REWRITE_SECONDS, self._rewrite_from_timer)
                 self._timer.daemon = True
                 self._timer.start()
 
     def flush(self) -> None:
+        """Make all lines durable."""
         self.append(durable=True)
 
-    def farewell(self) -> None:
-        """What still waits when the process ends, unless the remote storage has just failed: it may take a minute."""
-        if not self._is_refused:
+    def flush_at_exit(self) -> None:
+        """Write the lines that still wait, unless remote storage has just failed: another try may take a minute."""
+        if not self._rewrite_failed:
             with contextlib.suppress(OSError):
                 self.flush()
 
     def read(self, start: int = 0) -> tuple[list[dict[str, Any]], int]:
-        """The records from byte `start` on but torn ones, and the byte after the last."""
+        """The records from byte `start` on without torn ones, and the byte after the last."""
         if storage.is_remote(self.path):
             content = (storage.read(self.path) or b"")[start:]
         else:
             content = storage.retried(self.path, lambda: self._read(start))
         lines = content.split(b"\n")
-        found = [_record(line) for line in lines]
-        torn = len(lines[-1]) if found[-1] is None else 0  # it may be whole a moment later
-        return [record for record in found if record is not None], start + len(content) - torn
+        records = [_record(line) for line in lines]
+        torn = len(lines[-1]) if records[-1] is None else 0  # it may be complete a moment later
+        return [record for record in records if record is not None], start + len(content) - torn
 
     def _read(self, start: int) -> bytes:
-        """Of a file on this machine, what comes after so many bytes."""
+        """The bytes of a local file from `start` on."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(start)
@@ -110,27 +113,27 @@ class JsonLines:
             return b""
 
     def size(self) -> int:
-        """Bytes, a torn line's too."""
+        """Bytes of the file, with those of a torn line."""
         return storage.size(self.path)
 
     def _write(self, durable: bool) -> None:
         try:
-            while self._waiting:
-                # One system call a line: in each the thread that ships may get Python's lock, for 5 ms.
-                file, begin = self._open()
-                written = os.write(file, begin + b"".join(self._waiting)) - len(begin)
-                while self._waiting and written >= len(self._waiting[0]):
-                    written -= len(self._waiting.pop(0))
-                if self._waiting:  # a disk that fills up tears a line
+            while self._unwritten:
+                # One system call a line: each may hand Python's lock to the upload thread for 5 ms.
+                file, start = self._open()
+                written = os.write(file, start + b"".join(self._unwritten)) - len(start)
+                while self._unwritten and written >= len(self._unwritten[0]):
+                    written -= len(self._unwritten.pop(0))
+                if self._unwritten:  # the disk is full and has torn a line
                     self.close()
             if durable:
                 os.fsync(self._open()[0])
         finally:
-            if durable or self._waiting:
+            if durable or self._unwritten:
                 self.close()
 
     def _open(self) -> tuple[int, bytes]:
-        """The file, and what ends the line that it ends with if that is torn."""
+        """The file, and the line end that is missing if its last line is torn."""
         if self._file is not None:
             return self._file, b""
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
@@ -138,35 +141,36 @@ class JsonLines:
         return self._file, b"" if size == 0 or os.pread(self._file, 1, size - 1) == b"\n" else b"\n"
 
     def close(self) -> None:
-        """To look again before the next line what is there. On NFS others see what is closed."""
-        self._stored = 0
+        """Close the file; the next write opens it again. On NFS other machines see only what was closed."""
+        self._remote_size = 0
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
-    def _upload(self) -> None:
+    def _rewrite(self) -> None:
+        """Write the whole file on remote storage again, with the new lines."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._waiting:
+        if self._unwritten:
             try:
                 content = storage.read(self.path) or b""
-                if len(content) < self._stored:
-                    raise OSError(f"{len(content):,} of {self._stored:,} bytes are there")
-                content += b"".join(self._waiting)
+                if len(content) < self._remote_size:
+                    raise OSError(f"{len(content):,} of {self._remote_size:,} bytes are there")
+                content += b"".join(self._unwritten)
                 storage.write(self.path, content)
-            except Exception as error:  # pyarrow's, fsspec's and the cloud's own errors
-                self._is_refused = True
+            except Exception as error:  # pyarrow, fsspec and the clouds have errors of their own
+                self._rewrite_failed = True
                 raise OSError(None, storage.reason(error)) from error
-            self._waiting, self._is_refused, self._stored = [], False, len(content)
+            self._unwritten, self._rewrite_failed, self._remote_size = [], False, len(content)
 
-    def _upload_later(self) -> None:
-        with self._lock, storage.once(), contextlib.suppress(OSError):  # they go on waiting
-            self._upload()
+    def _rewrite_from_timer(self) -> None:
+        with self._lock, storage.once(), contextlib.suppress(OSError):  # the lines are kept for the next time
+            self._rewrite()
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The object of a line; None of a torn one, since no part of an object is a whole one."""
+    """The object of a line; None for a torn line, because no part of a JSON object is itself one."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -175,12 +179,12 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 @functools.cache
-def log(directory: str, name: str) -> JsonLines:
-    """The file of a journal: one object a process, so that its lines wait in one place."""
-    found = JsonLines(f"{directory}/{name}")
+def json_lines(directory: str, name: str) -> JsonLines:
+    """The file of a journal: a single object per process, so that unwritten lines are kept in one place."""
+    lines = JsonLines(f"{directory}/{name}")
     if storage.is_remote(directory):
-        atexit.register(found.farewell)
-    return found
+        atexit.register(lines.flush_at_exit)
+    return lines
 
 
 # tracking.jsonl ----------------------------------------------------------------------------------------------------
@@ -188,24 +192,25 @@ def log(directory: str, name: str) -> JsonLines:
 
 @dataclass
 class RunState:
-    """What tracking.jsonl, or a part of it, says."""
+    """The content of tracking.jsonl, or of a part of it."""
 
     run: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
-    """As they were first given: MLflow takes no other."""
+    """First value of each parameter: MLflow does not change one."""
     tags: dict[str, str] = field(default_factory=dict)
     datasets: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
-    """By name and digest."""
+    """(name, digest) -> data set."""
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Texts, files and models, by name."""
+    """Name -> text, file or model."""
     status: str | None = None
     time: int = 0
-    """When it got its status."""
+    """When the status was set."""
     starts: int = 0
     uri: str | None = None
     """The MLflow of the last start, without a password."""
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> RunState:
+        """Apply more records, and return self."""
         for record in records:
             self.run = self.run or record.get("run", {})
             self.parameters = {**record.get("parameters", {}), **self.parameters}
@@ -221,30 +226,31 @@ class RunState:
         return self
 
 
-def facts(directory: str) -> RunState:
-    return RunState().add(log(directory, RUN).read()[0])
+def run_state(directory: str) -> RunState:
+    """The state of the run that has its journal in this directory; empty if there is no journal."""
+    return RunState().add(json_lines(directory, RUN_FILE).read()[0])
 
 
-def begin(directory: str, uri: str | None, **about: Any) -> None:
-    """Make a journal, or let the run whose journal it is go on. OSError if that cannot be."""
+def start(directory: str, uri: str | None, **run: Any) -> None:
+    """Create the journal of a run, or mark its run as running again. OSError if the journal cannot be written."""
     if not storage.is_remote(directory):
         os.makedirs(directory, exist_ok=True)
-    began = now()
-    records: list[dict[str, Any]] = [{"status": "RUNNING", "time": began, "uri": uri}]
-    if not facts(directory).run:
-        log(directory, METRICS).close()  # of a run that was removed
-        metrics.cache_clear()
-        records.insert(0, {"run": {"id": uuid.uuid4().hex, "time": began, **about}})
-    log(directory, RUN).append(*records, durable=True)
+    started = now()
+    records: list[dict[str, Any]] = [{"status": "RUNNING", "time": started, "uri": uri}]
+    if not run_state(directory).run:
+        json_lines(directory, METRICS_FILE).close()  # it may still be open for a run that was removed
+        metric_writer.cache_clear()
+        records.insert(0, {"run": {"id": uuid.uuid4().hex, "time": started, **run}})
+    json_lines(directory, RUN_FILE).append(*records, durable=True)
 
 
 @contextlib.contextmanager
 def lock(directory: str) -> Iterator[bool]:
-    """Whether this is the only one to ship the journal, for as long as the context and the process last."""
-    if storage.is_remote(directory):  # no locks there, see shipment.py why that does no harm
+    """Whether no other process uploads this journal. The lock is held until the context or the process ends."""
+    if storage.is_remote(directory):  # no locks there; upload.py says why that does no harm
         yield True
         return
-    file = os.open(f"{directory}/{RUN}", os.O_RDWR)
+    file = os.open(f"{directory}/{RUN_FILE}", os.O_RDWR)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -260,66 +266,69 @@ def lock(directory: str) -> Iterator[bool]:
 # metrics.jsonl -----------------------------------------------------------------------------------------------------
 
 
-def apply(records: Iterable[Mapping[str, Any]], points: dict[Place, Point]) -> None:
-    """Add the points of a part of metrics.jsonl, take back those it takes back. Of two at one place the first stays."""
+def apply_metrics(records: Iterable[Mapping[str, Any]], points: dict[MetricKey, MetricValue]) -> None:
+    """Apply records of metrics.jsonl to `points`: add points, and remove those that were rewound.
+
+    The first value of a metric at a step stays.
+    """
     for record in records:
         if "rewind" in record:
-            for place in [place for place in points if place[1] > record["rewind"]]:
-                del points[place]
-        for key, value in record.get("metrics", {}).items():
-            points.setdefault((key, record["step"]), (float(value), record["time"]))
+            for key in [key for key in points if key[1] > record["rewind"]]:
+                del points[key]
+        for name, value in record.get("metrics", {}).items():
+            points.setdefault((name, record["step"]), (float(value), record["time"]))
 
 
-class MetricHistory:
-    """metrics.jsonl as the process knows it that writes there."""
+class MetricWriter:
+    """The writer of metrics.jsonl, which knows what the file holds."""
 
     def __init__(self, directory: str):
-        self.log = log(directory, METRICS)
-        self._points: dict[Place, Point] = {}
-        self._times: dict[Place, int] = {}
-        """Of all points, those that were taken back too."""
+        self._lines = json_lines(directory, METRICS_FILE)
+        self._points: dict[MetricKey, MetricValue] = {}
+        self._times: dict[MetricKey, int] = {}
+        """Time of every point, also of those that were rewound."""
         self._end = 0
-        self._follow()
+        self._read_new()
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """Write the points that are not there yet.
+        """Write the points that the file does not have yet.
 
-        One that was taken back and is made again gets its old time, since MLflow knows a point by name, step, value
-        and time: should both be sent, it stores one.
+        A point that was rewound and is logged again keeps its old time, because MLflow identifies a point by name,
+        step, value and time: if both are sent, it stores one.
         """
-        lines: dict[int, dict[str, float | str]] = {}
-        for key, value in values.items():
-            if (key, step) not in self._points:
+        by_time: dict[int, dict[str, float | str]] = {}
+        for name, value in values.items():
+            if (name, step) not in self._points:
                 plain = float(value) if math.isfinite(value) else str(float(value))  # JSON has no infinity
-                lines.setdefault(self._times.get((key, step), now()), {})[key] = plain
-        records = [{"step": step, "time": time, "metrics": told} for time, told in lines.items()]
+                by_time.setdefault(self._times.get((name, step), now()), {})[name] = plain
+        records = [{"step": step, "time": time, "metrics": metrics} for time, metrics in by_time.items()]
         self._apply(records)
-        self.log.append(*records)
+        self._lines.append(*records)
 
     def rewind(self, step: int) -> None:
-        """Take back the points after a step."""
-        self.log.flush()
-        self._follow()
-        if any(place[1] > step for place in self._points):
+        """Remove the points after a step."""
+        self._lines.flush()
+        self._read_new()
+        if any(key[1] > step for key in self._points):
             record = {"rewind": step}
             self._apply([record])
-            self.log.append(record, durable=True)
+            self._lines.append(record, durable=True)
 
-    def _follow(self) -> None:
-        """Learn what is new in the file."""
-        records, self._end = self.log.read(self._end)
+    def _read_new(self) -> None:
+        records, self._end = self._lines.read(self._end)
         self._apply(records)
 
     def _apply(self, records: Sequence[Mapping[str, Any]]) -> None:
-        apply(records, self._points)
+        apply_metrics(records, self._points)
         for record in records:
-            for key in record.get("metrics", ()):
-                self._times.setdefault((key, record["step"]), record["time"])
+            for name in record.get("metrics", ()):
+                self._times.setdefault((name, record["step"]), record["time"])
 
 
 @functools.cache
-def metrics(directory: str) -> MetricHistory:
-    return MetricHistory(directory)
+def metric_writer(directory: str) -> MetricWriter:
+    """The writer of this process for the run in a directory."""
+    return MetricWriter(directory)
 
 
 # mlflow.json -------------------------------------------------------------------------------------------------------
@@ -327,67 +336,69 @@ def metrics(directory: str) -> MetricHistory:
 
 @dataclass(frozen=True)
 class UploadedOffsets:
-    """How much of a journal an MLflow store or server has. To lose it costs a few questions to the server."""
+    """How much of a journal is in an MLflow store or server. If the file is lost, MLflow is asked instead."""
 
     uri: str
-    journal: str
-    """The id in tracking.jsonl."""
+    journal_id: str
+    """The run's id in tracking.jsonl."""
     run_id: str | None = None
-    facts: int = 0
-    """Bytes of tracking.jsonl, but the artifacts."""
+    """The run's id in MLflow."""
+    entries: int = 0
+    """Bytes of tracking.jsonl of which all but the artifacts is uploaded."""
     artifacts: int = 0
-    """Bytes of tracking.jsonl, for the artifacts: their store may fail by itself."""
+    """Bytes of tracking.jsonl of which the artifacts are uploaded: the artifact store may fail alone."""
     metrics: int = 0
-    """Bytes of metrics.jsonl."""
+    """Bytes of metrics.jsonl that are uploaded."""
 
 
-def note(directory: str, uri: str) -> UploadedOffsets:
-    """What was noted of this journal and this server."""
-    new = UploadedOffsets(uri, facts(directory).run.get("id", ""))
+def uploaded_offsets(directory: str, uri: str) -> UploadedOffsets:
+    """The recorded offsets of this journal in this MLflow; zeros if there are none."""
+    new = UploadedOffsets(uri, run_state(directory).run.get("id", ""))
     try:
-        found = UploadedOffsets(**json.loads(storage.read(f"{directory}/{NOTE}") or b""))
+        recorded = UploadedOffsets(**json.loads(storage.read(f"{directory}/{OFFSETS_FILE}") or b""))
     except (ValueError, TypeError):
         return new
-    return found if (found.uri, found.journal) == (new.uri, new.journal) else new
+    return recorded if (recorded.uri, recorded.journal_id) == (new.uri, new.journal_id) else new
 
 
-def write_note(directory: str, note: UploadedOffsets) -> None:
-    storage.write(f"{directory}/{NOTE}", json.dumps(asdict(note)).encode())
+def write_uploaded_offsets(directory: str, offsets: UploadedOffsets) -> None:
+    """Record the offsets of this journal."""
+    storage.write(f"{directory}/{OFFSETS_FILE}", json.dumps(asdict(offsets)).encode())
 
 
 def end_offsets(directory: str) -> dict[str, int]:
-    """A note's bytes as they are when MLflow has everything."""
-    run, points = (log(directory, name).read()[1] for name in (RUN, METRICS))
-    return {"facts": run, "artifacts": run, "metrics": points}
+    """The offsets of a journal that is uploaded entirely."""
+    run, metrics = (json_lines(directory, name).read()[1] for name in (RUN_FILE, METRICS_FILE))
+    return {"entries": run, "artifacts": run, "metrics": metrics}
 
 
 def sizes(directory: str) -> tuple[int, int]:
-    """Bytes of metrics.jsonl and tracking.jsonl: one request, where the directory is remote."""
+    """Bytes of metrics.jsonl and tracking.jsonl: a single request where the directory is remote."""
     if not storage.is_remote(directory):
-        return log(directory, METRICS).size(), log(directory, RUN).size()
-    found = storage.sizes(directory)
-    return found.get(METRICS, 0), found.get(RUN, 0)
+        return json_lines(directory, METRICS_FILE).size(), json_lines(directory, RUN_FILE).size()
+    by_name = storage.sizes(directory)
+    return by_name.get(METRICS_FILE, 0), by_name.get(RUN_FILE, 0)
 
 
-def has_grown(directory: str, note: UploadedOffsets) -> bool:
-    """Whether there may be something that MLflow has not."""
+def has_grown(directory: str, offsets: UploadedOffsets) -> bool:
+    """Whether the journal is longer than what is uploaded."""
     metrics, run = sizes(directory)
-    return metrics > note.metrics or run > min(note.facts, note.artifacts)
+    return metrics > offsets.metrics or run > min(offsets.entries, offsets.artifacts)
 
 
-def pending(directory: str, note: UploadedOffsets) -> int:
-    """How many entries MLflow has not: metric points, parameters, tags, datasets, artifacts, changes of status."""
-    if not has_grown(directory, note):
+def pending(directory: str, offsets: UploadedOffsets) -> int:
+    """Number of entries not yet uploaded: metric points, parameters, tags, datasets, artifacts, changes of status."""
+    if not has_grown(directory, offsets):
         return 0
-    points: dict[Place, Point] = {}
-    apply(log(directory, METRICS).read(note.metrics)[0], points)
-    told = RunState().add(log(directory, RUN).read(note.facts)[0])
-    artifacts = RunState().add(log(directory, RUN).read(note.artifacts)[0]).artifacts
+    points: dict[MetricKey, MetricValue] = {}
+    apply_metrics(json_lines(directory, METRICS_FILE).read(offsets.metrics)[0], points)
+    state = RunState().add(json_lines(directory, RUN_FILE).read(offsets.entries)[0])
+    artifacts = RunState().add(json_lines(directory, RUN_FILE).read(offsets.artifacts)[0]).artifacts
     return (
         sum(math.isfinite(value) for value, _ in points.values())
-        + len(told.parameters)
-        + len(told.tags)
-        + len(told.datasets)
-        + (told.status is not None)
+        + len(state.parameters)
+        + len(state.tags)
+        + len(state.datasets)
+        + (state.status is not None)
         + len(artifacts)
     )

@@ -1,7 +1,7 @@
 """A model's directory -> MLflow's logged models, and its registry.
 
-As mlflow.transformers.log_model does it, but with a client instead of MLflow's global state, which is the user's; and
-with the packages named that the model needs, since MLflow would look for them by loading it again and in the network.
+This is mlflow.transformers.log_model with a client instead of MLflow's global state, which belongs to the user. It also
+names the packages that the model needs, because MLflow would find them out by loading it again and over the network.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ CHAMPION = "champion"
 REQUIREMENTS = ("transformers", "torch", "accelerate")
 
 
-class Unfit(Exception):
-    """MLflow can make nothing of the model."""
+class InvalidModel(Exception):
+    """MLflow cannot load the model."""
 
 
 def log(client: Any, run_id: str, directory: str, record: Mapping[str, Any]) -> None:
-    """Log the model that a run's journal tells of, and register it if it says so, unless that was done before.
+    """Log the model of a record in a run's journal, and register it if the record says so, unless that was done before.
 
-    A model that was removed since is wanted no more.
+    A model that was removed is skipped.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        found = _here(f"{directory}/{record['model']}", scratch)
-        if found is None:
+        local = _local_directory(f"{directory}/{record['model']}", scratch)
+        if local is None:
             return
-        model = _logged(client, run_id) or _log(client, run_id, found, record["step"], Path(scratch, "logged"))
+        model = _logged_model(client, run_id) or _log(client, run_id, local, record["step"], Path(scratch, "logged"))
     if record["register"] is not None:
         _register(client, run_id, model, record["register"])
 
 
-def _here(path: str, scratch: str) -> str | None:
-    """A model's directory on this machine; None if it is not there."""
+def _local_directory(path: str, scratch: str) -> str | None:
+    """A model's directory on this machine, downloaded to `scratch` if need be; None if it does not exist."""
     if storage.is_remote(path):
         local = Path(scratch, NAME)
         local.mkdir()
@@ -51,8 +51,8 @@ def _here(path: str, scratch: str) -> str | None:
     return path if os.path.exists(f"{path}/config.json") else None
 
 
-def _logged(client: Any, run_id: str) -> Any:
-    """The run's model in MLflow, if it has one; what was left of one that was cut off is removed."""
+def _logged_model(client: Any, run_id: str) -> Any:
+    """The run's model in MLflow; None if it has none. One whose logging was interrupted is deleted."""
     experiment_id = client.get_run(run_id).info.experiment_id
     for model in client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'"):
         if str(model.status) == "READY":
@@ -66,42 +66,44 @@ def _log(client: Any, run_id: str, directory: str, step: int, local: Path) -> An
     from mlflow.models import Model
 
     run = client.get_run(run_id)
-    made = client.create_logged_model(run.info.experiment_id, NAME, source_run_id=run_id, params=run.data.params)
-    client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step=step)])
+    model = client.create_logged_model(run.info.experiment_id, NAME, source_run_id=run_id, params=run.data.params)
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
     metrics = [
-        Metric(key, point.value, point.timestamp, point.step, model_id=made.model_id, run_id=run_id)
+        Metric(key, point.value, point.timestamp, point.step, model_id=model.model_id, run_id=run_id)
         for key in run.data.metrics
         for point in client.get_metric_history(run_id, key)
         if point.step == step or key.startswith("best/")
     ]
     client.log_batch(run_id, metrics=metrics)
-    about = Model(made.artifact_location, run_id, model_uuid=made.model_id, model_id=made.model_id)
+    description = Model(model.artifact_location, run_id, model_uuid=model.model_id, model_id=model.model_id)
     try:
-        _save(directory, local, about)
+        _save(directory, local, description)
     except Exception as error:
-        client.delete_logged_model(made.model_id)
-        raise Unfit(f"{directory}: {error}") from error
-    client.log_model_artifacts(made.model_id, str(local))
-    return client.finalize_logged_model(made.model_id, "READY")
+        client.delete_logged_model(model.model_id)
+        raise InvalidModel(f"{directory}: {error}") from error
+    client.log_model_artifacts(model.model_id, str(local))
+    return client.finalize_logged_model(model.model_id, "READY")
 
 
-def _save(directory: str, local: Path, about: Any) -> None:
-    """The model as MLflow stores it: loaded, since MLflow 3.17 cannot do it with a directory and transformers 5.23."""
+def _save(directory: str, local: Path, description: Any) -> None:
+    """Save the model as MLflow stores it: loaded, because from a directory MLflow 3.17 fails with transformers 5.23."""
     import mlflow.transformers
     import transformers
 
     transformers.logging.disable_progress_bar()
-    logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it misses a card on the Hub
+    logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it warns that there is no card on the Hub
     architectures = json.loads(Path(directory, "config.json").read_bytes()).get("architectures") or [""]
     task = "fill-mask" if architectures[0].endswith("ForMaskedLM") else "text-generation"
-    needs = [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
-    made = transformers.pipeline(task, model=directory, device="cpu")
-    mlflow.transformers.save_model(made, str(local), task=task, mlflow_model=about, pip_requirements=needs)
+    requirements = [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
+    pipeline = transformers.pipeline(task, model=directory, device="cpu")
+    mlflow.transformers.save_model(
+        pipeline, str(local), task=task, mlflow_model=description, pip_requirements=requirements
+    )
     (local / "LICENSE.txt").unlink(missing_ok=True)  # it says to look for the directory on the Hub
 
 
 def _register(client: Any, run_id: str, model: Any, name: str) -> None:
-    """The model as a version of a registered one, and its champion unless there is a newer version."""
+    """Register the model as a version of `name`, and make it the champion unless there is a newer version."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -111,7 +113,7 @@ def _register(client: Any, run_id: str, model: Any, name: str) -> None:
             raise
     versions = client.search_model_versions(f"name = '{name}'")
     if not any(version.run_id == run_id for version in versions):
-        # By its place: with models:/… MLflow 3.17 asks the server of its global state.
+        # By its location: for models:/… MLflow 3.17 asks the server of its global state.
         versions.append(client.create_model_version(name, model.artifact_location, run_id, model_id=model.model_id))
     newest = max(versions, key=lambda version: int(version.version))
     if newest.run_id == run_id:

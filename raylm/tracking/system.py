@@ -1,6 +1,6 @@
-"""How busy the machine of a process is, under the names of MLflow's own monitor, for which its page has a tab.
+"""System metrics, under the names of MLflow's own monitor, for which its page has a tab.
 
-That monitor has a thread that asks MLflow and drops what MLflow does not take; these points go by the journal.
+That monitor logs from a thread to MLflow and drops what MLflow does not take; these points go through the journal.
 """
 
 from __future__ import annotations
@@ -14,46 +14,46 @@ import psutil
 
 PREFIX = "system/"
 SECONDS = 10.0
-"""Between two points: asking takes 0.2 ms."""
+"""Between two points; reading the values takes 0.2 ms."""
 
 
 class SystemMonitor:
     def __init__(self) -> None:
         self._next = time.monotonic() + SECONDS
-        psutil.cpu_percent()  # from now on
+        psutil.cpu_percent()  # the first call starts its measurement
 
     def metrics(self) -> dict[str, float]:
-        """The CPUs since the last point, memory and GPU as they are; nothing if the last point is not long ago."""
+        """CPU use since the last point, and memory and GPU use now; empty until it is time for the next point."""
         if time.monotonic() < self._next:
             return {}
         self._next = time.monotonic() + SECONDS
         memory = psutil.virtual_memory()
-        found = {
+        values = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
             "system_memory_usage_megabytes": memory.used / 1e6,
             "system_memory_usage_percentage": memory.percent,
             **_gpu(),
         }
-        return {f"{PREFIX}{name}": round(value, 1) for name, value in found.items()}
+        return {f"{PREFIX}{name}": round(value, 1) for name, value in values.items()}
 
 
 def _gpu() -> dict[str, float]:
-    """Of the GPU of this process, if it has one."""
+    """Use of the GPU of this process; empty if it has none."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return {}
     index = torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info()
-    found = {
+    values = {
         f"gpu_{index}_memory_usage_megabytes": (total - free) / 1e6,
         f"gpu_{index}_memory_usage_percentage": 100 * (total - free) / total,
     }
     with contextlib.suppress(Exception):  # without nvidia-ml-py
-        found[f"gpu_{index}_utilization_percentage"] = torch.cuda.utilization()
-    return found
+        values[f"gpu_{index}_utilization_percentage"] = torch.cuda.utilization()
+    return values
 
 
 @functools.cache
 def monitor(directory: str) -> SystemMonitor:
-    """The one of a run in this process."""
+    """The monitor of this process for the run in a directory."""
     return SystemMonitor()

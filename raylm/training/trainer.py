@@ -268,7 +268,7 @@ class _Trainer(ShardingTrainer):
             values = {f"eval/{what}": value for what, value in score.figures(name).items()}
             for each, found in sets.items():
                 values |= {f"eval/{each}/{what}": value for what, value in found.figures(name).items()}
-            self.task.run.metrics(values, step)
+            self.task.run.log_metrics(values, step)
         if self._is_patience_over():
             self.control.should_training_stop = True
         is_last = step == budget.steps or self.control.should_training_stop
@@ -494,8 +494,8 @@ class _Reporting(TrainerCallback):
         values = {ours: logs[theirs] for theirs, ours in names.items() if logs and theirs in logs}
         if values and self.trainer.session.rank == 0:
             values["train/tokens"] = state.global_step * self.trainer.task.budget.batch_tokens
-            self.trainer.task.run.metrics(values, state.global_step)
-            self.trainer.task.run.system_metrics(state.global_step)
+            self.trainer.task.run.log_metrics(values, state.global_step)
+            self.trainer.task.run.log_system_metrics(state.global_step)
             if self.trainer.task.channel is not None:
                 self.trainer.task.channel.advance(values["train/tokens"])
 
