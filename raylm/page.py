@@ -14,11 +14,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from raylm import config, console, pictures, storage, tables, tracking
+from raylm import config, console, storage, tables, tracking
 from raylm import sweep as sweeps
 from raylm.config import WHOLE_SPLIT, Experiment
 from raylm.errors import ConfigError, StorageError
 from raylm.redaction import redacted
+from raylm.results import figures
 from raylm.sweep.record import EVENTS, Trial
 from raylm.tracking import journal
 
@@ -35,7 +36,7 @@ class SweepResults:
     directory: str
     experiment: Experiment
     facts: journal.RunState
-    sweep: pictures.Sweep
+    sweep: figures.SweepData
     seconds: float
     """How long commands have worked on it, but for one that still does."""
     result: dict[str, Any]
@@ -116,7 +117,7 @@ def read(directory: str) -> SweepResults:
     if result:  # those that were still at it when the sweep was stopped
         trials = [trial if trial.is_over else replace(trial, status="stopped early") for trial in trials]
     metric = known.tune.metric
-    sweep = pictures.Sweep(
+    sweep = figures.SweepData(
         trials,
         budget_tokens=max(
             [
@@ -192,8 +193,8 @@ def build(directory: str) -> str:
 
 
 def write(found: SweepResults) -> str:
-    drawn = pictures.build(found.sweep)
-    images = {figure.name: pictures.png(figure) for figure in drawn if isinstance(figure, pictures.Figure)}
+    drawn = figures.build(found.sweep)
+    images = {figure.name: figures.png(figure) for figure in drawn if isinstance(figure, figures.Figure)}
     path = f"{found.directory}/report/report.html"
     with storage.reached(found.directory):
         storage.write(f"{found.directory}/{EXPERIMENT}", found.facts.artifacts[EXPERIMENT]["text"].encode())
@@ -203,8 +204,8 @@ def write(found: SweepResults) -> str:
     return path
 
 
-def page(found: SweepResults, drawn: Sequence[pictures.Figure | pictures.Omitted], images: Mapping[str, bytes]) -> str:
-    script = pictures.plotly_js()
+def page(found: SweepResults, drawn: Sequence[figures.Figure | figures.Omitted], images: Mapping[str, bytes]) -> str:
+    script = figures.plotly_js()
     name = found.directory.rpartition("/")[2]
     parts = [
         f"<h1>{escape(found.experiment.name)}: {escape(name)}</h1>",
@@ -223,8 +224,10 @@ def page(found: SweepResults, drawn: Sequence[pictures.Figure | pictures.Omitted
         parts.append("<p>Figures are still: plotly is not installed (pip install 'raylm[plotly]').</p>")
         scripts = ""
     else:
-        figures = {figure.name: pictures.drawn(figure) for figure in drawn if isinstance(figure, pictures.Figure)}
-        scripts = f"<script>{script}</script>\n<script>{SCRIPT.replace('FIGURES', _json(figures))}</script>"
+        interactive = {
+            figure.name: figures.plotly_figure(figure) for figure in drawn if isinstance(figure, figures.Figure)
+        }
+        scripts = f"<script>{script}</script>\n<script>{SCRIPT.replace('FIGURES', _json(interactive))}</script>"
     return HTML.format(title=escape(name), style=STYLE, body="\n".join(parts), scripts=scripts)
 
 
@@ -246,7 +249,7 @@ def _answer(found: SweepResults) -> str:
         problem = found.result.get("error", "no trial has a score yet")
         return f"<div class=answer>{escape(problem)}</div>"
     trial = found.sweep.ranked[0]
-    settings = {pictures.short(key): value for key, value in trial.settings.items()}
+    settings = {figures.short_name(key): value for key, value in trial.settings.items()}
     facts = {"best trial": trial.trial_id, **settings, "model": best["checkpoint"], "repeat it": found.command(trial)}
     return (
         f"<div class=answer><p><b>{best['perplexity']:.2f}</b> {found.measure} "
@@ -254,9 +257,9 @@ def _answer(found: SweepResults) -> str:
     )
 
 
-def _section(figure: pictures.Figure | pictures.Omitted, images: Mapping[str, bytes], interactive: bool) -> str:
+def _section(figure: figures.Figure | figures.Omitted, images: Mapping[str, bytes], interactive: bool) -> str:
     heading = f"<h2>{escape(figure.title)}</h2>"
-    if isinstance(figure, pictures.Omitted):
+    if isinstance(figure, figures.Omitted):
         return f"{heading}<p class=caption>Not drawn: {escape(figure.reason)}.</p>"
     if interactive:
         shown = f"<div id={figure.name}></div>"

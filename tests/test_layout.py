@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PARTS = """
     errors redaction config console cluster storage hub corpus tokenizer tokens blocks model objective probe scorer
     perplexity checkpoint export runs tracking budget cost summary training generation sweep derived plan tables live
-    pictures page pipeline api views cli
+    results page pipeline api views cli
 """.split()
 VERBS = "prepare train tune evaluate generate inspect push sync report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]
@@ -19,9 +19,9 @@ ORDER = [*PARTS, *VERBS, "__main__"]
 HOMES = {  # the pattern of a dotted name -> the modules that may use it
     "mlflow": {"tracking"},
     "ray.tune": {"sweep"},
-    "optuna": {"pictures", "sweep"},
-    "matplotlib": {"pictures"},
-    "plotly": {"pictures"},
+    "optuna": {"results", "sweep"},
+    "matplotlib": {"results"},
+    "plotly": {"results"},
     "ray.data": {"corpus", "generation", "tokens"},  # the passes over documents
     "transformers.*TrainingArguments": {"training"},
     "ruamel": {"config"},

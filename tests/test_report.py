@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from raylm import config, page, pictures, tables, tracking
+from raylm import config, page, tables, tracking
 from raylm.errors import ConfigError, StorageError
 from raylm.report import report
+from raylm.results import figures
 from raylm.sweep import SweepRecord
 
 RATE, SIZE = "train.learning_rate", "blocks.block_size"
@@ -106,7 +107,7 @@ class Page(HTMLParser):
 def shown(directory):
     """The page of a sweep, without the pictures beside it."""
     found = page.read(directory)
-    return Page(page.page(found, pictures.build(found.sweep), {}))
+    return Page(page.page(found, figures.build(found.sweep), {}))
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def test_the_facts_of_the_sweep(running):
 
 
 def test_without_plotly_the_pictures_are_in_the_page(storage, monkeypatch):
-    monkeypatch.setattr(pictures, "plotly_js", lambda: None)
+    monkeypatch.setattr(figures, "plotly_js", lambda: None)
     built = Page(Path(page.build(f"{storage}/words/tune-20260101-000000-aaaa")).read_text(encoding="utf-8"))
     assert len(built.images) == 5
     assert {image[:22] for image in built.images} == {"data:image/png;base64,"}

@@ -1,4 +1,4 @@
-"""Figure -> what plotly.js draws, as plain values."""
+"""Figure -> what plotly.js draws in a browser, as plain values."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from raylm.pictures import looks
-from raylm.pictures.marks import Axis, Figure
+from raylm.results.figures.primitives import NO_SCORE_COLOUR, Axis, Figure, shade_colour
 
 FONT = "system-ui, sans-serif"
 
 
 def plotly_js() -> str | None:
-    """The source of plotly.js; None without plotly."""
+    """The source code of plotly.js; None if plotly is not installed."""
     spec = importlib.util.find_spec("plotly")
     if spec is None or spec.origin is None:
         return None
     return (Path(spec.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 
-def drawn(figure: Figure) -> dict[str, Any]:
-    """`data` and `layout` of plotly.js. The trace of a trial has its id as `name` and `meta` trial."""
+def plotly_figure(figure: Figure) -> dict[str, Any]:
+    """`data` and `layout` of plotly.js. A trace that is one trial has its id as `name`, and `meta` "trial"."""
     height = 126 + 22 * len(figure.bars) if figure.bars else 480
     layout: dict[str, Any] = {
         "height": height,
@@ -47,13 +46,13 @@ def drawn(figure: Figure) -> dict[str, Any]:
     if figure.cells:
         layout["xaxis"]["showgrid"] = layout["yaxis"]["showgrid"] = False
     return {
-        "data": [*_lines(figure), *_marks(figure), *_bars(figure), *_cells(figure), *_legend(figure)],
+        "data": [*_lines(figure), *_dashes(figure), *_bars(figure), *_cells(figure), *_legend(figure)],
         "layout": layout,
     }
 
 
 def _axis(axis: Axis) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    options: dict[str, Any] = {
         "title": {"text": html.escape(axis.title)},
         "type": "log" if axis.log else "linear",
         "gridcolor": "#E5E5E5",
@@ -61,20 +60,18 @@ def _axis(axis: Axis) -> dict[str, Any]:
         "automargin": True,
     }
     if axis.ticks is not None:
-        found |= {
+        options |= {
             "tickvals": [place for place, _ in axis.ticks],
             "ticktext": [html.escape(name) for _, name in axis.ticks],
         }
-    return found
+    return options
 
 
 def _lines(figure: Figure) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    traces: list[dict[str, Any]] = []
     for line in figure.lines:
-        is_cross, size = looks.end(line)
-        colour = looks.colour(line)
         width, dash = (3.5 if line.kind == "best" else 1.7), ("dash" if line.kind == "failed" else "solid")
-        found.append(
+        traces.append(
             {
                 "type": "scatter",
                 "mode": "lines+markers",
@@ -82,24 +79,24 @@ def _lines(figure: Figure) -> list[dict[str, Any]]:
                 "meta": "trial",
                 "x": [x for x, _ in line.points],
                 "y": [y for _, y in line.points],
-                "line": {"color": colour, "width": width, "dash": dash},
+                "line": {"color": line.colour, "width": width, "dash": dash},
                 "marker": {
-                    "symbol": ["circle"] * (len(line.points) - 1) + ["x" if is_cross else "circle"],
-                    "size": [0] * (len(line.points) - 1) + [size + 2],
-                    "color": colour,
+                    "symbol": ["circle"] * (len(line.points) - 1) + ["x" if line.ends_in_cross else "circle"],
+                    "size": [0] * (len(line.points) - 1) + [line.end_size + 2],
+                    "color": line.colour,
                     "opacity": 1,
                     "line": {"width": 0},
                 },
-                "text": _facts(line.about),
+                "text": _html(line.about),
                 "hoverinfo": "text" if figure.texts else "x+y+text",
                 "showlegend": False,
             }
         )
-    return found
+    return traces
 
 
-def _marks(figure: Figure) -> list[dict[str, Any]]:
-    """A dash for each text."""
+def _dashes(figure: Figure) -> list[dict[str, Any]]:
+    """A short line at the place of each text."""
     if not figure.texts:
         return []
     xs, ys, _ = zip(*figure.texts, strict=True)
@@ -120,22 +117,22 @@ def _marks(figure: Figure) -> list[dict[str, Any]]:
 def _bars(figure: Figure) -> list[dict[str, Any]]:
     if not figure.bars:
         return []
-    both: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "type": "bar",
         "orientation": "h",
         "meta": "trials" if figure.bars[0].kind != "setting" else None,
         "y": [html.escape(bar.name) for bar in figure.bars],
-        "hovertext": [_facts(bar.about) for bar in figure.bars],
+        "hovertext": [_html(bar.about) for bar in figure.bars],
         "hoverinfo": "text",
         "showlegend": False,
     }
-    colours = [looks.colour(bar) for bar in figure.bars]
+    colours = [bar.colour for bar in figure.bars]
     whole = [max(bar.whole, bar.length) for bar in figure.bars]
     notes = [html.escape(bar.note) for bar in figure.bars]
     return [
-        {**both, "x": whole, "marker": {"color": colours, "opacity": 0.2}},
+        {**shared, "x": whole, "marker": {"color": colours, "opacity": 0.2}},
         {
-            **both,
+            **shared,
             "x": [bar.length for bar in figure.bars],
             "marker": {"color": colours},
             "text": notes,
@@ -145,17 +142,17 @@ def _bars(figure: Figure) -> list[dict[str, Any]]:
 
 
 def _cells(figure: Figure) -> list[dict[str, Any]]:
-    """A heat map of the cells with a score, and a grey one of the others."""
-    colours = [[index / 3, looks.shade(index / 3)] for index in range(4)]
-    grey = [[0, looks.NO_SCORE], [1, looks.NO_SCORE]]
+    """A heat map of the cells with a score, and a grey one of the cells without."""
+    colours = [[index / 3, shade_colour(index / 3)] for index in range(4)]
+    grey = [[0, NO_SCORE_COLOUR], [1, NO_SCORE_COLOUR]]
     scored = [cell for cell in figure.cells if cell.shade is not None]
     failed = [cell for cell in figure.cells if cell.shade is None]
     wide, high = (len(axis.ticks or ()) for axis in (figure.x, figure.y))
-    found = []
+    traces = []
     for cells, scale in ((scored, colours), (failed, grey)):
         by_place = {(cell.row, cell.column): cell for cell in cells}
         rows = [[by_place.get((row, column)) for column in range(wide)] for row in range(high)]
-        found.append(
+        traces.append(
             {
                 "type": "heatmap",
                 "z": [[cell and (cell.shade or 0) for cell in row] for row in rows],
@@ -163,21 +160,20 @@ def _cells(figure: Figure) -> list[dict[str, Any]]:
                 "zmax": 1,
                 "colorscale": scale,
                 "showscale": False,
-                "text": [[_facts(cell.text) if cell else "" for cell in row] for row in rows],
+                "text": [[_html(cell.text) if cell else "" for cell in row] for row in rows],
                 "texttemplate": "%{text}",
-                "hovertext": [[_facts(cell.about) if cell else "" for cell in row] for row in rows],
+                "hovertext": [[_html(cell.about) if cell else "" for cell in row] for row in rows],
                 "hoverinfo": "text",
                 "xgap": 2,
                 "ygap": 2,
             }
         )
-    return found if figure.cells else []
+    return traces if figure.cells else []
 
 
 def _legend(figure: Figure) -> list[dict[str, Any]]:
-    """Traces of nothing, for their names."""
-    found = looks.legend(figure)
-    if len(found) < 2:
+    """Traces without points, which give the legend its entries."""
+    if len(figure.legend) < 2:
         return []
     return [
         {
@@ -185,13 +181,13 @@ def _legend(figure: Figure) -> list[dict[str, Any]]:
             "mode": "lines",
             "x": [None],
             "y": [None],
-            "name": kind,
+            "name": label,
             "line": {"color": colour, "width": 4},
         }
-        for kind, colour in found.items()
+        for label, colour in figure.legend.items()
     ]
 
 
-def _facts(about: str) -> str:
-    """Plotly reads some HTML."""
-    return html.escape(about, quote=False).replace("\n", "<br>")
+def _html(text: str) -> str:
+    """Text as plotly.js takes it: it reads some HTML."""
+    return html.escape(text, quote=False).replace("\n", "<br>")

@@ -1,21 +1,21 @@
-"""Figure -> PNG, by matplotlib."""
+"""Figure -> PNG, drawn by matplotlib."""
 
 from __future__ import annotations
 
 import io
 from typing import TYPE_CHECKING
 
-from raylm.pictures import looks
-from raylm.pictures.marks import Figure
+from raylm.results.figures.primitives import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BAR_INCHES = 0.24
-"""The height that a bar takes."""
+"""Height of a bar with the space around it."""
 
 
 def png(figure: Figure) -> bytes:
+    """The figure as a PNG file, 1,170 pixels wide."""
     from matplotlib.figure import Figure as Sheet
 
     height = max(2.5, 1.7 + BAR_INCHES * len(figure.bars)) if figure.bars else 5.0
@@ -23,33 +23,32 @@ def png(figure: Figure) -> bytes:
     axes = sheet.subplots()
     axes.set_title(figure.title, loc="left", pad=12)
     axes.spines[["top", "right"]].set_visible(False)
-    for draw in (lines, bars, cells, texts, scales, legend):
+    for draw in (_lines, _bars, _cells, _texts, _scales, _legend):
         draw(figure, axes)
     file = io.BytesIO()
     sheet.savefig(file, format="png")
     return file.getvalue()
 
 
-def lines(figure: Figure, axes: Axes) -> None:
+def _lines(figure: Figure, axes: Axes) -> None:
     for line in figure.lines:
         xs, ys = zip(*line.points, strict=True)
-        is_cross, size = looks.end(line)
         axes.plot(
             xs,
             ys,
             "--" if line.kind == "failed" else "-",
-            color=looks.colour(line),
+            color=line.colour,
             linewidth=2.6 if line.kind == "best" else 1.3,
-            marker="x" if is_cross else "o",
-            markersize=size,
+            marker="x" if line.ends_in_cross else "o",
+            markersize=line.end_size,
             markevery=[-1],
         )
 
 
-def bars(figure: Figure, axes: Axes) -> None:
+def _bars(figure: Figure, axes: Axes) -> None:
     if not figure.bars:
         return
-    rows, colours = range(len(figure.bars)), [looks.colour(bar) for bar in figure.bars]
+    rows, colours = range(len(figure.bars)), [bar.colour for bar in figure.bars]
     axes.barh(rows, [max(bar.whole, bar.length) for bar in figure.bars], color=colours, alpha=0.2)
     axes.barh(rows, [bar.length for bar in figure.bars], color=colours)
     for row, bar in enumerate(figure.bars):
@@ -58,13 +57,12 @@ def bars(figure: Figure, axes: Axes) -> None:
     axes.set_ylim(len(figure.bars) - 0.4, -0.6)
 
 
-def cells(figure: Figure, axes: Axes) -> None:
+def _cells(figure: Figure, axes: Axes) -> None:
     from matplotlib.patches import Rectangle
 
     for cell in figure.cells:
         place = cell.column - 0.5, cell.row - 0.5
-        colour = looks.NO_SCORE if cell.shade is None else looks.shade(cell.shade)
-        axes.add_patch(Rectangle(place, 1, 1, facecolor=colour, edgecolor="white"))
+        axes.add_patch(Rectangle(place, 1, 1, facecolor=cell.colour, edgecolor="white"))
         ink = "white" if cell.shade is not None and cell.shade < 0.6 else "black"
         axes.text(cell.column, cell.row, cell.text, ha="center", va="center", color=ink)
     if figure.cells:
@@ -72,33 +70,33 @@ def cells(figure: Figure, axes: Axes) -> None:
         axes.set_ylim(-0.5, len(figure.y.ticks or ()) - 0.5)
 
 
-def texts(figure: Figure, axes: Axes) -> None:
+def _texts(figure: Figure, axes: Axes) -> None:
     box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
     for x, y, text in figure.texts:
         axes.plot(x, y, "_", color="black", markersize=9)
         axes.annotate(text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=9, bbox=box)
 
 
-def scales(figure: Figure, axes: Axes) -> None:
+def _scales(figure: Figure, axes: Axes) -> None:
     from matplotlib.ticker import EngFormatter
 
     if figure.y.log:
         axes.set_yscale("log")
         axes.minorticks_off()
-    for axis, drawn in ((figure.x, axes.xaxis), (figure.y, axes.yaxis)):
-        drawn.set_label_text(axis.title)
+    for axis, scale in ((figure.x, axes.xaxis), (figure.y, axes.yaxis)):
+        scale.set_label_text(axis.title)
         if axis.ticks is not None:
-            drawn.set_ticks([place for place, _ in axis.ticks], [name for _, name in axis.ticks])
+            scale.set_ticks([place for place, _ in axis.ticks], [name for _, name in axis.ticks])
         elif "tokens" in axis.title:
-            drawn.set_major_formatter(EngFormatter(sep=""))
+            scale.set_major_formatter(EngFormatter(sep=""))
         if not figure.cells and not (figure.bars and axis is figure.y):
-            drawn.grid(color="#E5E5E5")
+            scale.grid(color="#E5E5E5")
     axes.set_axisbelow(True)
 
 
-def legend(figure: Figure, axes: Axes) -> None:
+def _legend(figure: Figure, axes: Axes) -> None:
     from matplotlib.lines import Line2D
 
-    marks = [Line2D([], [], color=colour, linewidth=3, label=kind) for kind, colour in looks.legend(figure).items()]
-    if len(marks) > 1:
-        axes.legend(handles=marks, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    lines = [Line2D([], [], color=colour, linewidth=3, label=label) for label, colour in figure.legend.items()]
+    if len(lines) > 1:
+        axes.legend(handles=lines, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -5,9 +5,10 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from raylm import pictures
-from raylm.pictures import figures, interactive, looks
-from raylm.pictures.trials import ABOVE, BELOW, Setting, ticks
+from raylm.results import figures
+from raylm.results.figures import SweepData, plotly_figure, primitives
+from raylm.results.figures import sweep as sweep_figures
+from raylm.results.figures.data import ABOVE, BELOW, Setting, ticks
 from raylm.sweep import Trial
 
 RATE, SIZE = "train.learning_rate", "blocks.block_size"
@@ -36,7 +37,7 @@ TRIALS = [
     trial(3, {RATE: 1e-2, SIZE: 64}, [99.0], "failed", "it diverged"),
     trial(4, {RATE: 1e-3, SIZE: 64}, [85.0, 75.0], "stopped early"),
 ]
-SWEEP = pictures.Sweep(
+SWEEP = SweepData(
     TRIALS,
     budget_tokens=400,
     losses={"trial_00001": [(50, 4.0), (100, 3.5)], "trial_00003": [(50, 5.0), (100, math.inf)]},
@@ -45,7 +46,7 @@ SWEEP = pictures.Sweep(
 
 
 def test_a_curve_for_each_trial_and_the_best_over_the_others():
-    figure = figures.curves(SWEEP)
+    figure = sweep_figures.score_curves(SWEEP)
     by_name = {line.name: line for line in figure.lines}
     assert len(by_name) == 5
     assert by_name["trial_00000"].points == [(100, 90.0), (200, 80.0), (300, 70.0), (400, 60.0)]
@@ -64,14 +65,14 @@ def test_a_curve_for_each_trial_and_the_best_over_the_others():
 
 
 def test_a_failure_without_a_point_is_told_of():
-    assert figures.curves(SWEEP).caption.endswith("A cross: the trial failed.")
+    assert sweep_figures.score_curves(SWEEP).caption.endswith("A cross: the trial failed.")
     early = trial(5, {RATE: 1.0}, [], "failed", "it diverged")
-    figure = figures.curves(pictures.Sweep([*TRIALS, early], 400))
+    figure = sweep_figures.score_curves(SweepData([*TRIALS, early], 400))
     assert figure.caption.endswith("A cross: the trial failed. Failed before the first point: trial_00005.")
 
 
 def test_losses_that_are_no_numbers_are_not_drawn():
-    figure = figures.losses(SWEEP)
+    figure = sweep_figures.loss_curves(SWEEP)
     assert {line.name: line.points for line in figure.lines} == {
         "trial_00001": [(50, 4.0), (100, 3.5)],
         "trial_00003": [(50, 5.0)],
@@ -79,7 +80,7 @@ def test_losses_that_are_no_numbers_are_not_drawn():
 
 
 def test_parallel_coordinates_by_hand():
-    figure = figures.parallel(SWEEP)
+    figure = sweep_figures.parallel_coordinates(SWEEP)
     places = {line.name: [place for _, place in line.points] for line in figure.lines}
     assert places["trial_00001"] == [pytest.approx(0.5), 0.5, 0.0], "the rate by its logarithm; the best is lowest"
     assert places["trial_00002"] == [1.0, 1.0, 1.0]
@@ -92,24 +93,24 @@ def test_parallel_coordinates_by_hand():
 
 def test_a_setting_that_a_trial_does_not_have():
     some = [TRIALS[0], trial(1, {SIZE: 64}, [50.0])]
-    figure = figures.parallel(pictures.Sweep(some, 400, samplers={RATE: "loguniform", SIZE: "choice"}))
+    figure = sweep_figures.parallel_coordinates(SweepData(some, 400, samplers={RATE: "loguniform", SIZE: "choice"}))
     assert {line.name: line.points[0][1] for line in figure.lines} == {"trial_00000": 0.5, "trial_00001": BELOW}
     assert (0, BELOW, "not set") in figure.texts
 
 
 def test_a_failure_far_away_leaves_the_others_their_room():
     far = trial(5, {RATE: 1e6, SIZE: 64}, [99.0], "failed", "it diverged")
-    sweep = pictures.Sweep([*TRIALS, far], 400, samplers=SWEEP.samplers)
-    figure = figures.parallel(sweep)
+    sweep = SweepData([*TRIALS, far], 400, samplers=SWEEP.samplers)
+    figure = sweep_figures.parallel_coordinates(sweep)
     places = {line.name: line.points[0][1] for line in figure.lines}
     assert (places["trial_00001"], places["trial_00005"]) == (pytest.approx(0.5), ABOVE)
     assert (0, ABOVE, "1,000,000") in figure.texts
-    assert figures.heat(sweep, "unknown").cells == figures.heat(SWEEP, "unknown").cells
-    assert figures.heat(sweep, "unknown").caption.endswith("Far outside: trial_00005, failed.")
+    assert sweep_figures.heat_map(sweep, "unknown").cells == sweep_figures.heat_map(SWEEP, "unknown").cells
+    assert sweep_figures.heat_map(sweep, "unknown").caption.endswith("Far outside: trial_00005, failed.")
 
 
 def test_the_heat_map_has_the_best_of_each_cell():
-    figure = figures.heat(SWEEP, "unknown")
+    figure = sweep_figures.heat_map(SWEEP, "unknown")
     cells = {(cell.column, cell.row): cell for cell in figure.cells}
     assert [name for _, name in figure.y.ticks] == ["64", "128", "256"]
     assert figure.x.ticks[0] == (0, "0.0001 to 0.00025")
@@ -123,21 +124,21 @@ def test_the_heat_map_has_the_best_of_each_cell():
     assert cells[2, 1].shade == 0.0
     assert cells[4, 2].shade == 1.0
     assert cells[4, 0].shade is None
-    two = pictures.Sweep([*TRIALS, trial(5, {RATE: 1.1e-3, SIZE: 128}, [20.0])], 400, samplers=SWEEP.samplers)
-    assert "20.00\n2 trials" in [cell.text for cell in figures.heat(two, "unknown").cells]
+    two = SweepData([*TRIALS, trial(5, {RATE: 1.1e-3, SIZE: 128}, [20.0])], 400, samplers=SWEEP.samplers)
+    assert "20.00\n2 trials" in [cell.text for cell in sweep_figures.heat_map(two, "unknown").cells]
 
 
 def test_the_heat_map_is_of_the_settings_that_matter_most():
     keys = ("train.a", "train.b", "train.c")
     some = [trial(n, dict(zip(keys, (n, 2 * n, 3 * n), strict=True)), [9.0 - n]) for n in range(3)]
-    figure = figures.heat(pictures.Sweep(some, 100), {"train.c": 0.7, "train.b": 0.2, "train.a": 0.1})
+    figure = sweep_figures.heat_map(SweepData(some, 100), {"train.c": 0.7, "train.b": 0.2, "train.a": 0.1})
     assert (figure.x.title, figure.y.title) == ("c", "b")
     words = [trial(n, {"train.a": n, "train.lr_scheduler_type": name}, [1.0]) for n, name in enumerate(("x", "y"))]
-    assert figures.heat(pictures.Sweep(words, 100), {}).reason == "fewer than two numbers are swept"
+    assert sweep_figures.heat_map(SweepData(words, 100), {}).reason == "fewer than two numbers are swept"
 
 
 def test_what_early_stopping_saved():
-    figure = figures.saved(SWEEP)
+    figure = sweep_figures.saved_tokens(SWEEP)
     assert figure.title == "Early stopping saved 500 of 2,000 tokens: 25%", "300 and 200; a failure saves nothing"
     assert [(bar.name[-1], bar.kind, bar.length, bar.note) for bar in figure.bars] == [
         ("1", "best", 400, ""),
@@ -146,7 +147,7 @@ def test_what_early_stopping_saved():
         ("2", "stopped early", 100, ""),
         ("3", "failed", 100, "failed"),
     ]
-    assert figures.saved(pictures.Sweep(TRIALS[:2], 400)).title == "No trial was stopped early"
+    assert sweep_figures.saved_tokens(SweepData(TRIALS[:2], 400)).title == "No trial was stopped early"
 
 
 def test_the_setting_that_decides_has_the_importance():
@@ -154,7 +155,7 @@ def test_the_setting_that_decides_has_the_importance():
         trial(n, {RATE: 10.0 ** -(n % 4), SIZE: (64, 128)[n // 4]}, [10.0 * (1 + n % 4) + 0.01 * (n // 4)])
         for n in range(8)
     ]
-    shares = figures.importance(pictures.Sweep(some, 100, samplers={RATE: "loguniform", SIZE: "grid"}))
+    shares = sweep_figures.importance(SweepData(some, 100, samplers={RATE: "loguniform", SIZE: "grid"}))
     assert list(shares) == [RATE, SIZE]
     assert shares[RATE] > 0.95
     assert sum(shares.values()) == pytest.approx(1)
@@ -169,22 +170,22 @@ def test_the_setting_that_decides_has_the_importance():
     ],
 )
 def test_why_there_is_no_importance(trials, reason):
-    sweep = pictures.Sweep(trials, 400)
-    assert figures.importance(sweep) == reason
+    sweep = SweepData(trials, 400)
+    assert sweep_figures.importance(sweep) == reason
     assert figures.build(sweep)[-1].reason == reason
 
 
 def test_without_optuna_there_is_no_importance(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    assert figures.importance(SWEEP) == "it takes optuna, which is not installed: pip install 'raylm[optuna]'"
+    assert sweep_figures.importance(SWEEP) == "it takes optuna, which is not installed: pip install 'raylm[optuna]'"
 
 
 def test_a_sweep_that_has_just_begun_says_what_there_is_not():
-    found = figures.build(pictures.Sweep([], 400))
-    assert [each.name for each in found] == ["perplexity", "loss", "settings", "heat", "saved", "importance"]
-    assert found[0].reason == "no trial has been evaluated yet"
+    empty = figures.build(SweepData([], 400))
+    assert [each.name for each in empty] == ["perplexity", "loss", "settings", "heat", "saved", "importance"]
+    assert empty[0].reason == "no trial has been evaluated yet"
     running = [Trial(f"trial_{number:05}", {RATE: 1e-3 * number, SIZE: 64}, []) for number in range(2)]
-    by_name = {each.name: each for each in figures.build(pictures.Sweep(running, 400))}
+    by_name = {each.name: each for each in figures.build(SweepData(running, 400))}
     assert [bar.length for bar in by_name["saved"].bars] == [0, 0]
 
 
@@ -236,43 +237,45 @@ EACH = pytest.mark.parametrize("name", ["perplexity", "loss", "settings", "heat"
 def test_plotly_knows_every_word_of_what_it_shall_draw(every, name):
     import plotly.graph_objects
 
-    plotly.graph_objects.Figure(interactive.drawn(every[name]))
+    plotly.graph_objects.Figure(plotly_figure(every[name]))
 
 
 @EACH
 def test_a_picture_has_the_best_trial_in_its_colour(every, name):
-    image = Image.open(BytesIO(pictures.png(every[name]))).convert("RGB")
+    image = Image.open(BytesIO(figures.png(every[name]))).convert("RGB")
     assert image.width == 1170
-    colour = {"heat": looks.shade(0), "importance": looks.COLOURS["setting"]}.get(name, looks.COLOURS["best"])
+    colour = {"heat": primitives.shade_colour(0), "importance": primitives.COLOURS["setting"]}.get(
+        name, primitives.COLOURS["best"]
+    )
     wanted = tuple(int(colour[at : at + 2], 16) for at in (1, 3, 5))
     assert {found: count for count, found in image.getcolors(2**24)}[wanted] > 700, "its name alone is 180"
 
 
 def test_a_trial_that_failed_looks_so_on_the_page(every):
-    traces = {trace["name"]: trace for trace in interactive.drawn(every["perplexity"])["data"]}
+    traces = {trace["name"]: trace for trace in plotly_figure(every["perplexity"])["data"]}
     assert traces["trial_00003"]["line"]["dash"] == "dash"
     assert traces["trial_00003"]["marker"]["symbol"] == ["x"]
     assert traces["trial_00001"]["marker"]["size"] == [0, 0, 0, 5], "a dot at its end"
-    assert [trace["name"] for trace in interactive.drawn(every["perplexity"])["data"][5:]] == [
+    assert [trace["name"] for trace in plotly_figure(every["perplexity"])["data"][5:]] == [
         "best trial",
         "completed",
         "stopped early",
         "failed",
     ]
-    grey = interactive.drawn(every["heat"])["data"][1]
+    grey = plotly_figure(every["heat"])["data"][1]
     assert grey["text"][0][4] == "failed<br>1 trial"
     assert grey["z"][0] == [None, None, None, None, 0]
 
 
 def test_what_users_wrote_is_no_html_in_a_figure():
     settings = {"model.path": "<img src=x>", "train.a": 1}
-    figure = figures.curves(pictures.Sweep([trial(0, settings, [5.0])], 100))
-    assert "&lt;img src=x&gt;" in interactive.drawn(figure)["data"][0]["text"]
+    figure = sweep_figures.score_curves(SweepData([trial(0, settings, [5.0])], 100))
+    assert "&lt;img src=x&gt;" in plotly_figure(figure)["data"][0]["text"]
 
 
 def test_shades_get_lighter_from_the_best_to_the_worst():
     def luminance(colour):
         return sum(part * int(colour[at : at + 2], 16) for part, at in ((0.2126, 1), (0.7152, 3), (0.0722, 5)))
 
-    shades = [luminance(looks.shade(number / 20)) for number in range(21)]
+    shades = [luminance(primitives.shade_colour(number / 20)) for number in range(21)]
     assert shades == sorted(shades)
