@@ -10,7 +10,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -78,6 +78,17 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def label(key: str) -> str:
+    """The name of a metric or another key as a person writes it: pseudo-perplexity, bits per byte."""
+    return key.replace("_", "-" if key.endswith("perplexity") else " ")
+
+
+def key_values(pairs: Mapping[str, Any]) -> str:
+    """A line for each name and its value, aligned; pairs whose value is None are left out."""
+    width = max(len(name) for name in pairs)
+    return "\n".join(f"{name:<{width}}  {format_number(value)}" for name, value in pairs.items() if value is not None)
 
 
 @contextlib.contextmanager

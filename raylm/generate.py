@@ -63,7 +63,7 @@ def generate(
     sections = _sections(dotted)
     texts = _prompts(prompt or [], prompts)
     _check_output(output, overwrite, texts, sections.corpus, dotted)
-    from raylm import checkpoint, cluster, tables
+    from raylm import checkpoint, cluster
 
     directory = checkpoint.locate(model)
     trusted = sections.model.trust_remote_code
@@ -75,7 +75,7 @@ def generate(
     record: dict[str, Any] = {"model": model, **_shown(how), "seed": seed}
     if output is None and dry_run:
         record["prompts"] = texts
-        return cli.CommandResult(record, tables.key_values(record))
+        return cli.CommandResult(record, console.key_values(record))
     from raylm import generation, storage
 
     # Workers on other nodes do not see this one's copy.
@@ -91,7 +91,7 @@ def generate(
         return _written(load, plan, sections, output, documents=documents, batch_size=batch_size)
     record |= {"documents": documents, "sources": [source.name for source in sources], "output": str(output)}
     record["resources_per_worker"] = resources.per_worker if resources else None
-    return cli.CommandResult(record, tables.key_values(record))
+    return cli.CommandResult(record, console.key_values(record))
 
 
 # What is asked for ---------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def _written(
     batch_size: int,
 ) -> cli.CommandResult:
     """Go on from every document, on workers, into the file."""
-    from raylm import cluster, generation, tables
+    from raylm import cluster, generation
 
     done = tokens = 0
     with generation.output_file(output) as write, cluster.connect(sections.cluster) as resources:
@@ -284,7 +284,7 @@ def _written(
                 advance(done, documents)
         seconds = time.monotonic() - started
     record = {"output": str(output), "documents": done, "tokens": tokens, "tokens_per_second": tokens / seconds}
-    return cli.CommandResult(record, tables.key_values({**record, "tokens_per_second": round(tokens / seconds)}))
+    return cli.CommandResult(record, console.key_values({**record, "tokens_per_second": round(tokens / seconds)}))
 
 
 def _row(answer: GeneratedText, sources: Sequence[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raylm import cli
+from raylm import cli, console
 from raylm.config import dump
 from raylm.errors import ConfigError, StorageError
 
@@ -46,7 +46,7 @@ def push(
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    from raylm import checkpoint, export, tables
+    from raylm import checkpoint, export
 
     try:
         validate_repo_id(repo_id)
@@ -79,7 +79,7 @@ def push(
         record["folder"] = str(out.resolve())
     sizes = {name: f"{size(content):,} bytes" for name, content in sorted(files.items())}
     where = {"folder": record.get("folder"), "would go to" if dry_run else "sent to": url}
-    return cli.CommandResult(record, tables.key_values({**where, **sizes}))
+    return cli.CommandResult(record, console.key_values({**where, **sizes}))
 
 
 def size(content: Path | bytes) -> int:

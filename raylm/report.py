@@ -1,90 +1,41 @@
-"""python -m raylm.report SWEEP: the page and the pictures of a sweep, made again from its directory."""
+"""python -m raylm.report SWEEP: the report of a sweep, made again from its directory."""
 
 from __future__ import annotations
 
-import os
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from raylm import cli
-from raylm.errors import StorageError
-
-RUNS = "runs"
-"""Where names are looked for: the default of `storage`."""
-MOST_NAMES = 10
-"""Of an error."""
+from raylm import cli, console
+from raylm.config import DEFAULT_STORAGE
 
 
 def report(
-    sweep: Annotated[str, typer.Argument(help=f"A sweep's directory, or its name if it is one of {RUNS}/*/ here.")],
+    sweep: Annotated[
+        str, typer.Argument(help=f"A sweep's directory, or its name if it is one of {DEFAULT_STORAGE}/*/ here.")
+    ],
     json: cli.Json = False,
 ) -> cli.CommandResult:
     """Write the report of a sweep again, of one that still runs or was stopped too, and print its table."""
-    from raylm import page, storage, tables
+    from raylm import storage
+    from raylm.results import html, runs, trial_table
+    from raylm.results import sweep as sweeps
 
-    directory = located(sweep)
-    if not page.is_sweep(directory):
-        raise StorageError(f"{sweep} is not a sweep; {there(directory)}", sweep)
-    found = page.read(directory)
-    path = page.write(found)
-    rows = page.rows(found)
-    place = path.rpartition("/")[0]
-    pictures = [f"{place}/{name}" for name in storage.names(place) if name.endswith(".png")]
-    measure = found.measure.replace("-", "_")
-
-    def named(row: dict[str, Any]) -> dict[str, Any]:
-        return {measure if key == "perplexity" else key: value for key, value in row.items()}
-
+    results = sweeps.read(runs.find_sweep(sweep))
+    page = html.write(results)
+    directory = page.rpartition("/")[0]
+    pictures = [name for name in storage.names(directory) if name.endswith(".png")]
     record = {
-        "sweep": directory.rpartition("/")[2],
-        "report": path,
-        "pictures": pictures,
-        "best": named(found.best) if found.best is not None else None,
-        "trials": [named(row) for row in rows],
+        "sweep": results.name,
+        "report": page,
+        "pictures": [f"{directory}/{name}" for name in pictures],
+        "best": results.best.record(results.measure) if results.best is not None else None,
+        "trials": [row.record(results.measure) for row in results.rows],
     }
-    failures = [f"{row['trial_id']} failed: {row['failure']}" for row in rows if row["failure"]]
-    facts = tables.key_values({"report": path, "pictures": ", ".join(name.rpartition("/")[2] for name in pictures)})
-    return cli.CommandResult(record, (tables.trials(rows, found.measure), *failures, "", facts))
-
-
-def located(given: str) -> str:
-    """The directory of a run: as it is given, or by a name under runs/*/ here; StorageError if there is none."""
-    from raylm import storage
-
-    if storage.is_remote(given):
-        return given.rstrip("/")
-    if os.path.isdir(given):
-        return os.path.abspath(given)
-    named = [run for run in _runs(RUNS) if run.rpartition("/")[2] == given]
-    if len(named) > 1:
-        raise StorageError(f"{given} is the name of {' and of '.join(named)}; give the directory", given)
-    if not named:
-        raise StorageError(f"{given} is no directory, and no name under {RUNS}/*/ here; {there(RUNS)}", given)
-    return os.path.abspath(named[0])
-
-
-def there(place: str) -> str:
-    """What could have been meant: the runs and sweeps in a directory, the newest ones first."""
-    from raylm import page
-
-    above = place.rpartition("/")[0]
-    if page.is_sweep(above):
-        return f"did you mean {above}?"
-    found = _runs(place)
-    shown = [run.rpartition("/")[2] for run in found[:MOST_NAMES]]
-    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-    return f"in {place} there are {', '.join(shown)}{more}" if found else f"in {place} there are no runs"
-
-
-def _runs(place: str) -> list[str]:
-    """The directories of runs and sweeps in a directory or in those in it, the newest first."""
-    from raylm import storage
-
-    inside = [f"{place}/{name}" for name in storage.names(place)]
-    deeper = [f"{each}/{name}" for each in inside for name in storage.names(each)]
-    found = [run for run in (*inside, *deeper) if run.rpartition("/")[2].startswith(("train-", "tune-"))]
-    return sorted(found, key=lambda run: run.rpartition("/")[2].partition("-")[2], reverse=True)
+    table = trial_table.rich_table(results.rows, console.label(results.measure))
+    failures = [f"{row.trial_id} failed: {row.failure}" for row in results.rows if row.failure]
+    paths = console.key_values({"report": page, "pictures": ", ".join(pictures)})
+    return cli.CommandResult(record, (table, *failures, "", paths))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from raylm import cli
+from raylm import cli, console
 from raylm.errors import ConfigError, StorageError
 from raylm.redaction import redacted
 
@@ -67,14 +67,12 @@ def submit(
             )
     dashboard = _dashboard(address)
     where = dashboard.value
-    from raylm import tables
-
     with tempfile.TemporaryDirectory(prefix="raylm-submit-") as directory:
         packed = _packed(arguments, Path(directory))
         entrypoint = shlex.join(["python", "-m", f"raylm.{verb}", *packed])
         record: dict[str, Any] = {"address": where, "entrypoint": entrypoint, "files": sorted(os.listdir(directory))}
         if dry_run:
-            return cli.CommandResult(record, tables.key_values({**record, "files": " ".join(record["files"]) or None}))
+            return cli.CommandResult(record, console.key_values({**record, "files": " ".join(record["files"]) or None}))
         client = _client(dashboard)
         job = _submitted(
             client,
@@ -90,7 +88,7 @@ def submit(
     stop = f"ray job stop --address {where} {job}"
     if detach:
         facts = {"job": job, "follow it": f"ray job logs --follow --address {where} {job}", "stop it": stop}
-        return cli.CommandResult(record, tables.key_values(facts))
+        return cli.CommandResult(record, console.key_values(facts))
     logger.info(f"{job}: submitted to {where}; to stop it: {stop}")
     try:
         asyncio.run(_follow(client, job))

@@ -37,7 +37,7 @@ def sync(
     settings = [argument for argument in arguments or [] if argument not in directories]
     experiment = cli.experiment(config, settings, print_config)
     uri = experiment.tracking.uri if any(setting.startswith(URI_SETTING) for setting in settings) else None
-    from raylm import tables, tracking
+    from raylm import tracking
 
     with_journal = [run for place in directories or [experiment.storage] for run in tracking.find_runs(place, uri)]
     runs = {run.directory: run for run in with_journal if run.uri is not None}
@@ -56,7 +56,7 @@ def sync(
     missing = sum(pending.values())
     record = {"runs": len(runs), "uploaded": total - missing, "pending": missing}
     lines = [f"{directory}: {count:,} entries are not in MLflow yet" for directory, count in pending.items() if count]
-    view = "\n".join([*lines, tables.key_values(record)])
+    view = "\n".join([*lines, console.key_values(record)])
     return cli.CommandResult(record, view, exit_code=5 if missing and not dry_run else 0)
 
 

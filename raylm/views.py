@@ -9,8 +9,8 @@ from rich.table import Table
 
 from raylm import corpus, tokens, tracking
 from raylm.config import Experiment, TrackingConfig, from_environment
-from raylm.console import format_size
-from raylm.tables import key_values, overfitting, scores, trials
+from raylm.console import format_size, key_values
+from raylm.results import tables, trial_table
 
 if TYPE_CHECKING:
     from raylm.pipeline.evaluation import EvaluationPlan
@@ -74,7 +74,6 @@ def store(store: Store, reused: bool) -> Table:
 
 def training(result: TrainResult, section: TrackingConfig) -> str:
     """The result of a training, and what to do next."""
-    overfitted = overfitting({"perplexity": result.score, **result.record()})
     return key_values(
         {
             result.measure.replace("_", "-"): result.score,
@@ -83,7 +82,7 @@ def training(result: TrainResult, section: TrackingConfig) -> str:
             "tokens": result.tokens,
             "tokens/s": round(result.tokens_per_second) or None,
             "checkpoint": result.checkpoint,
-            "training": next(iter(overfitted), None),
+            "training": trial_table.overfitting(result.score, result.last_perplexity, result.best_tokens),
             "generate": f'{sys.executable} -m raylm.generate {result.checkpoint} --prompt "..."',
             "mlflow": tracking.how_to_open(section),
         }
@@ -121,7 +120,8 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
             "compare trials": result.comparison or tracking.how_to_open(experiment.tracking),
         }
     )
-    return trials(result.trials, measure), "\n".join(notes), "", next_steps
+    rows = [trial_table.TrialRow.from_record(record) for record in result.trials]
+    return trial_table.rich_table(rows, measure), "\n".join(notes), "", next_steps
 
 
 def evaluation_plan(planned: EvaluationPlan) -> str:
@@ -145,4 +145,4 @@ def evaluation(record: dict[str, Any]) -> tuple[Any, ...]:
         if len(found["sources"]) > 1:
             rows += [(f"{'  ' * several}{source}", each) for source, each in found["sources"].items()]
     facts = key_values({**total, **of_keywords})
-    return (facts, "", scores([*rows, ("total", record)])) if rows else (facts,)
+    return (facts, "", tables.evaluations([*rows, ("total", record)])) if rows else (facts,)

@@ -8,8 +8,9 @@ from conftest import TOKEN
 from test_report import BUDGET, TRIALS, write_sweep
 
 from raylm import config, tracking
-from raylm.compare import compare, pace, summarize
+from raylm.compare import compare
 from raylm.errors import ConfigError, StorageError
+from raylm.results.compare import pace, summarize
 
 STORES = {  # fingerprint -> (documents, bytes, unknown tokens) of its validation split, and its tokenizer
     "f00d": ((5, 900, 0), "one"),

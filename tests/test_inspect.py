@@ -4,9 +4,10 @@ import re
 import pytest
 from conftest import one_by_one
 
-from raylm import config, inspect, tokens
+from raylm import config, tokens
 from raylm import plan as plans
 from raylm.pipeline import stores
+from raylm.results import inspection
 from raylm.tokens import write
 
 
@@ -23,6 +24,7 @@ def experiment(tmp_path, monkeypatch):
             f"corpus.paths={tmp_path}/corpus",
             f"storage={tmp_path}",
             "corpus.validation_fraction=0.01",
+            "corpus.split_by=document",
             "corpus.keep_any=[]",
             "tokenizer.train={vocab_size: 300}",
             "blocks.block_size=16",
@@ -37,7 +39,7 @@ def store(experiment):
 
 
 def test_what_is_shown_is_what_is_in_the_store(experiment, store):
-    record = inspect.look(experiment, store, examples=3)
+    record = inspection.inspect(experiment, store, examples=3)
     assert json.loads(json.dumps(record)) == record
     first = record["documents"][0]
     assert "".join(first["pieces"]) == "hello <world>\n"
@@ -61,7 +63,7 @@ def test_lengths_in_powers_of_two():
         def lengths(self):
             return iter([np.array([1, 2, 3]), np.array([4, 17, 2])])
 
-    assert inspect.lengths(Split()) == [
+    assert inspection.lengths(Split()) == [
         {"at_least": 1, "documents": 1, "tokens": 1},
         {"at_least": 2, "documents": 3, "tokens": 7},
         {"at_least": 4, "documents": 1, "tokens": 4},
@@ -71,7 +73,7 @@ def test_lengths_in_powers_of_two():
 
 
 def test_the_page_has_all_of_it_and_text_cannot_become_markup(experiment, store):
-    html = inspect.page(inspect.view(inspect.look(experiment, store, examples=2)))
+    html = inspection.page(inspection.view(inspection.inspect(experiment, store, examples=2)))
     text = re.sub(r"<[^>]+>", "", html)
     for heading in ("Sources", "Ledger", "Splits", "Lengths of training documents", "Document 1", "Block 1", "Batch"):
         assert heading in text
@@ -84,7 +86,7 @@ def test_the_page_has_all_of_it_and_text_cannot_become_markup(experiment, store)
 def test_each_way_to_cut_can_be_looked_at(experiment, store):
     for packing in ("packed", "chunked", "padded"):
         changed = config.override(experiment, {"blocks.packing": packing})
-        record = inspect.look(changed, store, examples=2)
+        record = inspection.inspect(changed, store, examples=2)
         assert record["blocks"]["packing"] == packing
         assert set(record["batch"]) >= {"input_ids", "labels"}
     assert tuple(record["splits"]) == tokens.SPLITS

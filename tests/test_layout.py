@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 PARTS = """
     errors redaction config console cluster storage hub corpus tokenizer tokens blocks model objective probe scorer
-    perplexity checkpoint export runs tracking budget cost summary training generation sweep derived plan tables live
-    results page pipeline api views cli
+    perplexity checkpoint export runs tracking budget cost summary training generation sweep derived plan results
+    pipeline api views cli
 """.split()
 VERBS = "prepare train tune evaluate generate inspect push sync report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]
@@ -216,7 +216,7 @@ IMPORTS_BELOW = [
         "class A:\n    def f(self):\n        import raylm.training",
         "blocks imports training, which stands below it",
     ),
-    ("tables", "from raylm.train import train", "tables imports train, which stands below it"),
+    ("results", "from raylm.train import train", "results imports train, which stands below it"),
     ("train", "from raylm.tune import sweep", "train imports tune, which stands below it"),
     ("helpers", "", "helpers has no place in the order"),
 ]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from raylm import config, page, tables, tracking
+from raylm import config, tracking
 from raylm.errors import ConfigError, StorageError
 from raylm.report import report
-from raylm.results import figures
+from raylm.results import figures, html, trial_table
+from raylm.results import sweep as sweeps
 from raylm.sweep import SweepRecord
 
 RATE, SIZE = "train.learning_rate", "blocks.block_size"
@@ -106,13 +107,13 @@ class Page(HTMLParser):
 
 def shown(directory):
     """The page of a sweep, without the pictures beside it."""
-    found = page.read(directory)
-    return Page(page.page(found, figures.build(found.sweep), {}))
+    results = sweeps.read(directory)
+    return Page(html.page(results, figures.build(results.data), {}))
 
 
 @pytest.fixture(scope="module")
 def running(storage):
-    return Page(Path(page.build(f"{storage}/words/tune-20260101-000000-aaaa")).read_text(encoding="utf-8"))
+    return Page(Path(html.build(f"{storage}/words/tune-20260101-000000-aaaa")).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_a_page_opens_without_a_network(running, over):
     for built in (running, over):
         assert built.loaded == []
         assert len(built.scripts) == 2, "plotly and what it draws"
-    style = page.STYLE + page.HTML
+    style = html.STYLE + html.HTML
     assert "http" not in style
     assert "@import" not in style
 
@@ -156,14 +157,14 @@ def test_scores_of_a_part_of_the_split_are_called_so(storage):
 
 def test_every_row_has_the_command_that_repeats_it(storage, running):
     directory = f"{storage}/words/tune-20260101-000000-aaaa"
-    rows = page.rows(page.read(directory))
-    assert [row["trial_id"][-1] for row in rows] == ["0", "3", "1", "2"], "the best first, failures last"
+    rows = sweeps.read(directory).rows
+    assert [row.trial_id[-1] for row in rows] == ["0", "3", "1", "2"], "the best first, failures last"
     for row in rows:
-        assert row["repeat"] in running.text
-        _, *verb, file, rate, size = shlex.split(row["repeat"])
+        assert row.repeat in running.text
+        _, *verb, file, rate, size = shlex.split(row.repeat)
         assert verb == ["-m", "raylm.train", "--config"]
         again = config.load(file, [rate, size])
-        assert {key: config.get(again, key) for key in (RATE, SIZE)} == row["settings"]
+        assert {key: config.get(again, key) for key in (RATE, SIZE)} == row.settings
         assert again.train.max_tokens == BUDGET
 
 
@@ -202,7 +203,7 @@ def test_the_facts_of_the_sweep(running):
 
 def test_without_plotly_the_pictures_are_in_the_page(storage, monkeypatch):
     monkeypatch.setattr(figures, "plotly_js", lambda: None)
-    built = Page(Path(page.build(f"{storage}/words/tune-20260101-000000-aaaa")).read_text(encoding="utf-8"))
+    built = Page(Path(html.build(f"{storage}/words/tune-20260101-000000-aaaa")).read_text(encoding="utf-8"))
     assert len(built.images) == 5
     assert {image[:22] for image in built.images} == {"data:image/png;base64,"}
     assert built.scripts == []
@@ -225,9 +226,9 @@ def test_settings_of_one_space_out_of_several(storage):
         ({"train.weight_decay": 0.1}, [(256, 50.0)], "completed", None),
     ]
     directory = write_sweep(storage, "tune-20260106-000000-ffff", f"tune.space={{either: {space}}}", trials=both)
-    found = page.read(directory)
-    assert found.sweep.samplers == {RATE: "loguniform", "train.weight_decay": "choice"}
-    cells = [list(column.cells) for column in tables.trials(page.rows(found)).columns]
+    results = sweeps.read(directory)
+    assert results.data.samplers == {RATE: "loguniform", "train.weight_decay": "choice"}
+    cells = [list(column.cells) for column in trial_table.rich_table(results.rows, "perplexity").columns]
     assert cells[-2:] == [["0.1", "-"], ["-", "0.001"]]
     assert "1 trial_00001 50.00 3.12 256 - 0.1 completed" in shown(directory).text
 
@@ -277,14 +278,15 @@ def test_a_sweep_of_another_version_is_named(storage):
     journal = Path(directory) / "tracking.jsonl"
     journal.write_text(journal.read_text().replace("max_tokens: 1024", "most_tokens: 1024"))
     with pytest.raises(ConfigError, match=r"tune-20260108-000000-0000: its experiment.*train.most_tokens: unknown key"):
-        page.read(directory)
+        sweeps.read(directory)
 
 
 def test_a_trial_that_was_best_long_before_its_end_is_called_overfitted():
-    row = {"perplexity": 846.1, "best_tokens": 81_920, "last_perplexity": 1_057_006.2}
-    assert tables.overfitting(row) == ["overfitted: 846.1 at 81,920 tokens, 1,057,006 at the end"]
-    assert tables.overfitting({**row, "last_perplexity": 850.0}) == []
-    assert tables.overfitting({**row, "perplexity": None}) == []
+    assert trial_table.overfitting(846.1, 1_057_006.2, 81_920) == (
+        "overfitted: 846.1 at 81,920 tokens, 1,057,006 at the end"
+    )
+    assert trial_table.overfitting(846.1, 850.0, 81_920) is None
+    assert trial_table.overfitting(None, 1_057_006.2, 81_920) is None
 
 
 def test_a_row_of_the_report_says_when_its_trial_was_best(storage):
@@ -292,6 +294,6 @@ def test_a_row_of_the_report_says_when_its_trial_was_best(storage):
         storage, "tune-20260101-000000-cccc", trials=[({RATE: 1e-3}, [(256, 20.0)], "completed", None)]
     )
     SweepRecord(directory).result("trial_00000", {**result(1024, 90.0), "best_perplexity": 20.0, "best_step": 1})
-    (row,) = page.rows(page.read(directory))
-    assert (row["best_tokens"], row["last_perplexity"], row["tokens"]) == (256, 90.0, 1024)
-    assert "completed; overfitted: 20 at 256 tokens, 90 at the end" in Path(page.build(directory)).read_text()
+    (row,) = sweeps.read(directory).rows
+    assert (row.best_tokens, row.last_perplexity, row.tokens) == (256, 90.0, 1024)
+    assert "completed; overfitted: 20 at 256 tokens, 90 at the end" in Path(html.build(directory)).read_text()

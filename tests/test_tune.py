@@ -15,7 +15,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from raylm import budget, checkpoint, cluster, runs, summary, tables, tracking
+from raylm import budget, checkpoint, cluster, runs, summary, tracking
 from raylm import plan as plans
 from raylm import sweep as sweeps
 from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
@@ -23,6 +23,8 @@ from raylm.errors import ConfigError, Interrupted
 from raylm.perplexity import Score
 from raylm.pipeline import stores
 from raylm.pipeline import sweep as sweeping
+from raylm.results import trial_table
+from raylm.results.trial_table import TrialRow
 from raylm.tracking import journal
 from raylm.training import launch
 
@@ -657,7 +659,7 @@ def test_the_trials_that_none_beats_in_both_are_marked():
         "small": True, "better": True, "larger": False, "failed": False
     }  # fmt: skip
     assert [row["parameters"] for row in rows] == [10, 20, 30, None]
-    table = tables.trials(rows)
+    table = trial_table.rich_table([TrialRow.from_record(row) for row in rows], "perplexity")
     assert list(table.columns[4].cells) == ["10", "20", "30", "-"]
     assert list(table.columns[-1].cells) == ["✓", "✓", "", ""]
 

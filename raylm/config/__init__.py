@@ -20,6 +20,7 @@ from raylm.config.files import (
 )
 from raylm.config.names import OWNED, as_settings
 from raylm.config.sections import (
+    DEFAULT_STORAGE,
     MUTABLE,
     WHOLE_SPLIT,
     BlocksConfig,
@@ -42,6 +43,7 @@ from raylm.config.space import SAMPLERS, corners, is_sampler, spaces
 
 __all__ = [
     "BUILT_IN",
+    "DEFAULT_STORAGE",
     "MUTABLE",
     "OWNED",
     "SAMPLERS",

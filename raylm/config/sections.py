@@ -333,6 +333,9 @@ class TrainConfig(Section):
     """Any other field of transformers' TrainingArguments, by its own name."""
 
 
+DEFAULT_STORAGE = "runs"
+"""Where a run is looked for by its name, too."""
+
 WHOLE_SPLIT = "the whole validation split"
 """What a score is of, unless eval.max_tokens says less."""
 
@@ -483,7 +486,7 @@ class TuneConfig(Section):
 class Experiment(Section):
     name: Annotated[str, Field(pattern=NAME)] = "experiment"
     """Names the runs' directory and the MLflow experiment: letters, digits, dot, dash, underscore."""
-    storage: str = "runs"
+    storage: str = DEFAULT_STORAGE
     """Where token stores, runs and checkpoints go: a directory that every node sees, or a place in object storage such
     as s3://bucket/runs, with the credentials of the environment."""
     corpus: CorpusConfig = CorpusConfig()

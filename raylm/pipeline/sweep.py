@@ -16,9 +16,7 @@ from raylm import (
     cluster,
     console,
     derived,
-    live,
     model,
-    page,
     runs,
     storage,
     summary,
@@ -34,6 +32,8 @@ from raylm.errors import ConfigError, Interrupted, StorageError, TrainingError
 from raylm.pipeline import stores
 from raylm.pipeline.training import export_best
 from raylm.plan import Plan, Prepared
+from raylm.results import html, live_table
+from raylm.results.sweep import scored_on
 from raylm.sweep import Trial, tuner
 from raylm.training import callbacks
 
@@ -288,7 +288,7 @@ def run_trials(
     limits = sweeps.SweepStopper(section.stop, record, metric)
     try:
         with (
-            live.sweep(planned.tokens, trials.total_samples, swept, measure) as view,
+            live_table.show(planned.tokens, trials.total_samples, swept, measure) as view,
             cluster.handle_signals(logger.info),
             cluster.progress_channel(lambda _: None, logger.info) as channel,
         ):
@@ -381,7 +381,7 @@ def _result(
         mlflow_run_id=parent.run_id,
         measure=experiment.measure,
         tokens_reused=reused,
-        scored_on=page.scored_on(experiment, prepared.scored),
+        scored_on=scored_on(experiment, prepared.scored),
         scored_in=experiment.eval.precision,
         prefix=summary.prefix(experiment, prepared.store),
         unknown_tokens=validation.unknown_tokens,
@@ -395,7 +395,7 @@ def _report(directory: str, parent: Run) -> str | None:
     """The report of a sweep that has ended. It can be made again, so its failure is not the sweep's."""
     try:
         with console.task("Drawing the report"):
-            found = page.build(directory)
+            found = html.build(directory)
     except Exception as error:
         logger.warning(f"the report could not be drawn ({error}); again: {sys.executable} -m raylm.report {directory}")
         return None

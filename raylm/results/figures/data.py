@@ -104,8 +104,8 @@ class SweepData:
     """Swept key -> the name of its sampler, of keys that have one."""
     metric: str = "perplexity"
     """The metric that ranks the trials: perplexity or bits_per_byte."""
-    measure: str = "perplexity"
-    """What a reader calls that metric: perplexity, pseudo-perplexity or bits per byte."""
+    score_name: str = "perplexity"
+    """The name of that metric for people: perplexity, pseudo-perplexity or bits per byte."""
 
     def score(self, trial: Trial) -> float | None:
         """The best value of the metric; None if the trial failed or has not been evaluated."""
@@ -147,7 +147,7 @@ class SweepData:
         """Status, tokens, score and settings of a trial, one per line of text."""
         score = self.score(trial)
         lines = [f"{trial.trial_id}: {trial.status}", f"{trial.tokens:,} tokens"]
-        lines += [f"{self.measure} {score:.2f}"] if score is not None else []
+        lines += [f"{self.score_name} {score:.2f}"] if score is not None else []
         lines += [f"{short_name(key)} {format_number(value)}" for key, value in trial.settings.items()]
         return "\n".join(lines)
 

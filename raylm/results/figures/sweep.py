@@ -35,7 +35,7 @@ def build(data: SweepData) -> list[Figure | Omitted]:
 
 def score_curves(data: SweepData) -> Figure | Omitted:
     """The metric of every trial against the tokens it was trained on."""
-    title = f"Validation {data.measure} against training tokens"
+    title = f"Validation {data.score_name} against training tokens"
     points = {
         trial.trial_id: [(result["tokens"], result[data.metric]) for result in trial.results] for trial in data.trials
     }
@@ -45,11 +45,11 @@ def score_curves(data: SweepData) -> Figure | Omitted:
     caption = "Every trial is scored on the same tokens, whatever its block size and batch. " + _about_failures(
         data, lines
     )
-    y = Axis(data.measure)
+    y = Axis(data.score_name)
     if data.metric == "perplexity":
         values = [score for line in lines for _, score in line.points]
         y = Axis(
-            data.measure,
+            data.score_name,
             log=True,
             ticks=[(each, format_number(each)) for each in ticks(0.8 * min(values), 1.2 * max(values), True)],
         )
@@ -85,12 +85,12 @@ def _about_failures(data: SweepData, lines: Sequence[Line]) -> str:
 
 def parallel_coordinates(data: SweepData) -> Figure | Omitted:
     """Parallel coordinates: a line for each trial through its settings to its score, each on an axis from 0 to 1."""
-    title = f"Settings and {data.measure} of the trials"
+    title = f"Settings and {data.score_name} of the trials"
     scores = [score for _, score in data.scored]
     if not scores:
         return Omitted("settings", title, "no trial has a score yet")
     settings = data.settings
-    last = Setting.of(data.measure, scores, "loguniform")
+    last = Setting.of(data.score_name, scores, "loguniform")
     axes = [*settings.values(), last]
     texts = {(column, place): text for column, axis in enumerate(axes) for place, text in axis.ticks()}
     lines = []
@@ -109,7 +109,7 @@ def parallel_coordinates(data: SweepData) -> Figure | Omitted:
         shade = None if score is None else scores.index(score) / max(1, len(scores) - 1)
         lines.append(Line(trial.trial_id, data.kind(trial), list(enumerate(places)), data.about(trial), shade))
     caption = (
-        f"The darker a line, the lower its {data.measure}; the thick one is the best. A dashed one is a trial that "
+        f"The darker a line, the lower its {data.score_name}; the thick one is the best. A dashed one is a trial that "
         f"failed. {SO_FAR}"
     )
     x = Axis(ticks=[(column, axis.name) for column, axis in enumerate(axes)])
@@ -121,9 +121,9 @@ def heat_map(data: SweepData, shares: Mapping[str, float] | str) -> Figure | Omi
     """The best score by learning rate and block size, else by the two most important numeric settings."""
     pair = _heat_map_settings(data.settings, {} if isinstance(shares, str) else shares)
     if pair is None:
-        return Omitted("heat", f"Best {data.measure} by two settings", "fewer than two numbers are swept")
+        return Omitted("heat", f"Best {data.score_name} by two settings", "fewer than two numbers are swept")
     (across_key, across), (up_key, up) = pair
-    title = f"Best {data.measure} by {across.name} and {up.name}"
+    title = f"Best {data.score_name} by {across.name} and {up.name}"
     inside: dict[tuple[int, int], list[Trial]] = {}
     far = []
     for trial in data.ranked:
@@ -187,7 +187,7 @@ def saved_tokens(data: SweepData) -> Figure | Omitted:
 
 def importance_bars(data: SweepData, shares: Mapping[str, float] | str) -> Figure | Omitted:
     """A bar for each setting: its share in the variance of the score."""
-    title = f"What {data.measure} depends on"
+    title = f"What {data.score_name} depends on"
     if isinstance(shares, str):
         return Omitted("importance", title, shares)
     bars = [
@@ -195,7 +195,7 @@ def importance_bars(data: SweepData, shares: Mapping[str, float] | str) -> Figur
         for key, share in shares.items()
     ]
     caption = (
-        f"The share of each setting in how the logarithm of the {data.measure} varies (fANOVA, Hutter et al. 2014) "
+        f"The share of each setting in how the logarithm of the {data.score_name} varies (fANOVA, Hutter et al. 2014) "
         f"over {len(data.scored)} trials; of few it is no more than a hint. {SO_FAR}"
     )
     return Figure("importance", title, caption, Axis("share of the variance, %"), Axis(), bars=bars)

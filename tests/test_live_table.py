@@ -4,7 +4,8 @@ import logging
 import pytest
 from rich.console import Console
 
-from raylm import console, live
+from raylm import console
+from raylm.results import live_table
 
 RATE, SIZE = "train.learning_rate", "blocks.block_size"
 
@@ -16,7 +17,7 @@ def clock(monkeypatch):
     class Clock:
         now = 1000.0
 
-    monkeypatch.setattr(live.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(live_table.time, "monotonic", lambda: Clock.now)
     return Clock
 
 
@@ -42,7 +43,7 @@ def rows(view):
 
 def test_the_table_has_those_that_run_and_then_the_best(clock, screen):
     screen(terminal=True)
-    view = live.View(1000, 20, [RATE, SIZE], "perplexity")
+    view = live_table.LiveTable(1000, 20, [RATE, SIZE], "perplexity")
     for number in range(14):
         view.update(f"trial_{number:05}", settings={RATE: 10.0 ** -(number % 4), SIZE: 64})
         if number != 5:
@@ -59,14 +60,14 @@ def test_the_table_has_those_that_run_and_then_the_best(clock, screen):
 
 def test_a_setting_that_a_trial_does_not_have(clock, screen):
     screen(terminal=True)
-    view = live.View(1000, None, [RATE, SIZE], "pseudo_perplexity")
+    view = live_table.LiveTable(1000, None, [RATE, SIZE], "pseudo_perplexity")
     view.update("trial_00000", settings={SIZE: "[/b]"}, perplexity=float("inf"))
     assert rows(view)[-1] == ["00000", "running", "0", "-", "-", "[/b]"]
 
 
 def test_the_time_that_is_left(clock, screen):
     screen(terminal=True)
-    view = live.View(1000, 4, [], "perplexity")
+    view = live_table.LiveTable(1000, 4, [], "perplexity")
     assert view.seconds_left() is None
     view.update("trial_00000", tokens=0)
     view.update("trial_00001", tokens=600)  # in an earlier process
@@ -82,7 +83,7 @@ def test_the_time_that_is_left(clock, screen):
 
 def test_trials_that_wait_are_not_over_and_few_of_them_go_on(clock, screen):
     screen(terminal=True)
-    view = live.View(1000, 4, [], "perplexity")
+    view = live_table.LiveTable(1000, 4, [], "perplexity")
     view.update("trial_00000", tokens=0)
     clock.now += 10
     view.update("trial_00000", status="waiting", tokens=100, perplexity=9.0)
@@ -97,7 +98,7 @@ def test_trials_that_wait_are_not_over_and_few_of_them_go_on(clock, screen):
 
 def test_each_trial_has_its_own_time_left(clock, screen):
     screen(terminal=True)
-    view = live.View(1000, 2, [], "perplexity")
+    view = live_table.LiveTable(1000, 2, [], "perplexity")
     view.update("trial_00000", tokens=0)
     clock.now += 10
     view.update("trial_00000", tokens=100)
@@ -107,7 +108,7 @@ def test_each_trial_has_its_own_time_left(clock, screen):
 
 def test_elsewhere_than_on_a_terminal_a_line_for_each_end_and_one_now_and_then(clock, screen):
     written = screen(terminal=False)
-    with live.sweep(1000, 2, [RATE]) as view:
+    with live_table.show(1000, 2, [RATE]) as view:
         view.update("trial_00000", settings={RATE: 1e-3})
         clock.now += 4
         view.update("trial_00000", tokens=500, perplexity=40.0)
@@ -129,7 +130,7 @@ def test_elsewhere_than_on_a_terminal_a_line_for_each_end_and_one_now_and_then(c
 
 def test_lines_become_rarer_in_a_long_sweep(clock, screen):
     written = screen(terminal=False)
-    view = live.View(10**6, 2, [], "perplexity")
+    view = live_table.LiveTable(10**6, 2, [], "perplexity")
     for second in range(3600):
         clock.now = 1000.0 + second
         view.update("trial_00000", tokens=second)
@@ -139,7 +140,7 @@ def test_lines_become_rarer_in_a_long_sweep(clock, screen):
 
 def test_on_a_terminal_lines_stand_above_the_table_which_goes_in_the_end(screen):
     written = screen(terminal=True)
-    with live.sweep(1000, 2, [RATE]) as view:
+    with live_table.show(1000, 2, [RATE]) as view:
         view.update("trial_00000", settings={RATE: 1e-3}, tokens=10)
         logging.getLogger("raylm").info("a line")
     text = written.getvalue()
@@ -151,7 +152,7 @@ def test_on_a_terminal_lines_stand_above_the_table_which_goes_in_the_end(screen)
 
 def test_after_an_error_the_table_stays(screen):
     def interrupted():
-        with live.sweep(1000, 2, [RATE]) as view:
+        with live_table.show(1000, 2, [RATE]) as view:
             view.update("trial_00000", settings={RATE: 1e-3}, tokens=10)
             raise KeyboardInterrupt
 

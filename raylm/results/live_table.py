@@ -1,6 +1,6 @@
-"""A sweep while it goes on: on a terminal one table that changes in place, elsewhere a line now and then.
+"""The progress of a sweep: on a terminal one table that changes in place, elsewhere a line now and then.
 
-with live.sweep(budget_tokens=737_280, total_trials=8, keys=["train.learning_rate"], measure="perplexity") as view:
+with live_table.show(budget_tokens=737_280, total_trials=8, keys=["train.learning_rate"], measure="perplexity") as view:
     view.update("trial_00000", settings={"train.learning_rate": 0.003})
     view.update("trial_00000", tokens=81_920, perplexity=130.5)
     view.update("trial_00000", status="stopped early")
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,21 +23,26 @@ from rich.table import Table
 from rich.text import Text
 
 from raylm import console
+from raylm.results import trial_table
+from raylm.results.trial_table import TrialRow
 
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 12
-"""Of the table: those that run, then the best of the others."""
+"""Rows of the table: running trials first, then the best of the others."""
 PLAIN_SECONDS = 5.0
-"""Between two plain lines at first; later a twentieth of the time so far, or a day of sweep is 17,000 lines."""
+"""Time between two plain lines at first; later a twentieth of the time so far, or a day would be 17,000 lines."""
 
 
 @contextlib.contextmanager
-def sweep(
+def show(
     budget_tokens: int, total_trials: int | None, keys: Sequence[str], measure: str = "perplexity"
-) -> Iterator[View]:
-    """Show a sweep for as long as the context lasts. What is left of the table after an error stays on the screen."""
-    view = View(budget_tokens, total_trials, keys, measure)
+) -> Iterator[LiveTable]:
+    """Show the progress of a sweep for as long as the context lasts. After an error the table stays on the screen.
+
+    `keys` are the swept keys, `measure` is what the score is called.
+    """
+    view = LiveTable(budget_tokens, total_trials, keys, measure)
     if console.screen.is_terminal:
         with Live(get_renderable=view.table, console=console.screen, refresh_per_second=2, transient=True) as screen:
             try:
@@ -47,17 +52,17 @@ def sweep(
                 raise
     else:
         yield view
-    logger.info(f"Sweep: {console.format_duration(time.monotonic() - view.began)}")
+    logger.info(f"Sweep: {console.format_duration(time.monotonic() - view.started)}")
 
 
 @dataclass
 class Row:
-    """A trial, and how fast it goes in this process: one that goes on has some tokens already."""
+    """A trial and its speed in this process: a resumed one has trained on some tokens before."""
 
     first: tuple[float, int]
-    """(seconds, tokens) when it was first heard of, or went on after it had waited."""
+    """(seconds, tokens) at its first update, or when it resumed after it had waited."""
     last: tuple[float, int]
-    """(seconds, tokens) when its tokens were last told."""
+    """(seconds, tokens) at the last update of its tokens."""
     status: str = "running"
     perplexity: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -70,26 +75,29 @@ class Row:
     def is_over(self) -> bool:
         return self.status not in ("running", "waiting")
 
+    def trial_row(self, trial_id: str) -> TrialRow:
+        return TrialRow(trial_id, self.status, self.perplexity, None, self.tokens, self.settings)
+
     def left(self, budget_tokens: int, now: float) -> float | None:
-        """Seconds until it has trained on the whole budget; None before that can be told."""
+        """Seconds until it has trained on the whole budget; None while that is not known."""
         seconds, gained = self.last[0] - self.first[0], self.last[1] - self.first[1]
         if self.status != "running" or gained <= 0 or seconds <= 0:
             return None
         return max(0.0, (budget_tokens - self.tokens) * seconds / gained - (now - self.last[0]))
 
 
-class View:
-    """What is known of the trials."""
+class LiveTable:
+    """The trials of a running sweep, as far as they have reported."""
 
     def __init__(self, budget_tokens: int, total_trials: int | None, keys: Sequence[str], measure: str):
         self.budget_tokens = budget_tokens
         self.total_trials = total_trials
         self.keys = list(keys)
-        self.measure = measure
+        self.score_name = console.label(measure)
         self.rows: dict[str, Row] = {}
         self.gained = 0
-        """Tokens, in this process."""
-        self.began = self._told = time.monotonic()
+        """Tokens that all trials were trained on in this process."""
+        self.started = self._last_line = time.monotonic()
 
     def update(
         self,
@@ -101,9 +109,9 @@ class View:
         settings: Mapping[str, Any] | None = None,
         failure: str | None = None,
     ) -> None:
-        """What is new of a trial. `perplexity` is the best so far; `failure` is why it failed, for a plain line.
+        """Update a trial. `perplexity` is its best so far; `failure` is the reason, for a plain line.
 
-        A trial that is over when it is first heard of, in a sweep that goes on, gets no line of its own.
+        A trial that has finished before its first update, in a resumed sweep, gets no line of its own.
         """
         now = time.monotonic()
         row = self.rows.get(trial_id)
@@ -121,28 +129,28 @@ class View:
         if console.screen.is_terminal:
             return
         if row.is_over and not was_over:
-            score = f", {self.measure} {row.perplexity:.2f}" if row.perplexity is not None else ""
+            score = f", {self.score_name} {row.perplexity:.2f}" if row.perplexity is not None else ""
             logger.info(f"{trial_id}: {row.status}, {row.tokens:,} tokens{score}{f': {failure}' if failure else ''}")
-        if now - self._told >= max(PLAIN_SECONDS, (now - self.began) / 20):
-            self._told = now
+        if now - self._last_line >= max(PLAIN_SECONDS, (now - self.started) / 20):
+            self._last_line = now
             logger.info(self.summary())
 
     def summary(self) -> str:
-        """All trials in a line."""
+        """Trials over and waiting, their tokens, and the time left, in one line."""
         rows = list(self.rows.values())
         over = sum(row.is_over for row in rows)
         waiting = sum(row.status == "waiting" for row in rows)
         held = f", {waiting:,} waiting" if waiting else ""
         of = f" of {self.total_trials:,}" if self.total_trials else ""
         left = self.seconds_left()
-        told = f", about {console.format_duration(left)} left" if left is not None else ""
-        return f"{over:,}{of} trials over{held}, {sum(row.tokens for row in rows):,} tokens{told}"
+        time_left = f", about {console.format_duration(left)} left" if left is not None else ""
+        return f"{over:,}{of} trials over{held}, {sum(row.tokens for row in rows):,} tokens{time_left}"
 
     def seconds_left(self) -> float | None:
-        """Of all trials together, at the speed so far; None before that can be told.
+        """Seconds until all trials have finished, at the speed so far; None while that is not known.
 
-        One to come needs as much as those that are over, or wait, took: early stopping saves there what it saved so
-        far.
+        A trial to come is expected to need as many tokens as finished and waiting trials took on average, which
+        assumes that early stopping saves as much as it saved so far.
         """
         if self.gained <= 0:
             return None
@@ -151,40 +159,41 @@ class View:
         expected = sum(done) / len(done) if done else self.budget_tokens
         need = sum(max(0.0, expected - row.tokens) for row in rows if not row.is_over)
         need += expected * max(0, (self.total_trials or 0) - len(rows))
-        return need * (time.monotonic() - self.began) / self.gained
+        return need * (time.monotonic() - self.started) / self.gained
 
     def table(self) -> Table:
         """What the terminal shows."""
-        shown = sorted(self.rows.items(), key=_rank)
+        ranked = sorted(self.rows.items(), key=_rank)
+        shown = [row for _, row in ranked[:MOST_ROWS]]
+        rows = [row.trial_row(trial_id.removeprefix("trial_")) for trial_id, row in ranked[:MOST_ROWS]]
+        columns = trial_table.columns(rows, self.score_name, self.keys)
         table = Table(
             title=self.summary(), title_justify="left", title_style="", box=None, pad_edge=False, header_style="bold"
         )
-        for heading in ("trial", "status"):
-            table.add_column(heading, no_wrap=True)
-        settings = [key.rpartition(".")[2].replace("_", "\n") for key in self.keys]
-        for heading in (f"tokens\nof {self.budget_tokens:,}", self.measure.replace("_", "\n"), *settings, "time\nleft"):
-            table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+        names = ["trial_id", "status", "tokens", "perplexity", *self.keys]
+        for name in names:
+            heading = f"tokens\nof {self.budget_tokens:,}" if name == "tokens" else _narrow(columns[name].heading)
+            table.add_column(heading, justify=columns[name].justify, no_wrap=True, vertical="bottom")
+        table.add_column("time\nleft", justify="right", no_wrap=True, vertical="bottom")
         now = time.monotonic()
-        for trial_id, row in shown[:MOST_ROWS]:
+        for number, row in enumerate(shown):
             left = row.left(self.budget_tokens, now)
-            table.add_row(
-                trial_id.removeprefix("trial_"),
-                row.status,
-                f"{row.tokens:,}",
-                "-" if row.perplexity is None or not math.isfinite(row.perplexity) else f"{row.perplexity:.2f}",
-                *[
-                    Text(console.format_number(row.settings.get(key, "-"))) for key in self.keys
-                ],  # brackets in it are no markup
-                "" if left is None else console.format_duration(left),
-                style={"running": "bold", "failed": "red"}.get(row.status),
-            )
-        if len(shown) > MOST_ROWS:
-            table.add_row("…", f"{len(shown) - MOST_ROWS} more", style="dim")
+            cells = [*(columns[name].cells[number] for name in names)]
+            cells.append("" if left is None else console.format_duration(left))
+            # Text, in which rich reads no markup: settings may have brackets.
+            table.add_row(*map(Text, cells), style={"running": "bold", "failed": "red"}.get(row.status))
+        if len(ranked) > MOST_ROWS:
+            table.add_row("…", f"{len(ranked) - MOST_ROWS} more", style="dim")
         return table
 
 
+def _narrow(heading: str) -> str:
+    """A heading over several lines: the last part of a dotted name, a word on each line."""
+    return re.sub("[-_ ]", "\n", heading.rpartition(".")[2])
+
+
 def _rank(item: tuple[str, Row]) -> tuple[int, float, str]:
-    """Those that run, then the best, then those without a score."""
+    """The sort key of a trial: running trials, then the best, then those without a score."""
     trial_id, row = item
     if row.status == "running":
         return 0, 0.0, trial_id

@@ -1,0 +1,288 @@
+"""Runs side by side: scores, speed, data, settings that differ, and whether their scores can be compared."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raylm import config, storage, tracking
+from raylm.config import WHOLE_SPLIT, Experiment
+from raylm.console import label
+from raylm.errors import ConfigError, StorageError
+from raylm.redaction import redacted
+from raylm.results import sweep as sweeps
+from raylm.results.runs import find, is_sweep, suggestions
+from raylm.tracking import journal
+
+IGNORED_SECTIONS = ("name", "storage", "tracking", "tune")
+"""Settings that change nothing about what a run trains."""
+SECRET = re.compile(r"(token|secret|password|key)$")
+"""The last part of a setting whose value may be a secret, as in export/, which takes seconds to import."""
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """A run as it is compared; None stands for what is not known."""
+
+    name: str
+    experiment: Experiment
+    perplexity: float | None
+    """The score, whatever perplexity it is."""
+    bits_per_byte: float | None
+    scored_on: str
+    """The text that was scored, in words: the whole validation split, or its first tokens."""
+    scored_in: str
+    """The arithmetic of the scores, such as float32."""
+    tokens: int | None
+    """Training tokens."""
+    seconds: float | None
+    """Time from the first logged step to the last, whatever happened between them."""
+    tokens_per_second: int | None
+    """Median speed between two logged steps, which leaves out evaluations and stops."""
+    store: str | None
+    """The fingerprint of the token store."""
+
+    @property
+    def measure(self) -> str:
+        """What the score is called: perplexity, masked_perplexity or pseudo_perplexity."""
+        return self.experiment.measure
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of the token store; empty if the store does not exist any more."""
+        path = f"{self.experiment.storage}/tokens/{self.store}/manifest.json"
+        return json.loads(storage.read(path) or b"{}") if self.store else {}
+
+    def record(self) -> dict[str, Any]:
+        """What is compared, by the names of --json."""
+        return {
+            self.measure: self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "scored_on": self.scored_on if self.perplexity is not None else None,
+            "scored_in": self.scored_in if self.perplexity is not None else None,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "data": self.store,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side."""
+
+    runs: list[ComparedRun]
+    settings: dict[str, list[Any]]
+    """Dotted key -> its value in each run, of the settings that differ."""
+    warnings: list[str]
+    """Reasons why some of the scores cannot be compared."""
+
+    def record(self) -> dict[str, Any]:
+        """The comparison for --json."""
+        return {
+            "runs": [{"run": run.name, **run.record()} for run in self.runs],
+            "settings": self.settings,
+            "warnings": self.warnings,
+        }
+
+    def rows(self) -> dict[str, list[Any]]:
+        """Label -> value in each run, of scores, speed, data and settings that differ; None if a run has none."""
+        records = [run.record() for run in self.runs]
+        names = dict.fromkeys(name for record in records for name in record)
+        return {**{label(name): [record.get(name) for record in records] for name in names}, **self.settings}
+
+
+def compare(runs: Sequence[str]) -> Comparison:
+    """The comparison of two runs or more, each given by its directory or name; StorageError if one is no run."""
+    if len(runs) < 2:
+        raise ConfigError(f"there is nothing to compare {runs[0]} with; give two runs or more", "RUN")
+    compared = [summarize(run) for run in runs]
+    return Comparison(compared, differing([run.experiment for run in compared]), warnings(compared))
+
+
+# Runs, trials, sweeps, models -----------------------------------------------------------------------------------------
+
+
+def summarize(run: str) -> ComparedRun:
+    """A run, trial, sweep or model, given by its directory or name; StorageError if it is none of these."""
+    directory = find(run)
+    parent, _, name = directory.rpartition("/")
+    inside = storage.names(directory)
+    if is_sweep(directory):
+        return of_sweep(directory, None)
+    if is_sweep(parent):  # a trial, or the model of the best one
+        return of_sweep(parent, name if name.startswith("trial_") else None)
+    if journal.RUN_FILE in inside:
+        return of_training(directory)
+    if name == "model" and journal.RUN_FILE in storage.names(parent):
+        return of_training(parent)
+    if "config.json" in inside:
+        return of_model(directory, run)
+    raise StorageError(f"{run} is no run, trial, sweep or model that raylm trained; {suggestions(directory)}", run)
+
+
+def of_sweep(directory: str, trial_id: str | None) -> ComparedRun:
+    """A trial with the score by which trials are ranked.
+
+    Without `trial_id` it is the best trial, with the score on the whole validation split if there is one.
+    """
+    results = sweeps.read(directory)
+    trials = {trial.trial_id: trial for trial in results.data.ranked}
+    best = results.best
+    if trial_id is None and best is not None:
+        trial, scored_on = trials[best.trial_id], best.scored_on
+        scores: dict[str, Any] = {"perplexity": best.perplexity, "bits_per_byte": best.bits_per_byte}
+    elif trial_id in trials:
+        trial, scored_on = trials[trial_id], results.ranked_on
+        scores = results.scores(trial)
+    else:
+        raise StorageError(f"{directory}: {trial_id or 'the sweep'} has no score yet", directory)
+    return ComparedRun(
+        name=f"{results.name}/{trial.trial_id}",
+        experiment=config.override(results.experiment, {**trial.settings, "tune.space": {}, "tune.points": []}),
+        **scores,
+        scored_on=scored_on,
+        scored_in=results.experiment.eval.precision,
+        tokens=trial.tokens,
+        **pace(f"{directory}/{trial.trial_id}"),
+        store=results.state.parameters.get("store"),
+    )
+
+
+def of_training(directory: str) -> ComparedRun:
+    """A training run; one that has not finished has its best evaluation so far."""
+    state = journal.run_state(directory)
+    experiment = sweeps.read_experiment(directory, state)
+    measure = experiment.measure
+    result = json.loads(storage.read(f"{directory}/result.json") or b"{}")
+    has_finished = measure in result
+    if has_finished:
+        scored_on = result.get("scored_on", WHOLE_SPLIT)
+    else:
+        series = tracking.Run(directory).metric_history()
+        evaluations = {name: dict(series.get(f"eval/{name}", ())) for name in (measure, "bits_per_byte")}
+        best = min(evaluations[measure], key=lambda step: evaluations[measure][step], default=None)
+        trained = series.get("train/tokens")
+        result = {name: None if best is None else steps.get(best) for name, steps in evaluations.items()}
+        result["tokens"] = round(trained[-1][1]) if trained else None
+        scored_on = sweeps.ranked_on(experiment, state.parameters)
+    return ComparedRun(
+        name=directory.rpartition("/")[2],
+        experiment=experiment,
+        perplexity=result[measure],
+        bits_per_byte=result["bits_per_byte"],
+        scored_on=scored_on,
+        scored_in=experiment.eval.precision,
+        tokens=result["tokens"],
+        **pace(directory),
+        store=state.parameters.get("store"),
+    )
+
+
+def pace(directory: str) -> dict[str, Any]:
+    """`seconds` and `tokens_per_second` of a run, by the times in its journal; None before two steps were logged."""
+    points: dict[journal.MetricKey, journal.MetricValue] = {}
+    journal.apply_metrics(journal.json_lines(directory, journal.METRICS_FILE).read()[0], points)
+    steps = sorted((time / 1000, tokens) for (name, _), (tokens, time) in points.items() if name == "train/tokens")
+    spans = [(after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(steps)]
+    speeds = [tokens / seconds for seconds, tokens in spans if seconds > 0]
+    return {
+        "seconds": steps[-1][0] - steps[0][0] if len(steps) > 1 else None,
+        "tokens_per_second": round(statistics.median(speeds)) if speeds else None,
+    }
+
+
+def of_model(directory: str, name: str) -> ComparedRun:
+    """An exported model, or a checkpoint."""
+    from raylm import checkpoint  # which imports torch
+
+    local = checkpoint.locate(directory)
+    experiment, record = checkpoint.read_experiment(local), checkpoint.read_record(local)
+    if experiment is None:
+        raise StorageError(f"{directory} was not trained by raylm: it holds no experiment.yaml", directory)
+    return ComparedRun(
+        name=name,
+        experiment=experiment,
+        perplexity=record.get("perplexity"),
+        bits_per_byte=record.get("bits_per_byte"),
+        scored_on=record.get("scored_on") or experiment.eval.scored_on,
+        scored_in=record.get("scored_in") or experiment.eval.precision,
+        tokens=record.get("tokens"),
+        seconds=None,
+        tokens_per_second=None,
+        store=record["store"].rstrip("/").rpartition("/")[2] if "store" in record else None,
+    )
+
+
+# What differs --------------------------------------------------------------------------------------------------------
+
+
+def differing(experiments: Sequence[Experiment]) -> dict[str, list[Any]]:
+    """Dotted key -> its value in each experiment, of the settings that differ; None where it is not set."""
+    flat = [dict(_flat(experiment.model_dump(mode="json"))) for experiment in experiments]
+    keys = dict.fromkeys(key for each in flat for key in each if not SECRET.search(key))
+    settings = {key: [each.get(key) for each in flat] for key in keys}
+    return {key: values for key, values in settings.items() if any(value != values[0] for value in values)}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of each setting that bears on training, without the passwords in addresses."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        elif f"{prefix}{key}".partition(".")[0] not in IGNORED_SECTIONS:
+            yield f"{prefix}{key}", redacted(value)
+
+
+def warnings(runs: Sequence[ComparedRun]) -> list[str]:
+    """Reasons why some of the scores cannot be compared; empty if all can."""
+    reasons = []
+    scored = [run for run in runs if run.perplexity is not None]
+    if len({run.measure for run in runs}) > 1:
+        kinds = ", ".join(dict.fromkeys(label(run.measure) for run in runs))
+        reasons.append(f"the scores are of different kinds, which cannot be compared: {kinds}")
+    if unknown := [run.name for run in runs if run.store is None]:
+        reasons.append(f"nothing says on what text {', '.join(unknown)} was scored")
+    if len({run.store for run in runs} - {None}) > 1 and (reason := _other_tokens(runs)):
+        reasons.append(reason)
+    if len({run.scored_on for run in scored}) > 1:
+        reasons.append(
+            "the scores are of other parts of the validation split; raylm evaluate MODEL scores the whole of it"
+        )
+    if len({run.scored_in for run in scored}) > 1:
+        reasons.append(
+            "the scores are of different arithmetic; raylm evaluate MODEL eval.precision=float32 makes them alike"
+        )
+    return reasons
+
+
+def _other_tokens(runs: Sequence[ComparedRun]) -> str | None:
+    """Why scores on different token stores cannot be compared; None if the validation tokens are the same."""
+    manifests = [run.manifest for run in runs]
+    if all(manifests):
+        texts = {tuple(each["validation"][count] for count in ("documents", "bytes")) for each in manifests}
+        tokenizers = {json.dumps(each["tokenizer"]["files"], sort_keys=True) for each in manifests}
+        same_text, same_tokenizer = len(texts) == 1, len(tokenizers) == 1
+    else:  # a store does not exist any more, so the settings tell; if these are the same, the files have changed
+        chosen = {(run.experiment.tokenizer.model_dump_json(), run.experiment.model.path) for run in runs}
+        same_tokenizer = len(chosen) == 1
+        same_corpus = len({run.experiment.corpus.model_dump_json() for run in runs}) == 1
+        same_text = same_corpus and not same_tokenizer
+    if not same_text:
+        return (
+            "the validation texts differ, so that neither perplexity nor bits per byte can be compared; raylm evaluate "
+            "MODEL --text FILE scores any model on the same text"
+        )
+    if not same_tokenizer and any(each["validation"].get("unknown_tokens") for each in manifests if each):
+        return (
+            "the tokenizers differ, and of the validation text some tokens are unknown to one of them, so that neither "
+            "perplexity nor bits per byte can be compared"
+        )
+    if not same_tokenizer:
+        return "the tokenizers differ, so that perplexities are of other tokens: compare bits per byte"
+    return None

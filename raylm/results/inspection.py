@@ -1,0 +1,205 @@
+"""The data as a model will see it: documents, their tokens, blocks, a batch; as values, on a terminal, in HTML."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from raylm import blocks, corpus, tokens
+from raylm.config import Experiment
+from raylm.tokens import Split, Store
+
+SHOWN_TOKENS = 160
+"""Tokens of a document or block that are shown; nobody reads more."""
+
+
+def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, Any]:
+    """Sources, ledger, splits, lengths, and the first `examples` documents and blocks, as plain values for --json."""
+    section = experiment.blocks
+    frame = store.frame(experiment.tokenizer.prefix)
+    cut = blocks.build(store.train, section, frame)
+    rows = [cut[index] for index in range(min(max(examples, 2), len(cut)))]
+    batch = blocks.batch(rows, section, frame) if rows else {}
+    manifest = store.manifest
+    return {
+        "store": store.path,
+        "fingerprint": store.fingerprint,
+        "sources": [{key: value for key, value in source.items() if key != "files"} for source in manifest["sources"]],
+        "ledger": manifest["ledger"],
+        "kept_percent": 100 * corpus.kept_fraction(manifest["ledger"]),
+        "splits": {name: {what: manifest[name][what] for what in tokens.COUNTED} for name in tokens.SPLITS},
+        "tokenizer": {key: manifest["tokenizer"][key] for key in ("vocab_size", "eos_token", "encoder")},
+        "frame": {
+            name: None if token is None else {"token": store.tokenizer.convert_ids_to_tokens(token), "id": token}
+            for name, token in frame._asdict().items()
+        },
+        "lengths": lengths(store.train),
+        "documents": [
+            {
+                "bytes": store.train.document_bytes(index),
+                "tokens": len(store.train[index]),
+                "pieces": pieces(store, store.train[index]),
+            }
+            for index in range(min(examples, len(store.train)))
+        ],
+        "blocks": {
+            "packing": section.packing,
+            "block_size": section.block_size,
+            "isolate_documents": section.isolate_documents,
+            "train": len(cut),
+            "dropped_tokens": cut.dropped_tokens,
+            "examples": [
+                {"tokens": len(row), "documents_end": int((row == frame.end).sum()), "pieces": pieces(store, row)}
+                for row in rows[:examples]
+            ],
+        },
+        "batch": {
+            name: {"shape": list(array.shape), "dtype": str(array.dtype), "begins": array[0, :8].tolist()}
+            for name, array in batch.items()
+        },
+        "not_predicted": int((batch["labels"] == blocks.IGNORED).sum()) if batch else 0,
+    }
+
+
+def lengths(split: Split) -> list[dict[str, int]]:
+    """Documents and their tokens by length, in powers of two: from `at_least` up to twice that."""
+    documents, summed = np.zeros(32, np.int64), np.zeros(32, np.int64)
+    for batch in split.lengths():
+        power = np.log2(np.maximum(batch, 1)).astype(np.int64)
+        documents += np.bincount(power, minlength=32)
+        summed += np.bincount(power, weights=batch, minlength=32).astype(np.int64)
+    used = np.flatnonzero(documents)
+    return [
+        {"at_least": 2 ** int(power), "documents": int(documents[power]), "tokens": int(summed[power])}
+        for power in range(used[0], used[-1] + 1)
+    ]
+
+
+def pieces(store: Store, ids: Any) -> list[str]:
+    """The text of each of the first tokens; one that is part of a character is shown as �."""
+    return [store.tokenizer.decode([token]) for token in ids[:SHOWN_TOKENS].tolist()]
+
+
+# On a terminal and in HTML -------------------------------------------------------------------------------------------
+
+
+def page(view: RenderableType) -> str:
+    """The view as an HTML page that needs no other file."""
+    console = Console(record=True, width=130, file=io.StringIO(), highlight=False)
+    console.print(view)
+    return console.export_html(inline_styles=True)
+
+
+def view(record: dict[str, Any]) -> RenderableType:
+    """All of the record for people: tables, and the tokens of documents and blocks."""
+    tokenizer, frame, cut = record["tokenizer"], record["frame"], record["blocks"]
+    special = {part["token"] for part in frame.values() if part is not None}
+    counted = corpus.counted_as(record["ledger"])
+    parts: list[RenderableType] = [
+        Text(f"store {record['store']}"),
+        _heading("Sources"),
+        _sources(record["sources"]),
+        _heading("Ledger"),
+        _ledger(record["ledger"], record["kept_percent"]),
+        _heading("Splits"),
+        _splits(record["splits"]),
+        *([Text(counted)] if counted else []),
+        _heading(f"Tokens: vocabulary of {tokenizer['vocab_size']:,}; {_frame(frame)}"),
+        Text(f"ids by {tokenizer['encoder']['name']} {tokenizer['encoder']['version']}"),
+        _heading("Lengths of training documents"),
+        _histogram(record["lengths"]),
+    ]
+    for number, document in enumerate(record["documents"]):
+        parts.append(_heading(f"Document {number}: {document['bytes']:,} bytes, {document['tokens']:,} tokens"))
+        parts.append(_tokens(document["pieces"], document["tokens"], special))
+    parts.append(
+        _heading(
+            f"Blocks: {cut['packing']}, {cut['train']:,} of {cut['block_size']:,} tokens, "
+            f"{cut['dropped_tokens']:,} tokens dropped"
+        )
+    )
+    for number, block in enumerate(cut["examples"]):
+        parts.append(
+            _heading(f"Block {number}: {block['tokens']:,} tokens, {block['documents_end']} documents end in it")
+        )
+        parts.append(_tokens(block["pieces"], block["tokens"], special))
+    not_predicted = Text(f"labels that are not predicted: {record['not_predicted']:,}")
+    return Group(*parts, _heading("Batch"), _batch(record["batch"]), not_predicted)
+
+
+def _heading(text: str) -> Text:
+    return Text(f"\n{text}", style="bold cyan")
+
+
+def _table(*headings: str) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    return table
+
+
+def _sources(sources: list[dict[str, Any]]) -> Table:
+    table = _table("source", "documents", "tokens", "bytes")
+    for source in sources:
+        table.add_row(source["name"], *(f"{source[count]:,}" for count in ("documents", "tokens", "bytes")))
+    return table
+
+
+def _ledger(ledger: dict[str, int], kept_percent: float) -> Table:
+    table = _table("what became of it", "documents or bytes")
+    for outcome, count in ledger.items():
+        table.add_row(outcome, f"{count:,}")
+    table.add_row("data after filtering", f"{kept_percent:.2f}%")
+    return table
+
+
+def _splits(splits: dict[str, dict[str, int]]) -> Table:
+    table = _table("split", "documents", "tokens", "bytes", "bytes/token", "unknown tokens")
+    for name, split in splits.items():
+        ratio = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else "-"
+        counts = [f"{split[count]:,}" for count in ("documents", "tokens", "bytes")]
+        table.add_row(name, *counts, ratio, f"{split['unknown_tokens']:,}")
+    return table
+
+
+def _histogram(rows: list[dict[str, int]]) -> Table:
+    table = _table("tokens", "documents", "tokens in all", "")
+    table.columns[3].justify = "left"
+    most = max(row["documents"] for row in rows)
+    for row in rows:
+        bar = "█" * max(1, round(40 * row["documents"] / most)) if row["documents"] else ""
+        span = f"{row['at_least']:,} to {2 * row['at_least'] - 1:,}"
+        table.add_row(span, f"{row['documents']:,}", f"{row['tokens']:,}", bar)
+    return table
+
+
+def _batch(batch: dict[str, dict[str, Any]]) -> Table:
+    table = _table("of a batch", "shape", "type", "begins")
+    for name, array in batch.items():
+        table.add_row(name, str(array["shape"]), array["dtype"], " ".join(map(str, array["begins"])) + " …")
+    return table
+
+
+def _frame(frame: dict[str, Any]) -> str:
+    """The tokens around a document, in words."""
+    prefix = repr(frame["prefix"]["token"]) if frame["prefix"] else "nothing"
+    return f"{prefix} in front of a document, {frame['end']['token']!r} behind it"
+
+
+def _tokens(pieces: list[str], num_tokens: int, special: Collection[str]) -> Text:
+    """Tokens with a bar between them, line ends and tabs made visible, special tokens highlighted."""
+    text = Text()
+    for piece in pieces:
+        style = "bold white on red" if piece in special else ""
+        text.append(piece.replace("\n", "⏎\n").replace("\t", "⇥   "), style)
+        text.append("|", "dim")
+    if num_tokens > len(pieces):
+        text.append(f" … and {num_tokens - len(pieces):,} more", "dim")
+    return text

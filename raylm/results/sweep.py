@@ -1,0 +1,198 @@
+"""A sweep read back from its directory, whatever its state: its experiment, trials, scores and best trial."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raylm import config, storage, tracking
+from raylm.config import WHOLE_SPLIT, Experiment
+from raylm.console import label
+from raylm.errors import ConfigError, StorageError
+from raylm.results import runs
+from raylm.results.figures import SweepData
+from raylm.results.trial_table import WEIGHED, TrialRow
+from raylm.sweep.record import EVENTS, SweepRecord, Trial
+from raylm.tracking import journal
+
+EXPERIMENT = "experiment.yaml"
+
+
+@dataclass(frozen=True)
+class BestTrial:
+    """The best trial of a sweep.
+
+    In a finished sweep its scores are of the whole validation split, if that was affordable.
+    """
+
+    trial_id: str
+    perplexity: float
+    """The score, whatever perplexity it is."""
+    bits_per_byte: float
+    checkpoint: str | None
+    """The exported model; None while the sweep has not finished."""
+    scored_on: str
+
+    def record(self, measure: str) -> dict[str, Any]:
+        """The best trial for --json; the score stands under its own name."""
+        return {
+            "trial_id": self.trial_id,
+            measure: self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "checkpoint": self.checkpoint,
+            "scored_on": self.scored_on,
+        }
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """A sweep, whatever its state."""
+
+    directory: str
+    experiment: Experiment
+    state: journal.RunState
+    """What the sweep has logged to MLflow."""
+    data: SweepData
+    """The trials with their ranking, as figures draw them."""
+    seconds: float
+    """Run time over all commands that worked on the sweep, without one that still does."""
+    result: dict[str, Any]
+    """result.json; empty while the sweep has not finished."""
+
+    @property
+    def name(self) -> str:
+        return self.directory.rpartition("/")[2]
+
+    @property
+    def measure(self) -> str:
+        """What the score is called: perplexity, masked_perplexity or pseudo_perplexity."""
+        return self.experiment.measure
+
+    @property
+    def best(self) -> BestTrial | None:
+        """The best trial; None before any has a score."""
+        if not self.data.scored:
+            return None
+        trial = self.data.ranked[0]
+        final = self.result.get("best")
+        if final is None:
+            return BestTrial(trial.trial_id, **self.scores(trial), checkpoint=None, scored_on=self.ranked_on)
+        scored_on = final.get("scored_on", WHOLE_SPLIT)
+        return BestTrial(
+            trial.trial_id, final[self.measure], final["bits_per_byte"], final["checkpoint"], scored_on=scored_on
+        )
+
+    def scores(self, trial: Trial) -> dict[str, Any]:
+        """perplexity and bits_per_byte on the tokens by which trials are ranked; None if the trial has no score."""
+        last = trial.results[-1] if self.data.score(trial) is not None else {}
+        return {name: last.get(f"best_{name}") for name in ("perplexity", "bits_per_byte")}
+
+    @property
+    def ranked_on(self) -> str:
+        """The text by which trials are ranked, in words."""
+        return ranked_on(self.experiment, self.state.parameters)
+
+    @property
+    def rows(self) -> list[TrialRow]:
+        """A row for each trial, the best first; a failed trial has the reason and no score."""
+        records = {record["trial_id"]: record for record in self.result.get("trials", [])}
+        return [self._row(trial, records.get(trial.trial_id, {})) for trial in self.data.ranked]
+
+    def _row(self, trial: Trial, record: Mapping[str, Any]) -> TrialRow:
+        """A trial's row; `record` is the trial in result.json."""
+        return TrialRow(
+            trial_id=trial.trial_id,
+            status=trial.status,
+            **self.scores(trial),
+            tokens=trial.tokens,
+            settings=trial.settings,
+            best_tokens=trial.best_tokens,
+            last_perplexity=trial.results[-1].get("perplexity") if trial.results else None,
+            weighed={name: record[name] for name in WEIGHED if name in record},
+            pareto=record.get("pareto"),
+            failure=trial.failure,
+            repeat=self.command(trial),
+        )
+
+    def command(self, trial: Trial) -> str:
+        """The command that trains with the trial's settings again."""
+        settings = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in trial.settings.items()]
+        return " ".join(
+            [sys.executable, "-m raylm.train --config", shlex.quote(f"{self.directory}/{EXPERIMENT}"), *settings]
+        )
+
+
+def read(directory: str) -> SweepResults:
+    """The sweep of a directory; StorageError if it is none."""
+    if not runs.is_sweep(directory):
+        raise StorageError(f"{directory} is not a sweep: it has no {EVENTS}", directory)
+    state = journal.run_state(directory)
+    experiment = read_experiment(directory, state)
+    record = SweepRecord(directory)
+    result = json.loads(storage.read(f"{directory}/result.json") or b"{}")
+    trials = list(record.trials.values())
+    if result:  # trials that were still running were stopped with the sweep
+        trials = [trial if trial.is_over else replace(trial, status="stopped early") for trial in trials]
+    metric = experiment.tune.metric
+    data = SweepData(
+        trials,
+        budget_tokens=max([int(state.parameters.get("tokens", 1)), *(trial.tokens for trial in trials)]),
+        losses={trial.trial_id: _losses(f"{directory}/{trial.trial_id}") for trial in trials},
+        samplers=_samplers(experiment),
+        metric=metric,
+        score_name=label(experiment.measure if metric == "perplexity" else metric),
+    )
+    return SweepResults(directory, experiment, state, data, record.seconds, result)
+
+
+def read_experiment(directory: str, state: journal.RunState) -> Experiment:
+    """The experiment in the journal of a run or sweep; StorageError if it was stopped before it had one."""
+    artifact = state.artifacts.get(EXPERIMENT)
+    if artifact is None:
+        raise StorageError(f"{directory} was stopped before it began: its journal has no experiment", directory)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, EXPERIMENT)
+        file.write_text(artifact["text"], encoding="utf-8")
+        try:
+            return config.load(file)
+        except ConfigError as error:  # of another version of raylm
+            raise ConfigError(error.message.replace(str(file), f"{directory}: its experiment"), error.where) from None
+
+
+def ranked_on(experiment: Experiment, parameters: Mapping[str, Any]) -> str:
+    """The text that evaluations during training score, in words, by the parameters of the run in MLflow."""
+    return str(parameters.get("scored_on") or experiment.eval.scored_on)
+
+
+def scored_on(experiment: Experiment, parameters: Mapping[str, Any]) -> str:
+    """The text that evaluations during training score, and its size, by the parameters of the run in MLflow."""
+    text = ranked_on(experiment, parameters)
+    if "scored_documents" not in parameters:
+        return text
+    documents, tokens = (int(parameters[f"scored_{each}"]) for each in ("documents", "tokens"))
+    is_split_by_passage = experiment.corpus.split_by == "passage" and not experiment.corpus.validation_paths
+    unit = "passage" if is_split_by_passage else "document"
+    return f"{text}: {documents:,} {unit}{'s' * (documents != 1)}, {tokens:,} tokens"
+
+
+def _losses(directory: str) -> list[tuple[float, float]]:
+    """(tokens, training loss) of each logged step of a trial."""
+    series = tracking.Run(directory).metric_history()
+    tokens = dict(series.get("train/tokens", ()))
+    return [(tokens[step], loss) for step, loss in series.get("train/loss", ()) if step in tokens]
+
+
+def _samplers(experiment: Experiment) -> dict[str, str]:
+    """Swept key -> the name of its sampler, of keys that have the same one in every inner space."""
+    samplers: dict[str, set[str]] = {}
+    for key, sampler in experiment.tune.space.items():
+        for space in config.spaces(key, sampler) or [{key: sampler}]:
+            for inner, value in space.items():
+                samplers.setdefault(inner, set()).add(next(iter(value)) if config.is_sampler(value) else "choice")
+    return {key: names.pop() for key, names in samplers.items() if len(names) == 1}

@@ -1,0 +1,41 @@
+"""Tables for the terminal that several commands show. The ranked table of trials is in `trial_table`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from raylm.console import format_number, label
+
+
+def side_by_side(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Table:
+    """A column for each name and a row for each fact, with its value for each name; None is a dash."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for fact, values in rows.items():
+        table.add_row(fact, *("-" if value is None else format_number(value) for value in values))
+    return table
+
+
+def evaluations(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """A row for each text that was scored, given as its name and its record as in the result of an evaluation."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("text")
+    measure = next(name for name in rows[0][1] if name.endswith("perplexity"))
+    with_keywords = "keywords" in rows[0][1]
+    keyword_headings = ("of keywords", "keyword tokens") if with_keywords else ()
+    counts = ["tokens", "bytes", *(["unknown_tokens"] if any(row["unknown_tokens"] for _, row in rows) else [])]
+    for heading in (label(measure), "bits/byte", *map(label, counts), *keyword_headings):
+        table.add_column(heading, justify="right")
+    for name, row in rows:
+        cells = [f"{row[score]:.2f}" if row[score] is not None else "-" for score in (measure, "bits_per_byte")]
+        cells += [f"{row[count]:,}" for count in counts]
+        if with_keywords:
+            keywords = row["keywords"]
+            cells += ["-" if keywords[measure] is None else f"{keywords[measure]:.2f}", f"{keywords['tokens']:,}"]
+        table.add_row(name, *cells)
+    return table
