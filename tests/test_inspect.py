@@ -23,8 +23,7 @@ def experiment(tmp_path, monkeypatch):
         [
             f"corpus.paths={tmp_path}/corpus",
             f"storage={tmp_path}",
-            "corpus.validation_fraction=0.01",
-            "corpus.split_by=document",
+            "corpus.validation_fraction=0",
             "corpus.keep_any=[]",
             "tokenizer.train={vocab_size: 300}",
             "blocks.block_size=16",
