@@ -30,10 +30,10 @@ def report(
         "report": page,
         "pictures": [f"{directory}/{name}" for name in pictures],
         "best": results.best.record(results.measure) if results.best is not None else None,
-        "trials": [row.record(results.measure) for row in results.rows],
+        "trials": [row.record(results.measure) for row in results.trials],
     }
-    table = trial_table.rich_table(results.rows, console.label(results.measure))
-    failures = [f"{row.trial_id} failed: {row.failure}" for row in results.rows if row.failure]
+    table = trial_table.rich_table(results.trials, console.label(results.measure))
+    failures = [f"{row.trial_id} failed: {row.failure}" for row in results.trials if row.failure]
     paths = console.key_values({"report": page, "pictures": ", ".join(pictures)})
     return cli.CommandResult(record, (table, *failures, "", paths))
 

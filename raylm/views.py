@@ -9,7 +9,7 @@ from rich.table import Table
 
 from raylm import corpus, tokens, tracking
 from raylm.config import Experiment, TrackingConfig, from_environment
-from raylm.console import format_size, key_values
+from raylm.console import format_size, key_values, label
 from raylm.results import tables, trial_table
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def plan(planned: Plan) -> str:
     """The plan of a training, a line each; what was taken from the environment says so."""
     record = planned.record()
-    pairs = {name.replace("_", " "): value for name, value in record.items() if name != "corpus"}
+    pairs = {label(name): value for name, value in record.items() if name != "corpus"}
     share = record["evaluation_share"]
     pairs["evaluation share"] = None if share is None else f"{share:.1%} of the run"
     for key, variable in from_environment(planned.experiment).items():
@@ -76,7 +76,7 @@ def training(result: TrainResult, section: TrackingConfig) -> str:
     """The result of a training, and what to do next."""
     return key_values(
         {
-            result.measure.replace("_", "-"): result.score,
+            label(result.measure): result.score,
             "bits per byte": result.bits_per_byte,
             "incomparable": result.incomparable,
             "tokens": result.tokens,
@@ -105,7 +105,7 @@ def sweep_plan(planned: SweepPlan) -> str:
 
 def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
     """The ranked trials of a sweep that has ended, and what to do next."""
-    measure, best = result.measure.replace("_", "-"), result.best
+    measure, best = label(result.measure), result.best
     ranking = measure if experiment.tune.metric == "perplexity" else "bits per byte"
     incomparable = [result.incomparable] if result.incomparable else []
     notes = [f"ranked by {ranking} on {result.scored_on}", *incomparable, *result.failures]

@@ -157,7 +157,7 @@ def test_scores_of_a_part_of_the_split_are_called_so(storage):
 
 def test_every_row_has_the_command_that_repeats_it(storage, running):
     directory = f"{storage}/words/tune-20260101-000000-aaaa"
-    rows = sweeps.read(directory).rows
+    rows = sweeps.read(directory).trials
     assert [row.trial_id[-1] for row in rows] == ["0", "3", "1", "2"], "the best first, failures last"
     for row in rows:
         assert row.repeat in running.text
@@ -228,7 +228,7 @@ def test_settings_of_one_space_out_of_several(storage):
     directory = write_sweep(storage, "tune-20260106-000000-ffff", f"tune.space={{either: {space}}}", trials=both)
     results = sweeps.read(directory)
     assert results.data.samplers == {RATE: "loguniform", "train.weight_decay": "choice"}
-    cells = [list(column.cells) for column in trial_table.rich_table(results.rows, "perplexity").columns]
+    cells = [list(column.cells) for column in trial_table.rich_table(results.trials, "perplexity").columns]
     assert cells[-2:] == [["0.1", "-"], ["-", "0.001"]]
     assert "1 trial_00001 50.00 3.12 256 - 0.1 completed" in shown(directory).text
 
@@ -294,6 +294,6 @@ def test_a_row_of_the_report_says_when_its_trial_was_best(storage):
         storage, "tune-20260101-000000-cccc", trials=[({RATE: 1e-3}, [(256, 20.0)], "completed", None)]
     )
     SweepRecord(directory).result("trial_00000", {**result(1024, 90.0), "best_perplexity": 20.0, "best_step": 1})
-    (row,) = sweeps.read(directory).rows
+    (row,) = sweeps.read(directory).trials
     assert (row.best_tokens, row.last_perplexity, row.tokens) == (256, 90.0, 1024)
     assert "completed; overfitted: 20 at 256 tokens, 90 at the end" in Path(html.build(directory)).read_text()

@@ -148,7 +148,7 @@ def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | No
         "pseudo_perplexity": "Every token of every document is masked by itself, and predicted from all others",
     }[experiment.measure]
     arithmetic = record.get("scored_in") or experiment.eval.precision
-    scores = {experiment.measure.replace("_", "-"): "perplexity", "bits per byte": "bits_per_byte"}
+    scores = {console.label(experiment.measure): "perplexity", "bits per byte": "bits_per_byte"}
     why = store and tokens.incomparable(store.validation.unknown_tokens, store.validation.num_tokens)
     comparable = (
         f"this model's tokenizer. **Not to be compared with other models**: {why}."

@@ -104,7 +104,7 @@ def _section(figure: figures.Figure | figures.Omitted, images: Mapping[str, byte
 
 def _trials(results: SweepResults) -> str:
     """The ranked table, with the reason of each failure and the command that repeats each trial."""
-    rows = results.rows
+    rows = results.trials
     columns = trial_table.columns(rows, console.label(results.measure), results.data.settings)
     numbers = [column for name, column in columns.items() if column.justify == "right" and name != "rank"]
     headings = "".join(f"<th class=number>{escape(column.heading)}</th>" for column in numbers)

@@ -99,7 +99,7 @@ class SweepResults:
         return ranked_on(self.experiment, self.state.parameters)
 
     @property
-    def rows(self) -> list[TrialRow]:
+    def trials(self) -> list[TrialRow]:
         """A row for each trial, the best first; a failed trial has the reason and no score."""
         records = {record["trial_id"]: record for record in self.result.get("trials", [])}
         return [self._row(trial, records.get(trial.trial_id, {})) for trial in self.data.ranked]
