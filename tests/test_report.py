@@ -281,14 +281,6 @@ def test_a_sweep_of_another_version_is_named(storage):
         sweeps.read(directory)
 
 
-def test_a_trial_that_was_best_long_before_its_end_is_called_overfitted():
-    assert trial_table.overfitting(846.1, 1_057_006.2, 81_920) == (
-        "overfitted: 846.1 at 81,920 tokens, 1,057,006 at the end"
-    )
-    assert trial_table.overfitting(846.1, 850.0, 81_920) is None
-    assert trial_table.overfitting(None, 1_057_006.2, 81_920) is None
-
-
 def test_a_row_of_the_report_says_when_its_trial_was_best(storage):
     directory = write_sweep(
         storage, "tune-20260101-000000-cccc", trials=[({RATE: 1e-3}, [(256, 20.0)], "completed", None)]
