@@ -23,7 +23,7 @@ from raylm.config import Experiment
 from raylm.console import show_messages
 
 if TYPE_CHECKING:  # a program that only loads an experiment waits for neither torch nor Ray
-    from raylm.page import SweepResults
+    from raylm.results.sweep import SweepResults
     from raylm.pipeline.evaluation import Evaluation
     from raylm.pipeline.sweep import SweepResult
     from raylm.pipeline.training import TrainResult
@@ -109,9 +109,9 @@ def open_store(path: str | os.PathLike) -> Store:
 
 def open_sweep(directory: str | os.PathLike) -> SweepResults:
     """A sweep read back from its directory, whatever its state. StorageError if it is none."""
-    from raylm import page
+    from raylm.results import sweep
 
-    return page.read(os.fspath(directory))
+    return sweep.read(os.fspath(directory))
 
 
 def _plain(value: Any) -> Any:
