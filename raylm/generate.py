@@ -164,7 +164,7 @@ def _how(directory: Path, given: dict[str, Any], trusted: bool) -> GenerationCon
 
     section = ModelConfig(path=str(directory), trust_remote_code=trusted)
     if not models.is_masked(models.pretrained_configuration(section)):
-        return generation.settings(directory, given, trusted=trusted)
+        return generation.resolve_settings(directory, given, trusted=trusted)
     if given:
         name = next(iter(given))
         raise ConfigError(
@@ -185,7 +185,7 @@ def _mask(directory: Path, trusted: bool) -> str:
 def _shown(how: GenerationConfig | None) -> dict[str, Any]:
     from raylm import generation
 
-    values = {name: getattr(how, name, None) for name in generation.taken()}
+    values = {name: getattr(how, name, None) for name in generation.SETTINGS}
     return {name: value for name, value in values.items() if value is not None}
 
 

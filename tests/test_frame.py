@@ -133,8 +133,8 @@ def test_evaluate_scores_a_llama_behind_its_begin_of_text_token(llama, tmp_path)
 
 
 def test_a_prompt_has_the_same_prefix(llama):
-    how = generation.settings(llama, {"max_new_tokens": 5})
-    writer = generation.load(str(llama), how, 0, False, 1, False)
+    settings = generation.resolve_settings(llama, {"max_new_tokens": 5})
+    writer = generation.load(str(llama), settings, 0, False, 1, False)
     (text,) = writer.texts(["the cat"])
     assert text.text.startswith("the cat")
     seen = []

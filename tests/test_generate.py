@@ -165,7 +165,12 @@ def test_every_document_is_gone_on_from_by_workers_that_take_every_cpu(
     from ray.data import DataContext
 
     before = DataContext.get_current().target_max_block_size
-    settings = [*SHORT, f"corpus.paths=['{questions}/a.jsonl', '{questions}/b.txt']", "corpus.text='{q}: {kind}'"]
+    settings = [
+        *SHORT,
+        "min_new_tokens=12",
+        f"corpus.paths=['{questions}/a.jsonl', '{questions}/b.txt']",
+        "corpus.text='{q}: {kind}'",
+    ]
     output = tmp_path / "answers" / "all.jsonl"
     options = {"output": output, "batch_size": 3}
     planned = generate(str(trained_directory), settings, dry_run=True, **options).record
@@ -176,7 +181,7 @@ def test_every_document_is_gone_on_from_by_workers_that_take_every_cpu(
     assert (record["output"], record["documents"], record["tokens"]) == (str(output), 21, 21 * 12)
     prompts = [f"{'a b ' * (number % 5)}{number}: c" for number in range(20)] + ["b a: c"]
     assert [row["prompt"] for row in rows] == prompts
-    assert [row["text"] for row in rows] == texts(trained_directory, prompts, batch_size=21)
+    assert [row["text"] for row in rows] == texts(trained_directory, prompts, "min_new_tokens=12", batch_size=21)
     assert [row["source"] for row in rows] == [f"{questions}/a.jsonl"] * 20 + [f"{questions}/b.txt"]
     assert rows[-1]["doc_id"] == f"{tokens_hash('b a: c'):016x}"
     assert os.listdir(output.parent) == ["all.jsonl"]

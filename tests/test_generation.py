@@ -1,5 +1,5 @@
+import hashlib
 import pickle
-import random
 
 import pytest
 import torch
@@ -18,9 +18,8 @@ from raylm.checkpoint import TrainedModel
 from raylm.config import TrainedTokenizer
 from raylm.corpus import Document
 from raylm.errors import ConfigError, DataError, StorageError
-from raylm.generation import identity
 from raylm.generation.documents import _Worker
-from raylm.generation.writer import _Row
+from raylm.generation.text_generator import _Draw, _Row
 
 CONTEXT = 24
 LONG = "import os\n" * 9  # more tokens than the context
@@ -57,9 +56,9 @@ def llama(tmp_path_factory):
     return made(tmp_path_factory, "llama")
 
 
-def writer(directory, seed=0, **given):
-    how = generation.settings(directory, {"max_new_tokens": 30, **given})
-    return generation.load(str(directory), how, seed, False, 1, None)
+def text_generator(directory, seed=0, **given):
+    settings = generation.resolve_settings(directory, {"max_new_tokens": 30, **given})
+    return generation.load(str(directory), settings, seed, False, 1, None)
 
 
 # Texts ---------------------------------------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ def writer(directory, seed=0, **given):
         {"do_sample": False},
         {},
         {"top_k": 9, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
-        {"min_new_tokens": 12, "exponential_decay_length_penalty": [2, 1.6]},
+        {"min_new_tokens": 12},
         {"stop_strings": ["s", "\n"]},
         {"num_beams": 2, "max_new_tokens": 26},
     ],
@@ -79,7 +78,7 @@ def writer(directory, seed=0, **given):
 )
 def test_a_text_is_the_same_whatever_is_beside_it(directory, given):
     """More than the context is written, so that the windows slide: of each prompt at another place."""
-    whole = writer(directory, **given)
+    whole = text_generator(directory, **given)
     alone = [whole.texts([prompt])[0] for prompt in PROMPTS]
     assert whole.texts(PROMPTS) == alone
     assert whole.texts(PROMPTS[:2]) + whole.texts(PROMPTS[2:]) == alone
@@ -88,13 +87,13 @@ def test_a_text_is_the_same_whatever_is_beside_it(directory, given):
 
 
 def test_padding_is_not_read_by_a_model_without_a_table_of_positions(llama):
-    whole = writer(llama, do_sample=False)
+    whole = text_generator(llama, do_sample=False)
     assert whole.texts(PROMPTS) == [whole.texts([prompt])[0] for prompt in PROMPTS]
 
 
 def test_within_the_context_the_likeliest_tokens_are_those_of_transformers(directory):
-    whole = writer(directory, do_sample=False, max_new_tokens=12)
-    prompt = "import @"  # with which no other token begins
+    whole = text_generator(directory, do_sample=False, max_new_tokens=12)
+    prompt = "import o"
     given = torch.tensor([[0, *whole.tokenizer(prompt)["input_ids"]]])  # behind the prefix
     mask = torch.ones_like(given)  # or they take the prefix for padding
     theirs = whole.network.generate(given, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
@@ -102,7 +101,7 @@ def test_within_the_context_the_likeliest_tokens_are_those_of_transformers(direc
 
 
 def test_the_seed_and_the_prompt_draw_the_text(directory):
-    first, again, other = writer(directory), writer(directory), writer(directory, seed=1)
+    first, again, other = text_generator(directory), text_generator(directory), text_generator(directory, seed=1)
     torch.manual_seed(5)
     text = first.texts(["def "])
     torch.manual_seed(6)
@@ -110,60 +109,59 @@ def test_the_seed_and_the_prompt_draw_the_text(directory):
     assert other.texts(["def "]) != text
 
 
-def test_drawn_tokens_are_as_frequent_as_they_are_likely(directory):
-    whole = writer(directory, max_new_tokens=1, temperature=0.5, top_p=1, top_k=0)
+def test_tokens_are_drawn_from_what_transformers_leaves_of_the_scores(directory):
+    """Temperature first, then the four likeliest tokens, then those of them with 0.9 of the probability."""
+    whole = text_generator(directory, max_new_tokens=1, temperature=0.5, top_k=4, top_p=0.9)
+    given = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
+    seen = []
+    whole.network.generate(
+        **given,
+        generation_config=whole.settings,
+        custom_generate=lambda model, input_ids, logits_processor, **_: seen.append(logits_processor),
+    )
     with torch.inference_mode():
-        chances = (whole.network(torch.tensor([[0]])).logits[0, -1] / 0.5).softmax(-1)
+        scores = whole.network(given["input_ids"]).logits[:, -1]
+        chances = seen[0](given["input_ids"], scores.clone()).softmax(-1)[0]
     rows = [_Row(whole, "") for _ in range(2000)]
-    for number, row in enumerate(rows):
-        row.numbers = [random.Random(number).random()] * 3
-    whole._write(rows, 0, None)
-    found = torch.zeros(len(chances))
+    for seed, row in enumerate(rows):
+        row.random.manual_seed(seed)
+    whole._extend(rows, None)
+    drawn = torch.zeros(len(chances))
     for row in rows:
-        found[row.ids[1] if len(row.ids) > 1 else 0] += 1 / len(rows)
-    assert (found - chances).abs().sum() < 0.3  # 0.18 expected of 2000 draws
+        drawn[row.generated[0] if row.generated else 0] += 1 / len(rows)
+    assert 1 < (chances > 0).sum() <= 4
+    assert (drawn - chances).abs().sum() < 0.1
+    assert drawn[chances == 0].sum() == 0
+
+
+def test_each_row_is_drawn_with_a_random_generator_of_its_own():
+    scores = torch.zeros(2, 1000)
+    draw = _Draw([torch.Generator().manual_seed(seed) for seed in (1, 2)])
+    alone = _Draw([torch.Generator().manual_seed(2)])
+    both = [draw(None, scores).argmax(-1).tolist() for _ in range(5)]
+    assert [second for _, second in both] == [alone(None, scores[1:]).argmax().item() for _ in range(5)]
 
 
 def test_a_longer_text_goes_on_as_the_shorter_one(directory):
-    short, long = writer(directory, max_new_tokens=10), writer(directory, max_new_tokens=60)
+    short, long = text_generator(directory, max_new_tokens=10), text_generator(directory, max_new_tokens=60)
     assert long.texts(["def "])[0].text.startswith(short.texts(["def "])[0].text)
 
 
-def test_the_last_token_of_a_prompt_may_be_the_beginning_of_a_longer_one(directory):
-    """Of " " and " self", " cats" …: no text of the tokenizer's has a space alone before a name."""
-    whole = writer(directory, do_sample=False)
-    row = _Row(whole, "def ")
-    assert whole.decoded(row.ids) == "def"
-    assert " self" in [whole.decoded([token]) for token in row.allowed]
-    assert all(whole.decoded([token]).startswith(" ") for token in row.allowed)
-    assert _Row(whole, "<|endoftext|>").allowed is None
-    whole._write([row], 0, None)
-    assert row.ids[2] in row.allowed
-    assert row.text(row.ids) == whole.decoded(row.ids)
-
-
-def test_a_prompt_stays_though_its_repetition_is_forbidden(directory):
-    whole = writer(directory, do_sample=False, no_repeat_ngram_size=2)
-    row = _Row(whole, "é日é日")
-    whole._write([row], 0, None)
-    assert whole.decoded(row.ids).startswith("é日é日")
-
-
-def test_beyond_the_context_the_last_half_of_it_is_read(directory):
-    whole = writer(directory, max_new_tokens=8)
-    row = _Row(whole, "@" * (CONTEXT - 1))
-    assert len(row.window()) == CONTEXT - 1  # without the last, which is made again
-    row.add([5], 1)
-    assert row.window() == row.ids[-CONTEXT // 2 :]
-    row.add([6], 1)
-    assert row.window() == row.ids[-CONTEXT // 2 - 1 :]
-    assert len(_Row(whole, "@" * 99).window()) == CONTEXT - 9  # there is room for the 9 that are to come
-    whole.how.max_new_tokens = 99
+def test_beyond_the_context_the_end_of_the_text_is_read(directory):
+    whole = text_generator(directory, max_new_tokens=99)
+    row = _Row(whole, "@" * (CONTEXT - 2))
+    assert len(row.window()) == CONTEXT - 1  # with the prefix
+    row.extend([5], 1)
+    assert row.window() == [*row.read, 5][-CONTEXT // 2 :]
+    row.extend([6], 1)
+    assert row.window() == [*row.read, 5, 6][-CONTEXT // 2 - 1 :]
     assert len(_Row(whole, "@" * 99).window()) == CONTEXT // 2
+    short = text_generator(directory, max_new_tokens=8)
+    assert len(_Row(short, "@" * 99).window()) == CONTEXT - 8  # there is room for the 8 that are to come
 
 
 def test_a_text_ends_at_its_stop_string(directory):
-    for text, tokens in writer(directory, stop_strings="e").texts(["x", "def ", "ee"]):
+    for text, tokens in text_generator(directory, stop_strings="e").texts(["x", "def ", "ee"]):
         added = text.split("def ")[-1] if text.startswith("def ") else text[len("ee" if text[0] == "e" else "x") :]
         assert ("e" in added and "e" not in added[: -len(added.split("e", 1)[1]) - 1]) or tokens == 30
 
@@ -175,16 +173,29 @@ def test_what_is_shown_while_it_is_made_is_the_text(kind):
     texts = ["the cat sat on the mats. the cats saw ten dogs, é日😀 run"] * 3
     trained = tokenizer.train(texts, TrainedTokenizer(kind=kind, vocab_size=300))
     network = GPT2LMHeadModel(GPT2Config(vocab_size=len(trained), n_positions=CONTEXT, n_layer=1, n_head=1, n_embd=8))
-    how = GenerationConfig(do_sample=True, max_new_tokens=40, min_new_tokens=40, eos_token_id=[0])
-    whole = generation.TextGenerator(TrainedModel(network.eval(), trained, None, {}), how, seed=0)
+    settings = GenerationConfig(do_sample=True, max_new_tokens=40, min_new_tokens=40, eos_token_id=[0])
+    whole = generation.TextGenerator(TrainedModel(network.eval(), trained, None, {}), settings, seed=0)
     for prompt in ("the cat", "the ", "é日😀"):
         pieces: list[str] = []
         [(text, _)] = whole.texts([prompt], pieces.append)
         assert "".join(pieces) == text
         assert text.startswith(prompt)
         assert len(pieces) > 10
-    row = _Row(whole, "the ")  # WordPiece has no token for the space
-    assert row.text(trained("the cat", add_special_tokens=False)["input_ids"]) == "the cat"
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "wordpiece", "unigram"])
+@pytest.mark.parametrize("prompt", ["the ", "the"])
+def test_a_space_at_the_end_of_a_prompt_is_that_of_the_next_word(kind, prompt):
+    from raylm import tokenizer
+
+    trained = tokenizer.train(["the cat sat on the mats. the cats saw ten dogs"] * 3, TrainedTokenizer(kind=kind))
+    network = GPT2LMHeadModel(GPT2Config(vocab_size=len(trained), n_positions=CONTEXT, n_layer=1, n_head=1, n_embd=8))
+    settings = GenerationConfig(max_new_tokens=1, eos_token_id=[0])
+    row = _Row(generation.TextGenerator(TrainedModel(network, trained, None, {}), settings, seed=0), prompt)
+    ids = trained("the cat", add_special_tokens=False)["input_ids"]
+    assert row.read[-len(row.read) + 1 :] == ids[: len(row.read) - 1]
+    assert row.text(ids[len(row.read) - 1 :]) == "the cat"
+    assert row.text() == prompt
 
 
 def test_masks_are_filled_in_windows_of_the_context(tmp_path):
@@ -216,25 +227,27 @@ def test_what_is_given_is_over_what_the_model_says_is_over_the_defaults(director
     for file in directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     GenerationConfig(do_sample=True, temperature=0.3, top_k=7, eos_token_id=[0, 5]).save_pretrained(tmp_path)
-    how = generation.settings(tmp_path, {"top_k": 4, "top_p": None})
-    assert (how.max_new_tokens, how.do_sample, how.top_p, how.top_k, how.temperature) == (100, True, 0.95, 4, 0.3)
-    assert how.eos_token_id == [0, 5]
-    assert generation.settings(tmp_path, {"do_sample": False}).do_sample is False
-    assert generation.settings(directory, {"num_beams": 2}).do_sample is False
-    assert generation.settings(directory, {"temperature": 2}).temperature == 2.0
+    settings = generation.resolve_settings(tmp_path, {"top_k": 4, "top_p": None})
+    expected = {"max_new_tokens": 100, "do_sample": True, "top_p": 0.95, "top_k": 4, "temperature": 0.3}
+    assert {name: getattr(settings, name) for name in expected} == expected
+    assert settings.eos_token_id == [0, 5]
+    assert generation.resolve_settings(tmp_path, {"do_sample": False}).do_sample is False
+    assert generation.resolve_settings(directory, {"num_beams": 2}).do_sample is False
+    assert generation.resolve_settings(directory, {"temperature": 2}).temperature == 2.0
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"top_q": 1}, r"top_q: not a field of transformers.GenerationConfig; did you mean top_p\?"),
-        ({"max_length": 9}, "max_length is not taken: set max_new_tokens"),
+        ({"max_length": 9}, r"max_length: is not taken; did you mean max_new_tokens\?"),
         ({"temperature": 0}, "temperature=0: .*strictly positive float.*do_sample=False"),
         ({"do_sample": False, "top_k": 3}, "top_k=3: do_sample is not set to True"),
         ({"num_beams": 3, "top_p": 0.5}, "top_p=0.5: do_sample is not set to True"),
-        ({"top_k": "many"}, "top_k=many: top_k has to be a strictly positive integer"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0: .*greater than 0"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
+        ({"top_k": "many"}, "top_k must be a whole number of at least 0, got many"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number of at least 1, got 2.5"),
+        ({"num_beams": 2, "do_sample": True}, "num_beams excludes do_sample=true"),
         ({"stop_strings": 3}, "stop_strings must be a text or a list of texts, got 3"),
         ({"bad_words_ids": [[999999]]}, "bad_words_ids="),
     ],
@@ -242,7 +255,7 @@ def test_what_is_given_is_over_what_the_model_says_is_over_the_defaults(director
 )
 def test_a_wrong_setting_is_named_as_it_was_typed(directory, given, message):
     with pytest.raises(ConfigError, match=message) as error:
-        generation.settings(directory, given)
+        generation.resolve_settings(directory, given)
     assert error.value.where in given
 
 
@@ -252,21 +265,25 @@ def test_a_tokenizer_without_an_end_cannot_end_a_text(directory, tmp_path):
     config = (directory / "tokenizer_config.json").read_text()
     (tmp_path / "tokenizer_config.json").write_text(config.replace('"eos_token"', '"not_eos_token"'))
     with pytest.raises(DataError, match="names no end-of-text token"):
-        generation.settings(tmp_path, {})
+        generation.resolve_settings(tmp_path, {})
 
 
 # A worker ------------------------------------------------------------------------------------------------------------
 
 
+def hash_of(text):
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
 def test_a_worker_answers_in_the_order_of_its_batch_and_hands_on_what_the_user_can_mend(directory):
-    batch = [Document(text, len(text), identity(text), source, False) for source, text in enumerate(["def ", "x"])]
+    batch = [Document(text, len(text), hash_of(text), source, False) for source, text in enumerate(["def ", "x"])]
     row = {"batch": pickle.dumps(batch)}
-    answers = pickle.loads(_Worker(lambda: writer(directory))(row)["answers"])
+    answers = pickle.loads(_Worker(lambda: text_generator(directory))(row)["answers"])
     assert [(answer.prompt, answer.source, answer.hash) for answer in answers] == [
-        ("def ", 0, identity("def ")),
-        ("x", 1, identity("x")),
+        ("def ", 0, hash_of("def ")),
+        ("x", 1, hash_of("x")),
     ]
-    assert [answer.text for answer in answers] == [text for text, _ in writer(directory).texts(["def ", "x"])]
+    assert [answer.text for answer in answers] == [text for text, _ in text_generator(directory).texts(["def ", "x"])]
     worker = _Worker(lambda: generation.load("/nowhere", None, 0, False, 1, None))
     gone = pickle.loads(worker(row)["answers"])
     assert isinstance(gone, StorageError)

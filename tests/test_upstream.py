@@ -77,10 +77,6 @@ SIGNATURES = {
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "(message, failure)",
     "ray.train.v2._internal.exceptions.WorkerHealthCheckTimeoutError": "(message)",
     # transformers
-    "transformers.GenerationMixin._sample": (
-        "(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, "
-        "**model_kwargs)"
-    ),
     "transformers.PreTrainedConfig._attn_implementation": None,
     "transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask": "(self, input_ids, attention_mask)",
     "transformers.Trainer._load_rng_state": "(self, checkpoint)",

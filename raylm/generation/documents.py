@@ -17,7 +17,7 @@ import torch
 from raylm.config import CorpusConfig
 from raylm.corpus import Ledger, Shard, documents
 from raylm.errors import ConfigError, RaylmError, TrainingError
-from raylm.generation.writer import TextGenerator
+from raylm.generation.text_generator import TextGenerator
 from raylm.tokens import set_up_ray_data
 
 if TYPE_CHECKING:
