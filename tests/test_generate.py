@@ -115,7 +115,7 @@ def test_a_masked_model_fills_its_masks(masked_directory):
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [
-        ([], {}, "nothing to go on from; give --prompt TEXT"),
+        ([], {}, "nothing to continue; give --prompt TEXT"),
         (["top_k"], {"prompt": ["a"]}, "'top_k' is not a setting"),
         (["train.seed=1"], {"prompt": ["a"]}, "train.seed: generate takes settings of corpus and cluster"),
         (["corpus.texts=a"], {"prompt": ["a"]}, r"corpus.texts: unknown key, did you mean text\?"),
@@ -125,7 +125,7 @@ def test_a_masked_model_fills_its_masks(masked_directory):
         (["corpus.paths=x", "corpus.validation_fraction=0.5"], {}, "nothing is held out"),
         ([], {"prompt": ["a"], "output": "x.jsonl"}, "--output .*x.jsonl needs corpus.paths"),
         (["corpus.paths=x"], {"output": "x.txt"}, "--output must be a file .*.jsonl or .parquet, got .*x.txt"),
-        (["corpus.paths=x"], {"output": "there.jsonl"}, "there.jsonl is there already; give another, or --overwrite"),
+        (["corpus.paths=x"], {"output": "there.jsonl"}, "there.jsonl exists already; give another, or --overwrite"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_loaded(settings, options, message, tmp_path):
@@ -203,7 +203,7 @@ def test_documents_without_a_mask_are_an_error(masked_directory, questions, tmp_
 
 def test_an_empty_corpus_is_an_error(trained_directory, questions, tmp_path):
     settings = [f"corpus.paths={questions}/a.jsonl", "corpus.text=q", "corpus.keep_any=[zebra]"]
-    with pytest.raises(DataError, match="no document to go on from; of what was read, .*filtered: keep_any: 20"):
+    with pytest.raises(DataError, match="no document to continue; of what was read, .*filtered: keep_any: 20"):
         generate(str(trained_directory), settings, output=tmp_path / "out.jsonl")
     settings = [f"corpus.paths={questions}/a.jsonl", "corpus.text=q", "corpus.max_documents=3"]
     assert (

@@ -278,12 +278,12 @@ def hash_of(text):
 def test_a_worker_answers_in_the_order_of_its_batch_and_hands_on_what_the_user_can_mend(directory):
     batch = [Document(text, len(text), hash_of(text), source, False) for source, text in enumerate(["def ", "x"])]
     row = {"batch": pickle.dumps(batch)}
-    answers = pickle.loads(_Worker(lambda: text_generator(directory))(row)["answers"])
+    answers = pickle.loads(_Worker(lambda: text_generator(directory))(row)["texts"])
     assert [(answer.prompt, answer.source, answer.hash) for answer in answers] == [
         ("def ", 0, hash_of("def ")),
         ("x", 1, hash_of("x")),
     ]
     assert [answer.text for answer in answers] == [text for text, _ in text_generator(directory).texts(["def ", "x"])]
     worker = _Worker(lambda: generation.load("/nowhere", None, 0, False, 1, None))
-    gone = pickle.loads(worker(row)["answers"])
+    gone = pickle.loads(worker(row)["texts"])
     assert isinstance(gone, StorageError)

@@ -1,14 +1,30 @@
 """Prompts -> texts.
 
-settings          fields of GenerationConfig: what is given, else the model's own, else raylm's; checked
+plan              what is asked for: model, settings, and prompts or the documents of a corpus; checked
+settings          fields of GenerationConfig: what is given, else the model's own, else raylm's
 text_generator    a model and prompts -> their texts, a batch at a time and beyond the model's context
 documents         documents of a corpus -> their texts, by workers of Ray Data
 output            texts -> a .jsonl or .parquet file
+run               a plan -> the texts of its prompts, or the file with those of its documents
 """
 
 from raylm.generation.documents import GeneratedText, generate_texts
 from raylm.generation.output import output_file
-from raylm.generation.settings import SETTINGS, resolve_settings
+from raylm.generation.plan import GenerationPlan, resolve
+from raylm.generation.run import WrittenTexts, texts, write
+from raylm.generation.settings import resolve_settings
 from raylm.generation.text_generator import TextGenerator, load
 
-__all__ = ["SETTINGS", "GeneratedText", "TextGenerator", "generate_texts", "load", "output_file", "resolve_settings"]
+__all__ = [
+    "GeneratedText",
+    "GenerationPlan",
+    "TextGenerator",
+    "WrittenTexts",
+    "generate_texts",
+    "load",
+    "output_file",
+    "resolve",
+    "resolve_settings",
+    "texts",
+    "write",
+]

@@ -1,4 +1,4 @@
-"""Documents of a corpus -> what a model says to each, by workers of Ray Data.
+"""Documents of a corpus -> their texts, by workers of Ray Data.
 
 Batches are cut by the files alone: any number of workers gives the same texts.
 """
@@ -25,40 +25,40 @@ if TYPE_CHECKING:
 
 
 class GeneratedText(NamedTuple):
-    """What became of a document."""
+    """A document as a prompt, and its text."""
 
     prompt: str
     text: str
     tokens: int
     hash: int
-    """corpus.Document's."""
+    """The `hash` of corpus.Document."""
     source: int
-    """The entry of corpus.paths that it is from."""
+    """The entry of corpus.paths that the document is from."""
 
 
 class _Worker:
-    """A process that writes batch after batch with one model."""
+    """A process that generates batch after batch with one model."""
 
     def __init__(self, load: Callable[[], TextGenerator]):
         self._load = load
 
     @cached_property
-    def _writer(self) -> TextGenerator:
+    def _generator(self) -> TextGenerator:
         return self._load()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         batch = pickle.loads(row["batch"])
         # A user's error comes back as a value: Ray would bury it in a traceback of its own.
         try:
-            texts = self._writer.texts([document.text for document in batch])
+            texts = self._generator.texts([document.text for document in batch])
         except RaylmError as error:
-            return {"answers": pickle.dumps(error)}
+            return {"texts": pickle.dumps(error)}
         except torch.OutOfMemoryError as error:
             problem = f"--batch-size is more than the GPU's memory holds: {str(error).splitlines()[0]}"
-            return {"answers": pickle.dumps(ConfigError(problem, "--batch-size"))}
+            return {"texts": pickle.dumps(ConfigError(problem, "--batch-size"))}
         each = zip(batch, texts, strict=True)
-        answers = [GeneratedText(document.text, *text, document.hash, document.source) for document, text in each]
-        return {"answers": pickle.dumps(answers)}
+        generated = [GeneratedText(document.text, *text, document.hash, document.source) for document, text in each]
+        return {"texts": pickle.dumps(generated)}
 
 
 def generate_texts(
@@ -70,9 +70,9 @@ def generate_texts(
     resources: Resources,
     max_failures: int,
 ) -> Iterator[list[GeneratedText]]:
-    """What a model says to the kept documents of shards, in their order, a batch at a time. Ray is connected.
+    """The texts of the kept documents of shards, in their order, a batch at a time; Ray must be connected.
 
-    Holds some batches a worker, however many documents there are.
+    Memory holds some batches a worker, however many documents there are.
     """
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
@@ -91,14 +91,14 @@ def generate_texts(
     batches = dataset.map_batches(
         read,
         batch_size=1,
-        # Workers may take every CPU there is; who reads for them then has none left, and both would wait for ever.
+        # Workers may take every CPU; the task that reads for them would then get none, and both would wait for ever.
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=1),
     )
     with warnings.catch_warnings():
-        # Without these two a worker that dies of a batch is started again for ever. Ray 2.64 is to say it otherwise.
+        # Without these two a worker that a batch kills is restarted for ever. Ray 2.64 is to have another way.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        written = batches.map(
+        generated = batches.map(
             _Worker,
             fn_constructor_args=(load,),
             **resources.options,
@@ -109,14 +109,14 @@ def generate_texts(
             ),
         )
     try:
-        for row in written.iter_rows():
-            found = pickle.loads(row["answers"])
-            if isinstance(found, RaylmError):
-                raise found
-            yield found
+        for row in generated.iter_rows():
+            texts = pickle.loads(row["texts"])
+            if isinstance(texts, RaylmError):
+                raise texts
+            yield texts
     except ray.exceptions.RayActorError as error:
         raise TrainingError(
-            f"a worker died {max_failures + 1} times, of too little memory most likely: lower --batch-size, or "
+            f"a worker died {max_failures + 1} times, probably because of too little memory: lower --batch-size, or "
             "cluster.num_workers for fewer on a machine",
             "cluster.num_workers",
         ) from error

@@ -1,4 +1,4 @@
-"""Texts -> a .jsonl or .parquet file, which is there entirely or not at all."""
+"""Texts -> a .jsonl or .parquet file, whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ import pyarrow.parquet
 
 from raylm.errors import StorageError
 
+FORMATS = (".jsonl", ".parquet")
+
 
 @contextlib.contextmanager
 def output_file(output: Path) -> Iterator[Callable[[list[dict[str, str]]], None]]:
-    """A file that is there entirely, once the context has ended well, or not at all. Yields what writes rows to it."""
+    """A file that exists once the context has ended without an error, and is whole. Yields what writes rows to it."""
     partial = output.with_name(f"{output.name}.{uuid.uuid4().hex}.partial")
 
     @contextlib.contextmanager
-    def told() -> Iterator[None]:
+    def failures() -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -30,17 +32,17 @@ def output_file(output: Path) -> Iterator[Callable[[list[dict[str, str]]], None]
                 f"--output {output} cannot be written: {error.strerror or error}", str(output)
             ) from error
 
-    with told():
+    with failures():
         output.parent.mkdir(parents=True, exist_ok=True)
         file: Any = _Parquet(partial) if output.suffix == ".parquet" else _JsonLines(partial)
 
     def write(rows: list[dict[str, str]]) -> None:
-        with told():
+        with failures():
             file.write(rows)
 
     try:
         yield write
-        with told():
+        with failures():
             file.close()
             os.replace(partial, output)
     finally:
