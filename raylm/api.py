@@ -23,10 +23,10 @@ from raylm.config import Experiment
 from raylm.console import show_messages
 
 if TYPE_CHECKING:  # a program that only loads an experiment waits for neither torch nor Ray
-    from raylm.results.sweep import SweepResults
     from raylm.pipeline.evaluation import Evaluation
     from raylm.pipeline.sweep import SweepResult
     from raylm.pipeline.training import TrainResult
+    from raylm.results.sweep import SweepResults
     from raylm.runs import Resume
     from raylm.tokens import Store
 
