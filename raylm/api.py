@@ -13,6 +13,7 @@ this machine, or used as it is if the program has initialised it.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,13 +27,18 @@ if TYPE_CHECKING:  # a program that only loads an experiment waits for neither t
     from raylm.pipeline.evaluation import Evaluation
     from raylm.pipeline.sweep import SweepResult
     from raylm.pipeline.training import TrainResult
+    from raylm.results.compare import Comparison
+    from raylm.results.inspection import Inspection
     from raylm.results.sweep import SweepResults
     from raylm.runs import Resume
     from raylm.tokens import Store
 
 __all__ = [
     "Experiment",
+    "compare",
     "evaluate",
+    "generate",
+    "inspect",
     "load",
     "open_store",
     "open_sweep",
@@ -67,6 +73,17 @@ def prepare(experiment: Experiment) -> Store:
     return stores.open_or_prepare(plan.resolve_tokens(experiment))[0]
 
 
+def inspect(experiment: Experiment, examples: int = 2) -> Inspection:
+    """The data as a model will see it: documents, tokens, blocks, a batch."""
+    from raylm import plan
+    from raylm.pipeline import stores
+    from raylm.results import inspection
+
+    resolved = plan.resolve_tokens(experiment)
+    store, _ = stores.open_or_prepare(resolved)
+    return inspection.Inspection(inspection.inspect(resolved.experiment, store, examples))
+
+
 def train(experiment: Experiment, *, resume: Resume = "auto") -> TrainResult:
     """Train one model. Resumes an unfinished run of the same settings unless `resume` is "never"; "must" fails if there
     is none. TrainingError if it cannot be trained, KeyboardInterrupt after a checkpoint if it is interrupted."""
@@ -98,6 +115,26 @@ def evaluate(
     experiment = config.override(experiment, {key: _plain(value) for key, value in overrides.items()})
     plan = evaluation.resolve(os.fspath(model), directory, experiment, [os.fspath(path) for path in paths])
     return evaluation.run(plan)
+
+
+def generate(
+    model: str | os.PathLike, prompts: str | Sequence[str], *, seed: int = 0, batch_size: int = 16, **settings: Any
+) -> list[str]:
+    """The text of each prompt, which begins with it. `settings` are fields of transformers' GenerationConfig, such as
+    max_new_tokens; a masked model fills its mask tokens."""
+    from raylm import generation
+
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    typed = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    plan = generation.resolve(os.fspath(model), typed, texts, batch_size=batch_size, seed=seed)
+    return generation.texts(plan)
+
+
+def compare(*runs: str | os.PathLike) -> Comparison:
+    """Two or more trainings, trials, sweeps or models side by side, and what of them cannot be compared."""
+    from raylm.results import compare
+
+    return compare.compare([os.fspath(run) for run in runs])
 
 
 def open_store(path: str | os.PathLike) -> Store:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # Without emoji, or ":100:" of file.yaml:100:3 becomes a picture; as plain text in a notebook, where rich would make a
@@ -89,6 +90,13 @@ def key_values(pairs: Mapping[str, Any]) -> str:
     """A line for each name and its value, aligned; pairs whose value is None are left out."""
     width = max(len(name) for name in pairs)
     return "\n".join(f"{name:<{width}}  {format_number(value)}" for name, value in pairs.items() if value is not None)
+
+
+def as_html(view: RenderableType) -> str:
+    """A table or text as HTML that needs no other file."""
+    recorder = Console(record=True, width=130, file=io.StringIO(), highlight=False, markup=False, emoji=False)
+    recorder.print(view)
+    return recorder.export_html(inline_styles=True)
 
 
 @contextlib.contextmanager

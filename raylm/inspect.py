@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from raylm import cli
+from raylm import cli, console
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def inspect(
     record = inspection.inspect(resolved.experiment, store, examples)
     view = inspection.view(record)
     if html is not None:
-        html.write_text(inspection.page(view), encoding="utf-8")
+        html.write_text(console.as_html(view), encoding="utf-8")
         logger.info(f"written: {html}")
     return cli.CommandResult(record, view)
 

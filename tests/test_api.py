@@ -49,6 +49,16 @@ def test_train_and_evaluate_give_typed_results(ray_cluster, sections):
     score = api.evaluate(first.checkpoint)
     assert score.perplexity == pytest.approx(first.score, rel=1e-6)
     assert score.bits_per_byte == pytest.approx(first.bits_per_byte, rel=1e-6)
+    assert "perplexity" in first._repr_html_()
+    assert "bits/byte" in score._repr_html_()
+    comparison = api.compare(Path(first.checkpoint).parent, second.checkpoint)
+    assert comparison.warnings == []
+    (text,) = api.generate(first.checkpoint, "the cat", seed=1, max_new_tokens=5)
+    assert text.startswith("the cat")
+    assert [text] == api.generate(first.checkpoint, ["the cat"], seed=1, max_new_tokens=5)
+    shown = api.inspect(experiment)
+    assert shown.record["store"] == store.path
+    assert "sat" in shown._repr_html_()
     told = Path(first.checkpoint, "..", "run.log").read_text()
     assert "INFO raylm.console: Training …" in told
 
@@ -63,7 +73,8 @@ def test_tune_gives_a_ranked_table(ray_cluster, sections):
     assert result.best["perplexity"] == table["perplexity"].iloc[0]
     assert result.best["settings"]["train.learning_rate"] == table["train.learning_rate"].iloc[0]
     again = api.open_sweep(Path(result.report).parents[1])
-    assert again.best["trial_id"] == result.best["trial_id"]
+    assert again.best.trial_id == result.best["trial_id"]
+    assert "trial_00001" in result._repr_html_()
 
 
 def test_errors_are_those_of_raylm(sections, tmp_path):

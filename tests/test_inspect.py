@@ -4,7 +4,7 @@ import re
 import pytest
 from conftest import one_by_one
 
-from raylm import config, tokens
+from raylm import config, console, tokens
 from raylm import plan as plans
 from raylm.pipeline import stores
 from raylm.results import inspection
@@ -72,7 +72,7 @@ def test_lengths_in_powers_of_two():
 
 
 def test_the_page_has_all_of_it_and_text_cannot_become_markup(experiment, store):
-    html = inspection.page(inspection.view(inspection.inspect(experiment, store, examples=2)))
+    html = console.as_html(inspection.view(inspection.inspect(experiment, store, examples=2)))
     text = re.sub(r"<[^>]+>", "", html)
     for heading in ("Sources", "Ledger", "Splits", "Lengths of training documents", "Document 1", "Block 1", "Batch"):
         assert heading in text

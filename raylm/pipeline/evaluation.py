@@ -20,6 +20,7 @@ from raylm.errors import ConfigError, DataError, StorageError
 from raylm.perplexity import Score
 from raylm.pipeline.stores import nothing_to_score
 from raylm.plan import evaluation_set, evaluation_sets
+from raylm.results import tables
 from raylm.tokens import Encoded, Split
 from raylm.training import launch
 
@@ -179,6 +180,10 @@ class Evaluation:
                     "document": f"{plan.documents.document_id(number):016x}",
                     **self.figures([number]),
                 }
+
+    def _repr_html_(self) -> str:
+        record = self.record()
+        return console.as_html(tables.evaluations([*record["sets"].items(), ("total", record)]))
 
     def __repr__(self) -> str:
         return f"Evaluation({self.plan.model!r}: {self.plan.measure} {self.perplexity:.4g})"

@@ -32,7 +32,7 @@ from raylm.errors import ConfigError, Interrupted, StorageError, TrainingError
 from raylm.pipeline import stores
 from raylm.pipeline.training import export_best
 from raylm.plan import Plan, Prepared
-from raylm.results import html, live_table
+from raylm.results import html, live_table, trial_table
 from raylm.results.sweep import scored_on
 from raylm.sweep import Trial, tuner
 from raylm.training import callbacks
@@ -125,7 +125,7 @@ def _most_at_a_time(experiment: Experiment, trials: int) -> int:
     return min(trials, experiment.tune.max_concurrent_trials or trials)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepResult:
     """A sweep that has ended."""
 
@@ -167,6 +167,14 @@ class SweepResult:
 
         rows = [{**row, **row["settings"]} for row in self.trials]
         return pandas.DataFrame([{key: value for key, value in row.items() if key != "settings"} for row in rows])
+
+    def __repr__(self) -> str:
+        best = self.best
+        return f"SweepResult({self.sweep}: {len(self.trials)} trials, best {self.measure} {best['perplexity']:.4g})"
+
+    def _repr_html_(self) -> str:
+        rows = [trial_table.TrialRow.from_record(record) for record in self.trials]
+        return console.as_html(trial_table.rich_table(rows, console.label(self.measure)))
 
     def record(self) -> dict[str, Any]:
         """The result for --json: scores stand under their own name."""

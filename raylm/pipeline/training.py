@@ -69,6 +69,9 @@ class TrainResult:
         own = {"measure": (record["measure"], record.pop("score"))}
         return dict(own.get(key, (key, value)) for key, value in record.items())
 
+    def _repr_html_(self) -> str:
+        return console.as_html(console.key_values({console.label(key): value for key, value in self.record().items()}))
+
 
 def run(plan: Plan, resume: runs.Resume = "auto") -> TrainResult:
     """Train to the end of the budget, export the best model and score it.

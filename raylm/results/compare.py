@@ -12,11 +12,12 @@ from typing import Any
 
 from raylm import config, storage, tracking
 from raylm.config import WHOLE_SPLIT, Experiment
-from raylm.console import label
+from raylm.console import as_html, label
 from raylm.errors import ConfigError, StorageError
 from raylm.redaction import redacted
 from raylm.results import sweep as sweeps
 from raylm.results.runs import find, is_sweep, suggestions
+from raylm.results.tables import side_by_side
 from raylm.tracking import journal
 
 IGNORED_SECTIONS = ("name", "storage", "tracking", "tune")
@@ -89,6 +90,9 @@ class Comparison:
             "settings": self.settings,
             "warnings": self.warnings,
         }
+
+    def _repr_html_(self) -> str:
+        return as_html(side_by_side([run.name for run in self.runs], self.rows()))
 
     def rows(self) -> dict[str, list[Any]]:
         """Label -> value in each run, of scores, speed, data and settings that differ; None if a run has none."""

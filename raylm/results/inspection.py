@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from raylm import blocks, corpus, tokens
+from raylm import blocks, console, corpus, tokens
 from raylm.config import Experiment
 from raylm.tokens import Split, Store
 
 SHOWN_TOKENS = 160
 """Tokens of a document or block that are shown; nobody reads more."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The data as a model will see it."""
+
+    record: dict[str, Any]
+    """Documents, tokens, blocks, a batch, lengths and the ledger, as plain values."""
+
+    def _repr_html_(self) -> str:
+        return console.as_html(view(self.record))
 
 
 def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, Any]:
@@ -87,13 +98,6 @@ def pieces(store: Store, ids: Any) -> list[str]:
 
 
 # On a terminal and in HTML -------------------------------------------------------------------------------------------
-
-
-def page(view: RenderableType) -> str:
-    """The view as an HTML page that needs no other file."""
-    console = Console(record=True, width=130, file=io.StringIO(), highlight=False)
-    console.print(view)
-    return console.export_html(inline_styles=True)
 
 
 def view(record: dict[str, Any]) -> RenderableType:

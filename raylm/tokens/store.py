@@ -132,6 +132,10 @@ class Store:
         self.train = Split(path, "train", manifest["train"]["shards"], sources)
         self.validation = Split(path, "validation", manifest["validation"]["shards"], sources)
 
+    def __repr__(self) -> str:
+        counts = [f"{split.num_tokens:,} tokens of {len(split):,}" for split in (self.train, self.validation)]
+        return f"Store({self.path}: train {counts[0]} documents, validation {counts[1]})"
+
     @property
     def unknown_token(self) -> str | None:
         """What stands for text that the vocabulary cannot spell."""
