@@ -481,13 +481,13 @@ def stored_later(place, tmp_path, capsys, when_well, why):
     assert [file.path for file in client.list_artifacts(run.run_id)] == ["experiment.yaml"]
 
 
-def test_artifacts_that_object_storage_refuses_are_shipped_later(place, server, tmp_path, capsys):
+def test_artifacts_that_object_storage_refuses_are_uploaded_later(place, server, tmp_path, capsys):
     server.refused = lambda method, path: method == "PUT"
-    why = "An error .*ExpiredToken.*; check AWS_ACCESS_KEY_ID, .* in the environment; the run goes on"
+    why = "An error .*ExpiredToken.*; check AWS_ACCESS_KEY_ID, .* in the environment; training continues"
     stored_later(place, tmp_path, capsys, lambda: setattr(server, "refused", never), why)
 
 
-def test_artifacts_that_need_a_package_are_shipped_when_it_is_there(place, tmp_path, capsys, monkeypatch):
+def test_artifacts_that_need_a_package_are_uploaded_once_it_is_installed(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")  # MLflow keeps no client of boto3's for it
     monkeypatch.setitem(sys.modules, "boto3", None)
     stored_later(place, tmp_path, capsys, lambda: monkeypatch.delitem(sys.modules, "boto3"), ": pip install boto3")
