@@ -56,7 +56,7 @@ def show(
 
 
 @dataclass
-class Row:
+class TrialProgress:
     """A trial and its speed in this process: a resumed one has trained on some tokens before."""
 
     first: tuple[float, int]
@@ -75,7 +75,7 @@ class Row:
     def is_over(self) -> bool:
         return self.status not in ("running", "waiting")
 
-    def trial_row(self, trial_id: str) -> TrialRow:
+    def row(self, trial_id: str) -> TrialRow:
         return TrialRow(trial_id, self.status, self.perplexity, None, self.tokens, self.settings)
 
     def left(self, budget_tokens: int, now: float) -> float | None:
@@ -94,7 +94,7 @@ class LiveTable:
         self.total_trials = total_trials
         self.keys = list(keys)
         self.score_name = console.label(measure)
-        self.rows: dict[str, Row] = {}
+        self.trials: dict[str, TrialProgress] = {}
         self.gained = 0
         """Tokens that all trials were trained on in this process."""
         self.started = self._last_line = time.monotonic()
@@ -114,37 +114,39 @@ class LiveTable:
         A trial that has finished before its first update, in a resumed sweep, gets no line of its own.
         """
         now = time.monotonic()
-        row = self.rows.get(trial_id)
-        was_over = row is None or row.is_over
-        if row is None:
-            row = self.rows[trial_id] = Row((now, tokens or 0), (now, tokens or 0))
+        trial = self.trials.get(trial_id)
+        was_over = trial is None or trial.is_over
+        if trial is None:
+            trial = self.trials[trial_id] = TrialProgress((now, tokens or 0), (now, tokens or 0))
         if tokens is not None:
-            before, row.last = row.tokens, (now, min(tokens, self.budget_tokens))
-            self.gained += row.tokens - before
-        if (row.status, status) == ("waiting", "running"):
-            row.first = now, row.tokens
-        row.status = status or row.status
-        row.perplexity = perplexity if perplexity is not None else row.perplexity
-        row.settings = dict(settings) if settings is not None else row.settings
+            before, trial.last = trial.tokens, (now, min(tokens, self.budget_tokens))
+            self.gained += trial.tokens - before
+        if (trial.status, status) == ("waiting", "running"):
+            trial.first = now, trial.tokens
+        trial.status = status or trial.status
+        trial.perplexity = perplexity if perplexity is not None else trial.perplexity
+        trial.settings = dict(settings) if settings is not None else trial.settings
         if console.screen.is_terminal:
             return
-        if row.is_over and not was_over:
-            score = f", {self.score_name} {row.perplexity:.2f}" if row.perplexity is not None else ""
-            logger.info(f"{trial_id}: {row.status}, {row.tokens:,} tokens{score}{f': {failure}' if failure else ''}")
+        if trial.is_over and not was_over:
+            score = f", {self.score_name} {trial.perplexity:.2f}" if trial.perplexity is not None else ""
+            logger.info(
+                f"{trial_id}: {trial.status}, {trial.tokens:,} tokens{score}{f': {failure}' if failure else ''}"
+            )
         if now - self._last_line >= max(PLAIN_SECONDS, (now - self.started) / 20):
             self._last_line = now
             logger.info(self.summary())
 
     def summary(self) -> str:
         """Trials over and waiting, their tokens, and the time left, in one line."""
-        rows = list(self.rows.values())
-        over = sum(row.is_over for row in rows)
-        waiting = sum(row.status == "waiting" for row in rows)
-        held = f", {waiting:,} waiting" if waiting else ""
+        trials = list(self.trials.values())
+        over = sum(trial.is_over for trial in trials)
+        waiting = sum(trial.status == "waiting" for trial in trials)
+        paused = f", {waiting:,} waiting" if waiting else ""
         of = f" of {self.total_trials:,}" if self.total_trials else ""
         left = self.seconds_left()
         time_left = f", about {console.format_duration(left)} left" if left is not None else ""
-        return f"{over:,}{of} trials over{held}, {sum(row.tokens for row in rows):,} tokens{time_left}"
+        return f"{over:,}{of} trials over{paused}, {sum(trial.tokens for trial in trials):,} tokens{time_left}"
 
     def seconds_left(self) -> float | None:
         """Seconds until all trials have finished, at the speed so far; None while that is not known.
@@ -154,18 +156,18 @@ class LiveTable:
         """
         if self.gained <= 0:
             return None
-        rows = list(self.rows.values())
-        done = [row.tokens for row in rows if row.status not in ("running", "failed")]
+        trials = list(self.trials.values())
+        done = [trial.tokens for trial in trials if trial.status not in ("running", "failed")]
         expected = sum(done) / len(done) if done else self.budget_tokens
-        need = sum(max(0.0, expected - row.tokens) for row in rows if not row.is_over)
-        need += expected * max(0, (self.total_trials or 0) - len(rows))
+        need = sum(max(0.0, expected - trial.tokens) for trial in trials if not trial.is_over)
+        need += expected * max(0, (self.total_trials or 0) - len(trials))
         return need * (time.monotonic() - self.started) / self.gained
 
     def table(self) -> Table:
         """What the terminal shows."""
-        ranked = sorted(self.rows.items(), key=_rank)
-        shown = [row for _, row in ranked[:MOST_ROWS]]
-        rows = [row.trial_row(trial_id.removeprefix("trial_")) for trial_id, row in ranked[:MOST_ROWS]]
+        ranked = sorted(self.trials.items(), key=_rank)
+        shown = ranked[:MOST_ROWS]
+        rows = [trial.row(trial_id.removeprefix("trial_")) for trial_id, trial in shown]
         columns = trial_table.columns(rows, self.score_name, self.keys)
         table = Table(
             title=self.summary(), title_justify="left", title_style="", box=None, pad_edge=False, header_style="bold"
@@ -176,12 +178,12 @@ class LiveTable:
             table.add_column(heading, justify=columns[name].justify, no_wrap=True, vertical="bottom")
         table.add_column("time\nleft", justify="right", no_wrap=True, vertical="bottom")
         now = time.monotonic()
-        for number, row in enumerate(shown):
-            left = row.left(self.budget_tokens, now)
-            cells = [*(columns[name].cells[number] for name in names)]
+        for number, (_, trial) in enumerate(shown):
+            left = trial.left(self.budget_tokens, now)
+            cells = [columns[name].cells[number] for name in names]
             cells.append("" if left is None else console.format_duration(left))
             # Text, in which rich reads no markup: settings may have brackets.
-            table.add_row(*map(Text, cells), style={"running": "bold", "failed": "red"}.get(row.status))
+            table.add_row(*map(Text, cells), style={"running": "bold", "failed": "red"}.get(trial.status))
         if len(ranked) > MOST_ROWS:
             table.add_row("…", f"{len(ranked) - MOST_ROWS} more", style="dim")
         return table
@@ -192,11 +194,11 @@ def _narrow(heading: str) -> str:
     return re.sub("[-_ ]", "\n", heading.rpartition(".")[2])
 
 
-def _rank(item: tuple[str, Row]) -> tuple[int, float, str]:
+def _rank(item: tuple[str, TrialProgress]) -> tuple[int, float, str]:
     """The sort key of a trial: running trials, then the best, then those without a score."""
-    trial_id, row = item
-    if row.status == "running":
+    trial_id, trial = item
+    if trial.status == "running":
         return 0, 0.0, trial_id
-    if row.perplexity is not None and row.status != "failed":
-        return 1, row.perplexity, trial_id
+    if trial.perplexity is not None and trial.status != "failed":
+        return 1, trial.perplexity, trial_id
     return 2, 0.0, trial_id
