@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-import uuid
-from collections.abc import Iterable
-from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from raylm import cli
 from raylm.config import parse_setting
-from raylm.errors import StorageError
 
 Text = Annotated[
     list[str] | None, typer.Option("--text", help="Score these files, directories or globs. May be repeated.")
@@ -48,42 +43,15 @@ def evaluate(
         config or checkpoint.experiment_file(directory), [*own, *(settings or [])], print_config
     )
     if documents is not None:
-        check_writable(documents)
+        evaluation.check_writable(documents)
     plan = evaluation.resolve(model, directory, experiment, text or ())
     if dry_run:
         return cli.CommandResult(plan.record(), views.evaluation_plan(plan))
     result = evaluation.run(plan)
     if documents is not None:
-        write_lines(documents, result.documents())
+        evaluation.write_documents(result, documents)
     record = result.record()
     return cli.CommandResult(record, views.evaluation(record))
-
-
-def check_writable(path: Path) -> None:
-    """StorageError, before anything is scored, if no file can be written there."""
-    problem = "it is a directory" if path.is_dir() else None
-    try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
-            pass
-    except OSError as error:
-        problem = error.strerror or str(error)
-    if problem:
-        raise StorageError(
-            f"--documents {path}: {problem}; give a file in a directory that can be written to", "--documents"
-        )
-
-
-def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """A line of JSON each, in a file that is there entirely or not at all."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with partial.open("x", encoding="utf-8") as file:
-            file.writelines(dumps(line) + "\n" for line in lines)
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"--documents {path}: {error.strerror or error}", "--documents") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -259,3 +259,26 @@ def _validation(directory: Path) -> Split:
     if not split.num_tokens:
         raise DataError(f"the validation split of {store} is empty; give --text FILE", "--text")
     return split
+
+
+def check_writable(path: Path) -> None:
+    """StorageError, before anything is scored, if no file can be written there."""
+    problem = "it is a directory" if path.is_dir() else None
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise StorageError(
+            f"--documents {path}: {problem}; give a file in a directory that can be written to", "--documents"
+        )
+
+
+def write_documents(result: Evaluation, path: Path) -> None:
+    """The figures of every document, a line of JSON each, in a file that is whole or not there."""
+    lines = "".join(json.dumps(each) + "\n" for each in result.documents())
+    try:
+        storage.write(str(path), lines.encode())
+    except StorageError as error:
+        raise StorageError(f"--documents {path}: {error.message}", "--documents") from error
