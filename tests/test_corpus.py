@@ -33,12 +33,12 @@ from raylm.corpus import (
     left_out,
     list_sources,
     passages,
-    reader,
     select,
     shards,
     split,
 )
-from raylm.corpus.piece import FilePart, whole_file
+from raylm.corpus.file_part import FilePart
+from raylm.corpus.formats import whole_file
 from raylm.errors import DataError
 
 
@@ -89,9 +89,9 @@ def test_big_files_are_read_in_parts_and_every_row_once(tmp_path, scheme, suffix
     corpus = CorpusConfig(paths=f"{scheme}{tmp_path}/a.{suffix}")
     (source,) = list_sources(corpus)
     for most in (100, 977, 5000):
-        pieces = [piece for piece, _ in reader._pieces(whole_file(source.files[0], 0, source), most)]
-        assert len(pieces) > 10
-        assert [text for piece in pieces for text in formats.texts(piece, corpus)] == rows
+        parts = [part for part, _ in formats.split(whole_file(source.files[0], 0, source), most)]
+        assert len(parts) > 10
+        assert [text for part in parts for text in formats.texts(part, corpus)] == rows
 
 
 MEMORY_OF_READING = """
@@ -399,9 +399,9 @@ def test_the_row_of_a_fault_far_into_a_big_file(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(rows))
     corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl")
     source = list_sources(corpus)[0]
-    pieces = [piece for piece, _ in reader._pieces(whole_file(source.files[0], 0, source), 1000)]
-    faults = [row for piece in pieces for row in formats.texts(piece, corpus) if isinstance(row, formats.BadDocument)]
-    assert len(pieces) > 10
+    parts = [part for part, _ in formats.split(whole_file(source.files[0], 0, source), 1000)]
+    faults = [row for part in parts for row in formats.texts(part, corpus) if isinstance(row, formats.BadDocument)]
+    assert len(parts) > 10
     assert [fault.place for fault in faults] == ["row 1501"]
 
 
@@ -498,14 +498,14 @@ def test_a_data_set_is_read_as_it_was_listed_though_there_is_a_new_commit(tmp_pa
     monkeypatch.setattr(datasets, "load_dataset", load)
     (source,) = list_sources(CorpusConfig(paths="hub://somebody/stories"))
     commits.append("b" * 40)
-    assert [piece.file for shard in shards([source]) for piece in shard.pieces] == list(source.files)
+    assert [part.file for shard in shards([source]) for part in shard.parts] == list(source.files)
     assert loaded == ["a" * 40]
 
 
 def test_a_stream_of_the_hub_is_read_shard_by_shard(hub):
     corpus = CorpusConfig(paths=f"{hub}?split=train&streaming=true")
     plan = shards(list_sources(corpus))
-    assert sum(len(shard.pieces) for shard in plan) == 4
+    assert sum(len(shard.parts) for shard in plan) == 4
     assert texts(corpus) == [f"{part} {row}" for part in range(4) for row in range(5)]
 
 
@@ -568,9 +568,7 @@ def test_which_documents_are_kept_does_not_depend_on_the_shards(tmp_path, settin
         (tmp_path / f"{number}.txt").write_text(text)
     corpus = CorpusConfig(paths=str(tmp_path), **settings)
     (whole,) = shards(list_sources(corpus))
-    plan = [
-        Shard(whole.pieces[first : first + files_a_shard], 1) for first in range(0, len(whole.pieces), files_a_shard)
-    ]
+    plan = [Shard(whole.parts[first : first + files_a_shard], 1) for first in range(0, len(whole.parts), files_a_shard)]
     kept = [document.text for shard in chosen(plan, corpus) for document in documents(shard, corpus, Ledger())]
     assert kept == expected
 
@@ -589,7 +587,7 @@ def test_no_more_is_read_than_needed(tmp_path):
         (tmp_path / f"{number}.txt").write_text(f"document {number}")
     corpus = CorpusConfig(paths=str(tmp_path), max_documents=3)
     (whole,) = shards(list_sources(corpus))
-    plan = [Shard((piece,), 1) for piece in whole.pieces]
+    plan = [Shard((part,), 1) for part in whole.parts]
     read_shards = []
 
     def hashed(shards):
@@ -617,8 +615,8 @@ def test_documents_are_taken_from_the_sources_in_turn(tmp_path, monkeypatch, set
         (tmp_path / name[0]).mkdir(exist_ok=True)
         (tmp_path / name[0] / name).write_text(name)
     corpus = CorpusConfig(paths=["a", "b/b*", "c/*"], **settings)
-    pieces = [piece for shard in shards(list_sources(corpus)) for piece in shard.pieces]
-    sides = [[piece for piece in pieces if piece.validation is side] for side in (False, True)]
+    parts = [part for shard in shards(list_sources(corpus)) for part in shard.parts]
+    sides = [[part for part in parts if part.validation is side] for side in (False, True)]
     plan = [
         Shard(tuple(side[first : first + files_a_shard]), 1)
         for side in sides
@@ -830,7 +828,7 @@ def test_a_data_set_of_the_hub_is_many_documents_and_not_loaded(hub, monkeypatch
     corpus = CorpusConfig(paths=hub, deduplicate=True)
     sources = list_sources(corpus)
     monkeypatch.setattr(datasets, "load_dataset", None)
-    reader.data_set_rows.cache_clear()
+    columns.data_set_rows.cache_clear()
     found = holdout(sources, corpus)
     assert (found.split_by, found.validation_fraction, found.documents) == ("document", 0.05, 50)
     assert (found.units, found.unit_bytes, found.complete) == (0, 0, False)

@@ -48,11 +48,11 @@ def small_shards(monkeypatch, corpus, num_bytes):
     whole = write.shards
 
     def cut(sources):
-        pieces = [piece for shard in whole(sources) for piece in shard.pieces]
+        parts = [part for shard in whole(sources) for part in shard.parts]
         made, some, size = [], [], 0
-        for piece in pieces:
-            some.append(piece)
-            size += piece.file.size
+        for part in parts:
+            some.append(part)
+            size += part.file.size
             if size >= num_bytes:
                 made.append(corpora.Shard(tuple(some), size))
                 some, size = [], 0
@@ -483,7 +483,7 @@ def test_odd_documents_and_very_long_ones(tmp_path, monkeypatch):
 def test_files_are_encoded_without_a_store(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_each", one_by_one)
     store, _ = tokens.prepare(corpus.model_copy(update={"validation_fraction": 0}), TOKENIZER, storage=str(tmp_path))
-    found = tokens.encode_files(corpus, f"{store.path}/tokenizer")
+    found = tokens.encode_files(corpus, list_sources(corpus), f"{store.path}/tokenizer")
     assert len(found) == len(store.train)
     assert all(found[i].tolist() == store.train[i].tolist() for i in range(len(found)))
     assert [found.document_bytes(i) for i in range(40)] == [store.train.document_bytes(i) for i in range(40)]

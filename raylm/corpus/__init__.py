@@ -1,10 +1,10 @@
 """Sources -> documents.
 
     sources      corpus.paths -> the files behind them, with size and version; no Ray
-    piece        a file, or a part of one, as bytes: compressed or not
+    file_part    a file, or a part of one, as bytes: compressed or not
     text         plain text, lines or parts between separators, and source code -> texts
     columns      rows with columns -> texts: JSON, CSV, Parquet, Arrow, data sets
-    formats      a file, or a part of one -> texts, whatever its format
+    formats      each format of files: its suffixes, how it is read, where it can be cut
     listing      corpus.paths -> the files that can be read; what else lies there is counted
     passages     a document -> passages
     reader       shards of files -> documents: hashed, filtered, counted, of the train or the validation split
@@ -15,8 +15,8 @@ What a shard holds, which documents are kept and which side of the split they fa
 settings alone, not on processes or their order.
 """
 
+from raylm.corpus.file_part import BadDocument
 from raylm.corpus.listing import left_out, list_sources
-from raylm.corpus.piece import BadDocument
 from raylm.corpus.reader import (
     Document,
     Ledger,

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from raylm.config import CorpusConfig
-from raylm.corpus.piece import BadDocument, FilePart, Texts, as_utf8, decompressed, opened
+from raylm.corpus.file_part import BadDocument, FilePart, Texts, as_utf8, decompressed, opened
 from raylm.corpus.sources import File, load_data_set
 from raylm.corpus.text import decoded, lines
 from raylm.errors import DataError
@@ -135,10 +135,10 @@ def _row_text(columns: Columns, row: Any, place: str) -> str | BadDocument:
         return BadDocument(place, error.args[0], may_skip=not isinstance(error, KeyError))
 
 
-def read_jsonl(piece: FilePart, corpus: CorpusConfig) -> Texts:
+def read_jsonl(part: FilePart, corpus: CorpusConfig) -> Texts:
     columns = Columns(corpus)
-    with decompressed(piece) as stream:
-        for number, (begin, line) in enumerate(lines(piece, stream)):
+    with decompressed(part) as stream:
+        for number, (begin, line) in enumerate(lines(part, stream)):
             if line.isspace():
                 continue
 
@@ -158,26 +158,26 @@ def read_jsonl(piece: FilePart, corpus: CorpusConfig) -> Texts:
             except RecursionError:
                 fault = None, "not JSON: nested too deep"
             at, what = fault
-            place = f"row {number + 1 + _lines_before(piece)}"
+            place = f"row {number + 1 + _lines_before(part)}"
             yield BadDocument(place if at is None else f"{place}, byte {begin + start + at}", what, may_skip)
 
 
-def _lines_before(piece: FilePart) -> int:
-    """Lines that begin before the piece, to number the one at fault."""
-    if not piece.start:
+def _lines_before(part: FilePart) -> int:
+    """Lines that begin before the part, to number the one at fault."""
+    if not part.start:
         return 0
-    with opened(piece.file) as stream:
-        count, left = 0, piece.start - 1
+    with opened(part.file) as stream:
+        count, left = 0, part.start - 1
         while left > 0 and (block := stream.read(min(left, 1 << 20))):
             count += block.count(b"\n")
             left -= len(block)
     return count + 1
 
 
-def read_json(piece: FilePart, corpus: CorpusConfig) -> Texts:
+def read_json(part: FilePart, corpus: CorpusConfig) -> Texts:
     """The objects of a .json file: the items of a list, one after the other, or those that its one object holds."""
     columns = Columns(corpus)
-    with as_utf8(piece, "utf-8") as stream:
+    with as_utf8(part, "utf-8") as stream:
         content = decoded(stream.read(), 0)
     if isinstance(content, BadDocument):
         yield content
@@ -199,12 +199,12 @@ def read_json(piece: FilePart, corpus: CorpusConfig) -> Texts:
             yield _row_text(columns, inner, f"row {number}")
 
 
-def begins_with_text(piece: FilePart, corpus: CorpusConfig) -> bool:
+def begins_with_text(part: FilePart, corpus: CorpusConfig) -> bool:
     """Whether the first bytes of a .json file hold its first row, with a text; if not, all of it has to be read.
 
     What holds a single object may have its rows in that.
     """
-    with as_utf8(piece, "utf-8") as stream:
+    with as_utf8(part, "utf-8") as stream:
         head = codecs.getincrementaldecoder("utf-8")().decode(stream.read(HEAD_BYTES)).removeprefix("\ufeff")
     try:
         row, position = json.JSONDecoder().raw_decode(head, _skip(head, 0, " \t\r\n["))
@@ -230,17 +230,17 @@ def _skip(content: str, position: int, characters: str) -> int:
     return position
 
 
-def read_csv(piece: FilePart, corpus: CorpusConfig) -> Texts:
+def read_csv(part: FilePart, corpus: CorpusConfig) -> Texts:
     columns = Columns(corpus)
     csv.field_size_limit(sys.maxsize)
-    with as_utf8(piece, corpus.encoding) as stream:
+    with as_utf8(part, corpus.encoding) as stream:
         # A byte that is not UTF-8 becomes a lone surrogate, so that the row it is in can be named.
         characters = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         header = characters.readline()
-        delimiter = "\t" if piece.format == "tsv" else _delimiter(header, columns)
+        delimiter = "\t" if part.format == "tsv" else _delimiter(header, columns)
         rows = csv.DictReader(itertools.chain([header], characters), delimiter=delimiter)
         names = list(rows.fieldnames or ())
-        columns.top(names, piece.file.path)
+        columns.top(names, part.file.path)
         try:
             for number, row in enumerate(rows, 1):
                 place = f"row {number}, line {rows.line_num}"
@@ -253,7 +253,7 @@ def read_csv(piece: FilePart, corpus: CorpusConfig) -> Texts:
                     text = BadDocument(place, "invalid UTF-8")
                 yield text
         except csv.Error as error:
-            raise DataError(f"{piece.file.path}: line {rows.line_num}: {error}", piece.file.path) from None
+            raise DataError(f"{part.file.path}: line {rows.line_num}: {error}", part.file.path) from None
 
 
 def _delimiter(header: str, columns: Columns) -> str:
@@ -266,7 +266,7 @@ def _delimiter(header: str, columns: Columns) -> str:
     return max(",;\t|", key=fitness)
 
 
-def read_parquet(piece: FilePart, corpus: CorpusConfig) -> Texts:
+def read_parquet(part: FilePart, corpus: CorpusConfig) -> Texts:
     """Rows of row groups, about BATCH_BYTES at a time.
 
     A page must be in memory whole, as it is stored and decompressed. Pages are of about 1 MB, but pyarrow looks at
@@ -274,13 +274,13 @@ def read_parquet(piece: FilePart, corpus: CorpusConfig) -> Texts:
     """
     import pyarrow.parquet
 
-    with opened(piece.file) as stream:
+    with opened(part.file) as stream:
         # Its defaults read the column of a row group whole, and whole again while its rows are decoded.
         file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BATCH_BYTES)
         columns = Columns(corpus)
-        names = columns.top(file.schema_arrow.names, piece.file.path)
-        groups = range(piece.start, file.num_row_groups if piece.stop is None else piece.stop)
-        before = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+        names = columns.top(file.schema_arrow.names, part.file.path)
+        groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
+        before = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
         try:
             for group in groups:
                 known = file.metadata.row_group(group)
@@ -306,24 +306,24 @@ def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:
     return min(1024, max(1, BATCH_BYTES * num_rows // max(1, num_bytes)))
 
 
-def read_arrow(piece: FilePart, corpus: CorpusConfig) -> Texts:
+def read_arrow(part: FilePart, corpus: CorpusConfig) -> Texts:
     columns = Columns(corpus)
-    with _arrow_source(piece.file) as source:
+    with _arrow_source(part.file) as source:
         reader = ArrowBatches(source)
-        names = columns.top(reader.schema.names, piece.file.path)
-        yield from _batches(_rows_of(reader, piece, names), columns, piece.start)
+        names = columns.top(reader.schema.names, part.file.path)
+        yield from _batches(_rows_of(reader, part, names), columns, part.start)
 
 
-def _rows_of(batches: Any, piece: FilePart, names: list[str]) -> Iterator[Any]:
-    """Batches cut to the piece's range of rows and the columns of these names."""
+def _rows_of(batches: Any, part: FilePart, names: list[str]) -> Iterator[Any]:
+    """Batches cut to the part's range of rows and the columns of these names."""
     first = 0
     for batch in batches:
-        start = max(piece.start - first, 0)
-        stop = batch.num_rows if piece.stop is None else min(piece.stop - first, batch.num_rows)
+        start = max(part.start - first, 0)
+        stop = batch.num_rows if part.stop is None else min(part.stop - first, batch.num_rows)
         first += batch.num_rows
         for begin in range(start, stop, 1024):
             yield batch.select(names).slice(begin, min(1024, stop - begin))
-        if piece.stop is not None and first >= piece.stop:
+        if part.stop is not None and first >= part.stop:
             return
 
 
@@ -359,25 +359,25 @@ class ArrowBatches:
                 yield self.file.get_batch(number)
 
 
-def read_data_set(piece: FilePart, corpus: CorpusConfig) -> Texts:
+def read_data_set(part: FilePart, corpus: CorpusConfig) -> Texts:
     """Rows of a datasets.Dataset out of its memory map, or of one shard of a stream."""
     columns = Columns(corpus)
-    rows = data_set_rows(piece.file)
-    names = columns.top(rows.column_names, piece.file.path) if rows.column_names else []
+    rows = data_set_rows(part.file)
+    names = columns.top(rows.column_names, part.file.path) if rows.column_names else []
     if hasattr(rows, "num_shards") and not hasattr(rows, "select"):
         if rows.num_shards > 1:
-            rows = rows.shard(num_shards=rows.num_shards, index=piece.start)
+            rows = rows.shard(num_shards=rows.num_shards, index=part.start)
         for number, row in enumerate(rows.select_columns(names) if names else rows, 1):
-            yield _row_text(columns, row, f"shard {piece.start}, row {number}")
+            yield _row_text(columns, row, f"shard {part.start}, row {number}")
         return
-    stop = len(rows) if piece.stop is None else min(piece.stop, len(rows))
-    part = rows.select_columns(names).select(range(piece.start, stop)).with_format("arrow")
-    for first in range(0, len(part), 1024):
-        table = part[first : first + 1024]
-        yield from _batches(table.to_batches(), columns, piece.start + first)
+    stop = len(rows) if part.stop is None else min(part.stop, len(rows))
+    selected = rows.select_columns(names).select(range(part.start, stop)).with_format("arrow")
+    for first in range(0, len(selected), 1024):
+        table = selected[first : first + 1024]
+        yield from _batches(table.to_batches(), columns, part.start + first)
 
 
-@lru_cache(maxsize=4)  # a process of Ray reads many pieces of one data set
+@lru_cache(maxsize=4)  # a process of Ray reads many parts of one data set
 def data_set_rows(file: File) -> Any:
     """The data set behind a hub:// path or a saved directory."""
     import datasets

@@ -1,79 +1,163 @@
-"""A file, or a part of one -> texts, whatever its format.
+"""The formats of files: a file, or a part of one -> texts.
 
-Every reader yields the texts of its documents in order, and in the place of a bad one a Fault that says where it stands
-and what is wrong. A file that cannot be read on at all is a DataError.
+Every reader yields the texts of its documents in order, and in the place of a bad one a BadDocument that says where it
+stands and what is wrong. A file that cannot be read on at all is a DataError.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from raylm.config import CorpusConfig
 from raylm.corpus import columns, text
-from raylm.corpus.piece import BadDocument, FilePart, Texts, opened
-from raylm.corpus.sources import File
+from raylm.corpus.file_part import BadDocument, FilePart, Texts, opened
+from raylm.corpus.sources import COMPRESSIONS, HUB, PYTHON, File, Source
 from raylm.errors import DataError
 
-MAGIC = {
-    "gzip": b"\x1f\x8b",
-    "zstd": b"\x28\xb5\x2f\xfd",
-    "bz2": b"BZh",
-    "xz": b"\xfd7zXZ\x00",
-    "parquet": b"PAR1",
-}
 
-READERS: dict[str, Callable[[FilePart, CorpusConfig], Texts]] = {
-    "text": text.read_text,
-    "python": text.read_python,
-    "jsonl": columns.read_jsonl,
-    "json": columns.read_json,
-    "csv": columns.read_csv,
-    "tsv": columns.read_csv,
-    "parquet": columns.read_parquet,
-    "arrow": columns.read_arrow,
-    "saved": columns.read_data_set,
-    "hub": columns.read_data_set,
-}
+@dataclass(frozen=True)
+class Format:
+    """A format of files: how it is read, what it is known by, and where it can be cut."""
+
+    read: Callable[[FilePart, CorpusConfig], Texts]
+    suffixes: tuple[str, ...] = ()
+    """Of the names of its files, before that of a compression."""
+    magic: bytes = b""
+    """The first bytes of each of its files, if they are always the same."""
+    split: Callable[[FilePart, int], Iterator[tuple[FilePart, int]]] | None = None
+    """(whole file, most bytes) -> its parts with the bytes of each; None if a file cannot be cut."""
 
 
-def texts(piece: FilePart, corpus: CorpusConfig) -> Texts:
-    """The documents of a piece as they stand there; nothing is filtered."""
+def _ranges(whole: FilePart, length: int, num_bytes: int, most: int) -> Iterator[tuple[FilePart, int]]:
+    """Cut 0:length, which is num_bytes in all, into ranges of about `most` bytes."""
+    count = max(1, min(length, -(-num_bytes // most)))
+    edges = [length * number // count for number in range(count + 1)]
+    for start, stop in itertools.pairwise(edges):
+        yield whole._replace(start=start, stop=stop), num_bytes // count
+
+
+def _bytes(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
+    return _ranges(whole, whole.file.size, whole.file.size, most)
+
+
+def _row_groups(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
+    import pyarrow.parquet
+
+    with opened(whole.file) as stream:
+        groups = pyarrow.parquet.ParquetFile(stream).num_row_groups
+    return _ranges(whole, groups, whole.file.size, most)
+
+
+def _arrow_rows(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
     import pyarrow
 
-    file = piece.file
-    _check_unchanged(piece)
-    if not file.size and piece.format not in ("text", "python", "hub"):
-        yield BadDocument("", f"empty file (0 bytes), expected {piece.compression or piece.format}")
+    if "://" in whole.file.path:
+        return iter([(whole, whole.file.size)])
+    with pyarrow.memory_map(whole.file.path) as source:
+        rows = sum(batch.num_rows for batch in columns.ArrowBatches(source))
+    return _ranges(whole, rows, whole.file.size, most)
+
+
+def _data_set_rows(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
+    rows = columns.data_set_rows(whole.file)
+    if hasattr(rows, "select"):
+        size = sum(os.path.getsize(part["filename"]) for part in rows.cache_files)
+        yield from _ranges(whole, len(rows), size, most)
+    else:
+        for shard in range(rows.num_shards):
+            yield whole._replace(start=shard, stop=shard + 1), whole.file.size // rows.num_shards
+
+
+FORMATS = {
+    "text": Format(text.read_text),  # whatever has no other suffix
+    "python": Format(text.read_python),
+    "jsonl": Format(columns.read_jsonl, (".jsonl", ".ndjson"), split=_bytes),
+    "json": Format(columns.read_json, (".json",)),
+    "csv": Format(columns.read_csv, (".csv",)),
+    "tsv": Format(columns.read_csv, (".tsv",)),
+    "parquet": Format(columns.read_parquet, (".parquet",), magic=b"PAR1", split=_row_groups),
+    "arrow": Format(columns.read_arrow, (".arrow", ".feather", ".ipc"), split=_arrow_rows),
+    "saved": Format(columns.read_data_set, split=_data_set_rows),
+    "hub": Format(columns.read_data_set, split=_data_set_rows),
+}
+"""A new format is a line here and its reader."""
+
+COMPRESSED = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bz2": b"BZh", "xz": b"\xfd7zXZ\x00"}
+"""The first bytes of compressed files."""
+
+
+def format_of(path: str, source: str) -> tuple[str, str | None]:
+    """(format, compression) of a file of a source, by their names."""
+    if path.startswith(HUB):
+        return "hub", None
+    if source.startswith(PYTHON):
+        return "python", None
+    stem, suffix = os.path.splitext(path)
+    compression = COMPRESSIONS.get(suffix.lower())
+    if compression:
+        suffix = os.path.splitext(stem)[1]
+    elif "://" not in path and os.path.isdir(path):
+        return "saved", None
+    known = (name for name, each in FORMATS.items() if suffix.lower() in each.suffixes)
+    return next(known, "text"), compression
+
+
+def whole_file(file: File, index: int, source: Source) -> FilePart:
+    """All of a file of the source at this index."""
+    return FilePart(file, *format_of(file.path, source.name), index, source.validation, source.is_found)
+
+
+def split(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
+    """A whole file, or parts of about `most` bytes of it where its format can be cut; and the bytes of each."""
+    cut = FORMATS[whole.format].split
+    is_large = whole.file.size > most or whole.format == "hub"  # the Hub does not always say how large a data set is
+    if cut is not None and is_large and not whole.compression:
+        yield from cut(whole, most)
+    else:
+        yield whole, whole.file.size
+
+
+def texts(part: FilePart, corpus: CorpusConfig) -> Texts:
+    """The documents of a part as they stand there; nothing is filtered."""
+    import pyarrow
+
+    file = part.file
+    _check_unchanged(part)
+    if not file.size and part.format not in ("text", "python", "hub"):
+        yield BadDocument("", f"empty file (0 bytes), expected {part.compression or part.format}")
         return
     try:
-        yield from READERS[piece.format](piece, corpus)
+        yield from FORMATS[part.format].read(part, corpus)
     except UnicodeDecodeError as error:
         encoding = corpus.encoding if error.encoding == "charmap" else error.encoding
         yield BadDocument("", f"not text in {encoding}: {error.reason}")
     except (EOFError, OSError, zlib.error, lzma.LZMAError, pyarrow.ArrowException, json.JSONDecodeError) as error:
-        kind = piece.compression or piece.format
+        kind = part.compression or part.format
         raise DataError(
             f"{file.path} ({file.size} bytes): torn, or not {kind}{_expected(kind, file)}: {error}", file.path
         ) from None
 
 
 def _expected(kind: str, file: File) -> str:
-    if kind not in MAGIC:
+    magic = COMPRESSED.get(kind) or FORMATS[kind].magic
+    if not magic:
         return ""
     try:
         with opened(file) as stream:
-            head = stream.read(len(MAGIC[kind]))
+            head = stream.read(len(magic))
     except OSError:
         return ""
-    return "" if head == MAGIC[kind] else f" (begins with {head!r}, expected {MAGIC[kind]!r})"
+    return "" if head == magic else f" (begins with {head!r}, expected {magic!r})"
 
 
-def _check_unchanged(piece: FilePart) -> None:
-    file = piece.file
+def _check_unchanged(part: FilePart) -> None:
+    file = part.file
     if "://" in file.path or os.path.isdir(file.path):
         return
     try:
@@ -81,6 +165,6 @@ def _check_unchanged(piece: FilePart) -> None:
     except FileNotFoundError:
         raise DataError(f"{file.path}: it was there when the corpus was listed, and is not now", file.path) from None
     # Every node has Python's own sources from an installation of its own, with times of its own.
-    same_time = piece.format == "python" or str(status.st_mtime_ns) == file.version
+    same_time = part.format == "python" or str(status.st_mtime_ns) == file.version
     if status.st_size != file.size or not same_time:
         raise DataError(f"{file.path}: it has changed since the corpus was listed; run the command again", file.path)

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from raylm.config import CorpusConfig
 from raylm.corpus.columns import begins_with_text
-from raylm.corpus.formats import texts
-from raylm.corpus.piece import BYTE_ORDER_MARKS, BadDocument, FilePart, decompressed, whole_file
+from raylm.corpus.file_part import BYTE_ORDER_MARKS, BadDocument, FilePart, decompressed
+from raylm.corpus.formats import texts, whole_file
 from raylm.corpus.sources import Source, find, suffix
 from raylm.errors import DataError
 
@@ -47,13 +47,13 @@ def list_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source
             source = _readable("corpus.validation_paths" if source.validation else key, source, corpus)
         readable.append(source)
         for file in source.files[:FIRST_FILES]:
-            piece = whole_file(file, 0, source)
-            if piece.format in ("text", "python", "hub") and not piece.compression:
+            part = whole_file(file, 0, source)
+            if part.format in ("text", "python", "hub") and not part.compression:
                 continue
-            problem = _problem(piece, corpus)
+            problem = _problem(part, corpus)
             if isinstance(problem, DataError):
                 raise problem
-            if problem and corpus.on_bad_row == "error" and not (piece.format == "text" and piece.is_found):
+            if problem and corpus.on_bad_row == "error" and not (part.format == "text" and part.is_found):
                 raise problem.error(file)
     return readable
 
@@ -70,15 +70,15 @@ def _counted(kinds: Counter[str]) -> str:
 def _readable(key: str, source: Source, corpus: CorpusConfig) -> Source:
     """The source without the files that cannot be read; DataError if it has no others."""
     kinds = Counter(source.left_out)
-    pieces = []
-    for piece in (whole_file(file, 0, source) for file in source.files):
-        if piece.format == "text" and not _is_text(piece, corpus.encoding):
-            kinds[suffix(piece.file.path)] += 1
+    parts = []
+    for part in (whole_file(file, 0, source) for file in source.files):
+        if part.format == "text" and not _is_text(part, corpus.encoding):
+            kinds[suffix(part.file.path)] += 1
         else:
-            pieces.append(piece)
-    useless = _useless(pieces, corpus)
-    kinds.update(f"{suffix(piece.file.path)} without corpus.text" for piece in useless)
-    files = tuple(piece.file for piece in pieces if piece not in useless)
+            parts.append(part)
+    useless = _useless(parts, corpus)
+    kinds.update(f"{suffix(part.file.path)} without corpus.text" for part in useless)
+    files = tuple(part.file for part in parts if part not in useless)
     if not files:
         raise DataError(
             f"{key}: {source.name}: nothing to read in it: {_counted(kinds)}; text is UTF-8, or has a byte order mark, "
@@ -88,21 +88,21 @@ def _readable(key: str, source: Source, corpus: CorpusConfig) -> Source:
     return dataclasses.replace(source, files=files, left_out=dict(kinds))
 
 
-def _useless(pieces: list[FilePart], corpus: CorpusConfig) -> set[FilePart]:
+def _useless(parts: list[FilePart], corpus: CorpusConfig) -> set[FilePart]:
     """The files with columns that have no corpus.text, in a directory where others give text.
 
     Where corpus.text is set those are others with columns: else it would be a mistake that only a line tells of.
     """
-    if len({piece.format for piece in pieces}) < 2:
+    if len({part.format for part in parts}) < 2:
         return set()
-    tables = [piece for piece in pieces if piece.format != "text"]
-    problems = {piece: problem for piece in tables if (problem := _problem(piece, corpus))}
+    tables = [part for part in parts if part.format != "text"]
+    problems = {part: problem for part in tables if (problem := _problem(part, corpus))}
     has_rows = len(problems) < len(tables)
-    has_text = len(tables) < len(pieces) and corpus.text == CorpusConfig.model_fields["text"].default
+    has_text = len(tables) < len(parts) and corpus.text == CorpusConfig.model_fields["text"].default
     if not has_rows and not has_text:
         return set()
     # A torn .parquet is a loss; a .json that is not JSON is the settings of some program.
-    return {piece for piece, it in problems.items() if piece.format in TABLES_OF_ANYTHING or _is_no_column(it)}
+    return {part for part, it in problems.items() if part.format in TABLES_OF_ANYTHING or _is_no_column(it)}
 
 
 def _is_no_column(problem: BadDocument | DataError) -> bool:
@@ -110,26 +110,26 @@ def _is_no_column(problem: BadDocument | DataError) -> bool:
 
 
 @lru_cache(maxsize=100_000)  # a command asks several times, and some .json files have to be read as a whole
-def _problem(piece: FilePart, corpus: CorpusConfig) -> BadDocument | DataError | None:
+def _problem(part: FilePart, corpus: CorpusConfig) -> BadDocument | DataError | None:
     """What is wrong with the first document of a file, or with the file."""
-    if piece.format == "json":
+    if part.format == "json":
         with contextlib.suppress(EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError):  # as told below
-            if begins_with_text(piece, corpus):
+            if begins_with_text(part, corpus):
                 return None
     try:
-        first = next(texts(piece, corpus), None)
+        first = next(texts(part, corpus), None)
     except DataError as error:
         return error
     return first if isinstance(first, BadDocument) else None
 
 
 @lru_cache(maxsize=100_000)
-def _is_text(piece: FilePart, encoding: str) -> bool:
+def _is_text(part: FilePart, encoding: str) -> bool:
     """Whether a local file begins like text: no byte is 0, and all are of its encoding."""
-    if "://" in piece.file.path:  # a request each: what is no text is found when it is read
+    if "://" in part.file.path:  # a request each: what is no text is found when it is read
         return True
     try:
-        with decompressed(piece) as stream:
+        with decompressed(part) as stream:
             head = stream.read(HEAD_BYTES)
     except PermissionError:
         return False

@@ -7,8 +7,6 @@ whatever order or process they are read. Nothing is left out uncounted: the ledg
 from __future__ import annotations
 
 import hashlib
-import itertools
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from raylm.config import CorpusConfig
-from raylm.corpus.columns import ArrowBatches, data_set_rows
-from raylm.corpus.formats import texts
+from raylm.corpus.file_part import BadDocument, FilePart
+from raylm.corpus.formats import split, texts, whole_file
 from raylm.corpus.passages import passages
-from raylm.corpus.piece import BadDocument, FilePart, opened, whole_file
 from raylm.corpus.sources import File, Source
 
 Ledger = Counter  # what happened to documents -> how many; "bytes" are UTF-8 bytes of the documents that were read
@@ -29,7 +26,7 @@ Ledger = Counter  # what happened to documents -> how many; "bytes" are UTF-8 by
 class Shard(NamedTuple):
     """What one task reads and writes."""
 
-    pieces: tuple[FilePart, ...]
+    parts: tuple[FilePart, ...]
     num_bytes: int
     """On disk."""
     keep: bytes | None = None
@@ -60,60 +57,17 @@ def shards(sources: list[Source]) -> list[Shard]:
     # 8 MB keep a laptop's cores busy on 30 MB of text; at most some thousand shards, since each is a memory map.
     most = min(max(8_000_000, total // 2048), 256_000_000)
     made: list[Shard] = []
-    pieces: list[FilePart] = []
+    parts: list[FilePart] = []
     size = 0
     for index, source in enumerate(sources):
         for file in source.files:
-            for piece, num_bytes in _pieces(whole_file(file, index, source), most):
-                if pieces and (size + num_bytes > most or piece.validation != pieces[-1].validation):
-                    made.append(Shard(tuple(pieces), size))
-                    pieces, size = [], 0
-                pieces.append(piece)
+            for part, num_bytes in split(whole_file(file, index, source), most):
+                if parts and (size + num_bytes > most or part.validation != parts[-1].validation):
+                    made.append(Shard(tuple(parts), size))
+                    parts, size = [], 0
+                parts.append(part)
                 size += num_bytes
-    return [*made, Shard(tuple(pieces), size)]
-
-
-def _pieces(piece: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
-    """The piece, or parts of about `most` bytes of it where the format has places to cut; and the bytes of each."""
-    file = piece.file
-    if piece.format == "hub" or (piece.format == "saved" and file.size > most):
-        yield from _data_set_pieces(piece, most)
-    elif file.size <= most or piece.compression:
-        yield piece, file.size
-    elif piece.format == "jsonl":
-        yield from _ranges(piece, file.size, file.size, most)
-    elif piece.format == "parquet":
-        import pyarrow.parquet
-
-        with opened(file) as stream:
-            groups = pyarrow.parquet.ParquetFile(stream).num_row_groups
-        yield from _ranges(piece, groups, file.size, most)
-    elif piece.format == "arrow" and "://" not in file.path:
-        import pyarrow
-
-        with pyarrow.memory_map(file.path) as source:
-            rows = sum(batch.num_rows for batch in ArrowBatches(source))
-        yield from _ranges(piece, rows, file.size, most)
-    else:
-        yield piece, file.size
-
-
-def _data_set_pieces(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
-    rows = data_set_rows(whole.file)
-    if hasattr(rows, "select"):
-        size = sum(os.path.getsize(part["filename"]) for part in rows.cache_files)
-        yield from _ranges(whole, len(rows), size, most)
-    else:
-        for shard in range(rows.num_shards):
-            yield whole._replace(start=shard, stop=shard + 1), whole.file.size // rows.num_shards
-
-
-def _ranges(whole: FilePart, length: int, num_bytes: int, most: int) -> Iterator[tuple[FilePart, int]]:
-    """Cut 0:length, which is num_bytes in all, into ranges of about `most` bytes."""
-    count = max(1, min(length, -(-num_bytes // most)))
-    edges = [length * part // count for part in range(count + 1)]
-    for start, stop in itertools.pairwise(edges):
-        yield whole._replace(start=start, stop=stop), num_bytes // count
+    return [*made, Shard(tuple(parts), size)]
 
 
 # Documents -----------------------------------------------------------------------------------------------------------
@@ -131,13 +85,13 @@ def documents(
     """
     below = corpus.validation_fraction * 2**64
     by_passage = corpus.split_by == "passage" and below and not corpus.validation_paths
-    for piece, text, encoded in kept(shard, corpus, ledger, reject):
+    for part, text, encoded in kept(shard, corpus, ledger, reject):
         if by_passage:
-            yield from _split(text, piece.source, below, ledger)
+            yield from _split(text, part.source, below, ledger)
         else:
             digest = content_hash(encoded)
-            held_out = piece.validation if corpus.validation_paths else digest < below
-            yield Document(text, len(encoded), digest, piece.source, held_out)
+            held_out = part.validation if corpus.validation_paths else digest < below
+            yield Document(text, len(encoded), digest, part.source, held_out)
 
 
 def _split(text: str, source: int, below: float, ledger: Ledger) -> Iterator[Document]:
@@ -172,7 +126,7 @@ def kept(
     ledger: Ledger,
     reject: Callable[[File, BadDocument], None] = lambda file, fault: None,
 ) -> Iterator[tuple[FilePart, str, bytes]]:
-    """(piece, text, UTF-8 bytes) of the documents of a shard that pass the filters and are selected, in its order.
+    """(part, text, UTF-8 bytes) of the documents of a shard that pass the filters and are selected, in its order.
 
     The ledger counts every document that was read. One that cannot be used is a DataError, or with
     corpus.on_bad_row: skip it is counted and handed to `reject`.
@@ -182,18 +136,18 @@ def kept(
         keep = np.unpackbits(np.frombuffer(shard.keep, np.uint8), count=shard.num_bits).astype(bool).tolist()
     left_out = _filters(corpus)
     passed = 0
-    for piece in shard.pieces:
-        for text in texts(piece, corpus):
+    for part in shard.parts:
+        for text in texts(part, corpus):
             if keep is not None and passed == len(keep) and corpus.max_documents is not None:
                 return
             if isinstance(text, BadDocument):
                 # The standard library has files of bad encodings for its own tests, and nobody to repair them. What
                 # turns out to be no text in the middle of a directory is none that somebody has asked for.
-                is_asked_for = piece.format != "python" and not (piece.format == "text" and piece.is_found)
+                is_asked_for = part.format != "python" and not (part.format == "text" and part.is_found)
                 if corpus.on_bad_row == "error" and is_asked_for:
-                    raise text.error(piece.file)
+                    raise text.error(part.file)
                 ledger["bad rows"] += 1
-                reject(piece.file, text)
+                reject(part.file, text)
                 continue
             try:
                 encoded = text.encode()
@@ -212,7 +166,7 @@ def kept(
                 continue
             ledger["kept"] += 1
             ledger["kept bytes"] += len(encoded)
-            yield piece, text, encoded
+            yield part, text, encoded
 
 
 def content_hash(encoded: bytes) -> int:

@@ -21,7 +21,7 @@ def selected(corpus: CorpusConfig) -> bool:
 
 def hashes(shard: Shard, corpus: CorpusConfig) -> bytes:
     """The SEEN of a shard's documents that pass the filters, 10 bytes each."""
-    found = [(content_hash(encoded), piece.source) for piece, _, encoded in kept(shard, corpus, Ledger())]
+    found = [(content_hash(encoded), part.source) for part, _, encoded in kept(shard, corpus, Ledger())]
     return np.array(found, SEEN).tobytes()
 
 
@@ -38,11 +38,11 @@ def select(plan: list[Shard], read: Callable[[list[Shard]], Iterator[bytes]], co
     most = corpus.max_documents
     order = _in_turn(plan) if most is not None else range(len(plan))
     found: dict[int, np.ndarray] = {}
-    left = Counter(piece.source for shard in plan for piece in shard.pieces)
+    left = Counter(part.source for shard in plan for part in shard.parts)
     look_at = most or 0
     for number, chunk in zip(order, read([plan[number] for number in order]), strict=True):
         found[number] = np.frombuffer(chunk, SEEN)
-        left -= Counter(piece.source for piece in plan[number].pieces)
+        left -= Counter(part.source for part in plan[number].parts)
         if most is None or sum(len(part) for part in found.values()) < look_at:
             continue
         different = _num_certain(found, left, corpus)
@@ -53,7 +53,7 @@ def select(plan: list[Shard], read: Callable[[list[Shard]], Iterator[bytes]], co
     parts = [found[number] for number in read_shards]
     seen = np.concatenate(parts) if parts else np.empty(0, SEEN)
     training = np.repeat(
-        [not plan[number].pieces[0].validation for number in read_shards], [len(part) for part in parts]
+        [not plan[number].parts[0].validation for number in read_shards], [len(part) for part in parts]
     )
     keep = _kept(seen, training.astype(bool), corpus)
     chosen = []
@@ -70,7 +70,7 @@ def _in_turn(plan: list[Shard]) -> list[int]:
     num_read: Counter[int] = Counter()
     rounds = []
     for shard in plan:
-        sources = {piece.source for piece in shard.pieces}
+        sources = {part.source for part in shard.parts}
         rounds.append(max((num_read[source] for source in sources), default=0))
         num_read |= Counter(dict.fromkeys(sources, rounds[-1] + 1))
     return sorted(range(len(plan)), key=rounds.__getitem__)
@@ -89,7 +89,7 @@ def _num_certain(found: dict[int, np.ndarray], left: Counter[int], corpus: Corpu
     """How many documents, or different ones, come before any that has not been read yet."""
     seen = np.concatenate([found[number] for number in sorted(found)])
     turns = _turns(seen["source"])
-    unread = [source for source, pieces in left.items() if pieces > 0]
+    unread = [source for source, parts in left.items() if parts > 0]
     certain = seen[turns < min((np.sum(seen["source"] == source) for source in unread), default=len(seen))]
     return len(np.unique(certain["hash"])) if corpus.deduplicate else len(certain)
 

@@ -28,17 +28,6 @@ from raylm.storage import file_system
 PYTHON = "python://"
 HUB = "hub://"
 
-FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
-}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 NOT_TEXT = ("__pycache__", "site-packages", "dist-packages", "node_modules")
 """Directories that are not the user's text, wherever they lie below one that is."""
@@ -135,21 +124,6 @@ def suffix(path: str) -> str:
     stem, last = os.path.splitext(os.path.basename(path))
     before = os.path.splitext(stem)[1] if last.lower() in COMPRESSIONS else ""
     return (before + last).lower() or "without a suffix"
-
-
-def format_of(path: str, source: str) -> tuple[str, str | None]:
-    """(format, compression) of a file of a source, by their names."""
-    if path.startswith(HUB):
-        return "hub", None
-    if source.startswith(PYTHON):
-        return "python", None
-    stem, suffix = os.path.splitext(path)
-    compression = COMPRESSIONS.get(suffix.lower())
-    if compression:
-        suffix = os.path.splitext(stem)[1]
-    elif "://" not in path and os.path.isdir(path):
-        return "saved", None
-    return FORMATS.get(suffix.lower(), "text"), compression
 
 
 # Local ---------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from raylm.config import CorpusConfig
+from raylm.corpus.file_part import FilePart
 from raylm.corpus.passages import MOST_CHARS, passages
-from raylm.corpus.piece import FilePart
 from raylm.corpus.reader import Ledger, Shard, content_hash, kept, shards
 from raylm.corpus.selection import hashes, select, selected
 from raylm.corpus.sources import HUB, Source
@@ -65,8 +65,8 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
     if corpus.validation_paths or not fraction:
         return Holdout(corpus.split_by or "document", fraction, 0, 0, complete=False, num_bytes=on_disk, unit_bytes=0)
     local = [source for source in sources if not source.name.startswith(HUB)]
-    # One piece a shard, so that those which were not looked at can be counted.
-    plan = [shard._replace(pieces=(piece,)) for shard in shards(local) for piece in shard.pieces]
+    # One part a shard, so that those which were not looked at can be counted.
+    plan = [shard._replace(parts=(part,)) for shard in shards(local) for part in shard.parts]
     look = _look(plan, corpus)
     if look.complete and selected(corpus):
         look = _look(select(plan, lambda shards: (hashes(shard, corpus) for shard in shards), corpus), corpus)
@@ -102,7 +102,7 @@ class _Look(NamedTuple):
     passages: set[int]
     """Content hashes. Of passages only as long as the corpus may be split by them."""
     unread: int
-    """Documents there are at least in the pieces that were not reached."""
+    """Documents there are at least in the parts that were not reached."""
     complete: bool
     ledger: Ledger
 
@@ -116,8 +116,8 @@ def _look(plan: list[Shard], corpus: CorpusConfig) -> _Look:
         return ledger["bytes"] >= MOST_BYTES or len(cut if corpus.split_by == "passage" else documents) >= MOST_UNITS
 
     for number, shard in enumerate(plan):
-        (piece,) = shard.pieces
-        if is_enough() or (_is_document(piece, corpus) and piece.file.size > MOST_BYTES):
+        (part,) = shard.parts
+        if is_enough() or (_is_document(part, corpus) and part.file.size > MOST_BYTES):
             return _Look(documents, cut, _fewest_documents(plan[number:], corpus), False, ledger)
         for _, text, encoded in kept(shard, corpus, ledger):
             documents.add(content_hash(encoded))
@@ -128,11 +128,11 @@ def _look(plan: list[Shard], corpus: CorpusConfig) -> _Look:
     return _Look(documents, cut, 0, True, ledger)
 
 
-def _is_document(piece: FilePart, corpus: CorpusConfig) -> bool:
-    """Whether a piece is one document, which is read as a whole."""
-    return piece.format in ("text", "python") and corpus.separator is None
+def _is_document(part: FilePart, corpus: CorpusConfig) -> bool:
+    """Whether a part is one document, which is read as a whole."""
+    return part.format in ("text", "python") and corpus.separator is None
 
 
 def _fewest_documents(plan: list[Shard], corpus: CorpusConfig) -> int:
-    pieces = [piece for shard in plan for piece in shard.pieces]
-    return sum(1 if _is_document(piece, corpus) else FEW_DOCUMENTS for piece in pieces)
+    parts = [part for shard in plan for part in shard.parts]
+    return sum(1 if _is_document(part, corpus) else FEW_DOCUMENTS for part in parts)

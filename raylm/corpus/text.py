@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from raylm.config import CorpusConfig
-from raylm.corpus.piece import BadDocument, FilePart, Texts, as_utf8, opened
+from raylm.corpus.file_part import BadDocument, FilePart, Texts, as_utf8, opened
 
 
-def read_text(piece: FilePart, corpus: CorpusConfig) -> Texts:
-    with as_utf8(piece, corpus.encoding) as stream:
+def read_text(part: FilePart, corpus: CorpusConfig) -> Texts:
+    with as_utf8(part, corpus.encoding) as stream:
         if corpus.separator is None:
             yield decoded(stream.read(), 0)
         elif corpus.separator == "\n":
-            for begin, line in lines(piece, stream):
+            for begin, line in lines(part, stream):
                 yield decoded(line.removesuffix(b"\n").removesuffix(b"\r"), begin)
         else:
-            for begin, part in _separated(stream, corpus.separator.encode()):
-                yield decoded(part, begin)
+            for begin, content in _separated(stream, corpus.separator.encode()):
+                yield decoded(content, begin)
 
 
 def decoded(content: bytes, begin: int) -> str | BadDocument:
@@ -33,20 +33,20 @@ def decoded(content: bytes, begin: int) -> str | BadDocument:
         return BadDocument(f"byte {begin + error.start}", "invalid UTF-8")
 
 
-def lines(piece: FilePart, stream: Any) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of the lines that begin in the piece's range of bytes. \\n ends a line and nothing else does."""
+def lines(part: FilePart, stream: Any) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of the lines that begin in the part's range of bytes. \\n ends a line and nothing else does."""
     begin = 0
-    if piece.start:  # the line that the byte before is in is the piece before's
-        begin = piece.start - 1
+    if part.start:  # the line that the byte before is in is the part before's
+        begin = part.start - 1
         stream.seek(begin)
-        while part := stream.readline(1 << 20):
-            begin += len(part)
-            if part.endswith(b"\n"):
+        while content := stream.readline(1 << 20):
+            begin += len(content)
+            if content.endswith(b"\n"):
                 break
-            if piece.stop is not None and begin >= piece.stop:  # no line begins in a range inside a huge one
+            if part.stop is not None and begin >= part.stop:  # no line begins in a range inside a huge one
                 return
     for line in stream:
-        if piece.stop is not None and begin >= piece.stop:
+        if part.stop is not None and begin >= part.stop:
             return
         yield begin, line
         begin += len(line)
@@ -69,9 +69,9 @@ def _separated(stream: Any, separator: bytes) -> Iterator[tuple[int, bytes]]:
         yield begin, bytes(rest)
 
 
-def read_python(piece: FilePart, corpus: CorpusConfig) -> Texts:
+def read_python(part: FilePart, corpus: CorpusConfig) -> Texts:
     """A source file as Python itself reads it: with the encoding that its first lines declare."""
-    with opened(piece.file) as stream:
+    with opened(part.file) as stream:
         content = stream.read()
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)

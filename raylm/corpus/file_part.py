@@ -10,7 +10,7 @@ import lzma
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from raylm.corpus.sources import File, Source, format_of
+from raylm.corpus.sources import File
 from raylm.errors import DataError
 from raylm.storage import file_system
 
@@ -29,11 +29,6 @@ class FilePart(NamedTuple):
     """Whether it was found in a directory or by a glob, and not named itself."""
     start: int = 0
     stop: int | None = None
-
-
-def whole_file(file: File, index: int, source: Source) -> FilePart:
-    """All of a file of the source at this index."""
-    return FilePart(file, *format_of(file.path, source.name), index, source.validation, source.is_found)
 
 
 class BadDocument(NamedTuple):
@@ -66,10 +61,10 @@ def opened(file: File) -> Any:
     return io.BufferedReader(system.open_input_file(path), 1 << 20)
 
 
-def decompressed(piece: FilePart) -> Any:
-    """The piece's file as a binary stream, decompressed."""
-    raw = opened(piece.file)
-    match piece.compression:
+def decompressed(part: FilePart) -> Any:
+    """The part's file as a binary stream, decompressed."""
+    raw = opened(part.file)
+    match part.compression:
         case "gzip":
             return gzip.GzipFile(fileobj=raw)
         case "bz2":
@@ -91,10 +86,10 @@ BYTE_ORDER_MARKS = {
 }
 
 
-def as_utf8(piece: FilePart, encoding: str) -> Any:
-    """The piece's file as a binary stream of UTF-8: decompressed, and from the encoding that its byte order mark tells,
+def as_utf8(part: FilePart, encoding: str) -> Any:
+    """The part's file as a binary stream of UTF-8: decompressed, and from the encoding that its byte order mark tells,
     else the given one. A UnicodeDecodeError says which it is not of."""
-    stream = decompressed(piece)
+    stream = decompressed(part)
     head = stream.peek(4)
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
     if not marked and (codecs.lookup(encoding).name == "utf-8" or head.startswith(codecs.BOM_UTF8)):
