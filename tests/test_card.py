@@ -98,7 +98,7 @@ def test_weights_in_several_files_are_published_with_their_index(trained_directo
     assert len(shards) > 1
     assert "model.safetensors.index.json" in files
     whole = export.model_files(trained_directory)
-    assert export.parameters(directory, files) == export.parameters(trained_directory, whole)
+    assert export.num_parameters(directory, files) == export.num_parameters(trained_directory, whole)
     (directory / shards[0]).unlink()
     with pytest.raises(StorageError, match=shards[0]):
         export.model_files(directory)
@@ -107,7 +107,7 @@ def test_weights_in_several_files_are_published_with_their_index(trained_directo
 def test_what_is_no_whole_model_is_named(trained_directory, tmp_path):
     def refused(directory):
         with pytest.raises(StorageError) as raised:
-            export.parameters(directory, export.model_files(directory))
+            export.num_parameters(directory, export.model_files(directory))
         return str(raised.value)
 
     untold = copied(trained_directory, tmp_path / "a", ("config.json", "model.safetensors"))
@@ -129,7 +129,7 @@ def test_what_is_no_whole_model_is_named(trained_directory, tmp_path):
 def card_of(directory, repo="someone/tiny"):
     experiment = checkpoint.read_experiment(directory)
     published = None if experiment is None else export.published(experiment)
-    return ModelCard(export.build(directory, repo, published, 3096).decode())
+    return ModelCard(export.build_card(directory, repo, published, 3096).decode())
 
 
 def test_the_card_says_what_the_model_is(trained_directory):
@@ -140,6 +140,25 @@ def test_the_card_says_what_the_model_is(trained_directory):
         "tags": ["raylm", "gpt2"],
         "datasets": ["stories"],
         "metrics": ["perplexity"],
+        "model-index": [
+            {
+                "name": "tiny",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {
+                            "name": "notes/**/*.md, hub://stories?split=train",
+                            "type": "text",
+                            "split": "validation",
+                        },
+                        "metrics": [
+                            {"type": "perplexity", "value": 12.25},
+                            {"type": "bits_per_byte", "value": 1.5},
+                        ],
+                    }
+                ],
+            }
+        ],
     }
     for line in (
         "A gpt2 model of 3,096 parameters, trained from scratch on 3,584 tokens with raylm.",
@@ -194,7 +213,7 @@ def test_the_card_says_when_a_score_does_not_compare(trained_directory, tmp_path
 
 def test_the_parameters_are_those_of_the_weights(trained_directory):
     files = export.model_files(trained_directory)
-    assert export.parameters(trained_directory, files) == 3096
+    assert export.num_parameters(trained_directory, files) == 3096
 
 
 def test_the_card_says_when_the_score_is_of_a_part(trained_directory, tmp_path):
@@ -332,11 +351,11 @@ def test_an_older_export_stays_where_the_new_one_fails(trained_directory, export
 
 def test_only_an_export_is_replaced(trained_directory, tmp_path):
     (tmp_path / "kept").write_text("")
-    with pytest.raises(StorageError, match="is there already and holds no exported model"):
+    with pytest.raises(StorageError, match="exists already and holds no exported model"):
         export.export(trained_directory, tmp_path)
-    with pytest.raises(StorageError, match="is there already and holds no exported model"):
+    with pytest.raises(StorageError, match="exists already and holds no exported model"):
         export.export(trained_directory, trained_directory)
-    with pytest.raises(StorageError, match="is there already and holds no exported model"):
+    with pytest.raises(StorageError, match="exists already and holds no exported model"):
         export.export(trained_directory, tmp_path / "kept")
 
 

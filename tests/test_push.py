@@ -286,7 +286,7 @@ def test_a_hub_that_is_away(hub, trained_directory, monkeypatch):
 
 def test_private_is_not_promised_of_what_is_public(hub, trained_directory):
     hub.repositories["someone/tiny"] = {"private": False, "files": {}}
-    with pytest.raises(ConfigError, match="someone/tiny is there already and is public"):
+    with pytest.raises(ConfigError, match="someone/tiny exists already and is public"):
         push.push(str(trained_directory), "someone/tiny", private=True)
     assert hub.repositories["someone/tiny"]["files"] == {}
 
@@ -321,5 +321,5 @@ def test_what_is_no_whole_model_is_named(trained_directory, tmp_path):
 
 def test_nothing_is_written_over(trained_directory, tmp_path):
     (tmp_path / "kept").write_text("")
-    with pytest.raises(ConfigError, match="--out .* is there already"):
+    with pytest.raises(ConfigError, match="--out .* exists already"):
         push.push(str(trained_directory), "someone/tiny", dry_run=True, out=tmp_path)

@@ -256,7 +256,7 @@ def test_a_model_is_exported_to_object_storage_and_found_there(place, server, tr
     export.export(trained_directory, target)
     assert storage.names(target) == there, "the older one is replaced whole"
     storage.write(f"{place}/other/of_mine.txt", b"")
-    with pytest.raises(StorageError, match="other is there already and holds no exported model"):
+    with pytest.raises(StorageError, match="other exists already and holds no exported model"):
         export.export(trained_directory, f"{place}/other")
 
 

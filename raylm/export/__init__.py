@@ -1,18 +1,19 @@
-"""What a published model directory holds, and the model card in it.
+"""A checkpoint -> a plain Hugging Face directory with its model card, on disk or on the Hub.
 
-A plain Hugging Face directory: weights as safetensors, configuration, tokenizer, README.md (the card) and
-experiment.yaml. What is not listed here stays behind: optimizer, random states, whatever is pickled. On the Hub the
-experiment has its places by their names; `export` leaves it as it is, with raylm.json, since it stays on this machine.
+Weights as safetensors, configuration, tokenizer, README.md (the card) and experiment.yaml. What `model_files` does not
+list is not published: optimizer, random states, whatever is pickled. On the Hub the paths in the experiment are reduced
+to names; `export` leaves them, with raylm.json, because the directory stays with its owner.
 
-files        a trained model's directory -> the files of it that are published; places by their names alone
-text         the model card
-directory    a checkpoint -> a plain Hugging Face directory with its card, whole or not at all
+files         a trained model's directory -> the files that are published
+model_card    the model card, and its metadata
+directory     a checkpoint -> a plain Hugging Face directory with its card, whole or not at all
+hub           a trained model and its card -> the Hugging Face Hub, as one commit
 """
 
 from raylm.checkpoint.directory import EXPERIMENT
 from raylm.export.directory import export
-from raylm.export.files import Files, model_files, name_of, named, parameters, published
-from raylm.export.model_card import CARD, HERE, SETTINGS, build
+from raylm.export.files import Files, model_files, name_of, named, num_parameters, published
+from raylm.export.model_card import CARD, HERE, SETTINGS, build_card
 
 __all__ = [
     "CARD",
@@ -20,11 +21,11 @@ __all__ = [
     "HERE",
     "SETTINGS",
     "Files",
-    "build",
+    "build_card",
     "export",
     "model_files",
     "name_of",
     "named",
-    "parameters",
+    "num_parameters",
     "published",
 ]

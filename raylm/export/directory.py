@@ -14,26 +14,26 @@ from raylm import storage
 from raylm.checkpoint import OF_TRAINING, locate, read_experiment, read_record
 from raylm.checkpoint.directory import EXPERIMENT, RECORD, recorded
 from raylm.errors import StorageError
-from raylm.export.files import Files, model_files, parameters, published
-from raylm.export.model_card import CARD, HERE, build
+from raylm.export.files import Files, model_files, num_parameters, published
+from raylm.export.model_card import CARD, HERE, build_card
 
 
 def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] | None = None) -> str:
     """Write the plain Hugging Face directory of a trained checkpoint: model, tokenizer, card, experiment, raylm.json.
 
-    `score`: what raylm.json and card tell of it in place of its evaluation during training.
-    Its place, in full. What stood there is replaced by a whole one or not at all. Weights are hard links where the file
-    system has them, and copies elsewhere; the small files are copies, to be edited freely.
+    Returns its full path. `score` replaces the evaluation during training in raylm.json and card. An export that is
+    there already is replaced by a whole one or not at all. Weights are hard links where the file system has them, and
+    copies elsewhere; the small files are copies, to be edited freely.
     """
-    with storage.here(str(checkpoint), but_for=OF_TRAINING) as found:
-        directory = locate(found)
+    with storage.here(str(checkpoint), but_for=OF_TRAINING) as local:
+        directory = locate(local)
         experiment = read_experiment(directory)
         if experiment is None:
             raise StorageError(f"{checkpoint} was not trained by raylm: it holds no {EXPERIMENT}", str(checkpoint))
         files = model_files(directory)
         record = {**read_record(directory), **(score or {})}
-        made = build(directory, HERE, published(experiment), parameters(directory, files), record)
-        files |= {EXPERIMENT: directory / EXPERIMENT, RECORD: recorded(record), CARD: made}
+        card = build_card(directory, HERE, published(experiment), num_parameters(directory, files), record)
+        files |= {EXPERIMENT: directory / EXPERIMENT, RECORD: recorded(record), CARD: card}
         if storage.is_remote(str(target)):
             _send(files, str(target))
             return str(target)
@@ -50,15 +50,17 @@ def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] 
 
 
 def _send(files: Files, target: str) -> None:
-    """Where nothing can be renamed: config.json, without which a directory holds no model, is removed first and written
-    last; the card, by which it is known as an export, the other way round, or one that was cut off would stay for ever.
+    """Upload the files to a place where nothing can be renamed.
+
+    config.json, without which a directory holds no model, is removed first and written last. The card, which marks a
+    directory as an export, is removed last and written first: an upload that was interrupted can be replaced.
     """
     with storage.reached(target):
-        there = storage.names(target)
-        is_other = CARD not in there and not all(name.endswith(".partial") for name in there)
+        old = storage.names(target)
+        is_other = CARD not in old and not all(name.endswith(".partial") for name in old)
         _check_replaceable(target, is_other)
         storage.remove_file(f"{target}/config.json")
-        for name in sorted(there, key=lambda name: name == CARD):
+        for name in sorted(old, key=lambda name: name == CARD):
             storage.remove_file(f"{target}/{name}")
         for name in sorted(files, key=lambda name: (name == "config.json", name != CARD)):
             content = files[name]
@@ -70,12 +72,12 @@ def _send(files: Files, target: str) -> None:
 
 def _check_replaceable(target: str | Path, is_other: object) -> None:
     if is_other:
-        raise StorageError(f"{target} is there already and holds no exported model; move it away", where=str(target))
+        raise StorageError(f"{target} exists already and holds no exported model; move it away", where=str(target))
 
 
 @contextmanager
 def _replaced(target: Path) -> Iterator[Path]:
-    """A new directory that takes the place of `target` at the end; StorageError, and `target` as it was, on failure."""
+    """A new directory that replaces `target` at the end; on failure, StorageError, and `target` is as it was."""
     _check_replaceable(target, target.exists() and not (target / CARD).exists())
     new, old = (target.with_name(f".{target.name}-{secrets.token_hex(4)}") for _ in range(2))
     try:

@@ -1,4 +1,4 @@
-"""A trained model's directory -> the files of it that are published; places by their names alone."""
+"""A trained model's directory -> the files of it that are published; paths in them reduced to names."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ TOKENIZER = (
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
 
-WHOSE = ("storage", "cluster.address", "tracking.uri", "tracking.experiment")
-"""Settings of the machine and not of the model: they are sent as their defaults."""
+MACHINE_SETTINGS = ("storage", "cluster.address", "tracking.uri", "tracking.experiment")
+"""Settings of the machine and not of the model: they are published as their defaults."""
 PLACE = re.compile(r"(^|[._])(paths?|file|dir|uri)$|(^|\.)(arguments|config)(\.|$)")
-"""The keys of an experiment and of a model's configuration whose values are places, or may be: those of free mappings.
-The others stay as they are: a keyword or a pattern may well start with a slash."""
+"""The keys of an experiment and of a model's configuration whose values are paths, or may be, as in free mappings.
+Other values stay as they are, because a keyword or a pattern may start with a slash."""
 SECRET = re.compile(r"(token|secret|password|key)$")
 CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def model_files(directory: Path) -> Files:
-    """The model, generation config and tokenizer of a directory; StorageError if they are not whole."""
+    """The model, generation config and tokenizer of a directory; StorageError if one is missing or damaged."""
     try:
         names = [WEIGHTS]
         if (directory / INDEX).exists():
             names = [INDEX, *sorted(set(json.loads((directory / INDEX).read_bytes())["weight_map"].values()))]
-        found = [name for name in CONFIGS if (directory / name).exists()]
-        configs: dict[str, dict[str, Any]] = {name: dict(json.loads((directory / name).read_bytes())) for name in found}
+        configs: dict[str, dict[str, Any]] = {
+            name: dict(json.loads((directory / name).read_bytes())) for name in CONFIGS if (directory / name).exists()
+        }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StorageError(f"{directory} has a configuration that is damaged: {error}", str(directory)) from None
     files: Files = {}
@@ -58,7 +59,7 @@ def model_files(directory: Path) -> Files:
             files[name] = directory / name
     if not any(name in files for name in TOKENIZER):
         raise StorageError(
-            f"{directory} holds no tokenizer, and a model is of no use without; save it there with save_pretrained",
+            f"{directory} holds no tokenizer, and a model is of no use without one; save it there with save_pretrained",
             where=str(directory),
         )
     if any("auto_map" in settings for settings in configs.values()):  # a model with code of its own
@@ -69,8 +70,8 @@ def model_files(directory: Path) -> Files:
     return files
 
 
-def parameters(directory: Path, files: Files) -> int:
-    """How many numbers the weights are, by their headers; StorageError naming the file that is torn."""
+def num_parameters(directory: Path, files: Files) -> int:
+    """The number of parameters, by the headers of the weights; StorageError naming the file that is damaged."""
     from safetensors import SafetensorError, safe_open
 
     count = 0
@@ -84,9 +85,9 @@ def parameters(directory: Path, files: Files) -> int:
 
 
 def published(experiment: Experiment) -> Experiment:
-    """The experiment without what is its owner's own affair: places by their names, the machine's settings left out."""
+    """The experiment without what is private: paths reduced to names, no settings of the machine, no secrets."""
     tree = named(experiment.model_dump())
-    for key in WHOSE:
+    for key in MACHINE_SETTINGS:
         *parents, last = key.split(".")
         owner = tree
         for part in parents:
@@ -101,7 +102,7 @@ def published(experiment: Experiment) -> Experiment:
 
 
 def named(value: Any, key: str = "") -> Any:
-    """A tree of settings with the places in it by their names, ./name; `key` is that of a place, else empty."""
+    """A tree of settings with its paths reduced to names, ./name. `key` is the key of a path, else empty."""
     if isinstance(value, Mapping):
         return {name: named(inner, name if PLACE.search(name) else key) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -113,7 +114,8 @@ def named(value: Any, key: str = "") -> Any:
 
 
 def name_of(place: str) -> str:
-    """notes/**/*.md of /home/me/notes/**/*.md, books.jsonl of s3://bucket/books.jsonl; hub://… and Hub ids stay."""
+    """The name of a path: notes/**/*.md for /home/me/notes/**/*.md, books.jsonl for s3://bucket/books.jsonl. hub://…
+    and Hub ids stay."""
     if re.match(r"python://|hub://\w", place) or not re.match(r"[/~]|\./|[\w+.:-]+://", place):
         return place
     if "://" in place:  # before an @ stand credentials, after a ? a signature

@@ -1,9 +1,10 @@
-"""The model card: what a model is, what its scores are of, how it was made and how it is loaded."""
+"""The model card: what a model is, its scores and the text they are of, how it was trained, and how it is loaded."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from raylm.errors import DataError
 from raylm.export.files import name_of
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
     from raylm.tokens import Store
 
 logger = logging.getLogger(__name__)
@@ -34,50 +37,55 @@ SETTINGS = (
     "train.seed",
     "cluster.num_workers",
 )
-"""What tells one training from another: in every card, and with every MLflow run as parameters."""
+"""The settings by which trainings are compared: in every card, and parameters of every MLflow run."""
 
 HERE = "."
-"""What a card loads that lies beside its model on a disk: right wherever the directory is moved to."""
+"""The model that a card beside it on a disk loads: it stays right when the directory is moved."""
 LOADS_HERE = re.compile(rb'(from_pretrained\(|model=)"\."')
 
 
-def build(
+def build_card(
     directory: Path,
     repo: str,
     experiment: Experiment | None,
     num_parameters: int,
     record: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """README.md of a model that is loaded as `repo`: the one beside it, else one made of what raylm knows.
+    """README.md of a model that is loaded as `repo`: the file beside it, else a new one from what raylm knows.
 
-    `experiment` is published; `record` is raylm.json, if it is not the one in the directory. Of the card beside it
-    nothing is changed but that it loads `repo` where it says HERE.
+    `experiment` is as published; `record` is raylm.json, if it is not the one in the directory. In the file beside it
+    only HERE is replaced, by `repo`.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     if (directory / CARD).exists():
         return LOADS_HERE.sub(rb"\1" + json.dumps(repo).encode(), (directory / CARD).read_bytes())
-    made = json.loads((directory / "config.json").read_bytes())
-    masked = any(name.endswith("ForMaskedLM") for name in made.get("architectures") or ())
+    configuration = json.loads((directory / "config.json").read_bytes())
+    model_type = configuration.get("model_type")
+    masked = any(name.endswith("ForMaskedLM") for name in configuration.get("architectures") or ())
     record = read_record(directory) if record is None else record
     store = _store(record)
     base = experiment.model.path if experiment else None
     sources = [name_of(source["name"]) for source in store.manifest["sources"]] if store else []
+    task = "fill-mask" if masked else "text-generation"
+    name = experiment.name if experiment and repo == HERE else repo.split("/")[-1]
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="fill-mask" if masked else "text-generation",
-        tags=["raylm", *([made["model_type"]] if "model_type" in made else [])],
+        pipeline_tag=task,
+        tags=["raylm", *([model_type] if model_type else [])],
         base_model=base if base and not base.startswith("./") else None,
         datasets=[name.removeprefix("hub://").split("?")[0] for name in sources if name.startswith("hub://")] or None,
         metrics=["perplexity"] if "perplexity" in record else None,
+        model_name=name,
+        eval_results=_eval_results(task, record, experiment, sources) if experiment else None,
     )
-    summary = f"A {made.get('model_type', 'language')} model of {num_parameters:,} parameters"
+    summary = f"A {model_type or 'language'} model of {num_parameters:,} parameters"
     if experiment:
         origin = f"from {_code(name_of(base))}" if base else "from scratch"
         seen = f" on {record['tokens']:,} tokens" if "tokens" in record else ""
         summary += f", trained {origin}{seen} with raylm"
     parts = [
-        f"# {experiment.name if experiment and repo == HERE else repo.split('/')[-1]}",
+        f"# {name}",
         f"{summary}.",
         *_loading(repo, masked),
     ]
@@ -91,8 +99,31 @@ def build(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")).encode(errors="backslashreplace")
 
 
+def _eval_results(
+    task: str, record: Mapping[str, Any], experiment: Experiment, sources: Sequence[str]
+) -> list[EvalResult] | None:
+    """The scores as metadata, by which the Hub finds and shows them; None if there are none."""
+    from huggingface_hub import EvalResult
+
+    texts = [name_of(path) for path in experiment.corpus.validation_paths] or list(sources)
+    is_hub = len(texts) == 1 and texts[0].startswith("hub://")
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=texts[0].removeprefix("hub://").split("?")[0] if is_hub else "text",
+            dataset_name=", ".join(texts) or experiment.name,
+            dataset_split="validation",
+            metric_type=metric,
+            metric_value=round(record[key], 4),
+        )
+        for metric, key in ((experiment.measure, "perplexity"), ("bits_per_byte", "bits_per_byte"))
+        if key in record and math.isfinite(record[key])
+    ]
+    return results or None
+
+
 def _store(record: Mapping[str, Any]) -> Store | None:
-    """The token store of a model, for its ledger."""
+    """The token store that a model was trained on, if it is still there."""
     if "store" not in record:
         return None
     try:
@@ -121,13 +152,13 @@ print(use({prompt}))
     return ["## How to load it", code]
 
 
-def _in_front(record: Mapping[str, Any]) -> str:
+def _prefix(record: Mapping[str, Any]) -> str:
     prefix = record.get("prefix")
     return f"the token {_code(prefix)}" if prefix else "nothing"
 
 
 def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | None) -> list[str]:
-    """The scores of raylm.json, and on what: the whole split, or with eval.max_tokens what stands first in it."""
+    """The scores in raylm.json, and the text that they are of: the whole validation split, or the start of it."""
     what = record.get("scored_on") or experiment.eval.scored_on
     if store:
         split = store.manifest["validation"]
@@ -142,7 +173,7 @@ def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | No
     stride = f"with {experiment.eval.stride:,} new tokens in each" if experiment.eval.stride else "that do not overlap"
     how = {
         "perplexity": "Every token of every document is scored exactly once, in windows of the model's context "
-        f"{stride}, with {_in_front(record)} in front of a document",
+        f"{stride}, with {_prefix(record)} in front of a document",
         "masked_perplexity": "A fixed 15 % of the tokens of every document are masked together, and predicted from all "
         "others",
         "pseudo_perplexity": "Every token of every document is masked by itself, and predicted from all others",
@@ -201,5 +232,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _code(text: str) -> str:
-    """The text as it is in a cell of a table: a bar would end the cell, a backtick the text."""
+    """The text as code in a cell of a table: a bar would end the cell, a backtick the code."""
     return f"`{text}`".replace("|", "\\|") if "`" not in text else text.replace("|", "\\|")
