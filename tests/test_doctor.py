@@ -6,8 +6,8 @@ import time
 import pytest
 from conftest import mlflow_server
 
-from raylm import config, doctor
-from raylm.doctor import Finding
+from raylm import config, diagnosis
+from raylm.diagnosis import Finding
 
 
 def found(findings, what):
@@ -17,27 +17,27 @@ def found(findings, what):
 def test_a_token_that_others_can_read_is_bad_and_mended_on_request(tmp_path, monkeypatch):
     token = tmp_path / "auth_token"
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    assert [finding.verdict for finding in doctor.token(fix=False)] == ["note"], "there is none"
+    assert [finding.verdict for finding in diagnosis.token(fix=False)] == ["note"], "there is none"
     token.write_text("secret")
     token.chmod(0o644)
-    (finding,) = doctor.token(fix=False)
+    (finding,) = diagnosis.token(fix=False)
     assert finding == Finding("ray token", "bad", f"{token}, mode 0644", "others can read it: --fix, or chmod 600")
-    assert [finding.verdict for finding in doctor.token(fix=True)] == ["good"]
+    assert [finding.verdict for finding in diagnosis.token(fix=True)] == ["good"]
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert token.read_text() == "secret"
 
 
 def test_libraries_are_held_against_what_raylm_asks_for(monkeypatch):
-    assert found(doctor.libraries(), "libraries").verdict == "good"
-    real = doctor.importlib.metadata.version
+    assert found(diagnosis.libraries(), "libraries").verdict == "good"
+    real = diagnosis.importlib.metadata.version
 
     def version(name):
         if name == "peft":
-            raise doctor.importlib.metadata.PackageNotFoundError
+            raise diagnosis.importlib.metadata.PackageNotFoundError
         return "1.0" if name == "transformers" else real(name)
 
-    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
-    findings = list(doctor.libraries())
+    monkeypatch.setattr(diagnosis.importlib.metadata, "version", version)
+    findings = list(diagnosis.libraries())
     assert found(findings, "libraries").verdict == "bad"
     assert "transformers 1.0, wanted >=5" in found(findings, "libraries").found
     assert found(findings, "extras") == Finding("extras", "note", "not installed: peft", "pip install 'raylm[peft]'")
@@ -53,7 +53,7 @@ def test_libraries_are_held_against_what_raylm_asks_for(monkeypatch):
     ],
 )
 def test_tracking(settings, what, verdict):
-    findings = list(doctor.tracking_of(config.load(None, settings)))
+    findings = list(diagnosis.tracking_of(config.load(None, settings)))
     assert found(findings, what).verdict == verdict
 
 
@@ -66,7 +66,7 @@ def test_a_server_of_mlflow_is_asked_as_runs_ask_it(tmp_path, free_port):
     def asked(allowed):
         with mlflow_server(tmp_path, port, "--allowed-hosts", allowed):
             for _ in range(60):
-                (finding,) = doctor.tracking_of(experiment)
+                (finding,) = diagnosis.tracking_of(experiment)
                 if "cannot be reached" not in finding.found:
                     break
                 time.sleep(1)  # nobody answers at first

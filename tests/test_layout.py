@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PARTS = """
     errors redaction config console cluster storage hub corpus tokenizer tokens blocks model objective probe scorer
     perplexity checkpoint export runs tracking budget cost summary training generation sweep derived plan results
-    pipeline api views cli
+    pipeline api diagnosis views cli
 """.split()
 VERBS = "prepare train tune evaluate generate inspect push sync report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]

@@ -20,7 +20,8 @@ from conftest import mlflow_server
 from mlflow import MlflowClient
 from test_nodes import until
 
-from raylm import cluster, config, submit, tracking
+from raylm import config, submit, tracking
+from raylm.cluster import submission
 from raylm.errors import ConfigError, StorageError
 
 
@@ -28,7 +29,7 @@ from raylm.errors import ConfigError, StorageError
 def no_token(monkeypatch):
     """As where Ray finds none. What Ray itself finds stays as it is: a process connected to a cluster that asks for a
     token is ended by Ray's core once there is none."""
-    monkeypatch.setattr(cluster, "has_token", lambda: False)
+    monkeypatch.setattr(submission, "has_token", lambda: False)
 
 
 OPEN = ["http://10.0.0.5:8265", "http://head.example:8265", "http://0.0.0.0:8265"]
@@ -38,13 +39,13 @@ OPEN = ["http://10.0.0.5:8265", "http://head.example:8265", "http://0.0.0.0:8265
 @pytest.mark.parametrize("address", OPEN)
 def test_a_cluster_that_anybody_may_use_is_refused(no_token, address):
     with pytest.raises(ConfigError, match="have the cluster ask for a token"):
-        submit._dashboard(address)
+        submission.find_dashboard(address)
 
 
 @pytest.mark.parametrize("address", OPEN)
 def test_a_cluster_that_asks_for_a_token_is_not_refused(monkeypatch, address):
-    monkeypatch.setattr(cluster, "has_token", lambda: True)
-    assert submit._dashboard(address).value == address
+    monkeypatch.setattr(submission, "has_token", lambda: True)
+    assert submission.find_dashboard(address).value == address
 
 
 def test_the_token_is_looked_for_where_ray_does(command, monkeypatch, tmp_path):
@@ -60,34 +61,34 @@ def test_the_token_is_looked_for_where_ray_does(command, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "http://localhost:1", "http://[::1]:2", "https://head:3"])
 def test_addresses_that_others_cannot_listen_to(no_token, address):
-    assert submit._dashboard(address).value == address
+    assert submission.find_dashboard(address).value == address
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head:8265", "127.0.0.1"])
 def test_what_is_not_a_dashboard_is_named(address):
     with pytest.raises(ConfigError, match=f"^--address={address}: must be the dashboard's, http://HOST:8265"):
-        submit._dashboard(address)
+        submission.find_dashboard(address)
 
 
 def test_the_address_of_the_environment_is_taken(no_token, monkeypatch):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert submit._dashboard(None) == (submit.DASHBOARD, "--address"), "RAY_ADDRESS is a head's"
+    assert submission.find_dashboard(None) == (submission.DASHBOARD, "--address"), "RAY_ADDRESS is a head's"
     monkeypatch.setenv("RAY_ADDRESS", "https://cluster:8")
-    assert submit._dashboard(None) == ("https://cluster:8", "RAY_ADDRESS")
+    assert submission.find_dashboard(None) == ("https://cluster:8", "RAY_ADDRESS")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "https://cluster:9")
-    assert submit._dashboard(None) == ("https://cluster:9", "RAY_API_SERVER_ADDRESS")
-    assert submit._dashboard("https://cluster:10") == ("https://cluster:10", "--address")
+    assert submission.find_dashboard(None) == ("https://cluster:9", "RAY_API_SERVER_ADDRESS")
+    assert submission.find_dashboard("https://cluster:10") == ("https://cluster:10", "--address")
 
 
 def test_a_dashboard_that_does_not_answer_is_named_with_the_reason(no_token, monkeypatch):
-    monkeypatch.setattr(submit, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(submission, "ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(StorageError, match=f"^--address={address}: no Ray cluster answers there within 0.5 s"):
-            submit._client(submit._dashboard(address))
+            submission.connect_client(submission.find_dashboard(address))
     with pytest.raises(StorageError, match=f"^--address={address}: no Ray cluster answers there: .*refused"):
-        submit._client(submit._dashboard(address))
+        submission.connect_client(submission.find_dashboard(address))
 
 
 def test_files_that_are_named_go_along(tmp_path, monkeypatch):
@@ -96,12 +97,17 @@ def test_files_that_are_named_go_along(tmp_path, monkeypatch):
     target = tmp_path / "packed"
     target.mkdir()
     arguments = ["--config", str(tmp_path / "a" / "sweep.yaml"), "train.seed=3", "corpus.paths=s3://b/c"]
-    assert submit._packed(arguments, target) == ["--config", "sweep.yaml", "train.seed=3", "corpus.paths=s3://b/c"]
+    assert submission.copy_files(arguments, target) == [
+        "--config",
+        "sweep.yaml",
+        "train.seed=3",
+        "corpus.paths=s3://b/c",
+    ]
     assert [file.name for file in target.iterdir()] == ["sweep.yaml"]
     with pytest.raises(ConfigError, match=r"sweep\.yaml: two files of this name"):
-        submit._packed(arguments, target)
-    with pytest.raises(ConfigError, match="is a directory of this machine, and only files go along"):
-        submit._packed([str(tmp_path)], target)
+        submission.copy_files(arguments, target)
+    with pytest.raises(ConfigError, match="is a directory of this machine, and only files are sent with a job"):
+        submission.copy_files([str(tmp_path)], target)
 
 
 def test_what_is_no_command_is_named():
@@ -218,10 +224,10 @@ def submitted(head, tiny, tmp_path):
     )
     config.save(experiment, tmp_path / "words.yaml")
 
-    return lambda *arguments, detach=False: submission(head, tmp_path, *arguments, detach=detach)
+    return lambda *arguments, detach=False: run_submit(head, tmp_path, *arguments, detach=detach)
 
 
-def submission(cluster, cwd, *arguments, detach=False, environment=None):
+def run_submit(cluster, cwd, *arguments, detach=False, environment=None):
     """The finished process of `raylm submit`, in the environment of the cluster's user unless another is given."""
     first = ["--detach", "--json"] if detach else []
     command = [sys.executable, "-m", "raylm.submit", "--address", cluster.dashboard, *first, *arguments]
@@ -231,7 +237,7 @@ def submission(cluster, cwd, *arguments, detach=False, environment=None):
 
 @pytest.mark.slow
 def test_a_token_that_is_there_is_shown_and_what_is_missing_is_told(head, tmp_path):
-    done = submission(head, tmp_path, "inspect", "--help")
+    done = run_submit(head, tmp_path, "inspect", "--help")
     assert (done.returncode, "raylm.inspect" in done.stdout) == (0, True), done.stderr
     others = {
         "it asks for a token, and there is none in ~/.ray/auth_token: `ray get-auth-token` on": somebody(tmp_path),
@@ -243,7 +249,7 @@ def test_a_token_that_is_there_is_shown_and_what_is_missing_is_told(head, tmp_pa
         },
     }
     for problem, environment in others.items():
-        refused = submission(head, tmp_path, "inspect", "--help", environment=environment)
+        refused = run_submit(head, tmp_path, "inspect", "--help", environment=environment)
         assert refused.returncode == 5
         assert refused.stderr.startswith(f"error: --address={head.dashboard}: {problem}")
         assert refused.stderr.count("\n") == 1
@@ -267,7 +273,7 @@ def test_a_cluster_that_asks_for_no_token_is_used_with_and_without_one(tiny, tmp
     config.save(tiny(), tmp_path / "words.yaml")
     with started(tmp_path / "none", free_port, 1) as cluster:
         for home in (tmp_path / "none", with_token(tmp_path / "some")):
-            done = submission(cluster, tmp_path, "inspect", "--help", environment=somebody(home))
+            done = run_submit(cluster, tmp_path, "inspect", "--help", environment=somebody(home))
             assert done.returncode == 0, done.stderr
             found = doctor(cluster, tmp_path, somebody(home))
             assert found["cluster"]["found"] == f"cluster.address={cluster.head}: 1 nodes, 1 CPUs, 0 GPUs"
@@ -354,14 +360,14 @@ def test_a_job_whose_head_is_lost_goes_on_when_submitted_to_another(tiny, tmp_pa
         home = with_token(tmp_path / "home")
         with started(home, free_port, 0, [1]) as cluster:
             lost = cluster.processes[0]
-            assert submission(cluster, tmp_path, *long, detach=True).returncode == 0
+            assert run_submit(cluster, tmp_path, *long, detach=True).returncode == 0
             until(lambda: len(list(place.glob("train-*/checkpoints/*/manifest.json"))) > 1)
             for process in [*psutil.Process(lost.pid).children(recursive=True), lost]:
                 process.kill()
             with started(home, free_port, 0, [1]) as cluster:
-                again = submission(cluster, tmp_path, *long)
+                again = run_submit(cluster, tmp_path, *long)
                 assert again.returncode == 0, again.stdout + again.stderr
-                whole = submission(cluster, tmp_path, *long, "name=whole")
+                whole = run_submit(cluster, tmp_path, *long, "name=whole")
                 assert whole.returncode == 0, whole.stdout + whole.stderr
         saved = int(re.search(r"going on from step ([\d,]+) of 1,000", again.stdout)[1].replace(",", ""))
         assert 50 <= saved < 1000

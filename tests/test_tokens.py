@@ -483,7 +483,7 @@ def test_odd_documents_and_very_long_ones(tmp_path, monkeypatch):
 def test_files_are_encoded_without_a_store(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_each", one_by_one)
     store, _ = tokens.prepare(corpus.model_copy(update={"validation_fraction": 0}), TOKENIZER, storage=str(tmp_path))
-    found = tokens.encode_files(corpus, list_sources(corpus), f"{store.path}/tokenizer")
+    found = tokens.encode_files(corpus, corpora.list_sources(corpus), f"{store.path}/tokenizer")
     assert len(found) == len(store.train)
     assert all(found[i].tolist() == store.train[i].tolist() for i in range(len(found)))
     assert [found.document_bytes(i) for i in range(40)] == [store.train.document_bytes(i) for i in range(40)]

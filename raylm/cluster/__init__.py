@@ -1,11 +1,12 @@
 """Ray: a connection, what a run may use of it, and how a command and its workers talk.
 
-address      which cluster a command uses, whether it is there, and the token that it asks for
-output       what Ray says on its own, in a file instead of on the terminal
-capacity     what a cluster has, or may come to have, and what a run takes of it
-connection   a connection to Ray, on this machine alone or to a cluster; and its nodes
-local_worker a process of this machine for the one worker of a run, which needs no Ray
-progress     how far the workers are, what they say, and whether they shall stop
+address        which cluster a command uses, whether it answers, and the token that it asks for
+output         what Ray prints on its own, in a file instead of on the terminal
+capacity       what a cluster has, or may come to have, and what a run takes of it
+connection     a connection to Ray, on this machine alone or to a cluster; and its nodes
+local_worker   a process of this machine for the one worker of a run, which needs no Ray
+progress       how far the workers are, their messages, and whether they must stop
+submission     a command as a job of a cluster, by its dashboard
 """
 
 from raylm.cluster.address import Address, address_of, has_token, is_local, no_token, show_token, token_source
