@@ -169,7 +169,7 @@ def tracking_of(experiment: Experiment) -> Iterator[Finding]:
     if uri is None:
         yield Finding("mlflow", "note", "nothing is tracked", "set tracking.uri")
         return
-    shown = tracking.shown(uri)
+    shown = tracking.display_uri(uri)
     if uri.startswith("http"):
         problem = tracking.problem(uri)
         way_out = "runs go on without it: raylm sync" if problem else ""
