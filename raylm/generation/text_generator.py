@@ -158,7 +158,7 @@ class _Row:
         kept = list(itertools.takewhile(lambda token: token not in ends, tokens))
         self.generated += kept
         self.remaining -= size
-        ids = torch.tensor([self.read + self.generated])
+        ids = torch.tensor([self.read + self.generated], device=self.generator.network.device)
         if len(kept) < size or any(stop(ids, None).item() for stop in self.generator.stop_strings):
             self.remaining = 0
 
