@@ -103,6 +103,11 @@ class Plan:
         the tokens are prepared."""
         return self.tokens.experiment
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes a training useless, or unlike what was meant, as far as that is known before the tokens are."""
+        return self.prepared.warnings if self.prepared else ()
+
     def record(self) -> dict[str, Any]:
         """The plan for --json."""
         experiment, budget, prepared = self.experiment, self.budget, self.prepared

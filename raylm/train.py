@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 from raylm import cli
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -19,6 +23,8 @@ def train(
     experiment = cli.experiment(config, settings, print_config, plan.complete)
     resolved = plan.resolve(experiment, starts=None if dry_run else "train")
     if dry_run:
+        for warning in resolved.warnings:
+            logger.warning(warning)
         return cli.CommandResult(resolved.record(), views.plan(resolved))
     from raylm.pipeline import training
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
 
 from raylm import cli
 from raylm.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 4 if any trial failed.")]
 
@@ -31,6 +34,8 @@ def tune(
     experiment = cli.experiment(config, settings, print_config, plan.complete)
     resolved = sweep.resolve(experiment, starts=not dry_run)
     if dry_run:
+        for warning in resolved.plan.warnings:
+            logger.warning(warning)
         return cli.CommandResult(resolved.record(), views.sweep_plan(resolved))
     result = sweep.run(resolved, resume)
     exit_code = TrainingError.exit_code if strict and result.failures else 0
