@@ -130,6 +130,14 @@ def test_commands_inside_sentences_are_there(page):
             assert [word for word in words[2:] if word.startswith("--") and f'"{word}"' not in text] == [], span
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_a_page_names_exists(page):
+    """`tests/test_runs.py::test_name`, or the file alone."""
+    named = set(re.findall(r"\b(tests/\w+\.py)(?:::(\w+))?", page.read_text(encoding="utf-8")))
+    for file, name in sorted(named):
+        assert not name or f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
 @pytest.mark.parametrize(
     "block", [block for block in BLOCKS if block.language == "yaml"], ids=lambda block: block.text.split(":")[0]
 )
