@@ -4,6 +4,7 @@ A block of commands is fenced as `sh`. What it needs beyond an installed raylm s
 the rendered page sees it: ```sh needs a cluster. A block that needs nothing is run.
 """
 
+import ast
 import importlib
 import os
 import re
@@ -18,7 +19,7 @@ import pyarrow.parquet
 import pytest
 import typer
 
-from raylm import cli, config
+from raylm import api, cli, config
 from raylm.__main__ import VERBS
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +146,14 @@ def test_a_block_of_settings_is_an_experiment(block, tmp_path):
     file = tmp_path / "experiment.yaml"
     file.write_text(block.text, encoding="utf-8")
     config.load(file)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"])
+def test_a_block_of_python_takes_what_the_api_has(block):
+    nodes = [node for node in ast.walk(ast.parse(block.text)) if isinstance(node, ast.Attribute)]
+    taken = {node.attr for node in nodes if ast.unparse(node.value) == "api"}
+    assert taken
+    assert taken <= set(api.__all__)
 
 
 @pytest.fixture
