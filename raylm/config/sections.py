@@ -43,7 +43,7 @@ def _class_names(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _evaluation_sets(value: Any) -> Any:
-    """Paths, or a mapping of the user's own names to paths: checked here, so that a fault is told of eval.paths."""
+    """Paths, or a mapping of the user's own names to paths; checked here so that an error names eval.paths."""
     if isinstance(value, Mapping):
         for name, paths in value.items():
             if not isinstance(name, str) or not re.fullmatch(NAME, name):
@@ -69,7 +69,7 @@ def _regular_expression(value: str) -> str:
 
 
 def _unescaped(value: str) -> str:
-    r"""Text in which \n, \r, \t and \f stand for the characters, even where YAML or a shell has left them alone."""
+    r"""Text in which \n, \r, \t and \f stand for the characters, even where YAML or a shell did not replace them."""
     return re.sub(r"\\([nrtf])", lambda match: {"n": "\n", "r": "\r", "t": "\t", "f": "\f"}[match[1]], value)
 
 
@@ -121,7 +121,7 @@ MUTABLE = (
     "train.arguments.adam_beta2", "train.arguments.adam_epsilon", "train.arguments.max_grad_norm",
     "train.arguments.label_smoothing_factor", "train.arguments.neftune_noise_alpha",
 )  # fmt: skip
-"""Settings that may change while a trial is trained: its weights and its optimizer's state stay as they are."""
+"""Settings that may change while a trial trains, because its weights and its optimizer's state remain valid."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Count = Annotated[int, BeforeValidator(_whole)]  # 1e6 is a float in YAML and a fine number of tokens
@@ -135,7 +135,7 @@ class Section(BaseModel):
     )
 
     exclusive: ClassVar[tuple[str, ...]] = ()
-    """Settings of which at most one may be given; a later layer's choice replaces an earlier one's."""
+    """Settings of which at most one may be given; one of a later layer replaces one of an earlier layer."""
 
     @classmethod
     def conflict(cls, values: Mapping[str, Any]) -> list[str]:
@@ -152,28 +152,28 @@ class Section(BaseModel):
 
 class CorpusConfig(Section):
     paths: Strings = ()
-    """Where the text is: files, directories, globs, s3:// and the like; hub://ID?split=train[:5000] (also &config=,
+    """Sources of text: files, directories, globs, s3:// and other URIs; hub://ID?split=train[:5000] (also &config=,
     &revision=, &streaming=true); python://stdlib and python://PACKAGE for source code."""
     text: Annotated[Escaped, AfterValidator(_template)] = "text"
-    """In files with columns, the one that holds the text, by a dotted path into it (answers.text), or a template of
-    several: "Question: {question}\\nAnswer: {answers.text}". One whose columns are all of the same list of objects,
-    "{messages.role}: {messages.content}", is filled in for each of them."""
+    """Column that holds the text, as a dotted path (answers.text), or a template of several columns: "Question:
+    {question}\\nAnswer: {answers.text}". A template whose columns all belong to one list of objects, "{messages.role}:
+    {messages.content}", is filled in for each object."""
     join: Escaped = " "
-    """Put between the texts of a column that holds a list of them."""
+    """Separator between the texts of a column that holds a list of texts."""
     separator: Escaped | None = None
-    """In plain text files, what ends a document: \\n makes every line one, \\n\\n every paragraph. Default: a file is a
-    document."""
+    """End of a document in plain text files: with \\n every line is a document, with \\n\\n every paragraph. Default:
+    each file is one document."""
     encoding: Annotated[str, AfterValidator(_encoding)] = "utf-8"
-    """Of plain text and CSV files, by its name in Python: cp1252, gb18030, utf-16. Files with a byte order mark are
-    read as that says."""
+    """Encoding of plain text and CSV files, by its name in Python: cp1252, gb18030, utf-16. A byte order mark in a file
+    takes precedence."""
     validation_paths: Strings = ()
-    """Sources held out for validation, instead of a fraction of `paths`."""
+    """Sources of validation text, instead of a fraction of `paths`."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Part of the text held out, chosen by a hash of the content of each document or passage. Not used with
-    validation_paths."""
+    """Fraction of the text that is held out for validation, chosen by a hash of the content of each document or
+    passage. Not used with validation_paths."""
     split_by: Literal["document", "passage"] | None = None
-    """What is held out: whole documents, or passages of 500 to 1,000 characters, where a corpus of few long documents
-    has enough of them. Default: passages for fewer than 50 documents."""
+    """Unit that is held out for validation: document, or passage of 500 to 1,000 characters for a corpus of few long
+    documents. Default: passage if there are fewer than 50 documents."""
     keep_any: Strings = ()
     """Keep only documents that contain at least one of these strings; empty keeps all."""
     keep_matching: Annotated[str, AfterValidator(_regular_expression)] | None = None
@@ -183,59 +183,61 @@ class CorpusConfig(Section):
     max_chars: Annotated[Count, Field(ge=1)] | None = None
     """Keep only documents of at most this many characters."""
     deduplicate: bool = False
-    """Keep only the first of documents with exactly the same text. The corpus is read twice."""
+    """Keep only the first of several documents with exactly the same text. The corpus is read twice."""
     max_documents: Annotated[Count, Field(ge=1)] | None = None
     """Keep at most this many documents: the first of each source in turn, then the second of each, and so on."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A document that cannot be read (not UTF-8, not JSON, no text): stop, or leave it out, counted and listed in the
-    store's rejected.jsonl. A plain text file in a directory or glob is left out in either case."""
+    """Whether a document that cannot be read (not UTF-8, not JSON, no text) is an error or is skipped, counted and
+    listed in the store's rejected.jsonl. An unreadable plain text file in a directory or glob is always skipped."""
 
 
 class TrainedTokenizer(Section):
     kind: Literal["byte_bpe", "wordpiece", "unigram"] = "byte_bpe"
-    """byte_bpe: byte-level byte-pair encoding, as GPT-2's. wordpiece: as BERT's. unigram: as T5's."""
+    """Type of tokenizer. byte_bpe: byte-level byte-pair encoding, as in GPT-2. wordpiece: as in BERT. unigram: as in
+    T5."""
     vocab_size: Annotated[Count, Field(ge=257)] = 8192
-    """Entries of the vocabulary, special tokens included."""
+    """Number of entries of the vocabulary, including special tokens."""
     min_frequency: Annotated[Count, Field(ge=1)] = 2
-    """A pair of tokens is merged only if the corpus has it at least this often. Not used by unigram."""
+    """Number of times that the corpus must contain a pair of tokens before it is merged. Not used by unigram."""
     special_tokens: Annotated[Strings, Field(min_length=1)] = ("<|endoftext|>",)
-    """The first one is the end-of-text token. <mask> or [MASK] becomes the mask token, and so for pad and unk."""
+    """Special tokens. The first is the end-of-text token; <mask> or [MASK] becomes the mask token, and <pad>, [PAD],
+    <unk> and [UNK] likewise."""
 
 
 class TokenizerConfig(Section):
     exclusive: ClassVar = ("path", "train")
     path: str | None = None
-    """A directory or Hub id. Default: the model's own tokenizer, from model.path."""
+    """Tokenizer to load: a directory or Hub id. Default: the model's own, from model.path."""
     train: TrainedTokenizer | None = None
-    """Train a tokenizer on the corpus instead; `{}` for one with defaults."""
+    """Tokenizer to train on the corpus, instead of `path`; `{}` for the defaults."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     gguf_file: str | None = None
-    """The GGUF file to read the tokenizer from, in the directory or repository of `path`."""
+    """GGUF file to read the tokenizer from, in the directory or repository of `path`."""
     eos_token: str | None = None
-    """The end-of-text token, of those that the tokenizer has. Default: the one it names itself."""
+    """End-of-text token, one of those that the tokenizer has. Default: the tokenizer's own."""
     prefix: Literal["auto", "bos", "eos", "none"] = "auto"
-    """The token in front of every document, in training, scores and prompts. auto: the begin-of-text token if the
-    tokenizer puts it there itself, as Llama's and Gemma's do; else the end-of-text token. none: nothing, so that the
-    first token of a document is not predicted. The token store does not depend on it."""
+    """Token before every document, in training, scores and prompts. auto: the begin-of-text token if the tokenizer adds
+    it itself, as Llama's and Gemma's do; else the end-of-text token. none: no token, so that the first token of a
+    document is not predicted. The token store does not depend on it."""
 
 
 class BlocksConfig(Section):
     block_size: Annotated[Count, Field(ge=2)] = 512
-    """Tokens of a training example, the model's context during training."""
+    """Tokens per training example, which is the model's context during training."""
     packing: Literal["packed", "chunked", "padded"] = "packed"
-    """packed: documents joined by the end-of-text token and cut across. chunked: windows inside a document, short tails
-    dropped. padded: a document a row, truncated."""
+    """How documents become examples. packed: joined by the end-of-text token and cut, so an example may span documents.
+    chunked: windows inside a document, without short tails. padded: one document per example, truncated."""
     isolate_documents: bool = False
-    """packed: documents in a block do not see each other; positions start again with each. Refused of a model
-    that does not look for that, such as OPT, Falcon or Mamba, before it is trained."""
+    """packed: whether attention stops at the boundaries of documents in a block, and positions restart with each
+    document. Refused for models that ignore this, such as OPT, Falcon or Mamba."""
 
 
 class Lora(Section):
     r: Annotated[Count, Field(ge=1)] = 8
     """Rank of the update of each matrix."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    """The update is scaled by alpha / r."""
+    """Scale of the update: it is multiplied by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of the update's input."""
     target_modules: Strings = ()
@@ -245,47 +247,49 @@ class Lora(Section):
 class ModelConfig(Section):
     exclusive: ClassVar = ("path", "config")
     path: str | None = None
-    """A pretrained model: a directory or Hub id."""
+    """Pretrained model: a directory or Hub id."""
     config: dict[str, Any] | None = None
-    """A new model: {model_type: gpt2, n_layer: 4, ...}, the fields of that model's configuration; or of another one's,
-    {path: distilgpt2, n_layer: 2, ...}, those that are to differ (path: a directory, a config.json or a Hub id)."""
+    """New model, by fields of its transformers configuration: {model_type: gpt2, n_layer: 4, ...}; or by the fields
+    that differ from another configuration: {path: distilgpt2, n_layer: 2, ...} (path: a directory, a config.json or a
+    Hub id)."""
     revision: str | None = None
-    """Branch, tag or commit of a Hub id; of the model's own tokenizer, too."""
+    """Branch, tag or commit of a Hub id, also for the model's own tokenizer."""
     gguf_file: str | None = None
-    """The GGUF file to read, in the directory or repository of `path`; its weights are unpacked."""
+    """GGUF file to read, in the directory or repository of `path`; its weights are dequantized."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and the optimizer's state. For mixed precision keep float32 and set train.arguments.bf16."""
+    """Dtype of the weights and the optimizer's state. For mixed precision keep float32 and set train.precision."""
     attn_implementation: str | None = None
-    """eager, sdpa, flash_attention_2, ...: how attention is computed. Default: transformers' choice."""
+    """Implementation of attention: eager, sdpa, flash_attention_2, ... Default: transformers' choice."""
     lora: Lora | None = None
-    """Train low-rank updates (Hu et al. 2021, arXiv:2106.09685) instead of all weights; needs peft. `{}` for defaults.
-    Checkpoints hold the model with the updates merged."""
+    """Low-rank updates (Hu et al. 2021, arXiv:2106.09685) to train instead of all weights; needs peft. `{}` for the
+    defaults. Checkpoints contain the model with the updates merged."""
     pad_vocab_to: Annotated[Count, Field(ge=1)] | None = None
-    """Round the vocabulary of a new model up to a multiple of this, 64 for example: quicker on GPUs."""
+    """Multiple to which the vocabulary size of a new model is rounded up; 64, for example, is faster on GPUs."""
     trust_remote_code: bool = False
-    """Run the code that comes with the model at `path`, as its makers wrote it."""
+    """Whether to execute the code that comes with the model at `path`."""
 
 
 class ObjectiveConfig(Section):
     kind: Literal["causal", "keyword_weighted", "masked", "fill_in_middle"] = "causal"
-    """causal: predict each next token. keyword_weighted: causal, blocks with keywords count more. masked: predict
-    hidden tokens, as BERT does. fill_in_middle: causal, some documents as prefix, suffix, middle, for code models."""
+    """Training objective. causal: predict each next token. keyword_weighted: causal, with more weight on blocks that
+    contain keywords. masked: predict masked tokens, as BERT does. fill_in_middle: causal, with some documents reordered
+    as prefix, suffix, middle, for code models."""
     keywords: Strings = ()
-    """The words, [plt, pd, fit], each also with a space before it; of one or several tokens. keyword_weighted: those
-    that count more. Of any kind: evaluations tell the perplexity on their tokens, too."""
+    """Keywords such as [plt, pd, fit], each also with a space before it; one or several tokens long. keyword_weighted
+    gives them more weight; with every kind, evaluations also report the perplexity on their tokens."""
     alpha: Annotated[float, Field(gt=0)] = 1.0
-    """keyword_weighted: a block weighs alpha x (1 + keywords in it). Only matters if not normalized."""
+    """keyword_weighted: the weight of a block is alpha x (1 + keywords in it). Only matters without normalize."""
     normalize: bool = True
-    """keyword_weighted: divide by the sum of weights over the global batch. False is the Hugging Face course's formula,
-    whose gradient grows with alpha and the number of keywords."""
+    """keyword_weighted: whether to divide by the sum of weights over the global batch. false is the formula of the
+    Hugging Face course, whose gradient grows with alpha and the number of keywords."""
     probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """masked: part of the tokens that are predicted."""
+    """masked: fraction of the tokens that are predicted."""
     rate: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """fill_in_middle: part of the documents that are reordered."""
+    """fill_in_middle: fraction of the documents that are reordered."""
     spm_rate: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """fill_in_middle: part of the reordered ones that have the suffix first."""
+    """fill_in_middle: fraction of the reordered documents that start with the suffix."""
     sentinels: Annotated[Strings, Field(min_length=3, max_length=3)] = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
-    """fill_in_middle: the tokens put before prefix, middle and suffix. The tokenizer must have them."""
+    """fill_in_middle: tokens before prefix, middle and suffix, which the tokenizer must have."""
 
     @property
     def is_masked(self) -> bool:
@@ -295,73 +299,76 @@ class ObjectiveConfig(Section):
 class TrainConfig(Section):
     exclusive: ClassVar = ("max_tokens", "num_epochs")
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
-    """Peak of the schedule."""
+    """Peak learning rate of the schedule."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.05
-    """Optimizer steps of linear warmup; below 1 a fraction of all steps."""
+    """Optimizer steps of linear warmup; a value below 1 is a fraction of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's decay; not applied to biases and norms."""
+    """Weight decay of AdamW; not applied to biases and norms."""
     lr_scheduler_type: str = "cosine"
-    """The schedule after warmup, by its name in transformers: linear, cosine, constant_with_warmup, ... Its own
-    arguments are train.arguments.lr_scheduler_kwargs; where it needs some, warmup_stable_decay decays over a tenth of
-    the steps, cosine_with_min_lr and cosine_warmup_with_min_lr to a tenth of the rate."""
+    """Learning rate schedule after warmup, by its name in transformers: linear, cosine, constant_with_warmup, ... Its
+    arguments are train.arguments.lr_scheduler_kwargs. Without them, warmup_stable_decay decays over a tenth of the
+    steps, and cosine_with_min_lr and cosine_warmup_with_min_lr decay to a tenth of the rate."""
     batch_tokens: Annotated[Count, Field(ge=2)] = 32768
-    """Tokens of one optimizer step over all workers: a multiple of block_size x num_workers."""
+    """Tokens of one optimizer step over all workers; a multiple of block_size x num_workers."""
     micro_batch_tokens: Annotated[Count, Field(ge=1)] = 8192
-    """Most tokens a worker holds in one forward pass. Memory only: the rest of a step is accumulated."""
+    """Maximum tokens of a forward pass on one worker. Affects memory only: the rest of a step is accumulated."""
     max_tokens: Annotated[Count, Field(ge=1)] | None = None
     """Training budget in tokens, rounded down to whole steps. Default: one epoch."""
     num_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Training budget in passes over the training split, instead of max_tokens."""
+    """Training budget in epochs over the training split, instead of max_tokens."""
     seed: Annotated[Count, Field(ge=0)] = 0
     """Seed of the weights, dropout, the order of examples and the sweep's draws."""
     eval_every_tokens: Annotated[Count, Field(ge=1)] | None = None
     """Training tokens between evaluations. Default: a tenth of the budget."""
     save_every_tokens: Annotated[Count, Field(ge=1)] | None = None
-    """Training tokens between checkpoints, beside those of the best evaluation so far and of the last step. Default: at
-    every evaluation."""
+    """Training tokens between checkpoints. The best evaluation so far and the last step are always saved. Default: save
+    at every evaluation."""
     keep_checkpoints: Annotated[Count, Field(ge=1)] = 2
-    """The last so many checkpoints are kept, and the best one: a damaged one has another to fall back on."""
+    """Number of most recent checkpoints to keep, besides the best one."""
     patience: Annotated[Count, Field(ge=1)] | None = None
-    """Stop after so many evaluations in a row without a better perplexity. Default: train to the end of the budget."""
+    """Number of consecutive evaluations without a better perplexity after which training stops. Default: train to the
+    end of the budget."""
     precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Of the arithmetic in training; weights stay as model.dtype has them, and scores are as eval.precision says. auto:
-    bfloat16 where the hardware computes in it, with TF32 for the rest on GPUs; else float32."""
+    """Mixed-precision dtype for training; weights keep model.dtype, and scores are computed in eval.precision. auto:
+    bfloat16 if the hardware supports it, with TF32 for the rest on GPUs; else float32."""
     callbacks: Annotated[Strings, AfterValidator(_class_names)] = ()
-    """Classes of transformers.TrainerCallback to add to the Trainer, as package.module:Class; each is made without
-    arguments in every worker."""
+    """Classes of transformers.TrainerCallback to add to the Trainer, as package.module:Class; every worker creates one
+    of each without arguments."""
     arguments: dict[str, Any] = {}
-    """Any other field of transformers' TrainingArguments, by its own name."""
+    """Any other field of transformers' TrainingArguments, by its name."""
 
 
 DEFAULT_STORAGE = "runs"
-"""Where a run is looked for by its name, too."""
+"""Also where a run is searched for by its name."""
 
 WHOLE_SPLIT = "the whole validation split"
-"""What a score is of, unless eval.max_tokens says less."""
+"""The documents that are scored unless eval.max_tokens limits them."""
 
 
 class EvalConfig(Section):
     paths: Annotated[tuple[str, ...] | dict[str, tuple[str, ...]], BeforeValidator(_evaluation_sets)] = ()
-    """Other text to score: as corpus.paths, and read as corpus.text, .join and .separator say; or several sets by their
-    names, {books: a/*.txt, code: [b, c]}. Scored at every evaluation beside the validation split, by which trials are
-    ranked all the same; and by `raylm evaluate` instead of it."""
+    """Other text to score, given like corpus.paths and read like it (corpus.text, .join, .separator), or several named
+    sets: {books: a/*.txt, code: [b, c]}. Every evaluation scores it in addition to the validation split, by which
+    trials are ranked; `raylm evaluate` scores it instead of that split."""
     stride: Annotated[Count, Field(ge=1)] | None = None
-    """New tokens scored in each window. Default: all, windows that do not overlap."""
+    """New tokens scored in each window. Default: all, so that windows do not overlap."""
     context: Annotated[Count, Field(ge=1)] | None = None
-    """Tokens of a window. Default: the model's context, at most 8,192."""
+    """Tokens of a scoring window. Default: the model's context, at most 8,192."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the arithmetic of scores, whatever train.precision and model.dtype are; recorded with them."""
+    """Dtype in which scores are computed, whatever train.precision and model.dtype are; recorded with the scores."""
     pseudo_perplexity: bool = False
-    """Masked models: score every token, each masked by itself, a forward pass for each (Salazar et al. 2020,
-    arXiv:1910.14659). Default: a fixed 15 % of the tokens, masked together, a forward pass for each window."""
+    """Masked models: whether to score every token, masked by itself, with one forward pass per token (Salazar et al.
+    2020, arXiv:1910.14659). Default: score a fixed 15 % of the tokens, masked together, with one forward pass per
+    window."""
     batch_tokens: Annotated[Count, Field(ge=1)] = 4096
-    """Tokens in one forward pass, at least one window. Memory only: the result does not depend on it."""
+    """Tokens of a forward pass, at least one window. Affects memory only, not the result."""
     max_tokens: Annotated[Count, Field(ge=1)] | None = None
-    """During training, score only the first documents of the validation split, and of each set, up to this many tokens
-    (at least one document)."""
+    """Limit of evaluations during training, in tokens: they score the first documents of the validation split and of
+    each set (at least one document). Default: no limit; for a masked model a tenth of the cost of the training since
+    the previous evaluation."""
 
     def measure(self, *, masked: bool) -> Literal["perplexity", "masked_perplexity", "pseudo_perplexity"]:
-        """What the score is called: a masked model has no perplexity, and a causal one no other (ConfigError)."""
+        """The name of the score; ConfigError if pseudo-perplexity is asked of a causal model."""
         if not masked:
             if self.pseudo_perplexity:
                 key = "eval.pseudo_perplexity"
@@ -371,45 +378,45 @@ class EvalConfig(Section):
 
     @property
     def scored_on(self) -> str:
-        """What evaluations during training are of."""
+        """The documents that evaluations during training score."""
         return WHOLE_SPLIT if self.max_tokens is None else f"the first {self.max_tokens:,} validation tokens"
 
     @property
     def sets(self) -> dict[str, tuple[str, ...]]:
-        """The paths of each evaluation set; one without a name is called eval."""
+        """The paths of each evaluation set; a single set without a name is called eval."""
         if isinstance(self.paths, tuple):
             return {"eval": self.paths} if self.paths else {}
         return self.paths
 
     def key(self, name: str) -> str:
-        """The setting that gave a set its paths."""
+        """The dotted key of the setting that gives the paths of a set."""
         return "eval.paths" if isinstance(self.paths, tuple) else f"eval.paths.{name}"
 
 
 class ClusterConfig(Section):
     address: str | None = None
-    """A Ray cluster. Default: RAY_ADDRESS if set (as in a submitted job), else this machine, where Ray is
-    started if there is something to prepare, or there are several workers or trials."""
+    """Address of a Ray cluster. Default: RAY_ADDRESS if set (as in a submitted job), else this machine, where Ray
+    starts if there is text to prepare or there are several workers or trials."""
     num_workers: Annotated[Workers, BeforeValidator(_range)] = 1
-    """Processes that train one model together. [1, 4]: as many as the cluster has room for, one at least and four at
-    most, more or fewer while it trains; a step has the same examples all the same."""
+    """Number of processes that train one model together. [1, 4]: as many as the cluster has room for, between one and
+    four, which may change during training; the examples of a step stay the same."""
     max_failures: Annotated[Count, Field(ge=0)] = 3
-    """A run whose workers die goes on from its last checkpoint this many times. Lost nodes that Ray was warned of are
-    not counted."""
+    """Number of times that a run resumes from its last checkpoint after a worker dies. Drained nodes do not count."""
     use_gpu: bool | None = None
-    """Whether a worker takes GPUs. Default: if the cluster has any."""
+    """Whether workers use GPUs. Default: true if the cluster has any."""
     cpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_amount_or_auto)] = "auto"
-    """CPUs reserved for a worker; its torch threads. auto: the CPUs of the cluster divided by the workers that train at
-    a time, or by the GPUs where workers take GPUs. Decided when a run or sweep starts, and kept when it resumes: with
-    another number of threads, sums differ in their last bits."""
+    """CPUs reserved for each worker, and its number of torch threads. auto: the CPUs of the cluster divided by the
+    number of concurrent workers, or by the number of GPUs if workers use them. Decided when a run or sweep starts, and
+    kept when it resumes, because with another number of threads sums differ in their last bits."""
     gpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
-    """GPUs reserved for a worker that takes GPUs; a fraction lets trials share one."""
+    """GPUs reserved for each worker if workers use GPUs; a fraction lets trials share one."""
     resources_per_worker: Annotated[Mapping[str, Annotated[float, Field(gt=0)]], AfterValidator(_other_kinds)] = {}
-    """What else is reserved for a worker, by Ray's names: {memory: 16e9} in bytes, and the cluster's custom ones."""
+    """Other resources reserved for each worker, by their names in Ray: {memory: 16e9} in bytes, custom resources."""
     accelerator_type: str | None = None
-    """Workers only on nodes that have these, by Ray's names: A10G, H100, ..."""
+    """Accelerator that the nodes of workers must have, by its name in Ray: A10G, H100, ..."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """Several workers of a model: near each other or apart; STRICT_ are on one node, or each on one of its own."""
+    """Placement of the workers of a model: PACK on few nodes or SPREAD over many; STRICT_PACK on one node,
+    STRICT_SPREAD each on a different node."""
 
     @property
     def most_workers(self) -> int:
@@ -422,28 +429,28 @@ class ClusterConfig(Section):
 
 class TrackingConfig(Section):
     uri: str | None = "sqlite:///mlflow.db"
-    """MLflow's tracking store or server; null tracks nothing."""
+    """Address of MLflow's tracking store or server; null turns tracking off."""
     experiment: str | None = None
-    """MLflow experiment. Default: the experiment's name."""
+    """Name of the MLflow experiment. Default: `name`."""
     log_model: bool = False
-    """Store the best model in MLflow too, where mlflow.transformers.load_model("runs:/RUN/model") loads it."""
+    """Whether to log the best model in MLflow, where mlflow.transformers.load_model("runs:/RUN/model") loads it."""
     register_as: Annotated[str, Field(pattern=r"^[^/:'\"]+$")] | None = None
-    """Store it, and register it under this name: as the newest version, which has the alias champion."""
+    """Name under which the best model is logged and registered, as the newest version with the alias champion."""
 
 
 class SchedulerConfig(Section):
     kind: Literal["none", "asha", "median", "hyperband", "pbt"] = "asha"
-    """none: every trial runs to its end. asha: trials wait at rungs, and the best of them go on before new ones begin
-    (Li et al. 2020, arXiv:1810.05934). median: stop trials that are worse than the median of the others so far.
-    hyperband: brackets of trials that wait for each other (Li et al. 2016, arXiv:1603.06560). pbt: the worst trials go
-    on as copies of the best ones, with settings of train changed a little, inside the ranges that tune.space gives them
-    (Jaderberg et al. 2017, arXiv:1711.09846)."""
+    """Algorithm of the scheduler. none: every trial trains on the full budget. asha: trials pause at rungs, and the
+    best are promoted before new trials start (Li et al. 2020, arXiv:1810.05934). median: trials stop if they are worse
+    than the median of the others so far. hyperband: brackets of trials that wait for each other (Li et al. 2016,
+    arXiv:1603.06560). pbt: the worst trials resume as copies of the best, with small changes of train settings inside
+    their ranges in tune.space (Jaderberg et al. 2017, arXiv:1711.09846)."""
     grace_tokens: Annotated[Count, Field(ge=1)] | None = None
-    """asha, median: no trial waits or is stopped before this many training tokens. Default: an eighth of the budget."""
+    """asha, median: training tokens before which no trial is paused or stopped. Default: an eighth of the budget."""
     reduction_factor: Annotated[float, Field(gt=1)] = 2.0
-    """asha, hyperband: one of this many trials goes on at each rung, and rungs are this factor apart."""
+    """asha, hyperband: factor between rungs; at each rung one of this many trials is promoted."""
     every_tokens: Annotated[Count, Field(ge=1)] | None = None
-    """pbt: training tokens between two comparisons. Default: an eighth of the budget."""
+    """pbt: training tokens between comparisons of the trials. Default: an eighth of the budget."""
 
 
 def _kind(value: Any) -> Any:
@@ -452,43 +459,45 @@ def _kind(value: Any) -> Any:
 
 class StopConfig(Section):
     seconds: Annotated[float, Field(gt=0)] | None = None
-    """Begin no evaluation after the sweep has run this long, stops and their resumption counted together."""
+    """Run time in seconds after which the sweep stops, added up over resumes."""
     tokens: Annotated[Count, Field(ge=1)] | None = None
-    """Training tokens of all trials together."""
+    """Training tokens of all trials together after which the sweep stops."""
     perplexity: Annotated[float, Field(gt=0)] | None = None
-    """A trial has reached this, by tune.metric."""
+    """Score, in tune.metric, that stops the sweep once a trial reaches it."""
 
 
 class TuneConfig(Section):
     space: dict[str, dict[str, Any]] = {}
-    """What to sweep: dotted key -> {one of ray.tune's samplers: its arguments}, e.g. {loguniform: [1e-4, 1e-2]}.
-    Ranges that depend on each other: a name without a dot -> {choice: [mapping, mapping, ...]}, of which a trial gets
-    one, with keys -> values or samplers."""
+    """Search space: dotted key -> {sampler of ray.tune: its arguments}, for example {loguniform: [1e-4, 1e-2]}. For
+    ranges that depend on each other: a name without a dot -> {choice: [mapping, mapping, ...]}; each trial draws one
+    mapping of keys to values or samplers."""
     num_samples: Annotated[Count, Field(ge=1)] = 8
-    """Trials drawn from the space; each point of a grid is drawn this often, of grids alone once."""
+    """Number of trials drawn from the space. Each point of a grid is drawn this often, or once if the space has only
+    grids."""
     points: Annotated[tuple[dict[str, Any], ...], Strict(False)] = ()
-    """Settings to try first, [{train.learning_rate: 1e-3}]: these are in place of what the first trials would draw."""
+    """Settings to try first, [{train.learning_rate: 1e-3}]; they replace what the first trials would draw."""
     searcher: Literal["random", "optuna"] = "random"
-    """How points are drawn. random: at random, with every point of a grid. optuna: where the results so far are best,
-    by the tree-structured Parzen estimator (Bergstra et al. 2011); needs optuna."""
+    """How settings are drawn. random: at random, with every point of a grid. optuna: near the best results so far, by
+    the tree-structured Parzen estimator (Bergstra et al. 2011); needs optuna."""
     scheduler: Annotated[SchedulerConfig, BeforeValidator(_kind)] = SchedulerConfig()
-    """Who goes on: none, asha, median, hyperband or pbt, or its settings."""
+    """Trial scheduler: none, asha, median, hyperband or pbt, or a mapping with its settings."""
     metric: Literal["perplexity", "bits_per_byte"] = "perplexity"
-    """What trials are ranked and stopped by; less is better. bits_per_byte where tokenizers differ."""
+    """Score by which trials are ranked and stopped; smaller is better. Use bits_per_byte if tokenizers differ."""
     against: Literal["parameters", "seconds"] | None = None
-    """searcher optuna: look for trials that are good for their size, or for the seconds of their training, too."""
+    """searcher optuna: second objective to minimize, the size of the model or the seconds of training; the results mark
+    the Pareto-optimal trials."""
     stop: StopConfig = StopConfig()
-    """End the sweep before all trials have: on any of these."""
+    """Limits of the sweep; it stops when any of them is reached."""
     max_concurrent_trials: Annotated[Count, Field(ge=1)] | None = None
-    """Trials at a time. Default: as many as the cluster's resources hold."""
+    """Maximum number of concurrent trials. Default: as many as the cluster's resources allow."""
 
 
 class Experiment(Section):
     name: Annotated[str, Field(pattern=NAME)] = "experiment"
-    """Names the runs' directory and the MLflow experiment: letters, digits, dot, dash, underscore."""
+    """Name of the runs' directory and the MLflow experiment: letters, digits, dots, dashes, underscores."""
     storage: str = DEFAULT_STORAGE
-    """Where token stores, runs and checkpoints go: a directory that every node sees, or a place in object storage such
-    as s3://bucket/runs, with the credentials of the environment."""
+    """Location of token stores, runs and checkpoints: a directory that every node sees, or a location in object storage
+    such as s3://bucket/runs, with the credentials of the environment."""
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     blocks: BlocksConfig = BlocksConfig()
@@ -504,17 +513,18 @@ class Experiment(Section):
 
     @property
     def sizes_follow_text(self) -> bool:
-        """Whether there is text but no file: sizes that nobody gave are derived from the text, see `derived`."""
+        """Whether there is text but no config file, so that sizes that are not given are derived from it; see
+        `derived`."""
         return self._sizes_follow_text
 
     @property
     def measure(self) -> str:
-        """What the score is called."""
+        """The name of the score: perplexity, masked_perplexity or pseudo_perplexity."""
         return self.eval.measure(masked=self.objective.is_masked)
 
     @model_validator(mode="after")
     def _sections_agree(self, info: ValidationInfo) -> Experiment:
-        """Settings of different sections that cannot go together; each message starts with its dotted key."""
+        """Refuse settings of different sections that exclude each other; each message starts with a dotted key."""
         self._sizes_follow_text = (info.context or {}).get("sizes_follow_text", False)
         if not self._sizes_follow_text or "batch_tokens" in self.train.model_fields_set:  # else it is to be derived
             self._batch_agrees()
@@ -541,7 +551,7 @@ class Experiment(Section):
             )
 
     def _tokenizer_agrees(self) -> None:
-        """What says which token or file of a tokenizer to load says nothing about one that is trained."""
+        """Refuse settings of a tokenizer that is loaded together with those of one that is trained."""
         section = self.tokenizer
         for name in ("revision", "gguf_file", "eos_token"):
             if section.train is not None and getattr(section, name) is not None:
