@@ -67,16 +67,18 @@ def experiment(
     config: Path | None,
     settings: list[str] | None,
     print_config: bool = False,
-    complete: Callable[[experiments.Experiment], experiments.Experiment] | None = None,
+    derives: Literal["text", "training"] | None = None,
 ) -> experiments.Experiment:
     """The experiment of the command line. With `print_config` it is printed and the command ends.
 
-    `complete` adds the sizes that follow from the text, where there is no file that says them.
+    Printed with the sizes that follow from its text, if there is no file that says them: those of `derives`.
     """
     loaded = experiments.load(config, settings or [])
     if print_config:
-        if complete is not None and loaded.sizes_follow_text:
-            loaded = complete(loaded)
+        if derives is not None and loaded.sizes_follow_text:
+            from raylm import plan  # with Ray, which a wrong setting does not wait for
+
+            loaded = plan.complete(loaded, derives)
         raise _Done(
             CommandResult(redacted(loaded.model_dump(mode="json")), experiments.dump(loaded, comments=True).rstrip())
         )

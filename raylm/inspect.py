@@ -26,11 +26,11 @@ def inspect(
     json: cli.Json = False,
 ) -> cli.CommandResult:
     """Show the data as the model will see it: documents, their tokens, blocks, a batch, lengths, the ledger."""
+    experiment = cli.experiment(config, settings, print_config, "text")
     from raylm import plan, tokens, views
     from raylm.pipeline import stores
     from raylm.results import inspection
 
-    experiment = cli.experiment(config, settings, print_config, plan.complete_text)
     resolved = plan.resolve_tokens(experiment)
     if dry_run:
         return cli.CommandResult(*views.tokens_plan(resolved))

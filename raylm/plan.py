@@ -222,16 +222,12 @@ def load_tokenizer(plan: TokensPlan) -> PreTrainedTokenizerFast:
     return found
 
 
-def complete(experiment: Experiment) -> Experiment:
-    """The experiment with all that follows from its text and this machine, for `--print-config`."""
+def complete(experiment: Experiment, derives: Literal["text", "training"]) -> Experiment:
+    """The experiment with all that follows from its text and this machine, for `--print-config`: what commands need that
+    only read text, or that train."""
     storage.look(experiment.storage)
-    return derived.training(experiment, corpus.list_sources(experiment.corpus))
-
-
-def complete_text(experiment: Experiment) -> Experiment:
-    """`complete`, for commands that only read text."""
-    storage.look(experiment.storage)
-    return derived.text(experiment, corpus.list_sources(experiment.corpus))
+    derive = derived.training if derives == "training" else derived.text
+    return derive(experiment, corpus.list_sources(experiment.corpus))
 
 
 def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSet]:

@@ -25,10 +25,10 @@ def prepare(
     json: cli.Json = False,
 ) -> cli.CommandResult:
     """Turn the corpus into a token store, once for all runs that share corpus and tokenizer."""
+    experiment = cli.experiment(config, settings, print_config, "text")
     from raylm import plan, views
     from raylm.pipeline import stores
 
-    experiment = cli.experiment(config, settings, print_config, plan.complete_text)
     resolved = plan.resolve_tokens(experiment)
     if dry_run:
         if resolved.tokenizer.train is None:

@@ -18,9 +18,9 @@ def train(
     json: cli.Json = False,
 ) -> cli.CommandResult:
     """Train one language model on the corpus; the tokens are prepared first, unless they exist already."""
+    experiment = cli.experiment(config, settings, print_config, "training")
     from raylm import plan, views
 
-    experiment = cli.experiment(config, settings, print_config, plan.complete)
     resolved = plan.resolve(experiment, starts=None if dry_run else "train")
     if dry_run:
         for warning in resolved.warnings:

@@ -28,10 +28,10 @@ def tune(
 
     Without --config: a small GPT-2 on the source code of Python's standard library.
     """
-    from raylm import plan, views
+    experiment = cli.experiment(config, settings, print_config, "training")
+    from raylm import views
     from raylm.pipeline import sweep
 
-    experiment = cli.experiment(config, settings, print_config, plan.complete)
     resolved = sweep.resolve(experiment, starts=not dry_run)
     if dry_run:
         for warning in resolved.plan.warnings:

@@ -41,45 +41,45 @@ def test_a_corpus_of_few_documents_is_split_by_passages_with_or_without_a_config
     file = tmp_path / "own.yaml"
     file.write_text("name: own\n")
     for given in (None, file):
-        found = plans.complete_text(load(file=given))
+        found = plans.complete(load(file=given), "text")
         assert found.corpus.split_by == "passage"
         assert found.corpus.validation_fraction >= load().corpus.validation_fraction
         assert (found.tokenizer.train is not None) == (given is None)
 
 
 def test_what_was_decided_stays_when_the_corpus_has_grown(load, notes, tmp_path):
-    first = plans.complete_text(load())
+    first = plans.complete(load(), "text")
     derived.keep()
     for number in range(200):
         (notes / f"more-{number}.txt").write_text(f"Another note, the {number}th of them.\n" * 40, encoding="utf-8")
-    assert plans.complete_text(load()) == first
-    anew = plans.complete_text(load("corpus.min_chars=2"))
+    assert plans.complete(load(), "text") == first
+    anew = plans.complete(load("corpus.min_chars=2"), "text")
     assert (first.corpus.split_by, anew.corpus.split_by) == ("passage", "document")
     derived.keep()
     assert decisions(tmp_path) == ["split", "split"]
 
 
 def test_nothing_is_written_before_it_is_kept(load, tmp_path):
-    plans.complete(load())
+    plans.complete(load(), "training")
     assert decisions(tmp_path) == []
 
 
 def test_the_split_that_was_given_is_kept(load):
     settings = ["corpus.split_by=document", "corpus.validation_fraction=0.5"]
-    found = plans.complete_text(load(*settings))
+    found = plans.complete(load(*settings), "text")
     assert (found.corpus.split_by, found.corpus.validation_fraction) == ("document", 0.5)
-    assert plans.complete_text(load("corpus.validation_fraction=0")).corpus.split_by
+    assert plans.complete(load("corpus.validation_fraction=0"), "text").corpus.split_by
 
 
 def test_the_validation_split_of_two_documents_is_not_empty(load, notes):
     for file in sorted(notes.iterdir())[2:]:
         file.unlink()
-    found = plans.complete_text(load("corpus.split_by=document"))
+    found = plans.complete(load("corpus.split_by=document"), "text")
     assert found.corpus.validation_fraction > 0.05
 
 
 def test_sizes_are_a_few_passes_and_one_experiment(load, tmp_path):
-    found = plans.complete(load())
+    found = plans.complete(load(), "training")
     size = sum(file.stat().st_size for file in (tmp_path / "notes").iterdir())
     assert found.train.max_tokens <= budget.FEW_PASSES * size
     assert found.train.max_tokens % (derived.EVALUATIONS * found.train.batch_tokens) == 0
@@ -89,14 +89,14 @@ def test_sizes_are_a_few_passes_and_one_experiment(load, tmp_path):
         config.override(found, {"blocks.block_size": size})
     derived.keep()
     assert decisions(tmp_path) == ["sizes", "split"]
-    assert plans.complete(load()) == found, "it is read again, not measured again"
+    assert plans.complete(load(), "training") == found, "it is read again, not measured again"
 
 
 def test_a_sweep_that_is_given_more_trials_keeps_its_sizes(load):
-    first = plans.complete(load())
+    first = plans.complete(load(), "training")
     derived.keep()
     settings = ["tune.num_samples=20", "train.keep_checkpoints=5", "cluster.max_failures=1", "tune.stop.seconds=9"]
-    again = plans.complete(load(*settings))
+    again = plans.complete(load(*settings), "training")
     assert (again.train.max_tokens, again.model) == (first.train.max_tokens, first.model)
     assert again.tune.num_samples == 20
 
@@ -117,7 +117,7 @@ def test_a_sweep_that_is_given_more_trials_keeps_its_sizes(load):
     ],
 )  # fmt: skip
 def test_what_is_given_stays(load, setting, key, value):
-    found = plans.complete(load(setting))
+    found = plans.complete(load(setting), "training")
     assert config.get(found, key) == value
     assert config.override(found, {}) == found
 
@@ -133,21 +133,21 @@ def test_what_is_given_stays(load, setting, key, value):
     ],
 )
 def test_the_batch_goes_with_what_was_given_unless_it_was_given_itself(load, settings):
-    found = plans.complete(load(*settings))
+    found = plans.complete(load(*settings), "training")
     assert "batch_tokens" in found.train.model_fields_set
     for size in [found.blocks.block_size, *found.tune.space.get("blocks.block_size", {"choice": []})["choice"]]:
         assert found.train.batch_tokens % (size * found.cluster.most_workers) == 0
         assert config.override(found, {"blocks.block_size": size}).train == found.train, "so are trials made"
     assert found.train.batch_tokens <= found.train.max_tokens
     derived.keep()
-    assert plans.complete(load(*settings)) == found, "the same when it is resumed"
+    assert plans.complete(load(*settings), "training") == found, "the same when it is resumed"
     with pytest.raises(ConfigError, match=r"train.batch_tokens|train.max_tokens"):
         load(*settings, "train.batch_tokens=32768")
 
 
 @pytest.mark.parametrize("kind", ["masked", "fill_in_middle"])
 def test_every_objective_has_a_model_and_the_tokens_that_it_needs(load, kind):
-    found = plans.complete(load(f"objective.kind={kind}"))
+    found = plans.complete(load(f"objective.kind={kind}"), "training")
     assert found.model.config["model_type"] == ("bert" if kind == "masked" else "gpt2")
     needed = ["<mask>"] if kind == "masked" else found.objective.sentinels
     assert {*needed} < {*found.tokenizer.train.special_tokens}
@@ -157,7 +157,7 @@ def test_a_config_decides_all_but_the_split(load, tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("model: {config: {model_type: gpt2}}\ntokenizer: {train: {}}\n")
     given = load(file=file)
-    found = plans.complete(given)
+    found = plans.complete(given, "training")
     assert found.model_dump(exclude={"corpus"}) == given.model_dump(exclude={"corpus"})
 
 
