@@ -223,8 +223,8 @@ def load_tokenizer(plan: TokensPlan) -> PreTrainedTokenizerFast:
 
 
 def complete(experiment: Experiment, derives: Literal["text", "training"]) -> Experiment:
-    """The experiment with all that follows from its text and this machine, for `--print-config`: what commands need that
-    only read text, or that train."""
+    """The experiment with all that follows from its text and this machine, for `--print-config`: what commands need
+    that only read text, or that train."""
     storage.look(experiment.storage)
     derive = derived.training if derives == "training" else derived.text
     return derive(experiment, corpus.list_sources(experiment.corpus))
