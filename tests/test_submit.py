@@ -110,6 +110,19 @@ def test_files_that_are_named_go_along(tmp_path, monkeypatch):
         submission.copy_files([str(tmp_path)], target)
 
 
+def test_callbacks_of_the_working_directory_go_along(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "steps.py").write_text("")
+    (tmp_path / "single.py").write_text("")
+    (tmp_path / "own.yaml").write_text("train: {callbacks: [own.steps:Steps, single:Early, json.decoder:Of]}")
+    with submission.pack(["train", "--config", "own.yaml", "train.seed=3"], "http://127.0.0.1:1") as packed:
+        files = sorted(str(path.relative_to(packed.directory)) for path in packed.directory.rglob("*.py"))
+    assert files == ["own/steps.py", "single.py"]
+    with submission.pack(["tune", "--config", "/on/the/cluster.yaml"], "http://127.0.0.1:1") as packed:
+        assert list(packed.directory.iterdir()) == []
+
+
 def test_what_is_no_command_is_named():
     with pytest.raises(
         ConfigError, match="tun: not a command of raylm that can be submitted; these can: prepare, train"

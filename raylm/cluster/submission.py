@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from raylm import config
 from raylm.cluster.address import Address, has_token, no_token, show_token
 from raylm.errors import ConfigError, StorageError
 from raylm.redaction import redacted
@@ -100,6 +101,8 @@ def pack(command: Sequence[str], address: str | None) -> Iterator[Submission]:
     dashboard = find_dashboard(address)
     with tempfile.TemporaryDirectory(prefix="raylm-submit-") as directory:
         packed = copy_files(arguments, Path(directory))
+        if verb in ("train", "tune"):
+            copy_callbacks(arguments, Path(directory))
         yield Submission(dashboard, shlex.join(["python", "-m", f"raylm.{verb}", *packed]), Path(directory))
 
 
@@ -179,6 +182,29 @@ def copy_files(arguments: Sequence[str], directory: Path) -> list[str]:
         shutil.copyfile(path, target)
         packed.append(path.name)
     return packed
+
+
+def copy_callbacks(arguments: Sequence[str], directory: Path) -> None:
+    """Copy the packages and modules of train.callbacks that lie in the working directory; ConfigError as of
+    config.load."""
+    words = iter(arguments)
+    file, settings = None, []
+    for word in words:
+        if word == "--config":
+            file = next(words, None)
+        elif word.startswith("--config="):
+            file = word.removeprefix("--config=")
+        elif "=" in word and not word.startswith("-"):
+            settings.append(word)
+    if file is not None and not Path(file).exists():  # it is on the cluster, as its callbacks are
+        return
+    for name in config.load(file, settings).train.callbacks:
+        module = name.partition(":")[0].partition(".")[0]
+        if Path(module).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(module, directory / module, ignore=ignored, dirs_exist_ok=True)
+        elif Path(f"{module}.py").is_file():
+            shutil.copyfile(f"{module}.py", directory / f"{module}.py")
 
 
 def _check_experiment(argument: str, path: Path) -> None:
