@@ -203,3 +203,13 @@ def test_every_damage_to_a_checkpoint_is_found(tmp_path_factory, mutation):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
     changed = not file.exists() or file.read_bytes() != whole
     assert (series.fault(20) is not None) == changed
+
+
+@pytest.mark.parametrize("answer", [None, b'{"files": {"model.safe'])
+def test_a_manifest_that_cannot_be_read_once_is_no_damage(series, tmp_path, monkeypatch, answer):
+    """Else a run would resume from the checkpoint before."""
+    committed(series, tmp_path / "local", 5)
+    answers, read = [answer], storage.read
+    monkeypatch.setattr(storage, "read", lambda path: answers.pop() if answers else read(path))
+    assert series.newest() == (5, [])
+    assert not answers

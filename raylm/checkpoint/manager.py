@@ -65,16 +65,24 @@ class CheckpointManager:
 
     def fault(self, step: int) -> str | None:
         """What is wrong with a checkpoint, by file; None if it is what was written."""
-        content = storage.read(f"{self.path(step)}/{MANIFEST}")
-        if content is None:
-            return f"{MANIFEST}: missing, so it was never completed"
-        expected = _read(step, content)
+        expected = self._manifest(step)
         if expected is None:
-            return f"{MANIFEST}: damaged"
+            is_there = storage.read(f"{self.path(step)}/{MANIFEST}") is not None
+            return f"{MANIFEST}: damaged" if is_there else f"{MANIFEST}: missing, so it was never completed"
         for name, stored in expected.items():
             found = storage.fault(f"{self.path(step)}/{name}", stored)
             if found is not None:
                 return f"{name}: {found}"
+        return None
+
+    def _manifest(self, step: int) -> dict[str, Stored] | None:
+        """The files of a checkpoint; None if its manifest is missing or damaged, which is looked at twice: a storage
+        that says once that it is not there would cost the steps since the checkpoint before."""
+        for _ in range(2):
+            content = storage.read(f"{self.path(step)}/{MANIFEST}")
+            files = _read(step, content) if content is not None else None
+            if files is not None:
+                return files
         return None
 
     def newest(self) -> tuple[int | None, list[str]]:
@@ -102,7 +110,9 @@ class CheckpointManager:
         if not storage.is_remote(self.directory):
             return Path(self.path(step))
         target = scratch / f"from-step_{step:08d}"
-        files = _read(step, storage.read(f"{self.path(step)}/{MANIFEST}") or b"") or {}
+        files = self._manifest(step)
+        if files is None:
+            raise StorageError(f"{self.path(step)}/{MANIFEST} cannot be read", self.path(step))
         for name, stored in files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             storage.download(f"{self.path(step)}/{name}", target / name)
