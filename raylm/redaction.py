@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+SECRET = re.compile(r"(token|secret|password|key)$")
+"""The end of the name of a setting whose value may be a secret."""
+
 _OF_THE_WEB = re.compile(r"(https?://)[^\s/'\"]*@", re.IGNORECASE)
 """A name in front of a web address may itself be a token."""
 

@@ -39,7 +39,7 @@ DRIVER_ENVIRONMENT = {
 }
 
 _begun: list[Future] = []
-"""What `ahead` has begun and `connect` has not waited for yet."""
+"""What `start_ray_early` has begun and `connect` has not waited for yet."""
 
 
 def planned_resources(section: ClusterConfig, *, trials: int = 1, decided: float | None = None) -> Resources | None:

@@ -58,7 +58,7 @@ CLEARING_SECONDS = 10.0
 """How long a process may take to end once it has given its answer."""
 
 _begun: list[LocalWorker] = []
-"""What `begin` has begun and nobody has asked for yet."""
+"""What `start_worker_early` has begun and nobody has asked for yet."""
 
 
 class LocalWorker:
@@ -181,7 +181,7 @@ class _WorkerPipe:
 
 
 def serve() -> None:
-    """What a Process executes: one call."""
+    """What a LocalWorker executes: one call."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as that of a service manager, for the command too
     wire = _WorkerPipe(Connection(int(sys.argv[1])))
     threading.Thread(target=wire.listen, daemon=True).start()
@@ -200,7 +200,7 @@ def serve() -> None:
 
 
 def start_worker_early(load: str = TRAINER) -> None:
-    """Begin the process that the next `process` will be, which imports a module meanwhile."""
+    """Begin the process that the next `local_worker` will be, which imports a module meanwhile."""
     _begun.append(LocalWorker(load))
 
 

@@ -135,7 +135,7 @@ def interruption(directory: str, how: str) -> BaseException:
 
 @contextlib.contextmanager
 def handle_signals(say: Callable[[str], None]) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C do not end the process here, but are told to whoever asks `stopped_by`.
+    """SIGTERM and the first Ctrl-C do not end the process here, but are told to whoever asks `stop_signal`.
 
     A second Ctrl-C is one. If what is inside ends in spite of being asked to stop, as in the last step of a training,
     the process is told then. In other threads than the main one nothing is changed.

@@ -11,7 +11,7 @@ from typing import Any
 
 from raylm.config import Experiment
 from raylm.errors import StorageError
-from raylm.redaction import redacted
+from raylm.redaction import SECRET, redacted
 
 Files = dict[str, Path | bytes]
 """Name in the published directory -> the file that is published, or its content."""
@@ -29,7 +29,6 @@ MACHINE_SETTINGS = ("storage", "cluster.address", "tracking.uri", "tracking.expe
 PLACE = re.compile(r"(^|[._])(paths?|file|dir|uri)$|(^|\.)(arguments|config)(\.|$)")
 """The keys of an experiment and of a model's configuration whose values are paths, or may be, as in free mappings.
 Other values stay as they are, because a keyword or a pattern may start with a slash."""
-SECRET = re.compile(r"(token|secret|password|key)$")
 CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from raylm import config, storage, tracking
 from raylm.config import WHOLE_SPLIT, Experiment
 from raylm.console import as_html, label
 from raylm.errors import ConfigError, StorageError
-from raylm.redaction import redacted
+from raylm.redaction import SECRET, redacted
 from raylm.results import sweep as sweeps
 from raylm.results.runs import find, is_sweep, suggestions
 from raylm.results.tables import side_by_side
@@ -22,8 +21,6 @@ from raylm.tracking import journal
 
 IGNORED_SECTIONS = ("name", "storage", "tracking", "tune")
 """Settings that change nothing about what a run trains."""
-SECRET = re.compile(r"(token|secret|password|key)$")
-"""The last part of a setting whose value may be a secret, as in export/, which takes seconds to import."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def _swept(experiment: Experiment, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class TuneSession:
-    """The only worker of a trial, in the trial's own process: a loop.Session over ray.tune."""
+    """The only worker of a trial, in the trial's own process: a training.Session over ray.tune."""
 
     rank = 0
     world_size = 1

@@ -89,9 +89,10 @@ class TrainTask:
     """The run's own."""
     session: type[Session] = RayTrainSession
     channel: Any = None
-    """What cluster.watch gives, if somebody watches: told how far the training is, and asked whether it shall stop."""
+    """What cluster.progress_channel gives: told how far the training is, and asked whether it shall stop. None if
+    nobody watches."""
     sets: Mapping[str, str] = field(default_factory=dict)
-    """The token store of each evaluation set, by its name: what prepare.evaluation_sets gives."""
+    """The token store of each evaluation set, by its name: what pipeline.stores.prepare_evaluation_sets gives."""
     callbacks: tuple[type[Any], ...] = ()
     """Of train.callbacks: what `callbacks.load` gives."""
     name: str = ""
