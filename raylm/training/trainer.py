@@ -141,7 +141,7 @@ class _Trainer(ShardingTrainer):
         return Outcome(self.best, step, last=self.latest, stopped=self.stopped, lost_nodes=self.lost_nodes)
 
     def _found_by_first(self, look: Callable[[], Any]) -> Any:
-        """What rank 0 finds among the checkpoints, because verifying one reads all of it; CollectiveError if it cannot."""
+        """What rank 0 finds among the checkpoints: verifying one reads all of it. CollectiveError if it cannot look."""
         found: Any = None
         if self.session.rank == 0:
             try:
