@@ -7,8 +7,8 @@ import typer
 from raylm import cli
 
 VERBS = (
-    "prepare", "inspect", "train", "tune", "evaluate", "generate", "push", "report", "compare", "sync", "submit",
-    "doctor",
+    "init", "prepare", "inspect", "train", "tune", "evaluate", "generate", "push", "report", "compare", "sync",
+    "submit", "doctor",
 )  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def experiment(
         if derives is not None and loaded.sizes_follow_text:
             from raylm import plan  # with Ray, which a wrong setting does not wait for
 
-            loaded = plan.complete(loaded, derives)
+            (loaded, _), _ = plan.derive(loaded, with_sizes=derives == "training")
         raise _Done(
             CommandResult(redacted(loaded.model_dump(mode="json")), experiments.dump(loaded, comments=True).rstrip())
         )

@@ -146,13 +146,18 @@ def untrained(found: PreTrainedConfig, *, masked: bool = False, dtype: torch.dty
     return _auto_class(masked).from_config(found, dtype=dtype)
 
 
-def num_parameters(found: PreTrainedConfig, *, masked: bool = False) -> int:
-    """Parameters of a model of this configuration, tied ones once; counted without allocating them."""
+def num_parameters(found: PreTrainedConfig, *, masked: bool = False, embeddings: bool = True) -> int:
+    """Parameters of a model of this configuration, tied ones once, with or without its embeddings; counted without
+    allocating them."""
     try:
         with torch.device("meta"):
             # Code that came with the model runs only if it was trusted when the configuration was made.
             trusted = type(found).__module__.startswith("transformers_modules")
-            return _auto_class(masked).from_config(found, trust_remote_code=trusted).num_parameters()
+            return (
+                _auto_class(masked)
+                .from_config(found, trust_remote_code=trusted)
+                .num_parameters(exclude_embeddings=not embeddings)
+            )
     except (ImportError, ValueError) as error:
         key = "model.attn_implementation" if str(found._attn_implementation) in str(error) else "model"
         raise ConfigError(f"{key}: {_first_line(error)}", where=key) from None

@@ -15,6 +15,7 @@ from raylm import cluster, console, corpus, derived, runs, storage, tokenizer, t
 from raylm.cluster import Address, Resources
 from raylm.config import CorpusConfig, Experiment, TokenizerConfig
 from raylm.corpus import Source
+from raylm.derived import Derived
 
 if TYPE_CHECKING:  # a wrong setting is reported before torch and transformers are imported
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
@@ -161,9 +162,7 @@ def resolve_tokens(experiment: Experiment, *, with_sizes: bool = False) -> Token
     With sizes, an experiment that was made without a config file also has its model, budget and sweep derived from the
     text.
     """
-    storage.look(experiment.storage)
-    sources = corpus.list_sources(experiment.corpus)
-    experiment = (derived.training if with_sizes else derived.text)(experiment, sources)
+    (experiment, _), sources = derive(experiment, with_sizes=with_sizes)
     chosen = tokenizer.choose(experiment.tokenizer, experiment.model)
     path = tokens.store_path(experiment.storage, experiment.corpus, chosen, sources)
     return TokensPlan(experiment, sources, chosen, path)
@@ -222,12 +221,20 @@ def load_tokenizer(plan: TokensPlan) -> PreTrainedTokenizerFast:
     return found
 
 
-def complete(experiment: Experiment, derives: Literal["text", "training"]) -> Experiment:
-    """The experiment with all that follows from its text and this machine, for `--print-config`: what commands need
-    that only read text, or that train."""
+def derive(experiment: Experiment, *, with_sizes: bool, anew: bool = False) -> tuple[Derived, list[Source]]:
+    """The experiment with all that follows from its text, with sizes from this machine too; and its sources.
+
+    Sizes that were decided before for the same settings are taken again, unless they are wanted `anew`.
+    """
     storage.look(experiment.storage)
-    derive = derived.training if derives == "training" else derived.text
-    return derive(experiment, corpus.list_sources(experiment.corpus))
+    found = corpus.find_sources(experiment.corpus)
+    experiment, reasons = derived.columns(experiment, found)
+    sources = corpus.readable(found, experiment.corpus)
+    if with_sizes:
+        experiment, others = derived.training(experiment, sources, anew=anew)
+    else:
+        experiment, others = derived.text(experiment, sources)
+    return Derived(experiment, {**reasons, **others}), sources
 
 
 def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSet]:

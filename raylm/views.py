@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from raylm import corpus, tokens, tracking
+from raylm import corpus, derived, tokens, tracking
 from raylm.config import Experiment, TrackingConfig, from_environment
 from raylm.console import format_size, key_values, label
 from raylm.results import tables, trial_table
 
 if TYPE_CHECKING:
     from raylm.pipeline.evaluation import EvaluationPlan
+    from raylm.pipeline.proposal import Proposal
     from raylm.pipeline.sweep import SweepPlan, SweepResult
     from raylm.pipeline.training import TrainResult
     from raylm.plan import Plan, TokensPlan
@@ -122,6 +126,35 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
     )
     rows = [trial_table.TrialRow.from_record(record) for record in result.trials]
     return trial_table.rich_table(rows, measure), "\n".join(notes), "", next_steps
+
+
+def proposal(found: Proposal, file: Path) -> str:
+    """What was seen of a text, the experiment that was written for it, and the command that runs it."""
+    experiment, profile, record = found.experiment, found.profile, found.record(str(file))
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in profile.formats.items())
+    documents = f"{profile.seen:,} looked at, median {profile.median_chars:,} characters"
+    if profile.duplicates:
+        documents += f"; {profile.duplicates:.1%} repeat another exactly"
+    train, tune, why = experiment.train, experiment.tune, found.reasons
+
+    def explained(what: str, *keys: str) -> str:
+        return "; ".join([what, *(why[key] for key in keys if key in why)])
+
+    columns = explained(json.dumps(experiment.corpus.text), "corpus.text")
+    return key_values(
+        {
+            "text": f"{record['files']:,} files ({kinds}), {format_size(record['bytes'])}",
+            "left out": record["left_out"],
+            "columns": columns if "corpus.text" in why else None,
+            "documents": documents,
+            "script": ", ".join(f"{name.capitalize()} {share:.0%}" for name, share in profile.scripts.items()),
+            "model": explained(derived.shown(experiment.model), "model.config", "model.lora"),
+            "training": explained(f"{train.max_tokens or 0:,} tokens", "train.max_tokens"),
+            "sweep": explained(f"{tune.num_samples} trials of {', '.join(tune.space)}", "tune.num_samples"),
+            "written": file,
+            "next": f"{sys.executable} -m raylm.tune --config {shlex.quote(str(file))}",
+        }
+    )
 
 
 def evaluation_plan(planned: EvaluationPlan) -> str:

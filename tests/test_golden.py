@@ -250,6 +250,7 @@ def test_the_shape_of_a_sweep(project):
 
 
 CALLS = {
+    "init": ("init", "text", "--output", "proposal.yaml"),
     "prepare": ("prepare", "--config", "words.yaml"),
     "prepare --dry-run": ("prepare", "--config", "words.yaml", "--dry-run"),
     "prepare --verify": ("prepare", "--config", "words.yaml", "--verify"),

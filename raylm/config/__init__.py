@@ -14,9 +14,11 @@ from raylm.config.files import (
     get,
     load,
     load_part,
+    outline,
     override,
     parse_setting,
     save,
+    settings_of,
 )
 from raylm.config.names import OWNED, as_settings
 from raylm.config.sections import (
@@ -71,8 +73,10 @@ __all__ = [
     "is_sampler",
     "load",
     "load_part",
+    "outline",
     "override",
     "parse_setting",
     "save",
+    "settings_of",
     "spaces",
 ]

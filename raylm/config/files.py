@@ -11,6 +11,7 @@ import copy
 import io
 import os
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,9 +20,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.scalarint import ScalarInt
 
 from raylm.config.sections import Experiment, Section
 from raylm.config.setting_errors import config_error, exclusive_faults, faults_of, section_of, show
@@ -142,6 +144,30 @@ def dump(experiment: Experiment, *, comments: bool = False) -> str:
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     yaml.dump(_commented(experiment) if comments else experiment.model_dump(mode="json"), text)
     return redacted(text.getvalue())
+
+
+def outline(settings: Mapping[str, Any], reasons: Mapping[str, str], head: str) -> str:
+    """These settings alone as a YAML file, with a comment at its top and one above each setting that has a reason.
+
+    `settings`, `reasons`: by dotted keys.
+    """
+    tree: dict[str, Any] = {}
+    _put(tree, settings)
+    yaml = YAML()
+    yaml.width = 120
+    text = io.StringIO()
+    yaml.dump(_outlined(tree, reasons), text)
+    return redacted(f"# {head}\n\n{text.getvalue()}")
+
+
+def settings_of(text: str) -> dict[str, Any]:
+    """The settings of a config file by dotted keys, as `outline` takes them; not checked."""
+    tree = YAML(typ="safe", pure=True).load(text)
+    return {
+        f"{section}.{name}" if isinstance(values, dict) else section: value
+        for section, values in tree.items()
+        for name, value in (values.items() if isinstance(values, dict) else [(section, values)])
+    }
 
 
 def save(experiment: Experiment, path: str | os.PathLike) -> None:
@@ -372,6 +398,37 @@ def _absolute_uri(uri: str | None) -> str | None:
     if uri and uri.startswith("sqlite:///") and uri != "sqlite:///:memory:":
         return f"sqlite:///{os.path.abspath(os.path.expanduser(uri.removeprefix('sqlite:///')))}"
     return uri
+
+
+def _outlined(tree: Mapping[str, Any], reasons: Mapping[str, str], key: str = "") -> CommentedMap:
+    """A section's settings, each of one line where it is short, with a blank line before each section."""
+    found = CommentedMap()
+    for name, value in tree.items():
+        dotted = f"{key}.{name}" if key else name
+        is_section = not key and isinstance(value, dict)
+        found[name] = _outlined(value, reasons, name) if is_section else _on_one_line(value)
+        lines = textwrap.wrap(reasons.get(dotted, ""), 110)
+        if is_section and found[name]:
+            found.yaml_set_comment_before_after_key(name, before="\n")
+        if lines:
+            found.yaml_set_comment_before_after_key(name, before="\n".join(lines), indent=2 * bool(key))
+    return found
+
+
+def _on_one_line(value: Any) -> Any:
+    """A mapping or list as `{a: 1}` or `[1, 2]`, unless it is long or holds mappings; a large number as 81_920."""
+    if isinstance(value, dict):
+        found = CommentedMap((name, _on_one_line(inner)) for name, inner in value.items())
+        if len(str(value)) <= 100 and not any(isinstance(inner, dict) for inner in value.values()):
+            found.fa.set_flow_style()
+        return found
+    if isinstance(value, (list, tuple)):
+        items = CommentedSeq(_on_one_line(item) for item in value)
+        items.fa.set_flow_style()
+        return items
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+        return ScalarInt(value, underscore=[3, False, False])
+    return value
 
 
 def _commented(section: BaseModel, depth: int = 0) -> CommentedMap:

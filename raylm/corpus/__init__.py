@@ -9,6 +9,7 @@
     passages     a document -> passages
     reader       shards of files -> documents: hashed, filtered, counted, of the train or the validation split
     selection    of duplicates and under corpus.max_documents, which documents to keep
+    profile      what a corpus looks like: columns of the text, lengths, duplicates, scripts
     split        how to split a corpus: by documents or passages, and how much of it to hold out
 
 What a shard holds, which documents are kept and which side of the split they fall on depends on the files and the
@@ -16,7 +17,8 @@ settings alone, not on processes or their order.
 """
 
 from raylm.corpus.file_part import BadDocument
-from raylm.corpus.listing import left_out, list_sources
+from raylm.corpus.listing import find_sources, left_out, list_sources, readable
+from raylm.corpus.profile import Profile, TextColumns, guess_columns, profile
 from raylm.corpus.reader import (
     Document,
     Ledger,
@@ -38,15 +40,21 @@ __all__ = [
     "File",
     "Holdout",
     "Ledger",
+    "Profile",
     "Shard",
     "Source",
+    "TextColumns",
     "counted_as",
     "documents",
+    "find_sources",
+    "guess_columns",
     "hashes",
     "holdout",
     "kept_fraction",
     "left_out",
     "list_sources",
+    "profile",
+    "readable",
     "select",
     "selected",
     "shards",

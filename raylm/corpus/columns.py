@@ -107,6 +107,25 @@ class Columns:
         return list(dict.fromkeys(needed))
 
 
+WHOLE_ROW = "{*}"
+"""corpus.text, for a look at what a table holds: the text of a row is all of it, as a line of JSON."""
+
+
+class _WholeRow(Columns):
+    def __init__(self) -> None:
+        self.names = []
+
+    def text(self, row: dict[str, Any]) -> str:
+        return json.dumps(row, default=lambda value: None)
+
+    def top(self, names: list[str], where: str) -> list[str]:
+        return names
+
+
+def columns_of(corpus: CorpusConfig) -> Columns:
+    return _WholeRow() if corpus.text == WHOLE_ROW else Columns(corpus)
+
+
 MOST_NAMED = 20
 """Columns that an error names: an object of records has one for each of them."""
 
@@ -136,7 +155,7 @@ def _row_text(columns: Columns, row: Any, place: str) -> str | BadDocument:
 
 
 def read_jsonl(part: FilePart, corpus: CorpusConfig) -> Texts:
-    columns = Columns(corpus)
+    columns = columns_of(corpus)
     with decompressed(part) as stream:
         for number, (begin, line) in enumerate(lines(part, stream)):
             if line.isspace():
@@ -176,7 +195,7 @@ def _lines_before(part: FilePart) -> int:
 
 def read_json(part: FilePart, corpus: CorpusConfig) -> Texts:
     """The objects of a .json file: the items of a list, one after the other, or those that its one object holds."""
-    columns = Columns(corpus)
+    columns = columns_of(corpus)
     with as_utf8(part, "utf-8") as stream:
         content = decoded(stream.read(), 0)
     if isinstance(content, BadDocument):
@@ -211,7 +230,7 @@ def begins_with_text(part: FilePart, corpus: CorpusConfig) -> bool:
     except (json.JSONDecodeError, RecursionError):
         return False
     is_alone = _skip(head, position, " \t\r\n,") == len(head)
-    return not is_alone and isinstance(_row_text(Columns(corpus), row, ""), str)
+    return not is_alone and isinstance(_row_text(columns_of(corpus), row, ""), str)
 
 
 def _records(row: Any, columns: Columns) -> list[Any]:
@@ -231,7 +250,7 @@ def _skip(content: str, position: int, characters: str) -> int:
 
 
 def read_csv(part: FilePart, corpus: CorpusConfig) -> Texts:
-    columns = Columns(corpus)
+    columns = columns_of(corpus)
     csv.field_size_limit(sys.maxsize)
     with as_utf8(part, corpus.encoding) as stream:
         # A byte that is not UTF-8 becomes a lone surrogate, so that the row it is in can be named.
@@ -277,7 +296,7 @@ def read_parquet(part: FilePart, corpus: CorpusConfig) -> Texts:
     with opened(part.file) as stream:
         # Its defaults read the column of a row group whole, and whole again while its rows are decoded.
         file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BATCH_BYTES)
-        columns = Columns(corpus)
+        columns = columns_of(corpus)
         names = columns.top(file.schema_arrow.names, part.file.path)
         groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
         before = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
@@ -307,7 +326,7 @@ def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:
 
 
 def read_arrow(part: FilePart, corpus: CorpusConfig) -> Texts:
-    columns = Columns(corpus)
+    columns = columns_of(corpus)
     with _arrow_source(part.file) as source:
         reader = ArrowBatches(source)
         names = columns.top(reader.schema.names, part.file.path)
@@ -361,7 +380,7 @@ class ArrowBatches:
 
 def read_data_set(part: FilePart, corpus: CorpusConfig) -> Texts:
     """Rows of a datasets.Dataset out of its memory map, or of one shard of a stream."""
-    columns = Columns(corpus)
+    columns = columns_of(corpus)
     rows = data_set_rows(part.file)
     names = columns.top(rows.column_names, part.file.path) if rows.column_names else []
     if hasattr(rows, "num_shards") and not hasattr(rows, "select"):

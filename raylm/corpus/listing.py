@@ -26,26 +26,31 @@ TABLES_OF_ANYTHING = ("json", "csv", "tsv")
 """Formats in which much else is kept beside text: settings, figures, logs."""
 
 
-def list_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
-    """The files of every source; DataError if one has none, or if the first ones cannot be read as they are named.
+def find_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
+    """The files of every source, by their names alone; DataError if one has none.
 
     `key` is the setting that corpus.paths was given as.
-
-    A file that was named must be readable. Of those that were found in a directory or by a glob, what is not text is
-    left out and counted by its kind; so is a file with columns but without corpus.text, if others have text.
-
-    Lists directories and reads the first bytes or the first document of files (all of a .json file that is one object):
-    no Ray, and below a second for some thousand local files.
     """
     if not corpus.paths and not corpus.validation_paths:
         raise DataError("corpus.paths is empty; give files, directories or globs of text", "corpus.paths")
     sources = [find(key, path) for path in corpus.paths]
-    sources += [find("corpus.validation_paths", path, validation=True) for path in corpus.validation_paths]
-    readable = []
+    return sources + [find("corpus.validation_paths", path, validation=True) for path in corpus.validation_paths]
+
+
+def readable(sources: list[Source], corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
+    """The sources with the files that can be read; DataError if the first ones cannot be read as they are named.
+
+    A file that was named must be readable. Of those that were found in a directory or by a glob, what is not text is
+    left out and counted by its kind; so is a file with columns but without corpus.text, if others have text.
+
+    Reads the first bytes or the first document of files (all of a .json file that is one object):
+    no Ray, and below a second for some thousand local files.
+    """
+    checked = []
     for source in sources:
         if source.is_found:
             source = _readable("corpus.validation_paths" if source.validation else key, source, corpus)
-        readable.append(source)
+        checked.append(source)
         for file in source.files[:FIRST_FILES]:
             part = whole_file(file, 0, source)
             if part.format in ("text", "python", "hub") and not part.compression:
@@ -55,7 +60,12 @@ def list_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source
                 raise problem
             if problem and corpus.on_bad_row == "error" and not (part.format == "text" and part.is_found):
                 raise problem.error(file)
-    return readable
+    return checked
+
+
+def list_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
+    """The files of every source that can be read, as `find_sources` and `readable` give them."""
+    return readable(find_sources(corpus, key), corpus, key)
 
 
 def left_out(sources: list[Source]) -> str:

@@ -34,7 +34,7 @@ NOT_TEXT = ("__pycache__", "site-packages", "dist-packages", "node_modules")
 
 OF_RUNS = re.compile(
     r"/(?:[a-z]+-\d{8}-\d{6}-[0-9a-f]{4}|tokens/[0-9a-f]{16}|mlruns|mlartifacts)/"
-    r"|/decided/[a-z]+-[0-9a-f]{16}\.json$|/mlflow\.db[^/]*$"
+    r"|/decided/[^/]+-[0-9a-f]{16}\.(?:json|yaml)$|/mlflow\.db[^/]*$"
 )
 """Runs, token stores, decisions and MLflow's files: in the user's directory if the command was called there."""
 

@@ -1,0 +1,309 @@
+"""What follows from text and machine: model, batch, budget, evaluations, and a sweep of about ten minutes here."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raylm import config, console
+from raylm.config import Experiment, ModelConfig, override
+from raylm.derived import decisions
+from raylm.derived.text import Derived, size, with_split, with_tokenizer
+
+if TYPE_CHECKING:
+    from raylm.corpus import Holdout, Source
+
+logger = logging.getLogger(__name__)
+
+TOKENS_PER_PARAMETER = 10
+"""A larger model is taken as long as its budget has this many tokens for each parameter outside the embeddings. 20 are
+best for the compute (Hoffmann et al. 2022, arXiv:2203.15556), and half of that costs little."""
+
+SWEEP_SECONDS = 600.0
+"""How long a sweep may take on this machine, once the tokens are prepared."""
+
+START_SECONDS = 60.0
+"""Of these: imports, Ray, the best model's last score and the report."""
+
+OVERHEAD = 1.27
+"""Time of a trial over that of its bare steps and evaluations: checkpoints, batches, and the trials beside it."""
+
+TRIALS = 8
+ETA = 3
+EVALUATIONS = ETA**2
+"""Of a whole budget. With early stopping a trial waits after the first, and after the third."""
+
+SCORING = EVALUATIONS / 3
+"""Cost of all evaluations of a trial, in training tokens for each scored token: a step has a backward pass too."""
+
+SHAPES = ((2, 64, 2), (2, 128, 4), (4, 128, 4), (4, 256, 4), (6, 384, 6), (8, 512, 8), (12, 768, 12))
+"""Layers, width and heads of the models to choose from; the last is the smallest GPT-2."""
+
+GIVEN = ("corpus", "tokenizer", "model", "blocks", "objective", "train")
+"""Sections that sizes depend on; a sweep that is given another number of trials keeps those it has."""
+
+BYTES_PER_TOKEN = 3.0
+"""Of English and source code in a small vocabulary: 2.2 with 512 entries, 3.6 with 8,192."""
+
+TRAINED_BYTES = 16
+"""Memory of a trained parameter: weight, gradient and AdamW's two moments in float32."""
+
+STEP_LAW = "Step Law (Li et al. 2025, arXiv:2503.04715)"
+
+PRETRAINED_RATES = {False: (1e-5, 1e-4, 1e-3), True: (5e-5, 3e-4, 2e-3)}
+"""Lowest, first and highest learning rate for a pretrained model: of all weights, and of LoRA, which wants several
+times as much (Biderman et al. 2024, arXiv:2405.09673)."""
+
+
+def step_law(num_parameters: int, tokens: int) -> tuple[float, float]:
+    """The best learning rate and tokens of a batch for a new model (Li et al. 2025, arXiv:2503.04715).
+
+    Of so many parameters outside the embeddings, trained on so many tokens. It was fitted to models of 60M to 1B
+    parameters on 2B to 100B tokens; for the small ones here it is an extrapolation, around which a sweep looks.
+    """
+    return 1.79 * num_parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571
+
+
+def training(experiment: Experiment, sources: list[Source], *, anew: bool = False) -> Derived:
+    """The experiment with its split; without a config file also with tokenizer, model, a budget of a few passes, and a
+    sweep of ten minutes here: as decided before, unless they are wanted `anew`."""
+    if not experiment.sizes_follow_text:
+        return with_split(experiment, sources)[0]
+    (complete, reasons), held = with_tokenizer(experiment, sources)
+    given = _given(experiment)
+    path = decisions.path(experiment, experiment.name, given, "yaml")
+    decided = None if anew else decisions.find(path)
+    if decided is None:
+        settings, why = _sizes(complete, held)
+        reasons = {**reasons, **why}
+        head = f"What raylm derived from {console.format_size(size(held))} of text and the machine it ran on."
+        file = {"name": experiment.name, **_given(complete), **settings}
+        decisions.decide(path, config.outline(file, reasons, head))
+    else:
+        settings = config.settings_of(decided)
+    found = override(complete, {key: value for key, value in settings.items() if not _is_given(experiment, key)})
+    if not anew:
+        logger.info(
+            f"No --config, so settings follow from {console.format_size(size(held))} of text and this machine: "
+            f"{shown(found.model)}, {found.train.max_tokens or 0:,} tokens a training"
+        )
+    return Derived(found, reasons)
+
+
+def shown(section: ModelConfig) -> str:
+    """A model in a few words."""
+    fields = section.config or {}
+    layers, width = (
+        next((fields[name] for name in names if name in fields), None)
+        for names in (("n_layer", "num_hidden_layers"), ("n_embd", "hidden_size"))
+    )
+    kind = f"{fields.get('model_type', 'a new model')}" + f", {layers} layers of width {width}" * bool(layers and width)
+    return (section.path or kind) + ", LoRA" * (section.lora is not None)
+
+
+def _given(experiment: Experiment) -> dict[str, Any]:
+    """What was set of the sections that sizes depend on, by dotted keys."""
+    moot = {"train": {"micro_batch_tokens", "save_every_tokens", "keep_checkpoints"}}
+    tree = experiment.model_dump(mode="json", exclude_unset=True, include=set(GIVEN), exclude=moot)
+    return {f"{section}.{name}": value for section, values in tree.items() for name, value in values.items()}
+
+
+def _is_given(experiment: Experiment, key: str) -> bool:
+    """Whether somebody set it, or what it excludes. A model's fields are completed, not replaced."""
+    if key == "model.config":
+        return experiment.model.path is not None
+    section, _, name = key.partition(".")
+    given: set[str] = getattr(experiment, section).model_fields_set if name else {section}
+    return (name or section) in given or (key == "train.max_tokens" and "num_epochs" in given)
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """A model with the budget that this machine can afford for it."""
+
+    section: ModelConfig
+    num_parameters: int
+    """Outside the embeddings."""
+    tokens: int
+    """Of a training."""
+    speed: float
+    """Tokens a second, of one trial."""
+
+
+def _sizes(experiment: Experiment, held: Holdout) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings of model, blocks, budget, evaluations and sweep that go with what was given, by dotted keys; and why."""
+    from raylm import budget, cluster, corpus
+
+    cluster.check_reachable(experiment.cluster)  # before what takes seconds
+    with console.waiting("Loading PyTorch and transformers"), console.importing():
+        from raylm import model, tokenizer
+        from raylm.derived import speed
+
+    machine = cluster.this_machine()
+    together = min(TRIALS, int(machine["GPU"] or machine["CPU"]))
+    threads = max(1, int(machine["CPU"]) // together)
+    known = tokenizer.choose(experiment.tokenizer, experiment.model)
+    vocab_size = known.train.vocab_size if known.train is not None else len(tokenizer.load_section(known))
+    masked = experiment.objective.is_masked
+    text_tokens = max(1, int(size(held) * (1 - experiment.corpus.validation_fraction) / BYTES_PER_TOKEN))
+    ranked = int(corpus.ENOUGH_UNITS * held.unit_bytes / BYTES_PER_TOKEN)
+    seconds = (SWEEP_SECONDS - START_SECONDS) * EVALUATIONS / _rounds(together) / OVERHEAD
+
+    section = experiment.model
+    is_new = section.path is None
+    most_columns = None if is_new else model.context(model.pretrained_configuration(section))
+    columns = min(speed.COLUMNS, most_columns or speed.COLUMNS)
+
+    def sized(section: ModelConfig) -> _Sized:
+        found = model.configuration(section, vocab_size=vocab_size, block_size=columns, masked=masked)
+        num_parameters = model.num_parameters(found, masked=masked, embeddings=False)
+        scale, measured = 1.0, found
+        if num_parameters > speed.MOST_PARAMETERS:  # time grows with the parameters, so a smaller one tells
+            smaller = section.model_copy(update={"path": None, "config": _of_shape(*SHAPES[-2], masked)})
+            measured = model.configuration(smaller, vocab_size=1024, block_size=columns, masked=masked)
+            scale = model.num_parameters(measured, masked=masked, embeddings=False) / num_parameters
+        a_second = scale * speed.tokens_per_second(measured, masked=masked, threads=threads)
+        affordable = a_second * seconds  # training tokens, if evaluations cost nothing
+        tokens = max(
+            affordable / (1 + SCORING / 4), min(affordable / (1 + SCORING / 30), affordable - SCORING * ranked)
+        )
+        return _Sized(section, num_parameters, min(budget.FEW_PASSES * text_tokens, int(tokens)), a_second)
+
+    with console.waiting("Measuring how fast this machine trains"):
+        if not is_new or {"model_type", "path"} & (section.config or {}).keys():
+            found = sized(section)
+        else:
+            found = _largest(section, masked, sized)
+    train, blocks = experiment.train, experiment.blocks
+    tokens = train.max_tokens if train.max_tokens is not None else found.tokens
+    needed = TRAINED_BYTES * found.num_parameters * together
+    lora = section.lora is not None or (
+        not is_new and needed > _memory(machine) / 2 and importlib.util.find_spec("peft") is not None
+    )
+    if is_new:
+        rate, batch = step_law(found.num_parameters, tokens)
+        rates = [_rounded(rate / 8), _rounded(rate), _rounded(2 * rate)]
+        formula = f"{STEP_LAW} for {found.num_parameters:,} parameters and {tokens:,} tokens"
+    else:
+        rates, batch = list(PRETRAINED_RATES[lora]), tokens / 1000
+        formula = "usual for a pretrained model" + ", and LoRA (Biderman et al. 2024, arXiv:2405.09673)" * lora
+    sizes = [128, 256, 512] if tokens >= 1_000_000 else [64, 128, 256]
+    if "block_size" in blocks.model_fields_set:
+        sizes = [blocks.block_size]
+    elif most_columns is not None:
+        sizes = [each for each in sizes if each <= most_columns] or [most_columns]
+    workers = math.lcm(*range(experiment.cluster.fewest_workers, experiment.cluster.most_workers + 1))
+    if "batch_tokens" in train.model_fields_set:
+        batch_tokens = train.batch_tokens
+        sizes = [each for each in sizes if batch_tokens % (each * workers) == 0] or [batch_tokens // workers]
+    else:  # of whole examples of every size for every worker
+        sizes = [each for each in sizes if each * workers <= tokens] or sizes[:1]  # a step is no more than the budget
+        least = max(sizes) * workers
+        batch_tokens = least * 2 ** max(0, min(6, round(math.log2(batch / least))))
+    between = max(1, tokens // EVALUATIONS // batch_tokens) * batch_tokens
+    evaluated = max(tokens // 30, min(ranked, tokens // 4))
+    duration = START_SECONDS + _rounds(together) * (between + evaluated / 3) * OVERHEAD / found.speed
+    settings = {
+        **({"model.config": found.section.config} if is_new else {}),
+        **({"model.lora": {}} if lora and section.lora is None else {}),
+        "blocks.block_size": sizes[len(sizes) // 2],
+        "train.learning_rate": rates[1],
+        "train.warmup_steps": 0.1,
+        "train.batch_tokens": batch_tokens,
+        "train.max_tokens": EVALUATIONS * between,
+        "train.eval_every_tokens": between,
+        "eval.max_tokens": evaluated,
+        "tune.space": {
+            "train.learning_rate": {"loguniform": [rates[0], rates[2]]},
+            "train.warmup_steps": {"uniform": [0.0, 0.2]},
+            **({"blocks.block_size": {"choice": sizes}} if len(sizes) > 1 else {}),
+        },
+        "tune.num_samples": TRIALS,
+        "tune.scheduler": {"kind": "asha", "grace_tokens": between, "reduction_factor": ETA},
+    }
+    passes = EVALUATIONS * between / text_tokens
+    reasons = {
+        "model.config": f"{found.num_parameters:,} parameters outside the embeddings, for each of which the budget "
+        f"has about {tokens / found.num_parameters:.2g} tokens",
+        "model.lora": f"training all weights of {together} trials at a time would take {console.format_size(needed)}",
+        "train.learning_rate": formula,
+        "train.batch_tokens": f"{STEP_LAW}: {batch:,.0f}, in whole examples" if is_new else "about a thousand steps",
+        "train.max_tokens": f"about {passes:.2g} epochs; at {found.speed:,.0f} tokens/s, measured here on {threads} "
+        f"thread{'s' * (threads != 1)}, {console.format_duration(EVALUATIONS * between / found.speed)}",
+        "train.eval_every_tokens": f"{EVALUATIONS} evaluations",
+        "eval.max_tokens": "a small part of the training"
+        + ", and enough documents to rank trials by" * (evaluated >= ranked),
+        "tune.space": f"learning rates around what is {'published' if is_new else 'usual'}",
+        "tune.num_samples": f"with {together} trial{'s' * (together != 1)} at a time and early stopping about "
+        f"{console.format_duration(duration)} here",
+        "tune.scheduler": f"one of {ETA} trials goes on after one evaluation, and again after {ETA}",
+    }
+    return settings, {key: reason for key, reason in reasons.items() if key in settings}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
+def _memory(machine: Mapping[str, float]) -> float:
+    """Bytes that the models of this machine's trials may have in all."""
+    import torch
+
+    if machine["GPU"]:
+        return machine["GPU"] * torch.cuda.get_device_properties(0).total_memory
+    return machine["memory"]
+
+
+def _rounds(together: int) -> int:
+    """Evaluations one after the other until all trials have ended, so many of them side by side."""
+    waits = [(TRIALS, 1), (TRIALS // ETA, ETA - 1), (1, EVALUATIONS - ETA)]
+    return sum(-(-trials // together) * evaluations for trials, evaluations in waits)
+
+
+def _largest(section: ModelConfig, masked: bool, sized: Any) -> _Sized:
+    """The largest of SHAPES whose budget pays for its size; the smallest whatever its budget."""
+    found: _Sized | None = None
+    for layers, width, heads in SHAPES:
+        least = 12 * layers * width**2 * TOKENS_PER_PARAMETER
+        if found is not None and found.tokens < least:
+            break  # not even the budget of the smaller one would do
+        fields = _of_shape(layers, width, heads, masked) | (section.config or {})
+        larger = sized(section.model_copy(update={"config": fields}))
+        if found is not None and larger.tokens < least:
+            break
+        found = larger
+    assert found is not None
+    return found
+
+
+def _of_shape(layers: int, width: int, heads: int, masked: bool) -> dict[str, Any]:
+    """Fields of a new model: GPT-2's, or BERT's for a masked one.
+
+    transformers' initializer_range of 0.02 is meant for a width of some 1,000 and learns slower in a narrow model; text
+    of which at most a few passes are made needs no dropout.
+    """
+    spread = round(width**-0.5, 3)
+    if masked:
+        return {
+            "model_type": "bert",
+            "num_hidden_layers": layers,
+            "hidden_size": width,
+            "num_attention_heads": heads,
+            "intermediate_size": 4 * width,
+            "initializer_range": spread,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return {
+        "model_type": "gpt2",
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": heads,
+        "initializer_range": spread,
+        **dropout,
+    }

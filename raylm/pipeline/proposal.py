@@ -1,0 +1,70 @@
+"""A text and this machine -> an experiment for them, as `raylm init` writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raylm import config, console, corpus, plan
+from raylm.config import Experiment
+from raylm.corpus import Profile, Source
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An experiment for a text, and what was seen of the text."""
+
+    experiment: Experiment
+    sources: list[Source]
+    profile: Profile
+    text: str
+    """The YAML file, with a comment on every setting that was derived."""
+    reasons: dict[str, str]
+    """Dotted key -> why it has its value."""
+
+    def record(self, file: str) -> dict[str, Any]:
+        """The proposal for --json."""
+        return {
+            "file": file,
+            "files": sum(len(source.files) for source in self.sources),
+            "bytes": sum(source.num_bytes for source in self.sources),
+            "left_out": corpus.left_out(self.sources) or None,
+            "text": dataclasses.asdict(self.profile),
+            "settings": config.settings_of(self.text),
+            "reasons": self.reasons,
+        }
+
+
+DUPLICATES = 0.01
+"""Of the documents, from which on it is told how to drop them."""
+
+
+def propose(experiment: Experiment, given: Mapping[str, Any]) -> Proposal:
+    """What fits the text of `experiment`, which was loaded without a config file, and this machine.
+
+    `given`: the settings that the user typed, by dotted keys; the paths are in the file as they were typed. DataError
+    if there is no text.
+    """
+    (experiment, reasons), sources = plan.derive(experiment, with_sizes=True, anew=True)
+    with console.waiting("Looking at the text"):
+        profile = corpus.profile(sources, experiment.corpus)
+    tree = experiment.model_dump(mode="json", exclude_unset=True)
+    derived = {
+        f"{section}.{name}": value
+        for section, values in tree.items()
+        for name, value in (values.items() if isinstance(values, dict) else ())
+        if section != "tracking"  # which belongs to a place, as storage does
+    }
+    if profile.duplicates >= DUPLICATES and not experiment.corpus.deduplicate:
+        derived["corpus.deduplicate"] = False
+        reasons["corpus.deduplicate"] = (
+            f"{profile.duplicates:.0%} of {profile.seen:,} documents repeat another exactly; true drops them"
+        )
+    head = (
+        f"An experiment for {', '.join(experiment.corpus.paths)}, by raylm init; raylm tune --config THIS_FILE runs it."
+    )
+    typed = {key: value for key, value in given.items() if key not in derived or key == "corpus.paths"}
+    text = config.outline({"name": experiment.name, **derived, **typed}, reasons, head)
+    return Proposal(experiment, sources, profile, text, reasons)
