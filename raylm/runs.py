@@ -214,8 +214,8 @@ def _note_end(directory: str) -> None:
 
 
 def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:
-    """What has to stay for a run to be the same run: dotted key -> value."""
-    flat = dict(_flat(experiment.model_dump(mode="json")))
+    """What has to stay for a run to be the same run: dotted key -> value, without passwords."""
+    flat = dict(_flat(redacted(experiment.model_dump(mode="json"))))
     may_change: tuple[str, ...] = MUTABLE_ON_RESUME if verb == "tune" else (*MUTABLE_ON_RESUME, "tune")
     if verb == "tune" and experiment.tune.scheduler.kind == "asha":  # its rungs lie in whole saves
         may_change = tuple(key for key in may_change if key != "train.save_every_tokens")

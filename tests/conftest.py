@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -219,6 +221,14 @@ def mlflow_server(root: Path, port: int, *options: str, **environment: str):
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+def answers(address):
+    """Wait until a server does."""
+    while True:
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(address, timeout=5).close()
+        time.sleep(0.2)
 
 
 # A model -------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 """What must not get out, and what must not be let in."""
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
+import sqlite3
 import uuid
 from pathlib import Path
 
 import pytest
+from conftest import answers, mlflow_server
 
 from raylm import config, corpus, training
 from raylm.config import override
@@ -44,6 +47,38 @@ def test_secrets_of_the_environment_and_of_addresses_are_found_nowhere_afterward
     assert [name for name, content in seen.items() if SECRET in content] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["train", "tune"])
+def test_secrets_of_settings_are_found_nowhere_in_a_working_mlflow(
+    command, tiny, tmp_path, monkeypatch, free_port, verb
+):
+    """A command that is tracked under an address with a password, one of whose settings has the secret of a bucket:
+    every table of the server's database, its artifacts, and the run's own files."""
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")  # which is sent instead of the password of the address
+    file, port = tmp_path / "words.yaml", free_port()
+    config.save(override(tiny("tune.num_samples=1"), {"storage": f"{tmp_path}/runs", "train.max_tokens": 512}), file)
+    settings = [f"tracking.uri=http://somebody:{SECRET}@127.0.0.1:{port}", f"objective.keywords=[cat, '{KEY}']"]
+    artifacts = f"--artifacts-destination={tmp_path}/artifacts"
+    with mlflow_server(tmp_path, port, artifacts, **dict.fromkeys(ENVIRONMENT, "")) as uri:
+        answers(f"{uri}/health")
+        result = command(verb, "--config", file, *settings, "tracking.log_model=true", "--json")
+        assert result.returncode == 0, result.stderr
+    seen = {"stdout": result.stdout, "stderr": result.stderr}
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        rows = {name: database.execute(f'SELECT * FROM "{name}"').fetchall() for name in tables}
+    seen |= {f"table {name} of MLflow": repr(content) for name, content in rows.items()}
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            seen[str(path)] = path.read_bytes().decode("latin-1")
+    assert "FINISHED" in seen["table runs of MLflow"]
+    saved = [name for name, content in seen.items() if "s3://key@bucket/words" in content]
+    assert any("/artifacts/" in name for name in saved), "the setting is there, without its secret"
+    assert [name for name, content in seen.items() if SECRET in content] == []
+
+
 ADDRESSES = [f"https://somebody:{SECRET}@mlflow.example", f"postgresql://somebody:{SECRET}/{SECRET}@db.example/mlflow"]
 KEY = f"s3://key:{SECRET}/{SECRET}@bucket/words"
 
@@ -71,19 +106,31 @@ def test_a_password_is_not_told_in_an_error(command, uri):
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        (f"tracking.uri={ADDRESSES[0]}", "tracking.uri=https://mlflow.example"),
-        (f"corpus.paths=[{KEY}]", "corpus.paths=[s3://key@bucket/words]"),
+        (f"tracking.uri={ADDRESSES[0]}", "tracking.uri: must come without the secret of https://mlflow.example"),
+        (f"corpus.paths=[{KEY}]", "corpus.paths: must come without the secret of s3://key@bucket/words"),
+        (f"train.arguments={{hub_token: {SECRET}}}", "train.arguments: must come without the secret of hub_token"),
+        (f"train.arguments.hub_token={SECRET}", "train.arguments.hub_token: must come without the secret of hub_token"),
     ],
 )
-def test_a_password_is_not_sent_to_a_cluster_with_a_command(command, tmp_path, setting, told):
-    (tmp_path / "words.yaml").write_text(f"objective: {{keywords: ['{KEY}']}}")
-    result = command("submit", "tune", setting)
+def test_a_secret_is_not_sent_to_a_cluster_with_a_command(command, setting, told):
+    result = command("submit", "evaluate", setting)
     assert result.returncode == 2
-    assert f"{told}: must come without the password that is in it" in result.stderr
+    assert f"{told}, because Ray shows a job's command line to whoever asks; give it in" in result.stderr
     assert SECRET not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"objective: {{keywords: ['{KEY}']}}", "s3://key@bucket/words"),
+        (f"train: {{arguments: {{'hub_token': {SECRET}}}}}", "hub_token"),
+    ],
+)
+def test_a_secret_is_not_sent_to_a_cluster_in_a_file(command, tmp_path, text, told):
+    (tmp_path / "words.yaml").write_text(text)
     result = command("submit", "tune", "--config", tmp_path / "words.yaml")
     assert result.returncode == 2
-    assert "words.yaml: must come without the password that is in s3://key@bucket/words" in result.stderr
+    assert f"words.yaml: must come without the secret of {told}, because Ray keeps the file; give it" in result.stderr
     assert SECRET not in result.stderr
 
 

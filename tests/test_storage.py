@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import uuid
 from pathlib import Path
 from urllib.parse import unquote
@@ -18,7 +17,7 @@ from urllib.parse import unquote
 import mlflow.transformers
 import pyarrow.fs
 import pytest
-from conftest import S3, S3_KEY, mlflow_server, one_by_one
+from conftest import S3, S3_KEY, answers, mlflow_server, one_by_one
 from mlflow import MlflowClient
 from werkzeug.serving import make_server
 
@@ -532,14 +531,6 @@ def test_what_mlflow_is_given_lies_in_object_storage(
     assert {"mlflow.db", "tracking.jsonl", "experiment.yaml", "report.html"} <= {path.name for path in files}
     assert [path for path in files if secret.encode() in path.read_bytes()] == []
     assert secret not in ended.stdout + ended.stderr
-
-
-def answers(address):
-    """Wait until a server does."""
-    while True:
-        with contextlib.suppress(OSError):
-            return urllib.request.urlopen(address, timeout=5).close()
-        time.sleep(0.2)
 
 
 # Several nodes -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from conftest import mlflow_server
+from conftest import TOKEN, mlflow_server
 from mlflow import MlflowClient
 from test_nodes import until
 
@@ -159,6 +159,10 @@ def wait_for(address, process):
             return
 
 
+SECRETS = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY")
+"""Variables of the environment with a secret in them."""
+
+
 class Cluster(NamedTuple):
     """Of processes that were started by `ray start`, as its user meets it."""
 
@@ -169,6 +173,8 @@ class Cluster(NamedTuple):
     """Of whoever uses it, on the machine of the head: HOME, with the token in it, and nothing of Ray."""
     processes: list[subprocess.Popen]
     """The head first."""
+    session: Path
+    """Where Ray keeps its logs and the files of jobs."""
 
 
 def somebody(home):
@@ -188,9 +194,9 @@ def with_token(home, token=None):
 
 
 @contextlib.contextmanager
-def started(home, free_port, cpus, nodes=()):
+def started(home, free_port, cpus, nodes=(), secrets=None):
     """A cluster on loopback ports, with token authentication if its user has a token. The head and each of the other
-    nodes have so many CPUs."""
+    nodes have so many CPUs, and the secrets in their environment."""
     environment = somebody(home)
     port, dashboard = free_port(), free_port()
     # A path of more than 107 characters is none for a socket.
@@ -200,7 +206,7 @@ def started(home, free_port, cpus, nodes=()):
     def start(*options, **more):
         process = subprocess.Popen(
             ["ray", "start", "--block", f"--dashboard-agent-listen-port={free_port()}", *options],
-            env={**environment, **more},
+            env={**environment, **(secrets or {}), **more},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -209,7 +215,7 @@ def started(home, free_port, cpus, nodes=()):
         return process
 
     of_head = [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={session}"]
-    cluster = Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment, processes)
+    cluster = Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment, processes, Path(session))
     try:
         wait_for(cluster.dashboard, start("--head", f"--num-cpus={cpus}", *of_head))
         for number in nodes:
@@ -224,8 +230,10 @@ def started(home, free_port, cpus, nodes=()):
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory, free_port):
-    """A Cluster with two CPUs that asks for a token, as `ray start --head` makes it where there is one."""
-    with started(with_token(tmp_path_factory.mktemp("user") / "home"), free_port, 2) as cluster:
+    """A Cluster with two CPUs that asks for a token, as `ray start --head` makes it where there is one. Its nodes have
+    secrets in their environment, all of them TOKEN."""
+    home = with_token(tmp_path_factory.mktemp("user") / "home")
+    with started(home, free_port, 2, secrets=dict.fromkeys(SECRETS, TOKEN)) as cluster:
         yield cluster
 
 
@@ -246,6 +254,43 @@ def run_submit(cluster, cwd, *arguments, detach=False, environment=None):
     command = [sys.executable, "-m", "raylm.submit", "--address", cluster.dashboard, *first, *arguments]
     environment = environment or cluster.environment
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=500)
+
+
+JOBS = """
+import sys
+from ray.job_submission import JobSubmissionClient
+
+client = JobSubmissionClient(sys.argv[1])
+for job in client.list_jobs():
+    print(job, client.get_job_logs(job.submission_id) if job.submission_id else "")
+"""
+"""Prints all that a dashboard tells of jobs: entrypoint, runtime environment, metadata, message and logs."""
+
+
+@pytest.mark.slow
+def test_a_secret_is_in_nothing_that_ray_tells_of_a_job(head, tiny, tmp_path):
+    """Neither one of the user, whose command with it is refused, nor one of the nodes, which the job uses."""
+    canary = f"canary{uuid.uuid4().hex}"
+    environment = {**head.environment, **dict.fromkeys(SECRETS, canary)}
+    config.save(tiny(f"storage={tmp_path}/runs", "tracking.uri=http://127.0.0.1:9"), tmp_path / "words.yaml")
+    command = ("train", "--config", "words.yaml")
+    refused = run_submit(head, tmp_path, *command, f"tracking.uri=http://me:{canary}@127.0.0.1:9")
+    assert refused.returncode == 2
+    done = run_submit(head, tmp_path, *command, environment=environment)
+    assert done.returncode == 0, done.stderr
+    by_token = {**head.environment, "RAY_AUTH_MODE": "token"}
+    told = subprocess.run(
+        [sys.executable, "-c", JOBS, head.dashboard], env=by_token, capture_output=True, text=True, timeout=120
+    )
+    assert told.returncode == 0, told.stderr
+    assert "python -m raylm.train --config words.yaml" in told.stdout
+    assert "perplexity" in told.stdout, "the logs are there"
+    seen = {"refused": refused.stderr, "stdout": done.stdout, "stderr": done.stderr, "jobs": told.stdout}
+    for path in [*head.session.rglob("*"), *tmp_path.rglob("*")]:
+        if path.is_file() and not path.is_symlink():
+            seen[str(path)] = path.read_bytes().decode("latin-1")
+    assert any("job-driver-" in name for name in seen)
+    assert [name for name, content in seen.items() if canary in content or TOKEN in content] == []
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -33,6 +34,9 @@ START_SECONDS = 60
 """How long a cluster that answers may take until it takes jobs."""
 STOP_SECONDS = 60
 """How long a job that is stopped may take for its checkpoint; Ray's own default is 3."""
+
+TOKEN_SETTING = re.compile(r"\bhub_token\b")
+"""TrainingArguments' own setting of a secret. raylm refuses it, but only once the job runs."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,8 @@ def pack(command: Sequence[str], address: str | None) -> Iterator[Submission]:
     if verb not in VERBS:
         raise ConfigError(f"{verb}: not a command of raylm that can be submitted; these can: {', '.join(VERBS)}", verb)
     for argument in arguments:
-        if redacted(argument) != argument:
-            raise ConfigError(
-                f"{redacted(argument)}: must come without the password that is in it, because Ray shows a job's "
-                "command line to whoever asks; give it in the environment of the nodes, as MLFLOW_TRACKING_PASSWORD",
-                argument.partition("=")[0],
-            )
+        name = redacted(argument.partition("=")[0])
+        _check_no_secret(name, argument.replace("=", " ", 1), "Ray shows a job's command line to whoever asks")
     dashboard = find_dashboard(address)
     with tempfile.TemporaryDirectory(prefix="raylm-submit-") as directory:
         packed = copy_files(arguments, Path(directory))
@@ -175,7 +175,7 @@ def copy_files(arguments: Sequence[str], directory: Path) -> list[str]:
                 argument,
             )
         if path.suffix in (".yaml", ".yml"):
-            _check_experiment(argument, path)
+            _check_no_secret(argument, path.read_text(encoding="utf-8", errors="replace"), "Ray keeps the file")
         target = directory / path.name
         if target.exists():
             raise ConfigError(f"{argument}: two files of this name cannot be sent; rename one", argument)
@@ -207,16 +207,16 @@ def copy_callbacks(arguments: Sequence[str], directory: Path) -> None:
             shutil.copyfile(f"{module}.py", directory / f"{module}.py")
 
 
-def _check_experiment(argument: str, path: Path) -> None:
-    """Raise ConfigError if a file of settings has a password in it: Ray keeps the files of a job."""
-    for word in path.read_text(encoding="utf-8", errors="replace").split():
-        if redacted(word) != word:
-            address = redacted(word).strip("\"'[]{},")
-            raise ConfigError(
-                f"{argument}: must come without the password that is in {address}, because Ray keeps the file; give it "
-                "in the environment of the nodes, as MLFLOW_TRACKING_PASSWORD",
-                argument,
-            )
+def _check_no_secret(name: str, text: str, why: str) -> None:
+    """ConfigError if an argument or a file of settings has a password or token in it."""
+    secrets = [*TOKEN_SETTING.findall(text), *(redacted(word) for word in text.split() if redacted(word) != word)]
+    if secrets:
+        kept = secrets[0].strip("\"'[]{},")
+        raise ConfigError(
+            f"{name}: must come without the secret of {kept}, because {why}; give it in the environment of the nodes, "
+            "as MLFLOW_TRACKING_PASSWORD or HF_TOKEN",
+            name,
+        )
 
 
 def connect_client(dashboard: Address) -> JobSubmissionClient:
