@@ -136,6 +136,16 @@ def test_override_checks_the_whole(load):
         config.override(load("train: {batch_tokens: 2048}"), {"blocks.block_size": 100})
 
 
+def test_the_way_out_of_a_budget_below_one_step_is_one():
+    """Without a file: of the built-in experiment, and of text whose sizes are derived where they are not given."""
+    budget = ["train.max_tokens=10", "train.batch_tokens=512"]
+    for text in ([], ["corpus.paths=words"]):
+        with pytest.raises(ConfigError, match=r"got 10; raise it to that, or lower blocks\.block_size too: a step"):
+            config.load(None, [*text, *budget])
+        config.load(None, [*text, *budget, "train.max_tokens=512"])
+    config.load(None, ["corpus.paths=words", *budget, "blocks.block_size=5", "train.batch_tokens=10"])
+
+
 def test_nothing_changes_a_loaded_experiment():
     experiment = config.load()
     with pytest.raises(ValidationError, match="frozen"):
@@ -232,6 +242,9 @@ FAULTS = {
     "got 'foo'",
     "blocks: {block_size: 100}\ntrain: {batch_tokens: 1000, max_tokens: 999}": "2:29 train.max_tokens: must be at "
     "least one optimizer step, train.batch_tokens = 1000, got 999; lower train.batch_tokens too, to a multiple of 100",
+    "blocks: {block_size: 100}\ntrain: {batch_tokens: 1000, max_tokens: 99}": "2:29 train.max_tokens: must be at "
+    "least one optimizer step, train.batch_tokens = 1000, got 99; raise it to that, or lower blocks.block_size too: a "
+    "step has at least blocks.block_size x cluster.num_workers = 100 x 1 tokens",
     "eval: {paths: 5}": "1:8 eval.paths: must be text, a list of texts or a mapping of names to them, got 5",
     "eval: {paths: [5]}": "1:8 eval.paths: must be text, a list of texts or a mapping of names to them, got [5]",
     "eval: {paths: {a b: c}}": "1:8 eval.paths: must have names of letters, digits, dots, dashes, underscores; "

@@ -535,19 +535,19 @@ class Experiment(Section):
     def _batch_agrees(self) -> None:
         fewest, most = self.cluster.fewest_workers, self.cluster.most_workers
         step = self.blocks.block_size * math.lcm(*range(fewest, most + 1))
-        if self.train.batch_tokens % step:
-            nearest = max(1, round(self.train.batch_tokens / step)) * step
-            workers = f"{most}" if fewest == most else f"each of {fewest} to {most}"
+        workers = f"{most}" if fewest == most else f"each of {fewest} to {most}"
+        smallest = f"blocks.block_size x cluster.num_workers = {self.blocks.block_size} x {workers}"
+        batch, budget = self.train.batch_tokens, self.train.max_tokens
+        if batch % step:
+            nearest = max(1, round(batch / step)) * step
+            raise ValueError(f"train.batch_tokens must be a multiple of {smallest}, got {batch}; nearest: {nearest}")
+        if budget is not None and budget < batch:
+            way_out = f"lower train.batch_tokens too, to a multiple of {step}"
+            if budget < step:
+                way_out = f"raise it to that, or lower blocks.block_size too: a step has at least {smallest} tokens"
             raise ValueError(
-                f"train.batch_tokens must be a multiple of blocks.block_size x cluster.num_workers = "
-                f"{self.blocks.block_size} x {workers}, got {self.train.batch_tokens}; "
-                f"nearest: {nearest}"
-            )
-        if self.train.max_tokens is not None and self.train.max_tokens < self.train.batch_tokens:
-            raise ValueError(
-                f"train.max_tokens must be at least one optimizer step, train.batch_tokens = "
-                f"{self.train.batch_tokens}, got {self.train.max_tokens}; lower train.batch_tokens too, to a "
-                f"multiple of {step}"
+                f"train.max_tokens must be at least one optimizer step, train.batch_tokens = {batch}, got {budget}; "
+                f"{way_out}"
             )
 
     def _tokenizer_agrees(self) -> None:
