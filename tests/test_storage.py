@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import mlflow.transformers
 import pyarrow.fs
@@ -48,6 +48,8 @@ class Server:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.inner = DomainDispatcherApplication(create_backend_app)
         self.requests: list[tuple[str, str]] = []
+        self.listings: list[dict[str, list[str]]] = []
+        """The query of each listing that was asked for."""
         self.refused = self.broken = never
         self.waits_seconds = 0.0
         self.server = make_server(
@@ -58,6 +60,8 @@ class Server:
     def __call__(self, environ, start_response):
         request = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests.append(request)
+        if "list-type" in environ["QUERY_STRING"]:
+            self.listings.append(parse_qs(environ["QUERY_STRING"]))
         time.sleep(self.waits_seconds)
         signed = unquote(environ["QUERY_STRING"]) + environ.get("HTTP_AUTHORIZATION", "")  # an address may be, too
         if f"Credential={S3_KEY}/" not in signed:
@@ -99,6 +103,56 @@ def place(server, tmp_path, monkeypatch):
     for name in storage.names(f"s3://{bucket}/runs/tokens"):
         for path in (f"s3://{bucket}/runs/tokens/{name}", f"s3://{bucket}/runs/tokens/{name}/tokenizer"):
             shutil.rmtree(copies / token_store.checksum(path.encode()), ignore_errors=True)  # those of Ray's workers
+
+
+@pytest.fixture
+def many_objects(place):
+    """(number) -> s3://BUCKET/texts, with so many objects of a few words: put there without requests."""
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    bucket = place.split("/")[2]
+
+    def put(number):
+        for index in range(number):
+            words = f"the cat sat on mat {index} and saw a dog"
+            s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object(bucket, f"texts/{index:05}.txt", words.encode())
+        return f"s3://{bucket}/texts"
+
+    return put
+
+
+def pages(server):
+    """Of a corpus: the pages of listings that were asked for, each by where it begins."""
+    of_corpus = [query for query in server.listings if query.get("prefix") == ["texts/"]]
+    listed = [query.get("continuation-token", [""])[0] for query in of_corpus if query.get("max-keys") != ["1"]]
+    server.listings.clear()
+    return listed
+
+
+@pytest.mark.slow
+def test_a_corpus_of_20_000_objects_is_listed_once_for_a_plan(place, server, many_objects, tiny, command, tmp_path):
+    text = many_objects(20_000)
+    experiment = tiny(f"storage={tmp_path}/runs", f"corpus.paths={text}")
+    config.save(experiment, tmp_path / "words.yaml")
+    plan = plans.resolve(experiment)
+    assert plan.tokens.num_files == 20_000
+    of_plan = pages(server)
+    assert (len(of_plan), len(set(of_plan))) == (20, 20)
+    ended = command("train", "--config", tmp_path / "words.yaml", "--dry-run", "--json")
+    assert json.loads(ended.stdout)["corpus"]["files"] == 20_000
+    assert len(pages(server)) == 20
+
+
+@pytest.mark.slow
+def test_a_corpus_of_objects_is_listed_once_for_a_run(place, server, many_objects, tiny, command, tmp_path):
+    """From its plan to its end; again where the tokens are there already."""
+    text = many_objects(1_001)
+    config.save(tiny(f"storage={tmp_path}/runs", f"corpus.paths={text}"), tmp_path / "words.yaml")
+    for _ in range(2):
+        ended = command("train", "--config", tmp_path / "words.yaml", "--json")
+        assert ended.returncode == 0, ended.stderr
+        assert len(pages(server)) == 2
 
 
 # Before a command begins ---------------------------------------------------------------------------------------------
