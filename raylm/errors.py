@@ -15,6 +15,9 @@
 Every message names the setting or file as the user wrote it, the value, and the way out.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class _Message:
     """A message for the user, and where it points: a dotted key, a file, a checkpoint."""
@@ -80,3 +83,13 @@ class Interrupted(_Message, BaseException):
     """As KeyboardInterrupt: it comes at any moment, and no `except Exception` of any library takes it for its own."""
 
     exit_code = 75
+
+
+def first_line(problem: object) -> str:
+    """The first line of what an exception says; the name of its class if it says nothing."""
+    return str(problem).strip().split("\n")[0] or type(problem).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`did you mean X?` with the known name that is most like this one; empty if none is."""
+    return "".join(f"did you mean {near}?" for near in difflib.get_close_matches(name, list(known), n=1))

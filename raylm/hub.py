@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from functools import lru_cache
 
-from raylm.errors import RaylmError
+from raylm.errors import RaylmError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def _silence() -> str | None:
             get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             answers.put(None)
         except Exception as error:  # of the network, a proxy, a certificate
-            answers.put(_first_line(error))
+            answers.put(first_line(error))
 
     # In a thread: a name server that is silent, or several addresses that are, take a multiple of the timeout.
     threading.Thread(target=ask, daemon=True).start()
@@ -125,7 +125,7 @@ def _reason(path: str, error: Exception) -> str:
             if name.endswith(".json") and (why := _damage(os.path.join(path, name))):
                 return f"{name} {why}"
     known = isinstance(error, (OSError, ValueError))  # whose messages are sentences
-    return _first_line(error) if known else f"it cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+    return first_line(error) if known else f"it cannot be loaded: {type(error).__name__}: {first_line(error)}"
 
 
 def _damage(file: str) -> str | None:
@@ -135,9 +135,5 @@ def _damage(file: str) -> str | None:
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except ValueError as error:
-        return f"is damaged: {_first_line(error)}"
+        return f"is damaged: {first_line(error)}"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

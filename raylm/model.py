@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from raylm import hub
 from raylm.config import Experiment, ModelConfig
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -160,7 +159,7 @@ def num_parameters(found: PreTrainedConfig, *, masked: bool = False, embeddings:
             )
     except (ImportError, ValueError) as error:
         key = "model.attn_implementation" if str(found._attn_implementation) in str(error) else "model"
-        raise ConfigError(f"{key}: {_first_line(error)}", where=key) from None
+        raise ConfigError(f"{key}: {first_line(error)}", where=key) from None
 
 
 def context(found: PreTrainedConfig) -> int | None:
@@ -262,15 +261,14 @@ def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id
         given = {"model_type": fields.pop("model_type", None)}
     kind = given["model_type"]
     if kind not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "for example gpt2 or llama"
+        hint = did_you_mean(str(kind), CONFIG_MAPPING) or "for example gpt2 or llama"
         raise ConfigError(f"model.config.model_type={kind} is not a model of transformers; {hint}", "model.config")
     kind_class = CONFIG_MAPPING[kind]
     defaults = kind_class()
     unknown = [field for field in fields if not hasattr(defaults, field)]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], list(defaults.to_dict()), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"{kind} takes: {', '.join(sorted(defaults.to_dict()))}"
+        known = sorted(defaults.to_dict())
+        hint = did_you_mean(unknown[0], known) or f"{kind} takes: {', '.join(known)}"
         raise ConfigError(f"model.config.{unknown[0]}: unknown field of {kind}; {hint}", f"model.config.{unknown[0]}")
     fields.setdefault("vocab_size", vocab_size)
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -281,7 +279,7 @@ def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id
     try:
         made = kind_class.from_dict({**given, **fields}) if path else kind_class(**fields)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.config: {_first_line(error)}", where="model.config") from None
+        raise ConfigError(f"model.config: {first_line(error)}", where="model.config") from None
     for name in ("router_aux_loss_coef", "aux_loss_coef"):
         if fields.get(name) and getattr(made, "output_router_logits", None) is False:
             key = f"model.config.{name}"
@@ -349,7 +347,7 @@ def _add_updates(network: PreTrainedModel, section: Lora) -> None:
         inject_adapter_in_model(settings, network)
     except ValueError as error:
         raise ConfigError(
-            f"model.lora.target_modules: {_first_line(error)}; all-linear takes every linear layer",
+            f"model.lora.target_modules: {first_line(error)}; all-linear takes every linear layer",
             where="model.lora.target_modules",
         ) from None
     ends = network.get_input_embeddings(), network.get_output_embeddings()
@@ -401,7 +399,3 @@ def set_up_torch(cpus: float) -> None:
 def device(use_gpu: bool | None = None) -> torch.device:
     """This process's GPU, if it has one (a worker of Ray sees only its own) and may use it; else the CPU."""
     return torch.device("cuda" if use_gpu is not False and torch.cuda.is_available() else "cpu")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

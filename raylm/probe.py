@@ -18,7 +18,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from raylm import blocks, model
 from raylm.config import BlocksConfig, Experiment, ModelConfig
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -176,10 +176,9 @@ class _Probe:
         except (IndexError, RuntimeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
                 raise
-            problem = str(error).strip().split("\n")[0]
             raise ConfigError(
                 f"blocks.block_size={section.block_size}: {self.named} runs on {len(self.row)} tokens, but not on so "
-                f"many ({problem}); lower it",
+                f"many ({first_line(error)}); lower it",
                 where="blocks.block_size",
             ) from error
 

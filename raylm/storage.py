@@ -29,7 +29,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from raylm.errors import ConfigError, RaylmError, StorageError, StorageFull, StorageUnavailable
+from raylm.errors import ConfigError, RaylmError, StorageError, StorageFull, StorageUnavailable, first_line
 
 PIECE = 2**22
 """Bytes that are copied at a time."""
@@ -490,7 +490,7 @@ def reason(error: BaseException) -> str:
     """Why something failed, as the file system says it."""
     if isinstance(error, StorageError) and error.__cause__ is not None:
         return reason(error.__cause__)
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+    return first_line(error)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from raylm import config, model, storage
 from raylm import tokenizer as tokenizers
 from raylm.config import Experiment, ModelConfig, TokenizerConfig
-from raylm.errors import ConfigError, RaylmError, StorageError
+from raylm.errors import ConfigError, RaylmError, StorageError, first_line
 from raylm.perplexity import MaskedTokens
 from raylm.tokenizer import Frame
 
@@ -147,10 +147,8 @@ def load(
     except RaylmError:
         raise
     except Exception as error:  # safetensors and tokenizers have errors of their own
-        problem = str(error).strip().split("\n")[0]
-        raise StorageError(
-            f"{directory} cannot be loaded: {type(error).__name__}: {problem}", str(directory)
-        ) from error
+        problem = f"{directory} cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        raise StorageError(problem, str(directory)) from error
     if missing := sorted(told["missing_keys"]):
         few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise StorageError(

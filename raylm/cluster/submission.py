@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from raylm import config
 from raylm.cluster.address import Address, has_token, no_token, show_token
-from raylm.errors import ConfigError, StorageError
+from raylm.errors import ConfigError, StorageError, first_line
 from raylm.redaction import redacted
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def submit(submission: Submission) -> Job:
             job = client.submit_job(entrypoint=submission.entrypoint, runtime_env=runtime_env)
             return Job(client, submission.dashboard, job)
         except RuntimeError as error:
-            problem = str(error).strip().split("\n")[0]
+            problem = first_line(error)
             if "No available agent" not in problem or time.monotonic() > deadline:
                 raise StorageError(
                     f"{submission.dashboard}: the cluster takes no job: {problem}", submission.dashboard.setting
@@ -226,7 +226,7 @@ def connect_client(dashboard: Address) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     def refused(problem: object) -> StorageError:
-        return StorageError(f"{dashboard}: {str(problem).strip().splitlines()[0]}", dashboard.setting)
+        return StorageError(f"{dashboard}: {first_line(problem)}", dashboard.setting)
 
     try:
         # Ray's client waits for ever for a server that accepts connections and never answers.

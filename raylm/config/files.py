@@ -28,7 +28,7 @@ from ruamel.yaml.scalarint import ScalarInt
 from raylm.config.sections import Experiment, Section
 from raylm.config.setting_errors import config_error, exclusive_faults, faults_of, section_of, show
 from raylm.config.space import corners, entry_fault, sampler_fault
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, first_line
 from raylm.redaction import redacted
 
 BUILT_IN = Path(__file__).parents[1] / "tiny.yaml"  # configs/tiny.yaml itself
@@ -188,11 +188,10 @@ def _read(path: Path) -> tuple[Tree, dict[str, str]]:
         tree = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
-        problem = str(error.problem).split("\n")[0]
+        problem = first_line(error.problem)
         raise ConfigError(f"{path}:{mark.line + 1}:{mark.column + 1} {problem}", where=str(path)) from None
     except YAMLError as error:
-        problem = str(error).split("\n")[0]
-        raise ConfigError(f"{path}: {problem}", where=str(path)) from None
+        raise ConfigError(f"{path}: {first_line(error)}", where=str(path)) from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply; is an alias inside of its own anchor?", str(path)) from None
     if tree is None:
@@ -251,7 +250,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
             raise ConfigError(f"{setting}: {missing} is missing at its end{way_out}", where=key) from None
         if takes_text:
             return key, text
-        problem = str(getattr(error, "problem", error)).split("\n")[0]
+        problem = first_line(getattr(error, "problem", error))
         raise ConfigError(f"{setting}: the value is not YAML: {problem}", where=key) from None
     is_quoted = isinstance(value, str) and text.lstrip()[:1] in ("'", '"')
     is_null = value is None and (text.strip() if text else takes != {str})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from raylm.config.sections import Experiment, Section
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, did_you_mean
 
 
 def config_error(faults: list[tuple[str, str]], places: Mapping[str, str]) -> ConfigError:
@@ -80,11 +79,9 @@ def _unknown(key: str) -> str:
     if section is None:
         return "unknown key"
     known = list(section.model_fields)
-    near = difflib.get_close_matches(last, known, n=1)
-    elsewhere = settings_named(last)
-    guess = f", did you mean {near[0]}?" if near else f", did you mean {elsewhere[0]}?" if elsewhere else ""
+    guess = did_you_mean(last, known) or "".join(f"did you mean {key}?" for key in settings_named(last)[:1])
     owner = f"section {'.'.join(parents)}" if parents else "an experiment"
-    return f"unknown key{guess or ';'} {owner} takes: {', '.join(known)}"
+    return f"unknown key{f', {guess}' if guess else ';'} {owner} takes: {', '.join(known)}"
 
 
 def settings_named(name: str) -> list[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from raylm.config.setting_errors import show
+from raylm.errors import did_you_mean
 
 SAMPLERS = {
     "uniform": "[low, high]",
@@ -79,8 +79,8 @@ def sampler_fault(key: str, sampler: dict[str, Any]) -> str | None:
         return f"takes one sampler, got {show(sampler)}; samplers: {known}"
     ((name, values),) = sampler.items()
     if name not in SAMPLERS:
-        near = difflib.get_close_matches(str(name), SAMPLERS, n=1)
-        return f"unknown sampler {name}{f', did you mean {near[0]}?' if near else ';'} samplers: {known}"
+        guess = did_you_mean(str(name), SAMPLERS)
+        return f"unknown sampler {name}{f', {guess}' if guess else ';'} samplers: {known}"
     if not isinstance(values, list) or not values:
         return f"{name} takes {SAMPLERS[name]}, got {show(values)}"
     if name in ("choice", "grid"):

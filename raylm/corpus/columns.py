@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
-import difflib
 import io
 import itertools
 import json
@@ -19,7 +18,7 @@ from raylm.config import CorpusConfig
 from raylm.corpus.file_part import BadDocument, FilePart, Texts, as_utf8, decompressed, opened
 from raylm.corpus.sources import File, load_data_set
 from raylm.corpus.text import decoded, lines
-from raylm.errors import DataError
+from raylm.errors import DataError, did_you_mean, first_line
 from raylm.storage import file_system
 
 BATCH_BYTES = 8_000_000
@@ -131,10 +130,10 @@ MOST_NAMED = 20
 
 
 def missing(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
+    hint = did_you_mean(name, names)
     shown = ", ".join(_short(each) for each in names[:MOST_NAMED])
     more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-    return f"corpus.text: no column {name!r}; columns: {shown}{more}" + (f". Did you mean {near[0]!r}?" if near else "")
+    return f"corpus.text: no column {name!r}; columns: {shown}{more}" + (f"; {hint}" if hint else "")
 
 
 def _shown(value: Any) -> str:
@@ -404,5 +403,4 @@ def data_set_rows(file: File) -> Any:
     try:
         return load_data_set(file) if "://" in file.path else datasets.load_from_disk(file.path)
     except Exception as error:  # of the network, the Hub, the data files, the libraries that read them
-        first = str(error.__cause__ or error).strip().split("\n")[0]
-        raise DataError(f"{file.path}: {first or type(error).__name__}", file.path) from None
+        raise DataError(f"{file.path}: {first_line(error.__cause__ or error)}", file.path) from None

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from raylm import hub
-from raylm.errors import ConfigError, DataError
+from raylm.errors import ConfigError, DataError, first_line
 from raylm.redaction import redacted
 from raylm.storage import file_system
 
@@ -229,7 +229,7 @@ def _remote_files(key: str, uri: str) -> tuple[list[File], bool]:
         else:
             found = [file for each in _alternatives(path) for file in _remote_glob(system, each)]
     except (OSError, ImportError, ValueError) as error:
-        raise DataError(f"{key}: {uri}: {str(error).splitlines()[0]}", key) from None
+        raise DataError(f"{key}: {uri}: {first_line(error)}", key) from None
     behind = getattr(getattr(system, "handler", None), "fs", None)
     start = uri.rstrip("/").removesuffix(path)  # s3:// of s3://bucket/dir, whose path is bucket/dir
     files = [file for file in found if file.type == FileType.File]
@@ -314,8 +314,7 @@ def _data_set(key: str, path: str) -> File:
     try:
         builder = datasets.load_dataset_builder(asked.name, asked.config, revision=asked.revision)
     except Exception as error:  # of the Hub, the network, the data set's own card
-        why = str(error).strip().split("\n")[0] or type(error).__name__
-        why = f"it is not in this machine's cache of the Hugging Face Hub, {silent}" if silent else why
+        why = f"it is not in this machine's cache of the Hugging Face Hub, {silent}" if silent else first_line(error)
         raise DataError(f"{key}: {path}: {why}", key) from None
     splits = builder.info.splits or {}
     base = asked.split.partition("[")[0]

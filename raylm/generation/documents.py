@@ -16,7 +16,7 @@ import torch
 
 from raylm.config import CorpusConfig
 from raylm.corpus import Ledger, Shard, documents
-from raylm.errors import ConfigError, RaylmError, TrainingError
+from raylm.errors import ConfigError, RaylmError, TrainingError, first_line
 from raylm.generation.text_generator import TextGenerator
 from raylm.tokens import set_up_ray_data
 
@@ -54,7 +54,7 @@ class _Worker:
         except RaylmError as error:
             return {"texts": pickle.dumps(error)}
         except torch.OutOfMemoryError as error:
-            problem = f"--batch-size is more than the GPU's memory holds: {str(error).splitlines()[0]}"
+            problem = f"--batch-size is more than the GPU's memory holds: {first_line(error)}"
             return {"texts": pickle.dumps(ConfigError(problem, "--batch-size"))}
         each = zip(batch, texts, strict=True)
         generated = [GeneratedText(document.text, *text, document.hash, document.source) for document, text in each]

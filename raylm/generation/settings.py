@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import transformers
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.generation import logits_process
 
-from raylm.errors import ConfigError, DataError
+from raylm.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,9 +87,8 @@ def resolve_settings(directory: Path, given: Mapping[str, Any], *, trusted: bool
 def _number(name: str, value: Any) -> Any:
     """A setting's value, its numbers whole or not as the field wants them; ConfigError if there is no such setting."""
     if name not in SETTINGS:
-        near = difflib.get_close_matches(name, SETTINGS, n=1)
-        near = {"max_length": ["max_new_tokens"], "min_length": ["min_new_tokens"]}.get(name, near)
-        hint = f"did you mean {near[0]}?" if near else f"these are taken: {', '.join(SETTINGS)}"
+        alike = name.replace("_length", "_new_tokens")
+        hint = did_you_mean(alike, SETTINGS) or f"these are taken: {', '.join(SETTINGS)}"
         is_field = hasattr(GenerationConfig(), name)
         problem = "is not taken" if is_field else "not a field of transformers.GenerationConfig"
         raise ConfigError(f"{name}: {problem}; {hint}", name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from raylm import budget, cluster, console, derived, storage, tokens
 from raylm.config import Experiment
-from raylm.errors import ConfigError, DataError, StorageError
+from raylm.errors import ConfigError, DataError, StorageError, first_line
 from raylm.plan import EvaluationSet, Plan, TokensPlan, load_tokenizer
 from raylm.tokens import Store
 
@@ -102,7 +102,7 @@ def check_storage(experiment: Experiment) -> None:
     marked = storage.mark(experiment.storage)
     found = cluster.on_nodes(nodes, storage.unusable, marked)
     storage.remove_file(marked)
-    problems = [f"{nodes[node]}: {str(why).splitlines()[0]}" for node, why in found.items() if why is not None]
+    problems = [f"{nodes[node]}: {first_line(why)}" for node, why in found.items() if why is not None]
     if problems:
         way_out = "give a directory that all nodes share, or a place in object storage such as s3://bucket/runs"
         if storage.is_remote(experiment.storage):

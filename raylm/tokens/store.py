@@ -25,7 +25,7 @@ from raylm import storage
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig, TokenizerConfig
 from raylm.corpus import File, Source, list_sources
-from raylm.errors import DataError, StorageError, StorageUnavailable
+from raylm.errors import DataError, StorageError, StorageUnavailable, first_line
 from raylm.storage import is_remote, read, sizes
 from raylm.tokenizer import Frame
 
@@ -110,7 +110,7 @@ class Split:
                 self._batches[shard] = storage.retried(path, lambda: pa.ipc.open_file(pa.memory_map(path)).get_batch(0))
             except (FileNotFoundError, NotADirectoryError, pa.ArrowInvalid) as error:
                 raise DataError(
-                    f"{path} cannot be read: {str(error).splitlines()[0]}; remove {self._key[0]} and run raylm prepare "
+                    f"{path} cannot be read: {first_line(error)}; remove {self._key[0]} and run raylm prepare "
                     "with the same settings",
                     self._key[0],
                 ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import tempfile
 from typing import Any
@@ -15,7 +14,7 @@ from transformers.utils import is_torch_tf32_available
 from raylm import scorer
 from raylm.budget import Budget
 from raylm.config import OWNED, Experiment, TrainConfig
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, did_you_mean, first_line
 
 BY_SCORE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 """Schedules that the Trainer steps after evaluations of its own."""
@@ -48,8 +47,8 @@ def check_settings(section: TrainConfig, *, has_updates: bool = False) -> None:
         if name in OWNED:
             raise ConfigError(f"{key} is derived by raylm; set {OWNED[name]} instead", where=key)
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else ""
+            guess = did_you_mean(name, known)
+            hint = f", {guess}" if guess else ""
             raise ConfigError(f"{key}: not a field of transformers.TrainingArguments{hint}", where=key)
         if name in REFUSED and section.arguments[name]:
             raise ConfigError(f"{key} {REFUSED[name]}", where=key)
@@ -64,8 +63,7 @@ def check_settings(section: TrainConfig, *, has_updates: bool = False) -> None:
         try:
             made = TrainingArguments(output_dir=directory, use_cpu=True, **kind, **section.arguments)
         except (ImportError, TypeError, ValueError) as error:
-            problem = str(error).strip().split("\n")[0]
-            raise ConfigError(f"train.arguments: {problem}", where="train.arguments") from None
+            raise ConfigError(f"train.arguments: {first_line(error)}", where="train.arguments") from None
     _check_schedule(made)
     _check_loading(made)
     if not isinstance(made.ddp_timeout, int) or made.ddp_timeout < 1:
@@ -92,10 +90,9 @@ def _check_schedule(made: TrainingArguments) -> None:
         get_scheduler(made.lr_scheduler_type, weights, 0, STEPS, _schedule_arguments(made, STEPS))
     except (TypeError, ValueError) as error:
         key = "train.arguments.lr_scheduler_kwargs"
-        problem = str(error).strip().split("\n")[0]
         raise ConfigError(
             f"{key}={made.lr_scheduler_kwargs} is not what train.lr_scheduler_type={made.lr_scheduler_type.value} "
-            f"takes: {problem}",
+            f"takes: {first_line(error)}",
             where=key,
         ) from None
 
@@ -137,7 +134,7 @@ def _check_optimizer(made: TrainingArguments) -> None:
         try:
             Trainer.get_optimizer_cls_and_kwargs(made)
         except (ImportError, ValueError) as error:
-            problem = str(error).strip().split("\n")[0]
+            problem = first_line(error)
             if "pass a" in problem:  # model, to some optimizers
                 return
     if problem:

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from raylm import storage
-from raylm.errors import Diverged, OutOfMemory
+from raylm.errors import Diverged, OutOfMemory, first_line
 from raylm.training.session import CollectiveError, Session, TrainTask
 
 KINDS = (torch.OutOfMemoryError, MemoryError)
@@ -38,7 +38,7 @@ class MemoryGuard:
         except (*KINDS, RuntimeError) as error:
             if not isinstance(error, KINDS) and "can't allocate memory" not in str(error):  # torch, on a CPU
                 raise
-            problem = too_much(str(error).split("\n")[0])
+            problem = too_much(first_line(error))
         if problem is not None:  # outside of the except, where what filled the memory would be held on to
             raise CollectiveError(problem) if self.session.world_size == 1 else problem
 
