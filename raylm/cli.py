@@ -85,8 +85,8 @@ def experiment(
     return loaded
 
 
-def run(verb: Callable[..., CommandResult | None] | typer.Typer) -> None:
-    """Run a verb, or a group of them, with argv. Never returns."""
+def run(verb: Callable[..., CommandResult | None] | typer.Typer, name: str | None = None) -> None:
+    """Run a verb, or a group of them, with argv. Never returns. `name`: of the command, as its help shows it."""
     as_json = "--json" in sys.argv[1:]  # read here, so that a command line that does not parse answers in JSON too
     if isinstance(verb, typer.Typer):
         app = verb
@@ -99,7 +99,7 @@ def run(verb: Callable[..., CommandResult | None] | typer.Typer) -> None:
     _quiet_libraries()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # why, cluster.WORKER_ENVIRONMENT says
     with _stdout_for_result(as_json) as stdout:
-        exit_code = _run(app, as_json, stdout)
+        exit_code = _run(app, name, as_json, stdout)
         stdout.flush()
     sys.stderr.flush()
     storage = sys.modules.get("raylm.storage")  # which takes imports
@@ -188,7 +188,7 @@ def _stop(number: int, frame: object) -> None:
         raise Interrupted("terminated; the same command goes on from there")
 
 
-def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
+def _run(app: typer.Typer, name: str | None, as_json: bool, stdout: Any) -> int:
     def fail(error: str, where: str | None, exit_code: int) -> int:
         if as_json:
             print(json.dumps(redacted({"error": error, "where": where, "exit_code": exit_code})), file=stdout)
@@ -197,7 +197,7 @@ def _run(app: typer.Typer, as_json: bool, stdout: Any) -> int:
         return exit_code
 
     try:
-        answer = _called(app)
+        answer = _called(app, name)
         record = json.dumps(answer.record, allow_nan=False) if as_json and isinstance(answer, CommandResult) else ""
     except (RaylmError, Interrupted) as error:
         cause = getattr(error, "cause", error)  # Ray wraps what a task raises, with the task's traceback as its text
@@ -230,9 +230,9 @@ def _usage(error: Any) -> str:
     return f"{error.format_message()}; settings are given as section.key=value{how}"
 
 
-def _called(app: typer.Typer) -> Any:
+def _called(app: typer.Typer, name: str | None) -> Any:
     try:
-        return typer.main.get_command(app)(standalone_mode=False)
+        return typer.main.get_command(app)(prog_name=name, standalone_mode=False)
     except _Done as done:
         return done.answer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raylm import config
+from raylm import __version__, config
 
 RAYLM = Path(config.__file__).parents[1]
 VERBS = [
@@ -204,6 +204,34 @@ def test_help_imports_nothing_heavy(line):
     imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "typer" in imported
     assert imported & HEAVY == set()
+
+
+@pytest.mark.parametrize("line", [(), ("help",), ("help", "train")], ids=" ".join)
+def test_help_in_every_way_that_people_ask_for_it(line):
+    done = run("-m", "raylm", *line)
+    assert done.returncode == 0
+    assert f"Usage: {' '.join(['raylm', *line[1:]])} [OPTIONS]" in done.stdout
+    assert "error" not in done.stderr
+
+
+def test_a_misspelt_command_is_told_the_near_one():
+    for line in (("trian",), ("help", "trian")):
+        done = run("-m", "raylm", *line)
+        assert (done.returncode, done.stderr.strip()) == (2, "error: No such command 'trian'. Did you mean 'train'?")
+
+
+def test_the_version():
+    done = run("-m", "raylm", "--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"raylm {__version__}")
+
+
+def test_a_shell_completes_commands_and_options(monkeypatch):
+    script = run("-m", "raylm", "--show-completion", "bash").stdout
+    assert "complete -o default -F _raylm_completion raylm" in script
+    for words, completed in (("raylm tr", "train"), ("raylm train --re", "--resume")):
+        for name, value in {"_RAYLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "-1"}.items():
+            monkeypatch.setenv(name, value.replace("-1", str(len(words.split()) - 1)))
+        assert run("-m", "raylm").stdout.split() == [completed]
 
 
 @pytest.mark.parametrize("verb", VERBS)
