@@ -233,7 +233,10 @@ FAULTS = {
     "corpus: {paths: 5}": "1:10 corpus.paths: must be text or a list of texts, got 5",
     "corpus: {paths: [a, 5]}": "1:10 corpus.paths.1: must be text, got 5",
     "cluster: {use_gpu: 1}": "1:11 cluster.use_gpu: must be true or false, got 1",
-    "name: a/b": "1:1 name: must be text like ^[A-Za-z0-9][A-Za-z0-9._-]*$, got 'a/b'",
+    "name: a/b": "1:1 name: must be letters, digits, dashes, dots and underscores, with a letter or digit first; got "
+    "'a/b'; try a-b",
+    "name: _é ö_": "1:1 name: must be letters, digits, dashes, dots and underscores, with a letter or digit first; got "
+    "'_é ö_'; try e-o",
     "tune: {metric: loss}": "1:8 tune.metric: must be one of 'perplexity' or 'bits_per_byte', got 'loss'",
     "tune: {space: {train.learning_rate: [1e-4, 1e-2]}}": "1:16 tune.space.train.learning_rate: must be a sampler, "
     "got [0.0001, 0.01]; {choice: [a, b]} draws one of these values, {uniform: [low, high]} or {loguniform: [low, "

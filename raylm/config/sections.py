@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import string
+import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -40,6 +41,23 @@ def _class_names(values: tuple[str, ...]) -> tuple[str, ...]:
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
             raise ValueError(f"must be package.module:Class, got {value}")
     return values
+
+
+def _name(value: str) -> str:
+    if re.fullmatch(NAME, value):
+        return value
+    plain = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode()
+    near = re.sub(r"[^A-Za-z0-9._]+", "-", plain).strip("-._")
+    raise ValueError(
+        f"must be letters, digits, dashes, dots and underscores, with a letter or digit first; got {value!r}"
+        + (f"; try {near}" if near else "")
+    )
+
+
+def _registered_name(value: str) -> str:
+    if not value or re.search(r"[/:'\"]", value):
+        raise ValueError(f"must be a name without slashes, colons and quotes, got {value!r}")
+    return value
 
 
 def _evaluation_sets(value: Any) -> Any:
@@ -434,7 +452,7 @@ class TrackingConfig(Section):
     """Name of the MLflow experiment. Default: `name`."""
     log_model: bool = False
     """Whether to log the best model in MLflow, where mlflow.transformers.load_model("runs:/RUN/model") loads it."""
-    register_as: Annotated[str, Field(pattern=r"^[^/:'\"]+$")] | None = None
+    register_as: Annotated[str, AfterValidator(_registered_name)] | None = None
     """Name under which the best model is logged and registered, as the newest version with the alias champion."""
 
 
@@ -493,7 +511,7 @@ class TuneConfig(Section):
 
 
 class Experiment(Section):
-    name: Annotated[str, Field(pattern=NAME)] = "experiment"
+    name: Annotated[str, AfterValidator(_name)] = "experiment"
     """Name of the runs' directory and the MLflow experiment: letters, digits, dots, dashes, underscores."""
     storage: str = DEFAULT_STORAGE
     """Location of token stores, runs and checkpoints: a directory that every node sees, or a location in object storage

@@ -64,7 +64,6 @@ def _fault(details: Any) -> tuple[str, str]:
         "greater_than": f"more than {context.get('gt')}",
         "less_than": f"less than {context.get('lt')}",
         "literal_error": f"one of {context.get('expected')}",
-        "string_pattern_mismatch": f"text like {context.get('pattern')}",
     }.get(kind)
     if accepted is None:
         return key, f"{details['msg']}, got {show(value)}"
