@@ -32,7 +32,7 @@ def report(
         "best": results.best.record(results.measure) if results.best is not None else None,
         "trials": [row.record(results.measure) for row in results.trials],
     }
-    table = trial_table.rich_table(results.trials, console.label(results.measure))
+    table = trial_table.RankedTable(results.trials, console.label(results.measure))
     failures = [f"{row.trial_id} failed: {row.failure}" for row in results.trials if row.failure]
     paths = console.key_values({"report": page, "pictures": ", ".join(pictures)})
     return cli.CommandResult(record, (table, *failures, "", paths))

@@ -125,7 +125,7 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
         }
     )
     rows = [trial_table.TrialRow.from_record(record) for record in result.trials]
-    return trial_table.rich_table(rows, measure), "\n".join(notes), "", next_steps
+    return trial_table.RankedTable(rows, measure), "\n".join(notes), "", next_steps
 
 
 def proposal(found: Proposal, file: Path) -> str:

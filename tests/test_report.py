@@ -228,8 +228,8 @@ def test_settings_of_one_space_out_of_several(storage):
     directory = write_sweep(storage, "tune-20260106-000000-ffff", f"tune.space={{either: {space}}}", trials=both)
     results = sweeps.read(directory)
     assert results.data.samplers == {RATE: "loguniform", "train.weight_decay": "choice"}
-    cells = [list(column.cells) for column in trial_table.rich_table(results.trials, "perplexity").columns]
-    assert cells[-2:] == [["0.1", "-"], ["-", "0.001"]]
+    table = trial_table.columns(results.trials, "perplexity")
+    assert (table["train.weight_decay"].cells, table[RATE].cells) == (["0.1", "-"], ["-", "0.001"])
     assert "1 trial_00001 50.00 3.12 256 - 0.1 completed" in shown(directory).text
 
 

@@ -1,8 +1,10 @@
+import io
 import math
 
 import pytest
+from rich.console import Console
 
-from raylm.results.trial_table import TrialRow, columns, overfitting, rich_table
+from raylm.results.trial_table import RankedTable, TrialRow, columns, narrow_headings, overfitting
 
 RATE = "train.learning_rate"
 
@@ -40,7 +42,7 @@ def test_a_score_that_is_not_finite_is_a_dash():
 
 @pytest.mark.parametrize(("rows", "styles"), [(ROWS, ["bold", None]), (ROWS[1:], [None]), ([], [])])
 def test_the_best_trial_is_bold_if_it_has_a_score(rows, styles):
-    assert [row.style for row in rich_table(rows, "perplexity").rows] == styles
+    assert [row.style for row in RankedTable(rows, "perplexity").tables(80)[0].rows] == styles
 
 
 def test_a_row_is_read_from_the_record_of_a_result_and_written_under_the_name_of_its_score():
@@ -66,3 +68,37 @@ def test_a_training_that_was_best_long_before_its_end_is_called_overfitted():
     assert overfitting(846.1, 1_057_006.2, 81_920) == ("overfitted: 846.1 at 81,920 tokens, 1,057,006 at the end")
     assert overfitting(846.1, 850.0, 81_920) is None
     assert overfitting(None, 1_057_006.2, 81_920) is None
+
+
+SWEPT = {RATE: 0.00051234, "train.warmup_steps": 0.12345, "blocks.block_size": 512, "model.config.n_layer": 12}
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_nothing_is_cut_off_however_narrow_the_terminal(width):
+    """The numbers of a row are what a person copies: an id "trial_…" or a rate "0.0005…" is of no use."""
+    rows = [
+        TrialRow(f"trial_{number:05}", "stopped early", 1_057_006.2 / 10**number, 12.5, 16_777_216, SWEPT)
+        for number in range(4)
+    ]
+    written = io.StringIO()
+    Console(file=written, width=width).print(RankedTable(rows, "masked-perplexity"))
+    text = written.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for shown in ("00003", "1,057,006", "105,701", "10,570", "12.50", "16,777,216", "0.0005123", "0.1235", "512"):
+        assert shown in text
+    assert text.count("stopped early") == 4, "not folded"
+    assert text.count("00003") == (1 if width >= 100 else 2)
+
+
+def test_an_overfitted_trial_is_told_below_the_table():
+    written = io.StringIO()
+    Console(file=written, width=80).print(RankedTable(ROWS, "perplexity"))
+    assert written.getvalue().splitlines()[-1] == "trial_00001 overfitted: 32 at 256 tokens, 90 at the end"
+
+
+def test_headings_that_end_with_the_same_name_are_whole():
+    swept = {"model.config.hidden_size": 64, "blocks.hidden_size": 1}
+    headings = narrow_headings(columns([TrialRow("trial_00000", "running", None, None, 0, swept)], "perplexity"))
+    assert headings["model.config.hidden_size"] == "config\nhidden\nsize"
+    assert (headings["blocks.hidden_size"], headings["bits_per_byte"]) == ("hidden\nsize", "bits/\nbyte")

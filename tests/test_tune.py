@@ -659,9 +659,9 @@ def test_the_trials_that_none_beats_in_both_are_marked():
         "small": True, "better": True, "larger": False, "failed": False
     }  # fmt: skip
     assert [row["parameters"] for row in rows] == [10, 20, 30, None]
-    table = trial_table.rich_table([TrialRow.from_record(row) for row in rows], "perplexity")
-    assert list(table.columns[4].cells) == ["10", "20", "30", "-"]
-    assert list(table.columns[-1].cells) == ["✓", "✓", "", ""]
+    table = trial_table.columns([TrialRow.from_record(row) for row in rows], "perplexity")
+    assert table["parameters"].cells == ["10", "20", "30", "-"]
+    assert table["pareto"].cells == ["✓", "✓", "", ""]
 
 
 @pytest.mark.parametrize(

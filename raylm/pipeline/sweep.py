@@ -174,7 +174,7 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         rows = [trial_table.TrialRow.from_record(record) for record in self.trials]
-        return console.as_html(trial_table.rich_table(rows, console.label(self.measure)))
+        return console.as_html(trial_table.RankedTable(rows, console.label(self.measure)))
 
     def record(self) -> dict[str, Any]:
         """The result for --json: scores stand under their own name."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,14 +166,15 @@ class LiveTable:
         """What the terminal shows."""
         ranked = sorted(self.trials.items(), key=_rank)
         shown = ranked[:MOST_ROWS]
-        rows = [trial.row(trial_id.removeprefix("trial_")) for trial_id, trial in shown]
+        rows = [trial.row(trial_table.short_id(trial_id)) for trial_id, trial in shown]
         columns = trial_table.columns(rows, self.score_name, self.keys)
+        headings = trial_table.narrow_headings(columns)
         table = Table(
             title=self.summary(), title_justify="left", title_style="", box=None, pad_edge=False, header_style="bold"
         )
         names = ["trial_id", "status", "tokens", "perplexity", *self.keys]
         for name in names:
-            heading = f"tokens\nof {self.budget_tokens:,}" if name == "tokens" else _narrow(columns[name].heading)
+            heading = f"tokens\nof {self.budget_tokens:,}" if name == "tokens" else headings[name]
             table.add_column(heading, justify=columns[name].justify, no_wrap=True, vertical="bottom")
         table.add_column("time\nleft", justify="right", no_wrap=True, vertical="bottom")
         now = time.monotonic()
@@ -187,11 +187,6 @@ class LiveTable:
         if len(ranked) > MOST_ROWS:
             table.add_row("…", f"{len(ranked) - MOST_ROWS} more", style="dim")
         return table
-
-
-def _narrow(heading: str) -> str:
-    """A heading over several lines: the last part of a dotted name, a word on each line."""
-    return re.sub("[-_ ]", "\n", heading.rpartition(".")[2])
 
 
 def _rank(item: tuple[str, TrialProgress]) -> tuple[int, float, str]:

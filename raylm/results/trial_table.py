@@ -6,11 +6,14 @@ The terminal's table after a sweep is drawn here; `html` and `live_table` draw t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from raylm.console import format_number
 from raylm.results.figures import short_name
@@ -25,7 +28,7 @@ class TrialRow:
 
     trial_id: str
     status: str
-    """running, waiting, completed, stopped early or failed."""
+    """running, paused, completed, stopped early or failed."""
     perplexity: float | None
     """The best score on the tokens by which trials are ranked, whatever perplexity it is; None without a score."""
     bits_per_byte: float | None
@@ -100,8 +103,8 @@ def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None
     table = {
         "rank": Column("", [str(rank) for rank in range(1, len(rows) + 1)]),
         "trial_id": Column("trial", [row.trial_id for row in rows], justify="left"),
-        "perplexity": Column(score, [_score(row.perplexity) for row in rows]),
-        "bits_per_byte": Column("bits/byte", [_score(row.bits_per_byte) for row in rows]),
+        "perplexity": Column(score, [format_score(row.perplexity) for row in rows]),
+        "bits_per_byte": Column("bits/byte", [format_score(row.bits_per_byte) for row in rows]),
         **{name: Column(name, [_count(row.weighed.get(name)) for row in rows]) for name in weighed},
         "tokens": Column("tokens", [_count(row.tokens) for row in rows]),
         "status": Column("status", ["; ".join(filter(None, [row.status, row.overfitting])) for row in rows], "left"),
@@ -113,20 +116,76 @@ def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None
     return table
 
 
-def rich_table(rows: Sequence[TrialRow], score: str) -> Table:
-    """The table for a terminal, the best trial in bold; rows stand in the order given."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    cells = columns(rows, score)
-    for column in cells.values():
-        table.add_column(column.heading, justify=column.justify)
-    for number, row in enumerate(rows):
-        is_best = number == 0 and row.perplexity is not None
-        table.add_row(*(column.cells[number] for column in cells.values()), style="bold" if is_best else None)
-    return table
+@dataclass(frozen=True)
+class RankedTable:
+    """The ranked table for a terminal of any width, the best trial in bold; rows stand in the order given.
+
+    Nothing is cut off: columns that do not fit beside the others follow in further tables of the same rows.
+    """
+
+    rows: Sequence[TrialRow]
+    score: str
+    """The heading of perplexity."""
+
+    def tables(self, width: int) -> list[Table]:
+        """The tables, each of at most `width` characters unless a single column needs more."""
+        shown = columns(self.rows, self.score)
+        shown["trial_id"] = replace(shown["trial_id"], cells=[short_id(row.trial_id) for row in self.rows])
+        shown["status"] = replace(shown["status"], cells=[row.status for row in self.rows])
+        headings = narrow_headings(shown)
+        widths = {
+            name: max(map(len, [*headings[name].split("\n"), *column.cells])) + GAP for name, column in shown.items()
+        }
+        parts: list[list[str]] = [["rank", "trial_id"]]
+        for name in [name for name in shown if name not in parts[0]]:
+            if len(parts[-1]) > 2 and sum(widths[each] for each in [*parts[-1], name]) - GAP > width:
+                parts.append(["rank", "trial_id"])
+            parts[-1].append(name)
+        return [self._table({name: shown[name] for name in part}, headings) for part in parts]
+
+    def _table(self, shown: Mapping[str, Column], headings: Mapping[str, str]) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name, column in shown.items():
+            table.add_column(headings[name], justify=column.justify, overflow="fold", vertical="bottom")
+        for number, row in enumerate(self.rows):
+            is_best = number == 0 and row.perplexity is not None
+            # Text, in which rich reads no markup: settings may have brackets.
+            cells = (Text(column.cells[number]) for column in shown.values())
+            table.add_row(*cells, style="bold" if is_best else None)
+        return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for number, table in enumerate(self.tables(options.max_width)):
+            if number:
+                yield ""
+            yield table
+        for row in self.rows:
+            if row.overfitting:
+                yield Text(f"{row.trial_id} {row.overfitting}")
 
 
-def _score(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.2f}"
+GAP = 2
+"""Between two columns of a table without a box."""
+
+
+def narrow_headings(shown: Mapping[str, Column]) -> dict[str, str]:
+    """Headings over several lines: the last part of a dotted name, if no other ends with the same, a word a line."""
+    last = {name: column.heading.rpartition(".")[2] for name, column in shown.items()}
+    several = {heading for heading in last.values() if list(last.values()).count(heading) > 1}
+    whole = {name: shown[name].heading if heading in several else heading for name, heading in last.items()}
+    return {name: re.sub("[-_ .]|(?<=/)", "\n", heading) for name, heading in whole.items()}
+
+
+def short_id(trial_id: str) -> str:
+    """The id of a trial in a column of them: 00003."""
+    return trial_id.removeprefix("trial_")
+
+
+def format_score(value: float | None) -> str:
+    """A score in a column of them, with two decimals below 1,000; a dash if there is none."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _count(value: float | None) -> str:
