@@ -49,7 +49,7 @@ def test_the_table_has_those_that_run_and_then_the_best(clock, screen):
         if number != 5:
             view.update(f"trial_{number:05}", tokens=500, perplexity=50.0 - number)
             view.update(f"trial_{number:05}", status="failed" if number == 13 else "stopped early")
-    shown = rows(view)
+    shown = rows(view)[1:]  # above: the rest of the line about all trials
     assert shown[1] == ["tokens", "learning", "block", "time"]
     assert shown[2] == ["trial", "status", "of", "1,000", "perplexity", "rate", "size", "left"]
     assert shown[3] == ["00005", "running", "0", "-", "0.1", "64"]
@@ -60,7 +60,7 @@ def test_the_table_has_those_that_run_and_then_the_best(clock, screen):
 
 def test_a_setting_that_a_trial_does_not_have(clock, screen):
     screen(terminal=True)
-    view = live_table.LiveTable(1000, None, [RATE, SIZE], "pseudo_perplexity")
+    view = live_table.LiveTable(1000, 1, [RATE, SIZE], "pseudo_perplexity")
     view.update("trial_00000", settings={SIZE: "[/b]"}, perplexity=float("inf"))
     assert rows(view)[-1] == ["00000", "running", "0", "-", "-", "[/b]"]
 
@@ -76,24 +76,46 @@ def test_the_time_that_is_left(clock, screen):
     view.update("trial_00001", tokens=700)
     assert view.seconds_left() == 160, "900 + 300 of these and 2 x 1,000 of those to come, 20 a second"
     clock.now += 10
+    assert view.seconds_left() == 150, "it runs down between two evaluations"
     view.update("trial_00001", status="stopped early")
-    assert view.seconds_left() == pytest.approx((600 + 2 * 700) / 10), "others are expected to stop as early"
-    assert view.summary() == "1 of 4 trials over, 800 tokens, about 3 min 20 s left"
+    assert view.seconds_left() == pytest.approx((600 + 2 * 700) / 20), "others are expected to stop as early"
+    assert view.summary() == (
+        "1 running, 1 stopped early, 2 not started; 800 of at most 4,000 tokens; about 1 min 40 s left"
+    )
 
 
-def test_trials_that_wait_are_not_over_and_few_of_them_go_on(clock, screen):
+def test_promoted_trials_are_part_of_the_time_left(clock, screen):
+    """Four trials train on 100 tokens, two of them on 200 and one on 400: 800 tokens in all, 10 a second."""
     screen(terminal=True)
-    view = live_table.LiveTable(1000, 4, [], "perplexity")
-    view.update("trial_00000", tokens=0)
+    view = live_table.LiveTable(400, 4, [], "perplexity", [(100, 4), (200, 2), (400, 1)])
+    left = []
+    for name, tokens in (("a", 100), ("b", 100), ("c", 100), ("a", 200), ("d", 100), ("b", 200), ("a", 400)):
+        trial = view.trials.get(name)
+        view.update(name, status="running", tokens=trial.tokens if trial else 0)
+        clock.now += (tokens - view.trials[name].tokens) / 10
+        view.update(name, tokens=tokens, perplexity=1e4 / tokens)
+        left.append(view.seconds_left())
+        if (name, tokens) == ("d", 100):
+            assert view.summary() == (
+                "1 running, 3 paused at 100 to 200 tokens; 500 of at most 1,600 tokens; best perplexity 50.00; about "
+                "30 s left"
+            )
+        view.update(name, status="paused" if tokens < 400 else "completed")
+    assert left == [70, 60, 50, 40, 30, 20, 0]
+    assert view.summary() == (
+        "3 paused at 100 to 200 tokens, 1 completed; 800 of at most 1,600 tokens; best perplexity 25.00"
+    )
+
+
+def test_the_last_trial_alone_takes_its_own_time(clock, screen):
+    screen(terminal=True)
+    view = live_table.LiveTable(400, 2, [], "perplexity", [(100, 2), (400, 1)])
+    view.update("a", tokens=0)
+    view.update("b", tokens=0)
     clock.now += 10
-    view.update("trial_00000", status="waiting", tokens=100, perplexity=9.0)
-    view.update("trial_00001", tokens=0)
-    assert view.summary() == "0 of 4 trials over, 1 waiting, 100 tokens, about 30 s left"
-    clock.now += 90
-    view.update("trial_00000", status="running")
-    clock.now += 10
-    view.update("trial_00000", tokens=200)
-    assert rows(view)[-2] == ["00000", "running", "200", "9.00", "1", "min", "20", "s"], "at its speed while it runs"
+    view.update("a", tokens=100)
+    view.update("b", tokens=100, status="paused")
+    assert view.seconds_left() == 30, "300 tokens, 10 a second, though both trained 20 a second"
 
 
 def test_each_trial_has_its_own_time_left(clock, screen):
@@ -121,7 +143,7 @@ def test_elsewhere_than_on_a_terminal_a_line_for_each_end_and_one_now_and_then(c
         view.update("trial_00002", status="failed", failure="no memory [red]")
         clock.now += 994
     assert written.getvalue().splitlines() == [
-        "0 of 2 trials over, 600 tokens, about 14 s left",
+        "1 running, 1 not started; 600 of at most 2,000 tokens; best perplexity 40.00; about 14 s left",
         "trial_00000: stopped early, 700 tokens, perplexity 40.00",
         "trial_00002: failed, 0 tokens: no memory [red]",
         "Sweep: 16 min 40 s",
@@ -144,9 +166,9 @@ def test_on_a_terminal_lines_stand_above_the_table_which_goes_in_the_end(screen)
         view.update("trial_00000", settings={RATE: 1e-3}, tokens=10)
         logging.getLogger("raylm").info("a line")
     text = written.getvalue()
-    assert "0 of 2 trials over" in text
-    assert text.index("a line") < text.rindex("trials over"), "the table is drawn again below"
-    assert "\x1b[2K" in text.rsplit("trials over", 1)[1], "and erased"
+    assert "1 running, 1 not started" in text
+    assert text.index("a line") < text.rindex("1 not started"), "the table is drawn again below"
+    assert "\x1b[2K" in text.rsplit("1 not started", 1)[1], "and erased"
     assert text.endswith("Sweep: 0 s\n")
 
 
@@ -159,6 +181,6 @@ def test_after_an_error_the_table_stays(screen):
     written = screen(terminal=True)
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    last = written.getvalue().rsplit("trials over", 1)[1]
+    last = written.getvalue().rsplit("1 not started", 1)[1]
     assert "00000" in last
     assert "\x1b[2K" not in last, "nothing of it is erased"

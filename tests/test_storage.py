@@ -466,7 +466,7 @@ def test_a_sweep_in_object_storage_goes_on_where_it_was_killed(place, tiny, comm
     started.wait()
     ended = command("tune", "--config", file, "--json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert "going on with 1 trials over" in ended.stderr
+    assert "resuming: 1 trials finished" in ended.stderr
     found = json.loads(ended.stdout)
     assert [(trial["status"], trial["tokens"]) for trial in found["trials"]] == [("completed", 25600)] * 3
     assert found["best"]["checkpoint"].startswith(f"{place}/words/tune-")

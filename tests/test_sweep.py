@@ -18,6 +18,7 @@ from ray.tune.experiment import Trial as RayTrial
 from raylm import budget, checkpoint, sweep
 from raylm.config import StopConfig, TrainConfig, TuneConfig, load
 from raylm.errors import ConfigError
+from raylm.sweep.asha import Asha
 from raylm.sweep.record import EVENTS
 from raylm.sweep.trial import ADOPTED, _settle
 from raylm.tracking import journal
@@ -396,6 +397,11 @@ def scores_of(seed, trials=9):
     source = random.Random(seed)
     quality = [source.uniform(10, 100) for _ in range(trials)]
     return [[each + 2000 / tokens + source.random() for tokens in range(64, 64 * 17, 64)] for each in quality]
+
+
+def test_how_many_trials_are_expected_at_each_rung():
+    assert Asha([100, 300], 3.0, "best_perplexity").stages(8, 900) == [(100, 8), (300, 2), (900, 1)]
+    assert Asha([], 2.0, "best_perplexity").stages(8, 900) == [(900, 8)], "nothing is compared on the way"
 
 
 @pytest.mark.parametrize(("kind", "searcher"), [("asha", "random"), ("asha", "optuna"), ("median", "random")])

@@ -294,9 +294,10 @@ def run_trials(
     own = callbacks.load(experiment.train.callbacks)
     task = training.TrainTask(experiment, store.path, planned, parent, active.directory, sets=sets, callbacks=own)
     limits = sweeps.SweepStopper(section.stop, record, metric)
+    stages = scheduler.asha.stages(trials.total_samples, planned.tokens) if scheduler.asha is not None else []
     try:
         with (
-            live_table.show(planned.tokens, trials.total_samples, swept, measure) as view,
+            live_table.show(planned.tokens, trials.total_samples, swept, measure, stages) as view,
             cluster.handle_signals(logger.info),
             cluster.progress_channel(lambda _: None, logger.info) as channel,
         ):

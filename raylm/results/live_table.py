@@ -35,13 +35,17 @@ PLAIN_SECONDS = 5.0
 
 @contextlib.contextmanager
 def show(
-    budget_tokens: int, total_trials: int | None, keys: Sequence[str], measure: str = "perplexity"
+    budget_tokens: int,
+    total_trials: int,
+    keys: Sequence[str],
+    measure: str = "perplexity",
+    stages: Sequence[tuple[int, int]] = (),
 ) -> Iterator[LiveTable]:
     """Show the progress of a sweep for as long as the context lasts. After an error the table stays on the screen.
 
-    `keys` are the swept keys, `measure` is what the score is called.
+    `keys` are the swept keys, `measure` is what the score is called. `stages`: see `LiveTable.stages`.
     """
-    view = LiveTable(budget_tokens, total_trials, keys, measure)
+    view = LiveTable(budget_tokens, total_trials, keys, measure, stages)
     if console.screen.is_terminal:
         with Live(get_renderable=view.table, console=console.screen, refresh_per_second=2, transient=True) as screen:
             try:
@@ -59,7 +63,7 @@ class TrialProgress:
     """A trial and its speed in this process: a resumed one has trained on some tokens before."""
 
     first: tuple[float, int]
-    """(seconds, tokens) at its first update, or when it resumed after it had waited."""
+    """(seconds, tokens) at its first update, or when it was promoted."""
     last: tuple[float, int]
     """(seconds, tokens) at the last update of its tokens."""
     status: str = "running"
@@ -72,7 +76,7 @@ class TrialProgress:
 
     @property
     def is_over(self) -> bool:
-        return self.status not in ("running", "waiting")
+        return self.status not in ("running", "paused")
 
     def row(self, trial_id: str) -> TrialRow:
         return TrialRow(trial_id, self.status, self.perplexity, None, self.tokens, self.settings)
@@ -88,15 +92,28 @@ class TrialProgress:
 class LiveTable:
     """The trials of a running sweep, as far as they have reported."""
 
-    def __init__(self, budget_tokens: int, total_trials: int | None, keys: Sequence[str], measure: str):
+    def __init__(
+        self,
+        budget_tokens: int,
+        total_trials: int,
+        keys: Sequence[str],
+        measure: str,
+        stages: Sequence[tuple[int, int]] = (),
+    ):
         self.budget_tokens = budget_tokens
         self.total_trials = total_trials
         self.keys = list(keys)
         self.score_name = console.label(measure)
+        self.stages = stages
+        """With a scheduler that promotes: (tokens, trials that are expected to train on as many), up to the budget."""
         self.trials: dict[str, TrialProgress] = {}
-        self.gained = 0
-        """Tokens that all trials were trained on in this process."""
+        self.gained, self.busy = 0, 0.0
+        """Tokens that trials were trained on in this process, and the seconds that these took, added up."""
+        self.together = 1
+        """The most trials that ran at the same time."""
         self.started = self._last_line = time.monotonic()
+        self._estimate: tuple[float, float] | None = None
+        """When the time left was estimated, and the estimate in seconds. It runs down until the next one."""
 
     def update(
         self,
@@ -118,11 +135,16 @@ class LiveTable:
         if trial is None:
             trial = self.trials[trial_id] = TrialProgress((now, tokens or 0), (now, tokens or 0))
         if tokens is not None:
-            before, trial.last = trial.tokens, (now, min(tokens, self.budget_tokens))
-            self.gained += trial.tokens - before
-        if (trial.status, status) == ("waiting", "running"):
-            trial.first = now, trial.tokens
+            (then, before), trial.last = trial.last, (now, min(tokens, self.budget_tokens))
+            if trial.tokens > before:
+                self.gained += trial.tokens - before
+                self.busy += now - then
+        if (trial.status, status) == ("paused", "running"):
+            trial.first = trial.last = now, trial.tokens
         trial.status = status or trial.status
+        self.together = max(self.together, self._count("running"))
+        if self.busy:
+            self._estimate = now, self._seconds_to_train()
         trial.perplexity = perplexity if perplexity is not None else trial.perplexity
         trial.settings = dict(settings) if settings is not None else trial.settings
         if console.screen.is_terminal:
@@ -136,31 +158,67 @@ class LiveTable:
             self._last_line = now
             logger.info(self.summary())
 
+    def _count(self, status: str) -> int:
+        return sum(trial.status == status for trial in self.trials.values())
+
     def summary(self) -> str:
-        """Trials over and waiting, their tokens, and the time left, in one line."""
-        trials = list(self.trials.values())
-        over = sum(trial.is_over for trial in trials)
-        waiting = sum(trial.status == "waiting" for trial in trials)
-        paused = f", {waiting:,} waiting" if waiting else ""
-        of = f" of {self.total_trials:,}" if self.total_trials else ""
+        """How many trials are where, their tokens, the best score and the time left, in one line."""
+        trials = self.trials.values()
+        counts = {status: self._count(status) for status in ("running", "completed", "stopped early", "failed")}
+        told = [f"{count:,} {status}" for status, count in counts.items() if count]
+        if paused := sorted({trial.tokens for trial in trials if trial.status == "paused"}):
+            at = " to ".join(f"{tokens:,}" for tokens in dict.fromkeys((paused[0], paused[-1])))
+            told.insert(bool(counts["running"]), f"{self._count('paused'):,} paused at {at} tokens")
+        if missing := self.total_trials - len(trials):
+            told.append(f"{missing:,} not started")
+        parts = [", ".join(told)]
+        most = self.total_trials * self.budget_tokens
+        parts.append(f"{sum(trial.tokens for trial in trials):,} of at most {most:,} tokens")
+        scores = [trial.perplexity for trial in trials if trial.perplexity is not None and trial.status != "failed"]
+        if scores:
+            parts.append(f"best {self.score_name} {trial_table.format_score(min(scores))}")
         left = self.seconds_left()
-        time_left = f", about {console.format_duration(left)} left" if left is not None else ""
-        return f"{over:,}{of} trials over{paused}, {sum(trial.tokens for trial in trials):,} tokens{time_left}"
+        if left is not None and left >= 1:
+            parts.append(f"about {console.format_duration(left)} left")
+        return "; ".join(parts)
 
     def seconds_left(self) -> float | None:
-        """Seconds until all trials have finished, at the speed so far; None while that is not known.
-
-        A trial to come is expected to need as many tokens as finished and waiting trials took on average, which
-        assumes that early stopping saves as much as it saved so far.
-        """
-        if self.gained <= 0:
+        """Seconds until all trials have finished, at the speed so far; None while that is not known."""
+        if self._estimate is None:
             return None
+        then, seconds = self._estimate
+        return max(0.0, seconds - (time.monotonic() - then))
+
+    def _seconds_to_train(self) -> float:
+        """Of the tokens that are left, with as many trials at a time as so far; at least those of the one that trains
+        longest, which has nothing beside it in the end."""
+        seconds_per_token = self.busy / self.gained
+        unfinished = [trial.tokens for trial in self.trials.values() if not trial.is_over]
+        is_one_to_complete = self.stages and not self._count("completed")
+        longest = self.budget_tokens - max(unfinished, default=0) if is_one_to_complete else 0
+        return seconds_per_token * max(self._tokens_left() / self.together, longest)
+
+    def _tokens_left(self) -> float:
+        """Training tokens until all trials have finished.
+
+        Where a scheduler promotes, as many as it is expected to promote to each stage. Else a trial that is to come is
+        expected to need as many as those that have finished, which assumes that early stopping saves as much as so far.
+        """
         trials = list(self.trials.values())
-        done = [trial.tokens for trial in trials if trial.status not in ("running", "failed")]
-        expected = sum(done) / len(done) if done else self.budget_tokens
-        need = sum(max(0.0, expected - trial.tokens) for trial in trials if not trial.is_over)
-        need += expected * max(0, (self.total_trials or 0) - len(trials))
-        return need * (time.monotonic() - self.started) / self.gained
+        if self.stages:
+            left, begins = 0, 0
+            for ends, expected in self.stages:
+                done = sum(min(max(trial.tokens - begins, 0), ends - begins) for trial in trials)
+                begun = [trial.tokens for trial in trials if trial.status == "running"]
+                here = sum(ends - tokens for tokens in begun if begins <= tokens < ends)
+                count = min(expected, self.total_trials - self._count("failed"))
+                left += max(here, count * (ends - begins) - done)
+                begins = ends
+            return left
+        over = [trial.tokens for trial in trials if trial.is_over and trial.status != "failed"]
+        each = sum(over) / len(over) if over else self.budget_tokens
+        need = sum(max(0.0, each - trial.tokens) for trial in trials if not trial.is_over)
+        return need + each * (self.total_trials - len(trials))
 
     def table(self) -> Table:
         """What the terminal shows."""

@@ -54,6 +54,14 @@ class Asha(FIFOScheduler):
         self.has_one = False
         """Whether a trial has ended by itself."""
 
+    def stages(self, trials: int, budget_tokens: int) -> list[tuple[int, int]]:
+        """(tokens, how many of so many trials train on as many) for each rung and the budget: one in eta goes on."""
+        found = []
+        for tokens in [*self.rungs, budget_tokens]:
+            found.append((tokens, trials))
+            trials = max(1, math.floor(trials / self.eta))
+        return found
+
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         score = result[self._metric]
         reached = [number for number, rung in enumerate(self.rungs) if rung <= result["tokens"]]

@@ -168,7 +168,7 @@ class Watcher(Unsaved, tune.Callback):
         waits = not trial.is_over and (not runs or self.scheduler.waits(trial_id))
         self._show(
             trial_id,
-            status="waiting" if waits else trial.status,
+            status="paused" if waits else trial.status,
             tokens=trial.tokens,
             perplexity=trial.results[-1][self.metric] if trial.results else None,
             settings=trial.settings,
