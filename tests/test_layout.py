@@ -313,3 +313,24 @@ def test_a_readme_without_a_tree_or_a_gloss_is_found():
         tree_of("# raylm\n")
     with pytest.raises(AssertionError, match=r"each line has a gloss\nassert \['cli.py'\]"):
         tree_of(TREE.replace("train tune    the commands", "cli.py"))
+
+
+@pytest.mark.parametrize("package", sorted((ROOT / "raylm").rglob("__init__.py")), ids=lambda file: file.parent.name)
+def test_a_package_says_what_each_of_its_modules_is(package):
+    docstring = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or ""
+    listed = re.findall(r"^ *(\w+)   *\S", docstring, re.MULTILINE)
+    modules = [path.stem for path in package.parent.iterdir() if path.suffix == ".py" and path != package]
+    if package.parent != ROOT / "raylm":  # which README.md shows
+        assert sorted({*modules} - {*listed}) == [], "not in its docstring"
+        assert [
+            name
+            for name in listed
+            if not (package.parent / f"{name}.py").exists() and not (package.parent / name).is_dir()
+        ] == []
+
+
+def test_every_file_that_the_architecture_names_is_there():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z_/]+(?:\.py|/))`", text)
+    assert len(named) > 20
+    assert [name for name in named if not any((root / name).exists() for root in (ROOT, ROOT / "raylm"))] == []

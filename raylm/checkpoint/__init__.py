@@ -1,7 +1,7 @@
 """Trained models on disk.
 
 directory    one model: what lies in its directory, and how it is loaded
-series       the checkpoints of a run: written whole or not at all, verified, the older ones removed
+manager      the checkpoints of a run: committed whole or not at all, verified, and which of them are kept
 """
 
 from raylm.checkpoint.directory import (

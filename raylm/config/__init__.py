@@ -1,10 +1,10 @@
 """One YAML file = one experiment = one frozen tree of sections.
 
-sections   every setting: type, default, unit, effect
-faults     what is wrong with an experiment, where it stands, and the way out
-space      tune.space: samplers of settings, and whole spaces to choose from
-names      what other tools call a setting
-files      load, override, save
+sections         every setting: type, default, unit, effect
+setting_errors   what is wrong with a setting, where it is written, and the way out
+space            tune.space: samplers of settings, and whole spaces to choose from
+names            what other tools call a setting
+files            load, override, save
 """
 
 from raylm.config.files import (

@@ -6,7 +6,7 @@ to names; `export` leaves them, with raylm.json, because the directory stays wit
 
 files         a trained model's directory -> the files that are published
 model_card    the model card, and its metadata
-directory     a checkpoint -> a plain Hugging Face directory with its card, whole or not at all
+directory     a checkpoint -> a plain Hugging Face directory: those files, the card, experiment.yaml, raylm.json
 hub           a trained model and its card -> the Hugging Face Hub, as one commit
 """
 

@@ -1,4 +1,8 @@
-"""What the model learns: labels and weights (batches.py), keywords (keywords.py), and the loss (loss.py).
+"""What the model learns.
+
+batches    examples -> batches with labels and weights, for each kind of objective
+keywords   the tokens of objective.keywords
+loss       the summed loss of a batch, and its gradient
 
 The loss of a global batch is its summed cross entropy, in nats, divided once by what the batches count as `items`:
 for causal, masked and fill_in_middle the predicted tokens, of all micro-batches and all workers. So one global batch

@@ -1,14 +1,14 @@
-"""A sweep: which settings are tried, who goes on, and what has happened, so that it can go on where it stopped.
+"""A sweep: which settings are tried, which trials are promoted, and a record of both from which it resumes.
 
-record      what has happened, on disk first
-space       tune.space -> settings, drawn or searched for
-asha        trials wait at rungs, and the best go on
-schedule    which trials go on: schedulers over tokens, brought back to where they stood
-queue       hands Tune the trials that are not over, then new ones
-trial       what one trial does, in a process of its own
+record      the events of a sweep, on disk first
+space       tune.space -> settings, drawn at random or by Optuna
+asha        trials pause at rungs, and the best are promoted
+schedule    the schedulers of tune.scheduler; their decisions are replayed from the record
+queue       the next trial to run: one to resume, or a new one, as long as there is room
+trial       the training of one trial, in a process of its own
 tuner       Ray Tune runs the trials, and neither prints nor keeps anything of its own
 
-Who imports tuner imports what trials train with, 5 s; the rest is quick.
+tuner imports what trials train with, which takes 5 s; the others are quick.
 """
 
 from raylm.sweep.queue import TrialQueue

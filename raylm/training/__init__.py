@@ -1,12 +1,14 @@
 """What every worker executes: the Hugging Face Trainer over the token store, scored by raylm's own perplexity.
 
-arguments    train.* -> TrainingArguments, and train.arguments checked against that class
-session      what a worker is given to do, and where it stands among the others
-sharding     the Trainer, whose weights may be shared out among the workers
-guards       what ends a training before it spoils its weights
-saves        a checkpoint as the ranks make it together: uploaded by each, committed by the first
-trainer      the Trainer of sharding, with raylm's evaluation, checkpoints and order of examples in place of its own
-worker       one worker's training or scoring, from beginning to end
+arguments           train.* -> TrainingArguments; train.arguments checked against that class
+callbacks           train.callbacks: the user's own TrainerCallbacks, by their dotted names
+session             what a worker is given to do; its rank, and how it reports
+sharding            the Trainer with DDP, FSDP or DeepSpeed; which of them allow what
+guards              what ends a training before it spoils its weights: no memory, gradients that are not finite
+checkpoint_writer   one checkpoint, uploaded by all ranks and committed by the first; older ones removed
+trainer             the Trainer of a worker: evaluations, training metrics, checkpoints, the order of examples
+worker              one worker's training or scoring: threads, devices, errors
+launch              where workers run: one process here, a worker group of Ray, a trial; restarts after failures
 """
 
 from raylm.training.arguments import check_settings
