@@ -1,0 +1,96 @@
+"""Intervals and tests hold what they say, on documents that are drawn from a known distribution."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from raylm import statistics
+from raylm.statistics import compare, interval
+
+
+def drawn(count, columns=1, *, gap=0.0, seed=0):
+    """(nll, tokens) of documents of skewed lengths; each column is worse than the one before by `gap` nats a token."""
+    generator = np.random.default_rng([count, columns, seed])
+    tokens = np.maximum(5, generator.lognormal(5, 1, count)).round()
+    hardness = generator.gamma(8, 0.45, count)  # nats a token, the same for all models
+    own = generator.normal(0, 0.05, (columns, count)) + gap * np.arange(columns)[:, None]
+    return (tokens * (hardness + own)).T, tokens
+
+
+@pytest.mark.parametrize("count", [10, 30, 100])
+def test_the_interval_covers_the_truth_in_95_percent_of_draws(count):
+    truth = 8 * 0.45  # lengths and hardness are independent
+    found = [interval(nll[:, 0], tokens) for nll, tokens in (drawn(count, seed=seed) for seed in range(1000))]
+    covered = np.mean([low <= truth <= high for low, high in found])
+    assert 0.93 <= covered <= 0.97
+
+
+def test_the_interval_of_equally_long_documents_is_students():
+    nll = np.random.default_rng(0).normal(300, 20, 12)
+    low, high = interval(nll, np.full(12, 100))
+    expected = scipy.stats.t.interval(0.95, 11, nll.mean() / 100, scipy.stats.sem(nll) / 100)
+    assert (low + high) / 2 == pytest.approx(np.mean(expected))
+    assert high - low == pytest.approx((expected[1] - expected[0]) * np.sqrt(12 / 11))  # the jackknife's n - 1
+
+
+def test_documents_of_one_cluster_count_as_one():
+    nll, tokens = (values.repeat(5, axis=0) for values in drawn(20))
+    alone = interval(nll[::5, 0], tokens[::5])
+    together = interval(nll[:, 0], tokens, clusters=np.arange(20).repeat(5))
+    assert together == pytest.approx(alone)
+    without = interval(nll[:, 0], tokens)
+    assert without.high - without.low < 0.6 * (alone.high - alone.low)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(8, 2), (30, 2), (30, 8)])
+def test_equally_good_models_are_called_different_in_at_most_5_percent_of_draws(count, columns, monkeypatch):
+    """The best on these documents against each other one. Two models are the plain paired test: about 5 %."""
+    monkeypatch.setattr(statistics, "FLIPS", 1000)
+    wrong = 0
+    for seed in range(400):
+        nll, tokens = drawn(count, columns, seed=seed)
+        found = compare(nll, tokens, best=int(nll.sum(axis=0).argmin()), seed=seed)
+        wrong += any(difference.is_real for difference in found if difference is not None)
+    assert wrong / 400 <= 0.05 + 0.022, "two standard errors of 400 draws"
+    if columns == 2:
+        assert wrong / 400 >= 0.04 - 0.02
+
+
+def test_a_difference_that_is_there_is_found():
+    nll, tokens = drawn(60, 3, gap=0.1)
+    best, second, third = compare(nll, tokens)
+    assert best is None
+    assert second.is_real
+    assert third.is_real
+    assert second.nats_per_token == pytest.approx(0.1, abs=0.05)
+    assert second.interval.low < 0.1 < second.interval.high
+    assert second.least < 0.1 < third.nats_per_token
+    assert compare(nll[:, [0, 0]], tokens)[1].p == 1, "the same model twice"
+
+
+def test_few_documents_are_tested_exactly():
+    nll, tokens = drawn(7, 2, gap=0.02, seed=3)
+    difference = nll[:, 1] - nll[:, 0]
+    sums = [abs(np.dot(signs, difference)) for signs in itertools.product((1, -1), repeat=7)]
+    expected = np.mean([value >= abs(difference.sum()) * (1 - 1e-12) for value in sums])
+    assert compare(nll, tokens)[1].p == pytest.approx(expected)
+    library = scipy.stats.permutation_test((difference,), np.sum, permutation_type="samples", n_resamples=np.inf)
+    assert compare(nll, tokens)[1].p == pytest.approx(library.pvalue)
+
+
+def test_five_documents_are_too_few_to_tell():
+    nll, tokens = drawn(5, 2, gap=9.0)
+    assert compare(nll, tokens) == [None, None]
+    assert interval(nll[:, 0], tokens) == (-np.inf, np.inf)
+
+
+def test_the_order_of_documents_and_models_does_not_matter():
+    nll, tokens = drawn(12, 3, gap=0.01)
+    order = np.random.default_rng(0).permutation(12)
+    one, other = compare(nll, tokens), compare(nll[order], tokens[order])
+    assert [each.p for each in one[1:]] == pytest.approx([each.p for each in other[1:]])
+    turned = compare(nll[:, ::-1], tokens, best=2)
+    assert turned[0].p == pytest.approx(one[2].p)
+    assert turned[0].nats_per_token == pytest.approx(one[2].nats_per_token)
