@@ -41,14 +41,14 @@ def write_sweep(storage, name, *settings, trials, result_json=None):
     record = SweepRecord(directory)
     for number, (swept, evaluations, status, failure) in enumerate(trials):
         trial_id = f"trial_{number:05}"
-        record.begin(trial_id, swept)
+        record.add(trial_id, swept)
         record.start(trial_id)
         child = parent.start_trial(trial_id)
         for tokens, perplexity in evaluations:
             record.result(trial_id, result(tokens, perplexity))
             child.log_metrics({"train/loss": 3.0, "train/tokens": tokens}, tokens // 256)
         if status != "running":
-            record.end(trial_id, status, failure)
+            record.finish(trial_id, status, failure)
     record.spend(75)
     if result_json is not None:
         (Path(directory) / "result.json").write_text(json.dumps(result_json))

@@ -332,9 +332,9 @@ def test_a_file_of_a_run_is_kept_there_and_reaches_mlflow(place, tmp_path):
 
 def test_a_sweep_ends_where_its_record_cannot_be_written_twice(place, server):
     record = SweepRecord(f"{place}/words/tune-1")
-    record.begin("trial_00000", {})
+    record.add("trial_00000", {})
     server.refused = lambda method, path: True
-    record.end("trial_00000", "completed")
+    record.finish("trial_00000", "completed")
     with pytest.raises(
         StorageError, match=r"tune-1/events.jsonl cannot be written: .*ACCESS_DENIED.*; once it can, the same"
     ):
@@ -342,7 +342,7 @@ def test_a_sweep_ends_where_its_record_cannot_be_written_twice(place, server):
     server.refused = never
     record.spend(2.0)
     kinds = [next(iter(event)) for event in SweepRecord(record.directory).events]
-    assert kinds == ["begun", "over", "spent", "spent"], "nothing is lost meanwhile"
+    assert kinds == ["added", "finished", "spent", "spent"], "nothing is lost meanwhile"
 
 
 def test_an_export_that_is_cut_off_leaves_no_model(place, server, trained_directory):

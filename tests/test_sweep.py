@@ -193,17 +193,17 @@ def test_what_does_not_go_together_is_refused(settings, told, tmp_path):
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
     record = sweep.SweepRecord(str(tmp_path))
-    record.begin("trial_00000", {"train.learning_rate": 0.1 + 0.2})
+    record.add("trial_00000", {"train.learning_rate": 0.1 + 0.2})
     record.start("trial_00000")
     record.result("trial_00000", {"tokens": 10, "perplexity": 7.5})
-    record.begin("trial_00001", {"train.learning_rate": 1e-3})
-    record.end("trial_00000", "completed")
+    record.add("trial_00001", {"train.learning_rate": 1e-3})
+    record.finish("trial_00000", "completed")
     record.start("trial_00001")
     record.start("trial_00001")
-    record.end("trial_00001", "failed", "model.path=a: it has no weights", "model.path")
+    record.finish("trial_00001", "failed", "model.path=a: it has no weights", "model.path")
     record.spend(2.5)
     with (tmp_path / EVENTS).open("a") as file:
-        file.write('{"over": "trial_0')  # killed while it wrote
+        file.write('{"finished": "trial_0')  # killed while it wrote
     again = sweep.SweepRecord(str(tmp_path))
     assert again.trials == record.trials == sweep.read(str(tmp_path))
     assert list(again.trials) == ["trial_00000", "trial_00001"]
@@ -212,16 +212,16 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     assert again.trials["trial_00001"].wrong_setting == "model.path"
     assert again.seconds == 2.5
     journal.json_lines(str(tmp_path), EVENTS).close()  # as in a new process
-    again.begin("trial_00002", {})
+    again.add("trial_00002", {})
     assert list(sweep.read(str(tmp_path))) == ["trial_00000", "trial_00001", "trial_00002"]
 
 
 def test_a_trial_that_became_like_another_goes_on_from_its_tokens(tmp_path):
     record = sweep.SweepRecord(str(tmp_path))
-    record.begin("trial_00000", {"train.learning_rate": 1e-3})
+    record.add("trial_00000", {"train.learning_rate": 1e-3})
     for tokens in (10, 20, 30):
         record.result("trial_00000", {"tokens": tokens})
-    record.change("trial_00000", {"train.learning_rate": 2e-3}, like="trial_00001", tokens=20)
+    record.change("trial_00000", {"train.learning_rate": 2e-3}, donor="trial_00001", tokens=20)
     (trial,) = sweep.read(str(tmp_path)).values()
     assert trial.tokens == 20
     assert trial.settings == {"train.learning_rate": 2e-3}
@@ -234,12 +234,12 @@ def test_fewer_trials_than_were_begun_leave_those_that_were(tmp_path, searcher):
     first = Controller(tmp_path, section, together=1)
     begun = [first.search_alg.points.draw(f"trial_{number:05d}") for number in range(6)]
     for number, drawn_settings in enumerate(begun):
-        first.record.begin(f"trial_{number:05d}", drawn_settings)
+        first.record.add(f"trial_{number:05d}", drawn_settings)
     for asked, total in ((4, 6), (8, 8)):
         again = Controller(tmp_path, section.model_copy(update={"num_samples": asked}), together=1)
         assert [trial.settings for trial in again.record.trials.values()] == begun
         assert again.search_alg.total_samples == total
-        assert len(again.search_alg.begun) == 6, "each of them is to end"
+        assert len(again.search_alg.unfinished) == 6, "each of them is to end"
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_fewer_trials_than_were_begun_leave_those_that_were(tmp_path, searcher):
 def test_limits_of_a_sweep(tmp_path, stop, over):
     record = sweep.SweepRecord(str(tmp_path))
     for number, tokens in enumerate((20, 30)):
-        record.begin(f"trial_{number}", {})
+        record.add(f"trial_{number}", {})
         record.result(f"trial_{number}", {"tokens": tokens, "best_perplexity": 7.0 + number})
     record.spend(200.0)
     limits = sweep.SweepStopper(StopConfig(**stop), record, "best_perplexity")
@@ -408,7 +408,7 @@ def test_how_many_trials_are_expected_at_each_rung():
 def test_a_sweep_goes_on_as_if_it_had_never_been_cut_off(tmp_path, kind, searcher):
     scores = scores_of(3)
     whole = play(tmp_path / "whole", kind, scores, searcher=searcher)
-    assert {event["status"] for event in whole if "over" in event} == {"completed", "stopped early"}
+    assert {event["status"] for event in whole if "finished" in event} == {"completed", "stopped early"}
     for cut in range(1, len(whole), 2 if searcher == "random" else 7):
         again = play(tmp_path / str(cut), kind, scores, searcher=searcher, cuts=[cut])
         assert again == whole, f"cut off after line {cut}: {whole[cut - 1]}"
@@ -433,7 +433,7 @@ def test_a_new_trial_does_not_go_on_from_the_checkpoints_of_one_that_the_record_
     for number in range(3):
         (tmp_path / f"trial_{number:05d}").mkdir()
     record = sweep.SweepRecord(str(tmp_path))
-    record.begin("trial_00000", sweep.searcher(section, 0).draw("trial_00000"))
+    record.add("trial_00000", sweep.searcher(section, 0).draw("trial_00000"))
     again = Controller(tmp_path, section, together=5)
     assert again.search_alg.unknown == ["trial_00001", "trial_00002"]
     assert list(again.running()) == ["trial_00000", "trial_00003", "trial_00004", "trial_00005", "trial_00006"]
@@ -444,7 +444,7 @@ def test_a_trial_of_a_population_has_no_checkpoints_of_a_change_that_is_lost(tmp
     job = SimpleNamespace(directory=str(tmp_path), checkpoints=checkpoint.CheckpointManager(f"{tmp_path}/checkpoints"))
     for step in (10, 20):
         job.checkpoints.commit(step, {})
-    (tmp_path / ADOPTED).write_text(json.dumps({"changed": "trial_00000", "like": "trial_00001"}))
+    (tmp_path / ADOPTED).write_text(json.dumps({"changed": "trial_00000", "donor": "trial_00001"}))
     _settle([], job, job)
     assert job.checkpoints.steps() == []
     job.checkpoints.commit(30, {})
@@ -503,7 +503,7 @@ def test_every_sweep_ends_and_promotes_nobody_that_is_not_among_the_best(data):
 
     for event in events:
         match event:
-            case {"begun": trial}:
+            case {"added": trial}:
                 assert may_go_on() == []
             case {"result": trial, "tokens": tokens, "best_perplexity": found}:
                 assert trial not in waiting, "it goes no further than its rung"
@@ -521,7 +521,7 @@ def test_every_sweep_ends_and_promotes_nobody_that_is_not_among_the_best(data):
                 else:
                     assert trial == may_go_on()[0]
                 del waiting[trial]
-            case {"over": trial, "status": status}:
+            case {"finished": trial, "status": status}:
                 assert (status == "stopped early") == (trial in waiting)
                 assert waiting.pop(trial, None) is None or "completed" in over.values()
                 over[trial] = status
@@ -534,7 +534,7 @@ def test_a_trial_is_promoted_once_tune_has_paused_it(tmp_path):
     scores = [[10.0 + number] * 16 for number in range(3)]
     section = {"kind": "asha", "grace_tokens": 64, "reduction_factor": 3}
     events = play(tmp_path / "sweep", section, scores, together=4, slow={1, 2, 3})
-    assert [event["over"] for event in events if event.get("status") == "completed"] == ["trial_00000"]
+    assert [event["finished"] for event in events if event.get("status") == "completed"] == ["trial_00000"]
 
 
 @pytest.mark.parametrize(("trials", "evaluations"), [(1, 16), (2, 17), (3, 3 + 15), (9, 9 + 3 * 2 + 13)])
@@ -552,7 +552,7 @@ def test_what_was_decided_and_nobody_heard_of_is_made_up_for(tmp_path):
         (tmp_path / kind).mkdir()
         record = sweep.SweepRecord(str(tmp_path / kind))
         for number, score in enumerate((10.0, 20.0, 30.0, 90.0)):
-            record.begin(f"trial_{number}", {})
+            record.add(f"trial_{number}", {})
             for tokens in (64, 128):
                 record.result(f"trial_{number}", {"tokens": tokens, "best_perplexity": score, "budget_tokens": 1024})
         record = sweep.SweepRecord(str(tmp_path / kind))
@@ -572,7 +572,7 @@ def test_a_trial_whose_process_is_lost_while_it_begins_to_wait_does_not_go_on(tm
     record = sweep.SweepRecord(str(tmp_path))
     inner = sweep.scheduler(TuneConfig(scheduler="asha"), BUDGET, "best_perplexity")
     found, trial = sweep.RecordedScheduler(inner, record, BUDGET, lambda: False), ray_trial("trial_0")
-    record.begin("trial_0", {})
+    record.add("trial_0", {})
     result = {"tokens": 128, "best_perplexity": 9.0, "budget_tokens": 1024}
     assert found.on_trial_result(None, trial, result) == "PAUSE"
     assert found.on_trial_result(None, trial, result) == "PAUSE", "begun again, it tells its last result"
@@ -590,7 +590,7 @@ def test_a_failed_trial_does_not_decide_about_others(tmp_path):
     found = sweep.RecordedScheduler(sweep.scheduler(section, BUDGET, "best_perplexity"), record, BUDGET, lambda: False)
     decisions = []
     for number, score in enumerate((50.0, float("inf"), float("inf"), 60.0, 40.0)):
-        record.begin(f"trial_{number}", {})
+        record.add(f"trial_{number}", {})
         trial = ray_trial(f"trial_{number}")
         found.on_trial_add(None, trial)
         failure = {"failure": "diverged"} if score == float("inf") else {}

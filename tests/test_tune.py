@@ -377,7 +377,7 @@ def test_the_built_in_sweep_killed_three_times_ends_as_if_it_had_not(command, st
 
     whole = command("tune", "--json", *arguments, *place("whole"))
     assert whole.returncode == 0, whole.stderr
-    for what, number in (("result", 4), ("begun", 5), ("over", 1)):
+    for what, number in (("result", 4), ("added", 5), ("finished", 1)):
         started = start_command("tune", *arguments, *place("killed"))
         while happened(what) < number:
             assert started.process.is_alive(), started.wait().stderr
@@ -386,7 +386,7 @@ def test_the_built_in_sweep_killed_three_times_ends_as_if_it_had_not(command, st
         started.wait()
     killed = command("tune", "--json", *arguments, *place("killed"))
     assert killed.returncode == 0, killed.stderr
-    assert "going on with" in killed.stderr
+    assert "resuming: 1 trials finished" in killed.stderr
     ours, theirs = json.loads(killed.stdout), json.loads(whole.stdout)
     kept = ("trial_id", "status", "perplexity", "bits_per_byte", "tokens", "settings", "best_step", "failure")
     assert [{key: row[key] for key in kept} for row in ours["trials"]] == [
@@ -504,16 +504,16 @@ def test_a_population_goes_on_from_its_best_with_other_settings(ray_cluster, tin
     events = sweeps.SweepRecord(parent.directory).events
     changes = [event for event in events if "changed" in event]
     assert changes, "somebody was far behind"
-    begun = {event["begun"]: event["settings"] for event in events if "begun" in event}
+    begun = {event["added"]: event["settings"] for event in events if "added" in event}
     for change in changes:
-        assert change["like"] != change["changed"]
+        assert change["donor"] != change["changed"]
     found = sweeps.read(parent.directory)
     for trial_id, change in {event["changed"]: event for event in changes}.items():
         assert found[trial_id].settings == change["settings"] != begun[trial_id]
         adopted = json.loads(Path(parent.directory, trial_id, "adopted.json").read_text())
         assert adopted == change
         if change["tokens"] == 10 * unit:  # with other settings there was nothing left to train
-            assert change["settings"] == found[change["like"]].settings
+            assert change["settings"] == found[change["donor"]].settings
             del found[trial_id]
     schedules = [
         (

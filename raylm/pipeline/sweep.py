@@ -222,11 +222,13 @@ def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
     at_a_time = _most_at_a_time(experiment, plan.trials)
     with cluster.connect(experiment.cluster, trials=at_a_time, decided=decided) as resources:
         stores.check_nodes(experiment)
-        store, reused = stores.prepare(plan.plan.tokens)
-        prepared = plan.plan.prepared or plan.plan.with_store(store)
+        prepared, reused = plan.plan.prepared, True
+        if prepared is None:
+            store, reused = stores.prepare(plan.plan.tokens)
+            prepared = plan.plan.with_store(store)
         for warning in prepared.warnings:
             logger.warning(warning)
-        sets = stores.prepare_evaluation_sets(plan.plan, store)
+        sets = stores.prepare_evaluation_sets(plan.plan, prepared.store)
         rows = run_trials(prepared, sets, parent, active, resources)
         best = export_best_trial(prepared, parent, resources, rows)
     if best is None:

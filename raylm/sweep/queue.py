@@ -31,8 +31,8 @@ class TrialQueue(Unsaved, SearchAlgorithm):
     ):
         self.points, self.record, self.scheduler = points, record, scheduler
         self.together, self.values, self.stopping = together, values, stopping
-        self.begun: list[RayTrial] = []
-        """Trials that were begun before, and are to go on; those first that wait at a rung."""
+        self.unfinished: list[RayTrial] = []
+        """Trials of the record that resume, those first that wait at a rung."""
         self.handed: list[RayTrial] = []
         self.told: set[str] = set()
         """Trials whose score was told to where points come from."""
@@ -45,11 +45,11 @@ class TrialQueue(Unsaved, SearchAlgorithm):
     def _again(self, event: dict[str, Any]) -> None:
         """Tell where points come from what there was and what became of it, so that it goes on from there."""
         match event:
-            case {"begun": trial_id, "settings": settings}:
+            case {"added": trial_id, "settings": settings}:
                 self.points.add(trial_id, settings)
             case {"result": trial_id, "tokens": tokens}:
                 self._tell_at_rung(trial_id, tokens)
-            case {"over": trial_id}:
+            case {"finished": trial_id}:
                 self._tell_in_the_end(trial_id)
 
     def _tell_at_rung(self, trial_id: str, tokens: int) -> None:
@@ -83,8 +83,8 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         for trial_id, trial in self.record.trials.items():
             if trial.is_over:  # some only now: the sweep died before it could say so
                 self._tell_in_the_end(trial_id)
-        self.begun = [each for trial_id, each in made.items() if not self.record.trials[trial_id].is_over]
-        self.begun.sort(key=lambda each: each.status != RayTrial.PAUSED)
+        self.unfinished = [each for trial_id, each in made.items() if not self.record.trials[trial_id].is_over]
+        self.unfinished.sort(key=lambda each: each.status != RayTrial.PAUSED)
 
     def _made(self, trial_id: str, settings: dict[str, Any]) -> RayTrial:
         same = ("storage", "checkpoint_config", "max_failures", "trial_name_creator", "trial_dirname_creator")
@@ -111,20 +111,20 @@ class TrialQueue(Unsaved, SearchAlgorithm):
     @property
     def has_more(self) -> bool:
         """Whether Tune does not have all trials yet."""
-        return bool(self.begun) or len(self.record.trials) < self.points.total
+        return bool(self.unfinished) or len(self.record.trials) < self.points.total
 
     def next_trial(self) -> RayTrial | None:
-        waits = bool(self.begun) and self.begun[0].status == RayTrial.PAUSED  # and takes no room
+        waits = bool(self.unfinished) and self.unfinished[0].status == RayTrial.PAUSED  # and takes no room
         if self.is_finished() or (self.is_full and not waits):
             return None
-        if self.begun:
-            trial = self.begun.pop(0)
+        if self.unfinished:
+            trial = self.unfinished.pop(0)
         elif not self.has_more or self.scheduler.has_next:
             return None
         else:
             trial_id = self._free_id()
             settings = self.points.draw(trial_id)
-            self.record.begin(trial_id, settings)
+            self.record.add(trial_id, settings)
             trial = self._made(trial_id, settings)
         self.handed.append(trial)
         return trial

@@ -1,12 +1,12 @@
 """What has happened in a sweep, on disk before anything is done about it: a file of lines that only grow.
 
-    <sweep>/events.jsonl  {"begun": "trial_00003", "settings": {"train.learning_rate": 0.003}}
+    <sweep>/events.jsonl  {"added": "trial_00003", "settings": {"train.learning_rate": 0.003}}
                           {"started": "trial_00003"}                     a process works on it, again after each loss
                           {"result": "trial_00003", "tokens": 81920, "perplexity": 130.5, ...}       an evaluation
-                          {"promoted": "trial_00003"}                    it waited at a rung, and goes on
-                          {"changed": "trial_00003", "settings": {...}, "like": "trial_00001", "tokens": 81920}
-                          {"over": "trial_00003", "status": "stopped early", "failure": null}
-                          {"spent": 12.5}                                so many seconds more of the sweep are over
+                          {"promoted": "trial_00003"}                    it waited at a rung, and resumes
+                          {"changed": "trial_00003", "settings": {...}, "donor": "trial_00001", "tokens": 81920}
+                          {"finished": "trial_00003", "status": "stopped early", "failure": null}
+                          {"spent": 12.5}                                the sweep has run for so many more seconds
 
 Read again in their order the lines are all that a searcher and a scheduler have seen, so that both can be brought back
 to where they stood. Tune's own files of a sweep are written every 10 s at best, and without the scheduler.
@@ -69,7 +69,7 @@ class SweepRecord:
         self.events: list[Event] = self._log.read()[0]
         """Those that were there."""
         self.trials: dict[str, Trial] = {}
-        """By trial id, in the order in which they were begun."""
+        """By trial id, in the order in which they were added."""
         self.seconds = 0.0
         """How long commands have worked on the sweep before."""
         self.problem: StorageUnavailable | None = None
@@ -83,8 +83,8 @@ class SweepRecord:
         """What a population has made of a trial so far."""
         return [event for event in self.events if event.get("changed") == trial_id]
 
-    def begin(self, trial_id: str, settings: Mapping[str, Any]) -> None:
-        self._add({"begun": trial_id, "settings": dict(settings)})
+    def add(self, trial_id: str, settings: Mapping[str, Any]) -> None:
+        self._add({"added": trial_id, "settings": dict(settings)})
 
     def start(self, trial_id: str) -> None:
         self._add({"started": trial_id})
@@ -95,13 +95,15 @@ class SweepRecord:
     def promote(self, trial_id: str) -> None:
         self._add({"promoted": trial_id})
 
-    def change(self, trial_id: str, settings: Mapping[str, Any], like: str, tokens: int) -> None:
-        """By its population: it goes on as another one was after these tokens, with settings of its own."""
-        self._add({"changed": trial_id, "settings": dict(settings), "like": like, "tokens": tokens})
+    def change(self, trial_id: str, settings: Mapping[str, Any], donor: str, tokens: int) -> None:
+        """Its population has it resume from the donor's checkpoint after these tokens, with settings of its own."""
+        self._add({"changed": trial_id, "settings": dict(settings), "donor": donor, "tokens": tokens})
 
-    def end(self, trial_id: str, status: Status, failure: str | None = None, wrong_setting: str | None = None) -> None:
+    def finish(
+        self, trial_id: str, status: Status, failure: str | None = None, wrong_setting: str | None = None
+    ) -> None:
         about = {} if wrong_setting is None else {"wrong_setting": wrong_setting}
-        self._add({"over": trial_id, "status": status, "failure": failure, **about})
+        self._add({"finished": trial_id, "status": status, "failure": failure, **about})
 
     def spend(self, seconds: float) -> None:
         self._add({"spent": round(seconds, 3)})
@@ -111,7 +113,7 @@ class SweepRecord:
         before, self.problem = self.problem, None
         try:
             # A trial reads there how its population has changed it, on another machine maybe.
-            self._log.append(event, durable="over" in event or "changed" in event or before is not None)
+            self._log.append(event, durable="finished" in event or "changed" in event or before is not None)
         except OSError as error:
             self.problem = StorageUnavailable(
                 f"{self._log.path} cannot be written: {error.strerror}; once it can, the same command resumes",
@@ -123,7 +125,7 @@ class SweepRecord:
 
     def _apply(self, event: Event) -> None:
         match event:
-            case {"begun": trial_id, "settings": settings}:
+            case {"added": trial_id, "settings": settings}:
                 self.trials[trial_id] = Trial(trial_id, settings)
             case {"started": trial_id}:
                 self.trials[trial_id].attempts += 1
@@ -133,7 +135,7 @@ class SweepRecord:
                 trial = self.trials[trial_id]
                 trial.settings = settings
                 trial.results = [result for result in trial.results if result["tokens"] <= tokens]
-            case {"over": trial_id, "status": status, "failure": failure}:
+            case {"finished": trial_id, "status": status, "failure": failure}:
                 trial = self.trials[trial_id]
                 trial.status, trial.failure, trial.wrong_setting = status, failure, event.get("wrong_setting")
             case {"spent": seconds}:
@@ -148,5 +150,5 @@ class Unsaved:
 
 
 def read(directory: str) -> dict[str, Trial]:
-    """The trials of a sweep by their ids, in the order in which they were begun; none if it is not a sweep."""
+    """The trials of a sweep by their ids, in the order in which they were added; none if it is not a sweep."""
     return SweepRecord(directory).trials

@@ -127,7 +127,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
             self.record.outage = StorageUnavailable(outage, self.record.directory)
             return self.CONTINUE
         if (failure := result.get("failure")) and not known.is_over:
-            self.record.end(trial.trial_id, "failed", failure, result.get("wrong_setting"))
+            self.record.finish(trial.trial_id, "failed", failure, result.get("wrong_setting"))
             self.inner.on_trial_remove(tune_controller, trial)
             return self.CONTINUE
         # Tune shows the last result again when a trial ends, and a trial that was cut off makes some a second time.
@@ -142,12 +142,12 @@ class RecordedScheduler(Unsaved, TrialScheduler):
         known = self.record.trials[trial.trial_id]
         if known.is_over or (self.stopping() and trial.trial_id not in self.stopped and not self._is_whole(trial)):
             return  # it goes on when the sweep does
-        self.record.end(trial.trial_id, "completed" if self._is_whole(trial) else "stopped early")
+        self.record.finish(trial.trial_id, "completed" if self._is_whole(trial) else "stopped early")
         self.inner.on_trial_complete(tune_controller, trial, result)
 
     def on_trial_remove(self, tune_controller: Any, trial: RayTrial) -> None:
         if not self.record.trials[trial.trial_id].is_over and not self.stopping():
-            self.record.end(trial.trial_id, "stopped early")
+            self.record.finish(trial.trial_id, "stopped early")
             self.inner.on_trial_remove(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
@@ -155,7 +155,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
             return
         if not self.record.trials[trial.trial_id].is_over:
             last = str(trial.get_error() or "its process was lost").strip().split("\n")[-1]
-            self.record.end(trial.trial_id, "failed", last)
+            self.record.finish(trial.trial_id, "failed", last)
             self.inner.on_trial_error(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> RayTrial | None:
@@ -209,11 +209,10 @@ class RecordedScheduler(Unsaved, TrialScheduler):
         settings = dict(trial.config)
         decision = self.inner.on_trial_result(_PbtController(tune_controller), trial, result)
         if trial.config != settings:
-            donor = trial.latest_checkpoint_result.checkpoint.path.split("/")[-2]
-            like = self.record.trials[donor]
-            if like.tokens >= self.budget.tokens:  # with other settings there is nothing left to train
-                trial.set_config(dict(like.settings))
-            self.record.change(trial.trial_id, trial.config, donor, like.tokens)
+            donor = self.record.trials[trial.latest_checkpoint_result.checkpoint.path.split("/")[-2]]
+            if donor.tokens >= self.budget.tokens:  # with other settings there is nothing left to train
+                trial.set_config(dict(donor.settings))
+            self.record.change(trial.trial_id, trial.config, donor.trial_id, donor.tokens)
         return decision
 
     # What was told before
@@ -229,13 +228,13 @@ class RecordedScheduler(Unsaved, TrialScheduler):
                 self._again(past, event, trials)
         for trial_id, trial in trials.items():
             if trial_id in self.stopped and not self.record.trials[trial_id].is_over:  # died before it was told
-                self.record.end(trial_id, "completed" if self._is_whole(trial) else "stopped early")
+                self.record.finish(trial_id, "completed" if self._is_whole(trial) else "stopped early")
             if not self.record.trials[trial_id].is_over:
                 trial.set_status(RayTrial.PAUSED if self.waits(trial_id) else RayTrial.PENDING)
 
     def _again(self, past: _ReplayController, event: Event, trials: Mapping[str, RayTrial]) -> None:
         match event:
-            case {"begun": trial_id}:
+            case {"added": trial_id}:
                 self.added.add(trial_id)
                 self.inner.on_trial_add(past, trials[trial_id])
             case {"result": trial_id, **result}:
@@ -247,7 +246,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
             case {"promoted": trial_id} if self.asha is not None:
                 trials[trial_id].set_status(RayTrial.RUNNING)
                 self.asha.promote(trial_id)
-            case {"over": trial_id, "status": status}:
+            case {"finished": trial_id, "status": status}:
                 trial = trials[trial_id]
                 if trial.status == RayTrial.TERMINATED:
                     return

@@ -114,12 +114,12 @@ def _settle(changes: list[dict[str, Any]], template: TrainTask, task: TrainTask)
 
 def _adopt(change: dict[str, Any], template: TrainTask, task: TrainTask) -> None:
     """Give a trial a checkpoint of another one in place of its own."""
-    theirs = checkpoint.CheckpointManager(f"{template.directory}/{change['like']}/checkpoints")
+    theirs = checkpoint.CheckpointManager(f"{template.directory}/{change['donor']}/checkpoints")
     step: int | None = change["tokens"] // task.budget.batch_tokens
     for attempt in range(3):  # the other one goes on, and may remove a checkpoint while it is copied
         if step is None or theirs.fault(step) is not None:
             step, _ = theirs.newest()
-        assert step is not None, f"{change['like']}: a trial that was compared has checkpoints"
+        assert step is not None, f"{change['donor']}: a trial that was compared has checkpoints"
         try:
             with tempfile.TemporaryDirectory(prefix="raylm-adopted-") as scratch:
                 task.checkpoints.replace(theirs.fetch(step, Path(scratch)), step)
