@@ -10,6 +10,8 @@ import contextlib
 import gc
 import io
 import logging
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -79,6 +81,11 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def command(verb: str, *arguments: str) -> str:
+    """A command of raylm that can be pasted into a shell, whatever characters its arguments have."""
+    return shlex.join([sys.executable, "-m", f"raylm.{verb}", *arguments])
 
 
 def label(key: str) -> str:

@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -186,7 +187,7 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
         logger.info(
             f"{finished} is a finished run of the same settings with a smaller budget. It cannot go on: its learning "
             f"rate has followed its schedule ({schedule}) to the end. A new run begins; to train that run's model "
-            f"further instead, give model.path={finished}/model"
+            f"further instead, give {shlex.quote(f'model.path={finished}/model')}"
         )
     name = new_name(verb)
     directory = f"{place}/{name}"

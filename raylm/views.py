@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from raylm import corpus, derived, tokens, tracking
 from raylm.config import Experiment, TrackingConfig, from_environment
-from raylm.console import format_size, key_values, label
+from raylm.console import command, format_size, key_values, label
 from raylm.results import tables, trial_table
 
 if TYPE_CHECKING:
@@ -44,7 +40,7 @@ def tokens_plan(plan: TokensPlan) -> tuple[dict[str, Any], str]:
     state = "to be written"
     if faults is not None:
         state = f"damaged, to be written again: {tokens.shown(faults)}" if faults else "there already"
-    lines = [f"{source.name}: {len(source.files):,} files, {source.num_bytes:,} bytes" for source in plan.sources]
+    lines = [f"{source.name}: {len(source.files):,} files, {format_size(source.num_bytes)}" for source in plan.sources]
     if others := corpus.left_out(plan.sources):
         lines.append(f"left out: {others}")
     record = {
@@ -58,22 +54,17 @@ def tokens_plan(plan: TokensPlan) -> tuple[dict[str, Any], str]:
     return record, "\n".join([*lines, f"store: {plan.store} ({state})"])
 
 
-def store(store: Store, reused: bool) -> Table:
+def store(store: Store, reused: bool) -> tuple[Any, ...]:
     """The splits in numbers, and what became of the documents that were read."""
-    table = Table("split", "documents", "tokens", "bytes", "bytes a token", "unknown tokens", title=store.path)
-    for name in ("train", "validation"):
-        split = store.manifest[name]
-        each = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else "-"
-        counts = [f"{split[what]:,}" for what in ("documents", "tokens", "bytes")]
-        table.add_row(name, *counts, each, f"{split['unknown_tokens']:,}")
     ledger = store.manifest["ledger"]
-    read = ", ".join(f"{what} {count:,}" for what, count in ledger.items())
-    table.caption = (
-        f"{100 * corpus.kept_fraction(ledger):.2f}% of data after filtering; read: {read}\n"
-        + (f"{counted}\n" if (counted := corpus.counted_as(ledger)) else "")
-        + f"{'reused' if reused else 'written'}, ids by {store.manifest['tokenizer']['encoder']['name']}"
-    )
-    return table
+    facts = {
+        "store": f"{store.path} ({'there already' if reused else 'written'})",
+        "kept": f"{100 * corpus.kept_fraction(ledger):.2f}% of data after filtering",
+        "read": ", ".join(f"{what} {count:,}" for what, count in ledger.items()),
+        "split": corpus.counted_as(ledger),
+        "ids by": store.manifest["tokenizer"]["encoder"]["name"],
+    }
+    return tables.splits({name: store.manifest[name] for name in tokens.SPLITS}), "", key_values(facts)
 
 
 def training(result: TrainResult, section: TrackingConfig) -> str:
@@ -87,7 +78,7 @@ def training(result: TrainResult, section: TrackingConfig) -> str:
             "tokens/s": round(result.tokens_per_second) or None,
             "checkpoint": result.checkpoint,
             "training": trial_table.overfitting(result.score, result.last_perplexity, result.best_tokens),
-            "generate": f'{sys.executable} -m raylm.generate {result.checkpoint} --prompt "..."',
+            "generate": f'{command("generate", result.checkpoint)} --prompt "..."',
             "mlflow": tracking.how_to_open(section),
         }
     )
@@ -118,8 +109,8 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
             "best trial": best["trial_id"],
             measure: best["perplexity"],
             "checkpoint": best["checkpoint"],
-            "repeat it": f"{sys.executable} -m raylm.train --config {best['checkpoint']}/experiment.yaml",
-            "try it": f"{sys.executable} -m raylm.generate {best['checkpoint']} --prompt '...'",
+            "repeat it": command("train", "--config", f"{best['checkpoint']}/experiment.yaml"),
+            "try it": f'{command("generate", best["checkpoint"])} --prompt "..."',
             "report": result.report,
             "compare trials": result.comparison or tracking.how_to_open(experiment.tracking),
         }
@@ -152,7 +143,7 @@ def proposal(found: Proposal, file: Path) -> str:
             "training": explained(f"{train.max_tokens or 0:,} tokens", "train.max_tokens"),
             "sweep": explained(f"{tune.num_samples} trials of {', '.join(tune.space)}", "tune.num_samples"),
             "written": file,
-            "next": f"{sys.executable} -m raylm.tune --config {shlex.quote(str(file))}",
+            "next": command("tune", "--config", str(file)),
         }
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm import checkpoint
+from raylm import checkpoint, console
 from raylm.checkpoint.directory import EXPERIMENT
 from raylm.config import dump
 from raylm.errors import ConfigError, StorageError
@@ -139,7 +139,7 @@ def _commit(api: HfApi, repo: str, files: Files) -> None:
             if str(api.token).encode() in text:
                 raise ConfigError(f"{name} has your Hub token in it; take it out first", where=name)
     total = sum(map(_size, files.values()))
-    logger.info(f"sending {len(files)} files, {total / 1e6:.1f} MB, to {repo} …")
+    logger.info(f"sending {len(files)} files, {console.format_size(total)}, to {repo} …")
     with _failures(repo, api):
         operations = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))

@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import os
 import random
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -408,7 +407,8 @@ def _report(directory: str, parent: Run) -> str | None:
         with console.task("Drawing the report"):
             found = html.build(directory)
     except Exception as error:
-        logger.warning(f"the report could not be drawn ({error}); again: {sys.executable} -m raylm.report {directory}")
+        again = console.command("report", directory)
+        logger.warning(f"the report could not be drawn ({error}); again: {again}")
         return None
     parent.log_file(found, "report/report.html")
     return found

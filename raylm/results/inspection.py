@@ -13,6 +13,7 @@ from rich.text import Text
 
 from raylm import blocks, console, corpus, tokens
 from raylm.config import Experiment
+from raylm.results import tables
 from raylm.tokens import Split, Store
 
 SHOWN_TOKENS = 160
@@ -112,7 +113,7 @@ def view(record: dict[str, Any]) -> RenderableType:
         _heading("Ledger"),
         _ledger(record["ledger"], record["kept_percent"]),
         _heading("Splits"),
-        _splits(record["splits"]),
+        tables.splits(record["splits"]),
         *([Text(counted)] if counted else []),
         _heading(f"Tokens: vocabulary of {tokenizer['vocab_size']:,}; {_frame(frame)}"),
         Text(f"ids by {tokenizer['encoder']['name']} {tokenizer['encoder']['version']}"),
@@ -141,40 +142,23 @@ def _heading(text: str) -> Text:
     return Text(f"\n{text}", style="bold cyan")
 
 
-def _table(*headings: str) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
-    return table
-
-
 def _sources(sources: list[dict[str, Any]]) -> Table:
-    table = _table("source", "documents", "tokens", "bytes")
+    table = tables.numbers("source", "documents", "tokens", "bytes")
     for source in sources:
         table.add_row(source["name"], *(f"{source[count]:,}" for count in ("documents", "tokens", "bytes")))
     return table
 
 
 def _ledger(ledger: dict[str, int], kept_percent: float) -> Table:
-    table = _table("what became of it", "documents or bytes")
+    table = tables.numbers("what became of it", "documents or bytes")
     for outcome, count in ledger.items():
         table.add_row(outcome, f"{count:,}")
     table.add_row("data after filtering", f"{kept_percent:.2f}%")
     return table
 
 
-def _splits(splits: dict[str, dict[str, int]]) -> Table:
-    table = _table("split", "documents", "tokens", "bytes", "bytes/token", "unknown tokens")
-    for name, split in splits.items():
-        ratio = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else "-"
-        counts = [f"{split[count]:,}" for count in ("documents", "tokens", "bytes")]
-        table.add_row(name, *counts, ratio, f"{split['unknown_tokens']:,}")
-    return table
-
-
 def _histogram(rows: list[dict[str, int]]) -> Table:
-    table = _table("tokens", "documents", "tokens in all", "")
+    table = tables.numbers("tokens", "documents", "tokens in all", "")
     table.columns[3].justify = "left"
     most = max(row["documents"] for row in rows)
     for row in rows:
@@ -185,7 +169,7 @@ def _histogram(rows: list[dict[str, int]]) -> Table:
 
 
 def _batch(batch: dict[str, dict[str, Any]]) -> Table:
-    table = _table("of a batch", "shape", "type", "begins")
+    table = tables.numbers("of a batch", "shape", "type", "begins")
     for name, array in batch.items():
         table.add_row(name, str(array["shape"]), array["dtype"], " ".join(map(str, array["begins"])) + " …")
     return table

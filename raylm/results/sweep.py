@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +11,7 @@ from typing import Any
 
 from raylm import config, storage, tracking
 from raylm.config import WHOLE_SPLIT, Experiment
-from raylm.console import label
+from raylm.console import command, label
 from raylm.errors import ConfigError, StorageError
 from raylm.results import runs
 from raylm.results.figures import SweepData
@@ -122,10 +120,8 @@ class SweepResults:
 
     def command(self, trial: Trial) -> str:
         """The command that trains with the trial's settings again."""
-        settings = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in trial.settings.items()]
-        return " ".join(
-            [sys.executable, "-m raylm.train --config", shlex.quote(f"{self.directory}/{EXPERIMENT}"), *settings]
-        )
+        settings = [f"{key}={json.dumps(value)}" for key, value in trial.settings.items()]
+        return command("train", "--config", f"{self.directory}/{EXPERIMENT}", *settings)
 
 
 def read(directory: str) -> SweepResults:

@@ -21,6 +21,24 @@ def side_by_side(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Tab
     return table
 
 
+def numbers(*headings: str) -> Table:
+    """A table without rows, whose first column is text and whose others are numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    return table
+
+
+def splits(counts: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each split of a token store."""
+    table = numbers("split", "documents", "tokens", "bytes", "bytes/token", "unknown tokens")
+    for name, split in counts.items():
+        ratio = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else "-"
+        cells = [f"{split[count]:,}" for count in ("documents", "tokens", "bytes")]
+        table.add_row(name, *cells, ratio, f"{split['unknown_tokens']:,}")
+    return table
+
+
 def evaluations(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     """A row for each text that was scored, given as its name and its record as in the result of an evaluation."""
     table = Table(box=None, pad_edge=False, header_style="bold")

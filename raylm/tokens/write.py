@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from raylm import console
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig, TokenizerConfig
 from raylm.corpus import Ledger, Shard, Source, documents, hashes, left_out, list_sources, select, selected, shards
@@ -178,8 +179,9 @@ def _write_tokenizer(path: str, section: TokenizerConfig, plan: list[Shard], cor
         return
     if section.train is not None:
         most = SAMPLE_BYTES * section.train.vocab_size
-        share = min(most, sum(shard.num_bytes for shard in plan)) / 1e6
-        logger.info(f"training a tokenizer of {section.train.vocab_size:,} entries on {share:.1f} MB of text")
+        share = min(most, sum(shard.num_bytes for shard in plan))
+        size = console.format_size(share)
+        logger.info(f"training a tokenizer of {section.train.vocab_size:,} entries on {size} of text")
         made = tokenizers.train(_sample(plan, corpus, most), section.train)
     else:
         made = tokenizers.load_section(section)

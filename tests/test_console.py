@@ -1,0 +1,19 @@
+import shlex
+import sys
+
+from raylm import console
+
+
+def test_a_printed_command_can_be_pasted_whatever_the_name_of_a_directory():
+    told = console.command("train", "--config", "/my runs/it's/experiment.yaml", "train.seed=7")
+    assert shlex.split(told) == [
+        sys.executable, "-m", "raylm.train", "--config", "/my runs/it's/experiment.yaml", "train.seed=7"
+    ]  # fmt: skip
+    assert console.command("report", "/runs/a").endswith("-m raylm.report /runs/a"), "no quotes where none are needed"
+
+
+def test_numbers_and_sizes_as_people_write_them():
+    numbers = {4_516_284: "4,516,284", 22070.4: "22,070", 0.00512345: "0.005123", True: "True", "x": "x"}
+    assert {value: console.format_number(value) for value in numbers} == numbers
+    sizes = {49_900: "49.9 KB", 512: "512 bytes", 999_960: "1.0 MB", 3e9: "3.0 GB"}
+    assert {value: console.format_size(value) for value in sizes} == sizes
