@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from raylm import export, model, perplexity, tracking
 from raylm.budget import Budget
 from raylm.config import WHOLE_SPLIT, Experiment, get
 from raylm.tokens import COUNTED, Store, incomparable
-from raylm.tracking import Run
+from raylm.tracking import PARAMETERS_TAG, TOKENS_TAG, Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def start(experiment: Experiment, directory: str, name: str, verb: str) -> Run:
@@ -24,21 +27,37 @@ def start(experiment: Experiment, directory: str, name: str, verb: str) -> Run:
     )
 
 
-def parameters(experiment: Experiment, store: Store, budget: Budget) -> dict[str, Any]:
+def parameters(experiment: Experiment, store: Store) -> dict[str, Any]:
     """The parameters of an MLflow run: the same keys for every run of an experiment."""
-    model_config = model.config_of(experiment, model.num_ids(experiment.model, store.tokenizer))
     return {
         **{key: get(experiment, key) for key in export.SETTINGS},
-        "model": experiment.model.path or model_config.model_type,
-        "model_parameters": model.num_parameters(model_config, masked=experiment.objective.is_masked),
-        "tokens": budget.tokens,
-        "steps": budget.steps,
+        "model": experiment.model.path or _model_config(experiment, store).model_type,
         "store": store.fingerprint,
         "prefix": prefix(experiment, store),
         "scored_in": experiment.eval.precision,
         **scored(experiment, store),
         "unknown_tokens": store.validation.unknown_tokens,
     }
+
+
+def log_size(run: Run, experiment: Experiment, store: Store, budget: Budget) -> None:
+    """Log what follows from the settings: the model's parameters, and the training tokens and steps of the budget.
+
+    As tags, because MLflow compares runs by the parameters that differ, and these are to be the settings.
+    """
+    parameters = model.num_parameters(_model_config(experiment, store), masked=experiment.objective.is_masked)
+    run.set_tags({PARAMETERS_TAG: parameters, TOKENS_TAG: budget.tokens, "raylm.steps": budget.steps})
+
+
+def _model_config(experiment: Experiment, store: Store) -> PreTrainedConfig:
+    return model.config_of(experiment, model.num_ids(experiment.model, store.tokenizer))
+
+
+def log_comparison(run: Run, experiment: Experiment, swept: Sequence[str]) -> None:
+    """Log that MLflow's page of a sweep compares the trials by the score that ranks them and the swept settings."""
+    name = experiment.measure if experiment.tune.metric == "perplexity" else experiment.tune.metric
+    run.log_comparison(score=f"best/eval_{name}", history=f"eval/{name}", settings=swept)
+    run.describe(f"[Compare the trials]({tracking.COMPARISON})")
 
 
 def prefix(experiment: Experiment, store: Store) -> str | None:
@@ -69,6 +88,10 @@ def log_data(run: Run, experiment: Experiment, store: Store) -> None:
 
 
 def log_best(run: Run, experiment: Experiment, best: Mapping[str, Any]) -> None:
-    """Log the scores of the best evaluation, at step 0: at any other step MLflow shows dots, not bars."""
-    name = experiment.measure
-    run.log_metrics({f"best/eval_{name}": best["perplexity"], "best/eval_bits_per_byte": best["bits_per_byte"]}, 0)
+    """Log the scores of the best model, at step 0: at any other step MLflow shows a dot, not a bar."""
+    run.log_metrics(best_metrics(experiment.measure, best), 0)
+
+
+def best_metrics(measure: str, best: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of the best evaluation, by which runs are compared."""
+    return {f"best/eval_{measure}": best["perplexity"], "best/eval_bits_per_byte": best["bits_per_byte"]}

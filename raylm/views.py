@@ -79,7 +79,7 @@ def training(result: TrainResult, section: TrackingConfig) -> str:
             "checkpoint": result.checkpoint,
             "training": trial_table.overfitting(result.score, result.last_perplexity, result.best_tokens),
             "generate": f'{command("generate", result.checkpoint)} --prompt "..."',
-            "mlflow": tracking.how_to_open(section),
+            **tracking.how_to_open(section.uri, result.mlflow_path, "MLflow"),
         }
     )
 
@@ -112,7 +112,7 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
             "repeat it": command("train", "--config", f"{best['checkpoint']}/experiment.yaml"),
             "try it": f'{command("generate", best["checkpoint"])} --prompt "..."',
             "report": result.report,
-            "compare trials": result.comparison or tracking.how_to_open(experiment.tracking),
+            **tracking.how_to_open(experiment.tracking.uri, result.mlflow_path, "compare trials"),
         }
     )
     rows = [trial_table.TrialRow.from_record(record) for record in result.trials]

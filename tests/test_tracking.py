@@ -1,5 +1,6 @@
 """Journals need no MLflow. What is uploaded is asked of MLflow's own server, here in this process, behind a gate."""
 
+import base64
 import contextlib
 import json
 import logging
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -793,7 +795,12 @@ def test_a_password_in_the_address_is_told_nobody(server, gate, tmp_path, capsys
     assert run.upload(20)
     assert is_whole(server.uri, run)
     written = "".join(file.read_text() for file in (tmp_path / "run").rglob("*") if file.is_file())
-    shown = written + capsys.readouterr().err + repr(run) + tracking.how_to_open(section)
+    shown = (
+        written
+        + capsys.readouterr().err
+        + repr(run)
+        + "".join(tracking.how_to_open(section.uri, run.path, "MLflow").values())
+    )
     assert "s3cret" not in shown
     assert tracking.find_runs(tmp_path)[0].uri == server.uri
 
@@ -1088,25 +1095,65 @@ def test_an_experiment_that_was_deleted_in_mlflow_is_an_error(section, tmp_path)
         start(section, tmp_path / "run")
 
 
-def test_the_page_that_compares_the_trials_of_a_sweep(server, section, tmp_path):
-    assert tracking.link_comparison(start(NOWHERE, tmp_path / "untracked")) is None
-    parent = start(server, tmp_path / "sweep")
-    assert tracking.link_comparison(parent) is None
-    trials = [parent.start_trial(f"trial_0000{number}") for number in range(2)]
+def view(server, parent):
+    """The state of MLflow's page that compares a sweep's trials."""
+    client = MlflowClient(server.uri)
+    experiment = client.get_experiment(client.get_run(parent.run_id).info.experiment_id)
+    value = experiment.tags[f"mlflow.sharedViewState.{Path(parent.path).name.rpartition('=')[2]}"]
+    assert len(value) < 5000
+    return json.loads(zlib.decompress(base64.b64decode(value.removeprefix("deflate;"))))
+
+
+def test_the_page_of_a_sweep_compares_its_trials_by_their_score_and_the_swept_settings(server, tmp_path):
+    assert start(NOWHERE, tmp_path / "untracked").path is None
+    parent = start(server, tmp_path / "sweep", name="tune-1")
+    settings = ["train.learning_rate", "blocks.block_size", *(f"model.config.n_{number}" for number in range(12))]
+    parent.log_comparison("best/eval_perplexity", "eval/perplexity", settings)
+    parent.describe(f"best of all\n\n[Compare the trials]({tracking.COMPARISON})")
+    for number, score in enumerate([7.0, 5.0, 6.0]):
+        trial = parent.start_trial(f"trial_0000{number}")
+        trial.log_metrics({"best/eval_perplexity": score}, 8)
     assert parent.upload(20)
-    experiment_id = MlflowClient(server.uri).get_run(parent.run_id).info.experiment_id
-    ids = f"%5B%22{trials[0].run_id}%22%2C%22{trials[1].run_id}%22%5D"
-    page = f"#/compare-runs?runs={ids}&experiments=%5B%22{experiment_id}%22%5D&workflowType=machine_learning"
-    assert tracking.link_comparison(parent) == f"{server.uri}/{page}"
+    client = MlflowClient(server.uri)
+    run = client.get_run(parent.run_id)
+    page = (
+        f"#/experiments/{run.info.experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+        "&viewStateShareKey=tune-1"
+    )
+    assert parent.path == page
+    assert run.data.tags["mlflow.note.content"] == f"best of all\n\n[Compare the trials]({page})"
+    assert trial.path == f"#/experiments/{run.info.experiment_id}/runs/{trial.run_id}?workflowType=machine_learning"
+    state = view(server, parent)
+    parallel, *scatter, line = state["compareRunCharts"]
+    assert (parallel["selectedParams"], parallel["selectedMetrics"]) == (settings, ["best/eval_perplexity"])
+    assert [(one["xaxis"]["key"], one["yaxis"]["key"]) for one in scatter] == [
+        (key, "best/eval_perplexity") for key in settings
+    ]
+    assert line["metricKey"] == "eval/perplexity"
+    order = f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"
+    found = client.search_runs([run.info.experiment_id], state["searchFilter"], order_by=[order])
+    assert [one.info.run_name for one in found] == ["trial_00001", "trial_00002", "trial_00000"], "not the parent"
+
+
+def test_a_sweep_that_ran_without_mlflow_has_its_page_once_it_is_uploaded(server, gate, tmp_path):
+    gate.fault = "503"
+    parent = start(server, tmp_path / "sweep", name="tune-2")
+    parent.log_comparison("best/eval_perplexity", "eval/perplexity", ["train.learning_rate"])
+    parent.describe(f"[Compare the trials]({tracking.COMPARISON})")
+    assert parent.path is None
+    gate.fault = None
+    assert parent.upload(20)
+    assert view(server, parent)["compareRunCharts"][0]["selectedParams"] == ["train.learning_rate"]
     description = MlflowClient(server.uri).get_run(parent.run_id).data.tags["mlflow.note.content"]
-    assert description == f"[Compare the trials]({page})"
-    local = start(section, tmp_path / "local")
-    local.start_trial("trial_00000")
-    assert local.upload(20)
-    assert tracking.link_comparison(local).startswith("/#/compare-runs?runs=%5B%22")
+    assert description == f"[Compare the trials]({parent.path})"
 
 
-def test_the_command_that_opens_mlflow(section):
-    assert tracking.how_to_open(section).endswith(f" -m mlflow ui --backend-store-uri {section.uri}")
-    assert tracking.how_to_open(TrackingConfig(uri="http://host:5000")) == "http://host:5000"
-    assert tracking.how_to_open(NOWHERE) is None
+def test_how_a_page_of_mlflow_is_opened():
+    path = "#/experiments/1/runs/2?workflowType=machine_learning"
+    assert tracking.how_to_open(None, None, "MLflow") == {}
+    assert tracking.how_to_open("http://me:secret@host:5000/", path, "MLflow") == {"MLflow": f"http://host:5000/{path}"}
+    listed = tracking.how_to_open("http://host:5000", None, "MLflow")["MLflow"]
+    assert listed == "http://host:5000/#/experiments?workflowType=machine_learning", "not the page about agents"
+    shown = tracking.how_to_open("sqlite:////tmp/my notes/mlflow.db", path, "compare trials")
+    command = f"{sys.executable} -m mlflow server --backend-store-uri 'sqlite:////tmp/my notes/mlflow.db'"
+    assert shown == {"start MLflow": command, "compare trials": f"http://127.0.0.1:5000/{path}"}

@@ -105,6 +105,28 @@ def test_mlflow_has_a_parent_and_a_closed_child_for_every_trial(sweep):
     assert client.get_run(parent.run_id).data.metrics["best/eval_perplexity"] == best["perplexity"]
 
 
+def test_the_trials_differ_in_mlflow_in_nothing_but_the_swept_settings(sweep):
+    experiment, _, best, parent = sweep
+    client = MlflowClient(parent.uri)
+    children = [client.get_run(run.info.run_id).data for run in children_of(parent)]
+    differing = {key for run in children for key, value in run.params.items() if value != children[0].params[key]}
+    assert differing == set(experiment.tune.space)
+    for run in children:
+        sizes = {name: run.tags[f"raylm.{name}"] for name in ("model_parameters", "tokens", "steps")}
+        assert all(int(size) > 0 for size in sizes.values())
+        assert not sizes.keys() & run.params.keys()
+    found = client.get_run(parent.run_id).data
+    assert found.tags["raylm.best.trial"] == best["trial_id"]
+    assert float(found.tags["raylm.best.perplexity"]) == best["perplexity"]
+    assert {key: found.tags[f"raylm.best.{key}"] for key in experiment.tune.space} == {
+        key: str(value) for key, value in best["settings"].items()
+    }
+    description = found.tags["mlflow.note.content"]
+    assert description.startswith(f"**Best: {best['trial_id']}, perplexity {best['perplexity']:.2f}**")
+    assert f"({parent.path})" in description, "a link to the comparison"
+    assert [line.split(" | ")[1] for line in description.splitlines() if line.startswith("| 1")] == [best["trial_id"]]
+
+
 @pytest.mark.slow
 def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(ray_cluster, tiny, train_run, tmp_path):
     experiment = override(

@@ -31,7 +31,7 @@ from raylm.errors import ConfigError, Interrupted, StorageError, TrainingError
 from raylm.pipeline import stores
 from raylm.pipeline.training import export_best
 from raylm.plan import Plan, Prepared
-from raylm.results import html, live_table, trial_table
+from raylm.results import html, live_table, tables, trial_table
 from raylm.results.sweep import scored_on
 from raylm.sweep import Trial, tuner
 from raylm.training import callbacks
@@ -152,8 +152,8 @@ class SweepResult:
     """Every trial, the best first: trial_id, status, perplexity, bits_per_byte, tokens, settings, failure, ..."""
     report: str | None = None
     """The path of the HTML report."""
-    comparison: str | None = None
-    """The address of MLflow's page that compares the trials, where it is known."""
+    mlflow_path: str | None = None
+    """The path of the page that compares the trials, below the address of MLflow."""
 
     @property
     def failures(self) -> list[str]:
@@ -181,7 +181,7 @@ class SweepResult:
         def named(row: dict[str, Any]) -> dict[str, Any]:
             return {self.measure if key == "perplexity" else key: value for key, value in row.items()}
 
-        left_out = ("measure", "report", "comparison")
+        left_out = ("measure", "report", "mlflow_path")
         record = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
         record |= {"best": named(self.best), "trials": [named(row) for row in self.trials]}
         return {**record, "report": self.report} if self.report is not None else record
@@ -235,10 +235,7 @@ def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
     result = _result(prepared, active, parent, rows, best, reused)
     active.end(result.record())
     report = _report(active.directory, parent)
-    tracking.wait_for_upload(parent)
-    comparison = tracking.link_comparison(parent)
-    known = comparison if comparison and comparison.startswith("http") else None
-    return dataclasses.replace(result, report=report, comparison=known)
+    return dataclasses.replace(result, report=report, mlflow_path=parent.path)
 
 
 def _close(parent: Run, status: tracking.Status = "KILLED") -> None:
@@ -272,9 +269,11 @@ def run_trials(
     section, metric = experiment.tune, f"best_{experiment.tune.metric}"
     measure = experiment.measure if section.metric == "perplexity" else section.metric
     swept = sweeps.keys(section.space)
-    parameters = summary.parameters(experiment, store, planned)
+    parameters = summary.parameters(experiment, store)
     parent.log_parameters({key: value for key, value in parameters.items() if key not in swept})
+    summary.log_size(parent, experiment, store, planned)
     summary.log_data(parent, experiment, store)
+    summary.log_comparison(parent, experiment, swept)
     parent.log_text(dump(experiment), "experiment.yaml")
     random.seed(experiment.train.seed)  # by which a population draws
     scheduler = sweeps.RecordedScheduler(sweeps.scheduler(section, planned, metric), record, planned, stopping)
@@ -356,8 +355,6 @@ def export_best_trial(
         if child is None:
             continue
         child.finish_late("FAILED" if row["status"] == "failed" else "FINISHED")
-        if row["perplexity"] is not None:
-            summary.log_best(child, experiment, row)
         child.set_tags({"raylm.status": row["status"]})
         row["mlflow_run_id"] = child.run_id
     if not rows or rows[0]["perplexity"] is None:
@@ -365,9 +362,26 @@ def export_best_trial(
     exported = export_best(prepared, rows[0]["checkpoint"], rows[0], parent.directory, resources)
     best = {**rows[0], **exported.score, "checkpoint": exported.directory, "scored_on": exported.scored_on}
     summary.log_best(parent, experiment, best)
-    parent.set_tags({"raylm.best_trial": best["trial_id"], "raylm.checkpoint": best["checkpoint"]})
+    parent.set_tags({"raylm.checkpoint": best["checkpoint"], **best_tags(best, children)})
+    parent.describe(description(rows, best, console.label(experiment.measure)))
     parent.log_model(best["checkpoint"], experiment.tracking, best["best_step"])
     return best
+
+
+def best_tags(best: Mapping[str, Any], children: Mapping[str, Run]) -> dict[str, Any]:
+    """The best trial, its score and its settings one by one: tags, because a sweep that resumes may find a better one,
+    and MLflow never changes a parameter."""
+    found = {"trial": best["trial_id"], "perplexity": best["perplexity"], **best["settings"]}
+    size = children[best["trial_id"]].tags().get(tracking.PARAMETERS_TAG) if best["trial_id"] in children else None
+    return {f"raylm.best.{key}": value for key, value in {**found, "model_parameters": size}.items()}
+
+
+def description(rows: list[dict[str, Any]], best: Mapping[str, Any], score: str) -> str:
+    """The Markdown of a sweep's page in MLflow: the best trial, where trials are compared, and the ranked trials."""
+    settings = ", ".join(f"`{key}={console.format_number(value)}`" for key, value in best["settings"].items())
+    ranked = tables.ranked_markdown([trial_table.TrialRow.from_record(row) for row in rows], score)
+    best_of = f"**Best: {best['trial_id']}, {score} {best['perplexity']:.2f}** of {best['scored_on']}, with {settings}"
+    return f"{best_of}\n\n[Compare the trials]({tracking.COMPARISON})\n\n{ranked}\n"
 
 
 def _no_result(active: ActiveRun, rows: list[dict[str, Any]]) -> TrainingError | ConfigError:

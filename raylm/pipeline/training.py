@@ -62,10 +62,12 @@ class TrainResult:
     """The step of the checkpoint that this command resumed from."""
     tokens_per_second: float
     mlflow_run_id: str | None
+    mlflow_path: str | None = None
+    """The path of the run's page, below the address of MLflow."""
 
     def record(self) -> dict[str, Any]:
         """The result for --json: the score stands under its own name."""
-        record = dataclasses.asdict(self)
+        record = {key: value for key, value in dataclasses.asdict(self).items() if key != "mlflow_path"}
         own = {"measure": (record["measure"], record.pop("score"))}
         return dict(own.get(key, (key, value)) for key, value in record.items())
 
@@ -129,7 +131,8 @@ def _train(
 ) -> TrainResult:
     store, budget = prepared.store, prepared.budget
     experiment = active.settled(prepared.experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
-    tracked.log_parameters(summary.parameters(experiment, store, budget))
+    tracked.log_parameters(summary.parameters(experiment, store))
+    summary.log_size(tracked, experiment, store, budget)
     tracked.log_text(dump(experiment), "experiment.yaml")
     summary.log_data(tracked, experiment, store)
     if active.step is not None:
@@ -173,6 +176,7 @@ def _train(
         resumed_from=active.step,
         tokens_per_second=trained_here / seconds,
         mlflow_run_id=tracked.run_id,
+        mlflow_path=tracked.path,
     )
 
 

@@ -138,7 +138,7 @@ def read(directory: str) -> SweepResults:
     metric = experiment.tune.metric
     data = SweepData(
         trials,
-        budget_tokens=max([int(state.parameters.get("tokens", 1)), *(trial.tokens for trial in trials)]),
+        budget_tokens=max([int(state.tags.get(tracking.TOKENS_TAG, 1)), *(trial.tokens for trial in trials)]),
         losses={trial.trial_id: _losses(f"{directory}/{trial.trial_id}") for trial in trials},
         samplers=_samplers(experiment),
         metric=metric,

@@ -8,6 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from raylm.console import format_number, label
+from raylm.results import trial_table
+from raylm.results.trial_table import TrialRow
 
 
 def side_by_side(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Table:
@@ -37,6 +39,22 @@ def splits(counts: Mapping[str, Mapping[str, Any]]) -> Table:
         cells = [f"{split[count]:,}" for count in ("documents", "tokens", "bytes")]
         table.add_row(name, *cells, ratio, f"{split['unknown_tokens']:,}")
     return table
+
+
+MARKDOWN_ROWS = 20
+"""Trials of a Markdown table at most: MLflow takes descriptions of 5000 characters."""
+
+
+def ranked_markdown(rows: Sequence[TrialRow], score: str) -> str:
+    """The best of the ranked trials as a Markdown table with the name and settings of each."""
+    columns = trial_table.columns(rows[:MARKDOWN_ROWS], score)
+    shown = [column for name, column in columns.items() if name != "status"]
+    lines = [[column.heading for column in shown], ["---:" if column.justify == "right" else "---" for column in shown]]
+    rows_of_cells = zip(*(column.cells for column in shown), strict=True)
+    lines += [[cell.replace("|", "\\|") for cell in cells] for cells in rows_of_cells]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    left_out = len(rows) - MARKDOWN_ROWS
+    return f"{table}\n\nand {left_out} more trials" if left_out > 0 else table
 
 
 def evaluations(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:

@@ -49,13 +49,13 @@ def _problem(trial_id: str, settings: dict[str, Any], template: TrainTask, resou
     directory = f"{template.directory}/{trial_id}"
     run = template.run.start_trial(trial_id, directory=directory, uploads=False)
     store = tokens.open_store(template.store)
-    experiment, planned, said = template.experiment, template.budget, {}
+    # Those of the sweep, so that trials differ in nothing but what is swept: MLflow compares them by what differs.
+    run.log_parameters({**summary.parameters(template.experiment, store), **_swept(template.experiment, settings)})
     try:
-        experiment = override(experiment, {**settings, "tune.space": {}, "tune.points": []})
+        experiment = override(template.experiment, {**settings, "tune.space": {}, "tune.points": []})
         planned = budget.for_store(experiment, store)
-        said = summary.parameters(experiment, store, planned)
+        summary.log_size(run, experiment, store, planned)
         run.log_text(dump(experiment), "experiment.yaml")
-        run.log_parameters({**said, **_swept(template.experiment, settings)})
         summary.log_data(run, experiment, store)
         task = dataclasses.replace(
             template, experiment=experiment, budget=planned, run=run, directory=directory, name=trial_id
@@ -70,9 +70,6 @@ def _problem(trial_id: str, settings: dict[str, Any], template: TrainTask, resou
         raise
     except Exception as error:
         cause = error if isinstance(error, RaylmError) else TrainingError(f"{type(error).__name__}: {error}")
-        if not said:  # those of the sweep: a failed trial has the same keys
-            plain = summary.parameters(template.experiment, store, planned)
-            run.log_parameters({**plain, **_swept(template.experiment, settings)})
         run.set_tags({"raylm.failure": cause.message})
         return cause
     return None

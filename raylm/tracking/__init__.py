@@ -7,6 +7,7 @@ logs, and is finished by the process that started it, because a killed worker fi
 journal      append-only JSON lines of metrics, parameters, tags and artifacts, written before MLflow is called
 system       system metrics of a worker's machine
 models       a model's directory -> MLflow's logged models and its registry
+comparison   the page of MLflow that compares the trials of a sweep
 failures     the ways in which a call to MLflow fails
 server       one MLflow: its client, its experiments, its failures in words
 upload       one journal -> its run in MLflow, nothing twice
@@ -15,19 +16,22 @@ run          a run: what is logged to it, its trials, its status
 command      what commands do: start runs, find them, wait for uploads, name the page to open
 """
 
-from raylm.tracking.command import check_uri, find_runs, how_to_open, link_comparison, problem, start, wait_for_upload
+from raylm.tracking.command import check_uri, find_runs, how_to_open, problem, start, wait_for_upload
+from raylm.tracking.comparison import LINK as COMPARISON
 from raylm.tracking.failures import display_uri
-from raylm.tracking.run import COMMIT_TAG, Run, Status
+from raylm.tracking.run import COMMIT_TAG, PARAMETERS_TAG, TOKENS_TAG, Run, Status
 
 __all__ = [
     "COMMIT_TAG",
+    "COMPARISON",
+    "PARAMETERS_TAG",
+    "TOKENS_TAG",
     "Run",
     "Status",
     "check_uri",
     "display_uri",
     "find_runs",
     "how_to_open",
-    "link_comparison",
     "problem",
     "start",
     "wait_for_upload",

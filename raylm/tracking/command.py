@@ -7,25 +7,26 @@ import json
 import logging
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from raylm import console, storage
 from raylm.config import TrackingConfig
 from raylm.errors import ConfigError, StorageError
-from raylm.tracking import journal, uploader
+from raylm.tracking import comparison, journal, uploader
 from raylm.tracking.failures import Unusable, display_uri
 from raylm.tracking.run import COMMIT_TAG, JOB_TAG, SOURCE_TAG, Run, start_run, sync_command
 
 logger = logging.getLogger(__name__)
 
 COMMAND_TAG = "raylm.command"
-DESCRIPTION_TAG = "mlflow.note.content"  # MLflow's own
+DEFAULT_ADDRESS = "http://127.0.0.1:5000"
+"""Of the server that `mlflow server` starts."""
 
 UPLOAD_SECONDS = 60.0
 """How long a command waits at its end while an upload makes progress."""
@@ -109,32 +110,19 @@ def problem(uri: str) -> str | None:
     return uploader.get(uri).problem(uploader.TIMEOUT_SECONDS)
 
 
-def how_to_open(section: TrackingConfig) -> str | None:
-    """The command that opens MLflow's page, or its address."""
-    if section.uri is None:
-        return None
-    if section.uri.startswith("http"):
-        return display_uri(section.uri)
-    return f"{sys.executable} -m mlflow ui --backend-store-uri {display_uri(section.uri)}"
+def how_to_open(uri: str | None, path: str | None, page: str) -> dict[str, str]:
+    """Name -> what to type or to open, so that a page of MLflow is seen, which is called `page`.
 
-
-def link_comparison(run: Run) -> str | None:
-    """Address of MLflow's page that compares the trials of a sweep, which the sweep's description then links to.
-
-    For a database it is a path below the address of MLflow's UI. None if the trials are not in MLflow.
+    Of a server it is one address; of a database the command that starts a server comes first. `path` is that of
+    `Run.path`: None, before MLflow has been reached, leads to the list of experiments.
     """
-    if run.uri is None or not run.directory:
-        return None
-    experiment_id = uploader.get(run.uri).server.known_experiment_id(journal.run_state(run.directory).run["experiment"])
-    run_ids = [trial.run_id for trial in run.trials().values()]
-    if experiment_id is None or not run_ids or None in run_ids:
-        return None
-    runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (run_ids, [experiment_id]))
-    # Without workflowType MLflow 3 shows the part of its page that is about agents.
-    path = f"#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
-    run.set_tags({DESCRIPTION_TAG: f"[Compare the trials]({path})"})
-    run.upload(uploader.TIMEOUT_SECONDS)
-    return f"{display_uri(run.uri).rstrip('/')}/{path}" if run.uri.startswith("http") else f"/{path}"
+    if uri is None:
+        return {}
+    path = path or f"#/experiments?{comparison.ML_PAGES}"
+    if uri.startswith("http"):
+        return {page: f"{display_uri(uri).rstrip('/')}/{path}"}
+    command = f"{sys.executable} -m mlflow server --backend-store-uri {shlex.quote(display_uri(uri))}"
+    return {"start MLflow": command, page: f"{DEFAULT_ADDRESS}/{path}"}
 
 
 def _origin(command: str | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
     <run>/tracking.jsonl  {"run": {"id": ..., "name": ..., ...}}           once, when the run starts for the first time
                           {"status": "RUNNING", "time": ..., "uri": ...}   at each start; another status at each finish
                           {"parameters": {...}}   {"tags": {...}}   {"dataset": ..., "digest": ..., ...}
+                        {"comparison": {...}}              what MLflow's comparison of a sweep's trials draws
                           {"text": ..., "name": ...}         a text artifact, with its whole content
                           {"file": SHA-256, "name": ...}     a file artifact, which has this name in the directory
                           {"model": ..., "name": ..., ...}   the directory of a model, for MLflow's logged models
@@ -202,6 +203,8 @@ class RunState:
     """(name, digest) -> data set."""
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> text, file or model."""
+    comparison: dict[str, Any] | None = None
+    """What the comparison of a sweep's trials draws: score, history, settings."""
     status: str | None = None
     time: int = 0
     """When the status was set."""
@@ -215,6 +218,7 @@ class RunState:
             self.run = self.run or record.get("run", {})
             self.parameters = {**record.get("parameters", {}), **self.parameters}
             self.tags |= record.get("tags", {})
+            self.comparison = record.get("comparison", self.comparison)
             if "dataset" in record:
                 self.datasets.setdefault((record["dataset"], record["digest"]), dict(record))
             if "name" in record:
@@ -343,6 +347,8 @@ class UploadedOffsets:
     """The run's id in tracking.jsonl."""
     run_id: str | None = None
     """The run's id in MLflow."""
+    experiment_id: str | None = None
+    """The id of the run's experiment in MLflow."""
     entries: int = 0
     """Bytes of tracking.jsonl of which all but the artifacts is uploaded."""
     artifacts: int = 0
@@ -387,7 +393,7 @@ def has_grown(directory: str, offsets: UploadedOffsets) -> bool:
 
 
 def pending(directory: str, offsets: UploadedOffsets) -> int:
-    """Number of entries not yet uploaded: metric points, parameters, tags, datasets, artifacts, changes of status."""
+    """Number of entries not yet uploaded: metric points, parameters, tags, data sets, artifacts, views, status."""
     if not has_grown(directory, offsets):
         return 0
     points: dict[MetricKey, MetricValue] = {}
@@ -400,5 +406,6 @@ def pending(directory: str, offsets: UploadedOffsets) -> int:
         + len(state.tags)
         + len(state.datasets)
         + (state.status is not None)
+        + (state.comparison is not None)
         + len(artifacts)
     )

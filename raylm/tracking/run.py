@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +17,17 @@ from typing import Any, Literal
 from raylm import storage
 from raylm.config import TrackingConfig
 from raylm.errors import StorageUnavailable
-from raylm.tracking import journal, models, system, uploader
+from raylm.tracking import comparison, journal, models, system, uploader
 from raylm.tracking.failures import display_uri
+from raylm.tracking.upload import SWEEP_TAG
 
 logger = logging.getLogger(__name__)
 
-TRIAL_TAG, SWEEP_TAG, ATTEMPTS_TAG, JOB_TAG = "raylm.trial", "raylm.sweep", "raylm.attempts", "raylm.ray_job"
+TRIAL_TAG, ATTEMPTS_TAG, JOB_TAG = "raylm.trial", "raylm.attempts", "raylm.ray_job"
 SOURCE_TAG, COMMIT_TAG = "mlflow.source.name", "mlflow.source.git.commit"  # MLflow's own
+PARAMETERS_TAG, TOKENS_TAG = "raylm.model_parameters", "raylm.tokens"
+"""The size of the model, and the training tokens of the budget."""
+DESCRIPTION_TAG = "mlflow.note.content"  # MLflow's own
 
 MAX_PARAMETER_LENGTH = 6000  # characters that MLflow takes
 MODEL_SECONDS = 900.0
@@ -50,6 +54,22 @@ class Run:
         if not self.uri or not self.directory:
             return None
         return journal.uploaded_offsets(self.directory, display_uri(self.uri)).run_id
+
+    @property
+    def path(self) -> str | None:
+        """The path of the page to open, below the address of MLflow; None until MLflow has been reached.
+
+        The page of a sweep compares its trials.
+        """
+        if not self.uri or not self.directory:
+            return None
+        offsets = journal.uploaded_offsets(self.directory, display_uri(self.uri))
+        if offsets.run_id is None or offsets.experiment_id is None:
+            return None
+        state = journal.run_state(self.directory)
+        if state.comparison is not None:
+            return comparison.comparison_path(offsets.experiment_id, state.run["name"])
+        return comparison.run_path(offsets.experiment_id, offsets.run_id)
 
     # Logging -------------------------------------------------------------------------------------------------------
 
@@ -105,9 +125,27 @@ class Run:
                 history.setdefault(name, []).append((step, value))
         return history
 
+    def tags(self) -> dict[str, str]:
+        """The tags, as the journal has them."""
+        state = journal.run_state(self.directory)
+        return {**state.run.get("tags", {}), **state.tags}
+
     def set_tags(self, values: Mapping[str, Any]) -> None:
         """Set tags; a later value of a tag replaces the earlier one."""
         self._append({"tags": {key: str(value) for key, value in values.items()}})
+
+    def describe(self, markdown: str) -> None:
+        """Set the description on the run's page; a link to `tracking.COMPARISON` leads to the comparison of trials."""
+        self.set_tags({DESCRIPTION_TAG: markdown})
+
+    def log_comparison(self, score: str, history: str, settings: Sequence[str]) -> None:
+        """Log what MLflow's page of a sweep compares its trials by: the metric `score` against these parameters.
+
+        `history` is the metric of every evaluation.
+        """
+        compared = {"score": score, "history": history, "settings": list(settings)}
+        if self.directory and journal.run_state(self.directory).comparison != compared:
+            self._append({"comparison": compared})
 
     def log_dataset(self, name: str, *, digest: str, source: str, profile: Mapping[str, Any], context: str) -> None:
         """Log data that the run reads as one of MLflow's dataset inputs; once for a name and digest.
@@ -224,8 +262,7 @@ class Run:
             return self
         path = str(directory or f"{self.directory}/{trial_id}")
         assert path.rpartition("/")[0] == self.directory, f"{path} is not in {self.directory}"
-        parent = journal.run_state(self.directory)
-        parent_tags = {**parent.run["tags"], **parent.tags}
+        parent, parent_tags = journal.run_state(self.directory), self.tags()
         origin = {key: parent_tags[key] for key in (SOURCE_TAG, COMMIT_TAG, JOB_TAG) if key in parent_tags}
         return start_run(
             Run(path, self.uri),

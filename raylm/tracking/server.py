@@ -59,10 +59,6 @@ class Server:
 
     # Experiments ---------------------------------------------------------------------------------------------------
 
-    def known_experiment_id(self, name: str) -> str | None:
-        """The id of the MLflow experiment of that name, if this process has looked it up before."""
-        return self._experiment_ids.get(name)
-
     def experiment_id(self, name: str, metric: str) -> str:
         """The id of the MLflow experiment of that name, which is created if it does not exist.
 

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from raylm import storage
-from raylm.tracking import journal, models
+from raylm.tracking import comparison, journal, models
 from raylm.tracking.failures import Busy, Deleted, NotStored, display_uri, kind
 from raylm.tracking.journal import MetricKey, MetricValue, RunState, UploadedOffsets
 from raylm.tracking.server import Server
 
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own tag: its page nests runs by it
 CONTEXT_TAG = "mlflow.data.context"
+SWEEP_TAG = "raylm.sweep"
+"""The name of the sweep that a trial belongs to."""
 JOURNAL_TAG = "raylm.journal"
 """The journal's id, by which its run is found where MLflow's id was not recorded."""
 
@@ -110,7 +112,7 @@ class Upload:
             self._stored = None
             if kind(error) == "missing":  # this is another store than the one that had the run
                 self.server.forget_experiments()
-                self._record(run_id=None, entries=0, artifacts=0, metrics=0)
+                self._record(run_id=None, experiment_id=None, entries=0, artifacts=0, metrics=0)
                 self._continue_from(self._offsets)
             raise
 
@@ -129,7 +131,7 @@ class Upload:
             return self._find_or_create_run()
 
     def _find_or_create_run(self) -> str:
-        if self._offsets.run_id is not None:
+        if self._offsets.run_id is not None and self._offsets.experiment_id is not None:
             return self._offsets.run_id
         from mlflow.entities import ViewType
 
@@ -144,7 +146,7 @@ class Upload:
             tags = {**run["tags"], JOURNAL_TAG: run["id"], **self._parent_tag(run["is_child"])}
             run_id = self.server.client.create_run(experiment_id, run["time"], tags, run["name"]).info.run_id
             self._stored, self._status = set(), ("RUNNING", run["time"])
-        self._record(run_id=run_id)
+        self._record(run_id=run_id, experiment_id=experiment_id)
         return run_id
 
     def _parent_tag(self, is_child: bool) -> dict[str, str]:
@@ -183,14 +185,21 @@ class Upload:
         return {(name, point.step) for name in run.data.metrics for point in client.get_metric_history(run_id, name)}
 
     def _upload_entries(self, run_id: str) -> None:
-        """Parameters, tags, datasets and status."""
+        """Parameters, tags, datasets, the view that compares trials, and status."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
         client = self.server.client
         records, end = journal.json_lines(self.directory, journal.RUN_FILE).read(self._offsets.entries)
         state = RunState().add(records)
         params = [Param(key, value) for key, value in state.parameters.items()]
-        tags = [RunTag(key, value[:MAX_TAG_LENGTH]) for key, value in state.tags.items()]
+        experiment_id = self._offsets.experiment_id
+        assert experiment_id is not None, "known since the run was found"
+        run = journal.run_state(self.directory).run
+        link = comparison.comparison_path(experiment_id, run["name"])
+        tags = [
+            RunTag(key, value.replace(f"({comparison.LINK})", f"({link})")[:MAX_TAG_LENGTH])
+            for key, value in state.tags.items()
+        ]
         datasets = []
         for (name, digest), record in state.datasets.items():
             source, profile = json.dumps({"uri": record["source"]}), json.dumps(record["profile"])
@@ -202,6 +211,15 @@ class Upload:
             self._log_batch(client.log_batch, run_id, tags=tags[start : start + MAX_OTHERS])
         if datasets:  # MLflow itself drops those it has
             self._log_batch(client.log_inputs, run_id, datasets=datasets)
+        if state.comparison is not None:
+            trials = f"tags.`{SWEEP_TAG}` = '{run['name']}'"
+            view = comparison.view_state(trials=trials, **state.comparison)
+            try:
+                client.set_experiment_tag(experiment_id, f"{comparison.VIEW_TAG}{run['name']}", view)
+            except Exception as error:
+                if kind(error) != "refused":
+                    raise
+                self.server.warn(error)
         if state.status is not None and (state.status, state.time) != self._status:
             if state.status == "RUNNING":
                 client.update_run(run_id, status="RUNNING")

@@ -266,6 +266,8 @@ class _Trainer(ShardingTrainer):
         if self.session.rank == 0:
             name = self.task.experiment.measure
             values = {f"eval/{what}": value for what, value in score.figures(name).items()}
+            if self.task.name:  # trials are compared by their best score, in MLflow while they run
+                values |= summary.best_metrics(name, self.latest if is_best else self.best)
             for each, found in sets.items():
                 values |= {f"eval/{each}/{what}": value for what, value in found.figures(name).items()}
             self.task.run.log_metrics(values, step)
