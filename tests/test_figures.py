@@ -8,7 +8,7 @@ from PIL import Image
 from raylm.results import figures
 from raylm.results.figures import SweepData, plotly_figure, primitives
 from raylm.results.figures import sweep as sweep_figures
-from raylm.results.figures.data import ABOVE, BELOW, Setting, ticks
+from raylm.results.figures.data import BELOW, Setting, ticks
 from raylm.sweep import Trial
 
 RATE, SIZE = "train.learning_rate", "blocks.block_size"
@@ -79,16 +79,42 @@ def test_losses_that_are_no_numbers_are_not_drawn():
     }
 
 
+def test_trials_compare_at_the_most_tokens_that_all_have_reached():
+    assert SWEEP.equal_tokens == 100, "where the third was stopped; the one that failed does not count"
+    assert [(trial.trial_id[-1], score) for trial, score in SWEEP.compared] == [
+        ("1", 70.0), ("4", 85.0), ("0", 90.0), ("2", 95.0),
+    ]  # fmt: skip
+    assert SWEEP.about_equal_tokens == (
+        "Scores at 100 training tokens, the most that all 4 trials with a score reached; left out: 1 that failed."
+    )
+    waiting = [trial(5, {RATE: 1e-3}, [], "running"), trial(6, {RATE: 1e-3}, [], "failed", "no memory")]
+    assert SweepData([*TRIALS, *waiting], 400).about_equal_tokens.endswith(
+        "left out: 2 that failed, 1 without a score there."
+    )
+    longer = [TRIALS[0], TRIALS[1], TRIALS[4]]
+    assert SweepData(longer, 400).compared == [(TRIALS[1], 50.0), (TRIALS[4], 75.0), (TRIALS[0], 80.0)], "at 200 tokens"
+    late = trial(7, {RATE: 1e-3}, [40.0])
+    late.results[0]["tokens"] = 150
+    other = SweepData([TRIALS[2], late], 400)
+    assert (other.equal_tokens, len(other.compared)) == (100, 1)
+    assert other.about_equal_tokens == (
+        "Scores at 100 training tokens, the most that the trial with a score reached; "
+        "left out: 1 without a score there."
+    )
+
+
 def test_parallel_coordinates_by_hand():
     figure = sweep_figures.parallel_coordinates(SWEEP)
+    assert figure.title == "Settings and perplexity at 100 training tokens"
     places = {line.name: [place for _, place in line.points] for line in figure.lines}
+    assert list(places) == ["trial_00002", "trial_00000", "trial_00004", "trial_00001"], "the best over the others"
     assert places["trial_00001"] == [pytest.approx(0.5), 0.5, 0.0], "the rate by its logarithm; the best is lowest"
     assert places["trial_00002"] == [1.0, 1.0, 1.0]
-    assert places["trial_00003"] == [1.0, 0.0, ABOVE], "a trial that failed"
     assert [name for _, name in figure.x.ticks] == ["learning_rate", "block_size", "perplexity"]
-    assert {(x, text) for x, _, text in figure.texts} >= {(0, "0.0001"), (0, "0.001"), (1, "128"), (2, "failed")}
+    assert {(x, text) for x, _, text in figure.texts} >= {(0, "0.0001"), (0, "0.001"), (1, "128"), (2, "70"), (2, "95")}
     shades = {line.name: line.shade for line in figure.lines}
-    assert (shades["trial_00001"], shades["trial_00002"], shades["trial_00003"]) == (0.0, 1.0, None)
+    assert (shades["trial_00001"], shades["trial_00002"]) == (0.0, 1.0)
+    assert figure.lines[-1].about.endswith("at 100 training tokens: perplexity 70.00")
 
 
 def test_a_setting_that_a_trial_does_not_have():
@@ -98,32 +124,26 @@ def test_a_setting_that_a_trial_does_not_have():
     assert (0, BELOW, "not set") in figure.texts
 
 
-def test_a_failure_far_away_leaves_the_others_their_room():
+def test_a_failure_leaves_the_others_their_room():
     far = trial(5, {RATE: 1e6, SIZE: 64}, [99.0], "failed", "it diverged")
     sweep = SweepData([*TRIALS, far], 400, samplers=SWEEP.samplers)
-    figure = sweep_figures.parallel_coordinates(sweep)
-    places = {line.name: line.points[0][1] for line in figure.lines}
-    assert (places["trial_00001"], places["trial_00005"]) == (pytest.approx(0.5), ABOVE)
-    assert (0, ABOVE, "1,000,000") in figure.texts
+    assert sweep_figures.parallel_coordinates(sweep).lines == sweep_figures.parallel_coordinates(SWEEP).lines
     assert sweep_figures.heat_map(sweep, "unknown").cells == sweep_figures.heat_map(SWEEP, "unknown").cells
-    assert sweep_figures.heat_map(sweep, "unknown").caption.endswith("Far outside: trial_00005, failed.")
 
 
 def test_the_heat_map_has_the_best_of_each_cell():
     figure = sweep_figures.heat_map(SWEEP, "unknown")
+    assert figure.title == "Best perplexity by learning_rate and block_size at 100 training tokens"
     cells = {(cell.column, cell.row): cell for cell in figure.cells}
     assert [name for _, name in figure.y.ticks] == ["64", "128", "256"]
     assert figure.x.ticks[0] == (0, "0.0001 to 0.00025")
     assert {place: cell.text for place, cell in cells.items()} == {
-        (0, 0): "60.00\n1 trial",
-        (2, 1): "30.00\n1 trial",
+        (0, 0): "90.00\n1 trial",
+        (2, 1): "70.00\n1 trial",
         (4, 2): "95.00\n1 trial",
-        (4, 0): "failed\n1 trial",
-        (2, 0): "75.00\n1 trial",
+        (2, 0): "85.00\n1 trial",
     }
-    assert cells[2, 1].shade == 0.0
-    assert cells[4, 2].shade == 1.0
-    assert cells[4, 0].shade is None
+    assert (cells[2, 1].shade, cells[4, 2].shade) == (0.0, 1.0)
     two = SweepData([*TRIALS, trial(5, {RATE: 1.1e-3, SIZE: 128}, [20.0])], 400, samplers=SWEEP.samplers)
     assert "20.00\n2 trials" in [cell.text for cell in sweep_figures.heat_map(two, "unknown").cells]
 
@@ -262,9 +282,6 @@ def test_a_trial_that_failed_looks_so_on_the_page(every):
         "stopped early",
         "failed",
     ]
-    grey = plotly_figure(every["heat"])["data"][1]
-    assert grey["text"][0][4] == "failed<br>1 trial"
-    assert grey["z"][0] == [None, None, None, None, 0]
 
 
 def test_what_users_wrote_is_no_html_in_a_figure():

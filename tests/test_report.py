@@ -36,7 +36,8 @@ def write_sweep(storage, name, *settings, trials, result_json=None):
          "train.batch_tokens=256", *settings],
     )  # fmt: skip
     parent = tracking.start(experiment.tracking, experiment="words", name=name, tags={}, directory=directory)
-    parent.log_parameters({"tokens": BUDGET, "store": "f00d"})
+    parent.log_parameters({"store": "f00d"})
+    parent.set_tags({tracking.TOKENS_TAG: BUDGET})
     parent.log_text(config.dump(experiment), "experiment.yaml")
     record = SweepRecord(directory)
     for number, (swept, evaluations, status, failure) in enumerate(trials):

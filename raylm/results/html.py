@@ -105,7 +105,7 @@ def _section(figure: figures.Figure | figures.Omitted, images: Mapping[str, byte
 def _trials(results: SweepResults) -> str:
     """The ranked table, with the reason of each failure and the command that repeats each trial."""
     rows = results.trials
-    columns = trial_table.columns(rows, console.label(results.measure), results.data.settings)
+    columns = trial_table.columns(rows, console.label(results.measure), results.data.swept)
     numbers = [column for name, column in columns.items() if column.justify == "right" and name != "rank"]
     headings = "".join(f"<th class=number>{escape(column.heading)}</th>" for column in numbers)
     lines = [f"<tr><th></th><th>trial</th>{headings}<th>status</th><th>repeat it</th></tr>"]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 BINS = 5
 """Columns or rows of the heat map for a setting that is drawn from a range."""
-ABOVE, BELOW = 1.1, -0.1
-"""Places beyond the ends of an axis, for failed trials, values far away and settings that a trial does not have."""
+BELOW = -0.1
+"""The place beyond the end of an axis for a setting that a trial does not have."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,14 @@ class Setting:
 
     name: str
     values: tuple[Any, ...]
-    """The values of the trials, sorted, each once, without those far away."""
+    """The values of the trials, sorted, each once."""
     evenly_spaced: bool
     """Whether values stand equally far apart, whatever they are: they were chosen from a list, not from a range."""
     log: bool = False
 
     @staticmethod
-    def of(name: str, values: Iterable[Any], sampler: str | None, scored: Iterable[Any] = ()) -> Setting:
-        """The setting with these values; `sampler` is its sampler's name in tune.space, None if it has several.
-
-        `scored` are the values of the trials with a score. A number that is further from these than they are from
-        each other is far away: a learning rate of 1e6, tried and failed, would leave no room for the others.
-        """
+    def of(name: str, values: Iterable[Any], sampler: str | None) -> Setting:
+        """The setting with these values; `sampler` is its sampler's name in tune.space, None if it has several."""
         unique = list(dict.fromkeys(hashable(value) for value in values))
         numeric = all(_is_number(value) for value in unique)
         unique.sort(key=None if numeric else str)
@@ -47,11 +43,6 @@ class Setting:
         log = bool(sampler and sampler.startswith("log"))
         if chosen or not numeric or len(unique) < 2:
             return Setting(name, tuple(unique), evenly_spaced=True, log=log)
-        ends = sorted(set(scored))
-        if len(ends) > 1:
-            low, high = (math.log(end) if log else end for end in (ends[0], ends[-1]))
-            scaled = {value: math.log(value) if log else value for value in unique}
-            unique = [value for value in unique if 2 * low - high <= scaled[value] <= 2 * high - low]
         return Setting(name, tuple(unique), evenly_spaced=False, log=log)
 
     @property
@@ -59,12 +50,11 @@ class Setting:
         return all(_is_number(value) for value in self.values)
 
     def place(self, value: Any) -> float:
-        """The place on the axis, from 0 to 1; ABOVE or BELOW if the value is far away."""
+        """The place on the axis, from 0 to 1."""
         if self.evenly_spaced:
             return self.values.index(hashable(value)) / (len(self.values) - 1) if len(self.values) > 1 else 0.5
         low, high, at = (math.log(each) if self.log else each for each in (self.values[0], self.values[-1], value))
-        place = (at - low) / (high - low)
-        return place if 0 <= place <= 1 else ABOVE if place > 1 else BELOW
+        return (at - low) / (high - low)
 
     def ticks(self) -> list[tuple[float, str]]:
         """Places and texts of both ends and of round numbers between them; of every value if evenly spaced."""
@@ -83,12 +73,11 @@ class Setting:
         names = [f"{math.exp(edge) if self.log else edge:.2g}" for edge in edges]
         return [f"{left} to {right}" for left, right in itertools.pairwise(names)]
 
-    def bin(self, value: Any) -> int | None:
-        """The index of a value's bin; None if the value is far away."""
+    def bin(self, value: Any) -> int:
+        """The index of a value's bin."""
         if self.evenly_spaced:
             return self.values.index(hashable(value))
-        place = self.place(value)
-        return None if place in (ABOVE, BELOW) else min(int(place * BINS), BINS - 1)
+        return min(int(self.place(value) * BINS), BINS - 1)
 
 
 @dataclass(frozen=True)
@@ -131,16 +120,54 @@ class SweepData:
         return "best" if is_best else trial.status
 
     @cached_property
+    def equal_tokens(self) -> int:
+        """The training tokens at which trials compare: the most that all trials with a score have reached."""
+        return min((trial.tokens for trial, _ in self.scored), default=0)
+
+    @cached_property
+    def compared(self) -> list[tuple[Trial, float]]:
+        """The trials that have a score by `equal_tokens`, with the best one by then; the best trial first."""
+        pairs = []
+        for trial, _ in self.scored:
+            scores = [
+                result[f"best_{self.metric}"] for result in trial.results if result["tokens"] <= self.equal_tokens
+            ]
+            if scores and math.isfinite(scores[-1]):
+                pairs.append((trial, scores[-1]))
+        return sorted(pairs, key=lambda pair: pair[1])
+
+    @property
+    def at_equal_tokens(self) -> str:
+        """The end of a title: at how many tokens trials compare."""
+        return f"at {self.equal_tokens:,} training tokens"
+
+    @property
+    def about_equal_tokens(self) -> str:
+        """The sentence of a caption that says at which tokens trials compare, and how many of them are left out."""
+        failed = sum(trial.status == "failed" for trial in self.trials)
+        others = len(self.trials) - len(self.compared) - failed
+        left_out = [f"{failed} that failed"] * bool(failed) + [f"{others} without a score there"] * bool(others)
+        ending = f"; left out: {', '.join(left_out)}" if left_out else ""
+        count = len(self.compared)
+        all_trials = f"all {count} trials with a score" if count > 1 else "the trial with a score"
+        return f"Scores at {self.equal_tokens:,} training tokens, the most that {all_trials} reached{ending}."
+
+    @property
+    def swept(self) -> list[str]:
+        """The swept keys, in the order in which the trials had them."""
+        return list(dict.fromkeys(key for trial in self.trials for key in trial.settings))
+
+    @cached_property
     def settings(self) -> dict[str, Setting]:
-        """Swept key -> its setting, in the order in which the trials had them."""
-        scored = [trial for trial, _ in self.scored]
-
-        def values(trials: Iterable[Trial], key: str) -> list[Any]:
-            return [trial.settings[key] for trial in trials if key in trial.settings]
-
+        """Swept key -> its setting among the compared trials, in the order in which the trials had them."""
         return {
-            key: Setting.of(short_name(key), values(self.trials, key), self.samplers.get(key), values(scored, key))
-            for key in dict.fromkeys(key for trial in self.trials for key in trial.settings)
+            key: Setting.of(
+                short_name(key),
+                [trial.settings[key] for trial, _ in self.compared if key in trial.settings],
+                self.samplers.get(key),
+            )
+            for key in self.swept
+            if any(key in trial.settings for trial, _ in self.compared)
         }
 
     def about(self, trial: Trial) -> str:

@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from raylm.results.figures.primitives import NO_SCORE_COLOUR, Axis, Figure, shade_colour
+from raylm.results.figures.primitives import Axis, Figure, shade_colour
 
 FONT = "system-ui, sans-serif"
 
@@ -142,33 +142,28 @@ def _bars(figure: Figure) -> list[dict[str, Any]]:
 
 
 def _cells(figure: Figure) -> list[dict[str, Any]]:
-    """A heat map of the cells with a score, and a grey one of the cells without."""
-    colours = [[index / 3, shade_colour(index / 3)] for index in range(4)]
-    grey = [[0, NO_SCORE_COLOUR], [1, NO_SCORE_COLOUR]]
-    scored = [cell for cell in figure.cells if cell.shade is not None]
-    failed = [cell for cell in figure.cells if cell.shade is None]
+    """A heat map of the cells."""
+    if not figure.cells:
+        return []
     wide, high = (len(axis.ticks or ()) for axis in (figure.x, figure.y))
-    traces = []
-    for cells, scale in ((scored, colours), (failed, grey)):
-        by_place = {(cell.row, cell.column): cell for cell in cells}
-        rows = [[by_place.get((row, column)) for column in range(wide)] for row in range(high)]
-        traces.append(
-            {
-                "type": "heatmap",
-                "z": [[cell and (cell.shade or 0) for cell in row] for row in rows],
-                "zmin": 0,
-                "zmax": 1,
-                "colorscale": scale,
-                "showscale": False,
-                "text": [[_html(cell.text) if cell else "" for cell in row] for row in rows],
-                "texttemplate": "%{text}",
-                "hovertext": [[_html(cell.about) if cell else "" for cell in row] for row in rows],
-                "hoverinfo": "text",
-                "xgap": 2,
-                "ygap": 2,
-            }
-        )
-    return traces if figure.cells else []
+    by_place = {(cell.row, cell.column): cell for cell in figure.cells}
+    rows = [[by_place.get((row, column)) for column in range(wide)] for row in range(high)]
+    return [
+        {
+            "type": "heatmap",
+            "z": [[cell and cell.shade for cell in row] for row in rows],
+            "zmin": 0,
+            "zmax": 1,
+            "colorscale": [[index / 3, shade_colour(index / 3)] for index in range(4)],
+            "showscale": False,
+            "text": [[_html(cell.text) if cell else "" for cell in row] for row in rows],
+            "texttemplate": "%{text}",
+            "hovertext": [[_html(cell.about) if cell else "" for cell in row] for row in rows],
+            "hoverinfo": "text",
+            "xgap": 2,
+            "ygap": 2,
+        }
+    ]
 
 
 def _legend(figure: Figure) -> list[dict[str, Any]]:

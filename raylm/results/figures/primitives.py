@@ -22,8 +22,6 @@ COLOURS: dict[Kind, str] = {
 SHADES = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98))
 """Viridis without its yellow, which is lost on white: from the best to the worst, each lighter than the one before."""
 
-NO_SCORE_COLOUR = "#DDDDDD"
-
 
 def shade_colour(shade: float) -> str:
     """The colour of a shade from 0, the best, to 1, the worst."""
@@ -99,12 +97,12 @@ class Cell:
     text: str
     about: str
     """What the reader sees when pointing at the cell; one fact per line of text."""
-    shade: float | None
-    """A shade from 0, the best, to 1; None if the cell has no score."""
+    shade: float
+    """A shade from 0, the best, to 1."""
 
     @property
     def colour(self) -> str:
-        return NO_SCORE_COLOUR if self.shade is None else shade_colour(self.shade)
+        return shade_colour(self.shade)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raylm.console import format_number
-from raylm.results.figures.data import ABOVE, BELOW, Setting, SweepData, hashable, short_name, ticks
+from raylm.results.figures.data import BELOW, Setting, SweepData, hashable, short_name, ticks
 from raylm.results.figures.primitives import Axis, Bar, Cell, Figure, Line, Omitted
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 FEWEST_TRIALS = 4
 """Trials with a score that the importance of settings takes at least."""
-SO_FAR = "Trials that were stopped early count with the score they had by then."
 PREFERRED_SETTINGS = ("train.learning_rate", "blocks.block_size")
 """The two settings of the heat map, if both are swept."""
 
@@ -85,67 +84,61 @@ def _about_failures(data: SweepData, lines: Sequence[Line]) -> str:
 
 def parallel_coordinates(data: SweepData) -> Figure | Omitted:
     """Parallel coordinates: a line for each trial through its settings to its score, each on an axis from 0 to 1."""
-    title = f"Settings and {data.score_name} of the trials"
-    scores = [score for _, score in data.scored]
-    if not scores:
-        return Omitted("settings", title, "no trial has a score yet")
-    settings = data.settings
+    if not data.compared:
+        return Omitted("settings", f"Settings and {data.score_name}", "no trial has a score yet")
+    scores = [score for _, score in data.compared]
     last = Setting.of(data.score_name, scores, "loguniform")
-    axes = [*settings.values(), last]
+    axes = [*data.settings.values(), last]
     texts = {(column, place): text for column, axis in enumerate(axes) for place, text in axis.ticks()}
     lines = []
-    for trial in reversed(
-        [trial for trial in data.ranked if data.score(trial) is not None or trial.status == "failed"]
-    ):
-        score = data.score(trial)
+    for rank, (trial, score) in reversed(list(enumerate(data.compared))):
         places = []
-        for column, (key, setting) in enumerate(settings.items()):
+        for column, (key, setting) in enumerate(data.settings.items()):
             places.append(setting.place(trial.settings[key]) if key in trial.settings else BELOW)
-            if places[-1] in (ABOVE, BELOW):
-                texts[column, places[-1]] = format_number(trial.settings.get(key, "not set"))
-        places.append(ABOVE if score is None else last.place(score))
-        if score is None:
-            texts[len(settings), ABOVE] = "failed"
-        shade = None if score is None else scores.index(score) / max(1, len(scores) - 1)
-        lines.append(Line(trial.trial_id, data.kind(trial), list(enumerate(places)), data.about(trial), shade))
+            if key not in trial.settings:
+                texts[column, BELOW] = "not set"
+        points = list(enumerate([*places, last.place(score)]))
+        shade = rank / max(1, len(scores) - 1)
+        lines.append(Line(trial.trial_id, data.kind(trial), points, _about_equal(data, trial, score), shade))
     caption = (
-        f"The darker a line, the lower its {data.score_name}; the thick one is the best. A dashed one is a trial that "
-        f"failed. {SO_FAR}"
+        f"The darker a line, the lower its {data.score_name}; the thick one is the best of the sweep. "
+        f"{data.about_equal_tokens}"
     )
     x = Axis(ticks=[(column, axis.name) for column, axis in enumerate(axes)])
     written = [(column, place, text) for (column, place), text in texts.items()]
+    title = f"Settings and {data.score_name} {data.at_equal_tokens}"
     return Figure("settings", title, caption, x, Axis(ticks=()), lines=lines, texts=written)
+
+
+def _about_equal(data: SweepData, trial: Trial, score: float) -> str:
+    """What is shown of a compared trial, with its score at equal tokens."""
+    return f"{data.about(trial)}\n{data.at_equal_tokens}: {data.score_name} {score:.2f}"
 
 
 def heat_map(data: SweepData, shares: Mapping[str, float] | str) -> Figure | Omitted:
     """The best score by learning rate and block size, else by the two most important numeric settings."""
     pair = _heat_map_settings(data.settings, {} if isinstance(shares, str) else shares)
     if pair is None:
-        return Omitted("heat", f"Best {data.score_name} by two settings", "fewer than two numbers are swept")
+        problem = "fewer than two numbers are swept" if data.compared else "no trial has a score yet"
+        return Omitted("heat", f"Best {data.score_name} by two settings", problem)
     (across_key, across), (up_key, up) = pair
-    title = f"Best {data.score_name} by {across.name} and {up.name}"
-    inside: dict[tuple[int, int], list[Trial]] = {}
-    far = []
-    for trial in data.ranked:
-        has_both = across_key in trial.settings and up_key in trial.settings
-        if has_both and (trial.status == "failed" or data.score(trial) is not None):
-            column, row = across.bin(trial.settings[across_key]), up.bin(trial.settings[up_key])
-            if column is None or row is None:
-                far.append(trial.trial_id)
-            else:
-                inside.setdefault((column, row), []).append(trial)
-    best = {place: data.score(trials[0]) for place, trials in inside.items()}
-    order = sorted(score for score in best.values() if score is not None)
+    inside: dict[tuple[int, int], list[tuple[Trial, float]]] = {}
+    for trial, score in data.compared:
+        if across_key in trial.settings and up_key in trial.settings:
+            place = across.bin(trial.settings[across_key]), up.bin(trial.settings[up_key])
+            inside.setdefault(place, []).append((trial, score))
+    order = sorted(pairs[0][1] for pairs in inside.values())
     cells = []
-    for (column, row), trials in inside.items():
-        score = best[column, row]
-        text = f"{'failed' if score is None else f'{score:.2f}'}\n{len(trials)} trial{'s' if len(trials) > 1 else ''}"
-        shade = None if score is None else order.index(score) / max(1, len(order) - 1)
-        cells.append(Cell(column, row, text, data.about(trials[0]), shade))
+    for (column, row), pairs in inside.items():
+        trial, score = pairs[0]
+        text = f"{score:.2f}\n{len(pairs)} trial{'s' if len(pairs) > 1 else ''}"
+        shade = order.index(score) / max(1, len(order) - 1)
+        cells.append(Cell(column, row, text, _about_equal(data, trial, score), shade))
     caption = (
         "The best trial of each cell, and how many there are. The darker, the better; an empty cell was not tried. "
+        f"{data.about_equal_tokens}"
     )
-    caption += SO_FAR + (f" Far outside: {', '.join(far)}, failed." if far else "")
+    title = f"Best {data.score_name} by {across.name} and {up.name} {data.at_equal_tokens}"
     x, y = (Axis(setting.name, ticks=list(enumerate(setting.bins()))) for setting in (across, up))
     return Figure("heat", title, caption, x, y, cells=cells)
 
@@ -187,7 +180,7 @@ def saved_tokens(data: SweepData) -> Figure | Omitted:
 
 def importance_bars(data: SweepData, shares: Mapping[str, float] | str) -> Figure | Omitted:
     """A bar for each setting: its share in the variance of the score."""
-    title = f"What {data.score_name} depends on"
+    title = f"What {data.score_name} depends on {data.at_equal_tokens}" if data.compared else "What scores depend on"
     if isinstance(shares, str):
         return Omitted("importance", title, shares)
     bars = [
@@ -196,18 +189,16 @@ def importance_bars(data: SweepData, shares: Mapping[str, float] | str) -> Figur
     ]
     caption = (
         f"The share of each setting in how the logarithm of the {data.score_name} varies (fANOVA, Hutter et al. 2014) "
-        f"over {len(data.scored)} trials; of few it is no more than a hint. {SO_FAR}"
+        f"over {len(data.compared)} trials; of few it is no more than a hint. {data.about_equal_tokens}"
     )
     return Figure("importance", title, caption, Axis("share of the variance, %"), Axis(), bars=bars)
 
 
 def importance(data: SweepData) -> dict[str, float] | str:
     """Swept key -> its share in the variance of the score, the largest first; or the reason why that is not known."""
-    scored = data.scored
+    scored = data.compared
     settings = {
-        key: Setting.of(key, (trial.settings[key] for trial, _ in scored), data.samplers.get(key))
-        for key in data.settings
-        if all(key in trial.settings for trial, _ in scored)
+        key: setting for key, setting in data.settings.items() if all(key in trial.settings for trial, _ in scored)
     }
     varied = {key: setting for key, setting in settings.items() if len(setting.values) > 1}
     if len(scored) < FEWEST_TRIALS:
