@@ -10,8 +10,6 @@ All arrays have a row for each document; results depend on the documents and the
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -135,11 +133,6 @@ def _largest_of_flips(nll: np.ndarray, seed: int) -> np.ndarray:
         sums = (1.0 - 2.0 * signs) @ centred
         largest[rows] = (np.abs(sums[:, one] - sums[:, other]) / norms).max(axis=1, initial=0.0)
     return largest
-
-
-def documents_hash(ids: Sequence[str]) -> str:
-    """A hash of the ids of documents in their order: only scores of equal documents are compared in pairs."""
-    return hashlib.blake2b("\n".join(ids).encode(), digest_size=8).hexdigest()
 
 
 def _summed(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 PARTS = """
     errors redaction config console cluster storage hub corpus tokenizer tokens blocks model objective probe scorer
-    perplexity checkpoint export runs tracking budget cost summary training generation sweep derived plan results
-    pipeline api diagnosis views cli
+    perplexity statistics document_scores checkpoint export runs tracking budget cost summary training generation sweep
+    derived plan results pipeline api diagnosis views cli
 """.split()
 VERBS = "init prepare train tune evaluate generate inspect push sync report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]

@@ -11,13 +11,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
 
-from raylm import blocks, checkpoint, cluster, model, objective, perplexity, probe, storage, summary, tokens
+from raylm import (
+    blocks,
+    checkpoint,
+    cluster,
+    document_scores,
+    model,
+    objective,
+    perplexity,
+    probe,
+    storage,
+    summary,
+    tokens,
+)
 from raylm import tokenizer as tokenizers
-from raylm.errors import ConfigError, RaylmError
+from raylm.errors import ConfigError, RaylmError, StorageError
 from raylm.perplexity import Documents, Score
 from raylm.tokenizer import Frame
 from raylm.training import arguments
@@ -250,12 +263,13 @@ class _Trainer(ShardingTrainer):
         self.is_unscored = False
         try:
             with self.memory.for_scoring():
-                score = self._score(self.store.validation)
-                sets = {name: self._score(documents) for name, documents in self.sets.items()}
+                rows = self._score(self.store.validation)
+                sets = {name: Score.of(self._score(documents)) for name, documents in self.sets.items()}
         except perplexity.EvaluationStopped:  # saved as it is, and evaluated first when the run resumes
             self.is_unscored = self.stopped = True
             self.control.should_save = self.control.should_training_stop = True
             return {}
+        score = Score.of(rows)
         if not math.isfinite(score.perplexity):
             raise CollectiveError(self.finite.diverged(f"perplexity is {score.perplexity} at step {step}"))
         self.latest = self._found(step, score.perplexity, score.bits_per_byte)
@@ -264,6 +278,7 @@ class _Trainer(ShardingTrainer):
             self.better = {name: self.latest[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
         self.worse_in_a_row = 0 if is_best else self.worse_in_a_row + 1
         if self.session.rank == 0:
+            self._keep_scores(step, rows)
             name = self.task.experiment.measure
             values = {f"eval/{what}": value for what, value in score.figures(name).items()}
             if self.task.name:  # trials are compared by their best score, in MLflow while they run
@@ -278,6 +293,15 @@ class _Trainer(ShardingTrainer):
         if not self.control.should_save:
             self.session.report(self._reported())
         return {"eval_perplexity": score.perplexity}
+
+    def _keep_scores(self, step: int, rows: np.ndarray) -> None:
+        """Keep the score of each document. Without it no difference to another trial is tested; training continues."""
+        try:
+            document_scores.write(
+                self.task.directory, step, document_scores.DocumentScores.of(rows, self.store.validation)
+            )
+        except StorageError as error:
+            self.say(f"the scores of single documents at step {step:,} are not kept: {error}")
 
     def _score_resumed(self) -> None:
         """Evaluate the weights that the run resumes from."""
@@ -332,11 +356,12 @@ class _Trainer(ShardingTrainer):
     def keywords(self) -> objective.Keywords:
         return objective.Keywords(self.task.experiment.objective.keywords, self.store.tokenizer)
 
-    def _score(self, documents: Documents) -> Score:
+    def _score(self, documents: Documents) -> np.ndarray:
+        """A row for each document, as `perplexity.score_documents` gives them."""
         told = _EvaluationProgress(self.task, self.session, self.state.global_step)
         section, block_size = self.task.experiment.eval, self.task.experiment.blocks.block_size
         with self.float32_shards():
-            return perplexity.score(
+            return perplexity.score_documents(
                 self.model,
                 documents,
                 frame=self.frame,
