@@ -10,7 +10,7 @@
         StorageError          exit 5    storage or a checkpoint
             StorageUnavailable          storage failed, and did so again when it was tried again; later it may be well
                 StorageFull             there is no room left in it
-    Interrupted               exit 75   stopped from outside; the same command goes on
+    Interrupted               exit 75   stopped from outside; the same command resumes
 
 Every message names the setting or file as the user wrote it, the value, and the way out.
 """

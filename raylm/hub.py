@@ -25,8 +25,8 @@ def loading(
     kind: type[RaylmError], key: str | None, path: str, *, gguf_file: str | None = None, or_file: bool = False
 ) -> Iterator[None]:
     """Inside, something is loaded from a path that the setting `key` gave; what goes wrong is raised in one line, as
-    that kind of error. See `fault` for the other arguments."""
-    why, where = fault(path, gguf_file=gguf_file, or_file=or_file), None
+    that kind of error. See `problem` for the other arguments."""
+    why, where = problem(path, gguf_file=gguf_file, or_file=or_file), None
     if why is None:
         try:
             yield
@@ -38,7 +38,7 @@ def loading(
     raise kind(f"{key}={path}: {why}" if key else f"{path}: {why}", where or key or path)
 
 
-def fault(path: str, *, gguf_file: str | None = None, or_file: bool = False) -> str | None:
+def problem(path: str, *, gguf_file: str | None = None, or_file: bool = False) -> str | None:
     """Why nothing can be loaded from a path, as far as that is seen from outside; None if there may be something.
 
     `gguf_file` is to be in the directory; `or_file`: the path of a file will do.

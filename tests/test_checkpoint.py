@@ -89,7 +89,7 @@ def test_if_no_completed_checkpoint_is_whole_each_is_named(series, tmp_path):
     for step in (20, 40):
         committed(series, tmp_path / "local", step)
         (Path(series.path(step)) / "optimizer.pt").unlink()
-    with pytest.raises(StorageError, match=r"(?s)no checkpoint .* whole.*00040: optimizer.pt: missing.*00020: .*never"):
+    with pytest.raises(StorageError, match=r"(?s)every checkpoint .* damaged.*00040: optimizer.pt: missing.*00020: .*"):
         series.newest()
 
 
@@ -106,7 +106,7 @@ def test_a_read_that_fails_is_made_again_and_is_no_damage(series, tmp_path, monk
     """503 SlowDown, for so many reads of one file: two further tries are made."""
     for step in (20, 40):
         committed(series, tmp_path / "local", step)
-    plain, failed = storage.reading, []
+    plain, failed = storage.files.reading, []
 
     @contextlib.contextmanager
     def reading(path):
@@ -116,9 +116,9 @@ def test_a_read_that_fails_is_made_again_and_is_no_damage(series, tmp_path, monk
         with plain(path) as stream:
             yield stream
 
-    monkeypatch.setattr(storage, "reading", reading)
-    monkeypatch.setattr(storage, "RETRIES_SECONDS", (0.01, 0.01))
-    monkeypatch.setattr(storage, "_in_vain", -storage.IN_VAIN_SECONDS)
+    monkeypatch.setattr(storage.files, "reading", reading)
+    monkeypatch.setattr(storage.retries, "RETRIES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(storage.retries, "_last_failure", -storage.retries.PAUSE_SECONDS)
     if failures < 3:
         assert series.newest() == (40, [])
     else:
@@ -139,12 +139,12 @@ def test_nothing_is_waited_for_again_and_again(series, tmp_path, monkeypatch):
         raise OSError("503 SlowDown")
         yield
 
-    monkeypatch.setattr(storage, "reading", reading)
-    monkeypatch.setattr(storage, "RETRIES_SECONDS", (0.01, 0.01))
-    monkeypatch.setattr(storage, "_in_vain", -storage.IN_VAIN_SECONDS)
+    monkeypatch.setattr(storage.files, "reading", reading)
+    monkeypatch.setattr(storage.retries, "RETRIES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(storage.retries, "_last_failure", -storage.retries.PAUSE_SECONDS)
     for count in (3, 4, 5):
         with pytest.raises(StorageUnavailable):
-            series.fault(20)
+            series.damage(20)
         assert len(tries) == count
 
 
@@ -170,7 +170,7 @@ def test_a_manifest_that_names_a_file_outside_is_damaged(series, tmp_path):
     committed(series, tmp_path / "local", 20)
     manifest = Path(series.path(20)) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"empty"', '"../../empty"'))
-    assert series.fault(20) == "manifest.json: damaged"
+    assert series.damage(20) == "manifest.json: damaged"
 
 
 MUTATIONS = st.tuples(
@@ -202,7 +202,7 @@ def test_every_damage_to_a_checkpoint_is_found(tmp_path_factory, mutation):
     elif whole:
         file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
     changed = not file.exists() or file.read_bytes() != whole
-    assert (series.fault(20) is not None) == changed
+    assert (series.damage(20) is not None) == changed
 
 
 @pytest.mark.parametrize("answer", [None, b'{"files": {"model.safe'])

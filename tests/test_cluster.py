@@ -553,7 +553,7 @@ def test_a_process_of_this_machine_does_one_thing_on_one_gpu(monkeypatch, tmp_pa
         ("fail", "failed: ValueError: as this", "in working"),
         ("die", "ended with exit code 3", "by itself"),
     ):
-        with pytest.raises(TrainingError, match=f"^worker 0 {problem}; .* has all that it said$") as error:
+        with pytest.raises(TrainingError, match=f"^worker 0 {problem}; .* has its output$") as error:
             called(what)
         assert said in Path(error.value.where).read_text()
     assert called("look")

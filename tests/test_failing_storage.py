@@ -209,14 +209,14 @@ def place(tmp_path_factory):
     system, farewells = Failing(), []
     resources = cluster.Resources({"CPU": 1.0}, {"CPU": 1.0}, 1, 1)
     channel = cluster.ProgressChannel()
-    plain = storage._file_system
+    plain = storage.file_systems._file_system
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            storage,
+            storage.file_systems,
             "_file_system",
             lambda root: (pyarrow.fs.PyFileSystem(system), "/") if root == f"{ROOT}/" else plain(root),
         )
-        patch.setattr(storage, "RETRIES_SECONDS", (0.0, 0.0))
+        patch.setattr(storage.retries, "RETRIES_SECONDS", (0.0, 0.0))
         patch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("tmp")))
         patch.setattr(journal, "REWRITE_SECONDS", 1e6)
         patch.setattr(journal, "atexit", SimpleNamespace(register=farewells.append))
@@ -251,7 +251,7 @@ def place(tmp_path_factory):
                 tokens.store._split,
             ):
                 cached.cache_clear()
-            storage._in_vain = -storage.IN_VAIN_SECONDS
+            storage.retries._last_failure = -storage.retries.PAUSE_SECONDS
             channel.stopping = False
 
         yield SimpleNamespace(system=system, end=end)

@@ -126,7 +126,7 @@ def test_the_only_worker_of_this_machine_begins_again_where_it_was_killed(tiny, 
     with cluster.progress_channel(lambda value: None, said.append) as channel:
         outcome, job = train_run(alone, dying([(0, 5)], tmp_path), channel)
     ends_as(untouched, outcome, job)
-    assert [line.split(",")[0] for line in said] == ["worker 0 was killed", "going on from step 4 of 12"]
+    assert [line.split(",")[0] for line in said] == ["worker 0 was killed", "resuming from step 4 of 12"]
     assert said[0].endswith("; starting again, attempt 2 of at most 2")
     (tmp_path / "again").mkdir()
     once = (
@@ -202,7 +202,7 @@ def test_failures_are_counted_over_all_attempts_and_told_in_one_line():
             raise ending
         return ending
 
-    assert launch._despite_failures(attempt, 2, said.append, "here") == "trained"
+    assert launch._with_retries(attempt, 2, said.append, "here") == "trained"
     assert said == [
         "one died; starting again, attempt 2 of at most 3",
         "a node went; starting again, attempt 2 of at most 3",
@@ -210,11 +210,11 @@ def test_failures_are_counted_over_all_attempts_and_told_in_one_line():
     ]
     endings += [WorkerFailed("one died"), WorkerFailed("two died")]
     with pytest.raises(WorkerFailed, match=r"^two died \(tried 2 times: cluster.max_failures=1\)$") as failed:
-        launch._despite_failures(attempt, 1, said.append, "here")
+        launch._with_retries(attempt, 1, said.append, "here")
     assert failed.value.where == "here"
     endings += [ConfigError("no such model")]
     with pytest.raises(ConfigError):
-        launch._despite_failures(attempt, 3, said.append, "here")
+        launch._with_retries(attempt, 3, said.append, "here")
 
 
 class Killer(threading.Thread):
@@ -559,7 +559,7 @@ def test_another_number_of_workers_goes_on_with_the_same_examples_in_the_same_st
     with cluster.progress_channel(lambda value: None, said.append) as channel:
         outcome = train_run.go_on(job, one, channel)
     assert said == [
-        "going on from step 1 of 12 with 1 worker instead of 2: the same examples in the same steps, but not the same "
+        "resuming from step 1 of 12 with 1 worker instead of 2: the same examples in the same steps, but not the same "
         "bits"
     ]
     whole, reference = train_run(one)
@@ -610,7 +610,7 @@ def test_a_command_goes_on_where_it_was_killed_or_stopped(tiny, start_command, t
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout)
     assert result["resumed_from"] == saved
-    assert f"going on from step {saved} of 400" in ended.stderr
+    assert f"resuming from step {saved} of 400" in ended.stderr
     (directory,) = place.glob("train-*")
 
     outcome, job = train_run(override(experiment, {"storage": str(tmp_path / "untouched")}))
@@ -760,4 +760,4 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tiny, train_r
         train_run(tiny(), patched(patch))
     series = checkpoint.CheckpointManager(str(Path(full.value.where).parents[1]))
     assert series.steps() == [2], "what was half written is gone"
-    assert series.fault(2) is None
+    assert series.damage(2) is None

@@ -14,22 +14,22 @@ def test_what_is_seen_of_a_path_without_loading(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "q4.gguf").touch()
-    assert hub.fault(str(tmp_path / "gone")) == "there is no such directory"
-    assert hub.fault("a/b/c") == "there is no such directory"
-    assert hub.fault("with a space") == "there is no such directory"
-    assert hub.fault("owner/name") is None
-    assert hub.fault(str(tmp_path / "empty")) == "the directory is empty"
-    assert hub.fault(str(tmp_path / "file")) == f"it is a file; give the directory that it is in: {tmp_path}"
-    assert hub.fault(str(tmp_path / "file"), or_file=True) is None
+    assert hub.problem(str(tmp_path / "gone")) == "there is no such directory"
+    assert hub.problem("a/b/c") == "there is no such directory"
+    assert hub.problem("with a space") == "there is no such directory"
+    assert hub.problem("owner/name") is None
+    assert hub.problem(str(tmp_path / "empty")) == "the directory is empty"
+    assert hub.problem(str(tmp_path / "file")) == f"it is a file; give the directory that it is in: {tmp_path}"
+    assert hub.problem(str(tmp_path / "file"), or_file=True) is None
     packed = str(tmp_path / "packed")
-    assert hub.fault(packed, gguf_file="q4.gguf") is None
-    assert hub.fault(packed, gguf_file="q8.gguf") == "there is no q8.gguf in it; its GGUF files: q4.gguf"
+    assert hub.problem(packed, gguf_file="q4.gguf") is None
+    assert hub.problem(packed, gguf_file="q8.gguf") == "there is no q8.gguf in it; its GGUF files: q4.gguf"
 
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "listdir", refuse)  # the tests may run as root, who may read everything
-    assert hub.fault(packed) == "it cannot be read: Permission denied"
+    assert hub.problem(packed) == "it cannot be read: Permission denied"
 
 
 def load(kind, key, path, error):

@@ -136,7 +136,7 @@ def test_a_trial_whose_node_is_taken_away_goes_on_when_there_is_another(nodes, t
     nodes.add_node(num_cpus=1)
     told = started.wait()
     assert told.returncode == 0, told.stderr
-    assert re.search(r"trial_00000: a node is being taken away; going on without it from step [\d,]+", told.stderr)
+    assert re.search(r"trial_00000: a node is being taken away; resuming without it from step [\d,]+", told.stderr)
     (trial,) = json.loads(told.stdout)["trials"]
     assert (trial["status"], trial["tokens"]) == ("completed", 256000)
 
@@ -164,7 +164,7 @@ def test_a_node_that_is_taken_away_costs_no_step(nodes, tiny, start_command, tmp
     ended = start_command(*argv, "cluster.num_workers=[1, 2]").wait()
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["resumed_from"] == saved
-    assert f"going on from step {saved} of 1,000 with 1 worker instead of 2" in ended.stderr
+    assert f"resuming from step {saved} of 1,000 with 1 worker instead of 2" in ended.stderr
 
 
 @pytest.mark.timeout(600)
@@ -189,7 +189,7 @@ def test_a_node_that_joins_works_along(nodes, tiny, start_command, tmp_path):
     started.terminate()
     told = started.wait()
     assert told.returncode == 75, told.stderr
-    assert re.search(r"going on from step [\d,]+ of 100,000 with 2 workers instead of 1", told.stderr)
+    assert re.search(r"resuming from step [\d,]+ of 100,000 with 2 workers instead of 1", told.stderr)
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_a_training_that_loses_a_node_goes_on_with_what_is_left(losing):
         "train", sizes, ["cluster.num_workers=[1, 2]"], "words/train-*/checkpoints/*/manifest.json"
     )
     assert lost["steps"] == whole["steps"] == 1000
-    assert re.search(r"going on from step [\d,]+ of 1,000 with 1 worker instead of 2", ended.stderr)
+    assert re.search(r"resuming from step [\d,]+ of 1,000 with 1 worker instead of 2", ended.stderr)
     assert lost["perplexity"] == pytest.approx(whole["perplexity"], rel=0.1), "dropout draws for each worker"
 
 

@@ -17,8 +17,8 @@ SCORES = {2: 9.0, 4: 7.0, 6: 5.0, 8: 6.0, 10: 6.5}
 @pytest.fixture
 def failing(monkeypatch):
     """(steps) -> nothing: no checkpoint of these steps can be made."""
-    monkeypatch.setattr(storage, "RETRIES_SECONDS", (0.01, 0.01))
-    monkeypatch.setattr(storage, "_in_vain", -storage.IN_VAIN_SECONDS)
+    monkeypatch.setattr(storage.retries, "RETRIES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(storage.retries, "_last_failure", -storage.retries.PAUSE_SECONDS)
     commit = checkpoint.CheckpointManager.commit
     score = lambda self, documents: Score(math.log(SCORES[self.state.global_step]) * 100, 100, 100)  # noqa: E731
     monkeypatch.setattr(trainer._Trainer, "_score", score)
@@ -58,25 +58,25 @@ def test_the_first_save_may_fail(failing, train_run, tiny):
 
 
 def test_the_last_save_has_no_other_after_it(failing, train_run, tiny):
-    """The same command goes on from the one before, instead of ending without its last checkpoint."""
+    """The same command resumes from the one before, instead of ending without its last checkpoint."""
     failing(10)
-    with pytest.raises(StorageError, match="step_00000010 cannot be written.* the same command goes on"):
+    with pytest.raises(StorageError, match="step_00000010 cannot be written.* the same command resumes"):
         train_run(tiny())
 
 
 def stopped(train_run, experiment, monkeypatch):
     """A run that was stopped after step 8, whose best checkpoint is that of step 6."""
-    board = cluster.ProgressChannel()
+    channel = cluster.ProgressChannel()
     keep = trainer._Trainer.keep
 
     def kept(self):
         keep(self)
         if self.state.global_step == 8:
-            board.stopping, self.next_look = True, 9
+            channel.stopping, self.next_check = True, 9
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer._Trainer, "keep", kept)
-        outcome, job = train_run(experiment, channel=board)
+        outcome, job = train_run(experiment, channel=channel)
     assert (outcome.stopped, outcome.step, outcome.best["step"]) == (True, 9, 6)
     return job
 
@@ -84,7 +84,7 @@ def stopped(train_run, experiment, monkeypatch):
 def test_the_best_checkpoint_stays_where_it_can_not_be_read_for_a_moment(failing, train_run, tiny, monkeypatch):
     experiment = tiny("train.keep_checkpoints=1")
     job = stopped(train_run, experiment, monkeypatch)
-    plain, failed = storage.reading, []
+    plain, failed = storage.files.reading, []
 
     @contextlib.contextmanager
     def reading(path):
@@ -94,7 +94,7 @@ def test_the_best_checkpoint_stays_where_it_can_not_be_read_for_a_moment(failing
         with plain(path) as stream:
             yield stream
 
-    monkeypatch.setattr(storage, "reading", reading)
+    monkeypatch.setattr(storage.files, "reading", reading)
     outcome = train_run.go_on(job, experiment)
     assert failed
     assert (outcome.best["step"], outcome.best["perplexity"]) == (6, pytest.approx(5.0))
@@ -102,9 +102,9 @@ def test_the_best_checkpoint_stays_where_it_can_not_be_read_for_a_moment(failing
 
 
 def test_a_best_checkpoint_that_is_damaged_is_told_of(failing, train_run, tiny, monkeypatch):
-    experiment, board = tiny("train.keep_checkpoints=1"), cluster.ProgressChannel()
+    experiment, channel = tiny("train.keep_checkpoints=1"), cluster.ProgressChannel()
     job = stopped(train_run, experiment, monkeypatch)
     storage.remove_file(f"{job.checkpoints.path(6)}/model.safetensors")
-    outcome = train_run.go_on(job, experiment, board)
-    assert f"the best checkpoint is lost: {job.checkpoints.path(6)}: model.safetensors: missing" in board.said
+    outcome = train_run.go_on(job, experiment, channel)
+    assert f"the best checkpoint is lost: {job.checkpoints.path(6)}: model.safetensors: missing" in channel.said
     assert outcome.best["step"] == 10

@@ -191,7 +191,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(train_run, tiny, tmp_path, name):
     local = tmp_path / "tampered"
     os.rename(series.path(step), local)
     series.replace(local, step)
-    assert series.fault(step) is None, "it looks whole"
+    assert series.damage(step) is None, "it looks whole"
     with pytest.raises(Exception, match="weights_only|Weights only|unpickl|Unsupported"):
         train_run.go_on(job, experiment, None)
     assert not mark.exists()

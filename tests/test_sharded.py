@@ -122,7 +122,7 @@ def test_sharded_weights_are_scored_by_all_workers_and_kept_as_a_plain_directory
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files
     assert not {file for file in files if file.endswith(".bin")}, "the weights once, and no other pickles"
     torch.load(directory / "optimizer.pt", weights_only=True)
-    assert job.checkpoints.fault(outcome.best["step"]) is None
+    assert job.checkpoints.damage(outcome.best["step"]) is None
 
     network, told = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert (set(told["missing_keys"]), set(told["unexpected_keys"])) == (set(), set())

@@ -90,8 +90,8 @@ def server():
 def place(server, tmp_path, monkeypatch):
     """A URI in a new bucket. What this process copies from there lies in tmp_path/tmp."""
     server.refused, server.broken, server.waits_seconds = never, never, 0.0
-    monkeypatch.setattr(storage, "RETRIES_SECONDS", (0.1, 0.1))
-    monkeypatch.setattr(storage, "_in_vain", -storage.IN_VAIN_SECONDS)
+    monkeypatch.setattr(storage.retries, "RETRIES_SECONDS", (0.1, 0.1))
+    monkeypatch.setattr(storage.retries, "_last_failure", -storage.retries.PAUSE_SECONDS)
     bucket = f"bucket-{uuid.uuid4().hex}"
     pyarrow.fs.FileSystem.from_uri(f"s3://{bucket}/?allow_bucket_creation=true")[0].create_dir(bucket)
     server.requests.clear()
@@ -172,12 +172,12 @@ def test_a_storage_that_can_only_be_read_is_refused(place, server):
 
 
 def test_wrong_credentials_are_refused_before_anything_is_read(place, monkeypatch, tiny):
-    storage._file_system.cache_clear()
+    storage.file_systems._file_system.cache_clear()
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "another")
         with pytest.raises(StorageError, match=rf"^storage={place} cannot be read: .*INVALID_ACCESS_KEY_ID"):
             plans.resolve(tiny(f"storage={place}"))
-    storage._file_system.cache_clear()
+    storage.file_systems._file_system.cache_clear()
 
 
 def test_a_bucket_that_is_not_there_is_refused(server):
@@ -187,7 +187,7 @@ def test_a_bucket_that_is_not_there_is_refused(server):
 
 def test_a_storage_that_does_not_answer_is_refused_in_time(place, server, monkeypatch):
     server.waits_seconds = 0.5
-    monkeypatch.setattr(storage, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(storage.checks, "ANSWER_SECONDS", 0.1)
     with pytest.raises(StorageError, match=rf"^storage={place} cannot be read: no answer in 0.1 seconds"):
         storage.look(place)
 
@@ -205,17 +205,17 @@ def silent(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener, monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         threading.Thread(target=take, daemon=True).start()
-        storage._file_system.cache_clear()
+        storage.file_systems._file_system.cache_clear()
         yield taken
         listener.shutdown(socket.SHUT_RDWR)
-    storage._file_system.cache_clear()
+    storage.file_systems._file_system.cache_clear()
 
 
 LOOK = """
 import atexit
 from raylm import cli, storage
 
-storage.ANSWER_SECONDS, storage.S3_ATTEMPTS = 1, 1000  # of 3 s each
+storage.checks.ANSWER_SECONDS, storage.file_systems.S3_ATTEMPTS = 1, 1000  # of 3 s each
 atexit.register(print, "closed")
 
 def look() -> None:
@@ -235,7 +235,7 @@ def test_a_command_ends_without_the_answer_of_a_storage_that_says_nothing(silent
 def test_a_corpus_on_a_server_that_says_nothing_is_asked_for_a_few_times(silent):
     with pytest.raises(DataError, match=r"^corpus.paths: s3://bucket/notes/\*.md: .*Timeout was reached"):
         sources.find("corpus.paths", "s3://bucket/notes/*.md")
-    assert len(silent) == storage.S3_ATTEMPTS
+    assert len(silent) == storage.file_systems.S3_ATTEMPTS
 
 
 def test_a_place_that_goes_with_the_job_is_refused():
@@ -427,7 +427,7 @@ def test_a_storage_that_answers_500_for_a_while_costs_no_save(place, server, tin
     assert outcome.step == 10
     assert {seen.count(path) for path in seen} == {3}
     assert job.checkpoints.complete() == [2, 4, 6, 8, 10]
-    assert job.checkpoints.fault(4) is None
+    assert job.checkpoints.damage(4) is None
 
 
 @pytest.mark.slow

@@ -399,7 +399,7 @@ def test_a_stopped_job_leaves_no_run_running_and_goes_on_when_submitted_again(he
     assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["KILLED"]
     again = submitted(*long)
     assert again.returncode == 0, again.stderr
-    assert "going on from step" in again.stdout
+    assert "resuming from step" in again.stdout
     assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"]
 
 
@@ -427,7 +427,7 @@ def test_a_job_whose_head_is_lost_goes_on_when_submitted_to_another(tiny, tmp_pa
                 assert again.returncode == 0, again.stdout + again.stderr
                 whole = run_submit(cluster, tmp_path, *long, "name=whole")
                 assert whole.returncode == 0, whole.stdout + whole.stderr
-        saved = int(re.search(r"going on from step ([\d,]+) of 1,000", again.stdout)[1].replace(",", ""))
+        saved = int(re.search(r"resuming from step ([\d,]+) of 1,000", again.stdout)[1].replace(",", ""))
         assert 50 <= saved < 1000
         (ours,), (theirs,) = place.glob("train-*"), (tmp_path / "runs" / "whole").glob("train-*")
         weights = [(run / "model" / "model.safetensors").read_bytes() for run in (ours, theirs)]

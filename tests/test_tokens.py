@@ -388,8 +388,8 @@ def test_copies_of_remote_stores_are_their_users_alone(corpus, tmp_path, monkeyp
 
 def test_a_read_that_fails_is_no_damage_of_a_store(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_each", one_by_one)
-    monkeypatch.setattr(storage, "RETRIES_SECONDS", (0.01,))
-    monkeypatch.setattr(storage, "_in_vain", -storage.IN_VAIN_SECONDS)
+    monkeypatch.setattr(storage.retries, "RETRIES_SECONDS", (0.01,))
+    monkeypatch.setattr(storage.retries, "_last_failure", -storage.retries.PAUSE_SECONDS)
     store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
     failures, plain = [1, 2], pa.memory_map
 
@@ -402,7 +402,7 @@ def test_a_read_that_fails_is_no_damage_of_a_store(corpus, tmp_path, monkeypatch
     with pytest.raises(StorageUnavailable, match=r"shard-00000.arrow cannot be reached: Input/output error 1"):
         tokens.open_store(store.path).train[0]
     failures.append(1)
-    storage._in_vain = -storage.IN_VAIN_SECONDS
+    storage.retries._last_failure = -storage.retries.PAUSE_SECONDS
     assert len(tokens.open_store(store.path).train[0])
 
 

@@ -136,7 +136,7 @@ class StopsWhenAsked(cluster.ProgressChannel):
 def test_an_evaluation_is_broken_off_and_made_when_the_run_resumes(train_run, tiny, monkeypatch, in_last_one):
     from raylm.training import trainer
 
-    monkeypatch.setattr(trainer, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "STOP_CHECK_SECONDS", 0.0)
     experiment = tiny("eval.batch_tokens=64", "train.patience=9")
     counting = StopsWhenAsked()
     reference, whole = train_run(experiment, channel=counting)
@@ -149,7 +149,7 @@ def test_an_evaluation_is_broken_off_and_made_when_the_run_resumes(train_run, ti
         assert {**found, "seconds": None} == {**expected, "seconds": None}
     for name in ("eval/perplexity", "train/loss"):
         assert job.run.metric_history()[name] == whole.run.metric_history()[name]
-    assert job.checkpoints.fault(ended.best["step"]) is None
+    assert job.checkpoints.damage(ended.best["step"]) is None
 
 
 def test_divergence_is_an_error_that_names_step_and_setting(train_run, tiny):
@@ -298,7 +298,7 @@ def test_a_run_that_is_stopped_in_its_last_step_stops(ray_cluster, tiny, tmp_pat
     monkeypatch.setattr(write, "_each", one_by_one)
     with monkeypatch.context() as last_step:
         last_step.setattr(launch, "fit", interrupted)
-        with pytest.raises(KeyboardInterrupt, match="stopped after step 10, which is saved; the same command goes on"):
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 10, which is saved; the same command resumes"):
             train.train(config=tmp_path / "tiny.yaml")
     result = train.train(config=tmp_path / "tiny.yaml").record
     assert (result["resumed_from"], result["steps"]) == (10, 10)

@@ -1,10 +1,10 @@
-"""The checkpoints of a run: written whole or not at all, verified before use, the older ones removed.
+"""The checkpoints of a run: written entirely or not at all, verified before use, older ones removed.
 
 <run>/checkpoints/step_00000040/model.safetensors ...      what the ranks wrote, each its own files
                                 manifest.json              written last: no manifest, no checkpoint
 
-The manifest has the size and SHA-256 of every file. With Ray's own callback ranks copy what another is still writing,
-and a model.safetensors of half its size passes for a checkpoint.
+The manifest has the size and SHA-256 of every file. Ray's own callback lets a rank copy what another is still writing,
+so that a half-written model.safetensors passes for a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from raylm.storage import Stored
 MANIFEST = "manifest.json"
 
 STEP = re.compile(r"step_(\d{8,})")
-"""The name of a checkpoint; a copy of one beside it, as step_00000040.bak, is somebody else's."""
+"""The name of a checkpoint; a copy such as step_00000040.bak is not one."""
 
 
 @dataclass(frozen=True)
 class CheckpointManager:
-    """The checkpoints below `directory`, local or remote, by the step after which they were written."""
+    """The checkpoints in `directory`, local or remote, by step."""
 
     directory: str
 
@@ -35,11 +35,11 @@ class CheckpointManager:
         return f"{self.directory}/step_{step:08d}"
 
     def steps(self) -> list[int]:
-        """The steps of which anything is there, in order."""
+        """The steps that have a directory, in order."""
         return sorted(int(found[1]) for name in storage.names(self.directory) if (found := STEP.fullmatch(name)))
 
     def upload(self, step: int, local: Path) -> dict[str, Stored]:
-        """Copy the files that one rank wrote; by name, what they are known by."""
+        """Copy the files that one rank wrote; their sizes and checksums by name."""
         files = sorted(file for file in local.rglob("*") if file.is_file())
         names = [file.relative_to(local).as_posix() for file in files]
         return {
@@ -47,11 +47,11 @@ class CheckpointManager:
         }
 
     def commit(self, step: int, files: dict[str, Stored]) -> None:
-        """Make a checkpoint of the files that all ranks have uploaded."""
+        """Complete a checkpoint with its manifest, once all ranks have uploaded their files."""
         storage.write(f"{self.path(step)}/{MANIFEST}", _written(step, files))
 
     def replace(self, local: Path, step: int) -> None:
-        """Have a checkpoint that lies elsewhere on this machine as the only one."""
+        """Replace all checkpoints by a copy of a local one."""
         for each in reversed(self.steps()):
             self.discard(each)
         files = self.upload(step, local)
@@ -59,25 +59,24 @@ class CheckpointManager:
         self.commit(step, files)
 
     def discard(self, step: int) -> None:
-        """Remove a checkpoint; first its manifest, so that what is left of it if this is cut off is not one."""
+        """Remove a checkpoint, its manifest first, so that an interrupted removal leaves no checkpoint."""
         storage.remove_file(f"{self.path(step)}/{MANIFEST}")
         storage.remove(self.path(step))
 
-    def fault(self, step: int) -> str | None:
-        """What is wrong with a checkpoint, by file; None if it is what was written."""
+    def damage(self, step: int) -> str | None:
+        """The first damaged file of a checkpoint and how it differs; None if all are as they were written."""
         expected = self._manifest(step)
         if expected is None:
-            is_there = storage.read(f"{self.path(step)}/{MANIFEST}") is not None
-            return f"{MANIFEST}: damaged" if is_there else f"{MANIFEST}: missing, so it was never completed"
+            exists = storage.read(f"{self.path(step)}/{MANIFEST}") is not None
+            return f"{MANIFEST}: damaged" if exists else f"{MANIFEST}: missing, so it was never completed"
         for name, stored in expected.items():
-            found = storage.fault(f"{self.path(step)}/{name}", stored)
-            if found is not None:
-                return f"{name}: {found}"
+            if difference := storage.damage(f"{self.path(step)}/{name}", stored):
+                return f"{name}: {difference}"
         return None
 
     def _manifest(self, step: int) -> dict[str, Stored] | None:
-        """The files of a checkpoint; None if its manifest is missing or damaged, which is looked at twice: a storage
-        that says once that it is not there would cost the steps since the checkpoint before."""
+        """The files of a checkpoint; None if its manifest is missing or damaged. That is said
+        after a second read only: a storage that is wrong once would cost the steps since the checkpoint before."""
         for _ in range(2):
             content = storage.read(f"{self.path(step)}/{MANIFEST}")
             files = _read(step, content) if content is not None else None
@@ -86,27 +85,27 @@ class CheckpointManager:
         return None
 
     def newest(self) -> tuple[int | None, list[str]]:
-        """The step of the newest checkpoint that is whole, None if there is none; and of newer ones, what is wrong.
+        """The step of the newest undamaged checkpoint, if there is one, and the damage of newer ones.
 
-        StorageError if there are completed checkpoints and not one of them is whole.
+        StorageError if all completed checkpoints are damaged.
         """
-        faults: list[str] = []
+        damaged: list[str] = []
         for step in reversed(self.steps()):
-            found = self.fault(step)
-            if found is None:
-                return step, faults
-            faults.append(f"{self.path(step)}: {found}")
+            damage = self.damage(step)
+            if damage is None:
+                return step, damaged
+            damaged.append(f"{self.path(step)}: {damage}")
         if self.complete():
             raise StorageError(
-                "no checkpoint of the run is whole:\n  "
-                + "\n  ".join(faults)
-                + "\nmend them, or begin anew with --resume never",
+                "every checkpoint of the run is damaged:\n  "
+                + "\n  ".join(damaged)
+                + "\nrestore one, or start a new run with --resume never",
                 self.directory,
             )
-        return None, faults
+        return None, damaged
 
     def fetch(self, step: int, scratch: Path) -> Path:
-        """The checkpoint's directory on this machine: itself, or a copy below `scratch` of a remote one."""
+        """The local directory of a checkpoint: a remote one is copied to `scratch`."""
         if not storage.is_remote(self.directory):
             return Path(self.path(step))
         target = scratch / f"from-step_{step:08d}"
@@ -116,12 +115,12 @@ class CheckpointManager:
         for name, stored in files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             storage.download(f"{self.path(step)}/{name}", target / name)
-            if found := storage.fault(str(target / name), stored):
-                raise StorageError(f"{self.path(step)}/{name}: its copy on this machine is {found}", self.path(step))
+            if difference := storage.damage(str(target / name), stored):
+                raise StorageError(f"{self.path(step)}/{name}: its local copy is {difference}", self.path(step))
         return target
 
     def prune(self, keep: int, best: Iterable[int | None]) -> None:
-        """Remove all but the last `keep` completed ones and those of the steps `best`; and what was never completed."""
+        """Remove all checkpoints but the last `keep` completed ones and the `best`, and older ones never completed."""
         steps = self.steps()
         complete = self.complete()
         kept = {*complete[-keep:], *best}
@@ -131,7 +130,7 @@ class CheckpointManager:
                 self.discard(step)
 
     def complete(self) -> list[int]:
-        """The steps whose checkpoint was written to its end, damaged since or not."""
+        """The steps with a completed checkpoint, which may be damaged since."""
         return [step for step in self.steps() if MANIFEST in storage.names(self.path(step))]
 
 
@@ -141,7 +140,7 @@ def _written(step: int, files: dict[str, Stored]) -> bytes:
 
 
 def _read(step: int, content: bytes) -> dict[str, Stored] | None:
-    """The files of a manifest; None if it is not as it was written, or names a file outside of its directory."""
+    """The files of a manifest; None if it is damaged or names a file outside of its directory."""
     try:
         files = {str(name): Stored(**entry) for name, entry in json.loads(content)["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):

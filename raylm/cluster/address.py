@@ -1,4 +1,4 @@
-"""Which cluster a command uses, whether it is there, and the token that it asks for."""
+"""Which cluster a command uses, whether it can be reached, and its token."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from raylm.config import ClusterConfig
 from raylm.errors import ConfigError
 
 ANSWER_SECONDS = 5.0
-"""How long a cluster may take to answer; ray.init waits over ten minutes for one that is not there."""
+"""How long a cluster may take to answer; ray.init waits over ten minutes."""
 
 LOOKUP_SECONDS = 3.0
-"""How long the address of a host may take to be looked up; resolvers give up after ten to thirty."""
+"""How long the lookup of a host name may take; resolvers time out after ten to thirty."""
 
 JOB = "raylm submit --address http://HOST:8265 VERB …"
 
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""What a client of HTTP/2, and so of gRPC, begins with: the preface, and settings that change nothing."""
+"""The first bytes of a client of HTTP/2, and so of gRPC: the preface and empty settings."""
 
 SETTINGS = 4
-"""The type of the frame by which a server of HTTP/2 answers: the fourth byte."""
+"""The type of the first frame of a server of HTTP/2, its fourth byte."""
 
 
 class Address(NamedTuple):
-    """A cluster as it was named, and the setting or variable that named it."""
+    """A cluster's address as it was given, and the setting or variable that gave it."""
 
     value: str
     setting: str
@@ -45,7 +45,7 @@ class Address(NamedTuple):
 
 
 def address_of(section: ClusterConfig) -> Address | None:
-    """The cluster that a command uses; None where Ray is started on this machine, for the command alone."""
+    """The cluster that a command uses; None if it starts Ray on this machine."""
     named = (("cluster.address", section.address), ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS")))
     for setting, value in named:
         if value:
@@ -54,18 +54,18 @@ def address_of(section: ClusterConfig) -> Address | None:
 
 
 def is_local(section: ClusterConfig) -> bool:
-    """Whether Ray will be started on this machine, for this command alone."""
+    """Whether a command starts Ray on this machine."""
     return address_of(section) is None
 
 
-# Whether it is there -------------------------------------------------------------------------------------------------
+# Whether it can be reached --------------------------------------------------------------------------------------------
 
 
 def reachable_address(address: Address) -> str:
-    """The cluster's HOST:PORT, which asks for no token or has been shown the one that is here.
+    """The cluster's HOST:PORT; also sets Ray up to send the user's token if the cluster requires one.
 
-    ConfigError, within ten seconds, if this process cannot connect to it: none answers, it does not take the token, or
-    it has no node on this machine.
+    ConfigError within ten seconds if this process cannot connect to it: no answer, a wrong token, or no node on this
+    machine.
     """
 
     def refused(problem: str) -> ConfigError:
@@ -88,8 +88,8 @@ def reachable_address(address: Address) -> str:
         raise refused(no_token()) from error
     except RayError as error:
         raise refused("what answers there is not the head of a Ray cluster, whose port is 6379 by default") from error
-    until = time.monotonic() + ANSWER_SECONDS  # a node that has just been started is not there at once
-    while nodes.isdisjoint(services.find_node_ids()) and time.monotonic() < until:
+    deadline = time.monotonic() + ANSWER_SECONDS  # a node that has just been started appears late
+    while nodes.isdisjoint(services.find_node_ids()) and time.monotonic() < deadline:
         time.sleep(0.5)
         nodes = _nodes(found)
     if nodes.isdisjoint(services.find_node_ids()):
@@ -106,7 +106,7 @@ def _nodes(address: str) -> set[str]:
 
 
 def _host_and_port(address: Address) -> tuple[str, int]:
-    """As Ray understands them: auto finds a cluster of this machine, localhost is this node's own address."""
+    """As Ray resolves them: auto is the cluster of this machine, localhost this node's address."""
     way_out = "give the head's HOST:PORT, auto for the cluster that this machine is a node of, or local"
     if address.value.startswith("ray://"):
         problem = f"Ray Client (ray://) is not supported; on a node of the cluster {way_out}; from elsewhere: {JOB}"
@@ -132,7 +132,7 @@ def _host_and_port(address: Address) -> tuple[str, int]:
 
 
 def _unreachable(host: str, port: int) -> str | None:
-    """Why no server of gRPC answers there; None if one does. A name that is looked up for long is given up, too."""
+    """Why no gRPC server answers there, also if the name lookup takes too long; None if one answers."""
     found: Future[str | None] = Future()
 
     def look() -> None:
@@ -167,7 +167,7 @@ def _why_unreachable(host: str, port: int) -> str | None:
 
 
 def token_source() -> str:
-    """Where Ray looks for the token that it shows to clusters, as its user would name it."""
+    """Where Ray looks for its token, as a user would name it."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -175,7 +175,7 @@ def token_source() -> str:
 
 
 def has_token() -> bool:
-    """Whether Ray finds a token to show."""
+    """Whether Ray finds a token."""
     try:
         return AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
     except AuthenticationError:  # RAY_AUTH_TOKEN_PATH names no file, or an empty one
@@ -183,18 +183,18 @@ def has_token() -> bool:
 
 
 def show_token() -> None:
-    """Have Ray show the token that is there to whatever it connects to, unless RAY_AUTH_MODE is set.
+    """Have Ray send its token, if there is one, to whatever it connects to, unless RAY_AUTH_MODE is set.
 
-    It asks for one itself, then: workers of a cluster without a token could not reach the driver. A dashboard that asks
-    for none does not mind.
+    This process then requires the token too, so that workers of a cluster without one could not reach it. A dashboard
+    that requires none ignores it.
     """
     if has_token():
-        logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that it does
+        logging.getLogger("ray").setLevel(logging.ERROR)  # which warns of it
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def no_token() -> str:
-    """Why a cluster that asks for a token was not shown the right one, and the way out."""
+    """Why a cluster did not get the right token, and the way out."""
     source, mode = token_source(), os.environ.get("RAY_AUTH_MODE", "token")
     head = "`ray get-auth-token` on its head prints the one that it takes"
     if not has_token():

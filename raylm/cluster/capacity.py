@@ -1,4 +1,4 @@
-"""What a cluster has, or may come to have, and what a run takes of it."""
+"""The resources of a cluster, with those that autoscaling may add, and what a run takes of them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from raylm.config import ClusterConfig
 from raylm.errors import ConfigError
 
 NODE_GROUP = "ray.io/node-group"
-"""The label of nodes that an autoscaler, or KubeRay, has made."""
+"""The label of nodes that an autoscaler or KubeRay has added."""
 
 ACCELERATOR = "accelerator_type:"
-"""What the resource begins with by which Ray knows the nodes that have a kind of accelerator."""
+"""The prefix of Ray's resource for nodes with a kind of accelerator."""
 
 Nodes = Sequence[tuple[float, Mapping[str, float]]]
-"""How many nodes there are or may come to be of a kind, and what each of them has."""
+"""(the most nodes of a kind, the resources of each)"""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a cluster has or can come to have, and what one worker of a run takes of it, by Ray's names and units."""
+    """The resources of a cluster and of one worker of a run, by Ray's names and units."""
 
     total: Mapping[str, float]
     per_worker: Mapping[str, float]
     num_workers: int
-    """The fewest, where cluster.num_workers is a range."""
+    """The fewest, if cluster.num_workers is a range."""
     most_workers: int
     placement_strategy: str = "PACK"
 
@@ -48,20 +48,20 @@ class Resources:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What a worker takes, as Ray's tasks and actors are told."""
+        """The resources of a worker as options of Ray's tasks and actors."""
         named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         found: dict[str, Any] = {named[kind]: amount for kind, amount in self.per_worker.items() if kind in named}
         custom = {kind: amount for kind, amount in self.per_worker.items() if kind not in named}
         return {**found, "resources": custom} if custom else found
 
     def without(self, nodes: Collection[str]) -> Resources:
-        """What the cluster has now but for these nodes, by their ids, which are there or gone already."""
+        """With what the cluster has now, without the nodes of these ids."""
         left = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in nodes]
         return replace(self, total={kind: sum(each.get(kind, 0) for each in left) for kind in self.per_worker})
 
     @property
     def needed(self) -> dict[str, float]:
-        """By the smallest run."""
+        """Resources of the smallest run."""
         return {kind: self.num_workers * amount for kind, amount in self.per_worker.items()}
 
     @property
@@ -78,10 +78,10 @@ def resources(
     trials: int = 1,
     decided: float | None = None,
 ) -> Resources:
-    """What the cluster has, or may come to have, and a worker takes; ConfigError if the run can never fit.
+    """The resources of a cluster and of a worker; ConfigError if the run can never fit.
 
     cluster.cpus_per_worker: auto becomes what was `decided` when the run started, if that fits; else the CPUs of the
-    `nodes` (default: one, which has all) divided by the workers of so many trials at a time.
+    `nodes` (default: one with all of them) divided by the workers of `trials` concurrent trials.
     """
     use_gpu = section.use_gpu if section.use_gpu is not None else total.get("GPU", 0) > 0
     gpus = section.gpus_per_worker if use_gpu else 0
@@ -125,9 +125,9 @@ def resources(
 
 
 def _divided(nodes: Nodes, num_workers: int, gpus: float) -> float:
-    """The most whole CPUs that so many workers can have each, all of them at a time; one at least.
+    """The most whole CPUs that each of so many concurrent workers can have; at least one.
 
-    With GPUs, those of a node are shared by its GPUs: whoever takes one must not leave another without CPUs.
+    With GPUs, the CPUs of a node are divided by its GPUs, so that no GPU is left without CPUs.
     """
     if gpus:
         return max(1, int(gpus * min((node.get("CPU", 0) / node["GPU"] for _, node in nodes), default=1)))
@@ -136,13 +136,13 @@ def _divided(nodes: Nodes, num_workers: int, gpus: float) -> float:
 
 
 def _room(nodes: Nodes, cpus: float) -> float:
-    """Workers of so many CPUs that fit on the nodes; a worker is on one."""
+    """How many workers with so many CPUs fit on the nodes."""
     return sum(count * fit for count, node in nodes if (fit := node.get("CPU", 0) // cpus))
 
 
 def _others(section: ClusterConfig) -> dict[str, float]:
-    """What a worker takes beside CPUs and GPUs."""
-    kind = f"{ACCELERATOR}{section.accelerator_type}"  # which nodes that have it have 1 of
+    """Resources of a worker besides CPUs and GPUs."""
+    kind = f"{ACCELERATOR}{section.accelerator_type}"  # 1 on each node that has it
     return {**section.resources_per_worker, **({kind: 0.001} if section.accelerator_type else {})}
 
 
@@ -163,7 +163,7 @@ def plural_workers(number: int) -> str:
 
 
 def capacity(section: ClusterConfig) -> tuple[Mapping[str, float], Nodes]:
-    """What the cluster has, in all and on its nodes; or may come to have, where nodes are added on demand."""
+    """The resources of the cluster in total and by node, with those that autoscaling may add."""
     now = ray.cluster_resources()
     nodes = [(1.0, node["Resources"]) for node in ray.nodes() if node["Alive"]]
     if not any(NODE_GROUP in node["Labels"] for node in ray.nodes() if node["Alive"]):
@@ -171,14 +171,14 @@ def capacity(section: ClusterConfig) -> tuple[Mapping[str, float], Nodes]:
     launched = _launched()
     if launched is not None:
         most, nodes = _sum(launched), launched
-    else:  # nobody tells how far it grows, so whatever is asked for may come
+    else:  # no limit is known, so any request may be met
         most = {"CPU": math.inf, "GPU": math.inf if section.use_gpu or now.get("GPU") else 0}
-    most = dict.fromkeys(_others(section), math.inf) | most  # memory, say, need not be in the launcher's file
+    most = dict.fromkeys(_others(section), math.inf) | most  # the launcher's file need not list memory, for example
     return {kind: max(now.get(kind, 0), most.get(kind, 0)) for kind in {*now, *most}}, nodes
 
 
 def _launched() -> list[tuple[float, Mapping[str, float]]] | None:
-    """The nodes that the cluster may come to have by the file that Ray's cluster launcher leaves on the head."""
+    """The most nodes of each kind, by the file that Ray's cluster launcher leaves on the head; None without it."""
     try:
         launcher = yaml.safe_load(Path("~/ray_bootstrap_config.yaml").expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -202,7 +202,7 @@ def _sum(nodes: Nodes) -> dict[str, float]:
 
 
 def this_machine() -> dict[str, float]:
-    """What `ray.init` will find here, told how many CPUs there are."""
+    """The resources that `ray.init` will find here, with `cpus_here` CPUs."""
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
     accelerator = NvidiaGPUAcceleratorManager.get_current_node_accelerator_type()
@@ -215,9 +215,9 @@ def this_machine() -> dict[str, float]:
 
 
 def cpus_here() -> int:
-    """CPUs that this process may use: those it may run on (taskset, Slurm, a cpuset), within its container's quota.
+    """CPUs that this process may use, by its affinity (taskset, Slurm, a cpuset) and its container's quota.
 
-    Ray (2.60) counts those of the machine, within the quota.
+    Ray (2.60) ignores the affinity.
     """
     if sys.version_info >= (3, 13):
         count = os.process_cpu_count() or 1
@@ -229,7 +229,7 @@ def cpus_here() -> int:
 
 
 def _quotas(groups: Path = Path("/proc/self/cgroup"), tree: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
-    """How many CPUs' worth of time each control group around this process may take, of those that have a quota."""
+    """The CPU quotas of the control groups around this process, in CPUs."""
     try:
         lines = groups.read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -239,7 +239,7 @@ def _quotas(groups: Path = Path("/proc/self/cgroup"), tree: Path = Path("/sys/fs
             continue
         top = tree / "cpu" if controllers else tree  # version 1 has a tree for each controller
         group = Path(name.lstrip("/"))
-        for place in (group, *group.parents):  # in a container only the last may be there, which is its own
+        for place in (group, *group.parents):  # in a container only the last, its own, may exist
             try:
                 if controllers:
                     quota, period = ((top / place / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))

@@ -1,4 +1,4 @@
-"""A connection to Ray: on this machine alone, or to a cluster; and its nodes."""
+"""A connection to Ray, on this machine or to a cluster, and the cluster's nodes."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from raylm.redaction import redacted
 logger = logging.getLogger(__name__)
 
 DRIVER_ENVIRONMENT = {
-    # A report of a worker group waits for the controller's next look at it: 2 s unless told.
+    # A report of a worker group waits for the controller's next poll: 2 s by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # Ray begins a process for each CPU before it knows the environment they shall have, and has no use for them then.
+    # Ray starts a process for each CPU before it knows the runtime environment, and then cannot use them.
     "RAY_prestart_worker_first_driver": "0",
 }
 
-_begun: list[Future] = []
-"""What `start_ray_early` has begun and `connect` has not waited for yet."""
+_starting: list[Future] = []
+"""The start of Ray by `start_ray_early`, until `connect` waits for it."""
 
 
 def planned_resources(section: ClusterConfig, *, trials: int = 1, decided: float | None = None) -> Resources | None:
@@ -54,7 +54,7 @@ def single_worker_resources(section: ClusterConfig, *, decided: float | None = N
 
 
 def check_reachable(section: ClusterConfig) -> None:
-    """ConfigError if `connect` will not reach the cluster: before anything is loaded or begun for it."""
+    """ConfigError if `connect` will not reach the cluster, before anything is loaded or started for it."""
     elsewhere = address_of(section)
     if elsewhere is not None and not ray.is_initialized():
         with output.to_file():
@@ -63,12 +63,12 @@ def check_reachable(section: ClusterConfig) -> None:
 
 @contextlib.contextmanager
 def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = None) -> Iterator[Resources]:
-    """A connection to Ray for the duration of a command; a Ray that was started for it ends with it.
+    """A connection to Ray for the duration of a command. Ray is shut down afterwards if it was started for it.
 
-    Inside, what Ray says goes to a file, which an error names, and worker output to Ray's own log files: a run reports
-    through its metrics. `trials`, `decided`: as `capacity.resources` takes them.
+    Ray's own messages go to a file, which an error names, and the output of workers to Ray's log files. `trials` and
+    `decided` are those of `capacity.resources`.
     """
-    if not _begun and ray.is_initialized():  # somebody else's, left as it is
+    if not _starting and ray.is_initialized():  # by the user: left as it is
         yield _resources(section, trials, decided)
         return
     elsewhere = address_of(section)
@@ -77,7 +77,7 @@ def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = 
     with output.to_file() as log:
         _connect(elsewhere, log)
         try:
-            with _told_of_no_worker():
+            with _warning_without_worker():
                 yield _resources(section, trials, decided)
         except Exception as error:
             if type(error) is TrainingError:
@@ -93,68 +93,67 @@ def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = 
 
 
 def _connect(elsewhere: Address | None, log: output.RayLog) -> None:
-    """Connect to a cluster, or to the Ray of this machine that is started for it, or was ahead of it."""
-    begun = _begun.pop() if _begun else None
+    """Connect to a cluster, or start Ray on this machine unless `start_ray_early` has."""
+    starting = _starting.pop() if _starting else None
     what = "Starting Ray" if elsewhere is None else f"Connecting to Ray at {elsewhere.value}"
     try:
-        with console.waiting(what) if begun is None or not begun.done() else contextlib.nullcontext():
-            if begun is not None:
-                begun.result()
-            else:  # By its HOST:PORT: of `auto` Ray takes a token that is there to be asked for.
+        with console.waiting(what) if starting is None or not starting.done() else contextlib.nullcontext():
+            if starting is not None:
+                starting.result()
+            else:  # by HOST:PORT: with `auto`, Ray requires a token if it finds one
                 _start("local" if elsewhere is None else reachable_address(elsewhere))
         if threading.current_thread() is threading.main_thread():
-            # Again, since Ray's core has put its own before it, which aborts the process 3 s after the signal.
+            # Again, because Ray's core has installed its own handler, which aborts the process 3 s after the signal.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     except RaylmError:
         raise
-    except Exception as error:  # Ray's have no class of their own
+    except Exception as error:  # Ray has no class for these errors
         named = elsewhere or Address("local", "cluster.address")
         what = "Ray cannot be reached" if elsewhere else "Ray does not start on this machine"
         raise ConfigError(f"{named}: {what}: {_problem(error)}{log.named()}", named.setting) from error
 
 
 def _problem(error: Exception) -> str:
-    """The first line of what Ray says; all of it, where that line only announces the others."""
+    """The first line of Ray's message; all lines if the first only announces the others."""
     lines = [line.strip() for line in str(error).strip().split("\n")]
     return " ".join(lines) if lines[0].endswith(":") else lines[0]
 
 
 def start_ray_early() -> None:
-    """Start the Ray of this machine that `connect` will ask for, while this process does something else.
+    """Start Ray on this machine in the background, for a later `connect`.
 
-    If nobody ever connects, Ray ends with this process.
+    Ray ends with this process if nothing connects.
     """
-    begun: Future[None] = Future()
+    starting: Future[None] = Future()
 
     def start() -> None:
         try:
             _start("local")
-            begun.set_result(None)
+            starting.set_result(None)
         except Exception as error:
-            begun.set_exception(error)
-        threading.Event().wait()  # Ray's processes end with the thread that has started them
+            starting.set_exception(error)
+        threading.Event().wait()  # Ray's processes end with the thread that started them
 
     if not ray.is_initialized():
-        output.begin()
-        _begun.append(begun)
+        output.start()
+        _starting.append(starting)
         threading.Thread(target=start, daemon=True).start()
 
 
 def _start(address: str) -> None:
-    """ray.init, while and after which the process handles SIGTERM as before."""
+    """Call ray.init. The process handles SIGTERM as before."""
     for name, value in DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if address == "local":
-        # A command that was started by `uv run` would have Ray pack the directory it is in, and start each worker by
-        # `uv run` in an environment that has no Ray. Here they have the command's own interpreter. Ray reads the
-        # variable of this name once, when it is imported.
+        # In a command that was started by `uv run`, Ray would pack the working directory and start each worker by
+        # `uv run`, in an environment without Ray. Ray reads the variable of this name once, when it is imported.
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
-        if not has_token():  # or Ray writes one into ~/.ray, readable by all, and ends where there is no such place
+        if not has_token():  # or Ray writes one to ~/.ray, readable by all, and fails if it cannot
             os.environ["RAY_AUTH_TOKEN"] = generate_new_authentication_token()
-        if shutil.which("bash") is None:  # by which Ray starts every worker; without it all would wait for ever
+        if shutil.which("bash") is None:  # Ray starts every worker with it, and would wait for ever
             os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), os.defpath]))
-    # Ray keeps the command line with the cluster and in its logs, in UTF-8: there may be a password in it, and names of
-    # files of any bytes.
+    # Ray stores the command line in the cluster and in its logs, as UTF-8: it may contain a password, and file names of
+    # any bytes.
     entrypoint = redacted(ray_utils.get_entrypoint_name().encode("utf-8", "backslashreplace").decode())
     ray_utils.get_entrypoint_name = lambda: entrypoint
     ray_utils.set_sigterm_handler = lambda handler: None  # Ray's (2.60) ends the process with exit code 15
@@ -171,10 +170,9 @@ def _start(address: str) -> None:
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """A Ray that is started inside listens on the loopback address alone, as it always does on macOS and Windows.
+    """Ray started inside listens on the loopback address alone, as it always does on macOS and Windows.
 
-    Elsewhere it takes an address that other machines reach, in place of 127.0.0.1 too, and some of its ports answer
-    without a token.
+    On Linux it replaces 127.0.0.1 by an address that other machines reach, and some of its ports need no token.
     """
     ray_constants.ENABLE_RAY_CLUSTER, before = False, ray_constants.ENABLE_RAY_CLUSTER
     try:
@@ -184,7 +182,7 @@ def _on_loopback() -> Iterator[None]:
 
 
 def _resources(section: ClusterConfig, trials: int, decided: float | None) -> Resources:
-    """Those of the cluster that is connected; what will have to be waited for is told."""
+    """The resources of a run on the connected cluster. Says what the run has to wait for."""
     found = resources(section, *capacity(section), trials=trials, decided=decided)
     now, free = ray.cluster_resources(), ray.available_resources()
     for kind, wanted in found.needed.items():
@@ -199,25 +197,25 @@ def _resources(section: ClusterConfig, trials: int, decided: float | None) -> Re
 
 
 WORKER_SECONDS = 60.0
-"""How long Ray's first worker process may take to come until its absence is told: 1 to 3 s are usual."""
+"""How long Ray's first worker process may take before a warning: 1 to 3 s are usual."""
 
 
 @contextlib.contextmanager
-def _told_of_no_worker() -> Iterator[None]:
-    """Say so if Ray, connected, has no worker process after a minute: whatever is done on one would wait for ever.
+def _warning_without_worker() -> Iterator[None]:
+    """Warn if Ray has started no worker process after a minute, because all work would wait for one.
 
-    The process that answers is the one that does the first work.
+    The process that is started for this check also does the first work.
     """
     first = ray.remote(num_cpus=0, max_retries=0)(lambda: None).remote().future()
 
-    def tell() -> None:
+    def warn() -> None:
         if not first.done():
             logs = ray._private.worker._global_node.get_logs_dir_path()
             logger.warning(
                 f"Ray has started no worker in {WORKER_SECONDS:g} s, and this waits for one; Ray's logs: {logs}"
             )
 
-    timer = threading.Timer(WORKER_SECONDS, tell)
+    timer = threading.Timer(WORKER_SECONDS, warn)
     timer.daemon = True
     timer.start()
     try:
@@ -231,7 +229,7 @@ ANSWER_SECONDS = 60.0
 
 
 def other_nodes() -> dict[str, str]:
-    """Id -> address of the nodes that workers may run on, but for this process's own."""
+    """Id -> address of the other nodes that workers may run on."""
     here = ray.get_runtime_context().get_node_id()
     return {
         node["NodeID"]: node["NodeManagerAddress"]
@@ -241,17 +239,17 @@ def other_nodes() -> dict[str, str]:
 
 
 def on_nodes(nodes: Collection[str], function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """What a function gives on each of these nodes, by their ids; the error where it cannot be called."""
+    """Id -> result of a function on each of these nodes, or the error if it cannot be called there."""
     task = ray.remote(num_cpus=0, max_retries=0)(function)
     asked = {
         node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(*arguments)
         for node in nodes
     }
-    until = time.monotonic() + ANSWER_SECONDS
+    deadline = time.monotonic() + ANSWER_SECONDS
     found: dict[str, Any] = {}
     for node, answer in asked.items():
         try:
-            found[node] = ray.get(answer, timeout=max(0.0, until - time.monotonic()))
+            found[node] = ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
         except ray.exceptions.RayError as error:
             found[node] = error
     return found

@@ -1,7 +1,7 @@
-"""A process of this machine for the one worker of a run, which needs no Ray.
+"""A process on this machine for the only worker of a run, without Ray.
 
-It is begun before the command knows what there is to do, and imports meanwhile what a training needs: the first step
-comes 10 to 12 s after the command, where it took 14 to 17 s as a task of a Ray that was begun as early
+It starts before the command knows its task, and imports what a training needs meanwhile: the first step comes 10 to
+12 s after the start of the command, and took 14 to 17 s as a task of a Ray that was started as early
 (benchmarks/start.py). It ends with the command, however that ends.
 """
 
@@ -46,28 +46,28 @@ WORKER_ENVIRONMENT = {
 }
 
 TRAINER = "raylm.training.trainer"
-"""What a training spends 5 s on to import."""
+"""Its import takes 5 s."""
 
 MAY_PASS = (OSError, RuntimeError)
-"""What a worker may raise that the next attempt need not meet: storage and networks have their moments, and torch has a
-RuntimeError for a GPU that fails and for a rank that has gone."""
+"""Exceptions of a worker that another attempt may not meet: storage and networks fail for a while, and torch raises
+RuntimeError for a failed GPU and for a lost rank."""
 
 LESS_MEMORY = "lower train.micro_batch_tokens, eval.batch_tokens or the size of the model"
 
 CLEARING_SECONDS = 10.0
-"""How long a process may take to end once it has given its answer."""
+"""How long a process may take to end after its answer."""
 
-_begun: list[LocalWorker] = []
-"""What `start_worker_early` has begun and nobody has asked for yet."""
+_started: list[LocalWorker] = []
+"""The process of `start_worker_early` until `local_worker` takes it."""
 
 
 class LocalWorker:
-    """Another Python of this machine, with one GPU at most, that waits for something to do."""
+    """Another Python process on this machine, with one GPU at most, that waits for a call."""
 
     def __init__(self, load: str):
         self._connection, theirs = Pipe()
         self._answered = False
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - what the process says
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - the output of the process
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         with theirs:
             self._process = subprocess.Popen(
@@ -82,20 +82,20 @@ class LocalWorker:
                     "CUDA_VISIBLE_DEVICES": gpu,
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 },
-                start_new_session=True,  # Ctrl-C is for the command, which asks for a checkpoint first
+                start_new_session=True,  # Ctrl-C reaches the command, which asks for a checkpoint first
             )
 
     def call(self, function: Callable[[Any], Any], task: Any) -> Any:
-        """What the function gives for the task there, whose channel is in touch with the task's own here.
+        """The result of the function for the task in that process; its progress goes to the task's channel.
 
-        WorkerFailed if the process dies or raises what may pass, TrainingError for any other exception that is none of
-        raylm's: it names the file with whatever the process has said.
+        WorkerFailed if the process dies or raises one of MAY_PASS, TrainingError for any other exception that is not
+        raylm's; both name a file with the output of the process.
         """
-        channel, told = task.channel, False
+        channel, is_asked = task.channel, False
         self._send((function, dataclasses.replace(task, channel=None)))
         while True:
-            if channel is not None and not told and channel.is_stopping():
-                told = True
+            if channel is not None and not is_asked and channel.is_stopping():
+                is_asked = True
                 self._send("stop")
             try:
                 if not self._connection.poll(0.2):
@@ -109,14 +109,14 @@ class LocalWorker:
             if kind == "raised":
                 raise value
             if kind == "failed":
-                raise TrainingError(*self._told(f"failed: {value}"))
+                raise TrainingError(*self._described(f"failed: {value}"))
             if kind == "failed for now":
-                raise WorkerFailed(*self._told(f"failed: {value}"))
+                raise WorkerFailed(*self._described(f"failed: {value}"))
             if channel is not None:
                 getattr(channel, kind)(value)
 
     def end(self) -> None:
-        """End it, at once unless it has given its answer and clears up."""
+        """End the process, at once unless it has answered and is cleaning up."""
         try:
             self._process.wait(CLEARING_SECONDS if self._answered else 0)
         except subprocess.TimeoutExpired:
@@ -136,43 +136,42 @@ class LocalWorker:
                 f"worker 0 was killed, most likely because the machine ran out of memory; {LESS_MEMORY}"
             )
         how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
-        return WorkerFailed(*self._told(f"ended with {how}"))
+        return WorkerFailed(*self._described(f"ended with {how}"))
 
-    def _told(self, how: str) -> tuple[str, str]:
-        """How the process ended, and the file with all that it said."""
+    def _described(self, how: str) -> tuple[str, str]:
+        """How the process ended, and the file with its output."""
         self._log.seek(0)
         with tempfile.NamedTemporaryFile(prefix="raylm-worker-", suffix=".log", delete=False) as kept:
             kept.write(self._log.read())
-        return f"worker 0 {how}; {kept.name} has all that it said", kept.name
+        return f"worker 0 {how}; {kept.name} has its output", kept.name
 
 
 class _WorkerPipe:
-    """The channel of a worker in a process of its own."""
+    """The progress channel inside of the process."""
 
     def __init__(self, connection: Connection):
         self._connection = connection
         self._lock = threading.Lock()  # checkpoints are saved in a thread
         self._stopping = threading.Event()
-        self.given: queue.Queue[bytes] = queue.Queue()
-        """What there is to do."""
+        self.calls: queue.Queue[bytes] = queue.Queue()
 
-    def tell(self, kind: str, value: Any) -> None:
+    def send(self, kind: str, value: Any) -> None:
         with self._lock:
             self._connection.send((kind, value))
 
     def advance(self, value: float) -> None:
-        self.tell("advance", value)
+        self.send("advance", value)
 
     def say(self, message: str) -> None:
-        self.tell("say", message)
+        self.send("say", message)
 
     def is_stopping(self) -> bool:
         return self._stopping.is_set()
 
     def listen(self) -> None:
-        """Hear what there is to do, and that it shall stop; end where nobody is left to do it for."""
+        """Receive the call and the request to stop; end the process with the command."""
         try:
-            self.given.put(self._connection.recv_bytes())
+            self.calls.put(self._connection.recv_bytes())
             self._connection.recv_bytes()
             self._stopping.set()
             self._connection.recv_bytes()
@@ -181,14 +180,14 @@ class _WorkerPipe:
 
 
 def serve() -> None:
-    """What a LocalWorker executes: one call."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as that of a service manager, for the command too
+    """The main function of the process: executes one call."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a service manager, which also sends it to the command
     wire = _WorkerPipe(Connection(int(sys.argv[1])))
     threading.Thread(target=wire.listen, daemon=True).start()
     with console.importing():
         importlib.import_module(sys.argv[2])
     try:
-        function, task = pickle.loads(wire.given.get())  # of the command, which has begun this process
+        function, task = pickle.loads(wire.calls.get())  # from the command, which started this process
         answer = "returned", function(dataclasses.replace(task, channel=wire))
     except RaylmError as error:
         answer = "raised", error
@@ -196,18 +195,18 @@ def serve() -> None:
         traceback.print_exc()
         last = str(error).strip().split("\n")[-1]
         answer = "failed for now" if isinstance(error, MAY_PASS) else "failed", f"{type(error).__name__}: {last}"
-    wire.tell(*answer)
+    wire.send(*answer)
 
 
 def start_worker_early(load: str = TRAINER) -> None:
-    """Begin the process that the next `local_worker` will be, which imports a module meanwhile."""
-    _begun.append(LocalWorker(load))
+    """Start the process of the next `local_worker`, which imports a module meanwhile."""
+    _started.append(LocalWorker(load))
 
 
 @contextlib.contextmanager
 def local_worker(load: str = TRAINER) -> Iterator[LocalWorker]:
-    """The process that was begun, or a new one; it ends at the end."""
-    found = _begun.pop() if _begun else LocalWorker(load)
+    """The process that was started early, or a new one; it ends with the context."""
+    found = _started.pop() if _started else LocalWorker(load)
     try:
         yield found
     finally:

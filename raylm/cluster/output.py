@@ -1,8 +1,8 @@
-"""What Ray says on its own, in a file instead of on the terminal.
+"""Ray's own output, in a file instead of on the terminal.
 
-Ray speaks in three ways: its C++ core writes to descriptor 2, its loggers to sys.stderr, and what goes wrong in other
-processes it prints to sys.stdout. Our own lines, tracebacks and warnings go to sys.stderr, which in a command is
-not descriptor 2 (cli.run), so that the descriptor can be turned away.
+Ray's C++ core writes to descriptor 2, its loggers to sys.stderr, and errors of other processes are printed to
+sys.stdout. raylm's messages, tracebacks and warnings go to sys.stderr, which in a command is not descriptor 2
+(cli.run), so that the descriptor can be redirected.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ray._private.log import PlainRayHandler
 
 
 class RayLog:
-    """A file that takes whatever Ray says until `end`, when it is removed unless an error has named it."""
+    """A file that receives Ray's output until `end`, which removes it unless an error has named it."""
 
     def __init__(self) -> None:
         descriptor, self.path = tempfile.mkstemp(prefix="raylm-ray-", suffix=".log")
@@ -35,7 +35,7 @@ class RayLog:
         atexit.register(self._remove)
 
     def named(self) -> str:
-        """The end of an error's message that names the file; empty if Ray has said nothing."""
+        """The end of an error's message that names the file; empty if Ray has written nothing."""
         if not os.path.getsize(self.path):
             return ""
         self._is_named = True
@@ -52,7 +52,7 @@ class RayLog:
         atexit.unregister(self._remove)
 
     def _add(self, text: str) -> None:
-        with contextlib.suppress(ValueError):  # a thread of Ray's that is late: the file is closed
+        with contextlib.suppress(ValueError):  # a late thread of Ray's, after the file was closed
             self._file.write(f"{text}\n")
 
     def _remove(self) -> None:
@@ -64,15 +64,15 @@ class RayLog:
 def _is_descriptor_2(stream: Any) -> bool:
     try:
         return stream.fileno() == 2
-    except (AttributeError, OSError):  # nothing, or something in memory
+    except (AttributeError, OSError):  # None, or a stream in memory
         return False
 
 
 _log: RayLog | None = None
 
 
-def begin() -> RayLog:
-    """The log of this process's Ray, which begins now unless it has before."""
+def start() -> RayLog:
+    """The log of this process's Ray, started unless it has been."""
     global _log
     _log = _log or RayLog()
     return _log
@@ -82,7 +82,7 @@ def begin() -> RayLog:
 def to_file() -> Iterator[RayLog]:
     """The log of this process's Ray, which ends with the block."""
     global _log
-    log = begin()
+    log = start()
     try:
         yield log
     finally:

@@ -1,4 +1,4 @@
-"""Between a command and its workers: how far they are, what they say, and whether they shall stop."""
+"""What a command and its workers tell each other: progress, messages and the request to stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raylm.errors import Interrupted
 
 
 class ProgressChannel:
-    """How far the workers are, what they have to say, and whether they shall stop."""
+    """The progress of the workers, their messages, and whether they have to stop."""
 
     def __init__(self) -> None:
         self.value: float | None = None
@@ -29,7 +29,7 @@ class ProgressChannel:
         self.said.append(message)
 
     def read(self) -> tuple[float | None, list[str]]:
-        """The value, and what was said since the last look."""
+        """The progress, and the messages since the last read."""
         said, self.said = self.said, []
         return self.value, said
 
@@ -41,22 +41,22 @@ class ProgressChannel:
 
 
 ANSWER_SECONDS = 10.0
-"""How long a shared channel may take to answer: longer than a process that begins anew."""
+"""How long a shared channel may take to answer: longer than its process takes to restart."""
 
 
 class SharedProgressChannel:
-    """A Board that workers on all nodes are in touch with: an actor of Ray's, beside the command.
+    """A ProgressChannel for workers on all nodes: a Ray actor on the node of the command.
 
-    Its process may be killed as any other, by Ray's memory monitor for one. It begins anew then, and knows nothing. A
-    training does without one that gives no answer.
+    Its process may be killed, for example by Ray's memory monitor, and is then restarted with an empty state. A
+    training continues without its answers.
     """
 
     def __init__(self) -> None:
-        here = ray.get_runtime_context().get_node_id()  # or it would go with another node that is lost
-        beside = NodeAffinitySchedulingStrategy(here, soft=False)
+        here = ray.get_runtime_context().get_node_id()  # or it would be lost with another node
+        same_node = NodeAffinitySchedulingStrategy(here, soft=False)
         self.actor = (
             ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressChannel)
-            .options(scheduling_strategy=beside)
+            .options(scheduling_strategy=same_node)
             .remote()
         )
 
@@ -86,40 +86,40 @@ class SharedProgressChannel:
 def progress_channel(
     show: Callable[[float], None], say: Callable[[str], None]
 ) -> Iterator[ProgressChannel | SharedProgressChannel]:
-    """A channel, shared if Ray is connected, and looked at about twice a second.
+    """A channel, shared if Ray is connected, and read about twice a second.
 
-    Its workers are told to stop once the process is (`signals`).
+    Workers are asked to stop once this process is (`handle_signals`).
     """
     channel = SharedProgressChannel() if ray.is_initialized() else ProgressChannel()
-    over = threading.Event()
+    ended = threading.Event()
 
-    def look() -> None:
+    def forward() -> None:
         value, messages = channel.read()
         for message in messages:
             say(message)
         if value is not None:
             show(value)
 
-    def watching() -> None:
-        while not over.wait(0.5):
+    def watch() -> None:
+        while not ended.wait(0.5):
             if stop_signal() is not None:
-                channel.stop()  # again and again: it may have begun anew
-            look()
+                channel.stop()  # each time: it may have been restarted
+            forward()
 
-    watcher = threading.Thread(target=watching, daemon=True)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield channel
     finally:
-        over.set()
+        ended.set()
         watcher.join()
-        look()  # what was said last
+        forward()  # the last messages
         if isinstance(channel, SharedProgressChannel):
             ray.kill(channel.actor)
 
 
 _asked: list[int] = []
-"""Signals by which this process was asked to stop, inside of `signals`."""
+"""Signals that asked this process to stop, inside `handle_signals`."""
 
 
 def stop_signal() -> signal.Signals | None:
@@ -128,17 +128,17 @@ def stop_signal() -> signal.Signals | None:
 
 
 def interruption(directory: str, how: str) -> BaseException:
-    """What a command ends with that was asked to stop."""
-    told = f"{directory}: {how}; the same command goes on from there"
-    return KeyboardInterrupt(told) if stop_signal() == signal.SIGINT else Interrupted(told, directory)
+    """The exception with which a command ends that was asked to stop."""
+    message = f"{directory}: {how}; the same command resumes"
+    return KeyboardInterrupt(message) if stop_signal() == signal.SIGINT else Interrupted(message, directory)
 
 
 @contextlib.contextmanager
 def handle_signals(say: Callable[[str], None]) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C do not end the process here, but are told to whoever asks `stop_signal`.
+    """Inside, SIGTERM and the first Ctrl-C do not end the process: `stop_signal` returns them.
 
-    A second Ctrl-C is one. If what is inside ends in spite of being asked to stop, as in the last step of a training,
-    the process is told then. In other threads than the main one nothing is changed.
+    A second Ctrl-C raises KeyboardInterrupt. If the work inside finishes all the same, as in the last step of a
+    training, the signal takes effect at the end. Changes nothing outside of the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

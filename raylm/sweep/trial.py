@@ -114,7 +114,7 @@ def _adopt(change: dict[str, Any], template: TrainTask, task: TrainTask) -> None
     theirs = checkpoint.CheckpointManager(f"{template.directory}/{change['donor']}/checkpoints")
     step: int | None = change["tokens"] // task.budget.batch_tokens
     for attempt in range(3):  # the other one goes on, and may remove a checkpoint while it is copied
-        if step is None or theirs.fault(step) is not None:
+        if step is None or theirs.damage(step) is not None:
             step, _ = theirs.newest()
         assert step is not None, f"{change['donor']}: a trial that was compared has checkpoints"
         try:

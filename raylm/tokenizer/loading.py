@@ -38,7 +38,7 @@ def choose(section: TokenizerConfig, model: ModelConfig) -> TokenizerConfig:
         _check_files(section.path, "tokenizer.path", section.gguf_file)
         return section
     if model.path is None:
-        if (path := (model.config or {}).get("path")) and (why := hub.fault(path, or_file=True)):
+        if (path := (model.config or {}).get("path")) and (why := hub.problem(path, or_file=True)):
             raise ConfigError(f"model.config.path={path}: {why}", "model.config.path")
         raise ConfigError(
             "tokenizer: a model from a config has no tokenizer of its own; give tokenizer.path or tokenizer.train",
@@ -51,7 +51,7 @@ def choose(section: TokenizerConfig, model: ModelConfig) -> TokenizerConfig:
 
 def _check_files(path: str, key: str, gguf_file: str | None) -> None:
     """ConfigError if there is no tokenizer at a path that the setting `key` gave, by the names of its files."""
-    why = hub.fault(path, gguf_file=gguf_file)
+    why = hub.problem(path, gguf_file=gguf_file)
     if why is None and gguf_file is None and os.path.isdir(path):
         names = sorted(os.listdir(path))
         ours = [name for name in names if name.startswith(FILES)]

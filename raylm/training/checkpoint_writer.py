@@ -91,7 +91,7 @@ class CheckpointWriter:
         room = f"; {disk.free:,} bytes are free in {self.scratch}" if disk.free < disk.total / 50 else ""
         return StorageError(
             f"{self.series.path(step)} cannot be written: {type(problem).__name__}: {problem}{room}; "
-            "once it can, the same command goes on from the last checkpoint",
+            "once it can, the same command resumes from the last checkpoint",
             self.series.path(step),
         )
 

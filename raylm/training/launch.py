@@ -1,8 +1,8 @@
-"""Training and scoring on workers of Ray Train, or in one process: one of its own, or this very one.
+"""Training and scoring on workers of Ray Train, in a process of its own, or in this process.
 
-A training starts again with less at once where memory ran out, on what is left where a node is taken away, and from its
-last checkpoint where a worker died, whatever it was doing. Deaths are counted here alone: Ray Train's own count takes a
-death while the group starts for a fault of its controller, which ends the run, or does not count it at all.
+A training restarts from its last checkpoint: with smaller micro-batches if memory ran out, on the remaining nodes if
+one is taken away, and as it was if a worker died. Failures are counted here alone: Ray Train (2.60) takes a death
+during the start of a worker group for a failure of its controller, which ends the run, or does not count it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from raylm.training import Outcome, TrainTask
 logger = logging.getLogger(__name__)
 
 CLEARING_SECONDS = 60.0
-"""How long the workers of an attempt that failed may take to end: longer than Ray takes to give up a node."""
+"""How long the workers of a failed attempt may take to end: longer than Ray takes to declare a node dead."""
 
 WAIT_SECONDS = 6 * 3600
-"""How long a rank may wait for another one, unless train.arguments.ddp_timeout says. In the 30 minutes of torch's own a
-rank cannot write, or verify, a checkpoint of 100 GB at 50 MB/s. Of a rank that dies Ray Train tells at once."""
+"""How long a rank may wait for another one, unless train.arguments.ddp_timeout is set. In torch's own 30 minutes a rank
+cannot write or verify a checkpoint of 100 GB at 50 MB/s. Ray Train notices a dead rank at once."""
 
 Result = TypeVar("Result")
 
@@ -52,32 +52,32 @@ def fit(task: TrainTask, resources: Resources, callbacks: Sequence[Any] = ()) ->
             outcome = with_smaller_batches(task, lambda: _in_group(task, resources, callbacks))
             if not outcome.lost_nodes or stopped() is not None:
                 return outcome
-            # A command ends where too little is left, and the same one goes on. A trial, which nobody begins again once
-            # it has ended, waits for other nodes.
+            # A command ends if too few resources are left, and the same command resumes. A trial, which nobody
+            # restarts, waits for other nodes.
             if not callbacks and not resources.without(outcome.lost_nodes).most_runs:
                 return outcome
-            task.say(f"a node is being taken away; going on without it from step {outcome.step:,}")
+            task.say(f"a node is being taken away; resuming without it from step {outcome.step:,}")
 
     def stopped() -> Outcome | None:
-        """The outcome if the training was asked to stop and has a checkpoint, so that no worker need start for it."""
+        """The outcome if the training was asked to stop and has a checkpoint: no worker has to start for it."""
         if task.channel is None or not task.channel.is_stopping():
             return None
         step, _ = task.checkpoints.newest()
         return Outcome({}, step, stopped=True) if step is not None else None
 
-    return _despite_failures(attempt, task.experiment.cluster.max_failures, task.say, task.directory, stopped)
+    return _with_retries(attempt, task.experiment.cluster.max_failures, task.say, task.directory, stopped)
 
 
-def _despite_failures(
+def _with_retries(
     attempt: Callable[[], Result],
     max_failures: int,
     say: Callable[[str], None],
     where: str,
     stopped: Callable[[], Result | None] = lambda: None,
 ) -> Result:
-    """What an attempt gives that may be made again, each time a worker fails, at most `max_failures` times.
+    """The result of an attempt that is repeated if a worker fails, at most `max_failures` times.
 
-    After a failure, what `stopped` gives, if anything, is taken in place of another attempt.
+    After a failure the result of `stopped`, if it has one, replaces another attempt.
     """
     failures = 0
     while True:
@@ -89,14 +89,14 @@ def _despite_failures(
                 return outcome
             if failures > max_failures:
                 tried = f"tried {failures} times" if max_failures else "tried once"
-                told = f"{error} ({tried}: cluster.max_failures={max_failures})"
-                raise WorkerFailed(told, getattr(error, "where", None) or where) from error
+                message = f"{error} ({tried}: cluster.max_failures={max_failures})"
+                raise WorkerFailed(message, getattr(error, "where", None) or where) from error
             attempts = f", attempt {failures + 1} of at most {max_failures + 1}" if failures else ""
             say(f"{error}; starting again{attempts}")
 
 
 class _UncountedFailure(Exception):
-    """An attempt ended for a reason that is not counted: nodes were taken away, or are not there yet."""
+    """A failure that is not counted: nodes were taken away, or are not available yet."""
 
 
 def fit_in_this_process(task: TrainTask) -> Outcome:
@@ -105,7 +105,7 @@ def fit_in_this_process(task: TrainTask) -> Outcome:
 
 
 def _in_local_mode(task: TrainTask) -> Outcome:
-    """In Ray Train's local mode."""
+    """Train in Ray Train's local mode."""
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -114,13 +114,13 @@ def _in_local_mode(task: TrainTask) -> Outcome:
 
 
 def _in_process(task: TrainTask) -> Outcome:
-    """In another process of this machine."""
+    """Train in another process of this machine."""
     with cluster.local_worker() as process:
         return process.call(_in_local_mode, task)
 
 
 def with_smaller_batches(task: TrainTask, train: Callable[[], Outcome]) -> Outcome:
-    """What becomes of a training, begun again with smaller micro-batches where memory ran out; or why it failed."""
+    """The outcome of a training, restarted with smaller micro-batches each time memory runs out."""
     while True:
         try:
             outcome = train()
@@ -128,7 +128,7 @@ def with_smaller_batches(task: TrainTask, train: Callable[[], Outcome]) -> Outco
                 return outcome
             raise outcome.error
         except OutOfMemory as error:
-            if error.where != "train.micro_batch_tokens":  # there is nothing less
+            if error.where != "train.micro_batch_tokens":  # they cannot be smaller
                 raise
             task.say(error.message)
 
@@ -147,10 +147,10 @@ def score(
     *,
     as_given: bool = False,
 ) -> np.ndarray:
-    """perplexity.score_documents of a saved model: in this process without `resources` of Ray, else on its workers.
+    """perplexity.score_documents of a saved model: in this process if there are no `resources`, else on Ray's workers.
 
-    It is loaded `as_given` by the experiment's sections model and tokenizer, or as what a training has made of these: a
-    plain directory with its own tokenizer.
+    It is loaded with the experiment's sections model and tokenizer if `as_given`, else as a trained model: a plain
+    directory with its own tokenizer.
     """
     section, tokenizer = experiment.model, experiment.tokenizer
     if not as_given:
@@ -171,7 +171,7 @@ def score(
         alone = dataclasses.replace(task, cpus=cluster.cpus_here(), session=training.SingleProcess, progress=progress)
         return training.score_loop_per_worker(alone)
     score = functools.partial(training.score_loop_per_worker, task)
-    return _despite_failures(
+    return _with_retries(
         lambda: _on_workers(score, experiment, resources, directory),
         experiment.cluster.max_failures,
         logger.info,
@@ -186,15 +186,15 @@ def _on_workers(
     where: str,
     callbacks: Sequence[Any] = (),
 ) -> Any:
-    """What a function returns on rank 0 of a group of workers, of which nothing is left if that fails.
+    """The result of a function on rank 0 of a worker group, of which nothing is left if the function fails.
 
-    It has what it needs in itself, not from train_loop_config, which Ray's controller unpickles too: 4 s of imports.
+    It carries its own arguments, because train_loop_config is unpickled by Ray's controller too: 4 s of imports.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # 0.8 s, and a lone worker trains without
     from ray.train.torch import TorchConfig, TorchTrainer
 
     _leftover_actors()  # by a trial's process that was killed
-    with _bookkeeping() as kept:
+    with _ray_state() as kept:
         trainer = TorchTrainer(
             function,
             torch_config=TorchConfig(timeout_s=experiment.train.arguments.get("ddp_timeout", WAIT_SECONDS)),
@@ -216,19 +216,19 @@ def _on_workers(
 
 
 @contextlib.contextmanager
-def _bookkeeping() -> Iterator[dict[str, str]]:
-    """Where Ray remembers what it knows of a worker group: nowhere for long, since it would go on with it.
+def _ray_state() -> Iterator[dict[str, str]]:
+    """A temporary place for Ray's own state of a worker group, from which Ray would otherwise resume.
 
-    Not in `storage`: the checkpoints are ours, and a storage that fails would take the workers with it.
+    Not in `storage`: if that failed, Ray would end the workers.
     """
     with tempfile.TemporaryDirectory(prefix="raylm-ray-") as directory:
         yield {"name": runs.new_name("attempt"), "storage_path": directory}
 
 
 def _result(trainer: Any, where: str) -> Any:
-    """What the workers' function returned on rank 0; what a worker raised, out of Ray's wrapping.
+    """The result of the workers' function on rank 0; raises what a worker raised, without Ray's wrapping.
 
-    Never in the main thread, where Ray would take Ctrl-C for itself and end the run without a checkpoint.
+    Never fits in the main thread, where Ray would handle Ctrl-C itself and end the run without a checkpoint.
     """
     results: list[Any] = []
     failures: list[BaseException] = []
@@ -255,10 +255,10 @@ def _result(trainer: Any, where: str) -> Any:
 
 
 def _wait_for_leftovers() -> None:
-    """Wait until nothing is left of the worker groups that this process has started."""
-    until = time.monotonic() + CLEARING_SECONDS
+    """Wait until no process of this process's worker groups is left."""
+    deadline = time.monotonic() + CLEARING_SECONDS
     while left := _leftover_actors():
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise TrainingError(
                 f"{len(left)} processes of a worker group that failed do not end, as process {left[0].pid} on "
                 f"{left[0].address.ip_address}; end them, or they may write to its checkpoints"
@@ -267,12 +267,11 @@ def _wait_for_leftovers() -> None:
 
 
 def _leftover_actors() -> list[Any]:
-    """The actors that are left of the worker groups that this process has started; what they had reserved is freed.
+    """The actors that are left of this process's worker groups. Also frees their placement groups.
 
-    Ray Train (2.60) leaves both behind where a worker dies while it loads the function, or the controller at any time.
-    Workers live on for up to 3 s, and could write to the checkpoints that the next attempt reads; what is reserved, by
-    the controller of a trial whose process died too, stays so until the job ends. ray.util.state tells of none of it
-    without a dashboard.
+    Ray Train (2.60) leaves both if a worker dies while it loads the function, or if the controller dies. Workers live
+    on for up to 3 s and could write to the checkpoints that the next attempt reads; a placement group, also that of a
+    trial's dead controller, stays until the job ends. ray.util.state needs a dashboard to list them.
     """
     from ray.core.generated.gcs_pb2 import ActorTableData, PlacementGroupTableData
 
@@ -292,7 +291,7 @@ def _leftover_actors() -> list[Any]:
 
 
 def _runs_here(actor: Any) -> bool:
-    """Whether an actor's process runs on this node: Ray calls it dead up to 2 s before it has ended."""
+    """Whether an actor's process still runs on this node: Ray calls it dead up to 2 s before it ends."""
     if actor.address.node_id.hex() != ray.get_runtime_context().get_node_id():
         return False
     try:
@@ -303,9 +302,9 @@ def _runs_here(actor: Any) -> bool:
 
 
 def _cause(error: Exception, where: str) -> Exception:
-    """What a worker raised; raylm's own errors, of any rank, before the others': ranks die of each other's death.
+    """The error of a worker. raylm's own errors, of any rank, come first, because one rank's failure ends the others.
 
-    WorkerFailed if the next attempt may end better, _Uncounted if this one is not to be counted.
+    WorkerFailed if another attempt may succeed, _UncountedFailure if this one does not count.
     """
     failures = getattr(error, "worker_failures", None) or {None: error}
     every = [(rank, seen) for rank, failure in failures.items() for seen in _unwrapped(failure)]
@@ -332,7 +331,7 @@ def _cause(error: Exception, where: str) -> Exception:
 
 
 def _death(rank: int | None, error: BaseException, where: str) -> Exception | None:
-    """What an error of Ray's says of a process that died, if it does."""
+    """The error of a dead process, if Ray's error is about one."""
     from ray.train.v2._internal import exceptions as of_train
 
     if isinstance(error, of_train.WorkerGroupStartupTimeoutError):
@@ -345,10 +344,10 @@ def _death(rank: int | None, error: BaseException, where: str) -> Exception | No
         return None
     if getattr(error, "preempted", False):
         return _UncountedFailure(f"{_named(rank)} died with its node, which was taken away")
-    told = dict(re.findall(r"^\s*(class_name|pid|ip): (\S+)$", str(error), re.MULTILINE))
+    details = dict(re.findall(r"^\s*(class_name|pid|ip): (\S+)$", str(error), re.MULTILINE))
     classes = {"RayTrainWorker": "a worker", "TrainController": "Ray Train's controller"}
-    name = _named(rank) if rank is not None else classes.get(told.get("class_name", ""), _named(None))
-    place = f" (process {told['pid']} on {told['ip']})" if {"pid", "ip"} <= told.keys() else ""
+    name = _named(rank) if rank is not None else classes.get(details.get("class_name", ""), _named(None))
+    place = f" (process {details['pid']} on {details['ip']})" if {"pid", "ip"} <= details.keys() else ""
     if "node has died" in str(error):
         return WorkerFailed(f"{name}{place} died with its node", where)
     return WorkerFailed(f"{name}{place} died; {_FOR_MEMORY}", where)
@@ -369,7 +368,7 @@ def _named(rank: int | None) -> str:
 
 
 def _unwrapped(error: BaseException) -> Iterator[BaseException]:
-    """An error of Ray's, and those that are wrapped in it."""
+    """An error of Ray's and the errors wrapped in it."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen

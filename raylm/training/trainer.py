@@ -39,15 +39,15 @@ from raylm.training.guards import GradientGuard, MemoryGuard
 from raylm.training.session import CollectiveError, Outcome, Session, TrainTask, gathered
 from raylm.training.sharding import ShardingTrainer
 
-TELL_SECONDS = 10.0
-"""Of an evaluation, before it is told of, and until it is again."""
+PROGRESS_SECONDS = 10.0
+"""Between two messages about the progress of an evaluation."""
 
-LOOK_SECONDS = 1.0
-"""How long a worker trains between two looks at whether it shall stop."""
+STOP_CHECK_SECONDS = 1.0
+"""Between two checks whether the training was asked to stop."""
 
 
 def build(task: TrainTask, session: Session, scratch: Path) -> _Trainer:
-    """The Trainer of one worker, which writes to `scratch` before anything is kept."""
+    """The Trainer of one worker. It writes checkpoints to `scratch` before they are uploaded."""
     experiment = task.experiment
     smaller = storage.read(task.micro_batch_file)
     budget = task.budget.shared_by(session.world_size, int(smaller) if smaller else experiment.train.micro_batch_tokens)
@@ -64,7 +64,7 @@ def build(task: TrainTask, session: Session, scratch: Path) -> _Trainer:
     batches = objective.build(experiment.objective, experiment.blocks, store.tokenizer, frame, experiment.train.seed)
     args = arguments.build(experiment, budget, str(scratch))
     is_sharded = bool(args.fsdp)
-    if session.world_size == 1:  # nobody to share the weights with
+    if session.world_size == 1:  # nothing to shard
         args.fsdp = args.fsdp_plugin_args = None
     objective.attach(network, shifted=batches.shifted, smoothing=args.label_smoothing_factor)
     examples = blocks.Stream(cut, seed=experiment.train.seed, length=budget.steps * budget.examples)
@@ -95,28 +95,29 @@ class _Trainer(ShardingTrainer):
         super().__init__(**kwargs)
         self.task, self.session, self.store = task, session, store
         self.best: dict[str, Any] = {}
-        """The best evaluation whose checkpoint is there."""
+        """The best evaluation that has a checkpoint."""
         self.better: dict[str, Any] | None = None
-        """An evaluation that is better than that, until its checkpoint is there, too."""
+        """An even better evaluation, until its checkpoint is written."""
         self.latest: dict[str, Any] = {}
         self.worse_in_a_row = 0
         """Evaluations since the best one."""
-        self.began = time.monotonic()
-        self.begins_at = 0
-        """The step from which this process trains."""
+        self.started_at = time.monotonic()
+        self.start_step = 0
+        """The step after which this process starts to train."""
         self.resumed: Path | None = None
         self.stopped = False
         self.lost_nodes: list[str] = []
         self.is_unscored = False
-        """Whether the last checkpoint is of a step whose evaluation was put off until the run resumes."""
-        self.looked = (0, 0.0)
-        """After which step, and when."""
-        self.next_look = 1
+        """Whether the evaluation of the last checkpoint is left to the resumed run."""
+        self.last_check = (0, 0.0)
+        """Step and time of the last check whether to stop."""
+        self.next_check = 1
+        """The step of the next one."""
         self.writer = CheckpointWriter(task, session, Path(self.args.output_dir), self.say)
         self.memory = MemoryGuard(task, session, self.args.per_device_train_batch_size)
-        self.finite = GradientGuard(task, session)
+        self.gradients = GradientGuard(task, session)
 
-    # From beginning to end
+    # The whole training
 
     def probe(self) -> None:
         """Refuse a model that cannot do what the experiment asks, before anything is trained."""
@@ -137,75 +138,76 @@ class _Trainer(ShardingTrainer):
 
     def run(self) -> Outcome:
         """Train from the newest whole checkpoint to the end of the budget."""
-        series = self.task.checkpoints
-        step, faults = self._found_by_first(series.newest)
-        for fault in faults:
-            self.say(f"skipping {fault}")
+        checkpoints = self.task.checkpoints
+        step, skipped = self._on_rank_0(checkpoints.newest)
+        for damage in skipped:
+            self.say(f"skipping {damage}")
         if step is not None:
-            self.resumed = series.fetch(step, Path(self.args.output_dir))
+            self.resumed = checkpoints.fetch(step, Path(self.args.output_dir))
             self._restore(self.resumed, step)
         if self.session.rank == 0:
-            self.task.run.rewind(self.begins_at)
+            self.task.run.rewind(self.start_step)
             if self.is_unscored:
                 self._score_resumed()
-        if self.begins_at < self.task.budget.steps and not self._is_patience_over() and not self.stopped:
+        if self.start_step < self.task.budget.steps and not self._is_patience_over() and not self.stopped:
             self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
-        step = self.state.global_step or self.begins_at
+        step = self.state.global_step or self.start_step
         return Outcome(self.best, step, last=self.latest, stopped=self.stopped, lost_nodes=self.lost_nodes)
 
-    def _found_by_first(self, look: Callable[[], Any]) -> Any:
-        """What rank 0 finds among the checkpoints: verifying one reads all of it. CollectiveError if it cannot look."""
-        found: Any = None
+    def _on_rank_0(self, read: Callable[[], Any]) -> Any:
+        """What rank 0 reads from the checkpoints, for every rank: verifying one reads all of it. CollectiveError if it
+        fails."""
+        result: Any = None
         if self.session.rank == 0:
             try:
                 with storage.reached(self.task.checkpoints.directory):
-                    found = look()
+                    result = read()
             except RaylmError as error:
-                found = error
-        found = gathered(self.session, found)[0]
-        if isinstance(found, RaylmError):
-            raise CollectiveError(found)
-        return found
+                result = error
+        result = gathered(self.session, result)[0]
+        if isinstance(result, RaylmError):
+            raise CollectiveError(result)
+        return result
 
     def _restore(self, directory: Path, step: int) -> None:
         record = checkpoint.read_record(directory)
         progress = json.loads((directory / PROGRESS).read_text(encoding="utf-8"))
-        self.begins_at = step
+        self.start_step = step
         self.worse_in_a_row = progress["worse_in_a_row"]
         self.is_unscored = progress.get("is_unscored", False)
-        self.began -= progress["seconds"]
+        self.started_at -= progress["seconds"]
         self.best = record["best"]
         if self.best and self.best["step"] != step and self._is_lost(self.best["step"]):
             here = {name: record[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
             self.best = here if here["perplexity"] is not None else {}
         self.train_dataset.first = step * self.task.budget.examples
-        if record["perplexity"] is not None:  # whoever listens may have died before hearing of it
-            self.latest = self._found(step, record["perplexity"], record["bits_per_byte"])
-            self.session.report(self._reported())
-        told = f"going on from step {step:,} of {self.task.budget.steps:,}"
+        if record["perplexity"] is not None:  # Ray may not have received it before the failure
+            self.latest = self._evaluation(step, record["perplexity"], record["bits_per_byte"])
+            self.session.report(self._metrics())
+        message = f"resuming from step {step:,} of {self.task.budget.steps:,}"
         if progress["world_size"] != self.session.world_size:
             now = cluster.plural_workers(self.session.world_size)
-            told += (
+            message += (
                 f" with {now} instead of {progress['world_size']}: the same examples in the same steps, but not the "
                 "same bits"
             )
-        self.say(told)
+        self.say(message)
 
     def _is_lost(self, step: int) -> bool:
-        """Whether the checkpoint of the best evaluation is damaged, which is told."""
-        series = self.task.checkpoints
-        fault = self._found_by_first(lambda: series.fault(step))
-        if fault is not None:
-            self.say(f"the best checkpoint is lost: {series.path(step)}: {fault}")
-        return fault is not None
+        """Whether the checkpoint of the best evaluation is damaged; says so."""
+        checkpoints = self.task.checkpoints
+        damage = self._on_rank_0(lambda: checkpoints.damage(step))
+        if damage is not None:
+            self.say(f"the best checkpoint is lost: {checkpoints.path(step)}: {damage}")
+        return damage is not None
 
     def say(self, message: str) -> None:
-        """Tell whoever watches."""
+        """Show a message to the user, once for all ranks."""
         if self.session.rank == 0:
             self.task.say(message)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """With the settings of this run: a trial may go on from the weights of another one."""
+        """With the settings of this run: a trial may resume from another one's checkpoint."""
         groups = self.inner_optimizer.param_groups if checkpoint is not None else []
         ours = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -223,7 +225,7 @@ class _Trainer(ShardingTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         samples = super().get_batch_samples(*args, **kwargs)
-        if self.resumed is not None:  # a data loader draws a number when it begins: the states are those from after it
+        if self.resumed is not None:  # a data loader draws a number at its start; the saved states are later
             super()._load_rng_state(str(self.resumed))
             self.resumed = None
         return samples
@@ -231,7 +233,7 @@ class _Trainer(ShardingTrainer):
     # Loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
-        """What the loss of an optimizer step is divided by: over all its micro-batches and workers."""
+        """The divisor of the loss of an optimizer step, summed over its micro-batches and workers."""
         if not batch_samples:
             return None
         items = torch.stack([self.data_collator.items(batch) for batch in batch_samples]).sum()
@@ -242,7 +244,7 @@ class _Trainer(ShardingTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss = model(**inputs)["loss"] / num_items_in_batch
-        return loss * self.accelerator.num_processes  # of whose gradients DDP takes the mean
+        return loss * self.accelerator.num_processes  # because DDP averages gradients
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.memory.for_training():
@@ -250,14 +252,14 @@ class _Trainer(ShardingTrainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None:  # fp16: the scaler skips a step that overflows and goes on
-            self.finite.before_step(self.state.global_step + 1, norm, self.inner_optimizer)
+        if self.accelerator.scaler is None:  # the scaler of fp16 skips a step that overflows
+            self.gradients.before_step(self.state.global_step + 1, norm, self.inner_optimizer)
         return norm
 
     # Evaluation
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Score the validation split, and decide whether the weights are kept."""
+        """Score the validation split and the evaluation sets; decide whether to save a checkpoint."""
         step, budget = self.state.global_step, self.task.budget
         self.control.should_evaluate = False  # or the end of the data would evaluate the last step again
         self.is_unscored = False
@@ -271,8 +273,8 @@ class _Trainer(ShardingTrainer):
             return {}
         score = Score.of(rows)
         if not math.isfinite(score.perplexity):
-            raise CollectiveError(self.finite.diverged(f"perplexity is {score.perplexity} at step {step}"))
-        self.latest = self._found(step, score.perplexity, score.bits_per_byte)
+            raise CollectiveError(self.gradients.diverged(f"perplexity is {score.perplexity} at step {step}"))
+        self.latest = self._evaluation(step, score.perplexity, score.bits_per_byte)
         is_best = not self.best or score.perplexity < self.best["perplexity"]
         if is_best:
             self.better = {name: self.latest[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
@@ -291,7 +293,7 @@ class _Trainer(ShardingTrainer):
         is_last = step == budget.steps or self.control.should_training_stop
         self.control.should_save = is_best or is_last or self.stopped or step % budget.save_every == 0
         if not self.control.should_save:
-            self.session.report(self._reported())
+            self.session.report(self._metrics())
         return {"eval_perplexity": score.perplexity}
 
     def _keep_scores(self, step: int, rows: np.ndarray) -> None:
@@ -307,36 +309,37 @@ class _Trainer(ShardingTrainer):
         """Evaluate the weights that the run resumes from."""
         self._load_from_checkpoint(str(self.resumed))
         self.model.to(self.args.device)
-        self.state.global_step = self.begins_at
+        self.state.global_step = self.start_step
         self.evaluate()
         if self.is_unscored:  # asked to stop again
             return
         if self.better is not None:
             self.best, self.better = self.better, None
         if self.control.should_save:  # else it is reported
-            self.session.report(self._reported())
+            self.session.report(self._metrics())
 
     def _is_patience_over(self) -> bool:
         patience = self.task.experiment.train.patience
         return patience is not None and self.worse_in_a_row >= patience
 
-    def _found(self, step: int, perplexity: float, bits_per_byte: float) -> dict[str, Any]:
+    def _evaluation(self, step: int, perplexity: float, bits_per_byte: float) -> dict[str, Any]:
         return {
             "step": step,
             "tokens": step * self.task.budget.batch_tokens,
             "perplexity": perplexity,
             "bits_per_byte": bits_per_byte,
             "budget_tokens": self.task.budget.tokens,
-            "seconds": time.monotonic() - self.began,
+            "seconds": time.monotonic() - self.started_at,
         }
 
-    def _reported(self) -> dict[str, Any]:
+    def _metrics(self) -> dict[str, Any]:
+        """The report to Ray: the latest evaluation, and the best one with its checkpoint."""
         bests = {f"best_{name}": self.best[name] for name in ("perplexity", "bits_per_byte", "step")}
         return {**self.latest, **bests, "best_checkpoint": self.task.checkpoints.path(self.best["step"])}
 
     @property
     def masked(self) -> perplexity.MaskedTokens | None:
-        """How the model is scored if it is a masked one."""
+        """How a masked model is scored; None for other models."""
         experiment = self.task.experiment
         if not experiment.objective.is_masked:
             return None
@@ -344,12 +347,12 @@ class _Trainer(ShardingTrainer):
 
     @property
     def frame(self) -> Frame:
-        """What stands around every document."""
+        """The prefix and end of every document."""
         return self.store.frame(self.task.experiment.tokenizer.prefix)
 
     @cached_property
     def sets(self) -> dict[str, Documents]:
-        """The evaluation sets by their names."""
+        """The evaluation sets by name."""
         return {name: tokens.open_store(path).train for name, path in self.task.sets.items()}
 
     @cached_property
@@ -358,7 +361,7 @@ class _Trainer(ShardingTrainer):
 
     def _score(self, documents: Documents) -> np.ndarray:
         """A row for each document, as `perplexity.score_documents` gives them."""
-        told = _EvaluationProgress(self.task, self.session, self.state.global_step)
+        progress = _EvaluationProgress(self.task, self.session, self.state.global_step)
         section, block_size = self.task.experiment.eval, self.task.experiment.blocks.block_size
         with self.float32_shards():
             return perplexity.score_documents(
@@ -374,9 +377,9 @@ class _Trainer(ShardingTrainer):
                 keywords=self.keywords,
                 rank=self.session.rank,
                 world_size=self.session.world_size,
-                progress=told.progress,
-                # Sharded, the weights that a run resumes from could not be scored before it trains.
-                stopping=None if self.is_fsdp_enabled else told.stopping,
+                progress=progress.show,
+                # Sharded weights cannot be scored before a resumed training starts.
+                stopping=None if self.is_fsdp_enabled else progress.is_stopping,
             )
 
     # Checkpoints
@@ -384,13 +387,13 @@ class _Trainer(ShardingTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        except Exception as error:  # of one rank alone, perhaps: told to the others in Saves.commit
+        except Exception as error:  # perhaps of this rank alone: CheckpointWriter.commit tells the others
             self.writer.failed = self.writer.failed or error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         try:
             super().save_model(output_dir, _internal_call)
-        except Exception as error:  # this rank gathers the optimizer's state with the others all the same
+        except Exception as error:  # this rank still takes part in gathering the optimizer's state
             self.writer.failed = error
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping | None = None) -> None:
@@ -403,25 +406,25 @@ class _Trainer(ShardingTrainer):
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model_to_load: Any = None) -> None:
-        if self.task.experiment.model.lora is not None:  # the weights there are merged, and those here are the base
+        if self.task.experiment.model.lora is not None:  # merged in the checkpoint, separate in this model
             model.load_updates(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model_to_load)
 
     def keep(self) -> None:
-        """Commit the checkpoint that was just written to this machine, remove older ones, and report the evaluation."""
+        """Commit the checkpoint that was just written locally, remove older ones, and report the evaluation."""
         step = self.state.global_step
         local = Path(self.args.output_dir) / f"checkpoint-{step}"
         best, self.better = self.better or self.best, None
-        self.writer.describe(local, *self._told(step, best, gathered(self.session, self._tr_loss.item())))
+        self.writer.describe(local, *self._records(step, best, gathered(self.session, self._tr_loss.item())))
         is_last_chance = self.stopped or step == self.task.budget.steps or self._is_patience_over()
         if self.writer.commit(step, local, best=best.get("step"), is_last_chance=is_last_chance):
             self.best = best
         if self.latest.get("step") == step and self.best:
-            self.session.report(self._reported())
+            self.session.report(self._metrics())
 
-    def _told(self, step: int, best: dict[str, Any], losses: list[float]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What stands beside the weights: their score if they have one; and what the Trainer forgets."""
+    def _records(self, step: int, best: dict[str, Any], losses: list[float]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The record of the model, with its score if it has one, and the progress that the Trainer does not save."""
         evaluated = self.latest if self.latest.get("step") == step else {}
         record = {
             "step": step,
@@ -442,59 +445,58 @@ class _Trainer(ShardingTrainer):
             "worse_in_a_row": self.worse_in_a_row,
             "is_unscored": self.is_unscored,
             "world_size": self.session.world_size,
-            "seconds": time.monotonic() - self.began,
+            "seconds": time.monotonic() - self.started_at,
         }
         return record, progress
 
     # Stopping
 
     def check_stop(self) -> None:
-        """See whether the training shall stop. Every rank looks after the same steps, about once a second."""
+        """Check whether to stop. Every rank does so after the same steps, about once a second."""
         step, now = self.state.global_step, time.monotonic()
-        (last_step, last_time), self.looked = self.looked, (step, now)
-        told = None
+        (last_step, last_time), self.last_check = self.last_check, (step, now)
+        decision = None
         if self.session.rank == 0:
             stopping = self.task.channel is not None and self.task.channel.is_stopping()
-            told = (stopping, step + max(1, int((step - last_step) * LOOK_SECONDS / (now - last_time))))
-        self.stopped, self.next_look = gathered(self.session, told)[0]
+            decision = (stopping, step + max(1, int((step - last_step) * STOP_CHECK_SECONDS / (now - last_time))))
+        self.stopped, self.next_check = gathered(self.session, decision)[0]
         self.lost_nodes = self.session.lost_nodes()
         self.stopped = self.stopped or bool(self.lost_nodes)
 
 
 class _EvaluationProgress:
-    """What is told of an evaluation while it lasts, and whether it shall stop; on the first rank alone."""
+    """Messages about a long evaluation, and whether to stop it; on rank 0 alone."""
 
     def __init__(self, task: TrainTask, session: Session, step: int):
         self.task, self.step = task, step
         self.is_first = session.rank == 0 and task.channel is not None
-        self.told_at = time.monotonic()
-        self.asked_at = -math.inf
+        self.shown_at = time.monotonic()
+        self.checked_at = -math.inf
 
-    def progress(self, done: float, total: float | None) -> None:
-        """Names what goes on, if it takes long."""
-        if self.is_first and time.monotonic() - self.told_at > TELL_SECONDS:
-            self.told_at = time.monotonic()
+    def show(self, done: float, total: float | None) -> None:
+        if self.is_first and time.monotonic() - self.shown_at > PROGRESS_SECONDS:
+            self.shown_at = time.monotonic()
             self.task.say(f"evaluating after step {self.step:,}: {done:,.0f} of {total:,.0f} tokens")
 
-    def stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         now = time.monotonic()
-        if not self.is_first or now - self.asked_at < LOOK_SECONDS:
+        if not self.is_first or now - self.checked_at < STOP_CHECK_SECONDS:
             return False
-        self.asked_at = now
+        self.checked_at = now
         return self.task.channel.is_stopping()
 
 
 class _Reporting(TrainerCallback):
-    """When to evaluate, counted in the budget's steps; and where the Trainer's own figures go."""
+    """Decides when to evaluate, in steps of the budget, and logs the Trainer's own metrics."""
 
     def __init__(self, trainer: _Trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Try the model; give the Trainer back the loss since it was last logged."""
+        """Probe the model; restore the loss summed since it was last logged."""
         trainer = self.trainer
         trainer.probe()
-        trainer.looked, trainer.next_look = (state.global_step, time.monotonic()), state.global_step + 1
+        trainer.last_check, trainer.next_check = (state.global_step, time.monotonic()), state.global_step + 1
         if trainer.resumed is None:
             return
         progress = json.loads((trainer.resumed / PROGRESS).read_text(encoding="utf-8"))
@@ -509,12 +511,12 @@ class _Reporting(TrainerCallback):
         is_last = step == budget.steps
         control.should_evaluate = is_last or step % budget.eval_every == 0 or step % budget.save_every == 0
         control.should_log = control.should_log or is_last
-        if step >= trainer.next_look and not is_last:
+        if step >= trainer.next_check and not is_last:
             trainer.check_stop()
         if trainer.stopped:
             control.should_save = control.should_training_stop = True
         if control.should_evaluate or control.should_log or control.should_save:
-            trainer.finite.check()
+            trainer.gradients.check()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         names = {"loss": "train/loss", "learning_rate": "train/learning_rate", "grad_norm": "train/grad_norm"}
