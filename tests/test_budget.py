@@ -51,7 +51,7 @@ def test_a_micro_batch_holds_at_least_one_block():
     assert plan(block_size=1024, micro_batch_tokens=1).micro_batch == 1
 
 
-def test_many_passes_over_a_small_text_are_told_before_they_are_made():
+def test_many_passes_over_a_small_text_are_warned_of_before_training():
     section = TrainConfig(batch_tokens=2048, max_tokens=737_280)
     found = budget.compute(section, block_size=128, num_workers=1, epoch_examples=87)
     (told,) = found.warnings(section)
@@ -60,7 +60,7 @@ def test_many_passes_over_a_small_text_are_told_before_they_are_made():
     assert list(budget.compute(few, block_size=128, num_workers=1, epoch_examples=87).warnings(few)) == []
 
 
-def test_a_warmup_that_is_longer_than_the_run_is_told():
+def test_a_warmup_that_is_longer_than_the_run_is_warned_of():
     section = TrainConfig(batch_tokens=2048, max_tokens=20_480, warmup_steps=10)
     (told,) = budget.compute(section, block_size=128, num_workers=1, epoch_examples=None).warnings(section)
     assert told.startswith("train.warmup_steps=10 is all of the 10 steps")

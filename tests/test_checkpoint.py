@@ -71,7 +71,7 @@ def series(tmp_path):
     return checkpoint.CheckpointManager(str(tmp_path / "checkpoints"))
 
 
-def test_the_newest_whole_checkpoint_is_used_and_a_skipped_one_is_named_with_its_fault(series, tmp_path):
+def test_the_newest_undamaged_checkpoint_is_used_and_skipped_ones_are_named_with_their_damage(series, tmp_path):
     for step in (20, 40, 60, 80):
         committed(series, tmp_path / "local", step)
     weights = Path(series.path(60)) / "model.safetensors"
@@ -85,7 +85,7 @@ def test_the_newest_whole_checkpoint_is_used_and_a_skipped_one_is_named_with_its
     ]
 
 
-def test_if_no_completed_checkpoint_is_whole_each_is_named(series, tmp_path):
+def test_if_every_completed_checkpoint_is_damaged_each_is_named(series, tmp_path):
     for step in (20, 40):
         committed(series, tmp_path / "local", step)
         (Path(series.path(step)) / "optimizer.pt").unlink()

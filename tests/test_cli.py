@@ -282,7 +282,7 @@ except (Interrupted, KeyboardInterrupt) as told:
 
 @pytest.mark.parametrize("in_fork", [True, False], ids=["fork", "__del__"])
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "Interrupted"), (signal.SIGINT, "KeyboardInterrupt")])
-def test_a_signal_where_python_loses_an_exception_is_heeded_after_it(number, name, in_fork):
+def test_a_signal_where_python_loses_an_exception_takes_effect_after_it(number, name, in_fork):
     """In what is called around a fork, which would keep the lock of logging, and in a __del__."""
     script = STOPPED.format(number=int(number), in_fork=in_fork)
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

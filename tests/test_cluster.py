@@ -226,7 +226,7 @@ def test_an_address_of_no_cluster_is_named_with_what_is_accepted(value, problem)
     refused(value, problem)
 
 
-def test_a_cluster_that_is_not_there_is_told_before_ray_waits_for_it(quick, free_port):
+def test_a_cluster_that_does_not_exist_is_reported_before_ray_waits_for_it(quick, free_port):
     there = "no Ray cluster can be reached there: "
     refused(f"127.0.0.2:{free_port()}", f"{there}127.0.0.2 is there, and nothing listens on port")
     with socket.create_server(("127.0.0.2", 0), backlog=0) as silent:  # that takes one connection, and says nothing
@@ -405,7 +405,7 @@ def test_under_uv_run_workers_have_the_commands_interpreter(tmp_path, tiny):
     assert list(tmp_path.glob("runs/tokens/*/manifest.json"))
 
 
-def test_a_worker_that_does_not_come_is_told_of():
+def test_a_worker_that_does_not_start_is_warned_of():
     """Seen in a process of its own, where no worker can start: its interpreter is not there."""
     script = """
 import ray, time
@@ -459,7 +459,7 @@ def test_a_signal_tells_the_workers_to_stop_and_a_second_ctrl_c_ends_the_command
     assert cluster.stop_signal() is None
 
 
-def test_what_ends_although_it_was_to_stop_is_told_then():
+def test_a_signal_takes_effect_after_work_that_finished_in_spite_of_it():
     """As a training whose workers were asked in their last step."""
     said, heard = [], []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -477,7 +477,7 @@ def test_what_ends_although_it_was_to_stop_is_told_then():
     assert [line.split()[0] for line in said] == ["Stopping", "Stopping"]
 
 
-def test_a_board_whose_process_is_killed_begins_anew_and_forwards_the_stop(ray_cluster):
+def test_a_shared_channel_whose_process_is_killed_restarts_and_forwards_the_stop(ray_cluster):
     import ray
 
     seen = []
@@ -498,7 +498,7 @@ def test_a_board_whose_process_is_killed_begins_anew_and_forwards_the_stop(ray_c
     assert seen[0] == 7.0
 
 
-def test_what_ends_well_ends_well_without_its_board(ray_cluster):
+def test_a_training_succeeds_without_its_progress_channel(ray_cluster):
     import ray
 
     with cluster.progress_channel(print, print) as channel:

@@ -184,13 +184,13 @@ CLOSED = RuntimeError("Connection closed by peer")
         ),
     ],
 )
-def test_deaths_are_told_from_errors_that_would_come_again(error, kind, told):
+def test_deaths_are_distinguished_from_errors_that_would_recur(error, kind, told):
     found = launch._cause(error, "here")
     assert type(found) is kind
     assert str(found).startswith(told)
 
 
-def test_failures_are_counted_over_all_attempts_and_told_in_one_line():
+def test_failures_are_counted_over_all_attempts_and_reported_in_one_line():
     said, endings = (
         [],
         [WorkerFailed("one died"), launch._UncountedFailure("a node went"), WorkerFailed("two died"), "trained"],
@@ -343,7 +343,7 @@ def leaving(place):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_trial_goes_on_after_its_node_was_taken_away(two_workers, train_run, ray_cluster, tmp_path):
+def test_a_trial_resumes_after_its_node_was_taken_away(two_workers, train_run, ray_cluster, tmp_path):
     """Where nothing is left a command ends; a trial has nobody who begins it again, and waits for room itself."""
     outcome, job = train_run(two_workers, leaving(tmp_path / "command"))
     assert (outcome.stopped, outcome.step) == (True, 1)
@@ -394,7 +394,7 @@ def test_what_would_come_again_is_not_tried_again(two_workers, train_run, error)
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_worker_that_dies_too_often_is_told_of_in_one_line(two_workers, train_run, tmp_path):
+def test_a_worker_that_dies_too_often_is_reported_in_one_line(two_workers, train_run, tmp_path):
     experiment = override(two_workers, {"cluster.max_failures": 1})
     told = r"^worker [01] .* \(tried 2 times: cluster.max_failures=1\)$"
     with pytest.raises(WorkerFailed, match=told):
@@ -428,7 +428,7 @@ def test_trials_whose_workers_and_controllers_are_killed_end_with_the_same_table
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_since_the_node_ran_out_of_memory_is_told_so(tiny, command, tmp_path, monkeypatch):
+def test_a_worker_that_is_killed_as_its_node_ran_out_of_memory_is_reported_so(tiny, command, tmp_path, monkeypatch):
     """Ray's own monitor, told that there are 3 GB more than now; the worker takes four."""
     memory = psutil.virtual_memory()
     monkeypatch.setenv("RAY_memory_usage_threshold", str((memory.total - memory.available + 3e9) / memory.total))
@@ -546,7 +546,7 @@ def test_a_worker_killed_at_any_point_of_a_save_leaves_no_torn_checkpoint(
 
 
 @pytest.mark.slow
-def test_another_number_of_workers_goes_on_with_the_same_examples_in_the_same_steps(two_workers, train_run):
+def test_another_number_of_workers_resumes_with_the_same_examples_in_the_same_steps(two_workers, train_run):
     """No dropout, since each worker draws its own; what is left is the rounding of sums."""
     still = {f"model.config.{name}": 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     two = override(two_workers, still)
@@ -570,7 +570,7 @@ def test_another_number_of_workers_goes_on_with_the_same_examples_in_the_same_st
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_command_goes_on_where_it_was_killed_or_stopped(tiny, start_command, train_run, tmp_path):
+def test_a_command_resumes_where_it_was_killed_or_stopped(tiny, start_command, train_run, tmp_path):
     """SIGKILL, then SIGTERM, then to the end: as if nothing had happened. Other settings are refused meanwhile."""
     file = tmp_path / "words.yaml"
     experiment = tiny(

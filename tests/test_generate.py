@@ -25,7 +25,7 @@ def texts(directory, prompts, *settings, **options):
 # Prompts -------------------------------------------------------------------------------------------------------------
 
 
-def test_texts_go_on_from_prompts_beyond_the_context_and_repeat_themselves(trained_directory, tmp_path):
+def test_texts_continue_prompts_beyond_the_context_and_are_reproducible(trained_directory, tmp_path):
     (tmp_path / "prompts.txt").write_text("a b\n\na\u2028c\n", encoding="utf-8")
     found = generate(str(trained_directory), ["max_new_tokens=40"], prompt=["b"], prompts=tmp_path / "prompts.txt")
     assert found.record["prompts"] == ["b", "a b", "a\u2028c"]  # the model has 16 positions
@@ -159,7 +159,7 @@ def questions(tmp_path_factory):
 @pytest.mark.parametrize(
     "workers", ["cluster.cpus_per_worker=2", pytest.param("cluster.num_workers=2", marks=pytest.mark.slow)]
 )
-def test_every_document_is_gone_on_from_by_workers_that_take_every_cpu(
+def test_every_document_is_continued_by_workers_that_take_every_cpu(
     workers, ray_cluster, trained_directory, questions, tmp_path
 ):
     from ray.data import DataContext

@@ -142,7 +142,7 @@ def test_each_row_is_drawn_with_a_random_generator_of_its_own():
     assert [second for _, second in both] == [alone(None, scores[1:]).argmax().item() for _ in range(5)]
 
 
-def test_a_longer_text_goes_on_as_the_shorter_one(directory):
+def test_a_longer_text_extends_the_shorter_one(directory):
     short, long = text_generator(directory, max_new_tokens=10), text_generator(directory, max_new_tokens=60)
     assert long.texts(["def "])[0].text.startswith(short.texts(["def "])[0].text)
 
@@ -223,7 +223,7 @@ def test_masks_are_filled_in_windows_of_the_context(tmp_path):
 # Settings ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_given_is_over_what_the_model_says_is_over_the_defaults(directory, tmp_path):
+def test_given_settings_override_those_of_the_model_which_override_the_defaults(directory, tmp_path):
     for file in directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     GenerationConfig(do_sample=True, temperature=0.3, top_k=7, eos_token_id=[0, 5]).save_pretrained(tmp_path)

@@ -367,7 +367,7 @@ def test_low_rank_updates_are_trained_alone_and_saved_merged(tmp_path, tokenizer
     assert all(torch.equal(weight, before[name]) for name, weight in again.state_dict().items())
 
 
-def test_low_rank_training_goes_on_from_its_checkpoint_to_the_same_bytes(tmp_path, tokenizer):
+def test_low_rank_training_resumes_bit_identically(tmp_path, tokenizer):
     experiment = Experiment(model=ModelConfig(config=SMALL, lora={"r": 2, "dropout": 0.1}), blocks={"block_size": 8})
     trainer = trainer_of(experiment, tokenizer, tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()

@@ -124,7 +124,7 @@ def drain(address, node_id):
 
 
 @pytest.mark.timeout(600)
-def test_a_trial_whose_node_is_taken_away_goes_on_when_there_is_another(nodes, tiny, start_command, tmp_path):
+def test_a_trial_whose_node_is_taken_away_resumes_when_there_is_another(nodes, tiny, start_command, tmp_path):
     """A trial of two workers on two nodes: with too little left it waits for a node, and is no trial that is over."""
     going = [nodes.add_node(num_cpus=1).node_id for _ in range(2)][1]
     file = tmp_path / "words.yaml"
@@ -234,7 +234,7 @@ def test_tokens_are_the_same_though_a_node_is_lost(losing, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_a_training_that_loses_a_node_goes_on_with_what_is_left(losing):
+def test_a_training_that_loses_a_node_resumes_on_the_others(losing):
     sizes = ("train.max_tokens=256000", "train.eval_every_tokens=25600")
     ended, lost, whole = losing(
         "train", sizes, ["cluster.num_workers=[1, 2]"], "words/train-*/checkpoints/*/manifest.json"
@@ -260,7 +260,7 @@ def test_a_sweep_that_loses_a_node_ends_with_the_same_table(losing):
 
 
 @pytest.mark.timeout(900)
-def test_a_run_whose_cluster_is_gone_goes_on_in_another_one(nodes, tiny, start_command, tmp_path, monkeypatch):
+def test_a_run_whose_cluster_is_gone_resumes_in_another_one(nodes, tiny, start_command, tmp_path, monkeypatch):
     from ray.cluster_utils import Cluster
 
     nodes.add_node(num_cpus=1)

@@ -27,7 +27,7 @@ def stop(begun, step=None):
     begun.lock.close()
 
 
-def test_the_same_command_goes_on_with_the_run_that_stopped(experiment):
+def test_the_same_command_resumes_the_run_that_stopped(experiment):
     first = begin(experiment)
     stop(first, step=40)
     second = begin(experiment)
@@ -39,7 +39,7 @@ def test_a_run_that_somebody_works_on_is_left_alone(experiment):
     assert begin(experiment).directory != first.directory
 
 
-def test_a_run_that_is_over_is_not_gone_on_with(experiment):
+def test_a_finished_run_is_not_resumed(experiment):
     first = begin(experiment)
     first.end({"perplexity": 3.5})
     stop(first, step=40)
@@ -115,7 +115,7 @@ def test_what_was_auto_stays_what_it_was_when_the_run_started(experiment, capsys
     assert second.decided == {key: 2}, "for when it fits again"
 
 
-def test_a_run_without_a_checkpoint_is_gone_on_with_or_given_up(experiment):
+def test_a_run_without_a_checkpoint_is_resumed_or_given_up(experiment):
     first = begin(experiment)
     stop(first)
     second = begin(experiment)
@@ -125,7 +125,7 @@ def test_a_run_without_a_checkpoint_is_gone_on_with_or_given_up(experiment):
     assert (other.step, other.abandoned) == (None, [first.directory])
 
 
-def test_must_needs_a_run_to_go_on_with(experiment):
+def test_must_needs_a_run_to_resume(experiment):
     with pytest.raises(StorageError, match="--resume must: no run in .*words stopped before its end"):
         begin(experiment, resume="must")
 
@@ -156,7 +156,7 @@ def test_a_run_that_was_given_up_stays_so(experiment):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
-def test_where_there_are_no_locks_a_run_is_gone_on_with_all_the_same(experiment, monkeypatch, code):
+def test_a_run_is_resumed_also_without_locks(experiment, monkeypatch, code):
     """Lustre without -o flock, some of FUSE, NFS without a lock server."""
 
     def flock(*_):

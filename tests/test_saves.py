@@ -101,7 +101,7 @@ def test_the_best_checkpoint_stays_where_it_can_not_be_read_for_a_moment(failing
     assert job.checkpoints.complete() == [6, 10]
 
 
-def test_a_best_checkpoint_that_is_damaged_is_told_of(failing, train_run, tiny, monkeypatch):
+def test_a_damaged_best_checkpoint_is_reported(failing, train_run, tiny, monkeypatch):
     experiment, channel = tiny("train.keep_checkpoints=1"), cluster.ProgressChannel()
     job = stopped(train_run, experiment, monkeypatch)
     storage.remove_file(f"{job.checkpoints.path(6)}/model.safetensors")

@@ -96,7 +96,7 @@ def test_a_password_is_not_printed(command, tiny, tmp_path, uri, option, as_json
 
 
 @pytest.mark.parametrize("uri", ADDRESSES)
-def test_a_password_is_not_told_in_an_error(command, uri):
+def test_a_password_is_in_no_error(command, uri):
     result = command("train", "--json", f"tracking.uri={uri}", f"corpus.paths={uri}", f"tokenizer.path={uri}")
     assert result.returncode != 0
     assert "example" in result.stdout

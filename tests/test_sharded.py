@@ -89,7 +89,7 @@ def failing_to_write(step):
 
 
 @pytest.mark.slow
-def test_weights_that_one_worker_cannot_write_are_told_of_by_all(sharded, train_run):
+def test_weights_that_one_worker_cannot_write_are_an_error_of_all(sharded, train_run):
     """The others are not left waiting in the collectives of the optimizer's state."""
     experiment = override(sharded, {"train.seed": 7, "cluster.max_failures": 0})
     last = experiment.train.max_tokens // experiment.train.batch_tokens
@@ -145,7 +145,7 @@ def test_sharded_weights_train_as_whole_ones_do(trained, two_workers, train_run)
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_where_it_was_stopped(trained, sharded, train_run):
+def test_a_sharded_run_resumes_where_it_was_stopped(trained, sharded, train_run):
     outcome, job, _ = trained
     ended, again = stopped_and_begun_again(train_run, sharded)
     assert ended.best == outcome.best

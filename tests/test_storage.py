@@ -278,7 +278,7 @@ def test_the_checkpoints_of_a_run(place, tmp_path):
     assert series.steps() == [20, 60], "nor of one whose last file went"
 
 
-def test_a_run_that_stopped_is_gone_on_with(place):
+def test_a_stopped_run_is_resumed(place):
     experiment = config.load(None, [f"storage={place}/", "name=words"])
     first = runs.start_or_resume(experiment, "train", "abc", "auto")
     assert first.directory.startswith(f"{place}/words/train-")
@@ -378,7 +378,7 @@ def test_a_token_store_is_copied_once_a_node(place, server, tiny, monkeypatch):
 # A run ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_to_the_next_save_where_storage_fails_and_ends_if_it_stays_so(
+def test_a_run_continues_to_the_next_save_if_storage_fails_and_ends_if_it_fails_again(
     place, server, tiny, train_run, tmp_path, monkeypatch
 ):
     """Credentials that expire, for step 4 and again from step 8 on; then the same run is gone on with to its end."""
@@ -445,7 +445,7 @@ def test_a_command_keeps_all_it_has_in_object_storage(place, tiny, command, tmp_
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_sweep_in_object_storage_goes_on_where_it_was_killed(place, tiny, command, start_command, tmp_path):
+def test_a_sweep_in_object_storage_resumes_where_it_was_killed(place, tiny, command, start_command, tmp_path):
     file = tmp_path / "words.yaml"
     sizes = ("train.max_tokens=25600", "train.eval_every_tokens=2560", "cluster.cpus_per_worker=2")
     space = "tune.space={train.learning_rate: {grid: [1e-3, 1e-2, 3e-2]}}"

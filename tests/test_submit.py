@@ -294,7 +294,7 @@ def test_a_secret_is_in_nothing_that_ray_tells_of_a_job(head, tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_token_that_is_there_is_shown_and_what_is_missing_is_told(head, tmp_path):
+def test_a_token_is_sent_and_a_missing_one_is_reported(head, tmp_path):
     done = run_submit(head, tmp_path, "inspect", "--help")
     assert (done.returncode, "raylm.inspect" in done.stdout) == (0, True), done.stderr
     others = {
@@ -378,7 +378,7 @@ def test_a_job_has_its_commands_output_and_exit_code(submitted, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_job_leaves_no_run_running_and_goes_on_when_submitted_again(head, submitted, tmp_path):
+def test_a_stopped_job_leaves_no_run_running_and_resumes_when_submitted_again(head, submitted, tmp_path):
     environment = {**head.environment, "RAY_AUTH_MODE": "token"}  # which Ray's own command needs
     long = ("train", "--config", "words.yaml", "train.max_tokens=256000", "train.eval_every_tokens=5120")
     job = json.loads(submitted(*long, detach=True).stdout)["job"]
@@ -405,7 +405,7 @@ def test_a_stopped_job_leaves_no_run_running_and_goes_on_when_submitted_again(he
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_job_whose_head_is_lost_goes_on_when_submitted_to_another(tiny, tmp_path, free_port, monkeypatch):
+def test_a_job_whose_head_is_lost_resumes_when_submitted_to_another(tiny, tmp_path, free_port, monkeypatch):
     """All processes of the head are killed, the job's among them; its worker, on another node, goes on a while."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # seconds after which a head is lost, of 60
     long = ("train", "--config", "words.yaml")

@@ -130,7 +130,7 @@ def test_results_are_those_of_the_settings_that_were_trained(searcher, space):
 
 
 @pytest.mark.parametrize("space", [SPACE, INNER])
-def test_optuna_goes_on_as_if_the_sweep_had_never_stopped(space):
+def test_optuna_resumes_as_if_the_sweep_had_never_stopped(space):
     section = TuneConfig(space=space, num_samples=30, searcher="optuna")
 
     def told(points, number, point):
@@ -216,7 +216,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     assert list(sweep.read(str(tmp_path))) == ["trial_00000", "trial_00001", "trial_00002"]
 
 
-def test_a_trial_that_became_like_another_goes_on_from_its_tokens(tmp_path):
+def test_a_trial_that_copied_a_donor_resumes_from_its_tokens(tmp_path):
     record = sweep.SweepRecord(str(tmp_path))
     record.add("trial_00000", {"train.learning_rate": 1e-3})
     for tokens in (10, 20, 30):
@@ -228,7 +228,7 @@ def test_a_trial_that_became_like_another_goes_on_from_its_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
-def test_fewer_trials_than_were_begun_leave_those_that_were(tmp_path, searcher):
+def test_fewer_samples_than_started_trials_leave_the_trials(tmp_path, searcher):
     """tune.num_samples of 8, lowered to 4 when 6 had begun; and raised again."""
     section = TuneConfig(space=SPACE, num_samples=8, searcher=searcher, scheduler="none")
     first = Controller(tmp_path, section, together=1)
@@ -405,7 +405,7 @@ def test_how_many_trials_are_expected_at_each_rung():
 
 
 @pytest.mark.parametrize(("kind", "searcher"), [("asha", "random"), ("asha", "optuna"), ("median", "random")])
-def test_a_sweep_goes_on_as_if_it_had_never_been_cut_off(tmp_path, kind, searcher):
+def test_a_sweep_resumes_as_if_it_had_never_been_interrupted(tmp_path, kind, searcher):
     scores = scores_of(3)
     whole = play(tmp_path / "whole", kind, scores, searcher=searcher)
     assert {event["status"] for event in whole if "finished" in event} == {"completed", "stopped early"}
@@ -415,7 +415,7 @@ def test_a_sweep_goes_on_as_if_it_had_never_been_cut_off(tmp_path, kind, searche
 
 
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
-def test_with_fewer_samples_the_trials_that_have_begun_go_on_and_no_others_begin(tmp_path, searcher):
+def test_with_fewer_samples_the_started_trials_resume_and_no_others_start(tmp_path, searcher):
     def section(num_samples):
         return TuneConfig(scheduler="none", num_samples=num_samples, space=SPACE, searcher=searcher)
 
@@ -428,7 +428,7 @@ def test_with_fewer_samples_the_trials_that_have_begun_go_on_and_no_others_begin
 
 
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
-def test_a_new_trial_does_not_go_on_from_the_checkpoints_of_one_that_the_record_has_lost(tmp_path, searcher):
+def test_a_new_trial_does_not_resume_from_the_checkpoints_of_one_that_the_record_has_lost(tmp_path, searcher):
     section = TuneConfig(scheduler="none", num_samples=5, space=SPACE, searcher=searcher)
     for number in range(3):
         (tmp_path / f"trial_{number:05d}").mkdir()
@@ -568,7 +568,7 @@ def test_what_was_decided_and_nobody_heard_of_is_made_up_for(tmp_path):
     assert found["median"][1][:3] == ["PENDING"] * 3
 
 
-def test_a_trial_whose_process_is_lost_while_it_begins_to_wait_does_not_go_on(tmp_path):
+def test_a_trial_whose_process_is_lost_while_it_pauses_stays_paused(tmp_path):
     record = sweep.SweepRecord(str(tmp_path))
     inner = sweep.scheduler(TuneConfig(scheduler="asha"), BUDGET, "best_perplexity")
     found, trial = sweep.RecordedScheduler(inner, record, BUDGET, lambda: False), ray_trial("trial_0")

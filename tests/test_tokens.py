@@ -139,7 +139,7 @@ def test_a_changed_file_or_setting_is_another_store(corpus, tmp_path):
     assert tokens.fingerprint(corpus, TOKENIZER) != first
 
 
-def test_a_killed_run_goes_on_where_it_stopped(corpus, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_where_it_stopped(corpus, tmp_path, monkeypatch):
     small_shards(monkeypatch, corpus, 2000)
     whole, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "whole"))
 

@@ -243,7 +243,7 @@ def test_the_best_evaluation_and_the_last_steps_are_checkpoints(train_run, tiny)
     assert job.checkpoints.steps() == sorted({outcome.best["step"], 10})
 
 
-def test_sizes_that_do_not_fit_are_told_before_ray_starts(tiny):
+def test_sizes_that_do_not_fit_are_reported_before_ray_starts(tiny):
     for setting in (
         "model.config.n_head=3",
         "model.config.model_type=t5",
@@ -305,7 +305,7 @@ def test_a_run_that_is_stopped_in_its_last_step_stops(ray_cluster, tiny, tmp_pat
 
 
 @pytest.mark.parametrize(("where", "is_over"), [("eval.batch_tokens", False), ("blocks.block_size", True)])
-def test_a_run_that_lacks_memory_can_be_gone_on_with_if_a_free_setting_helps(
+def test_a_run_that_lacks_memory_can_be_resumed_if_a_free_setting_helps(
     ray_cluster, tiny, tmp_path, monkeypatch, where, is_over
 ):
     def trained(*_):

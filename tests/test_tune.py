@@ -128,7 +128,7 @@ def test_the_trials_differ_in_mlflow_in_nothing_but_the_swept_settings(sweep):
 
 
 @pytest.mark.slow
-def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(ray_cluster, tiny, train_run, tmp_path):
+def test_a_trial_whose_process_is_killed_resumes_from_its_checkpoint(ray_cluster, tiny, train_run, tmp_path):
     experiment = override(
         tiny(
             *(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"storage={tmp_path}"),
@@ -160,7 +160,7 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(ray_cluster
     assert row["perplexity"] == untouched.best["perplexity"], "to the last bit"
 
 
-def test_a_trial_that_diverges_or_cannot_be_built_is_a_row_and_the_others_go_on(ray_cluster, tiny, tmp_path):
+def test_a_trial_that_diverges_or_cannot_be_built_is_a_row_and_the_others_continue(ray_cluster, tiny, tmp_path):
     experiment = override(
         tiny(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "train.arguments.max_grad_norm=1e30"),
         {
@@ -222,7 +222,7 @@ def asha(experiment, rates, grace_tokens, eta, together=1, **settings):
     )
 
 
-def test_asha_has_trials_wait_at_rungs_of_tokens_and_the_best_go_on(ray_cluster, tiny, tmp_path):
+def test_asha_pauses_trials_at_rungs_of_tokens_and_promotes_the_best(ray_cluster, tiny, tmp_path):
     """The best ones come last: nobody gets further because it was there first."""
     experiment = asha(
         tiny("train.max_tokens=4096", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"),
@@ -303,7 +303,7 @@ def test_a_sweep_of_which_trials_wait_stops_when_it_is_asked_to(ray_cluster, tin
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_trials_of_two_workers_wait_and_go_on(ray_cluster, tiny):
+def test_trials_of_two_workers_pause_and_resume(ray_cluster, tiny):
     """What the workers of one that waits had reserved is free for the next: there is room for one group only."""
     import ray
 
@@ -509,7 +509,7 @@ def test_a_process_of_many_trials_has_the_memory_of_few(ray_cluster, tiny, monke
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("workers", "trials", "unit"), [(1, 4, 512), (2, 2, 8192)])
-def test_a_population_goes_on_from_its_best_with_other_settings(ray_cluster, tiny, workers, trials, unit):
+def test_a_population_resumes_from_its_best_with_other_settings(ray_cluster, tiny, workers, trials, unit):
     sizes = (f"train.max_tokens={10 * unit}", f"train.eval_every_tokens={unit}")
     experiment = override(
         tiny(*sizes, f"name=population-{workers}"),
