@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import itertools
 import logging
+import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 # Without emoji, or ":100:" of file.yaml:100:3 becomes a picture; as plain text in a notebook, where rich would make a
 # paragraph of each line.
@@ -106,32 +109,51 @@ def as_html(view: RenderableType) -> str:
     return recorder.export_html(inline_styles=True)
 
 
+class Advance(Protocol):
+    def __call__(self, done: float, total: float | None, note: str = "") -> None:
+        """Show that so much is done of `total`, None if that is unknown; and `note` on a line below the bar."""
+
+
+class _Bar(Progress):
+    """A bar with a line of text below it."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.note:
+            yield Text(self.note, no_wrap=True, overflow="ellipsis")
+
+
 @contextlib.contextmanager
-def task(description: str, unit: str = "") -> Iterator[Callable[[float, float | None], None]]:
+def task(description: str, unit: str = "") -> Iterator[Advance]:
     """Show that something is under way: a bar on a terminal, elsewhere a line now and then.
 
-    Yields `advance(done, total)`, to be called whenever there is news; a total of None is unknown.
+    Yields what is to be called whenever there is news.
     """
     started = time.monotonic()
     if screen.is_terminal:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=None if screen.width < 100 else 30),
             TextColumn("{task.fields[amount]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=screen, transient=True) as progress:
+        with _Bar(*columns, console=screen, transient=True) as progress:
             bar = progress.add_task(description, total=None, amount="")
-            yield lambda done, total: progress.update(
-                bar, completed=done, total=total, amount=_amount(done, total, unit)
-            )
+
+            def show(done: float, total: float | None, note: str = "") -> None:
+                progress.note = note
+                progress.update(bar, completed=done, total=total, amount=_amount(done, total, unit))
+
+            yield show
     else:
         logger.info(f"{description} …")
         last = started
 
-        def advance(done: float, total: float | None) -> None:
+        def advance(done: float, total: float | None, note: str = "") -> None:
             nonlocal last
             now = time.monotonic()
             if now - last >= 5:
@@ -141,6 +163,29 @@ def task(description: str, unit: str = "") -> Iterator[Callable[[float, float | 
 
         yield advance
     logger.info(f"{description}: {time.monotonic() - started:.1f} s")
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """A curve of at most so many characters between the least and the largest value, each of the mean of its part.
+
+    Empty for less than two values, and where the screen's encoding has no blocks.
+    """
+    try:
+        BLOCKS.encode(screen.encoding)
+    except UnicodeEncodeError:
+        return ""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2:
+        return ""
+    count = min(width, len(finite))
+    ends = [len(finite) * number // count for number in range(count + 1)]
+    means = [sum(finite[begin:end]) / (end - begin) for begin, end in itertools.pairwise(ends)]
+    low, high = min(means), max(means)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0
+    return "".join(BLOCKS[round((value - low) * scale)] for value in means)
 
 
 @contextlib.contextmanager

@@ -73,9 +73,13 @@ def training(result: TrainResult, section: TrackingConfig) -> str:
         {
             label(result.measure): result.score,
             "bits per byte": result.bits_per_byte,
+            f"{label(result.measure)} of keywords": result.keyword_score,
             "incomparable": result.incomparable,
+            "kept by filters": f"{100 * result.kept_fraction:.2f}% of the documents"
+            if result.kept_fraction < 1
+            else None,
             "tokens": result.tokens,
-            "tokens/s": round(result.tokens_per_second) or None,
+            "tokens/s": result.tokens_per_second,
             "checkpoint": result.checkpoint,
             "training": trial_table.overfitting(result.score, result.last_perplexity, result.best_tokens),
             "generate": f'{command("generate", result.checkpoint)} --prompt "..."',

@@ -165,6 +165,9 @@ class _WorkerPipe:
     def say(self, message: str) -> None:
         self.send("say", message)
 
+    def report(self, figures: dict[str, float]) -> None:
+        self.tell("report", figures)
+
     def is_stopping(self) -> bool:
         return self._stopping.is_set()
 

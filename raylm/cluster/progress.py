@@ -20,6 +20,7 @@ class ProgressChannel:
     def __init__(self) -> None:
         self.value: float | None = None
         self.said: list[str] = []
+        self.reported: list[dict[str, float]] = []
         self.stopping = False
 
     def advance(self, value: float) -> None:
@@ -28,10 +29,14 @@ class ProgressChannel:
     def say(self, message: str) -> None:
         self.said.append(message)
 
-    def read(self) -> tuple[float | None, list[str]]:
-        """The progress, and the messages since the last read."""
+    def report(self, figures: dict[str, float]) -> None:
+        self.reported.append(figures)
+
+    def read(self) -> tuple[float | None, list[str], list[dict[str, float]]]:
+        """The progress, and the messages and figures since the last read."""
         said, self.said = self.said, []
-        return self.value, said
+        reported, self.reported = self.reported, []
+        return self.value, said, reported
 
     def stop(self) -> None:
         self.stopping = True
@@ -66,8 +71,11 @@ class SharedProgressChannel:
     def say(self, message: str) -> None:
         self.actor.say.remote(message)
 
-    def read(self) -> tuple[float | None, list[str]]:
-        return self._answer(self.actor.read, (None, []))
+    def report(self, figures: dict[str, float]) -> None:
+        self.actor.report.remote(figures)
+
+    def read(self) -> tuple[float | None, list[str], list[dict[str, float]]]:
+        return self._answer(self.actor.read, (None, [], []))
 
     def stop(self) -> None:
         self.actor.stop.remote()
@@ -84,19 +92,24 @@ class SharedProgressChannel:
 
 @contextlib.contextmanager
 def progress_channel(
-    show: Callable[[float], None], say: Callable[[str], None]
+    show: Callable[[float], None],
+    say: Callable[[str], None],
+    report: Callable[[dict[str, float]], None] = lambda _: None,
 ) -> Iterator[ProgressChannel | SharedProgressChannel]:
     """A channel, shared if Ray is connected, and read about twice a second.
 
-    Workers are asked to stop once this process is (`handle_signals`).
+    Its newest value is shown, and messages and figures are handed on. Workers are asked to stop once this process is
+    (`handle_signals`).
     """
     channel = SharedProgressChannel() if ray.is_initialized() else ProgressChannel()
     ended = threading.Event()
 
     def forward() -> None:
-        value, messages = channel.read()
+        value, messages, reported = channel.read()
         for message in messages:
             say(message)
+        for figures in reported:
+            report(figures)
         if value is not None:
             show(value)
 

@@ -6,17 +6,18 @@ import contextlib
 import dataclasses
 import logging
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raylm import cluster, console, cost, derived, export, runs, storage, summary, tokens, tracking
+from raylm import cluster, console, corpus, cost, derived, export, runs, storage, summary, tokens, tracking
 from raylm.config import WHOLE_SPLIT, dump
 from raylm.errors import Diverged, Interrupted, OutOfMemory
 from raylm.perplexity import Score
 from raylm.pipeline import stores
 from raylm.plan import Plan, Prepared
+from raylm.results.compare import pace
+from raylm.results.training_progress import TrainingProgress
 from raylm.training import TrainTask, callbacks, launch
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class TrainResult:
     score: float
     """Of the best model; per token, smaller is better."""
     bits_per_byte: float
+    keyword_score: float | None
+    """The score on the tokens of objective.keywords; None without keywords, or where the text scored has none."""
+    kept_fraction: float
+    """Of the documents that were read, those that the corpus' filters kept."""
     prefix: str | None
     """The token in front of every document."""
     unknown_tokens: int
@@ -60,7 +65,8 @@ class TrainResult:
     """Of the last evaluation."""
     resumed_from: int | None
     """The step of the checkpoint that this command resumed from."""
-    tokens_per_second: float
+    tokens_per_second: int | None
+    """Median speed between two logged steps, as `raylm compare` tells it; None if there are no two."""
     mlflow_run_id: str | None
     mlflow_path: str | None = None
     """The path of the run's page, below the address of MLflow."""
@@ -68,7 +74,11 @@ class TrainResult:
     def record(self) -> dict[str, Any]:
         """The result for --json: the score stands under its own name."""
         record = {key: value for key, value in dataclasses.asdict(self).items() if key != "mlflow_path"}
-        own = {"measure": (record["measure"], record.pop("score"))}
+        measure = record["measure"]
+        own = {
+            "measure": (measure, record.pop("score")),
+            "keyword_score": (f"keyword_{measure}", record["keyword_score"]),
+        }
         return dict(own.get(key, (key, value)) for key, value in record.items())
 
     def _repr_html_(self) -> str:
@@ -139,23 +149,22 @@ def _train(
         logger.info(f"{active.directory}: the newest checkpoint is of step {active.step:,} of {budget.steps:,}")
     own = callbacks.load(experiment.train.callbacks)
     task = TrainTask(experiment, store.path, budget, tracked, active.directory, sets=sets, callbacks=own)
-    started = time.monotonic()
-    with (
-        console.task("Training", "tokens") as advance,
-        cluster.handle_signals(logger.info),
-        cluster.progress_channel(lambda done: advance(done, budget.tokens), logger.info) as channel,
-    ):
-        outcome = launch.fit(dataclasses.replace(task, channel=channel), resources)
-        if outcome.stopped or cluster.stop_signal() is not None:  # after its last look: a score is left to do
-            raise cluster.interruption(active.directory, f"stopped after step {outcome.step:,}, which is saved")
-    seconds = time.monotonic() - started
+    with console.task("Training", "tokens") as advance:
+        view = TrainingProgress(advance, budget.tokens, experiment.measure)
+        with (
+            cluster.handle_signals(logger.info),
+            cluster.progress_channel(view.show, logger.info, view.report) as channel,
+        ):
+            outcome = launch.fit(dataclasses.replace(task, channel=channel), resources)
+            if outcome.stopped or cluster.stop_signal() is not None:  # after its last look: a score is left to do
+                raise cluster.interruption(active.directory, f"stopped after step {outcome.step:,}, which is saved")
     best = dict(outcome.best)
     checkpoint = task.checkpoints.path(best["step"])
     exported = export_best(prepared, checkpoint, best, active.directory, resources)
     summary.log_best(tracked, experiment, {**best, **exported.score})
     tracked.set_tags({"raylm.checkpoint": exported.directory})
     tracked.log_model(exported.directory, experiment.tracking, best["step"])
-    trained_here = (outcome.step - (active.step or 0)) * budget.batch_tokens
+    keyword_scores = dict(tracked.metric_history().get(f"eval/keyword_{experiment.measure}", ()))
     unknown = store.validation.unknown_tokens
     return TrainResult(
         run=active.name,
@@ -163,6 +172,10 @@ def _train(
         measure=experiment.measure,
         score=exported.score["perplexity"],
         bits_per_byte=exported.score["bits_per_byte"],
+        keyword_score=exported.keyword_score
+        if exported.keyword_score is not None
+        else keyword_scores.get(best["step"]),
+        kept_fraction=corpus.kept_fraction(store.manifest["ledger"]),
         prefix=summary.prefix(experiment, store),
         unknown_tokens=unknown,
         incomparable=tokens.incomparable(unknown, store.validation.num_tokens),
@@ -174,7 +187,7 @@ def _train(
         best_tokens=best["tokens"],
         last_perplexity=outcome.last.get("perplexity"),
         resumed_from=active.step,
-        tokens_per_second=trained_here / seconds,
+        tokens_per_second=pace(active.directory)["tokens_per_second"],
         mlflow_run_id=tracked.run_id,
         mlflow_path=tracked.path,
     )
@@ -189,6 +202,8 @@ class Exported:
     """perplexity and bits_per_byte."""
     scored_on: str
     """Which part of the validation split."""
+    keyword_score: float | None = None
+    """The score on the tokens of keywords, where the model was scored once more."""
 
 
 def export_best(
@@ -198,11 +213,12 @@ def export_best(
     validation split where that is affordable, else with the score of its evaluation."""
     experiment, store = prepared.experiment, prepared.store
     score = {name: best[name] for name in ("perplexity", "bits_per_byte")}
-    scored_on = experiment.eval.scored_on
+    scored_on, keyword_score = experiment.eval.scored_on, None
     if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, prepared.budget):
         scored_on = WHOLE_SPLIT
         with console.task("Scoring the best model on the whole validation split", "tokens") as advance:
             scored = Score.of(launch.score(checkpoint, store.validation, experiment, resources, advance))
         score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
+        keyword_score = scored.keyword_perplexity if scored.keyword_tokens else None
     target = export.export(checkpoint, f"{directory}/model", {**score, "scored_on": scored_on})
-    return Exported(target, score, scored_on)
+    return Exported(target, score, scored_on, keyword_score)

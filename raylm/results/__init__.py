@@ -6,6 +6,8 @@ runs         a run or sweep, found by its directory or name
 sweep        a sweep's directory -> its experiment, trials, scores, best trial
 html         the report of a sweep as an HTML page
 live_table   the table of a sweep while it runs
+training_progress
+             a training while it runs
 tables       other tables for the terminal
 compare      runs side by side, and whether their scores can be compared
 inspection   the data as a model will see it

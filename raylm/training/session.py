@@ -103,6 +103,11 @@ class TrainTask:
         if self.channel is not None:
             self.channel.say(f"{self.name}: {message}" if self.name else message)
 
+    def report(self, figures: dict[str, float]) -> None:
+        """Hand figures of the training to whoever watches: tokens, and loss or perplexity."""
+        if self.channel is not None:
+            self.channel.report(figures)
+
     @property
     def checkpoints(self) -> CheckpointManager:
         return CheckpointManager(f"{self.directory}/checkpoints")

@@ -288,6 +288,7 @@ class _Trainer(ShardingTrainer):
             for each, found in sets.items():
                 values |= {f"eval/{each}/{what}": value for what, value in found.figures(name).items()}
             self.task.run.log_metrics(values, step)
+            self.task.report({"tokens": self.latest["tokens"], "perplexity": score.perplexity})
         if self._is_patience_over():
             self.control.should_training_stop = True
         is_last = step == budget.steps or self.control.should_training_stop
@@ -527,6 +528,8 @@ class _Reporting(TrainerCallback):
             self.trainer.task.run.log_system_metrics(state.global_step)
             if self.trainer.task.channel is not None:
                 self.trainer.task.channel.advance(values["train/tokens"])
+            if "train/loss" in values:
+                self.trainer.task.report({"tokens": values["train/tokens"], "loss": values["train/loss"]})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.keep()
