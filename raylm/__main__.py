@@ -9,7 +9,7 @@ import typer
 from raylm import __version__, cli
 
 VERBS = (
-    "init", "prepare", "inspect", "train", "tune", "evaluate", "generate", "push", "report", "compare", "sync",
+    "init", "prepare", "inspect", "train", "tune", "evaluate", "generate", "push", "ls", "report", "compare", "sync",
     "submit", "doctor",
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 <storage>/<name>/train-20261123-101500-3fa2/
     run.json        the settings and the token store it was begun with
+    experiment.yaml the experiment it was begun with, for the command that resumes it
     decided.json    what raylm found for settings that are auto, for as long as the run goes on
     lock            held by the command that works on it; the system lets go of it when that dies. Remote storage and
                     file systems without flock have none: there one command at a time is up to whoever starts them
@@ -33,7 +34,7 @@ from typing import IO, Any, Literal
 
 from raylm import storage
 from raylm.checkpoint import CheckpointManager
-from raylm.config import Experiment, get, override
+from raylm.config import Experiment, dump, get, override
 from raylm.errors import ConfigError, StorageError, StorageUnavailable
 from raylm.redaction import redacted
 
@@ -193,6 +194,7 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
     directory = f"{place}/{name}"
     lock = _locked(directory)  # before it is a run, or another command could take it first
     assert lock is not None, f"{directory}: nobody else knows of it"
+    storage.write(f"{directory}/experiment.yaml", dump(experiment).encode())
     storage.write(f"{directory}/run.json", (json.dumps(terms, indent=1) + "\n").encode())
     if resume == "never":
         for each in abandoned:
@@ -267,3 +269,15 @@ def _locked(directory: str) -> IO[str] | None:
         if error.errno not in NO_LOCKS:
             raise StorageUnavailable(f"{directory}/lock cannot be locked: {error.strerror}", directory) from error
     return lock
+
+
+def is_locked(directory: str) -> bool:
+    """Whether a command works on a run. False where there are no locks, as on remote storage."""
+    if storage.is_remote(directory):
+        return False
+    try:
+        with open(f"{directory}/lock", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False

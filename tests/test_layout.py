@@ -13,7 +13,7 @@ PARTS = """
     perplexity statistics document_scores checkpoint export runs tracking budget cost summary training generation sweep
     derived plan results pipeline api diagnosis views cli
 """.split()
-VERBS = "init prepare train tune evaluate generate inspect push sync report compare submit doctor".split()
+VERBS = "init prepare train tune evaluate generate inspect push sync ls report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]
 
 HOMES = {  # the pattern of a dotted name -> the modules that may use it

@@ -1,13 +1,18 @@
-"""Runs and sweeps found by their directory or, below the default storage, by their name."""
+"""Runs and sweeps found by their directory or, below the default storage, by their name; and what became of each."""
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from raylm import storage
+from raylm import runs, storage, tracking
 from raylm.config import DEFAULT_STORAGE
+from raylm.console import command
 from raylm.errors import StorageError
-from raylm.sweep.record import EVENTS
+from raylm.sweep.record import EVENTS, SweepRecord
 
 MOST_NAMES = 10
 """Names that an error suggests at most."""
@@ -58,3 +63,130 @@ def _runs_below(directory: str) -> list[str]:
     deeper = [f"{each}/{name}" for each in inside for name in storage.names(each)]
     runs = [run for run in (*inside, *deeper) if run.rpartition("/")[2].startswith(("train-", "tune-"))]
     return sorted(runs, key=lambda run: run.rpartition("/")[2].partition("-")[2], reverse=True)
+
+
+# What became of each -------------------------------------------------------------------------------------------------
+
+
+MEASURES = ("perplexity", "masked_perplexity", "pseudo_perplexity")
+"""What the score of a run may be called."""
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """A run or sweep on disk."""
+
+    directory: str
+    kind: Literal["train", "tune"]
+    state: Literal["running", "finished", "interrupted", "failed"]
+    """Interrupted runs resume. Storage without locks does not tell them from running ones."""
+    measure: str | None
+    """What the score is called; None without one."""
+    score: float | None
+    """The best so far, of a sweep that of its best trial."""
+    tokens: int
+    """Trained on; of a sweep by all trials."""
+    num_bytes: int
+    """On disk."""
+    started: str
+    """When, as 2026-11-29 14:11."""
+    resume: str | None
+    """The command that resumes it; of several interrupted runs of an experiment it resumes the newest."""
+    error: str | None
+
+    @property
+    def name(self) -> str:
+        return self.directory.rpartition("/")[2]
+
+    @property
+    def experiment(self) -> str:
+        """The directory of all runs of its experiment."""
+        return self.directory.rpartition("/")[0]
+
+    def record(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+
+def listed(place: str) -> list[ListedRun]:
+    """The runs and sweeps of a storage, of an experiment's directory in it, or of a directory that is one of them."""
+    place = place.rstrip("/")
+    found = [place] if storage.read(f"{place}/run.json") is not None else _runs_below(place)
+    entries: list[ListedRun] = []
+    resumed: set[tuple[str, str]] = set()
+    for directory in found:  # the newest first
+        entry = _listed(directory, resumed)
+        if entry is not None:
+            entries.append(entry)
+    return entries
+
+
+def _listed(directory: str, resumed: set[tuple[str, str]]) -> ListedRun | None:
+    """What became of a run; None if it is none. `resumed`: (experiment, kind) of which a newer one resumes."""
+    if storage.read(f"{directory}/run.json") is None:
+        return None
+    parent, _, name = directory.rpartition("/")
+    kind: Any = name.partition("-")[0]
+    result = json.loads(storage.read(f"{directory}/result.json") or b"{}")
+    error = result.get("error")
+    state: Any = "failed" if error else "finished" if result else "interrupted"
+    if state == "interrupted" and runs.is_locked(directory):
+        state = "running"
+    resume = None
+    if state == "interrupted" and (parent, kind) not in resumed:
+        resumed.add((parent, kind))
+        if "experiment.yaml" in storage.names(directory):
+            resume = command(kind, "--config", f"{directory}/experiment.yaml")
+    measure, score, tokens = _sweep_score(directory, result) if kind == "tune" else _score(directory, result)
+    return ListedRun(
+        directory, kind, state, measure, score, tokens, num_bytes(directory), _started(name), resume, error
+    )
+
+
+def _score(directory: str, result: dict[str, Any]) -> tuple[str | None, float | None, int]:
+    """The name of a training's score, its best score, and the tokens it was trained on."""
+    for measure in MEASURES:
+        if measure in result:
+            return measure, result[measure], result["tokens"]
+    series = tracking.Run(directory).metric_history()
+    trained = series.get("train/tokens")
+    tokens = round(trained[-1][1]) if trained else 0
+    for measure in MEASURES:  # at step 0 is the score before training
+        scores = [value for step, value in series.get(f"eval/{measure}", ()) if step]
+        if scores:
+            return measure, min(scores), tokens
+    return None, None, tokens
+
+
+def _sweep_score(directory: str, result: dict[str, Any]) -> tuple[str | None, float | None, int]:
+    trials = SweepRecord(directory).trials.values()
+    tokens = sum(trial.tokens for trial in trials)
+    best = result.get("best", {})
+    for measure in MEASURES:
+        if measure in best:
+            return measure, best[measure], tokens
+    scores = [trial.results[-1]["best_perplexity"] for trial in trials if trial.results]
+    return ("perplexity", min(scores), tokens) if scores else (None, None, tokens)
+
+
+def _started(name: str) -> str:
+    """When a run began, by its name."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.strptime(name.partition("-")[2][:15], "%Y%m%d-%H%M%S"))
+    except ValueError:
+        return ""
+
+
+def num_bytes(directory: str) -> int:
+    """Bytes of all files below a directory."""
+
+    def act() -> int:
+        if not storage.is_remote(directory):
+            files = (os.path.join(place, name) for place, _, names in os.walk(directory) for name in names)
+            return sum(os.lstat(file).st_size for file in files if os.path.lexists(file))
+        from pyarrow.fs import FileSelector
+
+        system, inner = storage.file_system(directory)
+        infos = system.get_file_info(FileSelector(inner, recursive=True, allow_not_found=True))
+        return sum(info.size or 0 for info in infos)
+
+    return storage.retried(directory, act)
