@@ -4,7 +4,7 @@
 
     experiment = api.load("sweep.yaml", train={"max_tokens": 1_000_000})
     result = api.tune(experiment)
-    result.best["checkpoint"], result.to_pandas()
+    result.best.checkpoint, result.to_pandas()
 
 Each function does what the command of its name does, and returns a typed result. What a user can cause is raised as an
 error of raylm.errors. Messages go to the logger "raylm"; `show_messages` shows them, as commands do. Ray is started on

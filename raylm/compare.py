@@ -16,7 +16,7 @@ def compare(
         typer.Argument(
             metavar="RUN RUN...",
             help=f"Directories, or names under {DEFAULT_STORAGE}/*/ here: a training run, a trial, a sweep (its best "
-            "trial), a model that raylm trained.",
+            "trial), a model that raylm trained; or the name of an experiment: its newest run or sweep.",
         ),
     ],
     json: cli.Json = False,

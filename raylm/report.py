@@ -1,27 +1,49 @@
-"""python -m raylm.report SWEEP: the report of a sweep, made again from its directory."""
+"""python -m raylm.report SWEEP...: the report of a sweep, made again from its directory, or of several."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raylm import cli, console
 from raylm.config import DEFAULT_STORAGE
 
+if TYPE_CHECKING:
+    from raylm.results.sweep import SweepResults
+
 
 def report(
     sweep: Annotated[
-        str, typer.Argument(help=f"A sweep's directory, or its name if it is one of {DEFAULT_STORAGE}/*/ here.")
+        list[str],
+        typer.Argument(
+            metavar="SWEEP...",
+            help=f"A sweep's directory, its name if it is one of {DEFAULT_STORAGE}/*/ here, or the name of an "
+            "experiment: its newest sweep. Several are compared.",
+        ),
     ],
     json: cli.Json = False,
 ) -> cli.CommandResult:
-    """Write the report of a sweep again, of one that still runs or was stopped too, and print its table."""
-    from raylm import storage
-    from raylm.results import html, runs, trial_table
+    """Write the report of a sweep again, of one that still runs or was stopped too, and print its table.
+
+    Of several sweeps: what changed between them, and which trial is best after as many training tokens.
+    """
+    from raylm.results import html, runs, several
     from raylm.results import sweep as sweeps
 
-    results = sweeps.read(runs.find_sweep(sweep))
+    found = [sweeps.read(runs.find_sweep(each)) for each in dict.fromkeys(sweep)]
+    if len(found) == 1:
+        return _of_one(found[0])
+    compared = several.read(found)
+    page = html.write_several(compared)
+    paths = console.key_values({"report": page})
+    return cli.CommandResult({**compared.record(), "report": page}, (*compared.views(), "", paths))
+
+
+def _of_one(results: SweepResults) -> cli.CommandResult:
+    from raylm import storage, tracking
+    from raylm.results import html, trial_table
+
     page = html.write(results)
     directory = page.rpartition("/")[0]
     pictures = [name for name in storage.names(directory) if name.endswith(".png")]
@@ -34,7 +56,9 @@ def report(
     }
     table = trial_table.RankedTable(results.trials, console.label(results.measure))
     failures = [f"{row.trial_id} failed: {row.failure}" for row in results.trials if row.failure]
-    paths = console.key_values({"report": page, "pictures": ", ".join(pictures)})
+    run = tracking.Run(results.directory, results.state.uri)
+    opened = tracking.how_to_open(run.uri, run.path, "compare trials") if run.path else {}
+    paths = console.key_values({"report": page, "pictures": ", ".join(pictures), **opened})
     return cli.CommandResult(record, (table, *failures, "", paths))
 
 

@@ -105,22 +105,22 @@ def sweep_plan(planned: SweepPlan) -> str:
 def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
     """The ranked trials of a sweep that has ended, and what to do next."""
     measure, best = label(result.measure), result.best
+    model = str(best.checkpoint)
     ranking = measure if experiment.tune.metric == "perplexity" else "bits per byte"
     incomparable = [result.incomparable] if result.incomparable else []
     notes = [f"ranked by {ranking} on {result.scored_on}", *incomparable, *result.failures]
     next_steps = key_values(
         {
-            "best trial": best["trial_id"],
-            measure: best["perplexity"],
-            "checkpoint": best["checkpoint"],
-            "repeat it": command("train", "--config", f"{best['checkpoint']}/experiment.yaml"),
-            "try it": f'{command("generate", best["checkpoint"])} --prompt "..."',
+            "best trial": best.trial_id,
+            measure: best.perplexity,
+            "checkpoint": model,
+            "repeat it": command("train", "--config", f"{model}/experiment.yaml"),
+            "try it": f'{command("generate", model)} --prompt "..."',
             "report": result.report,
             **tracking.how_to_open(experiment.tracking.uri, result.mlflow_path, "compare trials"),
         }
     )
-    rows = [trial_table.TrialRow.from_record(record) for record in result.trials]
-    return trial_table.RankedTable(rows, measure), "\n".join(notes), "", next_steps
+    return trial_table.RankedTable(result.trials, measure), "\n".join(notes), "", next_steps
 
 
 def proposal(found: Proposal, file: Path) -> str:

@@ -70,10 +70,10 @@ def test_tune_gives_a_ranked_table(ray_cluster, sections):
     table = result.to_pandas()
     assert table["perplexity"].is_monotonic_increasing
     assert {*table["train.learning_rate"]} == {1e-2, 2e-2}
-    assert result.best["perplexity"] == table["perplexity"].iloc[0]
-    assert result.best["settings"]["train.learning_rate"] == table["train.learning_rate"].iloc[0]
+    assert result.best.perplexity == table["perplexity"].iloc[0]
+    assert result.best.settings["train.learning_rate"] == table["train.learning_rate"].iloc[0]
     again = api.open_sweep(Path(result.report).parents[1])
-    assert again.best.trial_id == result.best["trial_id"]
+    assert again.best.trial_id == result.best.trial_id
     assert "trial_00001" in result._repr_html_()
 
 

@@ -27,7 +27,7 @@ def result(tokens, perplexity):
     return {"step": tokens // 256, "tokens": tokens, **scores, **best, "best_step": 1, "seconds": tokens / 512}
 
 
-def write_sweep(storage, name, *settings, trials, result_json=None):
+def write_sweep(storage, name, *settings, trials, result_json=None, store="f00d"):
     """A sweep's directory. Each trial: its settings, (tokens, perplexity) of its evaluations, how it ended, why."""
     directory = f"{storage}/words/{name}"
     experiment = config.load(
@@ -36,7 +36,7 @@ def write_sweep(storage, name, *settings, trials, result_json=None):
          "train.batch_tokens=256", *settings],
     )  # fmt: skip
     parent = tracking.start(experiment.tracking, experiment="words", name=name, tags={}, directory=directory)
-    parent.log_parameters({"store": "f00d"})
+    parent.log_parameters({"store": store})
     parent.set_tags({tracking.TOKENS_TAG: BUDGET})
     parent.log_text(config.dump(experiment), "experiment.yaml")
     record = SweepRecord(directory)
@@ -45,6 +45,7 @@ def write_sweep(storage, name, *settings, trials, result_json=None):
         record.add(trial_id, swept)
         record.start(trial_id)
         child = parent.start_trial(trial_id)
+        child.set_tags({tracking.PARAMETERS_TAG: 70_000})
         for tokens, perplexity in evaluations:
             record.result(trial_id, result(tokens, perplexity))
             child.log_metrics({"train/loss": 3.0, "train/tokens": tokens}, tokens // 256)
@@ -145,7 +146,7 @@ def test_a_sweep_that_goes_on_says_so(running):
 
 
 def test_what_trials_were_weighed_against_is_in_the_table(over, running):
-    assert "trial_00000 32.00 2.00 70,000 1,024 0.001 64 completed on the Pareto front" in over.text
+    assert "trial_00000 32.00 2.00 70,000 1,024 256 2 0.001 64 completed on the Pareto front" in over.text
     assert over.text.count("on the Pareto front") == 1
     assert "Pareto" not in running.text
 
@@ -169,10 +170,16 @@ def test_every_row_has_the_command_that_repeats_it(storage, running):
         assert again.train.max_tokens == BUDGET
 
 
+def test_a_row_says_what_its_trial_cost(running):
+    headings = "trial perplexity bits/byte tokens best at tokens seconds parameters learning_rate block_size status"
+    assert headings in running.text
+    assert "1 trial_00000 32.00 2.00 1,024 256 2 70,000 0.001 64 completed repeat it" in running.text
+
+
 def test_what_people_wrote_is_shown_and_nothing_else(running):
     assert running.text.count(EVIL) == 2, "in the facts and in the row of the trial that failed"
     assert running.images == []
-    assert "trial_00002 - - 0 0.02 64 failed training diverged" in running.text
+    assert "trial_00002 - - 0 - - 70,000 0.02 64 failed training diverged" in running.text
 
 
 def test_a_setting_with_html_in_it_ends_no_script(storage):
@@ -180,7 +187,7 @@ def test_a_setting_with_html_in_it_ends_no_script(storage):
     built = shown(write_sweep(storage, "tune-20260109-000000-0000", trials=trials))
     assert (len(built.scripts), built.images) == (2, [])
     assert "alert(1)" in built.scripts[1]
-    assert f"256 {EVIL} completed" in built.text
+    assert f"70,000 {EVIL} completed" in built.text
 
 
 def test_every_figure_of_the_script_has_its_place(running):
@@ -244,7 +251,7 @@ def test_bits_per_byte_where_these_rank_the_trials(storage):
 
 def test_the_report_of_a_sweep_by_its_name(storage, monkeypatch):
     monkeypatch.chdir(storage.parent)
-    answer = report("tune-20260102-000000-bbbb")
+    answer = report(["tune-20260102-000000-bbbb"])
     place = f"{storage}/words/tune-20260102-000000-bbbb/report"
     assert answer.record["report"] == f"{place}/report.html"
     names = ("heat", "loss", "perplexity", "saved", "settings")
@@ -252,26 +259,27 @@ def test_the_report_of_a_sweep_by_its_name(storage, monkeypatch):
     assert [trial["perplexity"] for trial in answer.record["trials"]] == [32.0, 50.0, 80.0, None], "on the same tokens"
     assert (answer.record["best"]["perplexity"], answer.record["best"]["checkpoint"]) == (31.5, "/there/model")
     assert f"trial_00002 failed: training diverged {EVIL}" in answer.view
-    assert report(f"{storage}/words/tune-20260102-000000-bbbb").record == answer.record
+    assert report([f"{storage}/words/tune-20260102-000000-bbbb"]).record == answer.record
     json.dumps(answer.record, allow_nan=False)
 
 
 def test_what_is_no_sweep_is_refused_with_what_there_is(storage, monkeypatch):
     monkeypatch.chdir(storage.parent)
     with pytest.raises(
-        StorageError, match=r"nix is no directory, and no name under runs/\*/ here; in runs there are tune"
+        StorageError,
+        match=r"nix is no directory, no name under runs/\*/ here, and no experiment there; in runs there are",
     ):
-        report("nix")
+        report(["nix"])
     with pytest.raises(StorageError, match=r"runs/words is not a sweep; in .*words there are .*, tune-20260101"):
-        report("runs/words")
+        report(["runs/words"])
     with pytest.raises(StorageError, match=r"trial_00000 is not a sweep; did you mean .*/tune-20260101-000000-aaaa\?"):
-        report("runs/words/tune-20260101-000000-aaaa/trial_00000")
+        report(["runs/words/tune-20260101-000000-aaaa/trial_00000"])
     (storage / "copy" / "tune-20260101-000000-aaaa").mkdir(parents=True)
     with pytest.raises(StorageError, match="is the name of runs/copy/.* and of runs/words/.*; give the directory"):
-        report("tune-20260101-000000-aaaa")
+        report(["tune-20260101-000000-aaaa"])
     monkeypatch.chdir(storage / "tokens")
     with pytest.raises(StorageError, match="in runs there are no runs"):
-        report("nix")
+        report(["nix"])
 
 
 def test_a_sweep_of_another_version_is_named(storage):
@@ -290,3 +298,83 @@ def test_a_row_of_the_report_says_when_its_trial_was_best(storage):
     (row,) = sweeps.read(directory).trials
     assert (row.best_tokens, row.last_perplexity, row.tokens) == (256, 90.0, 1024)
     assert "completed; overfitted: 20 at 256 tokens, 90 at the end" in Path(html.build(directory)).read_text()
+
+
+def test_a_sweep_is_found_by_the_name_of_its_experiment(storage, monkeypatch):
+    monkeypatch.chdir(storage.parent)
+    newest = write_sweep(storage.parent / "runs", "tune-20270101-000000-aaaa", trials=TRIALS)
+    (storage / "words" / "train-20280101-000000-aaaa").mkdir()
+    (storage.parent / "words").mkdir()  # the text of the experiment that is named after it
+    assert report(["words"]).record["sweep"] == Path(newest).name
+
+
+# Several sweeps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path):
+    """(settings of the second, its store) -> the record of two sweeps' report, of which the second has other trials."""
+
+    def make(*settings, store="f00d", counts=(5, 900, 0), tokenizer="one"):
+        first = write_sweep(tmp_path, "tune-20260101-000000-aaaa", trials=TRIALS)
+        others = [
+            ({RATE: 3e-3, "train.weight_decay": 0.1}, [(256, 55.0), (512, 20.0)], "completed", None),
+            ({RATE: 4e-3, "train.weight_decay": 0.2}, [(512, 30.0)], "completed", None),
+        ]
+        second = write_sweep(tmp_path, "tune-20260102-000000-bbbb", *settings, trials=others, store=store)
+        for fingerprint, split, kind in (("f00d", (5, 900, 0), "one"), (store, counts, tokenizer)):
+            names = ("documents", "bytes", "unknown_tokens")
+            manifest = {"validation": dict(zip(names, split, strict=True)), "tokenizer": {"files": {"t": kind}}}
+            (tmp_path / "tokens" / fingerprint).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "tokens" / fingerprint / "manifest.json").write_text(json.dumps(manifest))
+        return report([first, second])
+
+    return make
+
+
+def test_trials_of_two_sweeps_are_ranked_at_equal_tokens(two):
+    record = two("model.config.n_layer=3").record
+    assert record["settings"] == {"model.config.n_layer": [2, 3]}
+    assert (record["measure"], record["equal_tokens"], record["warnings"]) == ("perplexity", 256, [])
+    ranked = [(trial["sweep"][-4:], trial["trial_id"][-1], trial["perplexity"]) for trial in record["trials"]]
+    assert ranked == [("bbbb", "0", 55.0), ("aaaa", "0", 60.0), ("aaaa", "3", 70.0), ("aaaa", "1", 80.0)]
+    assert record["best"] == record["trials"][0]
+    page = Page(Path(record["report"]).read_text(encoding="utf-8"))
+    assert (
+        "best at 256 training tokens, the most that all 4 trials reached; 2 trials without a score there" in page.text
+    )
+    assert "model.config.n_layer 2 3" in page.text
+    assert "1 tune-20260102-000000-bbbb trial_00000 55.00 512 0.003 0.1 -" in page.text
+    json.dumps(record, allow_nan=False)
+
+
+def test_sweeps_with_other_tokenizers_are_ranked_by_bits_per_byte(two):
+    record = two(store="beef", tokenizer="two").record
+    assert record["measure"] == "bits_per_byte"
+    assert record["warnings"] == [
+        "the tokenizers differ, so that perplexities are of other tokens: compare bits per byte"
+    ]
+    assert [trial["bits_per_byte"] for trial in record["trials"]] == [55 / 16, 60 / 16, 70 / 16, 80 / 16]
+
+
+@pytest.mark.parametrize(
+    ("settings", "store"),
+    [
+        ([], {"store": "cafe", "counts": (6, 1000, 0)}),
+        ([], {"store": "dead", "counts": (5, 900, 3), "tokenizer": "two"}),
+        (["eval.max_tokens=64"], {}),
+        (["eval.precision=bfloat16"], {}),
+    ],
+)
+def test_sweeps_whose_scores_do_not_compare_have_no_best_trial(two, settings, store):
+    answer = two(*settings, **store)
+    assert (answer.record["measure"], answer.record["best"], answer.record["trials"]) == (None, None, [])
+    assert len(answer.record["warnings"]) == 1
+    assert "\nno trial of one sweep can be compared with one of another" in answer.view
+
+
+def test_a_sweep_without_a_score_is_left_out_of_several(tmp_path):
+    one = write_sweep(tmp_path, "tune-20260101-000000-aaaa", trials=TRIALS)
+    empty = write_sweep(tmp_path, "tune-20260102-000000-bbbb", trials=[])
+    with pytest.raises(ConfigError, match="tune-20260102-000000-bbbb has no trial with a score yet; leave it out"):
+        report([one, empty])

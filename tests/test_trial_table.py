@@ -60,7 +60,9 @@ def test_a_row_is_read_from_the_record_of_a_result_and_written_under_the_name_of
         "failure": None,
     }
     row = TrialRow.from_record({**record, "checkpoint": "/there", "best_step": 1})
-    assert row.record("perplexity") == {**record, "repeat": None}
+    assert row.weighed == {"seconds": 7}
+    others = {"repeat": None, "parameters": None, "checkpoint": "/there", "best_step": 1, "mlflow_run_id": None}
+    assert row.record("perplexity") == {**record, **others}
     assert list(row.record("pseudo_perplexity"))[2] == "pseudo_perplexity"
 
 

@@ -166,7 +166,7 @@ class _WorkerPipe:
         self.send("say", message)
 
     def report(self, figures: dict[str, float]) -> None:
-        self.tell("report", figures)
+        self.send("report", figures)
 
     def is_stopping(self) -> bool:
         return self._stopping.is_set()

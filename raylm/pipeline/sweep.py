@@ -32,7 +32,8 @@ from raylm.pipeline import stores
 from raylm.pipeline.training import export_best
 from raylm.plan import Plan, Prepared
 from raylm.results import html, live_table, tables, trial_table
-from raylm.results.sweep import scored_on
+from raylm.results.sweep import BestTrial, measured, repeat_command, scored_on
+from raylm.results.trial_table import TrialRow
 from raylm.sweep import Trial, tuner
 from raylm.training import callbacks
 
@@ -146,10 +147,9 @@ class SweepResult:
     """Of the validation split."""
     incomparable: str | None
     """Why the scores do not compare with others, if they do not."""
-    best: dict[str, Any]
-    """The best trial: trial_id, checkpoint (its exported model), perplexity, bits_per_byte, scored_on, settings."""
-    trials: list[dict[str, Any]]
-    """Every trial, the best first: trial_id, status, perplexity, bits_per_byte, tokens, settings, failure, ..."""
+    best: BestTrial
+    trials: list[TrialRow]
+    """Every trial, the best first."""
     report: str | None = None
     """The path of the HTML report."""
     mlflow_path: str | None = None
@@ -158,32 +158,28 @@ class SweepResult:
     @property
     def failures(self) -> list[str]:
         """Why each trial that failed did."""
-        return [f"{row['trial_id']} failed: {row['failure']}" for row in self.trials if row["failure"]]
+        return [f"{row.trial_id} failed: {row.failure}" for row in self.trials if row.failure]
 
     def to_pandas(self) -> pandas.DataFrame:
         """A row for each trial, the best first; each swept setting is a column of its dotted name."""
         import pandas
 
-        rows = [{**row, **row["settings"]} for row in self.trials]
+        rows = [{**row.record("perplexity"), **row.settings} for row in self.trials]
         return pandas.DataFrame([{key: value for key, value in row.items() if key != "settings"} for row in rows])
 
     def __repr__(self) -> str:
-        best = self.best
-        return f"SweepResult({self.sweep}: {len(self.trials)} trials, best {self.measure} {best['perplexity']:.4g})"
+        best = self.best.perplexity
+        return f"SweepResult({self.sweep}: {len(self.trials)} trials, best {self.measure} {best:.4g})"
 
     def _repr_html_(self) -> str:
-        rows = [trial_table.TrialRow.from_record(record) for record in self.trials]
-        return console.as_html(trial_table.RankedTable(rows, console.label(self.measure)))
+        return console.as_html(trial_table.RankedTable(self.trials, console.label(self.measure)))
 
     def record(self) -> dict[str, Any]:
         """The result for --json: scores stand under their own name."""
 
-        def named(row: dict[str, Any]) -> dict[str, Any]:
-            return {self.measure if key == "perplexity" else key: value for key, value in row.items()}
-
         left_out = ("measure", "report", "mlflow_path")
-        record = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
-        record |= {"best": named(self.best), "trials": [named(row) for row in self.trials]}
+        record = {key: value for key, value in vars(self).items() if key not in left_out}
+        record |= {"best": self.best.record(self.measure), "trials": [row.record(self.measure) for row in self.trials]}
         return {**record, "report": self.report} if self.report is not None else record
 
 
@@ -311,7 +307,7 @@ def run_trials(
                 raise cluster.interruption(active.directory, how)
     finally:
         limits.count()
-    rows = [_row(trial) for trial in record.trials.values()]
+    rows = [_row(active.directory, trial) for trial in record.trials.values()]
     if section.against is not None:
         scored = [trial for trial in record.trials.values() if trial.results and trial.failure is None]
         weigh(rows, section.against, {trial.trial_id: values(experiment, store, trial) for trial in scored})
@@ -379,7 +375,7 @@ def best_tags(best: Mapping[str, Any], children: Mapping[str, Run]) -> dict[str,
 def description(rows: list[dict[str, Any]], best: Mapping[str, Any], score: str) -> str:
     """The Markdown of a sweep's page in MLflow: the best trial, where trials are compared, and the ranked trials."""
     settings = ", ".join(f"`{key}={console.format_number(value)}`" for key, value in best["settings"].items())
-    ranked = tables.ranked_markdown([trial_table.TrialRow.from_record(row) for row in rows], score)
+    ranked = tables.ranked_markdown([TrialRow.from_record(row) for row in rows], score)
     best_of = f"**Best: {best['trial_id']}, {score} {best['perplexity']:.2f}** of {best['scored_on']}, with {settings}"
     return f"{best_of}\n\n[Compare the trials]({tracking.COMPARISON})\n\n{ranked}\n"
 
@@ -399,7 +395,7 @@ def _result(
     prepared: Prepared, active: ActiveRun, parent: Run, rows: list[dict[str, Any]], best: dict[str, Any], reused: bool
 ) -> SweepResult:
     experiment, validation = prepared.experiment, prepared.store.validation
-    told = ("trial_id", "checkpoint", "perplexity", "bits_per_byte", "scored_on", "settings")
+    told = ("trial_id", "perplexity", "bits_per_byte", "checkpoint", "scored_on", "settings")
     return SweepResult(
         sweep=active.name,
         mlflow_run_id=parent.run_id,
@@ -410,8 +406,8 @@ def _result(
         prefix=summary.prefix(experiment, prepared.store),
         unknown_tokens=validation.unknown_tokens,
         incomparable=tokens.incomparable(validation.unknown_tokens, validation.num_tokens),
-        best={key: best[key] for key in told},
-        trials=rows,
+        best=BestTrial(**{key: best[key] for key in told}),
+        trials=[TrialRow.from_record(row) for row in rows],
     )
 
 
@@ -428,7 +424,7 @@ def _report(directory: str, parent: Run) -> str | None:
     return found
 
 
-def _row(trial: Trial) -> dict[str, Any]:
+def _row(directory: str, trial: Trial) -> dict[str, Any]:
     last = trial.results[-1] if trial.results and trial.failure is None else {}
     return {
         "trial_id": trial.trial_id,
@@ -440,6 +436,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "last_perplexity": last.get("perplexity"),
         "settings": trial.settings,
         "checkpoint": last.get("best_checkpoint"),
-        "best_step": last.get("best_step", 0),
         "failure": trial.failure,
+        "repeat": repeat_command(directory, trial),
+        **measured(directory, trial),
     }

@@ -4,11 +4,12 @@ figures      the figures of a sweep
 trial_table  the ranked table of a sweep's trials: rows, columns, cells
 runs         a run or sweep, found by its directory or name
 sweep        a sweep's directory -> its experiment, trials, scores, best trial
-html         the report of a sweep as an HTML page
 live_table   the table of a sweep while it runs
 training_progress
              a training while it runs
 tables       other tables for the terminal
 compare      runs side by side, and whether their scores can be compared
+several      sweeps side by side, and their trials ranked at equal tokens
+html         the report of a sweep, or of several, as an HTML page
 inspection   the data as a model will see it
 """

@@ -262,24 +262,44 @@ def warnings(runs: Sequence[ComparedRun]) -> list[str]:
     return reasons
 
 
-def _other_tokens(runs: Sequence[ComparedRun]) -> str | None:
-    """Why scores on different token stores cannot be compared; None if the validation tokens are the same."""
+def common_measure(runs: Sequence[ComparedRun]) -> str | None:
+    """The score by which all runs compare: their own, or bits_per_byte where tokenizers differ; None if none does."""
+    measures = {run.measure for run in runs}
+    alike = [{run.scored_on for run in runs}, {run.scored_in for run in runs}, measures]
+    if any(len(values) > 1 for values in alike) or None in {run.store for run in runs}:
+        return None
+    if len({run.store for run in runs}) == 1:
+        return measures.pop()
+    same_text, same_tokenizer, knows_all = _same_tokens(runs)
+    if not same_text or not (same_tokenizer or knows_all):
+        return None
+    return measures.pop() if same_tokenizer else "bits_per_byte"
+
+
+def _same_tokens(runs: Sequence[ComparedRun]) -> tuple[bool, bool, bool]:
+    """Of runs with different token stores: whether they have the same validation text, whether the same tokenizer, and
+    whether each tokenizer knows all of that text."""
     manifests = [run.manifest for run in runs]
+    knows_all = not any(each["validation"].get("unknown_tokens") for each in manifests if each)
     if all(manifests):
         texts = {tuple(each["validation"][count] for count in ("documents", "bytes")) for each in manifests}
         tokenizers = {json.dumps(each["tokenizer"]["files"], sort_keys=True) for each in manifests}
-        same_text, same_tokenizer = len(texts) == 1, len(tokenizers) == 1
-    else:  # a store does not exist any more, so the settings tell; if these are the same, the files have changed
-        chosen = {(run.experiment.tokenizer.model_dump_json(), run.experiment.model.path) for run in runs}
-        same_tokenizer = len(chosen) == 1
-        same_corpus = len({run.experiment.corpus.model_dump_json() for run in runs}) == 1
-        same_text = same_corpus and not same_tokenizer
+        return len(texts) == 1, len(tokenizers) == 1, knows_all
+    # A store does not exist any more, so the settings tell; if these are the same, the files have changed.
+    chosen = {(run.experiment.tokenizer.model_dump_json(), run.experiment.model.path) for run in runs}
+    same_corpus = len({run.experiment.corpus.model_dump_json() for run in runs}) == 1
+    return same_corpus and len(chosen) > 1, len(chosen) == 1, knows_all
+
+
+def _other_tokens(runs: Sequence[ComparedRun]) -> str | None:
+    """Why scores on different token stores cannot be compared; None if the validation tokens are the same."""
+    same_text, same_tokenizer, knows_all = _same_tokens(runs)
     if not same_text:
         return (
             "the validation texts differ, so that neither perplexity nor bits per byte can be compared; raylm evaluate "
             "MODEL --text FILE scores any model on the same text"
         )
-    if not same_tokenizer and any(each["validation"].get("unknown_tokens") for each in manifests if each):
+    if not same_tokenizer and not knows_all:
         return (
             "the tokenizers differ, and of the validation text some tokens are unknown to one of them, so that neither "
             "perplexity nor bits per byte can be compared"

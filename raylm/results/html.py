@@ -12,8 +12,8 @@ from typing import Any
 from raylm import console, storage, tracking
 from raylm import sweep as sweeps
 from raylm.redaction import redacted
-from raylm.results import figures, trial_table
-from raylm.results.sweep import EXPERIMENT, SweepResults, read, scored_on
+from raylm.results import figures, several, trial_table
+from raylm.results.sweep import EXPERIMENT, SweepResults, read, repeat_command, scored_on
 
 
 def build(directory: str) -> str:
@@ -32,6 +32,43 @@ def write(results: SweepResults) -> str:
             storage.write(f"{results.directory}/report/{name}.png", image)
         storage.write(path, page(results, built, images).encode(errors="backslashreplace"))
     return path
+
+
+def write_several(compared: several.SeveralSweeps) -> str:
+    """Write the report of several sweeps, beside that of the first; the path of its page."""
+    directory = compared.sweeps[0].directory
+    path = f"{directory}/report/compared.html"
+    names = [escape(results.name) for results in compared.sweeps]
+    warnings = "".join(f"<p class=failure>{escape(warning)}</p>" for warning in compared.warnings)
+    parts = [
+        f"<h1>{' and '.join(names)}</h1>",
+        f"<div class=answer><p>{escape(compared.answer)}</p></div>{warnings}",
+        "<h2>What changed</h2>",
+        _table(["", *names], [[name, *map(_cell, values)] for name, values in compared.changes().items()], left=1),
+    ]
+    if compared.trials:
+        headings, rows = several.cells(compared)
+        parts += [f"<h2>Trials at {compared.equal_tokens:,} training tokens</h2>", _table(headings, rows, left=3)]
+    body = HTML.format(title=" and ".join(names), style=STYLE, body="\n".join(parts), scripts="")
+    with storage.reached(directory):
+        storage.write(path, body.encode(errors="backslashreplace"))
+    return path
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else console.format_number(value)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """A table whose first `left` columns are texts and the others numbers."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=number' * (at >= left)}>{escape(cell)}</{tag}>" for at, cell in enumerate(cells)
+        )
+
+    lines = [line("th", headings), *(line("td", row) for row in rows)]
+    return f"<div class=wide><table class=trials>{''.join(f'<tr>{each}</tr>' for each in lines)}</table></div>"
 
 
 def page(results: SweepResults, built: Sequence[figures.Figure | figures.Omitted], images: Mapping[str, bytes]) -> str:
@@ -82,7 +119,7 @@ def _answer(results: SweepResults) -> str:
         "best trial": trial.trial_id,
         **{figures.short_name(key): value for key, value in trial.settings.items()},
         "model": best.checkpoint,
-        "repeat it": results.command(trial),
+        "repeat it": repeat_command(results.directory, trial),
     }
     return (
         f"<div class=answer><p><b>{best.perplexity:.2f}</b> {console.label(results.measure)} "
@@ -103,23 +140,35 @@ def _section(figure: figures.Figure | figures.Omitted, images: Mapping[str, byte
 
 
 def _trials(results: SweepResults) -> str:
-    """The ranked table, with the reason of each failure and the command that repeats each trial."""
+    """The ranked table; below each trial why it failed, if it did, and the command that repeats it."""
     rows = results.trials
     columns = trial_table.columns(rows, console.label(results.measure), results.data.swept)
-    numbers = [column for name, column in columns.items() if column.justify == "right" and name != "rank"]
-    headings = "".join(f"<th class=number>{escape(column.heading)}</th>" for column in numbers)
-    lines = [f"<tr><th></th><th>trial</th>{headings}<th>status</th><th>repeat it</th></tr>"]
+    swept = set(results.data.swept)
+    costs = {
+        "best at tokens": [row.best_tokens for row in rows],
+        "seconds": [None if row.seconds is None else round(row.seconds) for row in rows],
+        "parameters": [row.parameters for row in rows],
+    }
+    numbers = {name: column for name, column in columns.items() if column.justify == "right" and name != "rank"}
+    cells = {column.heading: column.cells for name, column in numbers.items() if name not in swept}
+    for heading, values in costs.items():
+        if heading not in cells and any(value is not None for value in values):
+            cells[heading] = ["-" if value is None else console.format_number(value) for value in values]
+    cells |= {column.heading: column.cells for name, column in numbers.items() if name in swept}
+    headings = "".join(f"<th class=number>{escape(heading)}</th>" for heading in cells)
+    lines = [f"<tr><th></th><th>trial</th>{headings}<th>status</th></tr>"]
     for number, row in enumerate(rows):
         trial_id, rank, status = (escape(columns[name].cells[number]) for name in ("trial_id", "rank", "status"))
-        notes = [escape(row.failure)] if row.failure else []
-        notes += ["on the Pareto front"] if row.pareto else []
-        lines.append(
-            f'<tr data-trial="{trial_id}"><td class=number>{rank}</td><td>{trial_id}</td>'
-            + "".join(f"<td class=number>{escape(column.cells[number])}</td>" for column in numbers)
-            + f"<td class=status>{status}{''.join(f'<br><small>{note}</small>' for note in notes)}</td>"
-            + f"<td><details><summary>command</summary><code>{escape(row.repeat or '')}</code></details></td></tr>"
-        )
-    return "<table class=trials>" + "\n".join(lines) + "</table>"
+        figures_of_row = "".join(f"<td class=number>{escape(column[number])}</td>" for column in cells.values())
+        status += "<br><small>on the Pareto front</small>" * bool(row.pareto)
+        failure = f"<div class=failure>{escape(row.failure)}</div>" if row.failure else ""
+        command = f"<details><summary>repeat it</summary><code>{escape(row.repeat or '')}</code></details>"
+        lines += [
+            f'<tr data-trial="{trial_id}"><td class=number>{rank}</td><td>{trial_id}</td>',
+            f"{figures_of_row}<td>{status}</td></tr>",
+            f'<tr class=more><td></td><td colspan="{len(cells) + 2}"><div>{failure}{command}</div></td></tr>',
+        ]
+    return f"<div class=wide><table class=trials>{''.join(lines)}</table></div>"
 
 
 def _about(results: SweepResults) -> dict[str, Any]:
@@ -190,10 +239,13 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin: 2em 0 .3em; }
 .caption, small { color: #555; } img { max-width: 100%; }
 table { border-collapse: collapse; } th { text-align: left; font-weight: 600; vertical-align: top; }
 .facts th { padding-right: 1.5em; white-space: nowrap; } .facts td { overflow-wrap: anywhere; }
-.trials { font-size: .93em; display: block; overflow-x: auto; }
-.trials td, .trials th { padding: .25em .7em; vertical-align: top; border-bottom: 1px solid #ddd; }
-.trials .number { text-align: right; } .trials .status { overflow-wrap: anywhere; min-width: 14em; }
-.trials details { min-width: 9em; } .trials details[open] { min-width: 24em; }
+.wide { overflow-x: auto; }
+.trials { font-size: .93em; font-variant-numeric: tabular-nums; }
+.trials td, .trials th { padding: .25em .7em; vertical-align: top; white-space: nowrap; }
+.trials th { border-bottom: 1px solid #999; } .trials .number { text-align: right; }
+.trials .more td { padding-top: 0; border-bottom: 1px solid #ddd; white-space: normal; }
+.trials .more div { position: sticky; left: 0; max-width: 68em; overflow-wrap: anywhere; }
+.trials summary { color: #555; font-size: .9em; cursor: pointer; } .failure { color: #a00; }
 code { user-select: all; font-size: .92em; overflow-wrap: anywhere; }
 .chosen { background: #fdeee2; }
 """

@@ -1,4 +1,4 @@
-"""Runs and sweeps found by their directory or, below the default storage, by their name; and what became of each."""
+"""Runs and sweeps found by their directory, name or experiment's name; and what became of each."""
 
 from __future__ import annotations
 
@@ -13,29 +13,44 @@ from raylm.config import DEFAULT_STORAGE
 from raylm.console import command
 from raylm.errors import StorageError
 from raylm.sweep.record import EVENTS, SweepRecord
+from raylm.tracking import journal
 
 MOST_NAMES = 10
 """Names that an error suggests at most."""
 
 
-def find(run: str) -> str:
-    """The directory of a run or sweep, given as a directory or by its name; StorageError if there is none."""
+KINDS = ("train-", "tune-")
+"""How the names of the directories of runs and of sweeps start."""
+
+
+def find(run: str, kinds: tuple[str, ...] = KINDS) -> str:
+    """The directory of a run or sweep; StorageError if there is none.
+
+    It is given as a directory, by its name, or by the experiment's name, which is that of the newest one of `kinds`.
+    """
     if storage.is_remote(run):
         return run.rstrip("/")
-    if os.path.isdir(run):
+    if os.path.isdir(run) and ({EVENTS, journal.RUN_FILE, "config.json"} & set(storage.names(run))):
         return os.path.abspath(run)
     matches = [directory for directory in _runs_below(DEFAULT_STORAGE) if directory.rpartition("/")[2] == run]
     if len(matches) > 1:
         raise StorageError(f"{run} is the name of {' and of '.join(matches)}; give the directory", run)
-    if not matches:
-        suggestion = suggestions(DEFAULT_STORAGE)
-        raise StorageError(f"{run} is no directory, and no name under {DEFAULT_STORAGE}/*/ here; {suggestion}", run)
-    return os.path.abspath(matches[0])
+    runs = _runs_below(f"{DEFAULT_STORAGE}/{run}")
+    matches += [directory for directory in runs if directory.rpartition("/")[2].startswith(kinds)]
+    if matches:
+        return os.path.abspath(matches[0])
+    if os.path.isdir(run):  # whoever reads it says what it lacks
+        return os.path.abspath(run)
+    raise StorageError(
+        f"{run} is no directory, no name under {DEFAULT_STORAGE}/*/ here, and no experiment there; "
+        f"{suggestions(DEFAULT_STORAGE)}",
+        run,
+    )
 
 
 def find_sweep(sweep: str) -> str:
-    """The directory of a sweep, given as a directory or by its name; StorageError if it is none."""
-    directory = find(sweep)
+    """The directory of a sweep, given as `find` takes it; StorageError if it is none."""
+    directory = find(sweep, ("tune-",))
     if not is_sweep(directory):
         raise StorageError(f"{sweep} is not a sweep; {suggestions(directory)}", sweep)
     return directory

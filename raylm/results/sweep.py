@@ -36,6 +36,8 @@ class BestTrial:
     checkpoint: str | None
     """The exported model; None while the sweep has not finished."""
     scored_on: str
+    settings: Mapping[str, Any]
+    """Swept dotted key -> value."""
 
     def record(self, measure: str) -> dict[str, Any]:
         """The best trial for --json; the score stands under its own name."""
@@ -45,6 +47,7 @@ class BestTrial:
             "bits_per_byte": self.bits_per_byte,
             "checkpoint": self.checkpoint,
             "scored_on": self.scored_on,
+            "settings": self.settings,
         }
 
 
@@ -80,10 +83,17 @@ class SweepResults:
         trial = self.data.ranked[0]
         final = self.result.get("best")
         if final is None:
-            return BestTrial(trial.trial_id, **self.scores(trial), checkpoint=None, scored_on=self.ranked_on)
-        scored_on = final.get("scored_on", WHOLE_SPLIT)
+            scores = self.scores(trial)
+            return BestTrial(
+                trial.trial_id, **scores, checkpoint=None, scored_on=self.ranked_on, settings=trial.settings
+            )
         return BestTrial(
-            trial.trial_id, final[self.measure], final["bits_per_byte"], final["checkpoint"], scored_on=scored_on
+            trial.trial_id,
+            final[self.measure],
+            final["bits_per_byte"],
+            final["checkpoint"],
+            scored_on=final.get("scored_on", WHOLE_SPLIT),
+            settings=trial.settings,
         )
 
     def scores(self, trial: Trial) -> dict[str, Any]:
@@ -112,16 +122,31 @@ class SweepResults:
             settings=trial.settings,
             best_tokens=trial.best_tokens,
             last_perplexity=trial.results[-1].get("perplexity") if trial.results else None,
-            weighed={name: record[name] for name in WEIGHED if name in record},
+            weighed={name: record[name] for name in WEIGHED if name in record and "pareto" in record},
             pareto=record.get("pareto"),
             failure=trial.failure,
-            repeat=self.command(trial),
+            repeat=repeat_command(self.directory, trial),
+            **measured(self.directory, trial),
+            checkpoint=record.get("checkpoint"),
+            mlflow_run_id=record.get("mlflow_run_id"),
         )
 
-    def command(self, trial: Trial) -> str:
-        """The command that trains with the trial's settings again."""
-        settings = [f"{key}={json.dumps(value)}" for key, value in trial.settings.items()]
-        return command("train", "--config", f"{self.directory}/{EXPERIMENT}", *settings)
+
+def repeat_command(directory: str, trial: Trial) -> str:
+    """The command that trains with the settings of a sweep's trial again."""
+    settings = [f"{key}={json.dumps(value)}" for key, value in trial.settings.items()]
+    return command("train", "--config", f"{directory}/{EXPERIMENT}", *settings)
+
+
+def measured(directory: str, trial: Trial) -> dict[str, Any]:
+    """What a sweep's trial cost: parameters, seconds, and best_step; None where that is not known."""
+    size = tracking.Run(f"{directory}/{trial.trial_id}").tags().get(tracking.PARAMETERS_TAG)
+    last = trial.results[-1] if trial.results else {}
+    return {
+        "parameters": None if size is None else int(size),
+        "seconds": last.get("seconds"),
+        "best_step": last.get("best_step"),
+    }
 
 
 def read(directory: str) -> SweepResults:

@@ -47,12 +47,20 @@ class TrialRow:
     failure: str | None = None
     repeat: str | None = None
     """The command that trains with the same settings."""
+    parameters: int | None = None
+    """The size of its model."""
+    seconds: float | None = None
+    """Run time up to its last evaluation."""
+    checkpoint: str | None = None
+    """Its best checkpoint; None while the sweep has not finished."""
+    best_step: int | None = None
+    mlflow_run_id: str | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TrialRow:
         """The row of a trial in the result of a sweep, where the score is called perplexity."""
         names = cls.__dataclass_fields__.keys() & record.keys()
-        weighed = {name: record[name] for name in WEIGHED if name in record}
+        weighed = {name: record[name] for name in WEIGHED if name in record and "pareto" in record}
         return cls(**{name: record[name] for name in names}, weighed=weighed)
 
     def record(self, measure: str) -> dict[str, Any]:
@@ -62,6 +70,8 @@ class TrialRow:
             "status": self.status,
             measure: self.perplexity,
             "bits_per_byte": self.bits_per_byte,
+            "parameters": self.parameters,
+            "seconds": self.seconds,
             **self.weighed,
             **({} if self.pareto is None else {"pareto": self.pareto}),
             "tokens": self.tokens,
@@ -70,6 +80,9 @@ class TrialRow:
             "settings": self.settings,
             "failure": self.failure,
             "repeat": self.repeat,
+            "checkpoint": self.checkpoint,
+            "best_step": self.best_step,
+            "mlflow_run_id": self.mlflow_run_id,
         }
 
     @property

@@ -127,11 +127,13 @@ class SweepData:
     @cached_property
     def compared(self) -> list[tuple[Trial, float]]:
         """The trials that have a score by `equal_tokens`, with the best one by then; the best trial first."""
+        return self.at(self.equal_tokens, self.metric)
+
+    def at(self, tokens: int, metric: str) -> list[tuple[Trial, float]]:
+        """The trials that have a score by so many training tokens, with the best one by then; the best trial first."""
         pairs = []
         for trial, _ in self.scored:
-            scores = [
-                result[f"best_{self.metric}"] for result in trial.results if result["tokens"] <= self.equal_tokens
-            ]
+            scores = [result[f"best_{metric}"] for result in trial.results if result["tokens"] <= tokens]
             if scores and math.isfinite(scores[-1]):
                 pairs.append((trial, scores[-1]))
         return sorted(pairs, key=lambda pair: pair[1])
