@@ -96,7 +96,7 @@ def encode(texts: list[str], directory: Path) -> float:
 def prepare(corpus: CorpusConfig, section: TokenizerConfig, storage: Path) -> tuple[float, dict[str, Any]]:
     """Million tokens a second of the whole way from files to store, and the store's manifest."""
     start = time.perf_counter()
-    store, _ = tokens.prepare(corpus, section, storage=str(storage))
+    store, _ = tokens.prepare(corpus, section, storage=str(storage), sources=list_sources(corpus))
     seconds = time.perf_counter() - start
     shutil.rmtree(storage)
     return (store.train.num_tokens + store.validation.num_tokens) / seconds / 1e6, store.manifest

@@ -1,4 +1,4 @@
-"""The language model: pretrained, or new from a configuration; all of it trained, or low-rank updates."""
+"""The language model: pretrained or new from a configuration; trained entirely or by low-rank updates."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from raylm.config.sections import Lora
 
 ADAPTER = "lora.safetensors"
-"""In a checkpoint, the low-rank updates alone, to go on training from; the model beside them has them merged."""
+"""The low-rank updates in a checkpoint, from which training resumes; the checkpoint's model has them merged."""
 
 AFTER_PADDING = frozenset(
     "camembert data2vec-text esm ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
     "xmod".split()
 )
-"""Types of models whose first token has the position after the padding token's id, as in fairseq: the positions up to
-that one are in the table, and no token can have them."""
+"""Model types in which positions start after the padding token's id, as in fairseq: the earlier rows of the position
+table are unused."""
 
 
 def configuration(
@@ -46,7 +46,7 @@ def configuration(
 ) -> PreTrainedConfig:
     """The model's transformers configuration, checked against vocabulary, blocks and objective; no weights are made.
 
-    A new model gets the tokenizer's vocabulary, and block_size positions unless model.config says how many.
+    A new model has the tokenizer's vocabulary, and block_size positions unless model.config has another number.
     """
     if section.path is not None:
         found = pretrained_configuration(section)
@@ -83,9 +83,9 @@ def configuration(
 
 
 def num_ids(section: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many ids the model has to know: of a new one all of the tokenizer's, of a pretrained one those in a text.
+    """The rows that the embedding must have: for all ids of the tokenizer if the model is new, else for those of text.
 
-    Gemma 3's tokenizer has a token for images behind the last row of the text models' embedding.
+    Gemma 3's tokenizer has an image token beyond the last row of the text models' embedding.
     """
     if section.path is None:
         return len(tokenizer)
@@ -93,13 +93,13 @@ def num_ids(section: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def ids_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that a document's text may have, ascending."""
+    """The ids that text can have, ascending."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted({*tokenizer.get_vocab().values()} - special)
 
 
 def config_of(experiment: Experiment, vocab_size: int = 0) -> PreTrainedConfig:
-    """The configuration of an experiment's model, whose weights are there if it is a pretrained one."""
+    """The configuration of an experiment's model; ConfigError if a pretrained model has no weights."""
     _check_weights(experiment.model)
     return configuration(
         experiment.model,
@@ -171,7 +171,7 @@ def context(found: PreTrainedConfig) -> int | None:
 
 
 def _positions_before(kind: str, pad_id: int | None) -> int:
-    """Positions that the first token does not reach."""
+    """Unused positions before the first token."""
     if kind not in AFTER_PADDING:
         return 0
     return 2 if kind == "mpnet" else (pad_id or 0) + 1  # mpnet: whatever its padding token is
@@ -182,7 +182,7 @@ def _name_of_positions(kind: type[PreTrainedConfig]) -> str:
 
 
 def is_masked(found: PreTrainedConfig) -> bool:
-    """Whether a saved model was made to fill in tokens."""
+    """Whether a saved model is a masked language model."""
     return any(name.endswith("ForMaskedLM") for name in found.architectures or ())
 
 
@@ -195,10 +195,10 @@ def _rounded_up(size: int, multiple: int) -> int:
 
 
 def options(section: ModelConfig) -> dict[str, Any]:
-    """How the weights at model.path are loaded."""
+    """Arguments of from_pretrained for the weights at model.path."""
     if section.gguf_file is None:
         return _options(section)
-    # Without GgufConfig the weights stay packed: such a model can be neither trained nor saved.
+    # Without GgufConfig the weights stay quantized, and the model can be neither trained nor saved.
     return {**_options(section), "gguf_file": section.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
 
 
@@ -292,7 +292,7 @@ def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id
 
 
 def _check_direction(found: PreTrainedConfig, masked: bool) -> None:
-    """Refuse before Ray starts what the type alone tells. What a model sees when it runs, the probe finds out."""
+    """ConfigError if the model's type does not fit the objective. The rest is checked by the probe."""
     kind = type(found)
     if masked and kind not in MODEL_FOR_MASKED_LM_MAPPING:
         raise ConfigError(
@@ -300,7 +300,7 @@ def _check_direction(found: PreTrainedConfig, masked: bool) -> None:
             "take a model such as bert, modernbert or deberta-v2, or objective.kind=causal",
             where="objective.kind",
         )
-    # BART's kin fill masks with both their halves, and as causal models are the decoder alone.
+    # BART and its relatives fill masks as encoder-decoders, and are causal as decoders alone.
     is_decoder = found.is_encoder_decoder or getattr(found, "is_decoder", False)
     if not masked and kind in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
         raise ConfigError(
@@ -313,7 +313,7 @@ def _check_direction(found: PreTrainedConfig, masked: bool) -> None:
 
 
 def _learn_padding(network: PreTrainedModel, eos_id: int, *, new: bool) -> None:
-    """Let the end-of-text token be learned where it is the padding token too: some embeddings keep that one at zero."""
+    """Train the embedding of the end-of-text token if it is also the padding token, which some models keep at zero."""
     embedding = network.get_input_embeddings()
     if getattr(embedding, "padding_idx", None) != eos_id:
         return
@@ -327,7 +327,7 @@ def _learn_padding(network: PreTrainedModel, eos_id: int, *, new: bool) -> None:
 
 
 def _add_updates(network: PreTrainedModel, section: Lora) -> None:
-    """Put updates beside the layers, in place: the class stays, and nothing else is trained."""
+    """Add updates to the layers in place: the model's class stays the same, and only the updates are trained."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -352,14 +352,14 @@ def _add_updates(network: PreTrainedModel, section: Lora) -> None:
         ) from None
     ends = network.get_input_embeddings(), network.get_output_embeddings()
     if any(isinstance(layer, BaseTunerLayer) for layer in ends):
-        # Merged, the two are no longer one: transformers 5 sees both in the file, others go by the configuration.
+        # Merged, they are no longer tied: transformers 5 finds both in the file, other libraries use the configuration.
         network.config.tie_word_embeddings = False
 
 
 def merged_state_dict(network: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights with the updates added to them, under the names that they have without.
+    """The weights with the updates merged, under the names of a model without updates.
 
-    Computed beside the model, which stays as it is: adding and taking away again would round.
+    Computed on copies, because merging into the model and unmerging would round.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -390,12 +390,12 @@ def load_updates(network: PreTrainedModel, directory: str | Path) -> None:
 
 
 def set_up_torch(cpus: float) -> None:
-    """As many torch threads as the process was given CPUs: Ray leaves one, and a machine's default is all."""
+    """Set torch's threads to the CPUs of this process: Ray sets one, and the default is all of the machine."""
     torch.set_num_threads(max(1, int(cpus)))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def device(use_gpu: bool | None = None) -> torch.device:
-    """This process's GPU, if it has one (a worker of Ray sees only its own) and may use it; else the CPU."""
+    """This process's GPU if it has one and may use it, else the CPU. A worker of Ray sees only its own GPU."""
     return torch.device("cuda" if use_gpu is not False and torch.cuda.is_available() else "cpu")

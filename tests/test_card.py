@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, pipe
 
 from raylm import checkpoint, config, evaluate, export, perplexity, tokens
 from raylm.config import CorpusConfig, TokenizerConfig, TrainedTokenizer
+from raylm.corpus import list_sources
 from raylm.errors import StorageError
 from raylm.tokens import write
 
@@ -272,7 +273,7 @@ def test_an_exported_model_is_a_plain_directory_that_scores_the_same(tmp_path, m
         (tmp_path / f"{number}.txt").write_text(f"document {number} says hello " * 4)
     corpus = CorpusConfig(paths=f"{tmp_path}/*.txt", validation_fraction=0.5)
     tokenizer = TokenizerConfig(train=TrainedTokenizer(vocab_size=260))
-    store, _ = tokens.prepare(corpus, tokenizer, storage=str(tmp_path))
+    store, _ = tokens.prepare(corpus, tokenizer, storage=str(tmp_path), sources=list_sources(corpus))
     sizes = {"vocab_size": 260, "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 64}
     network = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
     how = {"frame": store.frame("auto"), "context": 64, "stride": None, "batch_tokens": 256}

@@ -716,7 +716,7 @@ def test_a_step_that_does_not_fit_is_done_in_smaller_pieces(tiny, ray_cluster, w
     with cluster.progress_channel(lambda value: None, said.append) as channel:
         outcome, _ = with_patch(patch, experiment, channel)
     assert outcome.step == 4, "the same steps of the same tokens"
-    assert [message.split("; ")[1] for message in said] == ["going on with 64, and 256 a step as before"]
+    assert [message.split("; ")[1] for message in said] == ["resuming with 64, and 256 a step as before"]
 
 
 def test_one_block_that_does_not_fit_is_an_error_that_names_it(tiny, with_patch):

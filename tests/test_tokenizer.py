@@ -435,7 +435,7 @@ from raylm.config import CorpusConfig, TokenizerConfig
 section = TokenizerConfig(path="org/model", revision=sys.argv[1] or None)
 if "load" in sys.argv:
     tokenizer.load_section(section)
-print(tokens.fingerprint(CorpusConfig(paths="/etc/hostname"), section), json.dumps(tokenizer.fingerprint(section)))
+print(tokens.fingerprint(CorpusConfig(), section, []), json.dumps(tokenizer.fingerprint(section)))
 """
 
 

@@ -23,6 +23,14 @@ from raylm.tokens import write
 TOKENIZER = TokenizerConfig(train=TrainedTokenizer(vocab_size=300))
 
 
+def prepare(corpus, tokenizer, **options):
+    return tokens.prepare(corpus, tokenizer, sources=corpora.list_sources(corpus), **options)
+
+
+def fingerprint(corpus, tokenizer):
+    return tokens.fingerprint(corpus, tokenizer, corpora.list_sources(corpus))
+
+
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
@@ -63,7 +71,7 @@ def small_shards(monkeypatch, corpus, num_bytes):
 
 def test_a_store_gives_back_every_document(corpus, tmp_path):
     seen = []
-    store, reused = tokens.prepare(
+    store, reused = prepare(
         corpus, TOKENIZER, storage=str(tmp_path), progress=lambda done, total: seen.append((done, total))
     )
     assert not reused
@@ -85,7 +93,7 @@ def test_text_that_spells_a_special_token_is_text_and_is_counted(tmp_path):
     (tmp_path / "page.txt").write_text("GPT-2 ends a text with <|endoftext|>, as in a.<|endoftext|>b.")
     (tmp_path / "other.txt").write_text("and the others with </s>")
     corpus = CorpusConfig(paths=f"{tmp_path}/*.txt", validation_fraction=0)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     assert not any(store.tokenizer.eos_token_id in ids for ids in store.train)
     assert {store.tokenizer.decode(ids) for ids in store.train} == {path.read_text() for path in tmp_path.glob("*.txt")}
     assert store.manifest["ledger"]["spell a special token"] == 1
@@ -98,11 +106,11 @@ def test_unknown_tokens_are_counted_of_each_split(tmp_path):
     (tmp_path / "b.txt").write_text("hello 東 京 hello")
     section = TokenizerConfig(train=TrainedTokenizer(kind="wordpiece", vocab_size=300))
     first = CorpusConfig(paths=f"{tmp_path}/a.txt", validation_fraction=0)
-    known, _ = tokens.prepare(first, section, storage=str(tmp_path))
+    known, _ = prepare(first, section, storage=str(tmp_path))
     assert (known.train.unknown_tokens, tokens.warnings(known)) == (0, [])
     section = TokenizerConfig(path=f"{known.path}/tokenizer")
     corpus = first.model_copy(update={"validation_paths": (f"{tmp_path}/b.txt",)})
-    store, _ = tokens.prepare(corpus, section, storage=str(tmp_path))
+    store, _ = prepare(corpus, section, storage=str(tmp_path))
     assert (store.train.unknown_tokens, store.validation.unknown_tokens) == (0, 2)
     assert store.manifest["validation"]["unknown_tokens"] == 2
     (warning,) = tokens.warnings(store)
@@ -110,14 +118,14 @@ def test_unknown_tokens_are_counted_of_each_split(tmp_path):
 
 
 def test_documents_are_views_of_the_file(corpus, tmp_path):
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     assert store.train[0].dtype == np.uint16
     assert not store.train[0].flags.owndata
     assert np.shares_memory(store.train[0], store.train.arrays(0)[0])
 
 
 def test_shards_are_plain_arrow(corpus, tmp_path):
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     table = pa.ipc.open_file(os.path.join(store.path, "train", "shard-00000.arrow")).read_all()
     assert table.schema.names == ["tokens", "num_bytes", "doc_id", "source"]
     assert table.num_rows == len(store.train)
@@ -125,23 +133,23 @@ def test_shards_are_plain_arrow(corpus, tmp_path):
 
 
 def test_the_second_time_it_is_there_already(corpus, tmp_path):
-    first, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
-    again, reused = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    first, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    again, reused = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     assert reused
-    assert again.path == first.path == tokens.store_path(str(tmp_path), corpus, TOKENIZER)
+    assert again.path == first.path == tokens.store_path(str(tmp_path), corpus, TOKENIZER, corpora.list_sources(corpus))
 
 
 def test_a_changed_file_or_setting_is_another_store(corpus, tmp_path):
-    first = tokens.fingerprint(corpus, TOKENIZER)
-    assert tokens.fingerprint(corpus, TOKENIZER) == first
-    assert tokens.fingerprint(corpus.model_copy(update={"keep_any": ("hello",)}), TOKENIZER) != first
+    first = fingerprint(corpus, TOKENIZER)
+    assert fingerprint(corpus, TOKENIZER) == first
+    assert fingerprint(corpus.model_copy(update={"keep_any": ("hello",)}), TOKENIZER) != first
     (tmp_path / "corpus" / "00.txt").write_text("changed")
-    assert tokens.fingerprint(corpus, TOKENIZER) != first
+    assert fingerprint(corpus, TOKENIZER) != first
 
 
 def test_a_killed_run_resumes_where_it_stopped(corpus, tmp_path, monkeypatch):
     small_shards(monkeypatch, corpus, 2000)
-    whole, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "whole"))
+    whole, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path / "whole"))
 
     each, done = write._each, []
 
@@ -153,8 +161,8 @@ def test_a_killed_run_resumes_where_it_stopped(corpus, tmp_path, monkeypatch):
 
     monkeypatch.setattr(write, "_each", killed)
     with pytest.raises(KeyboardInterrupt):
-        tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "torn"))
-    path = tokens.store_path(str(tmp_path / "torn"), corpus, TOKENIZER)
+        prepare(corpus, TOKENIZER, storage=str(tmp_path / "torn"))
+    path = tokens.store_path(str(tmp_path / "torn"), corpus, TOKENIZER, corpora.list_sources(corpus))
     assert not tokens.is_store(path)
     assert len(done) == 3
 
@@ -162,7 +170,7 @@ def test_a_killed_run_resumes_where_it_stopped(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(
         write, "_each", lambda function, numbered: (redone.append(item[0]) or function(*item) for item in numbered)
     )
-    again, reused = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "torn"))
+    again, reused = prepare(corpus, TOKENIZER, storage=str(tmp_path / "torn"))
     assert not reused
     assert min(redone) == 3
     assert contents(again.path) == contents(whole.path)
@@ -170,16 +178,16 @@ def test_a_killed_run_resumes_where_it_stopped(corpus, tmp_path, monkeypatch):
 
 def test_the_first_documents_are_the_same_ones_however_they_are_cut(corpus, tmp_path, monkeypatch):
     few = corpus.model_copy(update={"max_documents": 7})
-    first, _ = tokens.prepare(few, TOKENIZER, storage=str(tmp_path / "one"))
+    first, _ = prepare(few, TOKENIZER, storage=str(tmp_path / "one"))
     assert len(first.train) + len(first.validation) == 7
     small_shards(monkeypatch, corpus, 500)
-    second, _ = tokens.prepare(few, TOKENIZER, storage=str(tmp_path / "many"))
+    second, _ = prepare(few, TOKENIZER, storage=str(tmp_path / "many"))
     assert [ids.tolist() for ids in first.train] == [ids.tolist() for ids in second.train]
 
 
 def test_blocks_of_a_store_are_its_joined_documents(corpus, tmp_path, monkeypatch):
     small_shards(monkeypatch, corpus, 2000)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     joined = [token for ids in store.train for token in (*ids.tolist(), store.frame("auto").end)]
     blocks = Packed(store.train, BlocksConfig(block_size=32), store.frame("auto"))
     assert len(blocks) == len(joined) // 32
@@ -188,10 +196,10 @@ def test_blocks_of_a_store_are_its_joined_documents(corpus, tmp_path, monkeypatc
 
 def test_a_shard_of_very_many_tokens_has_several_files(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_each", one_by_one)
-    whole, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "whole"))
+    whole, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path / "whole"))
     monkeypatch.setattr("raylm.tokens.shard.MOST_TOKENS", 2000)
     monkeypatch.setattr("raylm.tokenizer.BATCH", 4)
-    several, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "several"))
+    several, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path / "several"))
     names = [file["file"] for file in several.manifest["train"]["shards"]]
     assert names[:2] == ["train/shard-00000.arrow", "train/shard-00000-001.arrow"]
     assert len(names) > 2
@@ -203,7 +211,7 @@ def test_a_shard_of_very_many_tokens_has_several_files(corpus, tmp_path, monkeyp
 
 
 def test_a_store_travels_by_its_path(corpus, tmp_path):
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     blocks = Packed(store.train, BlocksConfig(block_size=32), store.frame("auto"))
     blocks[0]
     sent = pickle.dumps(blocks)
@@ -216,7 +224,7 @@ def test_a_bad_file_fails_by_name_and_leaves_no_store(corpus, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     corpus = corpus.model_copy(update={"paths": (*corpus.paths, f"{tmp_path}/bad.txt")})
     with pytest.raises(DataError, match=r"bad\.txt: byte 3: invalid UTF-8"):
-        tokens.prepare(corpus, TokenizerConfig(path=str(_tokenizer(tmp_path))), storage=str(tmp_path))
+        prepare(corpus, TokenizerConfig(path=str(_tokenizer(tmp_path))), storage=str(tmp_path))
     assert not list(tmp_path.glob("tokens/*/manifest.json"))
 
 
@@ -240,9 +248,9 @@ def test_the_same_bytes_from_any_number_of_tasks(corpus, tmp_path, monkeypatch, 
     """Tasks of 2, 1 and half a CPU on two CPUs: one, two and four at a time."""
     small_shards(monkeypatch, corpus, 2000)
     monkeypatch.setattr(write, "TASK_CPUS", 2 / num_tasks)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "some"))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path / "some"))
     monkeypatch.setattr(write, "_each", one_by_one)
-    expected, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "one"))
+    expected, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path / "one"))
     assert contents(store.path) == contents(expected.path)
 
 
@@ -250,18 +258,18 @@ def test_two_writers_of_one_store_do_not_harm_each_other(corpus, tmp_path, monke
     """The second starts and ends while the first is between two shards."""
     small_shards(monkeypatch, corpus, 2000)
     monkeypatch.setattr(write, "_each", one_by_one)
-    expected, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "alone"))
+    expected, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path / "alone"))
     others = []
 
     def interrupted(function, numbered):
         for index, item in enumerate(numbered):
             if index == 2:
                 monkeypatch.setattr(write, "_each", one_by_one)
-                others.append(tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "both")))
+                others.append(prepare(corpus, TOKENIZER, storage=str(tmp_path / "both")))
             yield function(*item)
 
     monkeypatch.setattr(write, "_each", interrupted)
-    store, reused = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "both"))
+    store, reused = prepare(corpus, TOKENIZER, storage=str(tmp_path / "both"))
     assert not reused
     assert not others[0][1]
     assert contents(store.path) == contents(expected.path)
@@ -273,20 +281,20 @@ def test_a_remote_store_is_the_same_store(corpus, tmp_path, monkeypatch):
     (tmp_path / "node").mkdir()
     small_shards(monkeypatch, corpus, 2000)
     monkeypatch.setattr(write, "_each", one_by_one)
-    local, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path / "local"))
-    remote, reused = tokens.prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")
+    local, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path / "local"))
+    remote, reused = prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")
     assert not reused
     assert remote.path.startswith("file://")
     assert contents(remote.path.removeprefix("file://")) == contents(local.path)
     assert [ids.tolist() for ids in remote.train] == [ids.tolist() for ids in local.train]
     assert remote.frame("auto") == local.frame("auto")
     assert tokens.verify(remote) == []
-    assert tokens.prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")[1]
+    assert prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")[1]
 
 
 def test_verify_finds_every_change_of_a_file(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_each", one_by_one)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     assert tokens.verify(store) == []
     shard = tmp_path / "tokens" / store.fingerprint / "train" / "shard-00000.arrow"
     content = shard.read_bytes()
@@ -308,7 +316,7 @@ def test_a_store_that_lacks_a_file_is_named_where_it_is_opened_and_written_again
     monkeypatch.setattr(write, "_each", one_by_one)
     small_shards(monkeypatch, corpus, 20_000)
     storage = uri.format(tmp_path)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=storage)
+    store, _ = prepare(corpus, TOKENIZER, storage=storage)
     path = Path(store.path.removeprefix("file://"))
     assert tokens.damage(store.path) == []
     before = contents(path)
@@ -325,7 +333,7 @@ def test_a_store_that_lacks_a_file_is_named_where_it_is_opened_and_written_again
         ):
             tokens.open_store(store.path)
         capfd.readouterr()
-        again, reused = tokens.prepare(corpus, TOKENIZER, storage=storage)
+        again, reused = prepare(corpus, TOKENIZER, storage=storage)
         assert (again.path, reused) == (store.path, False)
         assert f"{store.path} is damaged: {fault}; it is written again" in capfd.readouterr().err
         assert contents(path) == before
@@ -333,19 +341,19 @@ def test_a_store_that_lacks_a_file_is_named_where_it_is_opened_and_written_again
 
 def test_a_manifest_that_is_none_is_written_again(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_each", one_by_one)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     manifest = Path(store.path) / "manifest.json"
     before = manifest.read_bytes()
     manifest.write_bytes(before[:100])
     with pytest.raises(DataError, match=r"manifest.json is damaged; remove .* and run raylm prepare"):
         tokens.open_store(store.path)
-    assert tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))[1] is False
+    assert prepare(corpus, TOKENIZER, storage=str(tmp_path))[1] is False
     assert manifest.read_bytes() == before
 
 
 def test_a_shard_of_other_bytes_is_named_when_it_is_read(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_each", one_by_one)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     shard = Path(store.path) / "train" / "shard-00000.arrow"
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(DataError, match=rf"^{shard} cannot be read: .*; remove {store.path} and run raylm prepare"):
@@ -356,7 +364,7 @@ def test_a_copy_of_a_remote_store_that_lost_a_file_is_made_again(corpus, tmp_pat
     monkeypatch.setattr(write, "_each", one_by_one)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
     (tmp_path / "node").mkdir()
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")
+    store, _ = prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")
     copy = Path(tokens.local_copy(store.path))
     (copy / "train" / "shard-00000.arrow").unlink()
     tokens.store.local_copy.cache_clear()
@@ -373,7 +381,7 @@ def test_copies_of_remote_stores_are_their_users_alone(corpus, tmp_path, monkeyp
     monkeypatch.setattr(write, "_each", one_by_one)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
     (tmp_path / "node" / f"raylm-{os.getuid()}").mkdir(parents=True, mode=0o755)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")
+    store, _ = prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")
     copy = Path(tokens.local_copy(store.path))
     for directory in (copy, *copy.parents[:3]):
         assert directory.stat().st_mode & 0o777 == 0o700
@@ -390,7 +398,7 @@ def test_a_read_that_fails_is_no_damage_of_a_store(corpus, tmp_path, monkeypatch
     monkeypatch.setattr(write, "_each", one_by_one)
     monkeypatch.setattr(storage.retries, "RETRIES_SECONDS", (0.01,))
     monkeypatch.setattr(storage.retries, "_last_failure", -storage.retries.PAUSE_SECONDS)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     failures, plain = [1, 2], pa.memory_map
 
     def memory_map(path):
@@ -408,18 +416,20 @@ def test_a_read_that_fails_is_no_damage_of_a_store(corpus, tmp_path, monkeypatch
 
 def test_input_that_changed_is_named_and_makes_another_store(corpus, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(write, "_each", one_by_one)
-    before, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
-    assert tokens.changed_inputs(before) == []
+    before, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    assert tokens.changed_inputs(before, corpora.list_sources(corpus)) == []
     directory = tmp_path / "corpus"
     (directory / "00.txt").write_text("another text")
     (directory / "01.txt").unlink()
     (directory / "99.txt").write_text("new")
-    assert [change.removeprefix(f"{directory}/") for change in tokens.changed_inputs(before)] == [
+    assert [
+        change.removeprefix(f"{directory}/") for change in tokens.changed_inputs(before, corpora.list_sources(corpus))
+    ] == [
         "00.txt: changed (37 -> 12 bytes)",
         "01.txt: removed",
         "99.txt: added",
     ]
-    after, reused = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    after, reused = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     assert not reused
     assert after.path != before.path
     said = capfd.readouterr().err
@@ -434,7 +444,7 @@ def test_figures_of_each_source(tmp_path, monkeypatch):
         (tmp_path / name / "1.txt").write_text(f"text of {name} " * 20)
         (tmp_path / name / "2.txt").write_text(f"more of {name} " * 30)
     corpus = CorpusConfig(paths=(f"{tmp_path}/a", f"{tmp_path}/b"), validation_fraction=0.5)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     figures = [{key: source[key] for key in ("documents", "bytes")} for source in store.manifest["sources"]]
     assert figures == [{"documents": 2, "bytes": 500}, {"documents": 2, "bytes": 500}]
     assert sum(source["tokens"] for source in store.manifest["sources"]) == (
@@ -446,7 +456,7 @@ def test_skipped_rows_are_listed_in_the_store(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_each", one_by_one)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": 5}\n' + b'{"text": "good too"}\n' * 9)
     corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl", on_bad_row="skip", validation_fraction=0)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     assert store.manifest["ledger"]["bad rows"] == 1
     assert json.loads(Path(store.path, "rejected.jsonl").read_text()) == {
         "file": f"{tmp_path}/a.jsonl",
@@ -459,7 +469,7 @@ def test_a_corpus_of_which_nothing_is_left_says_why(corpus, tmp_path, monkeypatc
     monkeypatch.setattr(write, "_each", one_by_one)
     nothing = corpus.model_copy(update={"keep_any": ("no such word",)})
     with pytest.raises(DataError, match=r"no document is left to train on.*filtered: keep_any: 40"):
-        tokens.prepare(nothing, TOKENIZER, storage=str(tmp_path))
+        prepare(nothing, TOKENIZER, storage=str(tmp_path))
 
 
 def test_odd_documents_and_very_long_ones(tmp_path, monkeypatch):
@@ -471,7 +481,7 @@ def test_odd_documents_and_very_long_ones(tmp_path, monkeypatch):
     rows = [long, *rng.choices("abcdefgh", k=10_000), *odd]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl", validation_fraction=0)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     assert len(store.train) == len(rows)
     assert store.tokenizer.decode(store.train[0]) == long
     assert "".join(store.tokenizer.decode(ids) for ids in (store.train[i] for i in range(1, 10_001))) == "".join(
@@ -482,7 +492,7 @@ def test_odd_documents_and_very_long_ones(tmp_path, monkeypatch):
 
 def test_files_are_encoded_without_a_store(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_each", one_by_one)
-    store, _ = tokens.prepare(corpus.model_copy(update={"validation_fraction": 0}), TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus.model_copy(update={"validation_fraction": 0}), TOKENIZER, storage=str(tmp_path))
     found = tokens.encode_files(corpus, corpora.list_sources(corpus), f"{store.path}/tokenizer")
     assert len(found) == len(store.train)
     assert all(found[i].tolist() == store.train[i].tolist() for i in range(len(found)))
@@ -505,7 +515,7 @@ def test_the_eli5_config_on_rows_of_the_same_shape(tmp_path, monkeypatch):
     file = Path(__file__).parents[1] / "configs" / "eli5_finetune.yaml"
     settings = [f"corpus.paths={tmp_path}/qa.jsonl", "corpus.validation_fraction=0"]
     experiment = config.load(file, [*settings, "tokenizer.train={vocab_size: 300}"])
-    store, _ = tokens.prepare(experiment.corpus, experiment.tokenizer, storage=str(tmp_path))
+    store, _ = prepare(experiment.corpus, experiment.tokenizer, storage=str(tmp_path))
     assert [store.tokenizer.decode(ids) for ids in store.train] == [
         "Question: Why is the sky blue?\nAnswer: Scattering.\n\nBlue bends.",
         "Question: Why is snow white?\nAnswer: It scatters all light.",
@@ -518,7 +528,7 @@ def test_the_code_config_on_what_is_installed(tmp_path, monkeypatch):
     file = Path(__file__).parents[1] / "configs" / "code_from_scratch.yaml"
     settings = ["corpus.paths=[python://matplotlib]", "tokenizer.train.vocab_size=1000"]
     experiment = config.load(file, settings)
-    store, _ = tokens.prepare(experiment.corpus, experiment.tokenizer, storage=str(tmp_path))
+    store, _ = prepare(experiment.corpus, experiment.tokenizer, storage=str(tmp_path))
     assert store.manifest["ledger"]["filtered: keep_any"] > 0
     texts = (store.tokenizer.decode(ids) for ids in store.train)
     assert all(any(word in text for word in experiment.corpus.keep_any) for text in texts)
@@ -535,6 +545,6 @@ def test_data_sets_reach_the_store_through_ray(tmp_path, source):
         (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         path = f"hub://{tmp_path}/data?split=train[5:]" if source == "hub" else f"hub://{tmp_path}/data?streaming=true"
     corpus = CorpusConfig(paths=path, validation_fraction=0)
-    store, _ = tokens.prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     expected = [row["text"] for row in rows][5 if source == "hub" else 0 :]
     assert [store.tokenizer.decode(ids) for ids in store.train] == expected

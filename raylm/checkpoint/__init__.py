@@ -14,10 +14,9 @@ from raylm.checkpoint.directory import (
     read_experiment,
     read_record,
 )
-from raylm.checkpoint.manager import MANIFEST, CheckpointManager
+from raylm.checkpoint.manager import CheckpointManager
 
 __all__ = [
-    "MANIFEST",
     "OF_TRAINING",
     "CheckpointManager",
     "TrainedModel",

@@ -9,7 +9,7 @@ progress       how far the workers are, their messages, and whether they must st
 submission     a command as a job of a cluster, by its dashboard
 """
 
-from raylm.cluster.address import Address, address_of, has_token, is_local, no_token, show_token, token_source
+from raylm.cluster.address import Address, address_of, is_local
 from raylm.cluster.capacity import Resources, cpus_here, plural_workers, resources, this_machine
 from raylm.cluster.connection import (
     DRIVER_ENVIRONMENT,
@@ -24,7 +24,6 @@ from raylm.cluster.connection import (
 from raylm.cluster.local_worker import LESS_MEMORY, MAY_PASS, WORKER_ENVIRONMENT, local_worker, start_worker_early
 from raylm.cluster.progress import (
     ProgressChannel,
-    SharedProgressChannel,
     handle_signals,
     interruption,
     progress_channel,
@@ -39,28 +38,23 @@ __all__ = [
     "Address",
     "ProgressChannel",
     "Resources",
-    "SharedProgressChannel",
     "address_of",
     "check_reachable",
     "connect",
     "cpus_here",
     "handle_signals",
-    "has_token",
     "interruption",
     "is_local",
     "local_worker",
-    "no_token",
     "on_nodes",
     "other_nodes",
     "planned_resources",
     "plural_workers",
     "progress_channel",
     "resources",
-    "show_token",
     "single_worker_resources",
     "start_ray_early",
     "start_worker_early",
     "stop_signal",
     "this_machine",
-    "token_source",
 ]

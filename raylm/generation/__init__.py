@@ -8,19 +8,14 @@ output            texts -> a .jsonl or .parquet file
 run               a plan -> the texts of its prompts, or the file with those of its documents
 """
 
-from raylm.generation.documents import GeneratedText, generate_texts
 from raylm.generation.output import output_file
-from raylm.generation.plan import GenerationPlan, resolve
-from raylm.generation.run import WrittenTexts, texts, write
+from raylm.generation.plan import resolve
+from raylm.generation.run import texts, write
 from raylm.generation.settings import resolve_settings
 from raylm.generation.text_generator import TextGenerator, load
 
 __all__ = [
-    "GeneratedText",
-    "GenerationPlan",
     "TextGenerator",
-    "WrittenTexts",
-    "generate_texts",
     "load",
     "output_file",
     "resolve",

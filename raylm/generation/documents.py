@@ -37,7 +37,7 @@ class GeneratedText(NamedTuple):
 
 
 class _Worker:
-    """A process that generates batch after batch with one model."""
+    """An actor that generates texts for batches with one model."""
 
     def __init__(self, load: Callable[[], TextGenerator]):
         self._load = load
@@ -48,7 +48,7 @@ class _Worker:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         batch = pickle.loads(row["batch"])
-        # A user's error comes back as a value: Ray would bury it in a traceback of its own.
+        # A user's error is returned as a value, because Ray would wrap it in a traceback.
         try:
             texts = self._generator.texts([document.text for document in batch])
         except RaylmError as error:
@@ -70,9 +70,9 @@ def generate_texts(
     resources: Resources,
     max_failures: int,
 ) -> Iterator[list[GeneratedText]]:
-    """The texts of the kept documents of shards, in their order, a batch at a time; Ray must be connected.
+    """The texts of the kept documents of shards, in order, a batch at a time; Ray must be connected.
 
-    Memory holds some batches a worker, however many documents there are.
+    A few batches for each worker are in memory, however many documents there are.
     """
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
@@ -80,7 +80,7 @@ def generate_texts(
     shards = [{"shard": pickle.dumps(shard)} for shard in plan]
     dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
     set_up_ray_data(dataset.context)
-    # A row is a batch, and each row a block of its own: or one worker would get all that one file holds.
+    # Each row is a batch and a block of its own, or one worker would get all batches of a file.
     dataset.context.target_max_block_size = 1
 
     def read(items: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -91,12 +91,12 @@ def generate_texts(
     batches = dataset.map_batches(
         read,
         batch_size=1,
-        # Workers may take every CPU; the task that reads for them would then get none, and both would wait for ever.
+        # Workers may take every CPU, and a reading task that needed one would wait for ever.
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=1),
     )
     with warnings.catch_warnings():
-        # Without these two a worker that a batch kills is restarted for ever. Ray 2.64 is to have another way.
+        # Without these two, a worker that dies of a batch is restarted for ever. Ray 2.64 will have another option.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         generated = batches.map(
             _Worker,

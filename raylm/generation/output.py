@@ -1,4 +1,4 @@
-"""Texts -> a .jsonl or .parquet file, whole or not at all."""
+"""Texts -> a .jsonl or .parquet file, written entirely or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMATS = (".jsonl", ".parquet")
 
 @contextlib.contextmanager
 def output_file(output: Path) -> Iterator[Callable[[list[dict[str, str]]], None]]:
-    """A file that exists once the context has ended without an error, and is whole. Yields what writes rows to it."""
+    """Yields a function that writes rows; the file exists once the context has ended without an error."""
     partial = output.with_name(f"{output.name}.{uuid.uuid4().hex}.partial")
 
     @contextlib.contextmanager
@@ -61,7 +61,7 @@ class _JsonLines:
 
 
 class _Parquet:
-    """Row groups of ROWS rows, so that readers can take them one by one."""
+    """Row groups of ROWS rows, so that readers can read one at a time."""
 
     ROWS = 1000
 

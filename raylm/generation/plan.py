@@ -1,4 +1,4 @@
-"""What is asked for -> what is generated: the model, its settings, and the prompts or documents; all checked."""
+"""Arguments -> plan: the model, its settings, and the prompts or documents; all checked."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ class Documents:
     shards: list[Shard]
     number: int
     resources: Resources | None
-    """None where they are known only once Ray is connected."""
+    """None if they are known only once Ray is connected."""
 
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """A model, how it generates, and from what: prompts or documents."""
+    """A model, its generation settings, and prompts or documents."""
 
     model: str
-    """The model as it was given: a directory, here or in object storage."""
+    """The model as it was given: a local directory or one in object storage."""
     directory: Path
-    """Where the model lies on this machine."""
+    """The local directory of the model."""
     settings: GenerationConfig | None
-    """None for a masked model, which has nothing to set."""
+    """None for a masked model, which has no settings."""
     seed: int
     batch_size: int
     sections: Sections
@@ -59,12 +59,12 @@ class GenerationPlan:
 
     @property
     def can_stream(self) -> bool:
-        """Whether a text can be shown while it is generated: beam search takes back what it said."""
+        """Whether a text can be shown while it is generated: beam search revises its text."""
         return len(self.prompts) == 1 and self.settings is not None and (self.settings.num_beams or 1) == 1
 
     @property
     def place(self) -> str:
-        """Where the processes that generate load the model from: workers on other nodes do not see this one's copy."""
+        """Where workers load the model from: other nodes do not have this one's copy."""
         is_remote = self.documents is not None and storage.is_remote(self.model)
         return self.model if is_remote else str(self.directory.resolve())
 
@@ -98,7 +98,7 @@ def resolve(
 ) -> GenerationPlan:
     """The plan of `settings` (name=value) and prompts, or of the documents of corpus.paths with an `output` file.
 
-    Documents are read, to refuse now what cannot be. No weights are loaded.
+    Documents are read, so that unreadable ones are refused now. No weights are loaded.
     """
     given, dotted = _parsed(settings)
     sections = _sections(dotted)
@@ -116,7 +116,7 @@ def resolve(
 
 
 def _parsed(settings: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of generation by their names; and, as they were typed, those of sections of an experiment."""
+    """Settings of generation by name; and settings of an experiment's sections, as typed."""
     given, dotted = {}, {}
     for setting in settings:
         name, value = parse_setting(setting)

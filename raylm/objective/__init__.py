@@ -10,27 +10,13 @@ has one loss and one gradient, however it is split.
 """
 
 from raylm.blocks import IGNORED
-from raylm.objective.batches import (
-    CausalCollator,
-    Collator,
-    FillInMiddleCollator,
-    KeywordWeightedCollator,
-    MaskedCollator,
-    NumberedExamples,
-    build,
-    check_settings,
-)
+from raylm.objective.batches import NumberedExamples, build, check_settings
 from raylm.objective.keywords import Keywords, warnings
 from raylm.objective.loss import attach
 
 __all__ = [
     "IGNORED",
-    "CausalCollator",
-    "Collator",
-    "FillInMiddleCollator",
-    "KeywordWeightedCollator",
     "Keywords",
-    "MaskedCollator",
     "NumberedExamples",
     "attach",
     "build",

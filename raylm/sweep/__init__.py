@@ -12,7 +12,7 @@ tuner imports what trials train with, which takes 5 s; the others are quick.
 """
 
 from raylm.sweep.queue import TrialQueue
-from raylm.sweep.record import SweepRecord, Trial, Unsaved, read
+from raylm.sweep.record import SweepRecord, Trial, read
 from raylm.sweep.schedule import RecordedScheduler, SweepStopper, scheduler
 from raylm.sweep.space import keys, searcher, shown
 
@@ -22,7 +22,6 @@ __all__ = [
     "SweepStopper",
     "Trial",
     "TrialQueue",
-    "Unsaved",
     "keys",
     "read",
     "scheduler",

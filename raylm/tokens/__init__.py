@@ -1,8 +1,8 @@
-"""Documents -> token store: written once, memory-mapped ever after.
+"""Documents -> token store: written once, then memory-mapped.
 
     store      read a store: documents as views of the memory map; verify it
-    shard      one shard: tokenized and written by one task, and what is said of it
-    write      a whole one: what it is made of, a task a shard, the manifest last
+    shard      write one shard, in one task
+    write      write a store: its fingerprint, a task for each shard, the manifest last
 
     <storage>/tokens/<fingerprint>/
         manifest.json                  written last: no manifest, no store
@@ -10,11 +10,11 @@
         train/shard-00000.arrow        Arrow IPC, uncompressed, one row a document:
         validation/shard-00000.arrow       tokens: list<uint16 or uint32>, num_bytes, doc_id, source
         rejected.jsonl                 documents that could not be read, if any were skipped
-        progress/shard-00000.json      while it is written: the shards that are done; a killed run goes on after them
+        progress/shard-00000.json      while it is written: the finished shards, after which a killed run resumes
 
-The store holds the tokens of the documents and nothing between them: end-of-text tokens are put in where blocks are
-cut. The same files and settings give the same bytes, however many tasks write them: what a shard holds depends on the
-files alone, and two writers of one store write the same files.
+The store holds the tokens of the documents and nothing between them: end-of-text tokens are added when blocks are cut.
+The same files and settings give the same bytes, however many tasks write them, because the content of a shard depends
+on the files alone. Two writers of one store write the same files.
 """
 
 from raylm.tokens.store import (

@@ -1,4 +1,4 @@
-"""One shard of a token store: tokenized and written by one task, and what is said of it."""
+"""One shard of a token store, tokenized and written by one task."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from raylm.storage import read
 from raylm.tokens.store import SPLITS, checksum, local_tokenizer, write
 
 MOST_TOKENS = 1 << 28
-"""Of a file. A shard of more, as one of 100 GB that cannot be cut, has several files: the offsets of an Arrow list have
-32 bits, and the tokens of a file are in memory until it is written."""
+"""Of a file. A larger shard, such as a file of 100 GB that cannot be cut, has several files: the offsets of an Arrow
+list have 32 bits, and the tokens of a file are in memory until it is written."""
 
 MOST_REJECTED = 100
 """Documents of a shard that rejected.jsonl names; all are counted."""
 
 
 def write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, encoder: str) -> dict[str, Any]:
-    """Tokenize and write one shard. Its ledger, rejected documents, and what was written of each split."""
+    """Tokenize and write one shard. Returns its ledger, rejected documents, and the files of each split."""
     encode = tokenizers.encoder(local_tokenizer(path), encoder)
     files = {name: _Files(path, f"{name}/shard-{index:05}", encode) for name in SPLITS}
     ledger: Ledger = Ledger()
@@ -39,13 +39,13 @@ def write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, encod
             ledger["special tokens as text"] += spelled
         files["validation" if document.validation else "train"].append(document)
     written: dict[str, Any] = {"ledger": dict(ledger), "rejected": rejected}
-    written |= {name: files[name].end() for name in SPLITS}
+    written |= {name: files[name].finish() for name in SPLITS}
     write(path, f"progress/{facts_name(index)}", json.dumps(written).encode())
     return written
 
 
 def finished(path: str, index: int) -> dict[str, Any] | None:
-    """What `write_shard` said when it wrote the shard, or None if it did not yet."""
+    """The result of `write_shard`; None if the shard is not written yet."""
     content = read(f"{path}/progress/{facts_name(index)}")
     return json.loads(content) if content else None
 
@@ -55,7 +55,7 @@ def facts_name(index: int) -> str:
 
 
 class _Files:
-    """The documents of one split in one shard, written to files of MOST_TOKENS or somewhat more."""
+    """The documents of one split in one shard, written to files of about MOST_TOKENS."""
 
     def __init__(self, path: str, stem: str, encode: tokenizers.Encoder):
         self._path, self._stem, self._encode = path, stem, encode
@@ -67,16 +67,16 @@ class _Files:
         if self._rows.num_tokens >= MOST_TOKENS:
             self._write()
 
-    def end(self) -> list[dict[str, Any]]:
-        """What the manifest says of each file."""
+    def finish(self) -> list[dict[str, Any]]:
+        """The manifest's entry of each file."""
         if self._rows.facts:
             self._write()
         return self._written
 
     def _write(self) -> None:
         suffix = f"-{len(self._written):03}" if self._written else ""
-        said = _write_rows(self._path, f"{self._stem}{suffix}.arrow", self._rows.table())
-        self._written.append({**said, "unknown_tokens": self._rows.unknown_tokens})
+        entry = _write_rows(self._path, f"{self._stem}{suffix}.arrow", self._rows.table())
+        self._written.append({**entry, "unknown_tokens": self._rows.unknown_tokens})
         self._rows = _Rows(self._encode)
 
 
@@ -92,7 +92,7 @@ class _Rows:
         self.facts: list[tuple[int, int, int]] = []
         """(bytes, hash, source) of each document."""
         self.num_tokens = 0
-        """Of the documents that are encoded yet."""
+        """Of the documents encoded so far."""
         self.unknown_tokens = 0
 
     def append(self, document: Document) -> None:
@@ -128,7 +128,7 @@ class _Rows:
 
 
 def _write_rows(path: str, file: str, batch: pa.RecordBatch) -> dict[str, Any]:
-    """One Arrow IPC file of one record batch; what the manifest says of it."""
+    """Write an Arrow IPC file of one record batch. Returns its entry in the manifest."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)

@@ -23,8 +23,8 @@ import pyarrow as pa
 
 from raylm import storage
 from raylm import tokenizer as tokenizers
-from raylm.config import CorpusConfig, TokenizerConfig
-from raylm.corpus import File, Source, list_sources
+from raylm.config import TokenizerConfig
+from raylm.corpus import File, Source
 from raylm.errors import DataError, StorageError, StorageUnavailable, first_line
 from raylm.storage import is_remote, read, sizes
 from raylm.tokenizer import Frame
@@ -37,10 +37,10 @@ FORMAT = 3
 SPLITS = ("train", "validation")
 
 COUNTED = ("documents", "tokens", "bytes", "unknown_tokens")
-"""What the manifest says of each split and each of its shards."""
+"""The counts in the manifest, of each split and each of its shards."""
 
 MOST_UNKNOWN = 0.01
-"""Part of a split's tokens that may be unknown without a warning."""
+"""The part of a split's tokens that may be unknown without a warning."""
 
 
 class Split:
@@ -49,7 +49,7 @@ class Split:
     def __init__(self, store: str, name: str, shards: list[dict[str, Any]], sources: list[str]):
         self._key = (store, name)
         self.sources = sources
-        """The entries of the corpus section, by which figures can be told apart."""
+        """The entries of corpus.paths and corpus.validation_paths."""
         self._files = [shard["file"] for shard in shards]
         self._first = [0, *accumulate(shard["documents"] for shard in shards)]
         self.shards = [(shard["documents"], shard["tokens"]) for shard in shards]
@@ -58,7 +58,7 @@ class Split:
         self.num_bytes: int = sum(shard["bytes"] for shard in shards)
         """UTF-8 bytes of the text."""
         self.unknown_tokens: int = sum(shard["unknown_tokens"] for shard in shards)
-        """How many of them stand for what the vocabulary cannot spell: the text in them is lost."""
+        """Tokens in place of text that the vocabulary cannot spell; that text is lost."""
         self._batches: dict[int, pa.RecordBatch] = {}
         self._arrays: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -86,7 +86,7 @@ class Split:
         return self.sources[self._batch(shard)["source"][row].as_py()]
 
     def arrays(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids of all documents of the shard one after the other, where each document begins and the last one ends)."""
+        """(ids of all documents of the shard, offset of each document and of the end)."""
         if shard not in self._arrays:
             tokens = self._batch(shard)["tokens"]
             self._arrays[shard] = tokens.values.to_numpy(), tokens.offsets.to_numpy()
@@ -117,7 +117,7 @@ class Split:
         return self._batches[shard]
 
     def __reduce__(self) -> tuple:
-        return _split, self._key  # maps do not travel; the other process opens its own
+        return _split, self._key  # another process opens its own memory maps
 
 
 class Store:
@@ -138,12 +138,12 @@ class Store:
 
     @property
     def unknown_token(self) -> str | None:
-        """What stands for text that the vocabulary cannot spell."""
+        """The token in place of text that the vocabulary cannot spell."""
         id = tokenizers.unknown_id(self.tokenizer)
         return None if id is None else self.tokenizer.convert_ids_to_tokens(id)
 
     def frame(self, prefix: str) -> Frame:
-        """What stands around each document, by tokenizer.prefix."""
+        """The prefix and end of each document, by tokenizer.prefix."""
         known = self.manifest["tokenizer"]["frames"]
         return Frame(*known[prefix]) if prefix in known else tokenizers.frame(self.tokenizer, prefix)
 
@@ -156,7 +156,7 @@ class Store:
 
 
 class Encoded:
-    """Documents in memory, with a split's interface: for text that is scored once and not worth a store."""
+    """Documents in memory with the interface of a split, for text that is scored once."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[np.ndarray, int, int, str]] = []
@@ -184,7 +184,7 @@ class Encoded:
 
 
 def open_store(path: str | os.PathLike) -> Store:
-    """The store of a directory or URI. Reads the manifest alone; shards are mapped when they are first read."""
+    """The store of a directory or URI. Reads only the manifest; shards are mapped at their first use."""
     path = os.fspath(path)
     manifest = _manifest(path)
     if manifest is None:
@@ -197,19 +197,19 @@ def open_store(path: str | os.PathLike) -> Store:
 
 
 def damage(path: str) -> list[str] | None:
-    """What is seen to be wrong with a store without reading it; nothing if it is whole, None if there is no store."""
+    """Missing files of a store and files of another size, without reading them; None if there is no store."""
     try:
         manifest = _manifest(path)
         return None if manifest is None else _damage(path, manifest)
     except DataError:
-        return ["manifest.json: not one"]
+        return ["manifest.json: damaged"]
 
 
 def incomparable(unknown_tokens: int, tokens: int) -> str | None:
-    """Why a score over text is not to be compared with that of another tokenizer; None if it may be.
+    """Why a score is not comparable with that of another tokenizer; None if it is.
 
-    An unknown token is cheap to predict and stands for text of any length: a vocabulary that knows no Japanese has 0.97
-    bits per byte on Japanese, where one of bytes has 11.75.
+    An unknown token is easy to predict and replaces text of any length: a vocabulary without Japanese has 0.97 bits per
+    byte on Japanese text, and one of bytes 11.75.
     """
     if not unknown_tokens:
         return None
@@ -220,7 +220,7 @@ def incomparable(unknown_tokens: int, tokens: int) -> str | None:
 
 
 def warnings(store: Store) -> list[str]:
-    """A sentence on each split of which too much is unknown to the tokenizer."""
+    """A warning for each split with too many unknown tokens."""
     found = []
     for name in SPLITS:
         split: Split = getattr(store, name)
@@ -236,7 +236,7 @@ def warnings(store: Store) -> list[str]:
 
 
 def is_store(path: str) -> bool:
-    """Whether a store is there, entirely: then `prepare` needs no Ray."""
+    """Whether a complete store exists, so that `prepare` needs no Ray."""
     return damage(path) == []
 
 
@@ -246,7 +246,7 @@ def shown(faults: list[str]) -> str:
 
 
 def _manifest(path: str) -> dict[str, Any] | None:
-    """What a store says of itself; None if there is none."""
+    """The manifest of a store; None if there is none."""
     content = read(f"{path}/manifest.json")
     if content is None:
         return None
@@ -262,11 +262,11 @@ def _manifest(path: str) -> dict[str, Any] | None:
 
 
 def _damage(path: str, manifest: dict[str, Any]) -> list[str]:
-    """The files of a store that are not there, or have other sizes than its manifest says, when looked at twice."""
-    return _faults(path, manifest) and _faults(path, manifest)
+    """Missing files and files of another size than in the manifest, confirmed by a second look."""
+    return _differing(path, manifest) and _differing(path, manifest)
 
 
-def _faults(path: str, manifest: dict[str, Any]) -> list[str]:
+def _differing(path: str, manifest: dict[str, Any]) -> list[str]:
     expected = {shard["file"]: shard["size"] for name in SPLITS for shard in manifest[name]["shards"]}
     expected |= {f"tokenizer/{name}": None for name in manifest["tokenizer"].get("files", ())}
     found = {
@@ -287,7 +287,7 @@ def _split(path: str, name: str) -> Split:
 
 
 def verify(store: Store) -> list[str]:
-    """What is wrong with a store's files, compared with the sizes and checksums of its manifest."""
+    """Files of a store that differ from the sizes and checksums of its manifest."""
     faults = []
     for name in SPLITS:
         for shard in store.manifest[name]["shards"]:
@@ -305,10 +305,8 @@ def verify(store: Store) -> list[str]:
     return faults
 
 
-def changed_inputs(store: Store, sources: list[Source] | None = None) -> list[str]:
-    """How the corpus differs from what the store was made of: "a.txt: changed", "b.txt: added", "c.txt: removed"."""
-    if sources is None:
-        sources = list_sources(CorpusConfig.model_validate(store.manifest["settings"]["corpus"]))
+def changed_inputs(store: Store, sources: list[Source]) -> list[str]:
+    """How the corpus differs from the files of the store: "a.txt: changed", "b.txt: added", "c.txt: removed"."""
     now = {file.path: file for source in sources for file in source.files}
     then = {file[0]: File(*file) for source in store.manifest["sources"] for file in source["files"]}
     faults = []
@@ -325,7 +323,7 @@ def changed_inputs(store: Store, sources: list[Source] | None = None) -> list[st
 
 @lru_cache(maxsize=8)
 def local_copy(path: str) -> str:
-    """The store itself, or a copy of a remote one on this node: made once, by whichever process is first."""
+    """The store itself, or this node's copy of a remote one, made once by the first process."""
     if not is_remote(path):
         return path
     parts = ["", *(f"{part}/" for part in (*SPLITS, "tokenizer"))]
@@ -334,13 +332,13 @@ def local_copy(path: str) -> str:
 
 
 def tokenizer_section(path: str) -> TokenizerConfig:
-    """The tokenizer that a token store was made with, as a section of settings."""
+    """The tokenizer of a token store, as a section of settings."""
     return TokenizerConfig(path=os.path.join(local_copy(path), "tokenizer"))
 
 
 @lru_cache(maxsize=8)
 def local_tokenizer(path: str) -> str:
-    """The tokenizer of a store that may not be whole yet, on this node."""
+    """The local directory of the tokenizer of a store, which may not be complete yet."""
     if not is_remote(path):
         return os.path.join(path, "tokenizer")
     there = sizes(f"{path}/tokenizer")
@@ -348,13 +346,13 @@ def local_tokenizer(path: str) -> str:
 
 
 def copy_of(path: str) -> str:
-    """Where the copy of a remote directory lies on this node, once there is one."""
+    """The path of this node's copy of a remote directory."""
     home = os.path.join(tempfile.gettempdir(), f"raylm-{os.getuid()}", "tokens")
     return os.path.join(home, checksum(path.encode()), path.rstrip("/").rpartition("/")[2])
 
 
 def _copied(path: str, files: Callable[[], list[str]], is_whole: Callable[[str], bool]) -> str:
-    """A whole copy of these files of a remote directory on this node: what clears up /tmp may have been at it."""
+    """This node's copy of these files of a remote directory, made again if a cleanup of /tmp has removed some."""
     copy = copy_of(path)
     if is_whole(copy):
         return copy
@@ -380,7 +378,7 @@ def _copied(path: str, files: Callable[[], list[str]], is_whole: Callable[[str],
 
 
 def _make_private(directory: Path) -> None:
-    """A directory that nobody else can write in or read: the temporary one around it is everybody's."""
+    """Create a directory that only this user can read and write, inside the shared temporary one."""
     directory.mkdir(mode=0o700, exist_ok=True)
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
@@ -393,12 +391,12 @@ def _make_private(directory: Path) -> None:
 
 
 def write(store: str, name: str, content: Any) -> None:
-    """A file of a store, by way of progress/, which is cleared at the end."""
+    """Write a file of a store atomically, with its partial file in progress/, which is removed at the end."""
     path = f"{store}/{name}"
     try:
         storage.write(path, content, scratch=f"{store}/progress")
     except FileNotFoundError:
-        if not os.path.exists(path):  # else another writer finished the store and cleared up: the file is the same
+        if not os.path.exists(path):  # else another writer has finished the store, with the same file
             raise
 
 

@@ -1,4 +1,4 @@
-"""Write a token store: what it is made of, a task a shard, the manifest last."""
+"""Write a token store: its fingerprint, a task for each shard, the manifest last."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from raylm import console
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig, TokenizerConfig
-from raylm.corpus import Ledger, Shard, Source, documents, hashes, left_out, list_sources, select, selected, shards
+from raylm.corpus import Ledger, Shard, Source, documents, hashes, left_out, select, selected, shards
 from raylm.errors import DataError, RaylmError, StorageUnavailable
 from raylm.storage import names, read, remove
 from raylm.tokens.shard import facts_name, finished, write_shard
@@ -44,10 +44,10 @@ logger = logging.getLogger(__name__)
 SAMPLE_BYTES = 2000
 
 CHECKED_BYTES = 500_000
-"""Of text, on which a fast encoder must agree with the tokenizer: well below a second."""
+"""Of text on which a fast encoder must agree with the tokenizer: well below a second."""
 
 TASK_CPUS = 1.0
-"""What a task that reads and writes a shard reserves."""
+"""CPUs that a task for a shard reserves."""
 
 Progress = Callable[[float, float | None], None]
 
@@ -55,24 +55,20 @@ Progress = Callable[[float, float | None], None]
 # What a store is made of ---------------------------------------------------------------------------------------------
 
 
-def fingerprint(corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: list[Source] | None = None) -> str:
-    """Names what a store is made of: files with size and time, filters, split, tokenizer. Not blocks, not the model."""
-    if sources is None:
-        sources = list_sources(corpus)
+def fingerprint(corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: list[Source]) -> str:
+    """Identifies the inputs of a store: files with size and time, filters, split, tokenizer. No blocks, no model."""
     made_of = [FORMAT, _settings(corpus, tokenizer), [[list(file) for file in source.files] for source in sources]]
     return checksum(json.dumps(made_of, sort_keys=True).encode())[:16]
 
 
-def store_path(
-    storage: str, corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: list[Source] | None = None
-) -> str:
-    """Where the store of these settings lies, or will lie."""
+def store_path(storage: str, corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: list[Source]) -> str:
+    """The path of the store of these settings, which may not exist yet."""
     return f"{storage.rstrip('/')}/tokens/{fingerprint(corpus, tokenizer, sources)}"
 
 
 def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
     version = tokenizers.fingerprint(tokenizer)
-    # Its files say which tokenizer it is, wherever they lie and by whatever name of a revision they are asked for.
+    # The tokenizer's files identify it, wherever they are and whatever revision was asked for.
     elsewhere = {"path", "revision"} if version and tokenizer.gguf_file is None else set()
     return {
         "corpus": {**corpus.model_dump(mode="json"), "split_by": corpus.split_by or "document"},
@@ -81,7 +77,7 @@ def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any
     }
 
 
-# The whole -----------------------------------------------------------------------------------------------------------
+# The store -----------------------------------------------------------------------------------------------------------
 
 
 def prepare(
@@ -89,15 +85,13 @@ def prepare(
     tokenizer: TokenizerConfig,
     *,
     storage: str,
-    sources: list[Source] | None = None,
+    sources: list[Source],
     progress: Progress = lambda done, total: None,
 ) -> tuple[Store, bool]:
-    """The store of these settings, and whether it existed. `sources`: the corpus', if they are listed already.
+    """The store of these settings, and whether it existed. `sources`: the files of the corpus, as listed.
 
-    Ray must be connected unless the store exists. A run that was killed resumes at the shards it had not finished.
+    Ray must be connected unless the store exists. A killed run resumes with the unfinished shards.
     """
-    if sources is None:
-        sources = list_sources(corpus)
     path = store_path(storage, corpus, tokenizer, sources)
     if (faults := damage(path)) == []:
         return open_store(path), True
@@ -114,12 +108,12 @@ def prepare(
     try:
         manifest = _write_store(path, corpus, tokenizer, sources, progress)
     except OSError:
-        if is_store(path):  # another writer finished, and cleared away what this one was reading
+        if is_store(path):  # another writer finished and removed the progress
             return open_store(path), False
         raise
     manifest = {"format": FORMAT, "fingerprint": os.path.basename(path), "settings": settings, **manifest}
     write(path, "manifest.json", json.dumps(manifest, indent=1).encode())
-    with contextlib.suppress(StorageUnavailable):  # the store is whole
+    with contextlib.suppress(StorageUnavailable):  # the store is complete
         remove(f"{path}/progress")
     return open_store(path), False
 
@@ -157,8 +151,8 @@ def _write_store(
     }
 
 
-def changes(storage: str, corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: list[Source] | None = None) -> str:
-    """If there is a store of the same settings made of other files, which one and which files; else empty."""
+def changes(storage: str, corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: list[Source]) -> str:
+    """If a store of the same settings has other files, which store and which files; else empty."""
     settings = _settings(corpus, tokenizer)
     for name in names(f"{storage.rstrip('/')}/tokens"):
         path = f"{storage.rstrip('/')}/tokens/{name}"
@@ -174,7 +168,7 @@ def changes(storage: str, corpus: CorpusConfig, tokenizer: TokenizerConfig, sour
 
 
 def _write_tokenizer(path: str, section: TokenizerConfig, plan: list[Shard], corpus: CorpusConfig) -> None:
-    """Load or train the tokenizer, into the store; one that is there stays."""
+    """Load or train the tokenizer and save it in the store, unless the store has one."""
     if read(f"{path}/tokenizer/tokenizer_config.json") is not None:
         return
     if section.train is not None:
@@ -201,7 +195,7 @@ def _write_tokenizer(path: str, section: TokenizerConfig, plan: list[Shard], cor
 
 
 def _sample(plan: list[Shard], corpus: CorpusConfig, most: int) -> Iterator[str]:
-    """Training documents, about `most` bytes of them, evenly spread over the shards; the end of a long one left out."""
+    """About `most` bytes of training documents, evenly from all shards; long documents are cut."""
     share = most / max(1, sum(shard.num_bytes for shard in plan))
     for shard in plan:
         left = share * shard.num_bytes
@@ -228,7 +222,7 @@ def _tokenizer_facts(path: str) -> dict[str, Any]:
 def _write_shards(
     path: str, plan: list[Shard], corpus: CorpusConfig, encoder: str, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Write every shard that is not there yet. What `write_shard` says of each."""
+    """Write every missing shard. Returns the result of `write_shard` for each."""
     total = sum(shard.num_bytes for shard in plan)
     done_before = set(names(f"{path}/progress"))
     found = {index: finished(path, index) if facts_name(index) in done_before else None for index in range(len(plan))}
@@ -248,7 +242,7 @@ def _write_shards(
 
 
 def _splits(written: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest's splits: their sums, and their shards."""
+    """The splits of the manifest: their sums and shards."""
     splits = {}
     for name in SPLITS:
         found = [file for shard in written for file in shard[name]]
@@ -259,7 +253,7 @@ def _splits(written: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _of_source(written: list[dict[str, Any]], index: int) -> dict[str, int]:
-    """Kept documents, tokens and bytes of one source, both splits together."""
+    """Kept documents, tokens and bytes of one source in both splits."""
     files = [file for shard in written for name in SPLITS for file in shard[name]]
     found = [file["sources"].get(str(index), {}) for file in files]
     return {what: sum(counts.get(what, 0) for counts in found) for what in ("documents", "tokens", "bytes")}
@@ -283,9 +277,9 @@ def encode_files(corpus: CorpusConfig, sources: list[Source], tokenizer: str) ->
 
 
 def _each(function: Callable[[int, Shard], Any], numbered: Iterable[tuple[int, Shard]]) -> Iterator[Any]:
-    """function(index, shard) for every shard, in tasks of TASK_CPUS, streamed in the order given.
+    """function(index, shard) for every shard, in tasks of TASK_CPUS, streamed in the given order.
 
-    One row a task: Ray Data would merge small blocks into one task and use one core. Only counts come back.
+    One row for each task, because Ray Data would merge small blocks into one task. Only counts are returned.
     """
     import ray.data
 
@@ -295,7 +289,7 @@ def _each(function: Callable[[int, Shard], Any], numbered: Iterable[tuple[int, S
     set_up_ray_data(ray.data.DataContext.get_current())
 
     def row(item: dict[str, Any]) -> dict[str, Any]:
-        # A user's error comes back as a value: Ray would bury it in a traceback of its own.
+        # A user's error is returned as a value, because Ray would wrap it in a traceback.
         try:
             return {"found": pickle.dumps(function(*pickle.loads(item["shard"])))}
         except RaylmError as error:
@@ -310,13 +304,13 @@ def _each(function: Callable[[int, Shard], Any], numbered: Iterable[tuple[int, S
 
 
 def set_up_ray_data(context: Any) -> None:
-    """Have Ray Data keep the order of rows, and tell nothing that nobody reads."""
+    """Have Ray Data keep the order of rows and print nothing."""
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     levels = {
         "": logging.WARNING,
         "._internal.progress": logging.ERROR,  # it warns that its bars are off
-        ".exceptions": logging.CRITICAL,  # what ends an iteration is raised as well
+        ".exceptions": logging.CRITICAL,  # errors are raised as well
     }
     for name, level in levels.items():
         logging.getLogger(f"ray.data{name}").setLevel(level)

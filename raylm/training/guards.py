@@ -1,4 +1,4 @@
-"""What ends a training before it spoils its weights: memory that runs out, a gradient that is not finite."""
+"""Errors of training with their way out: memory that runs out, a gradient that is not finite."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from raylm.errors import Diverged, OutOfMemory, first_line
 from raylm.training.session import CollectiveError, Session, TrainTask
 
 KINDS = (torch.OutOfMemoryError, MemoryError)
-"""How a lack of memory is raised."""
+"""Exceptions of PyTorch and Python for a lack of memory."""
 
 
 class MemoryGuard:
-    """Where it runs out, an error says what to do about it."""
+    """Turns a lack of memory into an error that says what to do."""
 
     def __init__(self, task: TrainTask, session: Session, micro_batch: int):
         self.task, self.session, self.micro_batch = task, session, micro_batch
@@ -39,11 +39,11 @@ class MemoryGuard:
             if not isinstance(error, KINDS) and "can't allocate memory" not in str(error):  # torch, on a CPU
                 raise
             problem = too_much(first_line(error))
-        if problem is not None:  # outside of the except, where what filled the memory would be held on to
+        if problem is not None:  # outside of the except, which would keep the tensors alive
             raise CollectiveError(problem) if self.session.world_size == 1 else problem
 
     def _fewer_at_once(self, problem: str) -> OutOfMemory:
-        """Half as many tokens, from the next start on; or there is no way out."""
+        """The error of a training step; half as many tokens are used at the next start, if possible."""
         budget, held = self.task.budget, self.micro_batch
         block_size = budget.batch_tokens // budget.examples
         if held == 1:
@@ -55,7 +55,7 @@ class MemoryGuard:
         fewer = held // 2 * block_size
         storage.write(self.task.micro_batch_file, str(fewer).encode())
         return OutOfMemory(
-            f"out of memory with {held * block_size:,} tokens at once ({problem}); going on with {fewer:,}, and "
+            f"out of memory with {held * block_size:,} tokens at once ({problem}); resuming with {fewer:,}, and "
             f"{budget.batch_tokens:,} a step as before",
             "train.micro_batch_tokens",
         )
@@ -64,35 +64,35 @@ class MemoryGuard:
         held = self.task.experiment.eval.batch_tokens
         return OutOfMemory(
             f"out of memory in an evaluation with eval.batch_tokens={held} ({problem}); lower it: no figure depends on "
-            "it, and the run goes on from its last checkpoint",
+            "it, and the run resumes from its last checkpoint",
             "eval.batch_tokens",
         )
 
 
 class GradientGuard:
-    """Lets no optimizer step take a gradient that is not finite."""
+    """Keeps gradients that are not finite out of the optimizer."""
 
     def __init__(self, task: TrainTask, session: Session):
         self.task, self.session = task, session
         self.first_bad_step: torch.Tensor | None = None
 
     def before_step(self, step: int, norm: Any, optimizer: Any) -> None:
-        """Just before the optimizer's step: the last moment at which the weights are still sound."""
+        """Called just before each optimizer step."""
         if self.runs_ahead(norm, optimizer):
             self._skip(step, norm, optimizer)
         elif not math.isfinite(norm):
             raise CollectiveError(self.diverged(f"the gradient is {float(norm)} at step {step}"))
 
     def runs_ahead(self, norm: Any, optimizer: Any) -> bool:
-        """Whether the norm is not known yet, and the optimizer can be told by a tensor to leave the weights alone."""
+        """Whether a GPU still computes the norm, and the optimizer takes a tensor that makes it skip a step."""
         is_known = not (isinstance(norm, torch.Tensor) and norm.is_cuda)
         is_sharded = isinstance(optimizer.param_groups[0]["params"][0], DTensor)
         return not is_known and not is_sharded and bool(optimizer.defaults.get("fused"))
 
     def _skip(self, step: int, norm: torch.Tensor, optimizer: Any) -> None:
-        """Have a fused optimizer change nothing from the first bad step on, without waiting for the GPU to say so.
+        """Have a fused optimizer skip all steps from the first bad one on, without waiting for the GPU.
 
-        `found_inf` is how fp16's scaler tells it; `check` tells the run.
+        `found_inf` is the argument that fp16's scaler uses; `check` raises the error later.
         """
         if self.first_bad_step is None:
             self.first_bad_step = torch.full((), math.inf, device=norm.device)
@@ -101,7 +101,7 @@ class GradientGuard:
         optimizer.grad_scale, optimizer.found_inf = None, torch.isfinite(self.first_bad_step).float()
 
     def check(self) -> None:
-        """Whether a step was skipped; this waits for the GPU."""
+        """Raise Diverged if a step was skipped; waits for the GPU."""
         if self.first_bad_step is not None and math.isfinite(first := self.first_bad_step.item()):
             raise CollectiveError(self.diverged(f"the gradient is not finite at step {int(first)}"))
 

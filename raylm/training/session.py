@@ -1,7 +1,7 @@
-"""What a worker is given to do, and where it stands among the others.
+"""The task of a worker, its session and its outcome.
 
-The loop meets Ray only through the Session it is handed: in a worker group that is ray.train, in a trial of a sweep
-ray.tune, where every call of ray.train raises.
+The training loop uses Ray only through its Session: ray.train in a worker group, and ray.tune in the process of a
+trial, where every call of ray.train raises.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from raylm.tracking import Run
 
 
 class Session(Protocol):
-    """Where a worker stands among the others, and where its results go. Every rank calls each equally often."""
+    """The rank of a worker, and where its results go. Every rank calls each method equally often."""
 
     rank: int
     world_size: int
 
     def report(self, metrics: dict[str, Any]) -> None:
-        """Hand on metrics."""
+        """Report metrics to Ray."""
 
     def lost_nodes(self) -> list[str]:
-        """The nodes of workers that will be taken away soon."""
+        """Nodes of workers that will be taken away soon."""
 
 
 class RayTrainSession:
     """A worker of Ray Train."""
 
     def __init__(self) -> None:
-        from ray import train  # 0.8 s, which a command that only hands out the task does not need
+        from ray import train  # 0.8 s, which the command itself does not need
 
         self._train = train
         context = train.get_context()
@@ -47,7 +47,7 @@ class RayTrainSession:
     def report(self, metrics: dict[str, Any]) -> None:
         import ray
 
-        # For whoever has to clear up after a trial that is stopped; a Ray that is not there would be started.
+        # For the cleanup after a trial that is stopped. Without the check Ray would be started.
         reserved = ray.util.get_current_placement_group() if ray.is_initialized() else None
         self._train.report({**metrics, "placement_group": reserved.id.hex() if reserved else None})
 
@@ -66,7 +66,7 @@ def gathered(session: Session, value: Any) -> list[Any]:
 
 
 class CollectiveError(Exception):
-    """An error that every rank meets at the same step, so that none of them waits for another."""
+    """An error that every rank raises at the same step, so that none waits for another."""
 
 
 class SingleProcess:
@@ -78,7 +78,7 @@ class SingleProcess:
 
 @dataclass(frozen=True)
 class TrainTask:
-    """What a worker is given to do."""
+    """The training of a worker."""
 
     experiment: Experiment
     store: str
@@ -86,20 +86,19 @@ class TrainTask:
     budget: Budget
     run: Run
     directory: str
-    """The run's own."""
+    """The directory of the run."""
     session: type[Session] = RayTrainSession
     channel: Any = None
-    """What cluster.progress_channel gives: told how far the training is, and asked whether it shall stop. None if
-    nobody watches."""
+    """A progress channel of the package cluster, or None."""
     sets: Mapping[str, str] = field(default_factory=dict)
-    """The token store of each evaluation set, by its name: what pipeline.stores.prepare_evaluation_sets gives."""
+    """The token store of each evaluation set by name."""
     callbacks: tuple[type[Any], ...] = ()
-    """Of train.callbacks: what `callbacks.load` gives."""
+    """The classes of train.callbacks."""
     name: str = ""
-    """What is said of the training begins with it, where there are others beside it."""
+    """The prefix of messages, if several trainings run at a time."""
 
     def say(self, message: str) -> None:
-        """Tell whoever watches."""
+        """Show a message to the user."""
         if self.channel is not None:
             self.channel.say(f"{self.name}: {message}" if self.name else message)
 
@@ -114,13 +113,13 @@ class TrainTask:
 
     @property
     def micro_batch_file(self) -> str:
-        """Where workers that ran out of memory leave how many tokens they shall hold at once the next time."""
+        """The file with the micro-batch tokens of the next start, written after memory ran out."""
         return f"{self.directory}/micro_batch_tokens"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a training."""
+    """The outcome of a training."""
 
     best: dict[str, Any]
     """Metrics of the best evaluation, by perplexity; empty if there was none."""
@@ -131,14 +130,14 @@ class Outcome:
     stopped: bool = False
     """Whether it was asked to stop before the end."""
     lost_nodes: list[str] = field(default_factory=list)
-    """Nodes that made it stop, since they will be taken away."""
+    """Nodes because of which it stopped: they will be taken away."""
     error: RaylmError | None = None
-    """Why it failed, where all workers found the same."""
+    """The error, if all workers raised the same."""
 
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """What a worker is given to score."""
+    """The scoring of a worker."""
 
     model: str
     """A directory."""
@@ -147,10 +146,10 @@ class ScoreTask:
     loaded: ModelConfig
     """How the model is loaded."""
     tokenizer: TokenizerConfig
-    """Which tokenizer it has, if not its own, and the prefix of documents."""
+    """The tokenizer, if it is not the model's own, and the prefix of documents."""
     cpus: float
     masked: bool = False
-    """That it is a masked model, though its configuration may not say so."""
+    """Whether it is a masked model; its configuration may not say so."""
     use_gpu: bool | None = None
     session: type[Any] = RayTrainSession
     progress: Callable[[float, float | None], None] | None = None

@@ -1,6 +1,6 @@
-"""Weights shared out among the workers, as train.arguments.fsdp says: each has a part of every one.
+"""Weights sharded over the workers by train.arguments.fsdp.
 
-On disk they are whole: a checkpoint is a plain Hugging Face directory, to go on from with any number of workers.
+A checkpoint has them unsharded: a plain Hugging Face directory, from which any number of workers can resume.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
-"""States by the names of the weights, not by shards: for any number of workers."""
+"""States by the names of the weights, not by shards."""
 
 
 class ShardingTrainer(Trainer):
     is_fsdp_enabled: bool
     is_sharded = False
-    """Whether the run's weights are shared out: those of a single worker too, for there may be more later."""
+    """Whether train.arguments.fsdp is set, also for a single worker, because there may be more later."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Have train.arguments.fsdp mean the same on CPUs: there accelerate leaves it out without a word."""
+        """Apply train.arguments.fsdp on CPUs too, where accelerate silently ignores it."""
         super().create_accelerator_and_postprocess()
         if not self.args.fsdp_plugin_args:
             return
@@ -43,29 +43,29 @@ class ShardingTrainer(Trainer):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
-        if state.mixed_precision == "bf16":  # as autocast does it: sums, of gradients and of losses, are not rounded
+        if state.mixed_precision == "bf16":  # as with autocast, sums of gradients and losses are not rounded
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
     @property
     def inner_optimizer(self) -> Any:
-        """torch's own."""
+        """The optimizer of torch."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm  # each worker has that of its shards
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm  # the norm of each worker's shards
 
     # Weights
 
     def reshard(self) -> None:
-        """Have each worker its own part again: after a forward pass alone, the outermost weights are whole."""
+        """Shard the outermost weights again, which are unsharded after a forward pass alone."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     @contextlib.contextmanager
     def float32_shards(self) -> Iterator[None]:
-        """Sharded weights are gathered in float32 while this lasts, whatever the training's precision."""
+        """Inside, sharded weights are gathered in float32, whatever the training's precision."""
         groups = {
             module: module._get_fsdp_state()._fsdp_param_groups
             for module in self.model.modules()
@@ -80,7 +80,7 @@ class ShardingTrainer(Trainer):
                 for group in groups[module]:
                     group.mp_policy = policy
                     group._init_mp_dtypes()
-                    for weight in group.fsdp_params:  # made once, in the precision of the first time
+                    for weight in group.fsdp_params:  # created once, in the first precision
                         weight.all_gather_outputs = []
                         weight.__dict__.pop("_unsharded_param", None)
 
@@ -97,7 +97,7 @@ class ShardingTrainer(Trainer):
         state: dict[str, torch.Tensor] = {}
         for name, weight in self.model.state_dict().items():
             whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # all workers take part
-            if self.args.should_save and name not in self._tied:  # gathered, tied weights are no longer one
+            if self.args.should_save and name not in self._tied:  # gathered weights are no longer tied
                 state[name] = whole.cpu()
         self._save(output_dir, state)
 
@@ -113,10 +113,10 @@ class ShardingTrainer(Trainer):
 
     @property
     def _tied(self) -> set[str]:
-        """The names of weights that are others'."""
+        """The names of weights that are tied to others."""
         return set(getattr(self.model, "all_tied_weights_keys", ()))
 
-    # The optimizer, whose state is kept by the names of the weights
+    # The optimizer
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_sharded:
@@ -131,8 +131,8 @@ class ShardingTrainer(Trainer):
         if checkpoint is None or not self.is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        # Mapped, since what a worker is given of a state is a view that keeps all of it: of 64 MiB each of two workers
-        # held 135 for the rest of the run, and holds 67 to 79.
+        # Memory-mapped, because a worker's part of the state is a view that keeps all of it: of 64 MiB, each of two
+        # workers kept 135 for the rest of the run, and now keeps 67 to 79.
         state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
         set_optimizer_state_dict(self.model, self.inner_optimizer, state, options=WHOLE)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
