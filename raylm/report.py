@@ -17,7 +17,7 @@ def report(
     sweep: Annotated[
         list[str],
         typer.Argument(
-            metavar="SWEEP...",
+            metavar="SWEEP",
             help=f"A sweep's directory, its name if it is one of {DEFAULT_STORAGE}/*/ here, or the name of an "
             "experiment: its newest sweep. Several are compared.",
         ),

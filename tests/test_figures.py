@@ -85,7 +85,7 @@ def test_trials_compare_at_the_most_tokens_that_all_have_reached():
         ("1", 70.0), ("4", 85.0), ("0", 90.0), ("2", 95.0),
     ]  # fmt: skip
     assert SWEEP.about_equal_tokens == (
-        "Scores at 100 training tokens, the most that all 4 trials with a score reached; left out: 1 that failed."
+        "Scores at 100 training tokens, the deepest that 4 trials reached; left out: 1 that failed."
     )
     waiting = [trial(5, {RATE: 1e-3}, [], "running"), trial(6, {RATE: 1e-3}, [], "failed", "no memory")]
     assert SweepData([*TRIALS, *waiting], 400).about_equal_tokens.endswith(
@@ -98,8 +98,7 @@ def test_trials_compare_at_the_most_tokens_that_all_have_reached():
     other = SweepData([TRIALS[2], late], 400)
     assert (other.equal_tokens, len(other.compared)) == (100, 1)
     assert other.about_equal_tokens == (
-        "Scores at 100 training tokens, the most that the trial with a score reached; "
-        "left out: 1 without a score there."
+        "Scores at 100 training tokens, the deepest that 1 trial reached; left out: 1 without a score there."
     )
 
 

@@ -146,7 +146,7 @@ def test_a_sweep_that_goes_on_says_so(running):
 
 
 def test_what_trials_were_weighed_against_is_in_the_table(over, running):
-    assert "trial_00000 32.00 2.00 70,000 1,024 256 2 0.001 64 completed on the Pareto front" in over.text
+    assert "trial_00000 32.00 2.00 70,000 1,024 256 2 0.001 64 completed, on the Pareto front" in over.text
     assert over.text.count("on the Pareto front") == 1
     assert "Pareto" not in running.text
 
@@ -171,15 +171,15 @@ def test_every_row_has_the_command_that_repeats_it(storage, running):
 
 
 def test_a_row_says_what_its_trial_cost(running):
-    headings = "trial perplexity bits/byte tokens best at tokens seconds parameters learning_rate block_size status"
+    headings = "trial perplexity bits/byte tokens best at tokens seconds parameters learning_rate block_size"
     assert headings in running.text
-    assert "1 trial_00000 32.00 2.00 1,024 256 2 70,000 0.001 64 completed repeat it" in running.text
+    assert "1 trial_00000 32.00 2.00 1,024 256 2 70,000 0.001 64 completed; repeat it" in running.text
 
 
 def test_what_people_wrote_is_shown_and_nothing_else(running):
     assert running.text.count(EVIL) == 2, "in the facts and in the row of the trial that failed"
     assert running.images == []
-    assert "trial_00002 - - 0 - - 70,000 0.02 64 failed training diverged" in running.text
+    assert "trial_00002 - - 0 - - 70,000 0.02 64 training diverged" in running.text
 
 
 def test_a_setting_with_html_in_it_ends_no_script(storage):
@@ -341,7 +341,8 @@ def test_trials_of_two_sweeps_are_ranked_at_equal_tokens(two):
     assert record["best"] == record["trials"][0]
     page = Page(Path(record["report"]).read_text(encoding="utf-8"))
     assert (
-        "best at 256 training tokens, the most that all 4 trials reached; 2 trials without a score there" in page.text
+        "best at 256 training tokens, the deepest that all 4 trials reached; 2 trials without a score there"
+        in page.text
     )
     assert "model.config.n_layer 2 3" in page.text
     assert "1 tune-20260102-000000-bbbb trial_00000 55.00 512 0.003 0.1 -" in page.text

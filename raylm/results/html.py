@@ -140,7 +140,7 @@ def _section(figure: figures.Figure | figures.Omitted, images: Mapping[str, byte
 
 
 def _trials(results: SweepResults) -> str:
-    """The ranked table; below each trial why it failed, if it did, and the command that repeats it."""
+    """The ranked table; below each trial what became of it, why it failed, and the command that repeats it."""
     rows = results.trials
     columns = trial_table.columns(rows, console.label(results.measure), results.data.swept)
     swept = set(results.data.swept)
@@ -156,17 +156,17 @@ def _trials(results: SweepResults) -> str:
             cells[heading] = ["-" if value is None else console.format_number(value) for value in values]
     cells |= {column.heading: column.cells for name, column in numbers.items() if name in swept}
     headings = "".join(f"<th class=number>{escape(heading)}</th>" for heading in cells)
-    lines = [f"<tr><th></th><th>trial</th>{headings}<th>status</th></tr>"]
+    lines = [f"<tr><th></th><th>trial</th>{headings}</tr>"]
     for number, row in enumerate(rows):
         trial_id, rank, status = (escape(columns[name].cells[number]) for name in ("trial_id", "rank", "status"))
         figures_of_row = "".join(f"<td class=number>{escape(column[number])}</td>" for column in cells.values())
-        status += "<br><small>on the Pareto front</small>" * bool(row.pareto)
+        status += ", on the Pareto front" * bool(row.pareto)
         failure = f"<div class=failure>{escape(row.failure)}</div>" if row.failure else ""
-        command = f"<details><summary>repeat it</summary><code>{escape(row.repeat or '')}</code></details>"
+        command = f"<details><summary>{status}; repeat it</summary><code>{escape(row.repeat or '')}</code></details>"
         lines += [
             f'<tr data-trial="{trial_id}"><td class=number>{rank}</td><td>{trial_id}</td>',
-            f"{figures_of_row}<td>{status}</td></tr>",
-            f'<tr class=more><td></td><td colspan="{len(cells) + 2}"><div>{failure}{command}</div></td></tr>',
+            f"{figures_of_row}</tr>",
+            f'<tr class=more><td></td><td colspan="{len(cells) + 1}"><div>{failure}{command}</div></td></tr>',
         ]
     return f"<div class=wide><table class=trials>{''.join(lines)}</table></div>"
 
@@ -194,6 +194,7 @@ def _about(results: SweepResults) -> dict[str, Any]:
         "took": console.format_duration(results.seconds) if results.seconds else None,
         "git commit": {**state.run.get("tags", {}), **state.tags}.get(tracking.COMMIT_TAG),
         "directory": results.directory,
+        **tracking.how_to_open(state.uri, tracking.Run(results.directory, state.uri).path, "compare in MLflow"),
     }
 
 
@@ -232,7 +233,7 @@ HTML = """<!DOCTYPE html>
 """
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin: 2em 0 .3em; }
 .answer { background: #f3f6f9; border-left: 5px solid #D55E00; padding: .6em 1.2em 1em; }
 .answer b { font-size: 2.4em; }
@@ -241,7 +242,7 @@ table { border-collapse: collapse; } th { text-align: left; font-weight: 600; ve
 .facts th { padding-right: 1.5em; white-space: nowrap; } .facts td { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 .trials { font-size: .93em; font-variant-numeric: tabular-nums; }
-.trials td, .trials th { padding: .25em .7em; vertical-align: top; white-space: nowrap; }
+.trials td, .trials th { padding: .25em .6em; vertical-align: top; white-space: nowrap; }
 .trials th { border-bottom: 1px solid #999; } .trials .number { text-align: right; }
 .trials .more td { padding-top: 0; border-bottom: 1px solid #ddd; white-space: normal; }
 .trials .more div { position: sticky; left: 0; max-width: 68em; overflow-wrap: anywhere; }

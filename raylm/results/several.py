@@ -51,7 +51,7 @@ class SeveralSweeps:
     measure: str | None
     """The score that compares all trials: that of all sweeps, or bits_per_byte; None if there is none."""
     equal_tokens: int
-    """The most training tokens that every trial with a score has reached."""
+    """The deepest training tokens that every trial with a score has reached."""
 
     @cached_property
     def trials(self) -> list[RankedTrial]:
@@ -95,7 +95,7 @@ class SeveralSweeps:
         best, left_out = self.trials[0], self.left_out()
         note = f"; {left_out} trials without a score there are left out" if left_out else ""
         return (
-            f"best at {self.equal_tokens:,} training tokens, the most that all {len(self.trials)} trials reached"
+            f"best at {self.equal_tokens:,} training tokens, the deepest that all {len(self.trials)} trials reached"
             f"{note}: {best.trial.trial_id} of {best.sweep}, {label(self.measure or '')} {best.score:.2f}"
         )
 

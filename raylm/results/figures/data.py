@@ -121,7 +121,7 @@ class SweepData:
 
     @cached_property
     def equal_tokens(self) -> int:
-        """The training tokens at which trials compare: the most that all trials with a score have reached."""
+        """The training tokens at which trials compare: the deepest that all trials with a score have reached."""
         return min((trial.tokens for trial, _ in self.scored), default=0)
 
     @cached_property
@@ -151,8 +151,8 @@ class SweepData:
         left_out = [f"{failed} that failed"] * bool(failed) + [f"{others} without a score there"] * bool(others)
         ending = f"; left out: {', '.join(left_out)}" if left_out else ""
         count = len(self.compared)
-        all_trials = f"all {count} trials with a score" if count > 1 else "the trial with a score"
-        return f"Scores at {self.equal_tokens:,} training tokens, the most that {all_trials} reached{ending}."
+        reached = f"{'' if left_out or count == 1 else 'all '}{count} trial{'s' if count > 1 else ''}"
+        return f"Scores at {self.equal_tokens:,} training tokens, the deepest that {reached} reached{ending}."
 
     @property
     def swept(self) -> list[str]:

@@ -77,8 +77,11 @@ def _lines(data: SweepData, points: Mapping[str, Sequence[tuple[float, float]]])
 
 def _about_failures(data: SweepData, lines: Sequence[Line]) -> str:
     """The sentence of a caption that explains how failed trials look, and names those without a line."""
+    failed = [trial.trial_id for trial in data.trials if trial.status == "failed"]
+    if not failed:
+        return ""
     names = {line.name for line in lines}
-    absent = [trial.trial_id for trial in data.trials if trial.status == "failed" and trial.trial_id not in names]
+    absent = [trial_id for trial_id in failed if trial_id not in names]
     return "A cross: the trial failed." + (f" Failed before the first point: {', '.join(absent)}." if absent else "")
 
 
