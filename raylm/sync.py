@@ -56,7 +56,9 @@ def sync(
     missing = sum(pending.values())
     record = {"runs": len(runs), "uploaded": total - missing, "pending": missing}
     lines = [f"{directory}: {count:,} entries are not in MLflow yet" for directory, count in pending.items() if count]
-    view = "\n".join([*lines, console.key_values(record)])
+    newest = tracking.newest(runs.values())
+    opened = tracking.how_to_open(newest.uri, newest.path, "newest run") if newest and newest.path else {}
+    view = "\n".join([*lines, console.key_values({**record, **opened})])
     return cli.CommandResult(record, view, exit_code=5 if missing and not dry_run else 0)
 
 

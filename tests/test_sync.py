@@ -1,4 +1,5 @@
 import shutil
+import sys
 
 import pytest
 from mlflow import MlflowClient
@@ -55,6 +56,14 @@ def test_what_mlflow_has_missed_is_uploaded_once(uri, tmp_path):
         assert found.data.metrics == {"train/loss": 2.0, "train/tokens": 256.0}
         assert found.info.status == "FINISHED"
         assert len(client.get_metric_history(found.info.run_id, "train/loss")) == 1
+
+
+def test_where_the_newest_run_is_seen(uri, tmp_path):
+    journaled(tmp_path / "runs" / "words" / "tune-1", uri)
+    newest, _ = journaled(tmp_path / "runs" / "words" / "tune-0", uri)
+    view = sync([f"{tmp_path}/runs"]).view
+    assert f"start MLflow  {sys.executable} -m mlflow server --backend-store-uri {uri}" in view
+    assert f"newest run    http://127.0.0.1:5000/{tracking.Run(newest.directory, uri).path}" in view
 
 
 def test_runs_that_were_not_tracked_are_uploaded_to_the_given_uri(uri, tmp_path):

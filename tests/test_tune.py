@@ -122,8 +122,8 @@ def test_the_trials_differ_in_mlflow_in_nothing_but_the_swept_settings(sweep):
         key: str(value) for key, value in best["settings"].items()
     }
     description = found.tags["mlflow.note.content"]
-    assert description.startswith(f"**Best: {best['trial_id']}, perplexity {best['perplexity']:.2f}**")
-    assert f"({parent.path})" in description, "a link to the comparison"
+    assert description.startswith(f"[Compare the trials]({parent.path})")
+    assert f"**Best: {best['trial_id']}, perplexity {best['perplexity']:.2f}**" in description
     assert [line.split(" | ")[1] for line in description.splitlines() if line.startswith("| 1")] == [best["trial_id"]]
 
 

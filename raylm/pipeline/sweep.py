@@ -373,11 +373,12 @@ def best_tags(best: Mapping[str, Any], children: Mapping[str, Run]) -> dict[str,
 
 
 def description(rows: list[dict[str, Any]], best: Mapping[str, Any], score: str) -> str:
-    """The Markdown of a sweep's page in MLflow: the best trial, where trials are compared, and the ranked trials."""
+    """The Markdown of a sweep's page in MLflow, which shows its first lines: where trials are compared, the best trial,
+    the ranked trials."""
     settings = ", ".join(f"`{key}={console.format_number(value)}`" for key, value in best["settings"].items())
     ranked = tables.ranked_markdown([TrialRow.from_record(row) for row in rows], score)
     best_of = f"**Best: {best['trial_id']}, {score} {best['perplexity']:.2f}** of {best['scored_on']}, with {settings}"
-    return f"{best_of}\n\n[Compare the trials]({tracking.COMPARISON})\n\n{ranked}\n"
+    return f"[Compare the trials]({tracking.COMPARISON})\n\n{best_of}\n\n{ranked}\n"
 
 
 def _no_result(active: ActiveRun, rows: list[dict[str, Any]]) -> TrainingError | ConfigError:

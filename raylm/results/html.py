@@ -145,7 +145,7 @@ def _trials(results: SweepResults) -> str:
     columns = trial_table.columns(rows, console.label(results.measure), results.data.swept)
     swept = set(results.data.swept)
     costs = {
-        "best at tokens": [row.best_tokens for row in rows],
+        "best at": [row.best_tokens for row in rows],
         "seconds": [None if row.seconds is None else round(row.seconds) for row in rows],
         "parameters": [row.parameters for row in rows],
     }
@@ -242,7 +242,7 @@ table { border-collapse: collapse; } th { text-align: left; font-weight: 600; ve
 .facts th { padding-right: 1.5em; white-space: nowrap; } .facts td { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 .trials { font-size: .93em; font-variant-numeric: tabular-nums; }
-.trials td, .trials th { padding: .25em .6em; vertical-align: top; white-space: nowrap; }
+.trials td, .trials th { padding: .25em .5em; vertical-align: top; white-space: nowrap; }
 .trials th { border-bottom: 1px solid #999; } .trials .number { text-align: right; }
 .trials .more td { padding-top: 0; border-bottom: 1px solid #ddd; white-space: normal; }
 .trials .more div { position: sticky; left: 0; max-width: 68em; overflow-wrap: anywhere; }

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,13 @@ def find_runs(directory: str | Path, uri: str | None = None) -> list[Run]:
         files = [str(file) for file in Path(root).rglob(journal.RUN_FILE)]
     directories = sorted(file.rpartition("/")[0] for file in files)
     return [Run(directory, uri or journal.run_state(directory).uri) for directory in directories]
+
+
+def newest(runs: Iterable[Run]) -> Run | None:
+    """The training or sweep that was started last; None if there is none."""
+    started = [(journal.run_state(run.directory).run, run) for run in runs]
+    parents = [(attributes["time"], run) for attributes, run in started if attributes and not attributes["is_child"]]
+    return max(parents, key=lambda pair: pair[0], default=(0, None))[1]
 
 
 def problem(uri: str) -> str | None:
