@@ -62,10 +62,10 @@ def evaluation_share(experiment: Experiment, store: Store, planned: Budget, sets
 
 
 def _number(planned: Budget) -> int:
-    """Evaluations of a run: there is one before each checkpoint and after the last step, too."""
+    """Evaluations of a run: there is one before the first step, before each checkpoint and after the last step, too."""
     steps, every = planned.steps, (planned.eval_every, planned.save_every)
     number = sum(steps // each for each in every) - steps // math.lcm(*every)
-    return number + all(steps % each for each in every)
+    return 1 + number + all(steps % each for each in every)
 
 
 def _read(experiment: Experiment, store: Store, documents: Documents, count: int | None = None) -> np.ndarray:

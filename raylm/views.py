@@ -73,6 +73,7 @@ def training(result: TrainResult, section: TrackingConfig) -> str:
         {
             label(result.measure): result.score,
             "bits per byte": result.bits_per_byte,
+            "before training": result.untrained_score,
             f"{label(result.measure)} of keywords": result.keyword_score,
             "incomparable": result.incomparable,
             "kept by filters": f"{100 * result.kept_fraction:.2f}% of the documents"
@@ -120,7 +121,7 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
             **tracking.how_to_open(experiment.tracking.uri, result.mlflow_path, "compare trials"),
         }
     )
-    return trial_table.RankedTable(result.trials, measure), "\n".join(notes), "", next_steps
+    return trial_table.RankedTable(result.trials, measure, result.untrained), "\n".join(notes), "", next_steps
 
 
 def proposal(found: Proposal, file: Path) -> str:

@@ -67,20 +67,20 @@ def test_the_tokens_that_are_read_are_counted_before(stride, every):
 
 
 def test_the_share_of_evaluations_by_hand(prepared):
-    """Three tokens forward for each that is trained on; five evaluations of documents of one window or several."""
+    """Three tokens forward for each that is trained on; six evaluations of documents of one window or several."""
     experiment, store = prepared()
     planned = budget.for_store(experiment, store)
     lengths = [len(store.validation[index]) for index in range(len(store.validation))]
     assert (planned.steps, planned.eval_every) == (10, 2)
     read = sum(length if length <= 32 else 32 * (1 + -(-(length - 32) // 32)) for length in lengths)
-    assert cost.evaluation_share(experiment, store, planned) == pytest.approx(5 * read / (5 * read + 3 * 2560))
+    assert cost.evaluation_share(experiment, store, planned) == pytest.approx(6 * read / (6 * read + 3 * 2560))
     assert cost.with_eval_limit(experiment, store) is experiment, "a causal model is scored on all"
     limited, _ = prepared("eval.max_tokens=1")
-    again = 5 * (32 * (1 + -(-(lengths[0] - 32) // 32))) + read  # and the whole split in the end
+    again = 6 * (32 * (1 + -(-(lengths[0] - 32) // 32))) + read  # and the whole split in the end
     assert cost.evaluation_share(limited, store, planned) == pytest.approx(again / (again + 3 * 2560))
 
 
-@pytest.mark.parametrize(("every", "save", "number"), [(2, 2, 5), (3, 3, 4), (4, 6, 4), (10, 10, 1), (20, 20, 1)])
+@pytest.mark.parametrize(("every", "save", "number"), [(2, 2, 6), (3, 3, 5), (4, 6, 5), (10, 10, 2), (20, 20, 2)])
 def test_how_many_evaluations_a_run_has(prepared, every, save, number):
     experiment, store = prepared(f"train.eval_every_tokens={256 * every}", f"train.save_every_tokens={256 * save}")
     assert cost._number(budget.for_store(experiment, store)) == number

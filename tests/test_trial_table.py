@@ -93,6 +93,14 @@ def test_nothing_is_cut_off_however_narrow_the_terminal(width):
     assert text.count("00003") == (1 if width >= 100 else 2)
 
 
+def test_the_last_row_is_the_score_before_training():
+    table = RankedTable(ROWS, "perplexity", {"perplexity": 5120.4, "bits_per_byte": 6.5}).tables(120)[0]
+    assert [str(list(column.cells)[-1]) for column in table.columns] == [
+        "", "untrained", "5,120", "6.50", "", "0", "", "", "", ""
+    ]  # fmt: skip
+    assert [row.style for row in table.rows] == ["bold", None, None]
+
+
 def test_an_overfitted_trial_is_told_below_the_table():
     written = io.StringIO()
     Console(file=written, width=80).print(RankedTable(ROWS, "perplexity"))

@@ -69,10 +69,16 @@ def test_tokens_are_prepared_once(swept):
 
 
 def test_one_worker_with_prepared_tokens_needs_no_ray(swept, monkeypatch):
-    directory, config, _ = swept
+    directory, config, sweep = swept
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null/nowhere")  # where none can start
     code, answer, stderr = raylm("train", "--config", config, cwd=directory)
     assert (code, answer and answer["steps"]) == (0, 10), stderr
+    untrained = sweep["untrained"]["perplexity"]
+    assert answer["untrained_perplexity"] == pytest.approx(untrained, rel=1e-6), "as a sweep scores the same model"
+    assert 200 < untrained < 400, "it knows nothing of 300 tokens"
+    lines = [line for line in stderr.splitlines() if "perplexity" in line]
+    assert lines[0].startswith("before training: perplexity ")
+    assert [line.partition(" tokens: ")[0] for line in lines[1:]] == ["512", "1,024", "1,536", "2,048", "2,560"]
 
 
 @pytest.mark.slow

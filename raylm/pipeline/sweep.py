@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import random
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from raylm import plan as plans
 from raylm import sweep as sweeps
 from raylm.config import Experiment, corners, dump, override
 from raylm.errors import ConfigError, Interrupted, StorageError, TrainingError
+from raylm.perplexity import Score
 from raylm.pipeline import stores
 from raylm.pipeline.training import export_best
 from raylm.plan import Plan, Prepared
@@ -35,7 +37,7 @@ from raylm.results import html, live_table, tables, trial_table
 from raylm.results.sweep import BestTrial, measured, repeat_command, scored_on
 from raylm.results.trial_table import TrialRow
 from raylm.sweep import Trial, tuner
-from raylm.training import callbacks
+from raylm.training import callbacks, launch
 
 if TYPE_CHECKING:
     import pandas
@@ -150,6 +152,8 @@ class SweepResult:
     best: BestTrial
     trials: list[TrialRow]
     """Every trial, the best first."""
+    untrained: Mapping[str, float] | None = None
+    """perplexity and bits_per_byte of the experiment's model before training, on the tokens that rank the trials."""
     report: str | None = None
     """The path of the HTML report."""
     mlflow_path: str | None = None
@@ -172,7 +176,7 @@ class SweepResult:
         return f"SweepResult({self.sweep}: {len(self.trials)} trials, best {self.measure} {best:.4g})"
 
     def _repr_html_(self) -> str:
-        return console.as_html(trial_table.RankedTable(self.trials, console.label(self.measure)))
+        return console.as_html(trial_table.RankedTable(self.trials, console.label(self.measure), self.untrained))
 
     def record(self) -> dict[str, Any]:
         """The result for --json: scores stand under their own name."""
@@ -180,6 +184,9 @@ class SweepResult:
         left_out = ("measure", "report", "mlflow_path")
         record = {key: value for key, value in vars(self).items() if key not in left_out}
         record |= {"best": self.best.record(self.measure), "trials": [row.record(self.measure) for row in self.trials]}
+        if self.untrained is not None:
+            names = {"perplexity": self.measure}
+            record["untrained"] = {names.get(key, key): value for key, value in self.untrained.items()}
         return {**record, "report": self.report} if self.report is not None else record
 
 
@@ -224,11 +231,12 @@ def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
         for warning in prepared.warnings:
             logger.warning(warning)
         sets = stores.prepare_evaluation_sets(plan.plan, prepared.store)
+        untrained = score_untrained(prepared, parent, active, resources)
         rows = run_trials(prepared, sets, parent, active, resources)
         best = export_best_trial(prepared, parent, resources, rows)
     if best is None:
         raise _no_result(active, rows)
-    result = _result(prepared, active, parent, rows, best, reused)
+    result = dataclasses.replace(_result(prepared, active, parent, rows, best, reused), untrained=untrained)
     active.end(result.record())
     report = _report(active.directory, parent)
     return dataclasses.replace(result, report=report, mlflow_path=parent.path)
@@ -240,6 +248,26 @@ def _close(parent: Run, status: tracking.Status = "KILLED") -> None:
         for child in parent.trials().values():
             child.finish_if_running("KILLED")
     parent.finish(status)
+
+
+def score_untrained(
+    prepared: Prepared, parent: Run, active: ActiveRun, resources: Resources
+) -> dict[str, float] | None:
+    """perplexity and bits_per_byte of the experiment's model before training, scored once for a sweep and logged to its
+    run in MLflow at step 0; None if that is not finite. With model.path it is every trial's."""
+    measure = prepared.experiment.measure
+    history = parent.metric_history()
+    names = {"perplexity": f"eval/{measure}", "bits_per_byte": "eval/bits_per_byte"}
+    before = {name: dict(history.get(key, ())) for name, key in names.items()}
+    if all(0 in values for values in before.values()):
+        return {name: values[0] for name, values in before.items()}
+    experiment = active.settled(prepared.experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
+    with console.task("Scoring the model before training", "tokens") as advance:
+        score = Score.of(launch.score_untrained(prepared.store, experiment, resources, advance))
+    if not math.isfinite(score.perplexity):
+        return None
+    parent.log_metrics({f"eval/{what}": value for what, value in score.figures(measure).items()}, 0)
+    return {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
 
 
 def run_trials(

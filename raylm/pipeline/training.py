@@ -61,6 +61,8 @@ class TrainResult:
     best_step: int
     best_tokens: int
     """Tokens that the best model was trained on."""
+    untrained_score: float | None
+    """The score of the model before its first step, on the tokens of an evaluation; None in runs of older versions."""
     last_perplexity: float | None
     """Of the last evaluation."""
     resumed_from: int | None
@@ -77,6 +79,7 @@ class TrainResult:
         measure = record["measure"]
         own = {
             "measure": (measure, record.pop("score")),
+            "untrained_score": (f"untrained_{measure}", record["untrained_score"]),
             "keyword_score": (f"keyword_{measure}", record["keyword_score"]),
         }
         return dict(own.get(key, (key, value)) for key, value in record.items())
@@ -148,7 +151,16 @@ def _train(
     if active.step is not None:
         logger.info(f"{active.directory}: the newest checkpoint is of step {active.step:,} of {budget.steps:,}")
     own = callbacks.load(experiment.train.callbacks)
-    task = TrainTask(experiment, store.path, budget, tracked, active.directory, sets=sets, callbacks=own)
+    task = TrainTask(
+        experiment,
+        store.path,
+        budget,
+        tracked,
+        active.directory,
+        sets=sets,
+        callbacks=own,
+        is_scored_untrained=True,
+    )
     with console.task("Training", "tokens") as advance:
         view = TrainingProgress(advance, budget.tokens, experiment.measure)
         with (
@@ -164,7 +176,8 @@ def _train(
     summary.log_best(tracked, experiment, {**best, **exported.score})
     tracked.set_tags({"raylm.checkpoint": exported.directory})
     tracked.log_model(exported.directory, experiment.tracking, best["step"])
-    keyword_scores = dict(tracked.metric_history().get(f"eval/keyword_{experiment.measure}", ()))
+    history = tracked.metric_history()
+    keyword_scores = dict(history.get(f"eval/keyword_{experiment.measure}", ()))
     unknown = store.validation.unknown_tokens
     return TrainResult(
         run=active.name,
@@ -185,6 +198,7 @@ def _train(
         steps=outcome.step,
         best_step=best["step"],
         best_tokens=best["tokens"],
+        untrained_score=dict(history.get(f"eval/{experiment.measure}", ())).get(0),
         last_perplexity=outcome.last.get("perplexity"),
         resumed_from=active.step,
         tokens_per_second=pace(active.directory)["tokens_per_second"],

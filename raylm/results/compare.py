@@ -166,7 +166,10 @@ def of_training(directory: str) -> ComparedRun:
         scored_on = result.get("scored_on", WHOLE_SPLIT)
     else:
         series = tracking.Run(directory).metric_history()
-        evaluations = {name: dict(series.get(f"eval/{name}", ())) for name in (measure, "bits_per_byte")}
+        evaluations = {
+            name: {step: value for step, value in series.get(f"eval/{name}", ()) if step}  # 0 is before training
+            for name in (measure, "bits_per_byte")
+        }
         best = min(evaluations[measure], key=lambda step: evaluations[measure][step], default=None)
         trained = series.get("train/tokens")
         result = {name: None if best is None else steps.get(best) for name, steps in evaluations.items()}

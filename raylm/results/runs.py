@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,19 @@ MOST_NAMES = 10
 
 KINDS = ("train-", "tune-")
 """How the names of the directories of runs and of sweeps start."""
+
+
+def place(names: Sequence[str], default: str) -> str:
+    """The directory of a run, of an experiment's runs, or of a whole storage, `default` if none is named."""
+    storage.look(default)
+    if not names:
+        return default
+    if len(names) > 1:
+        raise StorageError(f"{' '.join(names)}: give one name or directory", names[1])
+    for each in (names[0].rstrip("/"), f"{default.rstrip('/')}/{names[0]}"):
+        if storage.names(each):
+            return storage.absolute(each)
+    raise StorageError(f"{names[0]} is neither a directory nor an experiment in {default}", names[0])
 
 
 def find(run: str, kinds: tuple[str, ...] = KINDS) -> str:

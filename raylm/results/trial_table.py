@@ -139,12 +139,23 @@ class RankedTable:
     rows: Sequence[TrialRow]
     score: str
     """The heading of perplexity."""
+    untrained: Mapping[str, float] | None = None
+    """perplexity and bits_per_byte before training, for a last row."""
 
     def tables(self, width: int) -> list[Table]:
         """The tables, each of at most `width` characters unless a single column needs more."""
         shown = columns(self.rows, self.score)
         shown["trial_id"] = replace(shown["trial_id"], cells=[short_id(row.trial_id) for row in self.rows])
         shown["status"] = replace(shown["status"], cells=[row.status for row in self.rows])
+        if self.untrained is not None:
+            before = {
+                "trial_id": "untrained",
+                **{name: format_score(self.untrained[name]) for name in ("perplexity", "bits_per_byte")},
+                "tokens": "0",
+            }
+            shown = {
+                name: replace(column, cells=[*column.cells, before.get(name, "")]) for name, column in shown.items()
+            }
         headings = narrow_headings(shown)
         widths = {
             name: max(map(len, [*headings[name].split("\n"), *column.cells])) + GAP for name, column in shown.items()
@@ -160,11 +171,10 @@ class RankedTable:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name, column in shown.items():
             table.add_column(headings[name], justify=column.justify, overflow="fold", vertical="bottom")
-        for number, row in enumerate(self.rows):
-            is_best = number == 0 and row.perplexity is not None
+        for number, cells in enumerate(zip(*(column.cells for column in shown.values()), strict=True)):
+            is_best = number == 0 and bool(self.rows) and self.rows[0].perplexity is not None
             # Text, in which rich reads no markup: settings may have brackets.
-            cells = (Text(column.cells[number]) for column in shown.values())
-            table.add_row(*cells, style="bold" if is_best else None)
+            table.add_row(*map(Text, cells), style="bold" if is_best else None)
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

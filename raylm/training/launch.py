@@ -28,7 +28,8 @@ from raylm.cluster import Resources
 from raylm.config import Experiment, ModelConfig, TokenizerConfig
 from raylm.errors import OutOfMemory, RaylmError, TrainingError, WorkerFailed
 from raylm.perplexity import Documents
-from raylm.training import Outcome, TrainTask
+from raylm.tokens import Store
+from raylm.training import Outcome, ScoreTask, TrainTask
 
 logger = logging.getLogger(__name__)
 
@@ -167,15 +168,47 @@ def score(
         tokenizer=tokenizer,
         masked=experiment.objective.is_masked,
     )
+    return _scored(task, experiment, resources, progress)
+
+
+def score_untrained(
+    store: Store,
+    experiment: Experiment,
+    resources: Resources,
+    progress: Callable[[float, float | None], None] | None = None,
+) -> np.ndarray:
+    """perplexity.score_documents of an experiment's model before its first step, as an evaluation scores it."""
+    task = training.ScoreTask(
+        "",
+        store.validation,
+        experiment.eval,
+        cpus=resources.cpus_per_worker,
+        use_gpu=experiment.cluster.use_gpu,
+        keywords=experiment.objective.keywords,
+        loaded=experiment.model,
+        tokenizer=TokenizerConfig(prefix=experiment.tokenizer.prefix),
+        max_tokens=experiment.eval.max_tokens,
+        untrained=(experiment, store.path),
+    )
+    return _scored(task, experiment, resources, progress)
+
+
+def _scored(
+    task: ScoreTask,
+    experiment: Experiment,
+    resources: Resources | None,
+    progress: Callable[[float, float | None], None] | None,
+) -> np.ndarray:
+    """What score_loop_per_worker gives, in this process where there is no need for others."""
     if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):
         alone = dataclasses.replace(task, cpus=cluster.cpus_here(), session=training.SingleProcess, progress=progress)
         return training.score_loop_per_worker(alone)
     score = functools.partial(training.score_loop_per_worker, task)
     return _with_retries(
-        lambda: _on_workers(score, experiment, resources, directory),
+        lambda: _on_workers(score, experiment, resources, task.model),
         experiment.cluster.max_failures,
         logger.info,
-        directory,
+        task.model,
     )
 
 

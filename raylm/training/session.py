@@ -94,6 +94,8 @@ class TrainTask:
     """The token store of each evaluation set by name."""
     callbacks: tuple[type[Any], ...] = ()
     """The classes of train.callbacks."""
+    is_scored_untrained: bool = False
+    """Whether the model is scored before its first step, too."""
     name: str = ""
     """The prefix of messages, if several trainings run at a time."""
 
@@ -140,7 +142,7 @@ class ScoreTask:
     """The scoring of a worker."""
 
     model: str
-    """A directory."""
+    """A directory; empty for the model of `untrained`."""
     documents: Documents
     section: EvalConfig
     loaded: ModelConfig
@@ -154,3 +156,7 @@ class ScoreTask:
     session: type[Any] = RayTrainSession
     progress: Callable[[float, float | None], None] | None = None
     keywords: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    """Of `documents`, only the first up to so many tokens are scored."""
+    untrained: tuple[Experiment, str] | None = None
+    """The experiment whose model is scored as it is before its first step, and the token store it reads."""

@@ -306,6 +306,18 @@ class _Trainer(ShardingTrainer):
         except StorageError as error:
             self.say(f"the scores of single documents at step {step:,} are not kept: {error}")
 
+    def score_untrained(self) -> None:
+        """Score the weights before the first step. It is only logged: without a checkpoint they are never the best."""
+        try:
+            with self.memory.for_scoring():
+                score = Score.of(self._score(self.store.validation))
+        except perplexity.EvaluationStopped:  # the training stops after its first step
+            return
+        if self.session.rank == 0 and math.isfinite(score.perplexity):
+            figures = score.figures(self.task.experiment.measure)
+            self.task.run.log_metrics({f"eval/{what}": value for what, value in figures.items()}, 0)
+            self.task.report({"tokens": 0, "perplexity": score.perplexity})
+
     def _score_resumed(self) -> None:
         """Evaluate the weights that the run resumes from."""
         self._load_from_checkpoint(str(self.resumed))
@@ -497,6 +509,8 @@ class _Reporting(TrainerCallback):
         """Probe the model; restore the loss summed since it was last logged."""
         trainer = self.trainer
         trainer.probe()
+        if trainer.task.is_scored_untrained and trainer.start_step == 0:
+            trainer.score_untrained()
         trainer.last_check, trainer.next_check = (state.global_step, time.monotonic()), state.global_step + 1
         if trainer.resumed is None:
             return

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from raylm import checkpoint, model, objective, perplexity, probe, storage
+from raylm import checkpoint, model, objective, perplexity, probe, storage, tokens
+from raylm.config import Experiment
 from raylm.training.session import CollectiveError, Outcome, ScoreTask, TrainTask
 
 
@@ -36,8 +37,11 @@ def score_loop_per_worker(task: ScoreTask) -> np.ndarray:
     """What perplexity.score_documents tells of a saved model, the documents shared out among the workers."""
     session = task.session()
     model.set_up_torch(task.cpus)
-    with storage.here(task.model, but_for=checkpoint.OF_TRAINING) as directory:
-        trained = checkpoint.load(directory, task.loaded, task.tokenizer, masked=task.masked)
+    if task.untrained is not None:
+        trained = _untrained(*task.untrained)
+    else:
+        with storage.here(task.model, but_for=checkpoint.OF_TRAINING) as directory:
+            trained = checkpoint.load(directory, task.loaded, task.tokenizer, masked=task.masked)
     network, prefix = trained.model.to(model.device(task.use_gpu)), task.tokenizer.prefix
     frame, masked = trained.frame(prefix), trained.masked(prefix, task.section.pseudo_perplexity)
     probe.check_scoring(
@@ -50,6 +54,7 @@ def score_loop_per_worker(task: ScoreTask) -> np.ndarray:
         context=perplexity.context_of(task.section, model.context(trained.model.config), trained.context),
         stride=task.section.stride,
         batch_tokens=task.section.batch_tokens,
+        max_tokens=task.max_tokens,
         precision=task.section.precision,
         masked=masked,
         keywords=objective.Keywords(task.keywords, trained.tokenizer),
@@ -57,3 +62,16 @@ def score_loop_per_worker(task: ScoreTask) -> np.ndarray:
         world_size=session.world_size,
         progress=task.progress,
     )
+
+
+def _untrained(experiment: Experiment, store: str) -> checkpoint.TrainedModel:
+    """The model of an experiment before its first step."""
+    tokenizer, masked = tokens.open_store(store).tokenizer, experiment.objective.is_masked
+    network = model.build(
+        experiment.model,
+        tokenizer,
+        block_size=experiment.blocks.block_size,
+        seed=experiment.train.seed,
+        masked=masked,
+    )
+    return checkpoint.TrainedModel(network.float(), tokenizer, experiment, {}, fills_in=masked)
