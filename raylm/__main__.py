@@ -9,8 +9,8 @@ import typer
 from raylm import __version__, cli
 
 VERBS = (
-    "init", "prepare", "inspect", "train", "tune", "evaluate", "generate", "push", "ls", "report", "compare", "sync",
-    "submit", "doctor",
+    "init", "prepare", "inspect", "train", "tune", "evaluate", "generate", "push", "ls", "clean", "report", "compare",
+    "sync", "submit", "doctor",
 )  # fmt: skip
 
 

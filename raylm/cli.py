@@ -39,6 +39,14 @@ ConfigFile = Annotated[
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved experiment with every setting explained, and stop.")
 ]
+Place = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[NAME|DIRECTORY] [SECTION.KEY=VALUE]...",
+        help="An experiment's name or any directory, s3://... too; by default all of the storage. Names are "
+        "looked up in storage=DIRECTORY.",
+    ),
+]
 Resume = Annotated[
     Literal["auto", "never", "must"],
     typer.Option(
@@ -61,6 +69,12 @@ class CommandResult:
     record: dict[str, Any]
     view: RenderableType | tuple[RenderableType, ...]
     exit_code: int = 0
+
+
+def places_and_settings(arguments: list[str] | None) -> tuple[list[str], list[str]]:
+    """Arguments that name directories or runs, and those that are settings."""
+    places = [argument for argument in arguments or [] if "=" not in argument or os.path.isdir(argument)]
+    return places, [argument for argument in arguments or [] if argument not in places]
 
 
 def experiment(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -33,8 +32,7 @@ def sync(
 
     The exit code is 5 if something is still missing.
     """
-    directories = [argument for argument in arguments or [] if "=" not in argument or os.path.isdir(argument)]
-    settings = [argument for argument in arguments or [] if argument not in directories]
+    directories, settings = cli.places_and_settings(arguments)
     experiment = cli.experiment(config, settings, print_config)
     uri = experiment.tracking.uri if any(setting.startswith(URI_SETTING) for setting in settings) else None
     from raylm import tracking

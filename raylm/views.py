@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm import corpus, derived, tokens, tracking
+from raylm import cleaning, corpus, derived, runs, tokens, tracking
 from raylm.config import Experiment, TrackingConfig, from_environment
 from raylm.console import command, format_size, key_values, label
+from raylm.results import runs as listing
 from raylm.results import tables, trial_table
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
             "repeat it": command("train", "--config", f"{model}/experiment.yaml"),
             "try it": f'{command("generate", model)} --prompt "..."',
             "report": result.report,
+            "on disk": _on_disk(result, experiment),
             **tracking.how_to_open(experiment.tracking.uri, result.mlflow_path, "compare trials"),
         }
     )
@@ -150,6 +152,19 @@ def proposal(found: Proposal, file: Path) -> str:
             "written": file,
             "next": command("tune", "--config", str(file)),
         }
+    )
+
+
+def _on_disk(result: SweepResult, experiment: Experiment) -> str:
+    """How large a sweep is, and how much of it nobody may need."""
+    directory = f"{runs.directory_of(experiment)}/{result.sweep}"
+    total = format_size(listing.num_bytes(directory))
+    lost = sum(leftover.num_bytes for leftover in cleaning.lost_checkpoints(directory))
+    if not lost:
+        return total
+    return (
+        f"{total}, of which {format_size(lost)} are checkpoints of trials that lost; tune.keep=best or raylm clean "
+        "removes them"
     )
 
 

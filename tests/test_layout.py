@@ -9,11 +9,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PARTS = """
-    errors redaction config console cluster storage hub corpus tokenizer tokens blocks model objective probe scorer
-    perplexity statistics document_scores checkpoint export runs tracking budget cost summary training generation sweep
-    derived plan results pipeline api diagnosis views cli
+    errors redaction config scratch console cluster storage hub corpus tokenizer tokens blocks model objective probe
+    scorer perplexity statistics document_scores checkpoint export runs tracking budget cost summary training generation
+    sweep derived plan results cleaning pipeline api diagnosis views cli
 """.split()
-VERBS = "init prepare train tune evaluate generate inspect push sync ls report compare submit doctor".split()
+VERBS = "init prepare train tune evaluate generate inspect push sync ls clean report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]
 
 HOMES = {  # the pattern of a dotted name -> the modules that may use it

@@ -20,7 +20,7 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raylm import console
+from raylm import console, scratch
 from raylm.cluster import output
 from raylm.cluster.address import Address, address_of, has_token, is_local, reachable_address
 from raylm.cluster.capacity import Resources, amount_of, capacity, cpus_here, resources, this_machine
@@ -166,6 +166,8 @@ def _start(address: str) -> None:
             logging_level=logging.ERROR,
             runtime_env={"env_vars": WORKER_ENVIRONMENT},
         )
+    if address == "local":
+        scratch.hold_session(ray._private.worker._global_node.get_session_dir_path())
 
 
 @contextlib.contextmanager

@@ -92,6 +92,7 @@ class LocalWorker:
         raylm's; both name a file with the output of the process.
         """
         channel, is_asked = task.channel, False
+        self._directory = str(getattr(task, "directory", ""))
         self._send((function, dataclasses.replace(task, channel=None)))
         while True:
             if channel is not None and not is_asked and channel.is_stopping():
@@ -141,7 +142,8 @@ class LocalWorker:
     def _described(self, how: str) -> tuple[str, str]:
         """How the process ended, and the file with its output."""
         self._log.seek(0)
-        with tempfile.NamedTemporaryFile(prefix="raylm-worker-", suffix=".log", delete=False) as kept:
+        directory = self._directory if os.path.isdir(self._directory) else None  # else in the temporary directory
+        with tempfile.NamedTemporaryFile(prefix="raylm-worker-", suffix=".log", dir=directory, delete=False) as kept:
             kept.write(self._log.read())
         return f"worker 0 {how}; {kept.name} has its output", kept.name
 

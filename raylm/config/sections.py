@@ -506,6 +506,10 @@ class TuneConfig(Section):
     the Pareto-optimal trials."""
     stop: StopConfig = StopConfig()
     """Limits of the sweep; it stops when any of them is reached."""
+    keep: Literal["all", "best"] = "all"
+    """Which trials keep their checkpoints once the sweep has finished. best: those of the trials that lost are removed;
+    these can then neither be exported, generated from or scored again, nor trained further. Their curves, scores and
+    settings stay."""
     max_concurrent_trials: Annotated[Count, Field(ge=1)] | None = None
     """Maximum number of concurrent trials. Default: as many as the cluster's resources allow."""
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raylm import (
+    cleaning,
     cluster,
     console,
     derived,
     model,
     runs,
+    scratch,
     storage,
     summary,
     tokenizer,
@@ -200,6 +202,7 @@ def run(plan: SweepPlan, resume: runs.Resume = "auto") -> SweepResult:
     experiment = plan.experiment
     storage.check(experiment.storage)
     derived.keep()
+    scratch.clear()
     active = runs.start_or_resume(experiment, "tune", plan.plan.tokens.fingerprint, resume)
     for directory in active.abandoned:
         _close(summary.start(experiment, directory, os.path.basename(directory), "tune"))
@@ -236,8 +239,13 @@ def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
         best = export_best_trial(prepared, parent, resources, rows)
     if best is None:
         raise _no_result(active, rows)
+    if plan.experiment.tune.keep == "best":
+        rows = [row if row["trial_id"] == best["trial_id"] else {**row, "checkpoint": None} for row in rows]
     result = dataclasses.replace(_result(prepared, active, parent, rows, best, reused), untrained=untrained)
     active.end(result.record())
+    if plan.experiment.tune.keep == "best":
+        freed = cleaning.remove(cleaning.lost_checkpoints(active.directory))
+        logger.info(f"tune.keep=best: {console.format_size(freed)} of checkpoints of trials that lost are removed")
     report = _report(active.directory, parent)
     return dataclasses.replace(result, report=report, mlflow_path=parent.path)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raylm import cluster, console, corpus, cost, derived, export, runs, storage, summary, tokens, tracking
+from raylm import cluster, console, corpus, cost, derived, export, runs, scratch, storage, summary, tokens, tracking
 from raylm.config import WHOLE_SPLIT, dump
 from raylm.errors import Diverged, Interrupted, OutOfMemory
 from raylm.perplexity import Score
@@ -97,6 +97,7 @@ def run(plan: Plan, resume: runs.Resume = "auto") -> TrainResult:
     experiment = plan.experiment
     storage.check(experiment.storage)
     derived.keep()
+    scratch.clear()
     active = runs.start_or_resume(experiment, "train", plan.tokens.fingerprint, resume)
     for directory in active.abandoned:
         summary.start(experiment, directory, os.path.basename(directory), "train").finish_if_running("KILLED")

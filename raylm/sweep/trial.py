@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from raylm import budget, checkpoint, storage, summary, tokens
+from raylm import budget, checkpoint, scratch, storage, summary, tokens
 from raylm.cluster import Resources
 from raylm.config import Experiment, dump, get, override
 from raylm.errors import ConfigError, RaylmError, StorageUnavailable, TrainingError
@@ -118,8 +117,8 @@ def _adopt(change: dict[str, Any], template: TrainTask, task: TrainTask) -> None
             step, _ = theirs.newest()
         assert step is not None, f"{change['donor']}: a trial that was compared has checkpoints"
         try:
-            with tempfile.TemporaryDirectory(prefix="raylm-adopted-") as scratch:
-                task.checkpoints.replace(theirs.fetch(step, Path(scratch)), step)
+            with scratch.directory("adopted") as directory:
+                task.checkpoints.replace(theirs.fetch(step, Path(directory)), step)
             break
         except (OSError, RaylmError):
             if attempt == 2:

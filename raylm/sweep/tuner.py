@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from raylm import scratch
 from raylm.cluster import Resources
 from raylm.errors import StorageError
 from raylm.sweep.queue import TrialQueue
@@ -40,7 +40,7 @@ def run(
     os.environ |= {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(together)}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     _keep_credentials()
-    with tempfile.TemporaryDirectory(prefix="raylm-tune-") as scratch, _told(trials.record):
+    with scratch.directory("tune") as directory, _told(trials.record):
         tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(run_trial, template=task, resources=resources), _trial_resources(resources)
@@ -55,7 +55,7 @@ def run(
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=scratch,
+                storage_path=directory,
                 stop=limits,
                 failure_config=tune.FailureConfig(max_failures=task.experiment.cluster.max_failures),
                 callbacks=[watcher, _Silent()],

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import logging
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from raylm import cluster, runs, training
+from raylm import cluster, runs, scratch, training
 from raylm.cluster import Resources
 from raylm.config import Experiment, ModelConfig, TokenizerConfig
 from raylm.errors import OutOfMemory, RaylmError, TrainingError, WorkerFailed
@@ -254,7 +253,7 @@ def _ray_state() -> Iterator[dict[str, str]]:
 
     Not in `storage`: if that failed, Ray would end the workers.
     """
-    with tempfile.TemporaryDirectory(prefix="raylm-ray-") as directory:
+    with scratch.directory("ray") as directory:
         yield {"name": runs.new_name("attempt"), "storage_path": directory}
 
 

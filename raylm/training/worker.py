@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from raylm import checkpoint, model, objective, perplexity, probe, storage, tokens
+from raylm import checkpoint, model, objective, perplexity, probe, scratch, storage, tokens
 from raylm.config import Experiment
 from raylm.training.session import CollectiveError, Outcome, ScoreTask, TrainTask
 
@@ -22,15 +20,14 @@ def train_loop_per_worker(task: TrainTask) -> Outcome:
     assert cpus != "auto", "it is decided when a run starts (Begun.settled)"
     model.set_up_torch(cpus)
     # One directory a rank: ranks on a node must not share files.
-    scratch = tempfile.mkdtemp(prefix=f"raylm-rank{session.rank}-")
-    try:
-        return trainer.build(task, session, Path(scratch)).run()
-    except CollectiveError as agreed:
-        return Outcome({}, 0, error=agreed.args[0])
-    finally:
-        if session.rank == 0:
-            task.run.flush()  # Ray kills the process, and lines for a remote storage wait some seconds
-        shutil.rmtree(scratch, ignore_errors=True)
+    with scratch.directory(f"rank{session.rank}") as directory:
+        try:
+            return trainer.build(task, session, Path(directory)).run()
+        except CollectiveError as agreed:
+            return Outcome({}, 0, error=agreed.args[0])
+        finally:
+            if session.rank == 0:
+                task.run.flush()  # Ray kills the process, and lines for a remote storage wait some seconds
 
 
 def score_loop_per_worker(task: ScoreTask) -> np.ndarray:
