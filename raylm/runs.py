@@ -217,9 +217,14 @@ def _note_end(directory: str) -> None:
             storage.write(f"{place}/{ENDED}/{name}", b"")
 
 
+def settings(experiment: Experiment) -> dict[str, Any]:
+    """Every setting by its dotted key."""
+    return dict(_flat(experiment.model_dump(mode="json")))
+
+
 def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:
     """What has to stay for a run to be the same run: dotted key -> value, without passwords."""
-    flat = dict(_flat(redacted(experiment.model_dump(mode="json"))))
+    flat = redacted(settings(experiment))
     may_change: tuple[str, ...] = MUTABLE_ON_RESUME if verb == "tune" else (*MUTABLE_ON_RESUME, "tune")
     if verb == "tune" and experiment.tune.scheduler.kind == "asha":  # its rungs lie in whole saves
         may_change = tuple(key for key in may_change if key != "train.save_every_tokens")

@@ -19,13 +19,14 @@ def train(
 ) -> cli.CommandResult:
     """Train one language model on the corpus; the tokens are prepared first, unless they exist already."""
     experiment = cli.experiment(config, settings, print_config, "training")
-    from raylm import plan, views
+    from raylm import estimate, plan, views
 
     resolved = plan.resolve(experiment, starts=None if dry_run else "train")
     if dry_run:
         for warning in resolved.warnings:
             logger.warning(warning)
-        return cli.CommandResult(resolved.record(), views.plan(resolved))
+        estimated = estimate.training(resolved, resolved.budget)
+        return cli.CommandResult({**resolved.record(), **estimated.record()}, views.plan(resolved, estimated))
     from raylm.pipeline import training
 
     result = training.run(resolved, resume)

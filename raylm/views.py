@@ -13,6 +13,7 @@ from raylm.results import runs as listing
 from raylm.results import tables, trial_table
 
 if TYPE_CHECKING:
+    from raylm.estimate import Estimate
     from raylm.pipeline.evaluation import EvaluationPlan
     from raylm.pipeline.proposal import Proposal
     from raylm.pipeline.sweep import SweepPlan, SweepResult
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from raylm.tokens import Store
 
 
-def plan(planned: Plan) -> str:
+def plan(planned: Plan, estimated: Estimate) -> str:
     """The plan of a training, a line each; what was taken from the environment says so."""
     record = planned.record()
     pairs = {label(name): value for name, value in record.items() if name != "corpus"}
@@ -32,7 +33,8 @@ def plan(planned: Plan) -> str:
         pairs[name] = f"{pairs[name]} (from {variable})"
     others = corpus.left_out(planned.tokens.sources)
     files = f"{planned.tokens.num_files:,} files, {format_size(planned.tokens.num_bytes)}"
-    return key_values({"corpus": files + (f"; left out: {others}" if others else ""), **pairs})
+    corpus_line = files + (f"; left out: {others}" if others else "")
+    return key_values({"corpus": corpus_line, **pairs, **estimated.facts()})
 
 
 def tokens_plan(plan: TokensPlan) -> tuple[dict[str, Any], str]:
@@ -101,7 +103,7 @@ def sweep_plan(planned: SweepPlan) -> str:
         "scheduler": section.scheduler.kind,
         "tokens of all trials": f"at most {planned.most_tokens:,}" if planned.most_tokens else None,
     }
-    return f"{plan(planned.plan)}\n{key_values(lines)}"
+    return f"{plan(planned.plan, planned.estimate)}\n{key_values(lines)}"
 
 
 def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:

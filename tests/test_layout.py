@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PARTS = """
     errors redaction config scratch console cluster storage hub corpus tokenizer tokens blocks model objective probe
     scorer perplexity statistics document_scores checkpoint export runs tracking budget cost summary training generation
-    sweep derived plan results cleaning pipeline api diagnosis views cli
+    sweep derived plan results estimate cleaning pipeline api diagnosis views cli
 """.split()
 VERBS = "init prepare train tune evaluate generate inspect push sync ls clean report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]

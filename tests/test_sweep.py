@@ -401,6 +401,7 @@ def scores_of(seed, trials=9):
 
 def test_how_many_trials_are_expected_at_each_rung():
     assert Asha([100, 300], 3.0, "best_perplexity").stages(8, 900) == [(100, 8), (300, 2), (900, 1)]
+    assert Asha([100, 300], 3.0, "best_perplexity").expected_tokens(8, 900) == 8 * 100 + 2 * 200 + 1 * 600
     assert Asha([], 2.0, "best_perplexity").stages(8, 900) == [(900, 8)], "nothing is compared on the way"
 
 

@@ -17,6 +17,7 @@ from raylm import (
     cluster,
     console,
     derived,
+    estimate,
     model,
     runs,
     scratch,
@@ -39,12 +40,14 @@ from raylm.results import html, live_table, tables, trial_table
 from raylm.results.sweep import BestTrial, measured, repeat_command, scored_on
 from raylm.results.trial_table import TrialRow
 from raylm.sweep import Trial, tuner
+from raylm.sweep.asha import Asha
 from raylm.training import callbacks, launch
 
 if TYPE_CHECKING:
     import pandas
 
     from raylm.cluster import Resources
+    from raylm.estimate import Estimate
     from raylm.runs import ActiveRun
     from raylm.tokens import Store
     from raylm.tracking import Run
@@ -69,6 +72,16 @@ class SweepPlan:
         """Of all trials together, if none is stopped early; None where the budget is not known yet."""
         return self.trials * self.plan.budget.tokens if self.plan.budget else None
 
+    @property
+    def estimate(self) -> Estimate:
+        """The disk and the time that it will take."""
+        tokens_of_all = self.most_tokens
+        if self.plan.budget is not None:
+            scheduler = sweeps.scheduler(self.experiment.tune, self.plan.budget, "best_perplexity")
+            if isinstance(scheduler, Asha):
+                tokens_of_all = scheduler.expected_tokens(self.trials, self.plan.budget.tokens)
+        return estimate.sweep(self.plan, self.trials, tokens_of_all)
+
     def record(self) -> dict[str, Any]:
         """The plan for --json."""
         section = self.experiment.tune
@@ -78,6 +91,7 @@ class SweepPlan:
             "space": section.space,
             "scheduler": section.scheduler.kind,
             "most_tokens": self.most_tokens,
+            **self.estimate.record(),
         }
 
 
@@ -235,6 +249,8 @@ def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
             logger.warning(warning)
         sets = stores.prepare_evaluation_sets(plan.plan, prepared.store)
         untrained = score_untrained(prepared, parent, active, resources)
+        told = dataclasses.replace(plan, plan=dataclasses.replace(plan.plan, prepared=prepared, budget=prepared.budget))
+        estimate.say(told.estimate)
         rows = run_trials(prepared, sets, parent, active, resources)
         best = export_best_trial(prepared, parent, resources, rows)
     if best is None:

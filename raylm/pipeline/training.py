@@ -10,7 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raylm import cluster, console, corpus, cost, derived, export, runs, scratch, storage, summary, tokens, tracking
+from raylm import (
+    cluster,
+    console,
+    corpus,
+    cost,
+    derived,
+    estimate,
+    export,
+    runs,
+    scratch,
+    storage,
+    summary,
+    tokens,
+    tracking,
+)
 from raylm.config import WHOLE_SPLIT, dump
 from raylm.errors import Diverged, Interrupted, OutOfMemory
 from raylm.perplexity import Score
@@ -135,6 +149,7 @@ def _run(plan: Plan, active: ActiveRun, tracked: Run) -> TrainResult:
         for warning in prepared.warnings:
             logger.warning(warning)
         sets = stores.prepare_evaluation_sets(plan, prepared.store)
+        estimate.say(estimate.training(dataclasses.replace(plan, prepared=prepared), prepared.budget))
         if alone is not None:
             connection.close()  # the worker has the machine for itself
         return _train(prepared, sets, active, tracked, resources)

@@ -62,6 +62,14 @@ class Asha(FIFOScheduler):
             trials = max(1, math.floor(trials / self.eta))
         return found
 
+    def expected_tokens(self, trials: int, budget_tokens: int) -> int:
+        """Training tokens of all trials together, by `stages`."""
+        total = before = 0
+        for tokens, count in self.stages(trials, budget_tokens):
+            total += count * (tokens - before)
+            before = tokens
+        return total
+
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         score = result[self._metric]
         reached = [number for number, rung in enumerate(self.rungs) if rung <= result["tokens"]]
