@@ -36,7 +36,7 @@ class Estimate:
     """Of the exported model."""
     seconds: float | None
     """None if nothing tells."""
-    told_by: str
+    source: str
     """What tells the seconds, or why they are not known."""
 
     @property
@@ -49,41 +49,41 @@ class Estimate:
     def facts(self) -> dict[str, str]:
         """The lines of a plan."""
         parts = {"token store": self.store_bytes, "checkpoints": self.checkpoint_bytes, "model": self.model_bytes}
-        told = ", ".join(f"{name} {console.format_size(size)}" for name, size in parts.items() if size)
-        time = f"about {console.format_duration(self.seconds)} {self.told_by}" if self.seconds else self.told_by
-        return {"disk": f"up to {console.format_size(self.disk_bytes)}: {told}", "time": time}
+        of = ", ".join(f"{name} {console.format_size(size)}" for name, size in parts.items() if size)
+        time = f"about {console.format_duration(self.seconds)} {self.source}" if self.seconds else self.source
+        return {"disk": f"up to {console.format_size(self.disk_bytes)}: {of}", "time": time}
 
 
 def training(plan: Plan, budget: Budget | None) -> Estimate:
     """Of one training; by the speed of the newest finished one of the same model, if there is any."""
-    seconds, told_by = None, UNKNOWN
+    seconds, source = None, UNKNOWN
     for run in _finished(plan, "train"):
         speed = json.loads(storage.read(f"{run}/result.json") or b"{}").get("tokens_per_second")
         if speed and budget is not None:
             share = plan.prepared.evaluation_share if plan.prepared else 0.0
             seconds = budget.tokens / speed / (1 - share)
-            told_by = f"of training at the {speed:,.0f} tokens/s of {run.rpartition('/')[2]}"
+            source = f"of training at the {speed:,.0f} tokens/s of {run.rpartition('/')[2]}"
             break
-    return _with_disk(plan, 1, seconds, told_by)
+    return _with_disk(plan, 1, seconds, source)
 
 
 def sweep(plan: Plan, trials: int, tokens_of_all: int | None) -> Estimate:
     """Of so many trials, which train on `tokens_of_all` if early stopping saves what it is expected to save."""
-    seconds, told_by = None, UNKNOWN
+    seconds, source = None, UNKNOWN
     if plan.experiment.sizes_follow_text:
-        seconds, told_by = derived.SWEEP_SECONDS, "(the sizes were derived for it on this machine)"
+        seconds, source = derived.SWEEP_SECONDS, "(the sizes were derived for it on this machine)"
     for run in _finished(plan, "tune"):
         record = SweepRecord(run)
         trained = sum(trial.tokens for trial in record.trials.values())
         if trained and record.seconds and tokens_of_all:
             speed = trained / record.seconds
             seconds = tokens_of_all / speed
-            told_by = f"at the {speed:,.0f} tokens/s of all trials of {run.rpartition('/')[2]}"
+            source = f"at the {speed:,.0f} tokens/s of all trials of {run.rpartition('/')[2]}"
             break
-    return _with_disk(plan, trials, seconds, told_by)
+    return _with_disk(plan, trials, seconds, source)
 
 
-def _with_disk(plan: Plan, trials: int, seconds: float | None, told_by: str) -> Estimate:
+def _with_disk(plan: Plan, trials: int, seconds: float | None, source: str) -> Estimate:
     experiment = plan.experiment
     model_bytes = plan.num_parameters * {"float32": 4, "bfloat16": 2}[experiment.model.dtype]
     checkpoint = model_bytes * (OF_A_CHECKPOINT if experiment.model.lora is None else 1)
@@ -94,7 +94,7 @@ def _with_disk(plan: Plan, trials: int, seconds: float | None, told_by: str) -> 
     if not tokens.is_store(plan.tokens.store):
         bytes_per_id = 2 if plan.model_config.get_text_config().vocab_size <= 2**16 else 4
         store = round(plan.tokens.num_bytes / derived.BYTES_PER_TOKEN * bytes_per_id)
-    return Estimate(store, trials * kept * checkpoint, model_bytes, seconds, told_by)
+    return Estimate(store, trials * kept * checkpoint, model_bytes, seconds, source)
 
 
 def _finished(plan: Plan, kind: str) -> Iterator[str]:
@@ -103,9 +103,9 @@ def _finished(plan: Plan, kind: str) -> Iterator[str]:
     now = {key: value for key, value in runs.settings(plan.experiment).items() if key.startswith(SHAPE)}
     swept = plan.experiment.tune.space if kind == "tune" else {}
     for name in reversed([name for name in storage.names(place) if name.startswith(f"{kind}-")]):
-        begun = json.loads(storage.read(f"{place}/{name}/run.json") or b"{}")
+        before = json.loads(storage.read(f"{place}/{name}/run.json") or b"{}")
         result = json.loads(storage.read(f"{place}/{name}/result.json") or b"{}")
-        alike = all(begun.get(key) == value for key, value in now.items() if key not in swept)
+        alike = all(before.get(key) == value for key, value in now.items() if key not in swept)
         if result and "error" not in result and alike:
             yield f"{place}/{name}"
 

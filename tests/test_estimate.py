@@ -52,7 +52,7 @@ def test_the_time_of_a_sweep_is_told_by_a_finished_one(own):
     experiment = own("tune.space={train.learning_rate: {grid: [1e-3, 1e-2]}}")
     active = finished(experiment, "tune", {"best": {}})
     record = SweepRecord(active.directory)
-    record.begin("trial_00000", {})
+    record.add("trial_00000", {})
     record.result("trial_00000", {"step": 1, "tokens": 1000, "perplexity": 30.0, "best_perplexity": 29.0})
     record.spend(10.0)
     storage.write(f"{active.directory}/result.json", json.dumps({"best": {"trial_id": "trial_00000"}}).encode())

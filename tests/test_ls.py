@@ -29,7 +29,7 @@ def test_the_state_of_each_run_and_what_resumes_it(experiment, tmp_path):
     stopped.lock.close()
     sweep = begin(experiment, "tune")
     record = SweepRecord(sweep.directory)
-    record.begin("trial_00000", {})
+    record.add("trial_00000", {})
     record.result("trial_00000", {"step": 1, "tokens": 256, "perplexity": 30.0, "best_perplexity": 29.0})
     found = {run.directory: run for run in listing.listed(experiment.storage)}
     facts = {name: (run.kind, run.state, run.score, run.tokens, run.error) for name, run in found.items()}

@@ -238,7 +238,7 @@ def test_settings_of_one_space_out_of_several(storage):
     assert results.data.samplers == {RATE: "loguniform", "train.weight_decay": "choice"}
     table = trial_table.columns(results.trials, "perplexity")
     assert (table["train.weight_decay"].cells, table[RATE].cells) == (["0.1", "-"], ["-", "0.001"])
-    assert "1 trial_00001 50.00 3.12 256 - 0.1 completed" in shown(directory).text
+    assert "1 trial_00001 50.00 3.12 256 256 0 70,000 - 0.1 completed" in shown(directory).text
 
 
 def test_bits_per_byte_where_these_rank_the_trials(storage):

@@ -5,8 +5,7 @@ trial_table  the ranked table of a sweep's trials: rows, columns, cells
 runs         a run or sweep, found by its directory or name
 sweep        a sweep's directory -> its experiment, trials, scores, best trial
 live_table   the table of a sweep while it runs
-training_progress
-             a training while it runs
+training_progress   loss and perplexity of a training while it runs
 tables       other tables for the terminal
 compare      runs side by side, and whether their scores can be compared
 several      sweeps side by side, and their trials ranked at equal tokens

@@ -6,6 +6,11 @@ AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL.
 
 A failed access is retried and is then a StorageUnavailable. A read that fails says nothing about the file: damaged is
 only one that is missing, or has another size or checksum than what was written.
+
+file_systems   paths and URIs -> file systems of pyarrow and fsspec
+retries        a failed access is tried again; how long it may take
+files          read, write, list, upload and download files; the atomic write
+checks         whether a storage can be used: before anything starts, and on every node
 """
 
 from raylm.storage.checks import check, check_stays, is_waiting, look, mark, unusable
