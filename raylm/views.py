@@ -111,8 +111,8 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
     measure, best = label(result.measure), result.best
     model = str(best.checkpoint)
     ranking = measure if experiment.tune.metric == "perplexity" else "bits per byte"
-    incomparable = [result.incomparable] if result.incomparable else []
-    notes = [f"ranked by {ranking} on {result.scored_on}", *incomparable, *result.failures]
+    notes = [f"ranked by {ranking} on {result.scored_on}", *filter(None, [result.significance, result.incomparable])]
+    notes += result.failures
     next_steps = key_values(
         {
             "best trial": best.trial_id,

@@ -36,7 +36,7 @@ from raylm.perplexity import Score
 from raylm.pipeline import stores
 from raylm.pipeline.training import export_best
 from raylm.plan import Plan, Prepared
-from raylm.results import html, live_table, tables, trial_table
+from raylm.results import html, live_table, significance, tables, trial_table
 from raylm.results.sweep import BestTrial, measured, repeat_command, scored_on
 from raylm.results.trial_table import TrialRow
 from raylm.sweep import Trial, tuner
@@ -170,6 +170,8 @@ class SweepResult:
     """Every trial, the best first."""
     untrained: Mapping[str, float] | None = None
     """perplexity and bits_per_byte of the experiment's model before training, on the tokens that rank the trials."""
+    significance: str | None = None
+    """Which trials are as good as the best one on these documents, in a sentence; None if that is not known."""
     report: str | None = None
     """The path of the HTML report."""
     mlflow_path: str | None = None
@@ -363,7 +365,10 @@ def run_trials(
     if section.against is not None:
         scored = [trial for trial in record.trials.values() if trial.results and trial.failure is None]
         weigh(rows, section.against, {trial.trial_id: values(experiment, store, trial) for trial in scored})
-    return sorted(rows, key=lambda row: (row[section.metric] is None, row[section.metric] or 0))
+    rows.sort(key=lambda row: (row[section.metric] is None, row[section.metric] or 0))
+    scored = [record.trials[row["trial_id"]] for row in rows if row[section.metric] is not None]
+    standings = significance.standings(active.directory, scored)
+    return [{**row, "standing": standings.get(row["trial_id"])} for row in rows]
 
 
 def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
@@ -403,7 +408,7 @@ def export_best_trial(
         if child is None:
             continue
         child.finish_late("FAILED" if row["status"] == "failed" else "FINISHED")
-        child.set_tags({"raylm.status": row["status"]})
+        child.set_tags({"raylm.status": row["status"], **standing_tags(row["standing"])})
         row["mlflow_run_id"] = child.run_id
     if not rows or rows[0]["perplexity"] is None:
         return None
@@ -414,6 +419,14 @@ def export_best_trial(
     parent.describe(description(rows, best, console.label(experiment.measure)))
     parent.log_model(best["checkpoint"], experiment.tracking, best["best_step"])
     return best
+
+
+def standing_tags(standing: significance.Standing | None) -> dict[str, Any]:
+    """What MLflow gets of a trial's standing."""
+    if standing is None:
+        return {}
+    found = {"low": standing.low, "high": standing.high, "as_good_as_best": standing.as_good_as_best}
+    return {f"raylm.{name}": value for name, value in found.items() if value is not None}
 
 
 def best_tags(best: Mapping[str, Any], children: Mapping[str, Run]) -> dict[str, Any]:
@@ -461,6 +474,9 @@ def _result(
         incomparable=tokens.incomparable(validation.unknown_tokens, validation.num_tokens),
         best=BestTrial(**{key: best[key] for key in told}),
         trials=[TrialRow.from_record(row) for row in rows],
+        significance=significance.sentence(
+            {row["trial_id"]: row["standing"] for row in rows}, prepared.scored["scored_documents"]
+        ),
     )
 
 

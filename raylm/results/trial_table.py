@@ -17,6 +17,7 @@ from rich.text import Text
 
 from raylm.console import format_number
 from raylm.results.figures import short_name
+from raylm.results.significance import Standing
 
 WEIGHED = ("parameters", "seconds")
 """What tune.against can weigh scores against."""
@@ -55,6 +56,8 @@ class TrialRow:
     """Its best checkpoint; None while the sweep has not finished."""
     best_step: int | None = None
     mlflow_run_id: str | None = None
+    standing: Standing | None = None
+    """How sure the score is, and whether it is worse than the best; None where document scores are not there."""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TrialRow:
@@ -83,6 +86,7 @@ class TrialRow:
             "checkpoint": self.checkpoint,
             "best_step": self.best_step,
             "mlflow_run_id": self.mlflow_run_id,
+            **(self.standing.record(measure) if self.standing is not None else {}),
         }
 
     @property

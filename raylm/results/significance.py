@@ -1,0 +1,138 @@
+"""Which trials of a sweep are as good as its best one, by the documents that all of them were scored on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raylm import document_scores, statistics
+from raylm.document_scores import DocumentScores
+
+if TYPE_CHECKING:
+    from raylm.sweep import Trial
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How sure the score of a trial is, and whether it is worse than that of the best trial."""
+
+    low: float | None
+    """Of the 95 % interval of its best perplexity; None for fewer than six documents."""
+    high: float | None
+    as_good_as_best: bool | None
+    """Whether the documents show no difference to the best trial; None if they are too few to tell."""
+    p: float | None = None
+    """Of the difference to the best trial, corrected for all pairs of trials; None for the best one."""
+    least_percent: float | None = None
+    """The smallest difference in perplexity that these documents could have shown, in percent."""
+    compared_at_tokens: int | None = None
+    """Training tokens of the deepest evaluation that this trial and the best one both had."""
+
+    def record(self, measure: str) -> dict[str, Any]:
+        fields = dict(vars(self))
+        return {f"{measure}_low": fields.pop("low"), f"{measure}_high": fields.pop("high"), **fields}
+
+
+def standings(directory: str, trials: Sequence[Trial]) -> dict[str, Standing]:
+    """The standing of each trial whose document scores were kept, by its id.
+
+    `trials`: those that have a score, the best first. Two trials are compared at equal tokens, at the deepest evaluation
+    that both had: a trial that was stopped early is not called worse for having seen less.
+    """
+    if not trials:
+        return {}
+    kept = {trial.trial_id: _Evaluations(f"{directory}/{trial.trial_id}", trial) for trial in trials}
+    best, *others = kept.values()
+    found = {best.trial_id: Standing(*best.interval(), as_good_as_best=True)}
+    differences = _differences(best, others)
+    for each in others:
+        depth, difference = differences.get(each.trial_id, (None, None))
+        if difference is None:
+            found[each.trial_id] = Standing(*each.interval(), as_good_as_best=None)
+        else:
+            least = 100 * math.expm1(difference.least)
+            found[each.trial_id] = Standing(*each.interval(), not difference.is_real, difference.p, least, depth)
+    return found
+
+
+def _differences(
+    best: _Evaluations, others: Sequence[_Evaluations]
+) -> dict[str, tuple[int, statistics.Difference | None]]:
+    """The depth at which each trial can be compared with the best one, and the difference there."""
+    depths = {other.trial_id: depth for other in others if (depth := _deepest(best, other)) is not None}
+    found = {}
+    for depth in set(depths.values()):
+        own = best.at(depth)
+        assert own is not None
+        # Also trials that went deeper: the correction is for all that were there to be chosen from.
+        reached = {other.trial_id: scores for other in others if (scores := other.at(depth)) is not None}
+        same = {name: scores for name, scores in reached.items() if scores.documents == own.documents}
+        nll = np.stack([own.nll, *(scores.nll for scores in same.values())], axis=1)
+        _, *differences = statistics.compare(nll, own.tokens)
+        for name, difference in zip(same, differences, strict=True):
+            if depths.get(name) == depth:
+                found[name] = depth, difference
+    return found
+
+
+class _Evaluations:
+    """The document scores of a trial's evaluations, read when they are asked for."""
+
+    def __init__(self, directory: str, trial: Trial):
+        self.directory, self.trial_id = directory, trial.trial_id
+        self.steps = {result["tokens"]: result["step"] for result in trial.results}
+        self.best_step = trial.results[-1]["best_step"] if trial.results else None
+        self._read: dict[int, DocumentScores | None] = {}
+
+    def at(self, tokens: int) -> DocumentScores | None:
+        """After so many training tokens; None if there was no evaluation then, or its scores were not kept."""
+        return self._of(self.steps[tokens]) if tokens in self.steps else None
+
+    def interval(self) -> tuple[float | None, float | None]:
+        """Of the perplexity of its best evaluation."""
+        scores = self._of(self.best_step) if self.best_step is not None else None
+        if scores is None:
+            return None, None
+        ends = statistics.interval(scores.nll, scores.tokens)
+        low, high = (math.exp(end) if end < 700 else math.inf for end in ends)
+        return (low, high) if math.isfinite(high) else (None, None)
+
+    def _of(self, step: int) -> DocumentScores | None:
+        if step not in self._read:
+            self._read[step] = document_scores.read(self.directory, step)
+        return self._read[step]
+
+
+def _deepest(one: _Evaluations, other: _Evaluations) -> int | None:
+    """The training tokens of the deepest evaluation of which both have the scores of the same documents."""
+    for tokens in sorted(one.steps.keys() & other.steps.keys(), reverse=True):
+        mine, its = one.at(tokens), other.at(tokens)
+        if mine is not None and its is not None and mine.documents == its.documents:
+            return tokens
+    return None
+
+
+def sentence(standings: Mapping[str, Standing | None], documents: int) -> str | None:
+    """What a person learns from the standings; None if the scores of single documents are not known.
+
+    `standings`: by trial id, the best trial first; `documents`: how many were scored.
+    """
+    others = {name: standing for name, standing in list(standings.items())[1:] if standing is not None}
+    known = {name: standing for name, standing in others.items() if standing.as_good_as_best is not None}
+    if others and documents < statistics.FEWEST_DOCUMENTS:
+        return f"{documents} documents are too few to tell whether the best trial is better than the others"
+    if not known:
+        return None
+    ties = [name.removeprefix("trial_") for name, standing in known.items() if standing.as_good_as_best]
+    least = max(standing.least_percent or 0.0 for standing in known.values())
+    test = f"on these {documents:,} documents, paired at equal tokens"
+    if not ties:
+        return f"no other trial is as good as the best {test} (p < 0.05)"
+    return (
+        f"as good as the best {test} (p >= 0.05): {', '.join(ties)}; a difference of less than {least:.2g} % could not "
+        "be told"
+    )
