@@ -96,7 +96,7 @@ def test_nothing_is_cut_off_however_narrow_the_terminal(width):
 def test_the_last_row_is_the_score_before_training():
     table = RankedTable(ROWS, "perplexity", {"perplexity": 5120.4, "bits_per_byte": 6.5}).tables(120)[0]
     assert [str(list(column.cells)[-1]) for column in table.columns] == [
-        "", "untrained", "5,120", "6.50", "", "0", "", "", "", ""
+        "", "", "5,120", "6.50", "", "0", "untrained", "", "", ""
     ]  # fmt: skip
     assert [row.style for row in table.rows] == ["bold", None, None]
 

@@ -153,9 +153,9 @@ class RankedTable:
         shown["status"] = replace(shown["status"], cells=[row.status for row in self.rows])
         if self.untrained is not None:
             before = {
-                "trial_id": "untrained",
                 **{name: format_score(self.untrained[name]) for name in ("perplexity", "bits_per_byte")},
                 "tokens": "0",
+                "status": "untrained",
             }
             shown = {
                 name: replace(column, cells=[*column.cells, before.get(name, "")]) for name, column in shown.items()
