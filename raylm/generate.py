@@ -26,7 +26,14 @@ def generate(
     model: Annotated[str, typer.Argument(help="A checkpoint of raylm, or a Hugging Face model directory.")],
     settings: Settings = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Text to continue. May be repeated.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="A file with a prompt a line.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help='A file with a prompt a line; - is standard input. In a .jsonl file a line is "a text" or '
+            '{"prompt": "a text"}, so prompts may have several lines.',
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", help="Continue every document of corpus.paths, into this .jsonl or .parquet file."),

@@ -1,8 +1,10 @@
+import io
 import json
 import os
 import pty
 import sys
 import tty
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -64,6 +66,23 @@ def _read(master: int) -> bytes:
         return os.read(master, 65536)
     except OSError:  # the other end is closed
         return b""
+
+
+def test_prompts_of_several_lines_and_from_standard_input(trained_directory, tmp_path, monkeypatch):
+    lines = ['"a b\\nc"', '{"prompt": "b\\n\\na", "text": "not read"}']
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = generate(str(trained_directory), SHORT, prompts=tmp_path / "prompts.jsonl", dry_run=True)
+    assert found.record["prompts"] == ["a b\nc", "b\n\na"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb c\n"))
+    assert generate(str(trained_directory), SHORT, prompts=Path("-"), dry_run=True).record["prompts"] == ["a", "b c"]
+    (tmp_path / "prompts.jsonl").write_text("plain\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"each line must be .* got plain"):
+        generate(str(trained_directory), SHORT, prompts=tmp_path / "prompts.jsonl")
+
+
+def test_several_texts_of_a_prompt_are_told_the_seed(trained_directory):
+    with pytest.raises(ConfigError, match="num_return_sequences: is not taken; each --seed gives another text"):
+        texts(trained_directory, ["a"], "num_return_sequences=2")
 
 
 def test_with_json_or_several_prompts_nothing_is_shown_before_the_end(trained_directory, monkeypatch):

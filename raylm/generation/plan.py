@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,11 +144,28 @@ def _sections(dotted: dict[str, str]) -> Sections:
 
 
 def _lines(file: Path) -> list[str]:
-    """The prompts of a file, one a line."""
+    """The prompts of a file, or of standard input for `-`: one a line, in a .jsonl file as JSON."""
     try:
-        return [line for line in file.read_text(encoding="utf-8").split("\n") if line]
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts {file}: {error}", where="--prompts") from None
+    lines = [line for line in text.split("\n") if line]
+    return [_unpacked(line, file) for line in lines] if file.suffix == ".jsonl" else lines
+
+
+def _unpacked(line: str, file: Path) -> str:
+    """The prompt of a line of JSON: a text, or an object with the field prompt, as `--output` writes them."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    prompt = found.get("prompt") if isinstance(found, dict) else found
+    if not isinstance(prompt, str):
+        raise ConfigError(
+            f'--prompts {file}: each line must be "a text" or {{"prompt": "a text"}} in JSON, got {line[:60]}',
+            "--prompts",
+        )
+    return prompt
 
 
 def _check_output(

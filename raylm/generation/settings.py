@@ -89,6 +89,8 @@ def _number(name: str, value: Any) -> Any:
     if name not in SETTINGS:
         alike = name.replace("_length", "_new_tokens")
         hint = did_you_mean(alike, SETTINGS) or f"these are taken: {', '.join(SETTINGS)}"
+        if name == "num_return_sequences":
+            hint = "each --seed gives another text of a prompt"
         is_field = hasattr(GenerationConfig(), name)
         problem = "is not taken" if is_field else "not a field of transformers.GenerationConfig"
         raise ConfigError(f"{name}: {problem}; {hint}", name)

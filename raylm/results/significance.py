@@ -40,8 +40,8 @@ class Standing:
 def standings(directory: str, trials: Sequence[Trial]) -> dict[str, Standing]:
     """The standing of each trial whose document scores were kept, by its id.
 
-    `trials`: those that have a score, the best first. Two trials are compared at equal tokens, at the deepest evaluation
-    that both had: a trial that was stopped early is not called worse for having seen less.
+    `trials`: those that have a score, the best first. Two trials are compared at equal tokens, at the deepest
+    evaluation that both had: a trial that was stopped early is not called worse for having seen less.
     """
     if not trials:
         return {}
