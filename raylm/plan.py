@@ -16,6 +16,7 @@ from raylm.cluster import Address, Resources
 from raylm.config import CorpusConfig, Experiment, TokenizerConfig
 from raylm.corpus import Source
 from raylm.derived import Derived
+from raylm.errors import StorageError
 
 if TYPE_CHECKING:  # a wrong setting is reported before torch and transformers are imported
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
@@ -210,6 +211,23 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
         return found
     prepared = found.with_store(tokens.open_store(store))
     return replace(found, budget=prepared.budget, prepared=prepared)
+
+
+def check_places(experiment: Experiment) -> list[str]:
+    """For a dry run, which writes nothing: warnings of an MLflow that does not answer; StorageError if the directory of
+    storage can be neither written nor made."""
+    place = experiment.storage
+    if not storage.is_remote(place):  # for one that is, only writing would tell
+        parent = place
+        while not os.path.lexists(parent):
+            parent = os.path.dirname(parent)
+        if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+            raise StorageError(f"storage={place} cannot be written: {parent} is no directory to write in", "storage")
+    uri = experiment.tracking.uri
+    if uri is None or not uri.startswith("http"):  # a database would be made
+        return []
+    problem = tracking.problem(uri)
+    return [] if problem is None else [f"{problem}; a run would keep its figures until raylm sync uploads them"]
 
 
 def load_tokenizer(plan: TokensPlan) -> PreTrainedTokenizerFast:

@@ -23,7 +23,7 @@ def train(
 
     resolved = plan.resolve(experiment, starts=None if dry_run else "train")
     if dry_run:
-        for warning in resolved.warnings:
+        for warning in (*resolved.warnings, *plan.check_places(resolved.experiment)):
             logger.warning(warning)
         estimated = estimate.training(resolved, resolved.budget)
         return cli.CommandResult({**resolved.record(), **estimated.record()}, views.plan(resolved, estimated))

@@ -29,12 +29,12 @@ def tune(
     Without --config: a small GPT-2 on the source code of Python's standard library.
     """
     experiment = cli.experiment(config, settings, print_config, "training")
-    from raylm import views
+    from raylm import plan, views
     from raylm.pipeline import sweep
 
     resolved = sweep.resolve(experiment, starts=not dry_run)
     if dry_run:
-        for warning in resolved.plan.warnings:
+        for warning in (*resolved.plan.warnings, *plan.check_places(resolved.experiment)):
             logger.warning(warning)
         return cli.CommandResult(resolved.record(), views.sweep_plan(resolved))
     result = sweep.run(resolved, resume)
