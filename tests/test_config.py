@@ -637,3 +637,18 @@ def test_escapes_are_understood_however_they_are_quoted(load):
     assert load("corpus: {separator: '\\n'}").corpus.separator == "\n"
     assert load("", "corpus.text=Q: {q}\\nA: {a}").corpus.text == "Q: {q}\nA: {a}"
     assert load("", "corpus.keep_matching=\\n\\d").corpus.keep_matching == "\\n\\d"  # re has its own
+
+
+def test_a_file_to_start_from_has_the_default_places_as_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    experiment = config.load({})
+    assert experiment.storage == f"{tmp_path}/runs"
+    text = config.dump(experiment, comments=True)
+    assert "storage: runs\n" in text
+    assert "uri: sqlite:///mlflow.db\n" in text
+    (tmp_path / "printed.yaml").write_text(text)
+    assert config.load(tmp_path / "printed.yaml") == experiment
+    assert f"storage: {tmp_path}/runs\n" in config.dump(experiment), "beside a checkpoint it is where the run was"
+    elsewhere = config.load({"storage": "/data/runs"})
+    assert "storage: /data/runs\n" in config.dump(elsewhere, comments=True)

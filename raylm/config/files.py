@@ -25,7 +25,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from ruamel.yaml.scalarint import ScalarInt
 
-from raylm.config.sections import Experiment, Section
+from raylm.config.sections import DEFAULT_STORAGE, Experiment, Section, TrackingConfig
 from raylm.config.setting_errors import config_error, exclusive_faults, faults_of, section_of, show
 from raylm.config.space import corners, entry_fault, sampler_fault
 from raylm.errors import ConfigError, first_line
@@ -135,15 +135,27 @@ def get(experiment: Experiment, key: str) -> Any:
 def dump(experiment: Experiment, *, comments: bool = False) -> str:
     """The whole experiment as YAML, loadable again; with each setting's description as a comment on request.
 
-    Without the passwords in addresses: this is printed, kept beside checkpoints and sent to MLflow.
+    With comments it is a file for people to start from, in which the default storage and MLflow are as the defaults
+    say, so that it means the same elsewhere. Without the passwords in addresses: this is printed, kept beside
+    checkpoints and sent to MLflow.
     """
     text = io.StringIO()
     yaml = YAML()
     yaml.width = 120
     yaml.representer.ignore_aliases = lambda data: True
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    yaml.dump(_commented(experiment) if comments else experiment.model_dump(mode="json"), text)
+    yaml.dump(_commented(_portable(experiment)) if comments else experiment.model_dump(mode="json"), text)
     return redacted(text.getvalue())
+
+
+def _portable(experiment: Experiment) -> Experiment:
+    """With the default places as they are written, not as absolute paths."""
+    tracking = experiment.tracking
+    if experiment.storage == os.path.abspath(DEFAULT_STORAGE):
+        experiment = experiment.model_copy(update={"storage": DEFAULT_STORAGE})
+    if tracking.uri == _absolute_uri(TrackingConfig().uri):
+        tracking = tracking.model_copy(update={"uri": TrackingConfig().uri})
+    return experiment.model_copy(update={"tracking": tracking})
 
 
 def outline(settings: Mapping[str, Any], reasons: Mapping[str, str], head: str) -> str:
