@@ -345,7 +345,7 @@ def test_trials_of_two_sweeps_are_ranked_at_equal_tokens(two):
         in page.text
     )
     assert "model.config.n_layer 2 3" in page.text
-    assert "1 tune-20260102-000000-bbbb trial_00000 55.00 512 0.003 0.1 -" in page.text
+    assert "1 tune-20260102-000000-bbbb trial_00000 55.00 512 0.003 64 0.1" in page.text
     json.dumps(record, allow_nan=False)
 
 

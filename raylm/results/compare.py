@@ -228,17 +228,17 @@ def of_model(directory: str, name: str) -> ComparedRun:
 
 def differing(experiments: Sequence[Experiment]) -> dict[str, list[Any]]:
     """Dotted key -> its value in each experiment, of the settings that differ; None where it is not set."""
-    flat = [dict(_flat(experiment.model_dump(mode="json"))) for experiment in experiments]
+    flat = [dict(flat_settings(experiment.model_dump(mode="json"))) for experiment in experiments]
     keys = dict.fromkeys(key for each in flat for key in each if not SECRET.search(key))
     settings = {key: [each.get(key) for each in flat] for key in keys}
     return {key: values for key, values in settings.items() if any(value != values[0] for value in values)}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of each setting that bears on training, without the passwords in addresses."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat_settings(value, f"{prefix}{key}.")
         elif f"{prefix}{key}".partition(".")[0] not in IGNORED_SECTIONS:
             yield f"{prefix}{key}", redacted(value)
 

@@ -27,6 +27,8 @@ class RankedTrial:
     trial: Trial
     score: float
     """At equal tokens."""
+    settings: Mapping[str, Any]
+    """Dotted key -> value, of every setting that one of the sweeps varied."""
 
     def record(self, measure: str) -> dict[str, Any]:
         """The trial for --json; its score stands under its own name."""
@@ -35,7 +37,7 @@ class RankedTrial:
             "trial_id": self.trial.trial_id,
             measure: self.score,
             "tokens": self.trial.tokens,
-            "settings": self.trial.settings,
+            "settings": self.settings,
         }
 
 
@@ -58,11 +60,13 @@ class SeveralSweeps:
         """The trials of all sweeps that have a score by `equal_tokens`, the best first; none if nothing compares."""
         if self.measure is None:
             return []
-        ranked = [
-            RankedTrial(results.name, trial, score)
-            for results in self.sweeps
-            for trial, score in results.data.at(self.equal_tokens, self._metric)
-        ]
+        swept = list(dict.fromkeys(key for results in self.sweeps for key in results.data.swept))
+        ranked = []
+        for results in self.sweeps:
+            fixed = dict(compare.flat_settings(results.experiment.model_dump(mode="json")))
+            own = {key: fixed[key] for key in swept if key in fixed}
+            for trial, score in results.data.at(self.equal_tokens, self._metric):
+                ranked.append(RankedTrial(results.name, trial, score, {**own, **trial.settings}))
         return sorted(ranked, key=lambda each: each.score)
 
     @property
@@ -139,7 +143,7 @@ def read(sweeps: Sequence[SweepResults]) -> SeveralSweeps:
 
 def cells(several: SeveralSweeps) -> tuple[list[str], list[list[str]]]:
     """The headings and rows of the ranked table."""
-    keys = list(dict.fromkeys(key for each in several.trials for key in each.trial.settings))
+    keys = list(dict.fromkeys(key for results in several.sweeps for key in results.data.swept))
     score = f"{label(several.measure or '')} at {several.equal_tokens:,} tokens"
     headings = ["", "sweep", "trial", score, "tokens", *map(short_name, keys)]
     rows = [
@@ -149,7 +153,7 @@ def cells(several: SeveralSweeps) -> tuple[list[str], list[list[str]]]:
             each.trial.trial_id,
             f"{each.score:.2f}",
             f"{each.trial.tokens:,}",
-            *(format_number(each.trial.settings.get(key, "-")) for key in keys),
+            *(format_number(each.settings.get(key, "-")) for key in keys),
         ]
         for rank, each in enumerate(several.trials, 1)
     ]

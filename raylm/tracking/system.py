@@ -19,11 +19,18 @@ SECONDS = 10.0
 
 class SystemMonitor:
     def __init__(self) -> None:
-        self._next = time.monotonic() + SECONDS
-        psutil.cpu_percent()  # the first call starts its measurement
+        self._next: float | None = None
 
     def metrics(self) -> dict[str, float]:
-        """CPU use since the last point, and memory and GPU use now; empty until it is time for the next point."""
+        """CPU use since the last point, and memory and GPU use now; empty until it is time for the next point.
+
+        The first call starts the measurement and the second has its first point, however soon: MLflow compares runs
+        side by side, and a short one would be a column without values.
+        """
+        if self._next is None:
+            self._next = time.monotonic()
+            psutil.cpu_percent()
+            return {}
         if time.monotonic() < self._next:
             return {}
         self._next = time.monotonic() + SECONDS
