@@ -408,7 +408,7 @@ def export_best_trial(
         if child is None:
             continue
         child.finish_late("FAILED" if row["status"] == "failed" else "FINISHED")
-        child.set_tags({"raylm.status": row["status"], **standing_tags(row["standing"])})
+        child.set_tags({"raylm.status": row["status"], **standing_tags(row["standing"], experiment.measure)})
         row["mlflow_run_id"] = child.run_id
     if not rows or rows[0]["perplexity"] is None:
         return None
@@ -421,12 +421,11 @@ def export_best_trial(
     return best
 
 
-def standing_tags(standing: significance.Standing | None) -> dict[str, Any]:
-    """What MLflow gets of a trial's standing."""
-    if standing is None:
-        return {}
-    found = {"low": standing.low, "high": standing.high, "as_good_as_best": standing.as_good_as_best}
-    return {f"raylm.{name}": value for name, value in found.items() if value is not None}
+def standing_tags(standing: significance.Standing | None, measure: str) -> dict[str, Any]:
+    """The interval of a trial's score, and whether it is as good as the best one: tags, because both may change when
+    the sweep resumes."""
+    record = standing.record(measure) if standing is not None else {}
+    return {f"raylm.{name}": value for name, value in record.items() if value is not None}
 
 
 def best_tags(best: Mapping[str, Any], children: Mapping[str, Run]) -> dict[str, Any]:
