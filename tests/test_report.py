@@ -340,10 +340,8 @@ def test_trials_of_two_sweeps_are_ranked_at_equal_tokens(two):
     assert ranked == [("bbbb", "0", 55.0), ("aaaa", "0", 60.0), ("aaaa", "3", 70.0), ("aaaa", "1", 80.0)]
     assert record["best"] == record["trials"][0]
     page = Page(Path(record["report"]).read_text(encoding="utf-8"))
-    assert (
-        "best at 256 training tokens, the deepest that all 4 trials reached; 2 trials without a score there"
-        in page.text
-    )
+    assert "trial_00000 of tune-20260102-000000-bbbb is best: perplexity 55.00 at 256 training tokens" in page.text
+    assert "the deepest that 4 trials reached; left out: 2 without a score there" in page.text
     assert "model.config.n_layer 2 3" in page.text
     assert "1 tune-20260102-000000-bbbb trial_00000 55.00 512 0.003 64 0.1" in page.text
     json.dumps(record, allow_nan=False)

@@ -97,10 +97,11 @@ class SeveralSweeps:
         if not self.trials:
             return "no trial of one sweep can be compared with one of another"
         best, left_out = self.trials[0], self.left_out()
-        note = f"; {left_out} trials without a score there are left out" if left_out else ""
+        note = f"; left out: {left_out} without a score there" if left_out else ""
         return (
-            f"best at {self.equal_tokens:,} training tokens, the deepest that all {len(self.trials)} trials reached"
-            f"{note}: {best.trial.trial_id} of {best.sweep}, {label(self.measure or '')} {best.score:.2f}"
+            f"{best.trial.trial_id} of {best.sweep} is best: {label(self.measure or '')} {best.score:.2f} at "
+            f"{self.equal_tokens:,} training tokens, the deepest that {'' if left_out else 'all '}{len(self.trials)} "
+            f"trials reached{note}"
         )
 
     def changes(self) -> dict[str, list[Any]]:
@@ -111,7 +112,7 @@ class SeveralSweeps:
             **{key: list(values) for key, values in self.settings.items()},
             "swept": swept,
             "trials": [len(results.data.trials) for results in self.sweeps],
-            "best in all": [each and each.perplexity for each in best],
+            "best score": [each and each.perplexity for each in best],
             "its tokens": [results.data.ranked[0].tokens for results in self.sweeps],
         }
 
@@ -144,8 +145,7 @@ def read(sweeps: Sequence[SweepResults]) -> SeveralSweeps:
 def cells(several: SeveralSweeps) -> tuple[list[str], list[list[str]]]:
     """The headings and rows of the ranked table."""
     keys = list(dict.fromkeys(key for results in several.sweeps for key in results.data.swept))
-    score = f"{label(several.measure or '')} at {several.equal_tokens:,} tokens"
-    headings = ["", "sweep", "trial", score, "tokens", *map(short_name, keys)]
+    headings = ["", "sweep", "trial", label(several.measure or ""), "tokens", *map(short_name, keys)]
     rows = [
         [
             str(rank),
