@@ -55,16 +55,29 @@ class Estimate:
 
 
 def training(plan: Plan, budget: Budget | None) -> Estimate:
-    """Of one training; by the speed of the newest finished one of the same model, if there is any."""
+    """Of one training; by the speed of the newest finished one of the same model, or of a trial, if there is any."""
     seconds, source = None, UNKNOWN
-    for run in _finished(plan, "train"):
-        speed = json.loads(storage.read(f"{run}/result.json") or b"{}").get("tokens_per_second")
-        if speed and budget is not None:
+    for name, speed in _speeds(plan):
+        if budget is not None:
             share = plan.prepared.evaluation_share if plan.prepared else 0.0
             seconds = budget.tokens / speed / (1 - share)
-            source = f"of training at the {speed:,.0f} tokens/s of {run.rpartition('/')[2]}"
+            source = f"of training at the {speed:,.0f} tokens/s of {name}"
             break
     return _with_disk(plan, 1, seconds, source)
+
+
+def _speeds(plan: Plan) -> Iterator[tuple[str, float]]:
+    """Finished runs and their speed in tokens a second, then of finished sweeps that of the longest trial."""
+    for run in _finished(plan, "train"):
+        speed = json.loads(storage.read(f"{run}/result.json") or b"{}").get("tokens_per_second")
+        if speed:
+            yield run.rpartition("/")[2], speed
+    for run in _finished(plan, "tune"):
+        trials = [trial for trial in SweepRecord(run).trials.values() if trial.results and trial.tokens]
+        if trials:
+            longest = max(trials, key=lambda trial: trial.tokens)
+            name = f"{longest.trial_id} of {run.rpartition('/')[2]}"
+            yield name, longest.tokens / longest.results[-1]["seconds"]
 
 
 def sweep(plan: Plan, trials: int, tokens_of_all: int | None) -> Estimate:

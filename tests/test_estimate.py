@@ -14,6 +14,9 @@ def own(tiny, tmp_path):
     return lambda *settings: tiny(f"storage={tmp_path}", *settings)
 
 
+ONE_WORKER = {"block_size": 32, "num_workers": 1, "epoch_examples": 1000}
+
+
 def finished(experiment, kind, result):
     active = runs.start_or_resume(experiment, kind, "abc", "never")
     active.end(result)
@@ -37,7 +40,7 @@ def test_the_disk_by_hand(own):
 def test_the_time_of_a_training_is_told_by_a_finished_one_of_the_same_model(own):
     experiment = own()
     plan = resolve(experiment)
-    planned = plan.budget or budget.compute(experiment.train, block_size=32, num_workers=1, epoch_examples=1000)
+    planned = plan.budget or budget.compute(experiment.train, **ONE_WORKER)
     finished(experiment, "train", {"tokens_per_second": 512})
     finished(own("model.config.n_layer=2"), "train", {"tokens_per_second": 7})
     finished(experiment, "train", {"error": "no memory"})
@@ -53,11 +56,13 @@ def test_the_time_of_a_sweep_is_told_by_a_finished_one(own):
     active = finished(experiment, "tune", {"best": {}})
     record = SweepRecord(active.directory)
     record.add("trial_00000", {})
-    record.result("trial_00000", {"step": 1, "tokens": 1000, "perplexity": 30.0, "best_perplexity": 29.0})
+    record.result("trial_00000", {"step": 1, "tokens": 1000, "perplexity": 30.0, "best_perplexity": 29.0, "seconds": 5})
     record.spend(10.0)
     storage.write(f"{active.directory}/result.json", json.dumps({"best": {"trial_id": "trial_00000"}}).encode())
     found = estimate.sweep(resolve(experiment), 2, 4000)
     assert found.seconds == pytest.approx(40)
     assert "at the 100 tokens/s of all trials of tune-" in found.facts()["time"]
+    alone = estimate.training(resolve(experiment), budget.compute(experiment.train, **ONE_WORKER))
+    assert "of training at the 200 tokens/s of trial_00000 of tune-" in alone.facts()["time"]
     record = sweep.resolve(experiment).record()
     assert {"disk_bytes", "seconds"} <= record.keys()

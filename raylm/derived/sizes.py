@@ -64,8 +64,8 @@ def step_law(num_parameters: int, tokens: int) -> tuple[float, float]:
 
     Of so many parameters outside the embeddings, trained on so many tokens. It was fitted to models of 60M to 1B
     parameters on 2B to 100B tokens; for the small ones here it is an extrapolation, around which a sweep looks. At
-    100,096 parameters and 225,280 tokens it gives 0.022, and half of that was best: perplexity 222, 101, 78, 115 and 199
-    at rates of 0.002, 0.005, 0.01, 0.02 and 0.04.
+    100,096 parameters and 225,280 tokens it gives 0.022, and half of that was best: perplexity 222, 101, 78, 115, 199
+    at rates of 0.002, 0.005, 0.01, 0.02, 0.04.
     """
     return 1.79 * num_parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571
 
