@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from raylm import clean, cleaning, config, runs, scratch, storage
+from raylm import api, clean, cleaning, config, runs, scratch, storage
 from raylm.errors import StorageError
 
 
@@ -46,6 +46,21 @@ def test_checkpoints_of_trials_that_lost_are_removed_once_the_sweep_has_finished
     assert len(checkpoints(stopped)) == len(checkpoints(running)) == 3
     assert clean.clean(settings).view == "there is nothing to remove"
     json.dumps(plan.record)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_keeps_the_best_has_only_its_checkpoints_and_model(ray_cluster, tiny, tmp_path):
+    grid = "tune.space={train.learning_rate: {grid: [2e-2, 1e-5]}}"
+    settings = (f"storage={tmp_path}", grid, "tune.num_samples=1", "tune.scheduler=none", "tune.keep=best")
+    result = api.tune(tiny(*settings))
+    directory = f"{tmp_path}/tiny/{result.sweep}"
+    trials = [name for name in storage.names(directory) if name.startswith("trial_")]
+    kept = [name for name in trials if storage.names(f"{directory}/{name}/checkpoints")]
+    assert len(trials) == 2
+    assert kept == [result.best["trial_id"]]
+    assert [row["checkpoint"] is None for row in result.trials] == [False, True]
+    assert result.untrained["perplexity"] > result.best["perplexity"]
+    assert "config.json" in storage.names(result.best["checkpoint"])
 
 
 def test_a_sweep_without_a_result_keeps_all(experiment):

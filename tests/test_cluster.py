@@ -424,20 +424,23 @@ with connection.connect(ClusterConfig()):
 def test_whoever_watches_sees_what_a_worker_puts_and_says(ray_cluster):
     import ray
 
-    seen, said = [], []
+    seen, said, reported = [], [], []
 
     @ray.remote
     def work(channel):
         channel.advance(5.0)
         channel.say("half of it")
+        channel.report({"tokens": 5, "loss": 1.5})
+        channel.report({"tokens": 5, "perplexity": 4.5})
 
-    with cluster.progress_channel(seen.append, said.append) as channel:
+    with cluster.progress_channel(seen.append, said.append, reported.append) as channel:
         ray.get(work.remote(channel))
         deadline = time.monotonic() + 60
         while not seen and time.monotonic() < deadline:
             time.sleep(0.1)
     assert seen[0] == 5.0
     assert said == ["half of it"], "once"
+    assert reported == [{"tokens": 5, "loss": 1.5}, {"tokens": 5, "perplexity": 4.5}], "each once, in order"
 
 
 def test_a_signal_tells_the_workers_to_stop_and_a_second_ctrl_c_ends_the_command(ray_cluster):
