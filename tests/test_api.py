@@ -74,7 +74,7 @@ def test_tune_gives_a_ranked_table(ray_cluster, sections):
     assert result.best.settings["train.learning_rate"] == table["train.learning_rate"].iloc[0]
     again = api.open_sweep(Path(result.report).parents[1])
     assert again.best.trial_id == result.best.trial_id
-    assert "trial_00001" in result._repr_html_()
+    assert "00001" in result._repr_html_()
 
 
 def test_errors_are_those_of_raylm(sections, tmp_path):
