@@ -53,7 +53,11 @@ def abandoned() -> list[str]:
     root = Path(tempfile.gettempdir())
     sessions = Path(os.environ.get("RAY_TMPDIR") or root, "ray").glob(f"session_*/{SESSION_LOCK.format(process='*')}")
     found = {path: (path, NAME.fullmatch(path.name)) for path in root.glob("raylm-*-*-*") if path.is_dir()}
-    found |= {lock.parent: (lock, re.fullmatch(r"raylm-(\d+)\.lock", lock.name)) for lock in sessions}
+    found |= {
+        lock.parent: (lock, re.fullmatch(r"raylm-(\d+)\.lock", lock.name))
+        for lock in sessions
+        if not lock.parent.is_symlink()  # session_latest
+    }
     return sorted(
         str(path) for path, (lock, name) in found.items() if name is not None and _is_dead(str(lock), int(name[1]))
     )

@@ -13,7 +13,7 @@ import sys, time
 from pathlib import Path
 from raylm import scratch
 session = Path(sys.argv[1], "ray", "session_1")
-session.mkdir(parents=True)
+session.mkdir(parents=True, exist_ok=True)
 scratch.hold_session(str(session))
 with scratch.directory("tune") as path:
     print(path, flush=True)
@@ -38,6 +38,8 @@ def test_a_directory_goes_with_what_it_was_for(elsewhere):
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(elsewhere):
+    (elsewhere / "ray").mkdir()
+    (elsewhere / "ray" / "session_latest").symlink_to("session_1")  # as Ray has it
     others = [elsewhere / "raylm-tune-1-notours", elsewhere / "raylm-rank0-abc", elsewhere / "ray" / "session_2"]
     for each in others:  # of a process that lives (1), of no process, of a Ray that raylm did not start
         each.mkdir(parents=True)
