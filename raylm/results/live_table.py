@@ -154,7 +154,8 @@ class LiveTable:
             logger.info(
                 f"{trial_id}: {trial.status}, {trial.tokens:,} tokens{score}{f': {failure}' if failure else ''}"
             )
-        if now - self._last_line >= max(PLAIN_SECONDS, (now - self.started) / 20):
+        # Not when a trial pauses or ends: the one that takes its place is told of a moment later.
+        if status in (None, "running") and now - self._last_line >= max(PLAIN_SECONDS, (now - self.started) / 20):
             self._last_line = now
             logger.info(self.summary())
 
