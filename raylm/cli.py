@@ -199,7 +199,7 @@ def _stop(number: int, frame: object) -> None:
     elif number == signal.SIGINT:
         raise KeyboardInterrupt
     else:
-        raise Interrupted("terminated; the same command goes on from there")
+        raise Interrupted("terminated; the same command resumes from there")
 
 
 def _run(app: typer.Typer, name: str | None, as_json: bool, stdout: Any) -> int:

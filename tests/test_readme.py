@@ -92,7 +92,7 @@ def test_every_block_of_commands_is_fenced(page):
 def test_every_block_says_what_it_needs():
     assert COMMANDS, "README.md shows commands"
     assert [block for block in COMMANDS if block.needs not in NEEDS] == []
-    assert {block.language for block in BLOCKS} <= {"sh", "yaml", "python", ""}
+    assert {block.language for block in BLOCKS} <= {"sh", "yaml", "python", "text", ""}
 
 
 @pytest.mark.parametrize(
