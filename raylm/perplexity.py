@@ -198,7 +198,7 @@ def score_documents(
     Only the first documents up to `max_tokens` tokens are scored (at least one). With several workers each scores every
     world_size-th document and the rows are put together over torch.distributed, so that all workers return all of them.
     They run equally many forward passes, as they must where the model's weights are sharded.
-    Stopped is raised on all workers once `stopping`, asked before each forward pass, is true on one.
+    EvaluationStopped is raised on all workers once `stopping`, called before each forward pass, is true on one.
     """
     device = next(model.parameters()).device
     count = first_documents(documents, max_tokens)
@@ -247,7 +247,7 @@ def score_documents(
 def _agreed(
     batches: Iterator[Sequence[Part]], device: torch.device | None, stopping: Callable[[], bool] | None
 ) -> Iterator[Sequence[Part]]:
-    """The batches, and then empty ones until all workers, if there are several, had their last; or Stopped."""
+    """The batches, then empty ones until all workers, if there are several, had their last; or EvaluationStopped."""
     while True:
         batch: Sequence[Part] = next(batches, [])
         told = torch.tensor([len(batch), int(stopping is not None and stopping())], device=device)

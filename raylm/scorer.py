@@ -158,7 +158,7 @@ def set_tf32(on: bool) -> None:
 def _float32_weights(network: torch.nn.Module) -> Iterator[None]:
     """Weights of half precision in float32, as copies: the parameters are what an optimizer and DDP hold on to.
 
-    Sharded ones stay; loop.sharding gathers them in float32.
+    Sharded ones stay; training.sharding gathers them in float32.
     """
     copies: dict[int, torch.Tensor] = {}  # tied weights are one
     replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []

@@ -167,9 +167,9 @@ def build(experiment: Experiment, budget: Budget, scratch: str) -> TrainingArgum
         "gradient_accumulation_steps": budget.accumulation,
         "logging_steps": max(1, budget.steps // 100),
         "logging_nan_inf_filter": False,  # or a run of NaN logs a loss of 0.0, the best of the sweep
-        "eval_strategy": "no",  # trainer._Schedule says when to evaluate and save
+        "eval_strategy": "no",  # trainer._Reporting says when to evaluate and save
         "save_strategy": "no",
-        "ignore_data_skip": True,  # the sampler begins at the right one, instead of reading all before it
+        "ignore_data_skip": True,  # the sampler starts at the right example, instead of reading all before it
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,

@@ -1,4 +1,4 @@
-"""One worker's training or scoring, from beginning to end."""
+"""One worker's training or scoring, from start to end."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from raylm.training.session import CollectiveError, Outcome, ScoreTask, TrainTas
 
 def train_loop_per_worker(task: TrainTask) -> Outcome:
     """Train one model to the end of its budget, from its newest checkpoint if it has one."""
-    from raylm.training import trainer  # 4 s, which whoever only hands out jobs does not need
+    from raylm.training import trainer  # 4 s, which a process that only starts workers does not need
 
     session = task.session()
     cpus = task.experiment.cluster.cpus_per_worker
-    assert cpus != "auto", "it is decided when a run starts (Begun.settled)"
+    assert cpus != "auto", "it is decided when a run starts (runs.ActiveRun.settled)"
     model.set_up_torch(cpus)
     # One directory a rank: ranks on a node must not share files.
     with scratch.directory(f"rank{session.rank}") as directory:
