@@ -1,14 +1,14 @@
-"""A sweep: which settings are tried, which trials are promoted, and a record of both from which it resumes.
+"""A sweep: which settings are tried, which trials are promoted, and the record of both from which it resumes.
 
-record      the events of a sweep, on disk first
+record      the events of a sweep, written to disk before anything is done about them
 space       tune.space -> settings, drawn at random or by Optuna
 asha        trials pause at rungs, and the best are promoted
 schedule    the schedulers of tune.scheduler; their decisions are replayed from the record
-queue       the next trial to run: one to resume, or a new one, as long as there is room
-trial       the training of one trial, in a process of its own
-tuner       Ray Tune runs the trials, and neither prints nor keeps anything of its own
+queue       the next trial to run: one to resume, or a new one
+trial       the training of one trial, in its own process
+tuner       Ray Tune runs the trials, without output or files of its own
 
-tuner imports what trials train with, which takes 5 s; the others are quick.
+Importing tuner takes 5 s, because it imports the training; the other modules are quick.
 """
 
 from raylm.sweep.queue import TrialQueue

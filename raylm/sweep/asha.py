@@ -1,12 +1,13 @@
-"""Asynchronous successive halving: every trial waits at a rung, and whenever there is room the best of them go on.
+"""Asynchronous successive halving: every trial pauses at a rung, and the best are promoted whenever there is room.
 
-    rungs, in tokens    81,920     245,760    of 737,280, with an eta of 3
-    trial_00000         130 waits
-    trial_00001         120 ---->  101 waits             first of 3 results at its rung: floor(3 / 3) = 1 may go on
-    trial_00002         150 waits                        there is room, and nobody may go on: a new trial begins
+    rungs, in tokens    81,920     245,760     of 737,280, with an eta of 3
+    trial_00000         130 pauses
+    trial_00001         120 ---->  101 pauses  the best of 3 results at its rung: floor(3 / 3) = 1 is promoted
+    trial_00002         150 pauses             there is room and no trial to promote, so a new trial starts
 
 This is algorithm 2 of Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning" (arXiv:1810.05934). Ray's
-ASHAScheduler only stops trials: the first ones of a sweep meet nobody at their rungs and train to the end, however bad.
+ASHAScheduler only stops trials: the first trials of a sweep find no others at their rungs and train to the end, however
+bad they are.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from raylm.budget import Budget
 
 
 def rungs(budget: Budget, grace_tokens: int, eta: float) -> list[int]:
-    """Training tokens at which trials wait: grace_tokens, eta times as many, and so on, each in whole saves.
+    """Training tokens at which trials pause: grace_tokens, eta times as many, and so on, each in whole saves.
 
-    A trial is evaluated at each save and goes on from there, so that no step is made twice. None lies less than a save
-    before the end: it would spare next to nothing.
+    A trial resumes from the save at its rung, so no step is trained twice. No rung is less than one save before the
+    end, because a pause there would save almost nothing.
     """
     between = budget.save_every * budget.batch_tokens
     found, rung = [], max(1, round(grace_tokens / between)) * between
@@ -35,12 +36,12 @@ def rungs(budget: Budget, grace_tokens: int, eta: float) -> list[int]:
 
 
 class Asha(FIFOScheduler):
-    """Trials wait at rungs; whoever is among the best floor(n / eta) of n results at one goes on, highest rung first.
+    """Trials pause at rungs. The best floor(n / eta) of n results at a rung are promoted, those of the highest first.
 
-    Only then does a new trial begin. In the end, when nothing runs, nobody may go on and no trial is to come, those
-    that wait are stopped. Until a trial has ended by itself the best one of the highest rung goes on instead, from rung
-    to rung, so that even a sweep of fewer than eta trials has one with its whole budget. Equal scores rank in the order
-    in which they came; what is not a number ranks last.
+    A new trial starts only when no paused one can be promoted. At the end, when no trial runs, can be promoted or is
+    still to start, the paused ones are stopped. But until one trial has completed, the best of the highest rung is
+    promoted instead, so that even a sweep of fewer than eta trials trains one with the whole budget. Equal scores rank
+    in the order of their reports; NaN ranks last.
     """
 
     def __init__(self, rungs: list[int], eta: float, metric: str):
@@ -48,14 +49,14 @@ class Asha(FIFOScheduler):
         self.rungs, self.eta = rungs, eta
         self._metric = metric
         self.scores: list[dict[str, float]] = [{} for _ in rungs]
-        """At each rung, of each trial that has come there; less is better."""
+        """For each rung: trial id -> score of each trial that has reached it. Lower is better."""
         self.waiting: dict[str, int] = {}
-        """Trials that wait, and the number of their rung."""
+        """Paused trial -> the number of its rung."""
         self.has_one = False
-        """Whether a trial has ended by itself."""
+        """Whether a trial has completed."""
 
     def stages(self, trials: int, budget_tokens: int) -> list[tuple[int, int]]:
-        """(tokens, how many of so many trials train on as many) for each rung and the budget: one in eta goes on."""
+        """(tokens, number of trials that train up to there) for each rung and the budget: one in eta is promoted."""
         found = []
         for tokens in [*self.rungs, budget_tokens]:
             found.append((tokens, trials))
@@ -63,7 +64,7 @@ class Asha(FIFOScheduler):
         return found
 
     def expected_tokens(self, trials: int, budget_tokens: int) -> int:
-        """Training tokens of all trials together, by `stages`."""
+        """Training tokens of all trials together, according to `stages`."""
         total = before = 0
         for tokens, count in self.stages(trials, budget_tokens):
             total += count * (tokens - before)
@@ -81,7 +82,7 @@ class Asha(FIFOScheduler):
         self.waiting[trial.trial_id] = new[-1]
         if self.next_up() != trial.trial_id:
             return self.PAUSE
-        self.promote(trial.trial_id)  # it would only make room for itself
+        self.promote(trial.trial_id)  # a pause would only free the room that it takes itself
         return self.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
@@ -93,7 +94,7 @@ class Asha(FIFOScheduler):
     on_trial_error = on_trial_remove
 
     def choose_trial_to_run(self, tune_controller: Any) -> RayTrial | None:
-        """The trial to promote, if there is room; whoever takes it calls `promote`. Tune begins new ones by itself."""
+        """The trial to promote, if there is room; the caller then calls `promote`. Tune starts new trials by itself."""
         queue = tune_controller.search_alg
         if not self.waiting or queue.is_full:
             return None
@@ -104,11 +105,11 @@ class Asha(FIFOScheduler):
                 chosen = self._best(max(self.waiting.values()), len(self.scores[0]))[0]
             for trial_id in [] if chosen else list(self.waiting):
                 tune_controller.stop_trial(trials[trial_id])
-        # Tune takes a moment to pause a trial, and would pause it after it was promoted.
+        # Pausing takes Tune a moment. A trial that is promoted before would be paused afterwards.
         return trials[chosen] if chosen and trials[chosen].status == RayTrial.PAUSED else None
 
     def next_up(self) -> str | None:
-        """The trial that may go on next, if any may."""
+        """The trial to promote next; None if no trial can be promoted."""
         for number in reversed(range(len(self.rungs))):
             if best := self._best(number, math.floor(len(self.scores[number]) / self.eta)):
                 return best[0]
@@ -118,9 +119,9 @@ class Asha(FIFOScheduler):
         del self.waiting[trial_id]
 
     def _best(self, number: int, most: int) -> list[str]:
-        """Those of the best so many of a rung that wait there, the best first."""
+        """Of the `most` best trials of a rung those that are paused there, the best first."""
         scores = self.scores[number]
         return [name for name in sorted(scores, key=scores.__getitem__)[:most] if self.waiting.get(name) == number]
 
     def debug_string(self) -> str:
-        return f"{len(self.waiting)} trials wait at rungs"
+        return f"{len(self.waiting)} trials are paused at rungs"

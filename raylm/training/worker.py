@@ -31,7 +31,7 @@ def train_loop_per_worker(task: TrainTask) -> Outcome:
 
 
 def score_loop_per_worker(task: ScoreTask) -> np.ndarray:
-    """What perplexity.score_documents tells of a saved model, the documents shared out among the workers."""
+    """The result of perplexity.score_documents for a saved model, with the documents sharded over the workers."""
     session = task.session()
     model.set_up_torch(task.cpus)
     if task.untrained is not None:
