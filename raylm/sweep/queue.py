@@ -1,4 +1,4 @@
-"""Hands Tune the trials that are not over, then new ones."""
+"""The queue from which Tune takes the trials to run: first the unfinished ones of the record, then new ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raylm.sweep.space import Searcher
 
 
 class TrialQueue(Unsaved, SearchAlgorithm):
-    """The trials of a sweep, by ids that stay when it goes on: trial_00000, trial_00001, ..."""
+    """The trials of a sweep. Their ids stay the same when it resumes: trial_00000, trial_00001, ..."""
 
     def __init__(
         self,
@@ -32,18 +32,18 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         self.points, self.record, self.scheduler = points, record, scheduler
         self.together, self.values, self.stopping = together, values, stopping
         self.unfinished: list[RayTrial] = []
-        """Trials of the record that resume, those first that wait at a rung."""
+        """Trials of the record that resume; those that are paused at a rung come first."""
         self.handed: list[RayTrial] = []
         self.told: set[str] = set()
-        """Trials whose score was told to where points come from."""
+        """Trials whose score was reported to the searcher."""
         names = (name for name in storage.names(record.directory) if name.startswith("trial_"))
         self.unknown = sorted({*names} - record.trials.keys())
-        """Directories of trials whose lines in the record were lost: what is drawn now may have other settings."""
+        """Directories of trials whose lines in the record were lost; the searcher may now draw other settings."""
         for event in record.events:
             self._again(event)
 
     def _again(self, event: dict[str, Any]) -> None:
-        """Tell where points come from what there was and what became of it, so that it goes on from there."""
+        """Show the searcher an event of the record, so that it continues from the state that it had."""
         match event:
             case {"added": trial_id, "settings": settings}:
                 self.points.add(trial_id, settings)
@@ -53,7 +53,7 @@ class TrialQueue(Unsaved, SearchAlgorithm):
                 self._tell_in_the_end(trial_id)
 
     def _tell_at_rung(self, trial_id: str, tokens: int) -> None:
-        """What all have in common is the score at the first rung; most trials wait there for the end of the sweep."""
+        """Report the score at the first rung, the only one that all trials have: most stay paused there to the end."""
         if tokens >= self.scheduler.first_rung:
             results = self.record.trials[trial_id].results
             self._tell(trial_id, [result for result in results if result["tokens"] <= tokens])
@@ -76,12 +76,12 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         return True
 
     def add_configurations(self, experiments: Any) -> None:
-        """Tune's experiment: what all trials have in common."""
+        """Take Tune's experiment, which holds what all trials have in common, and bring back the recorded trials."""
         self.spec = experiments[0].spec
         made = {trial_id: self._made(trial_id, trial.settings) for trial_id, trial in self.record.trials.items()}
         self.scheduler.replay(made)
         for trial_id, trial in self.record.trials.items():
-            if trial.is_over:  # some only now: the sweep died before it could say so
+            if trial.is_over:  # by the replay, if the sweep was killed before it recorded the end
                 self._tell_in_the_end(trial_id)
         self.unfinished = [each for trial_id, each in made.items() if not self.record.trials[trial_id].is_over]
         self.unfinished.sort(key=lambda each: each.status != RayTrial.PAUSED)
@@ -96,12 +96,12 @@ class TrialQueue(Unsaved, SearchAlgorithm):
             placement_group_factory=self.spec["resources_per_trial"],
             **{name: self.spec[name] for name in same},
         )
-        trial.init_local_path()  # or Tune fails in the end, for one that waited and did not go on
+        trial.init_local_path()  # or Tune fails at the end of a sweep, for a paused trial that never resumed
         return trial
 
     @property
     def busy(self) -> int:
-        """How many trials run, or will in a moment."""
+        """Number of trials that are running or about to."""
         return sum(trial.status in (RayTrial.PENDING, RayTrial.RUNNING) for trial in self.handed)
 
     @property
@@ -110,11 +110,11 @@ class TrialQueue(Unsaved, SearchAlgorithm):
 
     @property
     def has_more(self) -> bool:
-        """Whether Tune does not have all trials yet."""
+        """Whether there are trials that Tune has not been given yet."""
         return bool(self.unfinished) or len(self.record.trials) < self.points.total
 
     def next_trial(self) -> RayTrial | None:
-        waits = bool(self.unfinished) and self.unfinished[0].status == RayTrial.PAUSED  # and takes no room
+        waits = bool(self.unfinished) and self.unfinished[0].status == RayTrial.PAUSED  # a paused trial takes no room
         if self.is_finished() or (self.is_full and not waits):
             return None
         if self.unfinished:
@@ -130,7 +130,7 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         return trial
 
     def _free_id(self) -> str:
-        """An id that no trial has, nor the directory of one: it would go on from the checkpoints there."""
+        """An id without a trial and without a directory, because a trial would resume from the checkpoints there."""
         numbers = itertools.count(len(self.record.trials))
         taken = {*self.record.trials, *self.unknown}
         return next(trial_id for trial_id in map("trial_{:05d}".format, numbers) if trial_id not in taken)
@@ -144,6 +144,6 @@ class TrialQueue(Unsaved, SearchAlgorithm):
             self._tell_in_the_end(trial_id)
 
     def is_finished(self) -> bool:
-        """Whether no trial will be handed to Tune, nor one of those that wait go on: it ends their processes then."""
+        """Whether no trial is left to start or resume. Tune then ends the processes that it keeps for reuse."""
         done = not self.has_more and not any(trial.status == RayTrial.PAUSED for trial in self.handed)
         return self._finished or done or self.stopping()

@@ -1,15 +1,15 @@
-"""What has happened in a sweep, on disk before anything is done about it: a file of lines that only grow.
+"""The record of a sweep: an append-only file of events, each on disk before anything is done about it.
 
     <sweep>/events.jsonl  {"added": "trial_00003", "settings": {"train.learning_rate": 0.003}}
-                          {"started": "trial_00003"}                     a process works on it, again after each loss
+                          {"started": "trial_00003"}                     a process trains it, once per attempt
                           {"result": "trial_00003", "tokens": 81920, "perplexity": 130.5, ...}       an evaluation
-                          {"promoted": "trial_00003"}                    it waited at a rung, and resumes
+                          {"promoted": "trial_00003"}                    it was paused at a rung, and resumes
                           {"changed": "trial_00003", "settings": {...}, "donor": "trial_00001", "tokens": 81920}
                           {"finished": "trial_00003", "status": "stopped early", "failure": null}
-                          {"spent": 12.5}                                the sweep has run for so many more seconds
+                          {"spent": 12.5}                                the sweep has run for this many more seconds
 
-Read again in their order the lines are all that a searcher and a scheduler have seen, so that both can be brought back
-to where they stood. Tune's own files of a sweep are written every 10 s at best, and without the scheduler.
+Replaying the events brings searcher and scheduler back to their state, because they have seen nothing else. Tune
+itself saves a sweep every 10 s at best, and without the scheduler.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ Event = dict[str, Any]
 
 @dataclass
 class Trial:
-    """A trial, as far as it is known."""
+    """A trial, as the events so far describe it."""
 
     trial_id: str
     settings: dict[str, Any]
     """Swept dotted key -> value."""
     results: list[dict[str, Any]] = field(default_factory=list)
-    """One an evaluation, in order: step, tokens, perplexity, bits_per_byte, best_perplexity, seconds, ..."""
+    """One per evaluation, in order: step, tokens, perplexity, bits_per_byte, best_perplexity, seconds, ..."""
     status: Status = "running"
     failure: str | None = None
     wrong_setting: str | None = None
-    """Which setting the failure is about, if it is one that cannot be used."""
+    """The setting that made it fail, if one did."""
     attempts: int = 0
-    """How often a process began to work on it."""
+    """How often a process started to train it."""
 
     @property
     def is_over(self) -> bool:
@@ -50,7 +50,7 @@ class Trial:
 
     @property
     def best_tokens(self) -> int | None:
-        """Tokens that it was trained on when its score was best."""
+        """Tokens that it had been trained on at its best score."""
         best = self.results[-1].get("best_step") if self.results else None
         return next((result["tokens"] for result in self.results if result["step"] == best), None)
 
@@ -61,26 +61,26 @@ class Trial:
 
 
 class SweepRecord:
-    """The record of one sweep: what it says already, and what is added to it."""
+    """The record of one sweep: the events so far, and methods that add new ones."""
 
     def __init__(self, directory: str):
         self.directory = directory
         self._log = journal.json_lines(directory, EVENTS)
         self.events: list[Event] = self._log.read()[0]
-        """Those that were there."""
+        """The events of earlier commands."""
         self.trials: dict[str, Trial] = {}
         """By trial id, in the order in which they were added."""
         self.seconds = 0.0
-        """How long commands have worked on the sweep before."""
+        """How long the sweep has run, over all commands."""
         self.problem: StorageUnavailable | None = None
-        """Why the last lines could not be written; they wait for the next."""
+        """Why the last event could not be written; it is written with the next one."""
         self.outage: StorageUnavailable | None = None
-        """Why a trial could not be run to its end: its storage failed. It is to resume, and the sweep ends."""
+        """The failure of the storage that made a trial stop. The sweep stops, and the trial resumes with it."""
         for event in self.events:
             self._apply(event)
 
     def changes(self, trial_id: str) -> list[Event]:
-        """What a population has made of a trial so far."""
+        """The changes of a trial by its population in earlier commands."""
         return [event for event in self.events if event.get("changed") == trial_id]
 
     def add(self, trial_id: str, settings: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ class SweepRecord:
         self._add({"promoted": trial_id})
 
     def change(self, trial_id: str, settings: Mapping[str, Any], donor: str, tokens: int) -> None:
-        """Its population has it resume from the donor's checkpoint after these tokens, with settings of its own."""
+        """Record that a trial resumes from the donor's checkpoint after these tokens, with new settings."""
         self._add({"changed": trial_id, "settings": dict(settings), "donor": donor, "tokens": tokens})
 
     def finish(
@@ -109,10 +109,10 @@ class SweepRecord:
         self._add({"spent": round(seconds, 3)})
 
     def _add(self, event: Event) -> None:
-        """StorageUnavailable where lines can be written neither at once nor with the next one."""
+        """StorageUnavailable if an event can be written neither at once nor with the next one."""
         before, self.problem = self.problem, None
         try:
-            # A trial reads there how its population has changed it, on another machine maybe.
+            # Changes are durable because the trial reads them, maybe on another machine.
             self._log.append(event, durable="finished" in event or "changed" in event or before is not None)
         except OSError as error:
             self.problem = StorageUnavailable(
@@ -143,12 +143,12 @@ class SweepRecord:
 
 
 class Unsaved:
-    """For what is given to Tune, which saves it beside its own files; those are never read here."""
+    """An object that Tune pickles as nothing: raylm never reads the files in which Tune saves it."""
 
     def __reduce__(self) -> tuple:
         return object, ()
 
 
 def read(directory: str) -> dict[str, Trial]:
-    """The trials of a sweep by their ids, in the order in which they were added; none if it is not a sweep."""
+    """Trial id -> trial of a sweep, in the order in which they were added; empty if it is not a sweep."""
     return SweepRecord(directory).trials
