@@ -1,4 +1,4 @@
-"""Which trials of a sweep go on. Time is counted in training tokens, and rungs lie where trials are evaluated."""
+"""The schedulers of tune.scheduler and when a sweep stops. Time is in training tokens; rungs are at evaluations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEPT = (
     "step", "tokens", "perplexity", "bits_per_byte", "best_perplexity", "best_bits_per_byte", "best_step",
     "best_checkpoint", "budget_tokens", "seconds",
 )  # fmt: skip
-"""What is written down of a result."""
+"""The metrics of a result that are recorded."""
 
 EVALUATIONS = "evaluations"
 
@@ -41,7 +41,7 @@ def scheduler(section: TuneConfig, budget: Budget, metric: str) -> TrialSchedule
     between = budget.eval_every * budget.batch_tokens
 
     def whole(tokens: int | None) -> int:
-        """In whole evaluations; an eighth of the budget if it is not said."""
+        """Tokens in whole evaluations; an eighth of the budget by default."""
         return min(max(1, round((tokens or budget.tokens // 8) / between)) * between, budget.tokens)
 
     common: dict[str, Any] = {"time_attr": "tokens", "metric": metric, "mode": "min"}
@@ -50,10 +50,10 @@ def scheduler(section: TuneConfig, budget: Budget, metric: str) -> TrialSchedule
             grace_tokens = chosen.grace_tokens or budget.tokens // 8
             return Asha(rungs(budget, grace_tokens, chosen.reduction_factor), chosen.reduction_factor, metric)
         case "median":
-            # Trials would wait for others to be compared with, and a start costs more than what it saves: never.
+            # Never pause a trial to wait for others to compare it with: starting it again costs more than that saves.
             return MedianStoppingRule(grace_period=whole(chosen.grace_tokens), min_time_slice=math.inf, **common)
         case "hyperband":
-            # Its brackets begin with one unit of time: an evaluation, not a token.
+            # Its brackets start at one unit of time: an evaluation, not a token.
             common["time_attr"] = EVALUATIONS
             most = math.ceil(budget.tokens / between)
             return HyperBandScheduler(max_t=most, reduction_factor=chosen.reduction_factor, **common)
@@ -69,16 +69,16 @@ def scheduler(section: TuneConfig, budget: Budget, metric: str) -> TrialSchedule
 
 
 def mutations(space: Space) -> dict[str, Any]:
-    """What a population may change: a choice to its neighbour, a number by a fifth; or it is drawn again."""
+    """Settings that a population changes: a choice to its neighbour, a number by a fifth; or the value is redrawn."""
     found = {key: sampler for key, sampler in space.items() if key in MUTABLE}
     ranges = domains(found)
     return {key: sampler.get("choice", ranges[key]) for key, sampler in found.items()}
 
 
 def inside(space: Space, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that a population has changed, brought back into their ranges: a fifth more may lie outside.
+    """Settings that a population has changed, clipped to their ranges, which a change by a fifth may leave.
 
-    Most ranges end where a setting means something else, or nothing: warmup_steps at 1, adam_beta2 below 1.
+    Outside of its range a setting may mean something else, or nothing: warmup_steps below 1, adam_beta2 of 1.
     """
     for key in space.keys() & set(MUTABLE):
         ((kind, values),) = space[key].items()
@@ -91,7 +91,7 @@ def inside(space: Space, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class RecordedScheduler(Unsaved, TrialScheduler):
-    """A scheduler that is shown each result once, after it was written down; and again, when the sweep goes on."""
+    """A scheduler that gets each result once, after it was recorded, and again by replay when the sweep resumes."""
 
     def __init__(self, inner: TrialScheduler, record: SweepRecord, budget: Budget, stopping: Callable[[], bool]):
         super().__init__()
@@ -101,7 +101,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
         self.asha = inner if isinstance(inner, Asha) else None
         self.added: set[str] = set()
         self.stopped: set[str] = set()
-        """Trials that it has decided to stop."""
+        """Trials that the inner scheduler has decided to stop."""
 
     @property
     def metric(self) -> str | None:
@@ -114,7 +114,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         return True
 
-    # What Tune tells
+    # Called by Tune
 
     def on_trial_add(self, tune_controller: Any, trial: RayTrial) -> None:
         if trial.trial_id not in self.added:
@@ -130,7 +130,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
             self.record.finish(trial.trial_id, "failed", failure, result.get("wrong_setting"))
             self.inner.on_trial_remove(tune_controller, trial)
             return self.CONTINUE
-        # Tune shows the last result again when a trial ends, and a trial that was cut off makes some a second time.
+        # Tune repeats the last result when a trial ends, and a trial that resumes repeats those after its checkpoint.
         if known.is_over or "tokens" not in result or result["tokens"] <= known.tokens:
             return self.PAUSE if self.waits(trial.trial_id) else self.CONTINUE
         self.record.result(trial.trial_id, {key: result[key] for key in KEPT if key in result})
@@ -141,7 +141,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
     def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
         known = self.record.trials[trial.trial_id]
         if known.is_over or (self.stopping() and trial.trial_id not in self.stopped and not self._is_whole(trial)):
-            return  # it goes on when the sweep does
+            return  # it resumes with the sweep
         self.record.finish(trial.trial_id, "completed" if self._is_whole(trial) else "stopped early")
         self.inner.on_trial_complete(tune_controller, trial, result)
 
@@ -151,7 +151,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
             self.inner.on_trial_remove(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
-        if trial.status == RayTrial.ERROR:  # Tune says so of a trial that it is about to begin again
+        if trial.status == RayTrial.ERROR:  # Tune is about to start it again
             return
         if not self.record.trials[trial.trial_id].is_over:
             last = str(trial.get_error() or "its process was lost").strip().split("\n")[-1]
@@ -161,7 +161,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
     def choose_trial_to_run(self, tune_controller: Any) -> RayTrial | None:
         if self.stopping():
             for trial in tune_controller.get_trials():
-                if trial.status == RayTrial.PAUSED:  # Tune would wait for it for ever
+                if trial.status == RayTrial.PAUSED:  # or Tune waits for it forever
                     tune_controller.stop_trial(trial)
             return None
         chosen = self.inner.choose_trial_to_run(tune_controller)
@@ -188,46 +188,46 @@ class RecordedScheduler(Unsaved, TrialScheduler):
     # Rungs
 
     def waits(self, trial_id: str) -> bool:
-        """Whether it waits at a rung, and may never go on."""
+        """Whether a trial is paused at a rung."""
         return self.asha is not None and trial_id in self.asha.waiting
 
     @property
     def has_next(self) -> bool:
-        """Whether one that waits may go on, before a new trial begins."""
+        """Whether a paused trial is to be promoted before a new one starts."""
         return self.asha is not None and self.asha.next_up() is not None
 
     @property
     def first_rung(self) -> float:
-        """The tokens at which all trials are compared; infinite if there are none."""
+        """Tokens of the first rung, at which all trials are compared; infinite without rungs."""
         return self.asha.rungs[0] if self.asha is not None and self.asha.rungs else math.inf
 
     # A population
 
     def _in_population(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        if self._is_whole(trial):  # there is nothing left to train after a change
+        if self._is_whole(trial):  # nothing is left to train with changed settings
             return self.CONTINUE
         settings = dict(trial.config)
         decision = self.inner.on_trial_result(_PbtController(tune_controller), trial, result)
         if trial.config != settings:
             donor = self.record.trials[trial.latest_checkpoint_result.checkpoint.path.split("/")[-2]]
-            if donor.tokens >= self.budget.tokens:  # with other settings there is nothing left to train
+            if donor.tokens >= self.budget.tokens:  # nothing is left to train with other settings
                 trial.set_config(dict(donor.settings))
             self.record.change(trial.trial_id, trial.config, donor.trial_id, donor.tokens)
         return decision
 
-    # What was told before
+    # Replay
 
     def replay(self, trials: Mapping[str, RayTrial]) -> None:
-        """Show the scheduler again what the record has, in its order; those not over are paused or pending afterwards.
+        """Replay the record's events to the scheduler. Unfinished trials are paused or pending afterwards.
 
-        A population begins anew with the trials as they are: its changes are in the record already.
+        A population starts afresh from the trials as they are, because its changes are in the record already.
         """
         if not self.is_population:
             past = _ReplayController(self.inner)
             for event in self.record.events:
                 self._again(past, event, trials)
         for trial_id, trial in trials.items():
-            if trial_id in self.stopped and not self.record.trials[trial_id].is_over:  # died before it was told
+            if trial_id in self.stopped and not self.record.trials[trial_id].is_over:  # the sweep was killed first
                 self.record.finish(trial_id, "completed" if self._is_whole(trial) else "stopped early")
             if not self.record.trials[trial_id].is_over:
                 trial.set_status(RayTrial.PAUSED if self.waits(trial_id) else RayTrial.PENDING)
@@ -258,7 +258,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
 
 
 class _ReplayController:
-    """What a scheduler may ask of Tune's controller, when it is shown again what happened."""
+    """The part of Tune's controller that schedulers call, for the replay."""
 
     def __init__(self, inner: TrialScheduler):
         self.inner = inner
@@ -269,7 +269,7 @@ class _ReplayController:
 
 
 class _PbtController:
-    """Tune's controller to a population: trials have checkpoints of their own, and none need be made for others."""
+    """Tune's controller for a population: it takes the trials' own checkpoints instead of saving new ones."""
 
     def __init__(self, controller: Any):
         self.controller = controller
@@ -278,19 +278,19 @@ class _PbtController:
         return getattr(self.controller, name)
 
     def _schedule_trial_save(self, trial: RayTrial, result: Mapping[str, Any], **_: Any) -> Checkpoint:
-        return Checkpoint(result["best_checkpoint"].rpartition("/")[0])  # all of them: this one is soon removed
+        return Checkpoint(result["best_checkpoint"].rpartition("/")[0])  # their directory: this one may be pruned soon
 
 
 class SweepStopper(Unsaved, Stopper):
-    """Ends the sweep as a whole, as tune.stop says."""
+    """Stops the whole sweep, as tune.stop says."""
 
     def __init__(self, section: StopConfig, record: SweepRecord, metric: str):
         self.section, self.record, self.metric = section, record, metric
         self.counted = time.monotonic()
-        """Until when the seconds of the sweep are in its record."""
+        """The time, by time.monotonic, up to which the record has the seconds of the sweep."""
 
     def count(self) -> None:
-        """Write down the seconds that have passed: a command that is killed must not have them again."""
+        """Record the seconds that have passed, so that they still count after the command is killed."""
         passed, self.counted = time.monotonic() - self.counted, time.monotonic()
         self.record.spend(passed)
 

@@ -1,4 +1,4 @@
-"""tune.space -> the settings of trials, drawn at random or searched for."""
+"""tune.space -> the settings of trials, drawn at random or by Optuna."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Space = Mapping[str, Mapping[str, Any]]
 
 
 class Searcher(Protocol):
-    """Where the settings of trials come from. They depend on the trials so far and what was told of them alone."""
+    """The source of the trials' settings. They depend only on the trials so far and the scores reported of them."""
 
     total: int
     """How many trials there will be."""
@@ -26,22 +26,22 @@ class Searcher(Protocol):
         """The settings of the next trial."""
 
     def add(self, trial_id: str, settings: Mapping[str, Any]) -> None:
-        """Take the next trial for one that has begun already, with the settings that it was trained with.
+        """Add the next trial with the settings of the record, because it has started already.
 
-        Drawn again they may be others: tune.num_samples may change, and libraries do.
+        Drawn again they may differ: tune.num_samples may change, and libraries do.
         """
 
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
-        """What became of a trial: what shall be small, or None if it failed."""
+        """Report the values of a trial, which are minimized; None if it failed."""
 
 
 def searcher(section: TuneConfig, seed: int) -> Searcher:
-    """As tune.searcher says."""
+    """The searcher of tune.searcher."""
     return OptunaSearch(section, seed) if section.searcher == "optuna" else RandomSearch(section, seed)
 
 
 def keys(space: Space) -> list[str]:
-    """The settings that a space sweeps, those of its inner spaces too."""
+    """The settings that a space sweeps, including those of its inner spaces."""
     every = ((key, spaces(key, sampler)) for key, sampler in space.items())
     return list(dict.fromkeys(name for key, inner in every for each in inner or [{key: None}] for name in each))
 
@@ -53,12 +53,12 @@ def shown(sampler: Mapping[str, Any]) -> str:
 
 
 class RandomSearch:
-    """Points drawn at random, each with every point of the grid. They are known before the sweep begins."""
+    """Points drawn at random, each combined with every point of the grid; all are drawn before the sweep starts."""
 
     def __init__(self, section: TuneConfig, seed: int):
         random = np.random.default_rng(seed)
         self._points: list[dict[str, Any]] = []
-        # Of grids alone every draw is the same, and trials of the same settings end with the same bytes.
+        # With grids alone every draw is the same, and trials of the same settings are bit-identical.
         is_drawn = any("grid" not in sampler for sampler in section.space.values())
         for number in range(section.num_samples if is_drawn else len(section.points) + 1):
             given = section.points[number] if number < len(section.points) else {}
@@ -77,7 +77,7 @@ class RandomSearch:
         self._drawn += 1
 
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
-        pass  # whatever came of it, the points stay
+        pass  # the points do not depend on scores
 
 
 def domains(space: Space) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _drawn(space: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A point of a space, of whose inner spaces only the settings are left."""
+    """The settings of a point, with those of its inner spaces in place of these."""
     found: dict[str, Any] = {}
     for key, value in point.items():
         found |= {key: value} if "." in key else value
@@ -111,7 +111,7 @@ def _settings(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class OptunaSearch:
-    """Points where Optuna expects the best ones, from what it was told so far."""
+    """Points where Optuna expects the best scores, given those so far."""
 
     def __init__(self, section: TuneConfig, seed: int):
         try:
@@ -124,27 +124,27 @@ class OptunaSearch:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.total = section.num_samples
         self._space, self._seed = section.space, seed
-        # Its default of 10 trials at random is more than most sweeps have.
+        # Optuna's default of 10 random trials is more than most sweeps have.
         self._num_random = min(10, max(4, section.num_samples // 4))
         self._first = [_first(section.space, point) for point in section.points]
         self._trials: dict[str, Any] = {}
         self._study = optuna.create_study(directions=["minimize"] * (1 if section.against is None else 2))
 
     def draw(self, trial_id: str) -> dict[str, Any]:
-        begun = len(self._study.get_trials(deepcopy=False))
-        return self._suggested(self._ask(trial_id, self._first[begun] if begun < len(self._first) else {}))
+        number = len(self._study.get_trials(deepcopy=False))
+        return self._suggested(self._ask(trial_id, self._first[number] if number < len(self._first) else {}))
 
     def add(self, trial_id: str, settings: Mapping[str, Any]) -> None:
         self._suggested(self._ask(trial_id, self._parameters(settings)))
 
     def _ask(self, trial_id: str, parameters: dict[str, Any]) -> Any:
-        """Begin a trial in the study, of which these parameters are known already."""
+        """Start a trial in the study with these parameters fixed."""
         import optuna
 
-        # Each trial has random numbers of its own: of one stream, they would depend on how many trials were drawn and
+        # Each trial has its own random numbers. Those of a single stream would depend on how many trials were drawn and
         # how many added.
         numbers = np.random.SeedSequence([self._seed, len(self._study.get_trials(deepcopy=False))])
-        # Trials that run count as bad ones, or those beside each other would be drawn at the same place.
+        # Running trials count as bad ones, or concurrent trials would be drawn at the same place.
         self._study.sampler = optuna.samplers.TPESampler(
             seed=int(numbers.generate_state(1)[0]),
             n_startup_trials=self._num_random,
@@ -161,7 +161,7 @@ class OptunaSearch:
         self._study.tell(self._trials.pop(trial_id), values, state=state)
 
     def _suggested(self, trial: Any) -> dict[str, Any]:
-        """The settings of a trial that has begun in the study."""
+        """The settings of a trial that has started in the study."""
         found: dict[str, Any] = {}
         for key, sampler in self._space.items():
             value = _suggest(trial, key, *next(iter(sampler.items())))
@@ -177,12 +177,12 @@ class OptunaSearch:
         return found
 
     def _parameters(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a trial as Optuna knows them: those of which `_suggested` makes these settings."""
+        """Optuna's parameters from which `_suggested` makes these settings."""
         found: dict[str, Any] = {}
         for key, sampler in self._space.items():
             inner_spaces = spaces(key, sampler)
             if inner_spaces is None:
-                if settings[key] in sampler.get("choice", [settings[key]]):  # else an inner space had the last word
+                if settings[key] in sampler.get("choice", [settings[key]]):  # else an inner space set it
                     found[key] = _known(sampler, settings[key])
                 continue
             number = found[key] = _likeliest(inner_spaces, settings)
@@ -192,7 +192,7 @@ class OptunaSearch:
 
 
 def _first(space: Space, point: Mapping[str, Any]) -> dict[str, Any]:
-    """One of tune.points as Optuna knows it."""
+    """One of tune.points as Optuna's parameters."""
     for key, value in point.items():
         choices = space[key].get("choice", [value])
         if value not in choices:
@@ -201,12 +201,12 @@ def _first(space: Space, point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _known(sampler: Mapping[str, Any], value: Any) -> Any:
-    """A value as Optuna knows it: it has numbers for choices, which may be lists and mappings."""
+    """A value as Optuna's parameter: the index of a choice, because choices may be lists and mappings."""
     return sampler["choice"].index(value) if "choice" in sampler else value
 
 
 def _may_give(sampler: Any, value: Any) -> bool:
-    """Whether an entry of a space, which is a sampler or a value, can have given a value."""
+    """Whether an entry of a space, a sampler or a fixed value, can give this value."""
     if not is_sampler(sampler):
         return sampler == value
     ((kind, values),) = sampler.items()
@@ -214,7 +214,7 @@ def _may_give(sampler: Any, value: Any) -> bool:
 
 
 def _likeliest(inner_spaces: list[dict[str, Any]], settings: Mapping[str, Any]) -> int:
-    """The number of the space that a trial with these settings was drawn from."""
+    """The number of the inner space that fits these settings best."""
 
     def agreement(number: int) -> int:
         entries = inner_spaces[number].items()
