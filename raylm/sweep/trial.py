@@ -1,7 +1,7 @@
 """One trial: a training run with the sweep's settings over the experiment's, on the same tokens as every other.
 
-With one worker a trial, the trial's own process is the worker (Ray Train's local mode) and is used again for the next
-trial: 1.1 s of overhead a trial against 12.6 s with a worker group, which is for trials of several workers.
+With one worker per trial, the trial's own process is the worker (Ray Train's local mode) and is reused for the next
+trial: 1.1 s of overhead per trial. The worker group that trials of several workers need takes 12.6 s.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ WORST = dict.fromkeys(("perplexity", "bits_per_byte", "best_perplexity", "best_b
 
 
 def run_trial(settings: dict[str, Any], *, template: TrainTask, resources: Resources) -> None:
-    """Train the template's run with these settings. What goes wrong in it is reported as its result.
+    """Train the template's run with these settings, and report an error as the trial's result.
 
-    That is a `failure`, with which the trial is over, and the `wrong_setting` that it is about if there is one; or an
-    `outage` of its storage, after which it is to resume.
+    A `failure` ends the trial, and `wrong_setting` names the setting at fault, if there is one. After an `outage` of
+    its storage the trial can resume.
     """
     trial_id = tune.get_context().get_trial_id()
     kind = "failure"
     try:
         problem = _problem(trial_id, settings, template, resources)
-    except RaylmError as error:  # of its journal or of the token store, which all trials have
+    except RaylmError as error:  # of its journal, or of the token store that all trials share
         kind, problem = "outage", error
     if problem is not None:
         about = {"wrong_setting": problem.where} if isinstance(problem, ConfigError) else {}
@@ -44,11 +44,11 @@ def run_trial(settings: dict[str, Any], *, template: TrainTask, resources: Resou
 
 
 def _problem(trial_id: str, settings: dict[str, Any], template: TrainTask, resources: Resources) -> RaylmError | None:
-    """Why the training of a trial failed, if it did; its journal says so, too."""
+    """The error of a trial whose training failed, which its journal records too; None if it did not fail."""
     directory = f"{template.directory}/{trial_id}"
     run = template.run.start_trial(trial_id, directory=directory, uploads=False)
     store = tokens.open_store(template.store)
-    # Those of the sweep, so that trials differ in nothing but what is swept: MLflow compares them by what differs.
+    # The parameters are the sweep's, except for the swept ones, because MLflow compares runs by what differs.
     run.log_parameters({**summary.parameters(template.experiment, store), **_swept(template.experiment, settings)})
     try:
         experiment = override(template.experiment, {**settings, "tune.space": {}, "tune.points": []})
@@ -75,12 +75,12 @@ def _problem(trial_id: str, settings: dict[str, Any], template: TrainTask, resou
 
 
 def _swept(experiment: Experiment, settings: dict[str, Any]) -> dict[str, Any]:
-    """Every swept key of a sweep, those too that are not in the space that a trial was drawn from."""
+    """Every swept key with the trial's value, or the experiment's where the trial's inner space does not have it."""
     return {key: settings[key] if key in settings else get(experiment, key) for key in keys(experiment.tune.space)}
 
 
 class TuneSession:
-    """The only worker of a trial, in the trial's own process: a training.Session over ray.tune."""
+    """The training.Session of a trial whose only worker is its own process."""
 
     rank = 0
     world_size = 1
@@ -93,26 +93,26 @@ class TuneSession:
 
 
 ADOPTED = "adopted.json"
-"""In the directory of a trial of a population: the change by which it has the checkpoints of another one."""
+"""A file in the directory of a population's trial: the change by which it got the checkpoints of another trial."""
 
 
 def _settle(changes: list[dict[str, Any]], template: TrainTask, task: TrainTask) -> None:
-    """Have a trial go on from the checkpoints that the changes of its population lead to, however often it is begun."""
+    """Give a trial the checkpoints that the changes of its population lead to; safe to repeat at each start."""
     adopted = storage.read(f"{task.directory}/{ADOPTED}")
     if changes:
         if adopted != json.dumps(changes[-1]).encode():
             _adopt(changes[-1], template, task)
-    elif adopted is not None:  # by a change that is lost, as are the trial's own checkpoints: these have other settings
+    elif adopted is not None:  # the record has lost the change, so these checkpoints are of other settings
         for step in reversed(task.checkpoints.steps()):
             task.checkpoints.discard(step)
         storage.remove_file(f"{task.directory}/{ADOPTED}")
 
 
 def _adopt(change: dict[str, Any], template: TrainTask, task: TrainTask) -> None:
-    """Give a trial a checkpoint of another one in place of its own."""
+    """Replace the checkpoints of a trial by one of the donor's."""
     theirs = checkpoint.CheckpointManager(f"{template.directory}/{change['donor']}/checkpoints")
     step: int | None = change["tokens"] // task.budget.batch_tokens
-    for attempt in range(3):  # the other one goes on, and may remove a checkpoint while it is copied
+    for attempt in range(3):  # the donor trains on, and may remove a checkpoint while it is copied
         if step is None or theirs.damage(step) is not None:
             step, _ = theirs.newest()
         assert step is not None, f"{change['donor']}: a trial that was compared has checkpoints"

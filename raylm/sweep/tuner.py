@@ -1,4 +1,4 @@
-"""Ray Tune runs the trials, and neither prints nor keeps anything of its own."""
+"""Ray Tune runs the trials, without output or files of its own."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from raylm.tracking import Run
 from raylm.training import TrainTask
 
 ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # the newer console output of Tune talks even at verbose=0
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end a sweep at Ctrl-C as if it were complete
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files: what they say is in the record
-    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # and so is what is needed to go on
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that is asked to stop before its first evaluation has none
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's newer console output prints even at verbose=0
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's handler would finish a sweep at Ctrl-C as if it were complete
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files: the record has their content
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # no saved state: a sweep resumes from the record
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that stops before its first evaluation has no metric
 }
 
 
 def run(
     trials: TrialQueue, task: TrainTask, resources: Resources, limits: SweepStopper, watcher: Watcher, *, together: int
 ) -> None:
-    """Run the trials that are left, each as `task` with its settings, at most so many of them side by side."""
+    """Run the remaining trials, each as `task` with its settings, at most `together` at a time."""
     os.environ |= {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(together)}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     _keep_credentials()
@@ -66,7 +66,7 @@ def run(
 
 
 class _Silent(TrialProgressCallback):
-    """In the place of Tune's own, which prints at verbose=0 that a trial has completed, though it was stopped."""
+    """Replaces Tune's own, which even at verbose=0 prints that a stopped trial has completed."""
 
     def _print(self, msg: str) -> None:
         pass
@@ -74,7 +74,7 @@ class _Silent(TrialProgressCallback):
 
 @contextlib.contextmanager
 def _told(record: SweepRecord) -> Iterator[None]:
-    """That the sweep's record cannot be written, as such: Tune makes a text of the traceback of what ends it."""
+    """Raise the record's own error if it cannot be written: Tune raises a TuneError with its traceback as text."""
     try:
         yield
     except tune.TuneError as error:
@@ -84,20 +84,20 @@ def _told(record: SweepRecord) -> Iterator[None]:
 
 
 def _keep_credentials() -> None:
-    """Have Tune send no AWS credentials to trials, whose nodes have their own: Ray writes them into its logs (2.60)."""
+    """Have Tune send no AWS credentials to trials: Ray 2.60 writes them to its logs, and nodes have their own."""
     names = class_cache.ENV_VARS_TO_PROPAGATE
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
 
 
 def _trial_resources(resources: Resources) -> Any:
-    """What a trial's own process reserves; with a worker group the workers have reservations of their own."""
+    """The resources of a trial's own process; the workers of a worker group have reservations of their own."""
     if resources.num_workers == 1:
         return tune.PlacementGroupFactory([dict(resources.per_worker)])
     return tune.PlacementGroupFactory([{"CPU": 0, "memory": 1}])  # one byte: Ray refuses to reserve nothing
 
 
 class Watcher(Unsaved, tune.Callback):
-    """Shows what becomes of the trials, and clears up after each."""
+    """Shows the progress of the trials, and frees the resources of each when it stops."""
 
     def __init__(
         self,
@@ -110,14 +110,14 @@ class Watcher(Unsaved, tune.Callback):
         self.scheduler, self.record, self.parent, self.metric = scheduler, scheduler.record, parent, metric
         self._show, self._stop = show, stop
         self.reserved: dict[str, str | None] = {}
-        """The placement group of a trial's workers, where it has a group of them."""
+        """Trial id -> placement group of the trial's workers, if it has a worker group."""
         self._running: dict[str, RayTrial] = {}
         for trial_id in self.record.trials:
             self.show(trial_id, runs=False)
 
     def on_trial_start(self, iteration: int, trials: list, trial: RayTrial, **_: Any) -> None:
         for each in trials:
-            # Of the workers before a pause, or a death; not at the pause, when Train would begin again with others.
+            # Release the workers of paused or lost trials here. During the pause itself Train would start new ones.
             if each is trial or each.status == RayTrial.PAUSED:
                 _release(self.reserved.pop(each.trial_id, None))
         self.record.start(trial.trial_id)
@@ -127,10 +127,10 @@ class Watcher(Unsaved, tune.Callback):
     def on_trial_result(self, iteration: int, trials: list, trial: RayTrial, result: dict, **_: Any) -> None:
         self.reserved[trial.trial_id] = result.get("placement_group")
         if self.record.outage is not None:
-            self._stop()  # the others save a checkpoint, where they can
+            self._stop()  # the other trials save a checkpoint if they can
             return
-        with contextlib.suppress(StorageError):  # the next result is soon there
-            self.parent.trial(trial.trial_id).upload_in_background()  # its journal is there by now
+        with contextlib.suppress(StorageError):  # the next result tries again
+            self.parent.trial(trial.trial_id).upload_in_background()  # its journal exists by now
         self.show(trial.trial_id)
 
     def on_step_end(self, iteration: int, trials: list, **_: Any) -> None:
@@ -148,16 +148,16 @@ class Watcher(Unsaved, tune.Callback):
         self.show(trial.trial_id)
 
     def _end(self, trial_id: str) -> None:
-        """End the run in MLflow of a trial that is over or waits; that of one that goes on is RUNNING again.
+        """Finish the MLflow run of a finished or paused trial; it is RUNNING again when the trial resumes.
 
-        One that was cut off has not ended: it goes on when the sweep does.
+        The run of an interrupted trial stays RUNNING, because the trial resumes with the sweep.
         """
-        with contextlib.suppress(StorageError):  # it is ended with the sweep then
+        with contextlib.suppress(StorageError):  # it is then finished with the sweep
             self._end_in_mlflow(trial_id, self._running.pop(trial_id, None))
 
     def _end_in_mlflow(self, trial_id: str, stopped: RayTrial | None) -> None:
         trial, run = self.record.trials[trial_id], self.parent.trial(trial_id)
-        if stopped is None or not run.is_running:  # it waited, maybe since before the sweep was killed
+        if stopped is None or not run.is_running:  # it was paused, maybe since before the sweep was killed
             if trial.is_over:
                 run.finish_late("FAILED" if trial.status == "failed" else "FINISHED")
         elif trial.is_over or stopped.status == RayTrial.PAUSED:
@@ -178,10 +178,10 @@ class Watcher(Unsaved, tune.Callback):
 
 
 def _release(placement_group: str | None) -> None:
-    """Free what the workers of a stopped trial had reserved, or the next trial waits for it forever.
+    """Free what the workers of a stopped trial have reserved, or the next trial waits for it forever.
 
-    Tune kills a trial and with it Train's controller. Train has a cleaner for that case, but it asks the dashboard
-    whether the controller lives, and without a dashboard (Ray 2.60) it never learns.
+    Tune kills a trial and with it Train's controller. Train's cleaner for that case asks the dashboard whether the
+    controller is alive, so without a dashboard it never frees anything (Ray 2.60).
     """
     if placement_group is not None:
         remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(placement_group)))
