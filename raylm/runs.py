@@ -1,19 +1,19 @@
-"""A run's directory: what it was begun with, who works on it, whether it is over; and which one a command goes on with.
+"""The directory of a run: its settings, its lock and its result; and which run a command starts or resumes.
 
 <storage>/<name>/train-20261123-101500-3fa2/
-    run.json        the settings and the token store it was begun with
-    experiment.yaml the experiment it was begun with, for the command that resumes it
-    decided.json    what raylm found for settings that are auto, for as long as the run goes on
-    lock            held by the command that works on it; the system lets go of it when that dies. Remote storage and
-                    file systems without flock have none: there one command at a time is up to whoever starts them
+    run.json        the settings and the token store that the run was started with
+    experiment.yaml the experiment that it was started with, for the command that resumes it
+    decided.json    the values that raylm chose for settings that are auto; a resumed run keeps them
+    lock            held by the command that works on the run; the system frees it when the command dies. Remote storage
+                    and file systems without flock have no locks: there users must run one command at a time
     checkpoints/    see checkpoint.CheckpointManager
     metrics.jsonl   see tracking
-    run.log         what commands said while they worked on it
+    run.log         the log of all commands that worked on the run
     model/          the best model, as a plain Hugging Face directory
-    result.json     when it is over: it ended, or was given up with --resume never
+    result.json     exists once the run has finished, failed, or was abandoned with --resume never
 
 <storage>/<name>/ended/train-20261123-101500-3fa2
-                    on remote storage an empty file for each run that is over, so that one request tells of all of them
+                    on remote storage an empty file for each run that has a result: one request lists all of them
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ MUTABLE_ON_RESUME = (
     "train.save_every_tokens", "train.keep_checkpoints", "tune.num_samples", "tune.stop", "tune.keep",
     "tune.max_concurrent_trials",
 )  # fmt: skip
-"""Settings that may change while a run goes on: they change nothing about it, or are known by the tokens."""
+"""Settings that may change when a run resumes: they do not change its result, or the token store covers them."""
 
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-"""What flock says where there are no locks: Lustre without -o flock, some of FUSE, NFS without a lock server."""
+"""Errors of flock on file systems without locks: Lustre without -o flock, some of FUSE, NFS without a lock server."""
 
 
 ENDED = "ended"
 
 BUDGET = ("train.max_tokens", "train.num_epochs")
-"""How long a run trains, of which it has one or none."""
+"""The settings that say how long a run trains; it has one of them, or none."""
 
 
 class _Redacting(logging.Formatter):
@@ -67,25 +67,25 @@ class _Redacting(logging.Formatter):
 
 @dataclass(frozen=True)
 class ActiveRun:
-    """A run that this command works on."""
+    """The run that this command trains."""
 
     name: str
     directory: str
     step: int | None
-    """The step of the checkpoint that it goes on from; None for a new run, or one that has none."""
+    """The step of the checkpoint that it resumes from; None for a new run, or one without a checkpoint."""
     lock: IO[str] | None
     abandoned: list[str] = field(default_factory=list)
-    """Directories of runs that nobody works on and that are not gone on with: given up for good by --resume never."""
+    """Directories of stopped runs that this command does not resume; with --resume never no command will."""
 
     @property
     def decided(self) -> dict[str, Any]:
-        """What settings that are auto were found to be when the run started: dotted key -> value."""
+        """Values chosen for settings that are auto when the run started: dotted key -> value."""
         return json.loads(storage.read(f"{self.directory}/decided.json") or b"{}")
 
     def settled(self, experiment: Experiment, found: Mapping[str, Any]) -> Experiment:
-        """The experiment with what was found for settings that are auto, which is kept for when the run resumes.
+        """The experiment with the values found for settings that are auto, which are saved for when the run resumes.
 
-        Told where it has to be another value than the one that the run started with.
+        A value that differs from the one that the run started with is logged.
         """
         values = {key: value for key, value in found.items() if get(experiment, key) == "auto"}
         before = self.decided
@@ -101,13 +101,15 @@ class ActiveRun:
         return override(experiment, values)
 
     def end(self, result: dict[str, Any]) -> None:
-        """Nobody goes on with this run any more."""
+        """Write the result of the run; no command resumes it afterwards."""
         _end(self.directory, result)
 
     @contextlib.contextmanager
     def logged(self) -> Iterator[None]:
-        """Also write what raylm's loggers say to run.log, with times and without passwords; on remote storage at the
-        end. A run that is resumed adds to it."""
+        """Also append raylm's log messages to run.log, with times and without passwords.
+
+        On remote storage they are written at the end.
+        """
         path = f"{self.directory}/run.log"
         is_remote = storage.is_remote(path)
         text = io.StringIO()
@@ -131,7 +133,7 @@ class ActiveRun:
 
 
 def directory_of(experiment: Experiment) -> str:
-    """Where the runs of an experiment lie."""
+    """The directory that holds the runs of an experiment."""
     return f"{experiment.storage.rstrip('/')}/{experiment.name}"
 
 
@@ -141,10 +143,10 @@ def new_name(verb: str) -> str:
 
 
 def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resume) -> ActiveRun:
-    """The newest run that stopped before its end and can be gone on with; else, unless it `must`, a new one.
+    """The newest run that stopped before its end, to resume it; else a new one, or StorageError if `resume` is "must".
 
-    `never` gives up all that have stopped. ConfigError if the newest was begun with other settings or on other tokens
-    than these.
+    "never" abandons all stopped runs and starts a new one. ConfigError if the newest stopped run that has a checkpoint
+    or trials was started with other settings or on other tokens.
     """
     place, terms = directory_of(experiment), _terms(experiment, verb, store)
     abandoned: dict[str, IO[str]] = {}
@@ -165,7 +167,7 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
                 finished = directory
             continue
         lock = _locked(directory)
-        if lock is None:  # somebody works on it
+        if lock is None:  # another command works on it
             continue
         step = max(CheckpointManager(f"{directory}/checkpoints").complete(), default=None)
         trials = sum(name.startswith("trial_") for name in storage.names(directory))
@@ -174,11 +176,11 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
             abandoned[directory] = lock
             continue
         if differences:
-            reached = f"with {trials} trials begun" if trials else f"after step {step:,}"
+            reached = f"after {trials} trials had started" if trials else f"after step {step:,}"
             raise ConfigError(
-                f"{directory} stopped {reached} and was begun with other settings:\n  "
+                f"{directory} stopped {reached} and was started with other settings:\n  "
                 + "\n  ".join(differences)
-                + "\ngive these back to go on with it, or --resume never to begin a new run",
+                + "\ngive the earlier values to resume it, or --resume never to start a new run",
                 differences[0].split(":")[0],
             )
         return ActiveRun(name, directory, step, lock, list(abandoned))
@@ -187,19 +189,19 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
     if finished is not None and resume == "auto":
         schedule = experiment.train.lr_scheduler_type
         logger.info(
-            f"{finished} is a finished run of the same settings with a smaller budget. It cannot go on: its learning "
-            f"rate has followed its schedule ({schedule}) to the end. A new run begins; to train that run's model "
+            f"{finished} is a finished run of the same settings with a smaller budget. It cannot resume: its learning "
+            f"rate has followed its schedule ({schedule}) to the end. A new run starts; to train that run's model "
             f"further instead, give {shlex.quote(f'model.path={finished}/model')}"
         )
     name = new_name(verb)
     directory = f"{place}/{name}"
-    lock = _locked(directory)  # before it is a run, or another command could take it first
-    assert lock is not None, f"{directory}: nobody else knows of it"
+    lock = _locked(directory)  # before run.json is written, or another command could resume it
+    assert lock is not None, f"{directory}: no other command knows this name"
     storage.write(f"{directory}/experiment.yaml", dump(experiment).encode())
     storage.write(f"{directory}/run.json", (json.dumps(terms, indent=1) + "\n").encode())
     if resume == "never":
         for each in abandoned:
-            _end(each, {"error": f"given up: --resume never began {name}"})
+            _end(each, {"error": f"given up: --resume never started {name}"})
     return ActiveRun(name, directory, None, lock, list(abandoned))
 
 
@@ -210,7 +212,7 @@ def _end(directory: str, result: dict[str, Any]) -> None:
 
 
 def _note_end(directory: str) -> None:
-    """Spare every later command the two requests that tell whether this run is over."""
+    """Mark a remote run as one that has a result, which spares later commands two requests each."""
     if storage.is_remote(directory):
         place, _, name = directory.rpartition("/")
         with contextlib.suppress(StorageError):  # the next command tries again
@@ -223,10 +225,10 @@ def settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:
-    """What has to stay for a run to be the same run: dotted key -> value, without passwords."""
+    """The settings that must not change when a run resumes: dotted key -> value, without passwords."""
     flat = redacted(settings(experiment))
     may_change: tuple[str, ...] = MUTABLE_ON_RESUME if verb == "tune" else (*MUTABLE_ON_RESUME, "tune")
-    if verb == "tune" and experiment.tune.scheduler.kind == "asha":  # its rungs lie in whole saves
+    if verb == "tune" and experiment.tune.scheduler.kind == "asha":  # its rungs are in whole saves
         may_change = tuple(key for key in may_change if key != "train.save_every_tokens")
     kept = {
         key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in may_change)
@@ -235,7 +237,7 @@ def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:
 
 
 def _trained_less(then: dict[str, Any], result: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a run that is over has a model, and differs from the one that is asked for by a smaller budget alone."""
+    """Whether a run has finished with a model, and differs from the requested one only by a smaller budget."""
     differences = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     if "error" in result or not differences or not {*differences} <= {*BUDGET}:
         return False
@@ -261,7 +263,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _locked(directory: str) -> IO[str] | None:
-    """The lock, held for as long as it is open; None if another process has it. A file alone where there are none."""
+    """The lock of a run, held while it is open; None if another process holds it. Without locks, just an open file."""
     if storage.is_remote(directory):
         return open(os.devnull)
     os.makedirs(directory, exist_ok=True)
@@ -278,7 +280,7 @@ def _locked(directory: str) -> IO[str] | None:
 
 
 def is_locked(directory: str) -> bool:
-    """Whether a command works on a run. False where there are no locks, as on remote storage."""
+    """Whether a command works on a run; False where there are no locks, as on remote storage."""
     if storage.is_remote(directory):
         return False
     try:

@@ -48,7 +48,7 @@ def test_a_finished_run_is_not_resumed(experiment):
 
 
 def test_a_finished_run_with_a_smaller_budget_is_told_with_the_way_to_train_its_model_further(experiment, capsys):
-    """It cannot go on by itself: its learning rate has followed the schedule to the end."""
+    """It cannot resume by itself: its learning rate has followed the schedule to the end."""
     first = begin(experiment)
     first.end({"perplexity": 3.5})
     more = config.override(experiment, {"train.max_tokens": 2 * experiment.train.max_tokens})
@@ -56,7 +56,7 @@ def test_a_finished_run_with_a_smaller_budget_is_told_with_the_way_to_train_its_
     said = capsys.readouterr().err
     assert said.startswith(f"{first.directory} is a finished run of the same settings with a smaller budget.")
     assert said.endswith(
-        f"schedule (cosine) to the end. A new run begins; to train that run's model further instead, "
+        f"schedule (cosine) to the end. A new run starts; to train that run's model further instead, "
         f"give model.path={first.directory}/model\n"
     )
     begin(config.override(experiment, {"train.num_epochs": 30}))
