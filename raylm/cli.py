@@ -1,7 +1,7 @@
 """Command line -> experiment; result -> screen. Shared by every verb.
 
-A verb is a function of the options below that returns an Answer. `run` gives it argv, prints the answer on stdout
-(with --json as one JSON object and nothing else), everything else on stderr, and exits with the error's code.
+A verb is a function that takes the options below and returns a CommandResult. `run` calls it with argv, prints the
+result on stdout (with --json one JSON object and nothing else), all else on stderr, and exits with the error's code.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ Place = Annotated[
 Resume = Annotated[
     Literal["auto", "never", "must"],
     typer.Option(
-        help="auto: go on with the newest run of this name that stopped before its end. never: begin a new one. must: "
-        "fail if there is none to go on with."
+        help="auto: resume the newest run of this name that stopped before its end. never: start a new one. must: "
+        "fail if there is none to resume."
     ),
 ]
 DryRun = Annotated[
@@ -59,12 +59,12 @@ DryRun = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout; all else on stderr.")]
 
-INTERRUPTED = 130  # by Ctrl-C, as shells say it
+INTERRUPTED = 130  # the exit code that shells use for Ctrl-C
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a verb found: one record for programs, one view for people."""
+    """The result of a verb: a record for programs and a view for people."""
 
     record: dict[str, Any]
     view: RenderableType | tuple[RenderableType, ...]
@@ -72,7 +72,7 @@ class CommandResult:
 
 
 def places_and_settings(arguments: list[str] | None) -> tuple[list[str], list[str]]:
-    """Arguments that name directories or runs, and those that are settings."""
+    """(arguments that name directories or runs, arguments that are settings)"""
     places = [argument for argument in arguments or [] if "=" not in argument or os.path.isdir(argument)]
     return places, [argument for argument in arguments or [] if argument not in places]
 
@@ -83,14 +83,14 @@ def experiment(
     print_config: bool = False,
     derives: Literal["text", "training"] | None = None,
 ) -> experiments.Experiment:
-    """The experiment of the command line. With `print_config` it is printed and the command ends.
+    """The experiment of the command line. With `print_config` the command prints it and ends.
 
-    Printed with the sizes that follow from its text, if there is no file that says them: those of `derives`.
+    Without a config file it is printed with the sizes that are derived from its text, as far as `derives` says.
     """
     loaded = experiments.load(config, settings or [])
     if print_config:
         if derives is not None and loaded.sizes_follow_text:
-            from raylm import plan  # with Ray, which a wrong setting does not wait for
+            from raylm import plan  # imports Ray, so only after the settings are checked
 
             (loaded, _), _ = plan.derive(loaded, with_sizes=derives == "training")
         raise _Done(
@@ -100,8 +100,8 @@ def experiment(
 
 
 def run(verb: Callable[..., CommandResult | None] | typer.Typer, name: str | None = None) -> None:
-    """Run a verb, or a group of them, with argv. Never returns. `name`: of the command, as its help shows it."""
-    as_json = "--json" in sys.argv[1:]  # read here, so that a command line that does not parse answers in JSON too
+    """Run a verb, or a group of them, with argv. Never returns. `name` is the command's name in its help."""
+    as_json = "--json" in sys.argv[1:]  # read here, so that an error of parsing is JSON, too
     if isinstance(verb, typer.Typer):
         app = verb
     else:
@@ -111,19 +111,19 @@ def run(verb: Callable[..., CommandResult | None] | typer.Typer, name: str | Non
     _keep_stderr()
     console.show_messages()
     _quiet_libraries()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # why, cluster.WORKER_ENVIRONMENT says
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see cluster.WORKER_ENVIRONMENT
     with _stdout_for_result(as_json) as stdout:
         exit_code = _run(app, name, as_json, stdout)
         stdout.flush()
     sys.stderr.flush()
-    storage = sys.modules.get("raylm.storage")  # which takes imports
+    storage = sys.modules.get("raylm.storage")  # importing it takes time
     if storage is not None and storage.is_waiting():
         _leave(exit_code)
     sys.exit(exit_code)
 
 
 def _leave(exit_code: int) -> None:
-    """End the process as usual, but for pyarrow's part, which waits until every request to S3 has failed."""
+    """End the process as usual, but without pyarrow's exit function, which waits until all S3 requests have failed."""
     import pyarrow.fs
 
     atexit.unregister(pyarrow.fs.ensure_s3_finalized)
@@ -132,7 +132,7 @@ def _leave(exit_code: int) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keep off the screen what libraries warn their programmers of, unless Python or they were told to say it."""
+    """Hide the warnings of libraries, unless the user has set Python's or the libraries' own options for them."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):
@@ -140,45 +140,45 @@ def _quiet_libraries() -> None:
 
 
 def add(app: typer.Typer, verb: Callable[..., CommandResult | None], name: str | None = None) -> None:
-    """Make a verb a command. What comes after the first argument of one that `passes_on` is another command's."""
+    """Make a verb a command. If the verb has `passes_on`, options after its first argument are another command's."""
     others = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
     @functools.wraps(verb)
     def command(*args: Any, **kwargs: Any) -> CommandResult | None:
         try:
             return verb(*args, **kwargs)
-        except KeyboardInterrupt as interrupt:  # of which typer keeps an exit code alone
+        except KeyboardInterrupt as interrupt:  # typer would only keep an exit code
             raise _Stopped(str(interrupt)) from interrupt
 
     app.command(name, context_settings=others if getattr(verb, "passes_on", False) else None)(command)
 
 
 FORK_SECONDS = 0.05
-"""When a signal that came in the midst of a fork is heeded. A fork takes a millisecond or two."""
+"""Delay of a signal that arrives during a fork. A fork takes a millisecond or two."""
 
 _forking: list[bool] = []
 """Not empty while this process forks."""
 
 
 def _heed_signals() -> None:
-    """Have SIGTERM and Ctrl-C end the command as an error does, so that what was begun is closed.
+    """Have SIGTERM and Ctrl-C raise an exception, so that the command cleans up as after an error.
 
-    Not in the midst of a fork, of which a start of Ray has several: an exception in what Python calls before and after
-    it is lost, and with it the release of the lock of logging, for which another thread then waits for ever.
+    Not during a fork, and Ray forks several times as it starts: Python drops an exception in a function registered for
+    a fork, so logging would not release its lock, and another thread would wait for it forever.
     """
-    import logging  # noqa: F401  # what it has called around a fork is called inside of ours, if it is there before
+    import logging  # noqa: F401  # registers its own functions first, which then run inside of ours
 
     os.register_at_fork(
         before=functools.partial(_forking.append, True), after_in_parent=_forking.pop, after_in_child=_forking.clear
     )
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as of what a shell's script has put into the background
+        if signal.getsignal(number) is not signal.SIG_IGN:  # shell scripts have background commands ignore SIGINT
             signal.signal(number, _stop)
     sys.unraisablehook = _heed_what_was_lost
 
 
 def _heed_what_was_lost(lost: Any) -> None:
-    """An interruption in the midst of something whose errors Python only tells of, as a __del__, is made again."""
+    """Repeat an interruption that Python only prints, because it was raised where no error can be, as in a __del__."""
     if isinstance(lost.exc_value, KeyboardInterrupt):
         _stop_later(signal.SIGINT)
     elif isinstance(lost.exc_value, Interrupted):
@@ -193,7 +193,7 @@ def _stop_later(number: int) -> None:
 
 
 def _stop(number: int, frame: object) -> None:
-    signal.alarm(0)  # by which Ray's core, while it starts, would abort the process
+    signal.alarm(0)  # an alarm of Ray's core, while it starts, would abort the process
     if _forking:
         _stop_later(number)
     elif number == signal.SIGINT:
@@ -214,7 +214,7 @@ def _run(app: typer.Typer, name: str | None, as_json: bool, stdout: Any) -> int:
         answer = _called(app, name)
         record = json.dumps(answer.record, allow_nan=False) if as_json and isinstance(answer, CommandResult) else ""
     except (RaylmError, Interrupted) as error:
-        cause = getattr(error, "cause", error)  # Ray wraps what a task raises, with the task's traceback as its text
+        cause = getattr(error, "cause", error)  # Ray wraps a task's error in one with the traceback as text
         return fail(cause.message, cause.where, cause.exit_code)
     except _Stopped as stopped:
         return fail(str(stopped) or "interrupted", None, INTERRUPTED)
@@ -223,7 +223,7 @@ def _run(app: typer.Typer, name: str | None, as_json: bool, stdout: Any) -> int:
             return fail(_usage(error), None, ConfigError.exit_code)
         traceback.print_exc()
         return fail(f"{type(error).__name__}: {error}", None, 1)
-    if answer == INTERRUPTED:  # before the verb has begun
+    if answer == INTERRUPTED:  # before the verb has started
         return fail("interrupted", None, INTERRUPTED)
     if isinstance(answer, CommandResult) and as_json:
         print(record, file=stdout)
@@ -233,14 +233,14 @@ def _run(app: typer.Typer, name: str | None, as_json: bool, stdout: Any) -> int:
 
 
 def _usage(error: Any) -> str:
-    """What is wrong with a command line; for options of other tools, how raylm is told the same."""
+    """The error of a command line; for options of other tools with raylm's settings of the same meaning."""
     context = getattr(error, "ctx", None)
     parameters = context.command.params if context is not None else []
     if not hasattr(error, "possibilities") or not any(parameter.name == "settings" for parameter in parameters):
         return error.format_message()
     known = [name for parameter in parameters for name in parameter.opts]
-    told = experiments.as_settings(sys.argv[1:], known)
-    how = f": {told}" if told else ", other fields of TrainingArguments as train.arguments.name=value"
+    settings = experiments.as_settings(sys.argv[1:], known)
+    how = f": {settings}" if settings else ", other fields of TrainingArguments as train.arguments.name=value"
     return f"{error.format_message()}; settings are given as section.key=value{how}"
 
 
@@ -252,11 +252,11 @@ def _called(app: typer.Typer, name: str | None) -> Any:
 
 
 def _show(view: RenderableType | tuple[RenderableType, ...], stdout: Any) -> None:
-    """Texts are never folded, so that a command or path can be copied whole; a table in a file is as wide as it is."""
+    """Print a view. Text is never wrapped, so that commands and paths can be copied whole; nor is a table in a file."""
     screen = Console(file=stdout, highlight=False, markup=False, emoji=False, width=None if stdout.isatty() else 200)
     for part in view if isinstance(view, tuple) else (view,):
         if isinstance(part, str):
-            print(part, file=stdout)  # rich would make spaces of tabs
+            print(part, file=stdout)  # rich would replace tabs by spaces
         else:
             screen.print(part)
 
@@ -267,14 +267,14 @@ class _Done(Exception):
 
 
 class _Stopped(Exception):
-    """By Ctrl-C."""
+    """The command was interrupted by Ctrl-C."""
 
 
 @contextlib.contextmanager
 def _stdout_for_result(as_json: bool) -> Iterator[Any]:
-    """stdout; with --json everybody else's prints, of libraries and subprocesses too, go to stderr meanwhile."""
+    """stdout. With --json all other output, also that of libraries and subprocesses, goes to stderr meanwhile."""
     if not as_json:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may have what the terminal's encoding has not
+        if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal's encoding may not have all of a file's name
             sys.stdout.reconfigure(errors="backslashreplace")
         yield sys.stdout
         return
@@ -285,15 +285,15 @@ def _stdout_for_result(as_json: bool) -> Iterator[Any]:
 
 
 def _keep_stderr() -> None:
-    """Have sys.stderr stay where it is when descriptor 2 is turned away from what libraries write there."""
-    with contextlib.suppress(AttributeError, OSError):  # there is none, or one in memory
+    """Keep sys.stderr where it is while descriptor 2 is redirected to hide the output of libraries."""
+    with contextlib.suppress(AttributeError, OSError):  # sys.stderr is None, or in memory
         if sys.stderr.fileno() == 2:
             descriptor = os.fdopen(os.dup(2), "wb")
             sys.stderr = _Redacting(descriptor, sys.stderr.encoding, "backslashreplace", line_buffering=True)
 
 
 class _Redacting(io.TextIOWrapper):
-    """stderr, where a password that stands in an address is never seen, whoever writes it."""
+    """stderr without the passwords in addresses, whichever code writes them."""
 
     def write(self, text: str) -> int:
         super().write(redacted(text))
