@@ -1,8 +1,8 @@
 """YAML and command line -> experiment; experiment -> YAML.
 
 The layers, each over the one before: defaults of the sections < environment < file < section.key=value. Without a file
-the built-in experiment stands in its place, unless a setting names text of the user's own. All faults of a file and a
-command line are told at once.
+the built-in experiment takes its place, unless a setting names the user's own text. All faults of a file and a command
+line are reported at once.
 """
 
 from __future__ import annotations
@@ -40,20 +40,19 @@ Part = typing.TypeVar("Part", bound=Section)
 
 
 ENVIRONMENT = {"tracking.uri": "MLFLOW_TRACKING_URI", "tracking.experiment": "MLFLOW_EXPERIMENT_NAME"}
-"""Variables that users of MLflow have set already. RAY_ADDRESS is read by `cluster`: it belongs to a place, not to an
-experiment."""
+"""Variables that users of MLflow have set already. `cluster` reads RAY_ADDRESS, which belongs to a machine and not to
+an experiment."""
 
 
 def load(
     source: str | os.PathLike | Mapping[str, Any] | None = None, settings: Iterable[str] | Mapping[str, Any] = ()
 ) -> Experiment:
-    """The checked experiment of a YAML file or mapping, with settings on top: `section.key=value`, or a mapping of
-    dotted keys.
+    """The checked experiment of a YAML file or mapping, with `settings` on top: section.key=value, or dotted keys.
 
-    Without a file it is the built-in example, unless the settings name text (corpus.paths): then nothing of the example
-    applies, and train.batch_tokens need not fit the other settings unless it was given: it is to be derived from them.
-    `model_fields_set` of a section tells what was given. Local paths are absolute afterwards because Ray's
-    workers run in directories of their own.
+    Without a file it is the built-in example, unless the settings name text (corpus.paths). Then nothing of the example
+    applies, and train.batch_tokens, unless given, is derived later and need not fit the other settings yet.
+    `model_fields_set` of a section holds the settings that were given. Local paths become absolute, because Ray's
+    workers run in other directories.
     """
     is_typed = not isinstance(settings, Mapping)
     layer = dict(settings) if isinstance(settings, Mapping) else dict(map(parse_setting, settings))
@@ -97,7 +96,7 @@ def _names_text(layer: Mapping[str, Any]) -> bool:
 
 
 def from_environment(experiment: Experiment) -> dict[str, str]:
-    """Dotted key -> variable of the environment, of the settings whose value is the variable's."""
+    """Dotted key -> environment variable, for the settings that have the variable's value."""
     return {
         key: variable
         for key, variable in ENVIRONMENT.items()
@@ -106,7 +105,7 @@ def from_environment(experiment: Experiment) -> dict[str, str]:
 
 
 def load_part(part: type[Part], settings: Iterable[str]) -> Part:
-    """Some sections of an experiment alone, of `section.key=value` settings: for commands that need no more of it."""
+    """A part of an experiment from `section.key=value` settings, for commands that need only some sections."""
     layer = dict(parse_setting(setting) for setting in settings)
     tree: Tree = {}
     _put(tree, layer)
@@ -119,7 +118,7 @@ def load_part(part: type[Part], settings: Iterable[str]) -> Part:
 
 def override(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
     """A copy with the dotted settings replaced, checked as a whole."""
-    tree = experiment.model_dump(exclude_unset=True)  # what nobody has set stays so
+    tree = experiment.model_dump(exclude_unset=True)  # unset fields stay unset
     _put(tree, settings)
     return _validate(tree, {}, sizes_follow_text=experiment.sizes_follow_text)
 
@@ -133,11 +132,11 @@ def get(experiment: Experiment, key: str) -> Any:
 
 
 def dump(experiment: Experiment, *, comments: bool = False) -> str:
-    """The whole experiment as YAML, loadable again; with each setting's description as a comment on request.
+    """The whole experiment as YAML that loads again; with `comments`, each setting's description above it.
 
-    With comments it is a file for people to start from, in which the default storage and MLflow are as the defaults
-    say, so that it means the same elsewhere. Without the passwords in addresses: this is printed, kept beside
-    checkpoints and sent to MLflow.
+    With comments it is a file for people to start from, so the default storage and MLflow stay relative paths, which
+    work elsewhere, too. Passwords in addresses are removed, because the text is printed, saved beside checkpoints and
+    sent to MLflow.
     """
     text = io.StringIO()
     yaml = YAML()
@@ -149,7 +148,7 @@ def dump(experiment: Experiment, *, comments: bool = False) -> str:
 
 
 def _portable(experiment: Experiment) -> Experiment:
-    """With the default places as they are written, not as absolute paths."""
+    """A copy with the default places as they are written in the sections, instead of as absolute paths."""
     tracking = experiment.tracking
     if experiment.storage == os.path.abspath(DEFAULT_STORAGE):
         experiment = experiment.model_copy(update={"storage": DEFAULT_STORAGE})
@@ -159,9 +158,9 @@ def _portable(experiment: Experiment) -> Experiment:
 
 
 def outline(settings: Mapping[str, Any], reasons: Mapping[str, str], head: str) -> str:
-    """These settings alone as a YAML file, with a comment at its top and one above each setting that has a reason.
+    """A YAML file of only these settings, with a comment at its top and one above each setting that has a reason.
 
-    `settings`, `reasons`: by dotted keys.
+    `settings` and `reasons` have dotted keys.
     """
     tree: dict[str, Any] = {}
     _put(tree, settings)
@@ -239,10 +238,10 @@ def _places(root: Node | None, name: str) -> dict[str, str]:
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
-    """(dotted key, value) of `section.key=value`, the value as YAML has it.
+    """(dotted key, value) of `section.key=value`, with the value parsed as YAML.
 
-    Where a text is wanted it stays as it was typed, whatever YAML makes of it: {question}, [SEP], 007, a file's name.
-    Only null, and quotes around the whole, mean what they do in YAML; where several texts may be given, so does [a, b].
+    The value of a setting that takes text stays as typed, even if YAML reads it otherwise: {question}, [SEP], 007. Only
+    null and quotes around the whole value mean what they do in YAML, as does [a, b] if the setting takes several texts.
     """
     key, equals, text = setting.partition("=")
     key = key.strip()
@@ -253,12 +252,10 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     is_text_alone = takes_text and not {tuple, dict} & takes
     try:
         value = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
+    except (YAMLError, ValueError) as error:  # ValueError: it looks like a date but is none
         missing = "" if is_text_alone else _unclosed(text)
         if missing and not (takes_text and os.path.exists(os.path.expanduser(text))):
-            way_out = (
-                f"; text that begins with a bracket stands in quotes of its own, {key}='\"…\"'" if takes_text else ""
-            )
+            way_out = f"; text that starts with a bracket needs quotes of its own, {key}='\"…\"'" if takes_text else ""
             raise ConfigError(f"{setting}: {missing} is missing at its end{way_out}", where=key) from None
         if takes_text:
             return key, text
@@ -271,7 +268,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
 
 
 def _unclosed(text: str) -> str:
-    """The closing brackets that are missing at the end of a list or mapping: "]" of "[a, b"; "" if none is."""
+    """The closing brackets that are missing at the end of a list or mapping: "]" for "[a, b"; "" if none are."""
     if text.lstrip()[:1] not in ("[", "{"):
         return ""
     awaited: list[str] = []
@@ -284,7 +281,7 @@ def _unclosed(text: str) -> str:
 
 
 def _kinds(key: str) -> set[type]:
-    """The types that a setting takes: str, tuple (of texts), dict, NoneType; none of them for one of another type."""
+    """Those of the types str, tuple (of texts), dict and NoneType that a setting takes."""
     *parents, last = _parts(key)
     section: Any = Experiment
     for part in parents:
@@ -307,14 +304,14 @@ def _kinds(key: str) -> set[type]:
 
 
 def _parts(key: str) -> list[str]:
-    for section, field in (("tune", "space"), ("eval", "paths")):  # whose own keys may have dots
+    for section, field in (("tune", "space"), ("eval", "paths")):  # their own keys may have dots
         if key.startswith(f"{section}.{field}."):
             return [section, field, key.removeprefix(f"{section}.{field}.")]
     return key.split(".")
 
 
 def _put(root: Tree, layer: Mapping[str, Any]) -> None:
-    """Set one layer's dotted keys in a tree. What they exclude is cleared, unless this layer gave it too."""
+    """Set one layer's dotted keys in a tree, and clear the settings that they exclude, unless this layer has those."""
     for key, value in layer.items():
         *parents, last = _parts(key)
         tree = root
@@ -353,7 +350,7 @@ def _validate(tree: Tree, places: Mapping[str, str], *, sizes_follow_text: bool)
 
 
 def _early_faults(tree: Tree) -> Iterator[tuple[str, str]]:
-    """The faults that are looked for only in a sound section, told already when something in it is not sound."""
+    """Faults that pydantic checks only in an otherwise valid section, so that they are reported with the others."""
     yield from exclusive_faults(tree, Experiment)
     tune = tree.get("tune")
     space = tune.get("space") if isinstance(tune, dict) else None
@@ -363,10 +360,10 @@ def _early_faults(tree: Tree) -> Iterator[tuple[str, str]]:
 
 
 def _space_faults(experiment: Experiment, key: str, sampler: dict[str, Any]) -> list[str]:
-    """What is wrong with one entry of tune.space; every value it can give is tried on the experiment."""
+    """The faults of one entry of tune.space, found by applying its possible values to the experiment."""
     if fault := entry_fault(key, sampler):
         return [fault]
-    faults: dict[str, str] = {}  # fault -> the first value that has it: an unknown key is one fault, not one a value
+    faults: dict[str, str] = {}  # fault -> the first value that has it: an unknown key is one fault, not one per value
     for settings in corners(key, sampler):
         try:
             override(experiment, settings)
@@ -381,7 +378,7 @@ def _space_faults(experiment: Experiment, key: str, sampler: dict[str, Any]) -> 
 
 
 def _absolute(experiment: Experiment) -> Experiment:
-    """Local paths made absolute; URIs, python:// sources and Hub ids as they are."""
+    """Make local paths absolute; URIs, python:// sources and Hub ids stay as they are."""
 
     def local(path: str) -> str:
         return path if "://" in path else os.path.abspath(os.path.expanduser(path))
@@ -405,14 +402,14 @@ def _absolute(experiment: Experiment) -> Experiment:
 
 
 def _absolute_uri(uri: str | None) -> str | None:
-    """An MLflow store whose SQLite file means the same in any directory."""
+    """The URI of an MLflow store, with an absolute path if it is a SQLite file."""
     if uri and uri.startswith("sqlite:///") and uri != "sqlite:///:memory:":
         return f"sqlite:///{os.path.abspath(os.path.expanduser(uri.removeprefix('sqlite:///')))}"
     return uri
 
 
 def _outlined(tree: Mapping[str, Any], reasons: Mapping[str, str], key: str = "") -> CommentedMap:
-    """A section's settings, each of one line where it is short, with a blank line before each section."""
+    """A tree of settings with its comments, short values on one line, and a blank line before each section."""
     found = CommentedMap()
     for name, value in tree.items():
         dotted = f"{key}.{name}" if key else name

@@ -38,9 +38,9 @@ OWNED = {
     "eval_on_start": "train.eval_every_tokens",
     "save_only_model": "train.save_every_tokens",
     "load_best_model_at_end": "nothing: the best checkpoint is kept and exported",
-    "ignore_data_skip": "nothing: a run that goes on begins at its own example",
+    "ignore_data_skip": "nothing: a resumed run starts at its next example",
     "enable_jit_checkpoint": "nothing: a run that is asked to stop saves a checkpoint",
-    "logging_nan_inf_filter": "nothing: a loss that is not finite ends the run",
+    "logging_nan_inf_filter": "nothing: a run with a loss that is not finite fails",
 }
 
 SAME = {
@@ -55,11 +55,11 @@ SAME = {
     "save_total_limit": "train.keep_checkpoints",
     "output_dir": "storage",
 }
-"""Options whose value may stay as it is, beside those that are called like a setting."""
+"""Options with another name than the setting that takes the same value."""
 
 
 def as_settings(arguments: Sequence[str], known: Sequence[str]) -> str:
-    """What to write for those options of a command line that are none of the `known` ones; empty if nobody can tell.
+    """The settings to use for the options of a command line that are not `known`; empty if there are none.
 
     --learning_rate 1e-3 --seed=1 --max_steps 9
     "train.learning_rate=1e-3 train.seed=1, train.max_tokens for --max_steps"

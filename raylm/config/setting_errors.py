@@ -1,4 +1,4 @@
-"""Faults of an experiment: (dotted key, what is wrong and what is accepted), and the error that tells them all."""
+"""Faults of an experiment, as (dotted key, what is wrong and what is accepted), and the one error that lists them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from raylm.errors import ConfigError, did_you_mean
 
 
 def config_error(faults: list[tuple[str, str]], places: Mapping[str, str]) -> ConfigError:
-    """A line a fault, each with its place. `places`: dotted key -> where it was written down."""
+    """An error with one line per fault and its place. `places`: dotted key -> where it is written."""
     return ConfigError("\n".join(_placed(key, text, places) for key, text in faults), where=faults[0][0])
 
 
 def _placed(key: str, text: str, places: Mapping[str, str]) -> str:
-    """`file.yaml:4:3 train.seed: text`, with the place of the nearest key that was written down."""
+    """`file.yaml:4:3 train.seed: text`, with the place of the nearest key that is written anywhere."""
     parts = key.split(".")
     inside = [written for written in places if written.startswith(f"{key}.")]
-    told = [word for word in text.split() if "." in word]  # the keys that a default does not go together with
+    named = [word for word in text.split() if "." in word]  # the keys with which a default conflicts
     around = [".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
-    place = next((places[near] for near in (key, *inside, *told, *around) if near in places), "")
+    place = next((places[near] for near in (key, *inside, *named, *around) if near in places), "")
     return f"{place} {key}: {text}".strip()
 
 
 def faults_of(error: ValidationError) -> list[tuple[str, str]]:
-    """Those that pydantic has found."""
+    """The faults that pydantic has found."""
     return [_fault(details) for details in error.errors(include_url=False)]
 
 
@@ -84,13 +84,13 @@ def _unknown(key: str) -> str:
 
 
 def settings_named(name: str) -> list[str]:
-    """The dotted keys of the settings of all sections that have this name."""
+    """The dotted keys of the settings with this name, in all sections."""
     sections = ((key, section_of(Experiment, key)) for key in Experiment.model_fields)
     return [f"{key}.{name}" for key, section in sections if section is not None and name in section.model_fields]
 
 
 def exclusive_faults(tree: Any, section: type[Section], key: str = "") -> Iterator[tuple[str, str]]:
-    """Settings of a tree that exclude each other. `key`: where it lies in the experiment."""
+    """The faults of settings that exclude each other. `key` is the place of the tree in the experiment."""
     if not isinstance(tree, dict):
         return
     if names := section.conflict(tree):
@@ -106,12 +106,12 @@ def _exclusive_fault(key: str, names: Sequence[str]) -> tuple[str, str]:
 
 
 def section_of(section: type[BaseModel] | None, name: str) -> Any:
-    """The section class that a field of a section holds, or None."""
+    """The section class of a field; None if the field is not a section."""
     field = section.model_fields.get(name) if section else None
     kinds = (field.annotation, *typing.get_args(field.annotation)) if field else ()
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def show(value: Any) -> str:
-    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # as YAML says it
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # as YAML writes it
     return text if len(text) <= 60 else text[:57] + "..."

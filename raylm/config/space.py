@@ -22,19 +22,19 @@ NOT_SWEPT = ("name", "storage", "corpus", "tokenizer", "cluster", "eval", "track
 
 
 def spaces(key: str, sampler: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The spaces that an entry of tune.space chooses from; None if it is a setting's. Such an entry has no dot."""
+    """The inner spaces that an entry of tune.space chooses from, if its key has no dot; None for a setting."""
     values = next(iter(sampler.values()), None) if {*sampler} <= {"choice", "grid"} else None
     chosen = "." not in str(key) and isinstance(values, list) and all(isinstance(value, dict) for value in values)
     return values if chosen else None
 
 
 def is_sampler(value: Any) -> bool:
-    """Whether a value in a space is drawn, rather than one that is set."""
+    """Whether a value in a space is drawn rather than fixed."""
     return isinstance(value, dict) and len(value) == 1 and {*value} <= {*SAMPLERS}
 
 
 def corners(key: str, sampler: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The settings that stand for all that an entry of tune.space can give: each choice, or both ends of a range."""
+    """The settings by which an entry of tune.space is checked: each choice, or both ends of a range."""
     inner_spaces = spaces(key, sampler)
     if inner_spaces is not None:
         found = []
@@ -54,7 +54,7 @@ def _ends(sampler: Mapping[str, Any]) -> list[Any]:
 
 
 def entry_fault(key: str, sampler: dict[str, Any]) -> str | None:
-    """What is wrong with one entry of tune.space whatever the experiment."""
+    """The fault of an entry of tune.space that does not depend on the experiment; None if there is none."""
     inner_spaces = spaces(key, sampler)
     if inner_spaces is None:
         return sampler_fault(key, sampler)
@@ -70,7 +70,7 @@ def entry_fault(key: str, sampler: dict[str, Any]) -> str | None:
 
 
 def sampler_fault(key: str, sampler: dict[str, Any]) -> str | None:
-    """What is wrong with a sampler of a setting."""
+    """The fault of a setting's sampler; None if there is none."""
     section = str(key).split(".")[0]
     if section in NOT_SWEPT:
         return f"{section} is one for a whole sweep; sweep model, blocks, objective or train settings"
