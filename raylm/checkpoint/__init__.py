@@ -1,7 +1,7 @@
 """Trained models on disk.
 
-directory    one model: what lies in its directory, and how it is loaded
-manager      the checkpoints of a run: committed whole or not at all, verified, and which of them are kept
+directory    one model: the files in its directory, and how it is loaded
+manager      the checkpoints of a run: committed entirely or not at all, verified before use, older ones removed
 """
 
 from raylm.checkpoint.directory import (

@@ -1,8 +1,8 @@
 """What a trained model looks like on disk.
 
 model.safetensors, config.json, generation_config.json, tokenizer files     a plain Hugging Face directory
-lora.safetensors   with model.lora: the updates alone, to go on training from; model.safetensors has them merged
-optimizer.pt, scheduler.pt, rng_state*.pth, trainer_state.json              what the Trainer needs to go on
+lora.safetensors   with model.lora: the updates alone, to train them further; model.safetensors has them merged
+optimizer.pt, scheduler.pt, rng_state*.pth, trainer_state.json              what the Trainer needs to resume
 experiment.yaml    the resolved experiment: `python -m raylm.train --config` repeats the run
 raylm.json         the score of these weights, the tokens they have seen, the token store they come from
 """
@@ -32,7 +32,7 @@ EXPERIMENT = "experiment.yaml"
 RECORD = "raylm.json"
 
 OF_TRAINING = ("*.pt", "*.pth", "trainer_state.json")
-"""What only the Trainer needs, twice the size of the model: it is not copied with one from elsewhere."""
+"""Files that only a resumed training needs, twice the size of the model. A copy of a remote model leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +47,24 @@ class TrainedModel:
     """Whether it was loaded as a masked model though its configuration does not say so."""
 
     def frame(self, prefix: str | None = None) -> Frame:
-        """What stands around every document: by tokenizer.prefix, or as the model was trained."""
+        """The tokens around every document: as `prefix` says, or else as in the model's training."""
         own = self.experiment.tokenizer.prefix if self.experiment is not None else "auto"
         return tokenizers.frame(self.tokenizer, prefix or own)
 
     def masked(self, prefix: str | None = None, every: bool = False) -> MaskedTokens | None:
-        """How the model is scored if it is a masked one; `every` token, as eval.pseudo_perplexity says."""
+        """How a masked model is scored; None for other models. `every`: eval.pseudo_perplexity."""
         is_masked = self.fills_in or model.is_masked(self.model.config)
         return MaskedTokens.of(self.tokenizer, self.frame(prefix), every) if is_masked else None
 
     @property
     def context(self) -> int:
-        """The most tokens that the model reads: its positions, or the block size if it has no such limit."""
+        """The maximum number of tokens that the model reads: its positions, or the block size if it has no limit."""
         limit = model.context(self.model.config)
         return limit or (self.experiment or Experiment()).blocks.block_size
 
 
 def describe(directory: str | Path, experiment: Experiment, record: dict[str, Any]) -> None:
-    """Write what raylm knows of a model beside it."""
+    """Write experiment.yaml and raylm.json beside a model."""
     config.save(experiment, Path(directory) / EXPERIMENT)
     (Path(directory) / RECORD).write_bytes(recorded(record))
 
@@ -91,7 +91,10 @@ def read_experiment(directory: str | Path) -> Experiment | None:
 
 
 def locate(directory: str | Path, gguf_file: str | None = None) -> Path:
-    """The directory, local or remote, if it can hold a model at all; a copy of a remote one goes with the process."""
+    """The local directory of a model; a remote one is copied, and the copy removed when the process exits.
+
+    ConfigError or StorageError if the directory cannot hold a model.
+    """
     place = str(directory)
     with storage.reached(place):
         names = storage.names(place)
@@ -124,8 +127,8 @@ def load(
 ) -> TrainedModel:
     """Model (float32, on the CPU) and tokenizer of a checkpoint or any Hugging Face model directory.
 
-    `section` says how it is loaded, `tokenizer` which tokenizer is, if not its own as it is; `masked`, that it is a
-    masked model though its configuration does not say so.
+    `section` says how the model is loaded, `tokenizer` which tokenizer it gets instead of its own. `masked` loads it as
+    a masked model even if its configuration does not say so.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
@@ -136,7 +139,7 @@ def load(
         found = model.pretrained_configuration(section)
         masked = masked or model.is_masked(found)
         kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        network, told = kind.from_pretrained(
+        network, loading = kind.from_pretrained(
             path, config=found, dtype="float32", output_loading_info=True, **model.options(section)
         )
         if tokenizer is None or tokenizer == TokenizerConfig(prefix=tokenizer.prefix):
@@ -146,14 +149,14 @@ def load(
             known = tokenizers.load_section(tokenizers.choose(tokenizer, section))
     except RaylmError:
         raise
-    except Exception as error:  # safetensors and tokenizers have errors of their own
+    except Exception as error:  # safetensors and tokenizers raise their own errors
         problem = f"{directory} cannot be loaded: {type(error).__name__}: {first_line(error)}"
         raise StorageError(problem, str(directory)) from error
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(loading["missing_keys"]):
         few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise StorageError(
-            f"{directory} has no weights for {few} of {type(network).__name__}, which would be random, and so "
-            "would what comes of it; train it first, with model.path",
+            f"{directory} has no weights for {few} of {type(network).__name__}, which would be random, as would "
+            "its results; train it first, with model.path",
             str(directory),
         )
     return TrainedModel(network, known, read_experiment(path), read_record(path), masked)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written entirely or not at all, verified before use, older ones removed.
+"""The checkpoints of a run: committed entirely or not at all, verified before use, older ones removed.
 
 <run>/checkpoints/step_00000040/model.safetensors ...      what the ranks wrote, each its own files
                                 manifest.json              written last: no manifest, no checkpoint
@@ -75,8 +75,11 @@ class CheckpointManager:
         return None
 
     def _manifest(self, step: int) -> dict[str, Stored] | None:
-        """The files of a checkpoint; None if its manifest is missing or damaged. That is said
-        after a second read only: a storage that is wrong once would cost the steps since the checkpoint before."""
+        """The files of a checkpoint; None if its manifest is missing or damaged.
+
+        It is read twice before that is said, because a single wrong answer of the storage would cost all steps since
+        the checkpoint before.
+        """
         for _ in range(2):
             content = storage.read(f"{self.path(step)}/{MANIFEST}")
             files = _read(step, content) if content is not None else None

@@ -1,4 +1,4 @@
-"""MLflow: one run per training, one parent run per sweep with a child run per trial; or nothing at all.
+"""MLflow: one run per training, one parent run per sweep with a child run per trial; or no MLflow at all.
 
 Everything is written to a journal in the run's own directory first, and a thread uploads it to MLflow from there. A
 training neither waits for MLflow nor fails with it. A Run is a directory, not a context: it is sent to the worker that
@@ -9,8 +9,8 @@ system       system metrics of a worker's machine
 models       a model's directory -> MLflow's logged models and its registry
 comparison   the page of MLflow that compares the trials of a sweep
 failures     the ways in which a call to MLflow fails
-server       one MLflow: its client, its experiments, its failures in words
-upload       one journal -> its run in MLflow, nothing twice
+server       one MLflow: its client, its experiments, messages about its failures
+upload       one journal -> its run in MLflow, without duplicates
 uploader     the background thread that uploads journals to one MLflow
 run          a run: what is logged to it, its trials, its status
 command      what commands do: start runs, find them, wait for uploads, name the page to open

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 COMMAND_TAG = "raylm.command"
 DEFAULT_ADDRESS = "http://127.0.0.1:5000"
-"""Of the server that `mlflow server` starts."""
+"""The address of the server that `mlflow server` starts."""
 
 UPLOAD_SECONDS = 60.0
 """How long a command waits at its end while an upload makes progress."""
@@ -61,7 +61,7 @@ def start(
 
 
 def check_uri(uri: str) -> None:
-    """ConfigError for what cannot be the address of an MLflow: none, localhost:5000, a directory."""
+    """ConfigError for a URI that cannot be an MLflow's: an empty one, localhost:5000, a directory."""
     is_address = "://" in uri or uri.startswith(("sqlite:", "databricks", "uc"))
     if not is_address and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
         raise _unusable(uri, "it is not the address of a server or a database")
@@ -79,7 +79,7 @@ def wait_for_upload(run: Run) -> None:
             if run.upload(2 * uploader.TIMEOUT_SECONDS):
                 return
             before = pending
-    except (OSError, StorageError):  # the storage is gone, and with it the number
+    except (OSError, StorageError):  # without the storage the number of entries is unknown
         logger.warning("some entries are not in MLflow yet; upload them with: %s", sync_command(run))
     else:
         is_missing = (
@@ -118,9 +118,9 @@ def problem(uri: str) -> str | None:
 
 
 def how_to_open(uri: str | None, path: str | None, page: str) -> dict[str, str]:
-    """Name -> what to type or to open, so that a page of MLflow is seen, which is called `page`.
+    """Name -> command to run or address to open, in order, to see a page of MLflow, which is called `page`.
 
-    Of a server it is one address; of a database the command that starts a server comes first. `path` is that of
+    For a server it is only the address; for a database the command that starts a server comes first. `path` is
     `Run.path`: None, before MLflow has been reached, leads to the list of experiments.
     """
     if uri is None:

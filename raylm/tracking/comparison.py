@@ -1,8 +1,8 @@
 """The page of MLflow that compares the trials of a sweep: their score against the swept settings, and nothing else.
 
-MLflow's own comparison of chosen runs draws the metric that was logged first against the first three parameters by the
-alphabet. Its page of runs draws what a view says, and a view is a tag of the experiment with the page's state as JSON
-(MLflow 3.17; what "Share view" makes). A server that does not know such a tag shows all runs of the experiment.
+MLflow's own comparison of chosen runs draws the metric that was logged first against the first three parameters in
+alphabetical order. Its page of runs draws a view: a tag of the experiment that holds the page's state as JSON, which
+"Share view" sets (MLflow 3.17). A server that does not know such a tag shows all runs of the experiment.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ VIEW_TAG = "mlflow.sharedViewState."
 """MLflow's own tag of an experiment; the name of the view follows."""
 
 LINK = "#comparison"
-"""In a description: the address of the comparison, which is known once the run is in MLflow."""
+"""In a description, the link to the comparison; its address replaces it once the run is in MLflow."""
 
 ML_PAGES = "workflowType=machine_learning"
-"""Without this MLflow 3 shows the half of its pages that is about agents."""
+"""Without this MLflow 3 shows its pages about agents."""
 
 
 def run_path(experiment_id: str, run_id: str) -> str:
@@ -34,7 +34,7 @@ def comparison_path(experiment_id: str, view: str) -> str:
 
 
 def view_state(*, trials: str, score: str, history: str, settings: Sequence[str]) -> str:
-    """The value of the tag of a view: MLflow compresses it, too, because a tag takes 5000 characters.
+    """The value of the tag of a view, compressed as by MLflow itself, because a tag takes 5000 characters.
 
     `trials` is the filter that finds the trials, `score` the metric that ranks them, `history` the metric of every
     evaluation, `settings` the swept parameters.
@@ -60,7 +60,7 @@ def view_state(*, trials: str, score: str, history: str, settings: Sequence[str]
         "datasetsFilter": [],
         "selectedColumns": [f"metrics.`{score}`", *(f"params.`{key}`" for key in settings)],
         "runsHiddenMode": "SHOW_ALL",
-        "runListHidden": True,  # beside the list, names of axes lie on each other at 1200 pixels
+        "runListHidden": True,  # beside the list, names of axes overlap at 1200 pixels
         "hideEmptyCharts": True,
         "isAccordionReordered": True,  # charts of other metrics follow these
         "compareRunCharts": charts,

@@ -8,10 +8,10 @@ from raylm.redaction import redacted
 from raylm.tracking import models
 
 WRONG_HOST = "Invalid Host header"
-"""Answer of `mlflow server` to a name that is not among its --allowed-hosts, with the status of a missing password."""
+"""What `mlflow server` answers to a host name that is not in its --allowed-hosts, with the status of a login error."""
 
 CONNECTION_FAILURES = ("unreachable", "denied", "wrong host")
-"""Kinds of failure that every other call would meet, too."""
+"""Kinds of failure that affect all calls."""
 
 
 class Unusable(Exception):
@@ -36,7 +36,7 @@ class NotStored(Exception):
         super().__init__(f"{name}: {re.sub('^Failed to upload .+? to .+?: ', '', str(error))}")
         if isinstance(error, ModuleNotFoundError):
             self.remedy = f": pip install {error.name}"
-        elif type(error).__module__.startswith("boto"):  # S3, which this process writes to itself
+        elif type(error).__module__.startswith("boto"):  # this process writes to S3 itself
             self.remedy = "; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL in the environment"
 
 
@@ -50,7 +50,7 @@ def kind(error: Exception) -> str:
     if WRONG_HOST in str(error):
         return "wrong host"
     code = getattr(error, "error_code", None)
-    answer = str(getattr(error, "json", ""))  # a proxy's own, to which MLflow gives no code
+    answer = str(getattr(error, "json", ""))  # from a proxy, without a code of MLflow's
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED") or re.search(
         r"\b40[13]\b|unauthori[sz]ed|forbidden", answer, re.IGNORECASE
     ):

@@ -3,7 +3,7 @@
     <run>/tracking.jsonl  {"run": {"id": ..., "name": ..., ...}}           once, when the run starts for the first time
                           {"status": "RUNNING", "time": ..., "uri": ...}   at each start; another status at each finish
                           {"parameters": {...}}   {"tags": {...}}   {"dataset": ..., "digest": ..., ...}
-                        {"comparison": {...}}              what MLflow's comparison of a sweep's trials draws
+                          {"comparison": {...}}              what MLflow's comparison of a sweep's trials draws
                           {"text": ..., "name": ...}         a text artifact, with its whole content
                           {"file": SHA-256, "name": ...}     a file artifact, which has this name in the directory
                           {"model": ..., "name": ..., ...}   the directory of a model, for MLflow's logged models
@@ -39,7 +39,7 @@ from raylm import storage
 RUN_FILE, METRICS_FILE, OFFSETS_FILE = "tracking.jsonl", "metrics.jsonl", "mlflow.json"
 
 REWRITE_SECONDS = 5.0
-"""How long lines wait in memory before a file on remote storage is rewritten."""
+"""How long lines stay in memory before a file on remote storage is rewritten."""
 
 MetricKey = tuple[str, int]
 """The name of a metric, and the step."""
@@ -63,7 +63,7 @@ class JsonLines:
         self._rewrite_failed = False
         """Whether the last rewrite on remote storage failed."""
         self._remote_size = 0
-        """Bytes that remote storage holds at least, as far as this process knows."""
+        """Bytes that this process has written to remote storage; the file cannot be shorter."""
         self._file: int | None = None
         self._timer: threading.Timer | None = None
 
@@ -88,7 +88,7 @@ class JsonLines:
         self.append(durable=True)
 
     def flush_at_exit(self) -> None:
-        """Write the lines that still wait, unless remote storage has just failed: another try may take a minute."""
+        """Write the remaining lines, unless remote storage has just failed, because another try may take a minute."""
         if not self._rewrite_failed:
             with contextlib.suppress(OSError):
                 self.flush()
@@ -160,13 +160,13 @@ class JsonLines:
                     raise OSError(f"{len(content):,} of {self._remote_size:,} bytes are there")
                 content += b"".join(self._unwritten)
                 storage.write(self.path, content)
-            except Exception as error:  # pyarrow, fsspec and the clouds have errors of their own
+            except Exception as error:  # pyarrow, fsspec and the clouds raise their own errors
                 self._rewrite_failed = True
                 raise OSError(None, storage.reason(error)) from error
             self._unwritten, self._rewrite_failed, self._remote_size = [], False, len(content)
 
     def _rewrite_from_timer(self) -> None:
-        with self._lock, storage.once(), contextlib.suppress(OSError):  # the lines are kept for the next time
+        with self._lock, storage.once(), contextlib.suppress(OSError):  # the lines are kept for the next try
             self._rewrite()
 
 
@@ -242,7 +242,7 @@ def start(directory: str, uri: str | None, **run: Any) -> None:
     started = now()
     records: list[dict[str, Any]] = [{"status": "RUNNING", "time": started, "uri": uri}]
     if not run_state(directory).run:
-        json_lines(directory, METRICS_FILE).close()  # it may still be open for a run that was removed
+        json_lines(directory, METRICS_FILE).close()  # it may still be open for a run that was removed since
         metric_writer.cache_clear()
         records.insert(0, {"run": {"id": uuid.uuid4().hex, "time": started, **run}})
     json_lines(directory, RUN_FILE).append(*records, durable=True)
@@ -350,9 +350,9 @@ class UploadedOffsets:
     experiment_id: str | None = None
     """The id of the run's experiment in MLflow."""
     entries: int = 0
-    """Bytes of tracking.jsonl of which all but the artifacts is uploaded."""
+    """Bytes of tracking.jsonl whose entries, except for artifacts, are uploaded."""
     artifacts: int = 0
-    """Bytes of tracking.jsonl of which the artifacts are uploaded: the artifact store may fail alone."""
+    """Bytes of tracking.jsonl whose artifacts are uploaded, counted apart because the artifact store may fail alone."""
     metrics: int = 0
     """Bytes of metrics.jsonl that are uploaded."""
 

@@ -176,9 +176,9 @@ class Run:
         self._log_artifact({"file": hashlib.sha256(content).hexdigest(), "name": name})
 
     def log_model(self, directory: str | Path, section: TrackingConfig, step: int) -> None:
-        """Log the model that the run has made at this step, and register it, if the section says so.
+        """Log the model that the run has trained up to this step, and register it, if the section says so.
 
-        Its directory is one in the run's. Unlike the other calls this one waits while MLflow is storing the model.
+        `directory` is inside the run's. Unlike the other calls this one waits while MLflow is storing the model.
         """
         if not self.directory or not (section.log_model or section.register_as):
             return
@@ -202,7 +202,7 @@ class Run:
 
     @contextlib.contextmanager
     def _unwritable_warned(self) -> Iterator[None]:
-        """Warn once of a disk that is full: it gets room again, or the checkpoints of the run fail."""
+        """Warn once if a line cannot be written. If the disk stays full, the checkpoints of the run fail, too."""
         try:
             yield
         except OSError as error:
@@ -220,7 +220,7 @@ class Run:
     # Status --------------------------------------------------------------------------------------------------------
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """Set the status of a run that ends now."""
+        """Set the status of a run that finishes now."""
         self.flush()  # which closes the file: a sweep finishes many runs
         self._append({"status": status, "time": journal.now()})
 
@@ -255,8 +255,8 @@ class Run:
     def start_trial(self, trial_id: str, directory: str | Path | None = None, *, uploads: bool = True) -> Run:
         """Start the child run of a trial, or resume the one that it has.
 
-        Its directory is one in this one's, by default named after the trial. A process that does not upload it needs
-        no MLflow, whose import takes 2 s; another process then calls `upload_in_background`.
+        `directory` is inside this run's, by default named after the trial. With uploads=False MLflow, whose import
+        takes 2 s, is not needed in this process, and another process calls `upload_in_background`.
         """
         if not self.directory:
             return self

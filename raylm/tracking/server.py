@@ -1,4 +1,4 @@
-"""One MLflow store or server: its client, its experiments, and what is wrong with it in words."""
+"""One MLflow store or server: its client, its experiments, and messages about its failures."""
 
 from __future__ import annotations
 

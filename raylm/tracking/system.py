@@ -1,6 +1,6 @@
-"""System metrics, under the names of MLflow's own monitor, for which its page has a tab.
+"""System metrics, named as by MLflow's own monitor, so that MLflow's page shows them in their own tab.
 
-That monitor logs from a thread to MLflow and drops what MLflow does not take; these points go through the journal.
+MLflow's monitor logs from a thread and drops points when a call fails; these points go through the journal.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class SystemMonitor:
     def metrics(self) -> dict[str, float]:
         """CPU use since the last point, and memory and GPU use now; empty until it is time for the next point.
 
-        The first call starts the measurement and the second has its first point, however soon: MLflow compares runs
-        side by side, and a short one would be a column without values.
+        The first call starts the measurement and the second returns the first point, however soon, so that short runs
+        have values where MLflow compares runs.
         """
         if self._next is None:
             self._next = time.monotonic()

@@ -29,7 +29,7 @@ CONTEXT_TAG = "mlflow.data.context"
 SWEEP_TAG = "raylm.sweep"
 """The name of the sweep that a trial belongs to."""
 JOURNAL_TAG = "raylm.journal"
-"""The journal's id, by which its run is found where MLflow's id was not recorded."""
+"""The journal's id, by which its run is found if MLflow's id was not recorded."""
 
 MAX_METRICS, MAX_OTHERS = 1000, 100  # that MLflow takes in a call
 MAX_PAUSE_SECONDS = 30.0
@@ -53,7 +53,7 @@ class Upload:
         self._check_soon = True
         self._pause = 0.0
         self._next_check = 0.0
-        """In seconds of time.monotonic, as the pause before it."""
+        """In seconds by time.monotonic."""
         self._continue_from(self._recorded_offsets())
 
     def check_soon(self) -> None:
@@ -209,7 +209,7 @@ class Upload:
             self._log_batch(client.log_batch, run_id, params=params[start : start + MAX_OTHERS])
         for start in range(0, len(tags), MAX_OTHERS):
             self._log_batch(client.log_batch, run_id, tags=tags[start : start + MAX_OTHERS])
-        if datasets:  # MLflow itself drops those it has
+        if datasets:  # MLflow itself skips those it has
             self._log_batch(client.log_inputs, run_id, datasets=datasets)
         if state.comparison is not None:
             trials = f"tags.`{SWEEP_TAG}` = '{run['name']}'"
@@ -223,7 +223,7 @@ class Upload:
         if state.status is not None and (state.status, state.time) != self._status:
             if state.status == "RUNNING":
                 client.update_run(run_id, status="RUNNING")
-            else:  # with its own time at each finish: a trial that was paused and resumed has two
+            else:  # each finish has its own time: a trial that was paused and resumed has two
                 client.set_terminated(run_id, state.status, state.time)
             self._status = state.status, state.time
         self._record(entries=end)

@@ -27,7 +27,7 @@ class Uploader:
     def __init__(self, server: Server):
         self.server = server
         self.failure: Exception | None = None
-        """First failure of the last round, since a caller began to wait."""
+        """First failure of the last round, since a caller started to wait."""
         self._request: Callable[[], object] | None = None
         """A call to MLflow that comes before any upload."""
         self._request_failure: Exception | None = None
