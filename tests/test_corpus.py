@@ -300,7 +300,7 @@ def test_a_torn_compressed_file_is_named(tmp_path, suffix):
     with pytest.raises(DataError, match=rf"a\.jsonl\{suffix} \(\d+ bytes\): torn, or not "):
         read(CorpusConfig(paths=str(path)))
     path.write_text("plain text after all")
-    with pytest.raises(DataError, match=r"begins with b'pl.*expected b"):
+    with pytest.raises(DataError, match=r"starts with b'pl.*expected b"):
         list_sources(CorpusConfig(paths=str(path)))
 
 
@@ -410,7 +410,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
     corpus = CorpusConfig(paths=str(tmp_path))
     (shard,) = shards(list_sources(corpus))
     (tmp_path / "a.txt").write_text("another")
-    with pytest.raises(DataError, match=r"a\.txt: it has changed since the corpus was listed"):
+    with pytest.raises(DataError, match=r"a\.txt: it has changed after the corpus was listed"):
         list(documents(shard, corpus, Ledger()))
 
 

@@ -151,7 +151,7 @@ def test_a_vocabulary_without_some_byte_is_an_error_that_names_it(trained):
         encode = tokenizer.encoder(str(trained), name)
         assert len(encode(["ab", "ÿ"])[0]) == 4  # UTF-8 does not have the byte 0xff
         with pytest.raises(
-            DataError, match=r"cannot spell the document that begins 'a\\nb': it has no byte 0x0a \('\\n'\)"
+            DataError, match=r"cannot spell the document that starts with 'a\\nb': it has no byte 0x0a \('\\n'\)"
         ):
             encode(["ab", "a\nb"])
 
@@ -162,19 +162,21 @@ def test_a_vocabulary_of_characters_that_lacks_one_without_an_unknown_token_is_a
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<s>").save_pretrained(tmp_path / "bpe")
     encode = tokenizer.encoder(str(tmp_path / "bpe"), "tokenizers")
     assert encode(["ab ba"])[0].tolist() == [3, 2, 1]
-    with pytest.raises(DataError, match=r"cannot spell the document that begins 'aé': it has no 'é'"):
+    with pytest.raises(DataError, match=r"cannot spell the document that starts with 'aé': it has no 'é'"):
         encode(["ab", "aé"])
     pieces = ["<s>", "a", *(f"<0x{byte:02X}>" for byte in range(256) if byte != 0xC3)]
     made = Tokenizer(models.BPE({piece: id for id, piece in enumerate(pieces)}, [], byte_fallback=True))
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<s>").save_pretrained(tmp_path / "fallback")
     encode = tokenizer.encoder(str(tmp_path / "fallback"), "tokenizers")
     assert len(encode(["ab東"])[0]) == 5
-    with pytest.raises(DataError, match=r"cannot spell the document that begins 'aé': it has no byte 0xc3 \('é'\)"):
+    with pytest.raises(
+        DataError, match=r"cannot spell the document that starts with 'aé': it has no byte 0xc3 \('é'\)"
+    ):
         encode(["ab", "aé"])
     made = Tokenizer(models.Unigram([("</s>", 0.0), ("a", -1.0)], None))
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path / "unigram")
     encode = tokenizer.encoder(str(tmp_path / "unigram"), "tokenizers")
-    with pytest.raises(DataError, match=r"cannot spell the document that begins 'ab': .*unknown token"):
+    with pytest.raises(DataError, match=r"cannot spell the document that starts with 'ab': .*unknown token"):
         encode(["a", "ab"])
 
 
@@ -289,7 +291,7 @@ def test_a_vocabulary_that_knows_no_probe_is_found_out_by_its_rules(tmp_path, ca
     assert loaded(text, add_special_tokens=False).input_ids != known(text, add_special_tokens=False).input_ids
     said = capsys.readouterr().err
     assert f"tokenizer.path={tmp_path}: transformers reads " in said
-    assert "BertTokenizer has rules of its own, for which tokenizer_config.json has settings such as do_lower" in said
+    assert "BertTokenizer has rules of its own, set in tokenizer_config.json by settings such as do_lower" in said
     empty = Tokenizer(models.Unigram([("</s>", 0.0), ("a", -1.0)], None))  # to which every probe is unknown
     PreTrainedTokenizerFast(tokenizer_object=empty, eos_token="</s>").save_pretrained(tmp_path / "empty")
     tokenizer.load_section(chosen(tmp_path / "empty"))

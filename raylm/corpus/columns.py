@@ -22,10 +22,10 @@ from raylm.errors import DataError, did_you_mean, first_line
 from raylm.storage import file_system
 
 BATCH_BYTES = 8_000_000
-"""Of rows, read or decoded at a time: one request of an object storage, and little beside the process itself."""
+"""Bytes of rows that are read or decoded at a time: one request to object storage, and little memory."""
 
 HEAD_BYTES = 1 << 18
-"""Of a .json file, in which its first row is looked for."""
+"""Bytes at the start of a .json file in which its first row is searched."""
 
 
 class Columns:
@@ -41,7 +41,7 @@ class Columns:
         self.together = self._of_one_list()
 
     def text(self, row: dict[str, Any]) -> str:
-        """The row's text; LookupError saying which column does not give one, KeyError if there is none of that name."""
+        """The row's text; LookupError naming the column that has no text, KeyError if there is no such column."""
         values = {name: self._value(row, name) for name in self.names}
         lists = [name for name in self.together if not isinstance(values[name], str)]
         if not lists:
@@ -55,7 +55,7 @@ class Columns:
         return self.join.join(self._filled(dict(zip(lists, item, strict=True))) for item in items)
 
     def _of_one_list(self) -> list[str]:
-        """The columns whose values may be those of one list of objects: {messages.role}: {messages.content}."""
+        """The columns that may be fields of one list of objects: {messages.role}: {messages.content}."""
         parents = [name.rpartition(".")[0] for name in self.names]
         return [name for name, parent in zip(self.names, parents, strict=True) if parent and parents.count(parent) > 1]
 
@@ -98,7 +98,7 @@ class Columns:
         return value[key]
 
     def top(self, names: list[str], where: str) -> list[str]:
-        """The columns of a table that are needed; DataError if one is not there."""
+        """The columns of a table that are needed; DataError if one is missing."""
         needed = [name if name in names else name.split(".")[0] for name in self.names]
         for name in needed:
             if name not in names:
@@ -107,7 +107,7 @@ class Columns:
 
 
 WHOLE_ROW = "{*}"
-"""corpus.text, for a look at what a table holds: the text of a row is all of it, as a line of JSON."""
+"""A corpus.text that takes the whole row as a line of JSON, to show what a table holds."""
 
 
 class _WholeRow(Columns):
@@ -181,7 +181,7 @@ def read_jsonl(part: FilePart, corpus: CorpusConfig) -> Texts:
 
 
 def _lines_before(part: FilePart) -> int:
-    """Lines that begin before the part, to number the one at fault."""
+    """Number of lines that start before the part, so that an error can name the line."""
     if not part.start:
         return 0
     with opened(part.file) as stream:
@@ -193,7 +193,7 @@ def _lines_before(part: FilePart) -> int:
 
 
 def read_json(part: FilePart, corpus: CorpusConfig) -> Texts:
-    """The objects of a .json file: the items of a list, one after the other, or those that its one object holds."""
+    """The objects of a .json file: the items of its list, or those inside its one object."""
     columns = columns_of(corpus)
     with as_utf8(part, "utf-8") as stream:
         content = decoded(stream.read(), 0)
@@ -218,9 +218,9 @@ def read_json(part: FilePart, corpus: CorpusConfig) -> Texts:
 
 
 def begins_with_text(part: FilePart, corpus: CorpusConfig) -> bool:
-    """Whether the first bytes of a .json file hold its first row, with a text; if not, all of it has to be read.
+    """Whether the first bytes of a .json file hold its first row, with a text; if not, the whole file must be read.
 
-    What holds a single object may have its rows in that.
+    A single object may hold the rows.
     """
     with as_utf8(part, "utf-8") as stream:
         head = codecs.getincrementaldecoder("utf-8")().decode(stream.read(HEAD_BYTES)).removeprefix("\ufeff")
@@ -233,7 +233,7 @@ def begins_with_text(part: FilePart, corpus: CorpusConfig) -> bool:
 
 
 def _records(row: Any, columns: Columns) -> list[Any]:
-    """The rows of a file's one object: {"data": [{...}, ...]} and {"id1": {...}, ...} hold them; else it is one."""
+    """The rows in the one object of a file: {"data": [{...}, ...]} or {"id1": {...}, ...}; else the object."""
     if not isinstance(row, dict) or any(name in row or name.split(".")[0] in row for name in columns.names):
         return [row]
     lists = [value for value in row.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
@@ -275,7 +275,7 @@ def read_csv(part: FilePart, corpus: CorpusConfig) -> Texts:
 
 
 def _delimiter(header: str, columns: Columns) -> str:
-    """The one with which the header has the columns that are needed, else the one with which it has the most."""
+    """The delimiter that gives the header the needed columns, else the one that gives it the most columns."""
 
     def fitness(delimiter: str) -> tuple[bool, int]:
         names = next(csv.reader([header], delimiter=delimiter), [])
@@ -293,7 +293,7 @@ def read_parquet(part: FilePart, corpus: CorpusConfig) -> Texts:
     import pyarrow.parquet
 
     with opened(part.file) as stream:
-        # Its defaults read the column of a row group whole, and whole again while its rows are decoded.
+        # The defaults of pyarrow read a whole column of a row group, and copy it while its rows are decoded.
         file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BATCH_BYTES)
         columns = columns_of(corpus)
         names = columns.top(file.schema_arrow.names, part.file.path)
@@ -310,7 +310,7 @@ def read_parquet(part: FilePart, corpus: CorpusConfig) -> Texts:
 
 
 def _batches(batches: Any, columns: Columns, number: int = 0) -> Texts:
-    """Rows of record batches, of the needed columns alone; `number` is that of the row before."""
+    """Rows of record batches, with the needed columns only; `number` is the number of the previous row."""
     for batch in batches:
         rows = _rows_at_a_time(batch.num_rows, batch.nbytes)
         for first in range(0, batch.num_rows, rows):
@@ -320,7 +320,7 @@ def _batches(batches: Any, columns: Columns, number: int = 0) -> Texts:
 
 
 def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:
-    """How many of so many rows have about BATCH_BYTES: one at least, 1024 at most."""
+    """The number of rows that have about BATCH_BYTES: at least 1, at most 1024."""
     return min(1024, max(1, BATCH_BYTES * num_rows // max(1, num_bytes)))
 
 
@@ -356,7 +356,7 @@ def _arrow_source(file: File) -> Any:
 
 
 class ArrowBatches:
-    """The record batches of an Arrow file or an Arrow stream, whichever it is."""
+    """The record batches of an Arrow file or an Arrow stream."""
 
     def __init__(self, source: Any):
         import pyarrow
@@ -378,7 +378,7 @@ class ArrowBatches:
 
 
 def read_data_set(part: FilePart, corpus: CorpusConfig) -> Texts:
-    """Rows of a datasets.Dataset out of its memory map, or of one shard of a stream."""
+    """Rows of a memory-mapped datasets.Dataset, or of one shard of a stream."""
     columns = columns_of(corpus)
     rows = data_set_rows(part.file)
     names = columns.top(rows.column_names, part.file.path) if rows.column_names else []

@@ -1,4 +1,4 @@
-"""A file, or a part of one, as bytes; and what stands in the place of a document of it that cannot be used."""
+"""A file, or a part of one, as bytes; and the record of a bad document in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raylm.storage import file_system
 
 
 class FilePart(NamedTuple):
-    """A file, or a part of one: a range of bytes, row groups or rows, whatever its format can be cut at."""
+    """A file, or a part of one: a range of bytes, row groups or rows, depending on its format."""
 
     file: File
     format: str
@@ -26,7 +26,7 @@ class FilePart(NamedTuple):
     validation: bool = False
     """Whether that source is one of corpus.validation_paths."""
     is_found: bool = False
-    """Whether it was found in a directory or by a glob, and not named itself."""
+    """Whether a directory or glob gave the file, rather than its own name."""
     start: int = 0
     stop: int | None = None
 
@@ -35,10 +35,10 @@ class BadDocument(NamedTuple):
     """A document that cannot be used."""
 
     place: str
-    """In its file, like "row 2, byte 24"; empty for the file itself."""
+    """Its place in the file, such as "row 2, byte 24"; empty for the file itself."""
     what: str
     may_skip: bool = True
-    """Whether there may be others that can be used; not if the file has no such column."""
+    """Whether other documents of the file may be good; not if the file lacks the column."""
 
     def of(self, file: File) -> str:
         return ": ".join(part for part in (file.path, self.place, self.what) if part)
@@ -79,7 +79,7 @@ def decompressed(part: FilePart) -> Any:
 
 
 BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",  # which begins as that of UTF-16 does
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is a prefix of this one
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -87,8 +87,8 @@ BYTE_ORDER_MARKS = {
 
 
 def as_utf8(part: FilePart, encoding: str) -> Any:
-    """The part's file as a binary stream of UTF-8: decompressed, and from the encoding that its byte order mark tells,
-    else the given one. A UnicodeDecodeError says which it is not of."""
+    """The part's file as a binary stream of UTF-8, decompressed, decoded by its byte order mark, else by `encoding`.
+    A UnicodeDecodeError names the encoding that failed."""
     stream = decompressed(part)
     head = stream.peek(4)
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)

@@ -1,7 +1,7 @@
 """The formats of files: a file, or a part of one -> texts.
 
-Every reader yields the texts of its documents in order, and in the place of a bad one a BadDocument that says where it
-stands and what is wrong. A file that cannot be read on at all is a DataError.
+Every reader yields the texts of its documents in order, and for each bad document a BadDocument with its place and
+fault. A file whose rest cannot be read is a DataError.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from raylm.errors import DataError
 
 @dataclass(frozen=True)
 class Format:
-    """A format of files: how it is read, what it is known by, and where it can be cut."""
+    """A file format: its reader, how files of it are recognized, and where they can be cut."""
 
     read: Callable[[FilePart, CorpusConfig], Texts]
     suffixes: tuple[str, ...] = ()
-    """Of the names of its files, before that of a compression."""
+    """Suffixes of its file names, without that of a compression."""
     magic: bytes = b""
     """The first bytes of each of its files, if they are always the same."""
     split: Callable[[FilePart, int], Iterator[tuple[FilePart, int]]] | None = None
@@ -35,7 +35,7 @@ class Format:
 
 
 def _ranges(whole: FilePart, length: int, num_bytes: int, most: int) -> Iterator[tuple[FilePart, int]]:
-    """Cut 0:length, which is num_bytes in all, into ranges of about `most` bytes."""
+    """Cut 0:length, which has num_bytes in total, into ranges of about `most` bytes."""
     count = max(1, min(length, -(-num_bytes // most)))
     edges = [length * number // count for number in range(count + 1)]
     for start, stop in itertools.pairwise(edges):
@@ -75,7 +75,7 @@ def _data_set_rows(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]
 
 
 FORMATS = {
-    "text": Format(text.read_text),  # whatever has no other suffix
+    "text": Format(text.read_text),  # any other suffix
     "python": Format(text.read_python),
     "jsonl": Format(columns.read_jsonl, (".jsonl", ".ndjson"), split=_bytes),
     "json": Format(columns.read_json, (".json",)),
@@ -86,14 +86,14 @@ FORMATS = {
     "saved": Format(columns.read_data_set, split=_data_set_rows),
     "hub": Format(columns.read_data_set, split=_data_set_rows),
 }
-"""A new format is a line here and its reader."""
+"""A new format needs a line here and a reader."""
 
 COMPRESSED = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bz2": b"BZh", "xz": b"\xfd7zXZ\x00"}
 """The first bytes of compressed files."""
 
 
 def format_of(path: str, source: str) -> tuple[str, str | None]:
-    """(format, compression) of a file of a source, by their names."""
+    """(format, compression) of a file, by its name."""
     if path.startswith(HUB):
         return "hub", None
     if source.startswith(PYTHON):
@@ -109,12 +109,12 @@ def format_of(path: str, source: str) -> tuple[str, str | None]:
 
 
 def whole_file(file: File, index: int, source: Source) -> FilePart:
-    """All of a file of the source at this index."""
+    """A whole file of the source with this index."""
     return FilePart(file, *format_of(file.path, source.name), index, source.validation, source.is_found)
 
 
 def split(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
-    """A whole file, or parts of about `most` bytes of it where its format can be cut; and the bytes of each."""
+    """A whole file, or parts of about `most` bytes where its format can be cut, with the bytes of each."""
     cut = FORMATS[whole.format].split
     is_large = whole.file.size > most or whole.format == "hub"  # the Hub does not always say how large a data set is
     if cut is not None and is_large and not whole.compression:
@@ -124,7 +124,7 @@ def split(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
 
 
 def texts(part: FilePart, corpus: CorpusConfig) -> Texts:
-    """The documents of a part as they stand there; nothing is filtered."""
+    """The documents of a part, unfiltered."""
     import pyarrow
 
     file = part.file
@@ -153,7 +153,7 @@ def _expected(kind: str, file: File) -> str:
             head = stream.read(len(magic))
     except OSError:
         return ""
-    return "" if head == magic else f" (begins with {head!r}, expected {magic!r})"
+    return "" if head == magic else f" (starts with {head!r}, expected {magic!r})"
 
 
 def _check_unchanged(part: FilePart) -> None:
@@ -163,8 +163,8 @@ def _check_unchanged(part: FilePart) -> None:
     try:
         status = os.stat(file.path)
     except FileNotFoundError:
-        raise DataError(f"{file.path}: it was there when the corpus was listed, and is not now", file.path) from None
-    # Every node has Python's own sources from an installation of its own, with times of its own.
+        raise DataError(f"{file.path}: it existed when the corpus was listed and is gone now", file.path) from None
+    # Each node has its own installation of Python, whose sources have other modification times.
     same_time = part.format == "python" or str(status.st_mtime_ns) == file.version
     if status.st_size != file.size or not same_time:
-        raise DataError(f"{file.path}: it has changed since the corpus was listed; run the command again", file.path)
+        raise DataError(f"{file.path}: it has changed after the corpus was listed; run the command again", file.path)

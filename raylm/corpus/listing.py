@@ -17,19 +17,19 @@ from raylm.corpus.formats import texts, whole_file
 from raylm.corpus.sources import Source, find, suffix
 from raylm.errors import DataError
 
-FIRST_FILES = 100  # of a source, that are opened before anything starts: well below a second
+FIRST_FILES = 100  # files of a source that are opened before anything starts: well below a second
 
 HEAD_BYTES = 1024
-"""Of a file, that tell whether it is text."""
+"""Bytes of a file that are checked for text."""
 
 TABLES_OF_ANYTHING = ("json", "csv", "tsv")
-"""Formats in which much else is kept beside text: settings, figures, logs."""
+"""Formats that often hold something else than text: settings, figures, logs."""
 
 
 def find_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
-    """The files of every source, by their names alone; DataError if one has none.
+    """The files of every source, by their names alone; DataError if a source has no files.
 
-    `key` is the setting that corpus.paths was given as.
+    `key` is the setting that gave the paths.
     """
     if not corpus.paths and not corpus.validation_paths:
         raise DataError("corpus.paths is empty; give files, directories or globs of text", "corpus.paths")
@@ -38,10 +38,10 @@ def find_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source
 
 
 def readable(sources: list[Source], corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
-    """The sources with the files that can be read; DataError if the first ones cannot be read as they are named.
+    """The sources with the files that can be read; DataError if a file that was named itself cannot be read.
 
-    A file that was named must be readable. Of those that were found in a directory or by a glob, what is not text is
-    left out and counted by its kind; so is a file with columns but without corpus.text, if others have text.
+    Files from a directory or glob that are not text are left out and counted by kind. So are files with columns but
+    without corpus.text, if other files have text.
 
     Reads the first bytes or the first document of files (all of a .json file that is one object):
     no Ray, and below a second for some thousand local files.
@@ -64,12 +64,12 @@ def readable(sources: list[Source], corpus: CorpusConfig, key: str = "corpus.pat
 
 
 def list_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
-    """The files of every source that can be read, as `find_sources` and `readable` give them."""
+    """The files of every source that can be read: `find_sources`, then `readable`."""
     return readable(find_sources(corpus, key), corpus, key)
 
 
 def left_out(sources: list[Source]) -> str:
-    """What lies in the corpus and is not read, as a line: "12 .png, 2 .csv without corpus.text"; empty if nothing."""
+    """The files of the corpus that are not read, in one line: "12 .png, 2 .csv without corpus.text"; empty if none."""
     return _counted(sum((Counter(source.left_out) for source in sources), Counter()))
 
 
@@ -78,7 +78,7 @@ def _counted(kinds: Counter[str]) -> str:
 
 
 def _readable(key: str, source: Source, corpus: CorpusConfig) -> Source:
-    """The source without the files that cannot be read; DataError if it has no others."""
+    """The source without the files that cannot be read; DataError if no file is left."""
     kinds = Counter(source.left_out)
     parts = []
     for part in (whole_file(file, 0, source) for file in source.files):
@@ -101,7 +101,7 @@ def _readable(key: str, source: Source, corpus: CorpusConfig) -> Source:
 def _useless(parts: list[FilePart], corpus: CorpusConfig) -> set[FilePart]:
     """The files with columns that have no corpus.text, in a directory where others give text.
 
-    Where corpus.text is set those are others with columns: else it would be a mistake that only a line tells of.
+    If corpus.text is set, only other files with columns count: else a misspelled column would leave out every table.
     """
     if len({part.format for part in parts}) < 2:
         return set()
@@ -119,7 +119,7 @@ def _is_no_column(problem: BadDocument | DataError) -> bool:
     return problem.where == "corpus.text" if isinstance(problem, DataError) else not problem.may_skip
 
 
-@lru_cache(maxsize=100_000)  # a command asks several times, and some .json files have to be read as a whole
+@lru_cache(maxsize=100_000)  # a command asks several times, and some .json files must be read whole
 def _problem(part: FilePart, corpus: CorpusConfig) -> BadDocument | DataError | None:
     """What is wrong with the first document of a file, or with the file."""
     if part.format == "json":
@@ -135,8 +135,8 @@ def _problem(part: FilePart, corpus: CorpusConfig) -> BadDocument | DataError | 
 
 @lru_cache(maxsize=100_000)
 def _is_text(part: FilePart, encoding: str) -> bool:
-    """Whether a local file begins like text: no byte is 0, and all are of its encoding."""
-    if "://" in part.file.path:  # a request each: what is no text is found when it is read
+    """Whether a local file starts like text: no byte is 0, and all are valid in its encoding."""
+    if "://" in part.file.path:  # one request for each file: reading finds what is not text
         return True
     try:
         with decompressed(part) as stream:
@@ -144,7 +144,7 @@ def _is_text(part: FilePart, encoding: str) -> bool:
     except PermissionError:
         return False
     except (EOFError, OSError, zlib.error, lzma.LZMAError):
-        return True  # torn, of which reading it tells more
+        return True  # torn: reading it gives a better error
     if head.startswith(tuple(BYTE_ORDER_MARKS)):
         return True
     try:

@@ -1,4 +1,4 @@
-"""A document -> passages, so that a corpus of few documents can be split, too."""
+"""A document -> passages, so that a corpus of few documents can also be split."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 
 FEWEST_CHARS, MOST_CHARS = 500, 1000
-"""Of a passage. 50 kB of text give 65 to 90 passages, and a held-out one still has some 120 to 250 tokens: the
-perplexity of a shorter one is mostly that of its first words, which are predicted from nothing."""
+"""Length of a passage. 50 kB of text give 65 to 90 passages of 120 to 250 tokens. The perplexity of a shorter one would
+mostly be that of its first words, which have little context."""
 
 ENDS = [re.compile(end) for end in (r"\n\s*\n", r"\n", r"[.!?。！？…]['\"’”»)\]]*\s+|[。！？]", r"\s+")]
 """Where a passage may end: after a blank line, else a line, else a sentence, else a word."""
@@ -16,13 +16,13 @@ ENDS = [re.compile(end) for end in (r"\n\s*\n", r"\n", r"[.!?。！？…]['\"�
 def passages(text: str) -> Iterator[str]:
     """The text cut into passages; joined again they are the text.
 
-    Each has FEWEST_CHARS to MOST_CHARS characters, unless the text itself has fewer. It ends at the first paragraph end
-    there is in that range, so short paragraphs are joined; where there is none, at a line end, at the end of a sentence
-    or a word, and in text without any of them after MOST_CHARS.
+    Each has FEWEST_CHARS to MOST_CHARS characters, unless the whole text has fewer. It ends at the first paragraph end
+    in that range, so short paragraphs are joined; without one at the end of a line, else a sentence, else a word, else
+    after MOST_CHARS.
     """
     start = 0
     while len(text) - start > MOST_CHARS:
-        # What is left must not be shorter than a passage.
+        # The rest must not be shorter than a passage.
         latest = min(start + MOST_CHARS, len(text) - FEWEST_CHARS)
         found = (end.search(text, start + FEWEST_CHARS - 1, latest) for end in ENDS)
         stop = next((match.end() for match in found if match), latest)

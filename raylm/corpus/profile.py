@@ -1,4 +1,4 @@
-"""What a corpus looks like, from a part of it: which columns hold the text, how long documents are, in which script."""
+"""A profile of a corpus, from a sample: the columns of its text, the length of documents, their script."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from raylm.corpus.reader import Ledger, content_hash, kept, shards
 from raylm.corpus.sources import HUB, Source
 
 ROWS = 200
-"""Of a table, that are looked at to find its text."""
+"""Rows of a table that are read to find its text columns."""
 
 TABLES = ("jsonl", "csv", "tsv", "parquet", "arrow", "saved")
-"""Formats of rows with columns. A .json file beside text is taken for the settings of some program."""
+"""Formats of rows with columns. A .json file beside text counts as settings of some program."""
 
 CONVERSATIONS = (("role", "content"), ("from", "value"))
 """Fields of the messages of a chat, as OpenAI's and ShareGPT's data sets name them."""
@@ -35,7 +35,7 @@ PAIRS = (
 DOCUMENTS = 2_000
 MOST_BYTES = 8_000_000
 CHARS = 2_000
-"""Of a document, whose letters are counted."""
+"""Characters of a document whose letters are counted."""
 
 
 class TextColumns(NamedTuple):
@@ -47,7 +47,7 @@ class TextColumns(NamedTuple):
 
 
 def guess_columns(sources: list[Source], corpus: CorpusConfig) -> TextColumns | None:
-    """Which columns of a table hold its text; None if the corpus is no table, or a column is called corpus.text.
+    """The columns of a table that hold its text; None if the corpus is not a table, or has a column named corpus.text.
 
     Tables beside plain text count only if they are the larger part. Reads the first ROWS rows of the first table.
     """
@@ -120,12 +120,12 @@ def _has_messages(value: Any, fields: tuple[str, str]) -> bool:
 
 @dataclass(frozen=True)
 class Profile:
-    """A look at some documents of a corpus."""
+    """What a sample of a corpus shows."""
 
     formats: dict[str, int]
     """Format -> files of it; the most frequent first."""
     seen: int
-    """Documents that were looked at."""
+    """Documents in the sample."""
     median_chars: int
     """Length of a document."""
     duplicates: float
@@ -135,16 +135,16 @@ class Profile:
 
 
 def profile(sources: list[Source], corpus: CorpusConfig) -> Profile:
-    """A profile of up to DOCUMENTS documents that pass the filters, from all parts of the corpus alike.
+    """A profile of up to DOCUMENTS documents that pass the filters, sampled evenly over the corpus.
 
-    A hub:// source is not looked at: that would download it.
+    hub:// sources are skipped because reading them would download them.
     """
     formats = Counter(format_of(file.path, source.name)[0] for source in sources for file in source.files)
     local = [source for source in sources if not source.name.startswith(HUB)]
     parts = [shard._replace(parts=(part,)) for shard in shards(local) for part in shard.parts]
     parts = parts[:: max(1, len(parts) // DOCUMENTS)]
     of_each = max(1, DOCUMENTS // max(1, len(parts)))
-    # Python's own sources are no table whose rows may be bad; what cannot be read is told by the command that reads it.
+    # Python's own sources have no bad rows; the command that reads the corpus reports what cannot be read.
     lenient = corpus.model_copy(update={"on_bad_row": "skip"})
     lengths: list[int] = []
     hashes: set[int] = set()
@@ -169,5 +169,5 @@ def profile(sources: list[Source], corpus: CorpusConfig) -> Profile:
 
 
 def _script(letter: str) -> str:
-    """The first word of a letter's name in Unicode, which is that of its script: LATIN, CYRILLIC, HIRAGANA, CJK."""
+    """The first word of a letter's Unicode name, which names its script: LATIN, CYRILLIC, HIRAGANA, CJK."""
     return unicodedata.name(letter, "OTHER").partition(" ")[0]

@@ -1,7 +1,7 @@
 """Shards of files -> documents: hashed, filtered, counted, and on one side of the split.
 
-The side of a document, or of a passage of it, is decided by a hash of its content, so duplicates fall on one side, in
-whatever order or process they are read. Nothing is left out uncounted: the ledger says how many and why.
+A hash of the content decides the side of a document or passage, so duplicates fall on the same side in any order and
+process. The ledger counts all that is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ class Shard(NamedTuple):
     keep: bytes | None = None
     """Which of the documents that pass the filters to keep, as bits of numpy.packbits; default all."""
     num_bits: int = 0
-    """How many documents `keep` speaks of; under corpus.max_documents none after them is read."""
+    """Number of documents that `keep` covers; with corpus.max_documents no document after them is read."""
 
 
 class Document(NamedTuple):
-    """With corpus.split_by: passage a part of a document as it was read: a passage that is held out, or all that stands
-    between two of them."""
+    """A document; with corpus.split_by: passage a held-out passage, or the text between two of them."""
 
     text: str
     num_bytes: int
-    """Of the text in UTF-8."""
+    """UTF-8 bytes of the text."""
     hash: int
     """64 bits of blake2b of the text: the same text has the same hash everywhere."""
     source: int
@@ -54,7 +53,7 @@ class Document(NamedTuple):
 def shards(sources: list[Source]) -> list[Shard]:
     """The work of each task, in the order of the sources: a function of the files alone, not of the cluster."""
     total = sum(source.num_bytes for source in sources)
-    # 8 MB keep a laptop's cores busy on 30 MB of text; at most some thousand shards, since each is a memory map.
+    # 8 MB keep a laptop's cores busy on 30 MB of text. Each shard is a memory map, so there are at most some thousand.
     most = min(max(8_000_000, total // 2048), 256_000_000)
     made: list[Shard] = []
     parts: list[FilePart] = []
@@ -81,7 +80,7 @@ def documents(
 ) -> Iterator[Document]:
     """The documents of a shard in the order of its files, each on one side of the split.
 
-    Those that `kept` gives; with corpus.split_by: passage each is cut. Joined in their order, its parts are the text.
+    With corpus.split_by: passage each document is cut into parts; joined in order they are its text.
     """
     below = corpus.validation_fraction * 2**64
     by_passage = corpus.split_by == "passage" and below and not corpus.validation_paths
@@ -95,11 +94,11 @@ def documents(
 
 
 def _split(text: str, source: int, below: float, ledger: Ledger) -> Iterator[Document]:
-    """Passages with a hash below a limit, each a validation document; and all between two of them as a training one.
+    """Each passage with a hash below a limit as a validation document, the text between two of them as a training one.
 
-    Training passages are joined, so that the model sees long stretches of text, with an end-of-text token only where
-    something is missing. Validation passages are not, even if they are neighbours: trials are compared document by
-    document, and each passage is one by itself, the same one wherever it stands.
+    Training passages are joined, so that the model sees long stretches of text, with an end-of-text token only where a
+    passage is held out. Validation passages are never joined, not even neighbours, because trials are compared document
+    by document.
     """
 
     def document(text: str, held_out: bool) -> Document:
@@ -126,10 +125,10 @@ def kept(
     ledger: Ledger,
     reject: Callable[[File, BadDocument], None] = lambda file, fault: None,
 ) -> Iterator[tuple[FilePart, str, bytes]]:
-    """(part, text, UTF-8 bytes) of the documents of a shard that pass the filters and are selected, in its order.
+    """(part, text, UTF-8 bytes) of the documents of a shard that pass the filters and are selected, in order.
 
-    The ledger counts every document that was read. One that cannot be used is a DataError, or with
-    corpus.on_bad_row: skip it is counted and handed to `reject`.
+    The ledger counts every document that was read. A bad document is a DataError; with corpus.on_bad_row: skip it is
+    counted and passed to `reject`.
     """
     keep = None
     if shard.keep is not None:
@@ -141,8 +140,8 @@ def kept(
             if keep is not None and passed == len(keep) and corpus.max_documents is not None:
                 return
             if isinstance(text, BadDocument):
-                # The standard library has files of bad encodings for its own tests, and nobody to repair them. What
-                # turns out to be no text in the middle of a directory is none that somebody has asked for.
+                # The standard library has files in bad encodings for its own tests, which a user cannot repair; and the
+                # user did not name the files of a directory that turn out not to be text.
                 is_asked_for = part.format != "python" and not (part.format == "text" and part.is_found)
                 if corpus.on_bad_row == "error" and is_asked_for:
                     raise text.error(part.file)
@@ -151,7 +150,7 @@ def kept(
                 continue
             try:
                 encoded = text.encode()
-            except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
+            except UnicodeEncodeError:  # JSON can escape half of a surrogate pair, which is not a character
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
                 encoded = text.encode()
                 ledger["repaired: lone surrogates"] += 1
@@ -175,7 +174,7 @@ def content_hash(encoded: bytes) -> int:
 
 
 def _filters(corpus: CorpusConfig) -> Callable[[str], str | None]:
-    """Text -> why it is left out, or None."""
+    """A function of a text: why it is left out, or None."""
     pattern = re.compile(corpus.keep_matching) if corpus.keep_matching is not None else None
 
     def left_out(text: str) -> str | None:
@@ -195,12 +194,12 @@ def _filters(corpus: CorpusConfig) -> Callable[[str], str | None]:
 
 
 def kept_fraction(ledger: dict[str, int]) -> float:
-    """Part of the documents that were kept, as in "3.26% of data after filtering"."""
+    """Fraction of the documents that were kept, as in "3.26% of data after filtering"."""
     return ledger.get("kept", 0) / max(1, ledger.get("documents", 0))
 
 
 def counted_as(ledger: Mapping[str, int]) -> str | None:
-    """What a split's number of documents counts where the corpus is split by passages; None where it is documents."""
+    """A note on what a split's documents are if the corpus is split by passages; None otherwise."""
     if "passages" not in ledger:
         return None
     return (

@@ -1,4 +1,4 @@
-"""Which documents to keep where that depends on others: duplicates, and corpus.max_documents."""
+"""Which documents to keep if that depends on other documents: duplicates, and corpus.max_documents."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from raylm.config import CorpusConfig
 from raylm.corpus.reader import Ledger, Shard, content_hash, kept
 
 SEEN = np.dtype([("hash", np.uint64), ("source", np.uint16)])
-"""A document that passes the filters, as `select` is told of it."""
+"""The record of a document that passes the filters, for `select`."""
 
 
 def selected(corpus: CorpusConfig) -> bool:
-    """Whether keeping a document depends on others, so that `select` is needed."""
+    """Whether keeping a document depends on other documents, so that `select` is needed."""
     return corpus.deduplicate or corpus.max_documents is not None
 
 
@@ -26,12 +26,11 @@ def hashes(shard: Shard, corpus: CorpusConfig) -> bytes:
 
 
 def select(plan: list[Shard], read: Callable[[list[Shard]], Iterator[bytes]], corpus: CorpusConfig) -> list[Shard]:
-    """The shards with the documents to keep: one of each content, and corpus.max_documents of them in all.
+    """The shards with the documents to keep: one of each content, and corpus.max_documents in total.
 
-    These are taken from the sources in turn: the first document of each, then the second of each, and so on. Of a
-    content the first document is kept, but one of corpus.validation_paths before one of corpus.paths: or validation
-    would be of texts that were trained on.
-    `read` gives the SEEN of some shards in order, and is read no further than needed. Holds 10 bytes a document.
+    The sources take turns: the first document of each, then the second of each, and so on. The first document of a
+    content is kept, with corpus.validation_paths before corpus.paths, so that no validation text is trained on.
+    `read` yields the SEEN of some shards in order and is consumed as far as needed. Holds 10 bytes per document.
     """
     if not plan:
         return []
@@ -77,7 +76,7 @@ def _in_turn(plan: list[Shard]) -> list[int]:
 
 
 def _turns(source: np.ndarray) -> np.ndarray:
-    """Of each document, how many of its source stand before it."""
+    """For each document, the number of earlier documents of its source."""
     by_source = np.argsort(source, kind="stable")
     _, first, counts = np.unique(source[by_source], return_index=True, return_counts=True)
     turns = np.empty(len(source), np.int64)
@@ -86,7 +85,7 @@ def _turns(source: np.ndarray) -> np.ndarray:
 
 
 def _num_certain(found: dict[int, np.ndarray], left: Counter[int], corpus: CorpusConfig) -> int:
-    """How many documents, or different ones, come before any that has not been read yet."""
+    """The number of documents, or different ones, before the first that has not been read yet."""
     seen = np.concatenate([found[number] for number in sorted(found)])
     turns = _turns(seen["source"])
     unread = [source for source, parts in left.items() if parts > 0]

@@ -1,7 +1,7 @@
 """corpus.paths -> the files behind them.
 
 /data/books  notes.jsonl  {a,b}/**/*.gz  local files, directories, globs
-s3://bucket/dir  gs://…  hdfs://…       whatever pyarrow.fs reads; other schemes through fsspec where it is installed
+s3://bucket/dir  gs://…  hdfs://…       read by pyarrow.fs; other schemes by fsspec, if it is installed
 /data/saved                             a directory of datasets' save_to_disk
 hub://eli5_category?split=train[:5000]  a data set of the Hugging Face Hub; also &config= &revision= &streaming=true
 python://stdlib  python://pandas        source code: the standard library's, or an installed package's
@@ -30,13 +30,13 @@ HUB = "hub://"
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 NOT_TEXT = ("__pycache__", "site-packages", "dist-packages", "node_modules")
-"""Directories that are not the user's text, wherever they lie below one that is."""
+"""Directories, at any depth, that are not the user's text."""
 
 OF_RUNS = re.compile(
     r"/(?:[a-z]+-\d{8}-\d{6}-[0-9a-f]{4}|tokens/[0-9a-f]{16}|mlruns|mlartifacts)/"
     r"|/decided/[^/]+-[0-9a-f]{16}\.(?:json|yaml)$|/mlflow\.db[^/]*$"
 )
-"""Runs, token stores, decisions and MLflow's files: in the user's directory if the command was called there."""
+"""Runs, token stores, decisions and MLflow's files, which are in the directory that a command was called in."""
 
 BINARY = frozenset(
     ".7z .avi .bin .bmp .class .db .dll .doc .docx .dylib .eot .epub .exe .flac .gif .gguf .h5 .heic .ico .jar .jpeg "
@@ -44,15 +44,15 @@ BINARY = frozenset(
     ".pt .pth .pyc .rar .rtf .safetensors .so .sqlite .sqlite3 .tar .tgz .tif .tiff .ttf .wav .webm .webp .whl .wmv "
     ".woff .woff2 .xls .xlsx .zip".split()
 )
-"""Suffixes of files that hold no plain text, even if they begin like it, as some .pdf and .pkl do."""
+"""Suffixes of files that hold no plain text, even if they start like text, as some .pdf and .pkl do."""
 
 
 class File(NamedTuple):
     path: str
     size: int
-    """Bytes on disk; 0 where a data set does not say."""
+    """Bytes on disk; 0 if a data set does not state them."""
     version: str
-    """Another one when the content changes: time of modification in ns, or a data set's revision."""
+    """Changes when the content does: time of modification in ns, or a data set's revision."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Source:
     files: tuple[File, ...]
     validation: bool = False
     is_found: bool = False
-    """Whether the files were found in a directory or by a glob, and not named themselves."""
+    """Whether a directory or glob gave the files, rather than their own names."""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """Kind -> files of it that lie there and are not read."""
+    """Kind -> number of its files that are not read."""
 
     @property
     def num_bytes(self) -> int:
@@ -73,9 +73,9 @@ class Source:
 
 
 def find(key: str, path: str, validation: bool = False) -> Source:
-    """The files of one entry, sorted; DataError naming the setting `key` if there is none.
+    """The files of one entry, sorted; DataError naming the setting `key` if there are none.
 
-    Of those that are found in a directory or by a glob, what is no text by its name is left out and counted.
+    Files of a directory or glob whose names show that they are not text are left out and counted.
     """
     if redacted(path) != path:
         raise ConfigError(
@@ -109,7 +109,7 @@ def find(key: str, path: str, validation: bool = False) -> Source:
 
 
 def _text_by_name(found: list[File], start: int, left_out: Counter[str]) -> Iterator[File]:
-    """Files but those that are no text by their names. What they were found in has `start` characters."""
+    """Files without those that are not text by their names. The path they were found in has `start` characters."""
     for file in found:
         if OF_RUNS.search(file.path, start):
             left_out["of runs and tracking"] += 1
@@ -137,7 +137,7 @@ def _local(path: str) -> File:
 def _regular(paths: Iterator[str], left_out: Counter[str]) -> Iterator[File]:
     for path in paths:
         try:
-            is_regular = stat.S_ISREG(os.stat(path).st_mode)  # a pipe would be waited for
+            is_regular = stat.S_ISREG(os.stat(path).st_mode)  # reading a pipe would block
         except OSError:
             left_out["links to nothing"] += 1
             continue
@@ -148,7 +148,7 @@ def _regular(paths: Iterator[str], left_out: Counter[str]) -> Iterator[File]:
 
 
 def _walk(directory: str, left_out: Counter[str]) -> Iterator[str]:
-    """The files below a directory, also behind links; each directory once, however many links lead to it."""
+    """The files below a directory, also through links; each directory once, even if several links lead to it."""
     visited = set()
 
     def unreadable(error: OSError) -> None:
@@ -167,12 +167,12 @@ def _walk(directory: str, left_out: Counter[str]) -> Iterator[str]:
 
 
 def _glob(pattern: str, left_out: Counter[str]) -> Iterator[str]:
-    """What matches, with ** for any directories and {a,b} for one of these."""
+    """The paths that match, with ** for any directories and {a,b} for either."""
     for each in _alternatives(pattern):
         before, recursive, _ = each.partition("**")
         if os.path.isdir(each):
             yield from _walk(each, left_out)
-        elif recursive:  # Python's own follows links that lead in a circle for ever
+        elif recursive:  # Python's own glob follows circular links forever
             from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 
             matches = re.compile(glob_translate(each)).match
@@ -183,7 +183,7 @@ def _glob(pattern: str, left_out: Counter[str]) -> Iterator[str]:
 
 
 def _alternatives(pattern: str) -> list[str]:
-    """a{b,c} as a shell has it: ab, ac."""
+    """a{b,c} expanded as in a shell: ab, ac."""
     match = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
     if not match:
         return [pattern]
@@ -197,7 +197,7 @@ def _python_files(key: str, path: str) -> list[str]:
         return [file for file in _walk(sysconfig.get_path("stdlib"), Counter()) if file.endswith(".py")]
     try:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    except ValueError:  # a module that was put together by hand has no spec
+    except ValueError:  # a module made by hand has no spec
         spec = None
     if spec is None:
         raise DataError(
@@ -267,7 +267,7 @@ class DataSet(NamedTuple):
 
 
 def data_set(path: str) -> DataSet:
-    """What a hub:// path asks for; ValueError if it asks for something else."""
+    """The parsed hub:// path; ValueError if it cannot be parsed."""
     name, _, query = path.removeprefix(HUB).partition("?")
     settings = dict(pair.partition("=")[::2] for pair in query.split("&") if pair)
     unknown = set(settings) - set(DataSet._fields[1:])
@@ -282,7 +282,7 @@ def data_set(path: str) -> DataSet:
 def load_data_set(file: File) -> Any:
     """The rows of a hub:// path: a datasets.Dataset, memory-mapped, or an IterableDataset.
 
-    Of the commit that was the newest when the files were listed, on whichever node and however late it is loaded.
+    Every node loads the commit that was the newest when the files were listed.
     """
     import datasets
 
@@ -301,7 +301,7 @@ def load_data_set(file: File) -> Any:
 
 
 def _data_set(key: str, path: str) -> File:
-    """Asks the Hub for the data set's revision and size; nothing is downloaded yet."""
+    """The data set's revision and size, from the Hub; nothing is downloaded yet."""
     try:
         asked = data_set(path)
     except ValueError as error:

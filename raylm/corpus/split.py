@@ -13,48 +13,47 @@ from raylm.corpus.selection import hashes, select, selected
 from raylm.corpus.sources import HUB, Source
 
 FEW_DOCUMENTS = 50
-"""Fewer are split by passages: a twentieth of them would be two documents, and two rank no trials."""
+"""Fewer documents are split by passages: 5 % of them would be two documents, too few to rank trials."""
 
 ENOUGH_UNITS = 30
-"""Of the validation split, to rank trials by."""
+"""Units of the validation split that suffice to rank trials."""
 
 MOST_UNITS = 2_000
 MOST_BYTES = 64_000_000
-"""Of text that is looked at: a few seconds at most."""
+"""Bytes of text that are read: a few seconds at most."""
 
 
 @dataclass(frozen=True)
 class Holdout:
-    """How a corpus is split. A unit is what falls on one side of the split as a whole: a document, or a passage."""
+    """How a corpus is split. A unit, a document or a passage, falls on one side of the split as a whole."""
 
     split_by: Literal["document", "passage"]
     validation_fraction: float
     documents: int
-    """Different documents that are kept: all of them if `complete`, else at least as many."""
+    """Number of different kept documents: all of them if `complete`, else a lower bound."""
     units: int
     """Different units that were seen."""
     complete: bool
     """Whether all of the corpus was seen."""
     num_bytes: int
-    """Of the kept text, in UTF-8; if not `complete` about, by the size of the files and what is kept of the seen; 0 if
-    no size is known."""
+    """UTF-8 bytes of the kept text; if not `complete` estimated from the sizes of the files, 0 if none is known."""
     unit_bytes: int
-    """Of a unit on average; 0 if none was seen."""
+    """Mean size of a unit in bytes; 0 if no unit was seen."""
 
 
 def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
     """How to split the corpus so that its validation split can rank trials, after a look at the text.
 
     The answer depends on the files and the corpus section alone. The text is read in this process, source after source,
-    until MOST_UNITS units or MOST_BYTES are seen. A hub:// source is not looked at; it stands for many documents.
+    until MOST_UNITS units or MOST_BYTES are seen. A hub:// source is not read; it counts as many documents.
 
     `split_by` is corpus.split_by where that is given; else passage if there are fewer than FEW_DOCUMENTS documents.
 
     `validation_fraction` is corpus.validation_fraction, raised as far as needed for max(1, min(ENOUGH_UNITS, a fifth of
     the units)) different units in the validation split:
 
-    - This is certain if all units were seen, or 5 x ENOUGH_UNITS of them: their hashes tell. (If corpus.max_documents
-      leaves documents out of a corpus that was not seen whole, others than those may be kept: then it is likely.)
+    - This is certain if all units were seen, or 5 x ENOUGH_UNITS of them, because their hashes are known. (It is only
+    likely if corpus.max_documents leaves out documents of a corpus that was not seen whole.)
     - It holds on average if fewer were seen: then the documents are long, 64 MB of them fewer than 150.
     - A corpus of a single unit is not split: its fraction stays.
 
@@ -78,7 +77,7 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
     units = sorted(look.passages if split_by == "passage" else look.documents)
     if len(units) > 1 and (complete or len(units) >= 5 * ENOUGH_UNITS):
         highest = units[max(1, min(ENOUGH_UNITS, len(units) // 5)) - 1]
-        # In millionths, as it is shown to people; one more, since the hash must be below it.
+        # In millionths, for people; one more, because the hash must be below it.
         fraction = max(fraction, (highest * 10**6 // 2**64 + 1) / 10**6)
     elif not complete and len(local) == len(sources):
         at_least = num_documents if split_by == "document" else MOST_BYTES // (4 * MOST_CHARS)
@@ -100,9 +99,9 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
 class _Look(NamedTuple):
     documents: set[int]
     passages: set[int]
-    """Content hashes. Of passages only as long as the corpus may be split by them."""
+    """Content hashes; those of passages only while the corpus may be split by passages."""
     unread: int
-    """Documents there are at least in the parts that were not reached."""
+    """A lower bound for the documents in the parts that were not read."""
     complete: bool
     ledger: Ledger
 

@@ -26,7 +26,7 @@ def read_text(part: FilePart, corpus: CorpusConfig) -> Texts:
 
 
 def decoded(content: bytes, begin: int) -> str | BadDocument:
-    """Text of bytes that stand at an offset of the file; a byte order mark at its very beginning is none of it."""
+    """The text of bytes at an offset of the file, without a byte order mark at the start of the file."""
     try:
         return (content.removeprefix(codecs.BOM_UTF8) if not begin else content).decode()
     except UnicodeDecodeError as error:
@@ -34,16 +34,16 @@ def decoded(content: bytes, begin: int) -> str | BadDocument:
 
 
 def lines(part: FilePart, stream: Any) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of the lines that begin in the part's range of bytes. \\n ends a line and nothing else does."""
+    """(offset, line) of the lines that start in the part's range of bytes. Only \\n ends a line."""
     begin = 0
-    if part.start:  # the line that the byte before is in is the part before's
+    if part.start:  # the line of the previous byte belongs to the previous part
         begin = part.start - 1
         stream.seek(begin)
         while content := stream.readline(1 << 20):
             begin += len(content)
             if content.endswith(b"\n"):
                 break
-            if part.stop is not None and begin >= part.stop:  # no line begins in a range inside a huge one
+            if part.stop is not None and begin >= part.stop:  # a range inside a huge line has no line of its own
                 return
     for line in stream:
         if part.stop is not None and begin >= part.stop:
@@ -53,7 +53,7 @@ def lines(part: FilePart, stream: Any) -> Iterator[tuple[int, bytes]]:
 
 
 def _separated(stream: Any, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """(offset, part) between separators, whose line ends may be those of Windows; nothing after the last is no part."""
+    """(offset, part) between separators, which may have Windows line ends; an empty part at the end is left out."""
     find = re.compile(re.escape(separator).replace(b"\\\n", rb"\r?\n")).search
     longest = len(separator) + separator.count(b"\n")
     begin, rest, searched = 0, bytearray(), 0

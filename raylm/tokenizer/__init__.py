@@ -1,10 +1,8 @@
-"""Tokenizers: load one, or train one on the corpus; what stands around a document; and encoders, that make ids of many
-documents fast.
+"""Tokenizers, loaded or trained on the corpus; the tokens around a document; and fast encoders.
 
-Either way it is a tokenizer of transformers with an end-of-text token, the one that follows every document. A padding
-token is not needed.
+A tokenizer is one of transformers, with an end-of-text token that follows every document. It needs no padding token.
 
-    loading      the tokenizer that the settings name, known again by its files
+    loading      the tokenizer that the settings name, identified by its files
     training     a tokenizer of the corpus
     frame        the tokens around a document
     encoders     documents -> ids of their text alone

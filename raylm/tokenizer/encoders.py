@@ -1,8 +1,8 @@
 """Encoders: documents -> token ids, fast, and the ids of their text alone.
 
-Text that spells a special token, as a page about GPT-2 spells <|endoftext|>, is encoded as any other text: the token
-itself stands where raylm puts it and nowhere else. What a vocabulary cannot spell becomes its unknown token, which is
-counted, or is an error: nothing is dropped from a document.
+Text that spells a special token, as a page about GPT-2 spells <|endoftext|>, is encoded like any other text: special
+tokens are only where raylm puts them. Text outside the vocabulary becomes the unknown token, which is counted, or is an
+error: nothing is dropped from a document.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
 BATCH = 64  # documents: 1.5 times encode_batch with all of them, and memory stays flat
 
 LONG = 1_000_000
-"""Characters of a document, or of a batch, beyond which it is encoded in parts: tokenizers needs 130 bytes for each."""
+"""Most characters encoded at once, of a document or a batch, because tokenizers needs 130 bytes for each."""
 
 OVERLAP = 20_000
 """Characters that one part of a long document shares with the next."""
 
 NOT_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
-"""Bytes that no text has: a vocabulary need not have them either."""
+"""Bytes that no UTF-8 text contains, so a vocabulary need not have them."""
 
 
 class Encoder:
-    """Documents -> token ids, without special tokens around them or among them, on one core."""
+    """Documents -> token ids without special tokens, on one core."""
 
     def __init__(self, directory: str, name: str):
         kinds: dict[str, Callable[[str], _Slow | _Fast]] = {"fastokens": _Fast, "tokenizers": _Slow}
         self._ids = kinds[name](directory)
         self.unknown_id = self._ids.unknown_id
-        """Of the token that stands for what the vocabulary cannot spell; None if it has none."""
+        """Id of the unknown token; None if the vocabulary has none."""
         self._special = _any_of(self._ids.special)
 
     def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids of all texts one after the other, of the smallest type that holds the vocabulary; ids of each text).
+        """(ids of all texts, concatenated, in the smallest type that holds the vocabulary; number of ids of each text).
 
         DataError if the vocabulary cannot spell one of them.
         """
@@ -74,8 +74,8 @@ class Encoder:
 
 def _cannot_spell(text: str, why: str) -> DataError:
     return DataError(
-        f"tokenizer: its vocabulary cannot spell the document that begins {text[:60]!r}: {why}; give a tokenizer that "
-        "has all bytes or an unknown token, or tokenizer.train for one of your own text",
+        f"tokenizer: its vocabulary cannot spell the document that starts with {text[:60]!r}: {why}; give a tokenizer "
+        "that has all bytes or an unknown token, or tokenizer.train for one of your own text",
         "tokenizer",
     )
 
@@ -85,8 +85,8 @@ def _special_tokens(added: dict[int, Any]) -> list[str]:
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
-    """What finds special tokens in text. One of a single character is text wherever it is found: a line feed that ends
-    documents also ends lines."""
+    """A pattern that finds special tokens in text, except those of one character: a line feed that ends documents also
+    ends lines."""
     long = sorted({token for token in tokens if len(token) > 1}, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, long))) if long else None
 
@@ -95,9 +95,9 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that a tokenizer gives for what it cannot spell; None if it has none.
+    """The id that a tokenizer gives to text outside its vocabulary; None if it has none.
 
-    It is not that of `unk_token`, which is but a name: GPT-2's is <|endoftext|>, and GPT-2 can spell everything.
+    It need not be that of `unk_token`: GPT-2 has <|endoftext|> there, and its vocabulary covers all text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return tokenizer.unk_token_id if backend is None else _unknown_id(backend)
@@ -105,22 +105,22 @@ def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def _unknown_id(backend: Any) -> int | None:
     model = backend.model
-    if type(model).__name__ == "Unigram":  # the only one without an attribute for it
+    if type(model).__name__ == "Unigram":  # the only model without an attribute for it
         return json.loads(model.__getstate__())["unk_id"]
     return None if model.unk_token is None else backend.token_to_id(model.unk_token)
 
 
 def _finder_of_lacking(backend: Any) -> Callable[[str], str | None] | None:
-    """A function of a text: the first character of it that the vocabulary lacks, in words, or None. None instead of the
-    function if it lacks nothing that a text can have, or has an unknown token for it.
+    """A function that names the first character of a text that the vocabulary lacks, or returns None. No function, but
+    None, if the vocabulary covers all text or has an unknown token.
 
-    BPE without an unknown token drops what it cannot spell from a text, without a word. A vocabulary of bytes must have
-    them all, whatever its unknown token is.
+    BPE without an unknown token silently drops what it lacks. A byte-level vocabulary must have all bytes, even if it
+    has an unknown token.
     """
     from tokenizers import pre_tokenizers
 
     model = backend.model
-    # GPT-2's way of writing bytes: a printable byte as itself, and those that are left, in their order, as U+0100, ...
+    # GPT-2's notation for bytes: a printable byte is itself, the others are U+0100, ... in order
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     others = (byte for byte in range(256) if chr(byte) not in alphabet)
     byte_of = {letter: ord(letter) if ord(letter) < 256 else next(others) for letter in alphabet}
@@ -168,10 +168,10 @@ def _is_found(backend: Any, token: str, id: int) -> bool:
 
 
 def _plain(backend: Any) -> Any:
-    """The tokenizer, or a copy of it, for texts as they are: whole, and without a special token spelled in them.
+    """The tokenizer, or a copy of it, set to encode whole texts and to treat special tokens in them as text.
 
     With encode_special_tokens tokenizers does not look for special tokens in a text, but some models find them among
-    their own pieces: Unigram (T5, XLNet) takes </s> for the likeliest one. There they get names that no text has.
+    their own pieces: Unigram (T5, XLNet) takes </s> for the likeliest one. There they are renamed to what no text has.
     """
     from tokenizers import Tokenizer
 
@@ -206,7 +206,7 @@ def _plain(backend: Any) -> Any:
 
 
 class _Slow:
-    """What transformers itself does, by way of tokenizers."""
+    """The encoder of transformers, which uses tokenizers."""
 
     def __init__(self, directory: str):
         tokenizer = load(directory)
@@ -235,16 +235,16 @@ class _Slow:
         return np.concatenate(ids), np.array([len(part) for part in ids], np.int64)
 
     def _by_python(self, text: str) -> list[int]:
-        # Only where it has to: with split_special_tokens these look for no added token at all.
+        # Only if needed: with split_special_tokens these do not look for any added token.
         spells = self._spells_special is not None and self._spells_special.search(text) is not None
         return self._tokenizer(text, add_special_tokens=False, split_special_tokens=spells)["input_ids"]
 
     def _long(self, text: str) -> np.ndarray:
         """The ids of a text, encoded in parts that overlap and are joined where both see the same words.
 
-        A tokenizer goes through a text from left to right word by word. Where a word of the one part is a word of the
-        next and so are those that follow it, both go on alike; so they are joined in the middle of the overlap, far
-        from both ends. A text of words longer than that is encoded as a whole.
+        A tokenizer reads a text from left to right, word by word. Once two parts agree on some words, they agree on all
+        that follow; so they are joined in the middle of the overlap, far from both ends. A text whose words are longer
+        than the overlap is encoded as a whole.
         """
         assert self._backend is not None
         parts = []
@@ -266,16 +266,16 @@ class _Slow:
 
 
 def _give_back_memory() -> None:
-    """Free pages to the kernel: glibc keeps them, and 60 million characters in parts took 2.2 GB instead of 0.7."""
+    """Return free pages to the kernel. glibc keeps them: 60 million characters in parts took 2.2 GB instead of 0.7."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def _joint(part: Any, head: Any, shift: int) -> tuple[int, int] | None:
-    """Where to go over from one encoding to the next, which begins `shift` characters later: the token of each.
+    """The tokens at which one encoding can be joined to the next, which starts `shift` characters later.
 
-    A token that begins a word in both, at the same character, with 50 tokens before and after it alike in both.
+    Both tokens start the same word at the same character, and the 50 tokens before and after are equal in both.
     """
     ends, begins = _word_starts(part), _word_starts(head)
     middle = [character for character in begins if OVERLAP // 4 < character < 3 * OVERLAP // 4]
@@ -287,7 +287,7 @@ def _joint(part: Any, head: Any, shift: int) -> tuple[int, int] | None:
 
 
 def _word_starts(encoding: Any) -> dict[int, int]:
-    """Character at which a word begins -> its first token."""
+    """Character at which a word starts -> its first token."""
     words, offsets = encoding.word_ids, encoding.offsets
     return {
         offsets[token][0]: token
@@ -297,7 +297,7 @@ def _word_starts(encoding: Any) -> dict[int, int]:
 
 
 class _Fast:
-    """fastokens: the same ids, many times faster, handed over as one buffer. Does not import transformers: seconds."""
+    """fastokens: the same ids, many times faster, in one buffer. Saves the seconds of importing transformers."""
 
     def __init__(self, directory: str):
         from tokenizers import Tokenizer
@@ -317,16 +317,16 @@ class _Fast:
         return np.frombuffer(ids, np.uint32).astype(self._dtype, copy=False), lengths
 
 
-@lru_cache(maxsize=2)  # a process of Ray runs many tasks with one tokenizer
+@lru_cache(maxsize=2)  # a Ray worker process runs many tasks with one tokenizer
 def encoder(directory: str, name: str) -> Encoder:
     """The encoder "fastokens" or "tokenizers" of the tokenizer in a directory."""
-    # A task is one CPU of the cluster. Read by both when they encode their first batch in a process.
+    # A task has one CPU. Both libraries read this when they encode their first batch in a process.
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
     return Encoder(directory, name)
 
 
 def choose_encoder(directory: str, texts: Iterable[str]) -> dict[str, Any]:
-    """The fast encoder where it is installed, reads this tokenizer and gives the slow one's ids on all the texts.
+    """The fast encoder if it is installed, supports this tokenizer and gives the slow one's ids on all the texts.
 
     {name, version, checked_documents, checked_bytes, differs: None or how the fast one differs}
     """
@@ -337,7 +337,7 @@ def choose_encoder(directory: str, texts: Iterable[str]) -> dict[str, Any]:
     slow = Encoder(directory, "tokenizers")
     try:
         fast = Encoder(directory, "fastokens")
-    except Exception:  # whatever its parser says to a tokenizer that it does not know
+    except Exception:  # any error of its parser for an unsupported tokenizer
         return choice
     for text in texts:
         choice["checked_documents"] += 1
@@ -348,5 +348,5 @@ def choose_encoder(directory: str, texts: Iterable[str]) -> dict[str, Any]:
 
 
 def id_type(vocabulary: dict[str, int]) -> type[np.uint16] | type[np.uint32]:
-    """The smallest type that holds every id: some vocabularies have gaps, so their size does not tell."""
+    """The smallest type that holds every id. The size of a vocabulary with gaps is not its largest id."""
     return np.uint16 if max(vocabulary.values(), default=0) < 2**16 else np.uint32

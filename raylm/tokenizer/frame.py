@@ -1,4 +1,4 @@
-"""The frame of a document: the tokens that stand around it, wherever a model sees it."""
+"""The frame of a document: the tokens around it whenever a model sees it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 
 class Frame(NamedTuple):
-    """The tokens around every document, wherever a model sees one: in training, when it is scored, before a prompt.
+    """The tokens around every document, in training, in scoring and before a prompt.
 
-    auto is what the model was made with: Gemma 3 270M has perplexity 13.1 on plain English behind its begin-of-text
-    token, and 129.6 behind its end-of-text token.
+    tokenizer.prefix=auto takes the model's own: Gemma 3 270M has perplexity 13.1 on plain English after its
+    begin-of-text token, and 129.6 after its end-of-text token.
     """
 
     prefix: int | None
-    """In front; None for nothing, so that a document's first token is not predicted."""
+    """Token in front of a document; None for none: then a document's first token is not predicted."""
     end: int
-    """Behind. Where it is the prefix, too, one token between two documents of a stream is both."""
+    """Token after a document. If it is also the prefix, one token between two documents serves as both."""
 
     @property
     def in_stream(self) -> int:
-        """Tokens around each document of a stream."""
+        """Number of tokens around each document of a stream."""
         return 1 if self.prefix in (None, self.end) else 2
 
     def around(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """A document by itself in its frame, int64."""
+        """A single document in its frame, int64."""
         before = [] if self.prefix is None else [self.prefix]
         return np.concatenate([before, ids, [self.end]]).astype(np.int64)
 
@@ -40,7 +40,7 @@ class Frame(NamedTuple):
 def frame(tokenizer: PreTrainedTokenizerBase, prefix: str = "auto") -> Frame:
     """The frame of a tokenizer's documents, by tokenizer.prefix; ConfigError if it has no token of that name.
 
-    A tokenizer that puts tokens on both sides itself, [CLS] and [SEP], has them as its frame.
+    If the tokenizer itself adds tokens on both sides, [CLS] and [SEP], they are the frame.
     """
     end = tokenizer.eos_token_id
     before, behind = _template(tokenizer)
@@ -60,11 +60,11 @@ def frame(tokenizer: PreTrainedTokenizerBase, prefix: str = "auto") -> Frame:
 
 
 def for_export(tokenizer: PreTrainedTokenizerBase, prefix: str, context: int | None) -> PreTrainedTokenizerBase:
-    """A copy of a tokenizer to be saved beside a model: it puts the prefix that the model was trained with in front of
-    a text, as Llama's does with its BOS, and knows how long a text the model takes (any, if its context is None).
+    """A copy of a tokenizer to save with a model: it puts the model's prefix in front of a text, as Llama's does with
+    its BOS, and has the model's context as its length limit (no limit if `context` is None).
     """
     made = copy.deepcopy(tokenizer)
-    for key in ("is_local", "local_files_only"):  # how it was loaded here, which transformers would write down
+    for key in ("is_local", "local_files_only"):  # local loading details that transformers would save
         made.init_kwargs.pop(key, None)
     if context is not None:
         made.model_max_length = context
@@ -89,7 +89,7 @@ def for_export(tokenizer: PreTrainedTokenizerBase, prefix: str, context: int | N
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer itself puts before and behind a text."""
+    """The tokens that the tokenizer itself puts before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(plain) + 1):

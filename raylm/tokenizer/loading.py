@@ -1,4 +1,4 @@
-"""The tokenizer that the settings name: found, loaded, and known again by its files."""
+"""The tokenizer that the settings name: found, loaded, and identified by its files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FILES = ("tokenizer", "vocab", "merges", "special", "added", "spiece", "sentencepiece")
-"""How the names of a tokenizer's files begin."""
+"""How the names of a tokenizer's files start."""
 
 WITH_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""What of them transformers reads, and so downloads, where there is a tokenizer.json."""
+"""The files that transformers reads, and so downloads, if there is a tokenizer.json."""
 
 PROBES = ("A word", "naïve", "ﬁ", "two  spaces ", " x", "don't", "1234", "東京", "a\n\n\tb", "أَهْلًا", "हिन्दी", "한국")
-"""What tokenizers differ in, beside the words that they know: case, accents, spaces, quotes, digits, Chinese, lines,
-the vowel signs of Arabic and Hindi, the syllables of Korean."""
+"""What tokenizers treat differently: case, accents, spaces, quotes, digits, Chinese, lines, the vowel signs of Arabic
+and Hindi, the syllables of Korean."""
 
 
 def choose(section: TokenizerConfig, model: ModelConfig) -> TokenizerConfig:
@@ -50,7 +50,7 @@ def choose(section: TokenizerConfig, model: ModelConfig) -> TokenizerConfig:
 
 
 def _check_files(path: str, key: str, gguf_file: str | None) -> None:
-    """ConfigError if there is no tokenizer at a path that the setting `key` gave, by the names of its files."""
+    """ConfigError if the names of its files show that a path, given by the setting `key`, has no tokenizer."""
     why = hub.problem(path, gguf_file=gguf_file)
     if why is None and gguf_file is None and os.path.isdir(path):
         names = sorted(os.listdir(path))
@@ -87,10 +87,10 @@ _say_once = lru_cache(logger.info)
 
 
 def _other_rules(tokenizer: PreTrainedTokenizerFast, path: str, revision: str | None) -> str | None:
-    """How a tokenizer, as transformers has loaded it, reads text otherwise than its tokenizer.json does; else None.
+    """How a loaded tokenizer differs from its tokenizer.json, in words; None if it does not.
 
-    transformers gives some classes rules of their own: BertTokenizer makes everything lower case unless
-    tokenizer_config.json says do_lower_case=false, whatever tokenizer.json has.
+    Some classes of transformers have rules of their own: BertTokenizer makes all text lower case unless
+    tokenizer_config.json has do_lower_case=false, and ignores tokenizer.json.
     """
     from tokenizers import Tokenizer
     from transformers.utils import cached_file
@@ -104,15 +104,15 @@ def _other_rules(tokenizer: PreTrainedTokenizerFast, path: str, revision: str | 
     in_file.no_padding()
     entries = in_file.get_vocab_size()
     own = (in_file.decode([entry]) for entry in range(0, entries, max(1, entries // 1000)))
-    # A vocabulary may know nothing of a probe, so what is left of it before it is cut into tokens is compared, too.
+    # The vocabulary may lack all of a probe, so the normalized text before tokenization is compared, too.
     readings = [(_tokens, text) for text in (*PROBES, *own)] + [(spelled, text) for text in PROBES]
     for reading, text in readings:
         by_file, loaded = reading(in_file, text), reading(backend, text)
         if by_file != loaded:
             return (
                 f"transformers reads {text!r} as {loaded}, its tokenizer.json as {by_file}: "
-                f"{type(tokenizer).__name__} has rules of its own, for which tokenizer_config.json has settings such "
-                "as do_lower_case; going on with those of transformers"
+                f"{type(tokenizer).__name__} has rules of its own, set in tokenizer_config.json by settings such as "
+                "do_lower_case; raylm uses what transformers reads"
             )
     return None
 
@@ -126,8 +126,7 @@ def _tokens(backend: Any, text: str) -> str:
 
 
 def spelled(backend: Any, text: str) -> str:
-    """What is cut into tokens of a text: normalized, without the spaces that are dropped, in the letters of the
-    vocabulary."""
+    """The text that is cut into tokens: normalized, without dropped spaces, in the letters of the vocabulary."""
     text = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
     if backend.pre_tokenizer is None:
         return text
@@ -142,8 +141,8 @@ def load(
     eos_token: str | None = None,
     key: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a directory or Hub id. Without an end-of-text token: DataError; without the one that is asked
-    for: ConfigError."""
+    """The tokenizer of a directory or Hub id. DataError if it has no end-of-text token, ConfigError if it lacks
+    `eos_token`."""
     from transformers import AutoTokenizer
 
     options = {"revision": revision, "gguf_file": gguf_file}
@@ -172,16 +171,16 @@ def same(path: str, other: str) -> bool:
 
 
 def fingerprint(section: TokenizerConfig) -> dict[str, str]:
-    """What changes when the tokenizer behind a path does, and only then: a checksum of each of its files.
+    """A checksum of each of the tokenizer's files, which changes only when the tokenizer does.
 
-    Of a tokenizer on the Hub the files' and not the repository's: a commit to its README changes no token.
+    On the Hub it is that of the files, not the commit: a commit to the README changes no token.
     """
     if section.path is None:
         return {}
     directory = Path(section.path)
     if not directory.is_dir():
         return _files_on_hub(section.path, section.revision, section.gguf_file)
-    if section.gguf_file is not None:  # large: its size and time
+    if section.gguf_file is not None:  # large files: size and time
         status = (directory / section.gguf_file).stat() if (directory / section.gguf_file).exists() else None
         return {section.gguf_file: f"{status.st_size} {status.st_mtime_ns}" if status else ""}
     import hashlib
@@ -193,14 +192,14 @@ def fingerprint(section: TokenizerConfig) -> dict[str, str]:
 
 
 def _files(names: Iterable[str]) -> list[str]:
-    """Those of a directory that make its tokenizer what it is; with a tokenizer.json no other has the vocabulary."""
+    """The files of a directory that define its tokenizer; a tokenizer.json replaces other vocabulary files."""
     found = sorted(name for name in names if name.startswith(FILES) and name.endswith((".json", ".txt", ".model")))
     return [name for name in found if name in WITH_JSON] if "tokenizer.json" in found else found
 
 
 @lru_cache(maxsize=8)
 def _files_on_hub(path: str, revision: str | None, gguf_file: str | None) -> dict[str, str]:
-    """Checksums that the Hub itself has of a tokenizer's files; by the local cache if the Hub cannot be reached."""
+    """The Hub's own checksums of a tokenizer's files; those of the local cache if the Hub cannot be reached."""
     import huggingface_hub
 
     wanted = _files if gguf_file is None else lambda names: [name for name in names if name == gguf_file]
@@ -211,7 +210,7 @@ def _files_on_hub(path: str, revision: str | None, gguf_file: str | None) -> dic
             return {name: files[name] or "" for name in wanted(files)}
     for known in ("tokenizer.json", "tokenizer_config.json", gguf_file):
         cached = huggingface_hub.try_to_load_from_cache(path, known, revision=revision) if known else None
-        if isinstance(cached, str):  # a link to a file that is named by the same checksum
+        if isinstance(cached, str):  # a link to a file named by its checksum
             snapshot = Path(cached).parent
             return {name: (snapshot / name).resolve().name for name in wanted(os.listdir(snapshot))}
     return {}

@@ -1,4 +1,4 @@
-"""Train a tokenizer on texts: the same texts in the same order give the same one."""
+"""Train a tokenizer on texts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def train(texts: Iterable[str], section: TrainedTokenizer) -> PreTrainedTokenize
 
 def _named(name: str, section: TrainedTokenizer) -> str | None:
     known = [token for token in section.special_tokens if token in (f"<{name}>", f"[{name.upper()}]")]
-    if not known and name == "unk" and section.kind != "byte_bpe":  # these two have texts that they cannot spell
+    if not known and name == "unk" and section.kind != "byte_bpe":  # these two need an unknown token
         return "[UNK]" if section.kind == "wordpiece" else "<unk>"
     return known[0] if known else None
 
@@ -67,8 +67,8 @@ def _wordpiece(texts: Iterable[str], section: TrainedTokenizer, special: list[st
     tokenizer = untrained({})
     texts = list(texts)
     letters = sorted({letter for text in texts for letter in tokenizer.normalizer.normalize_str(text)} - {" "})
-    # The trainer numbers ##a, ##b, … as it meets them in a hash table, in another order each time, and breaks ties by
-    # these numbers. What is special is numbered first: so they are, for the training alone.
+    # The trainer numbers ##a, ##b, … in the random order of a hash table, and breaks ties by these numbers. It numbers
+    # special tokens first, so these pieces are special, only during the training.
     trainer = trainers.WordPieceTrainer(
         vocab_size=section.vocab_size,
         min_frequency=section.min_frequency,
@@ -87,7 +87,7 @@ def _unigram(texts: Iterable[str], section: TrainedTokenizer, special: list[str]
     def untrained(*model: Any) -> Any:
         tokenizer = Tokenizer(models.Unigram(*model))
         tokenizer.normalizer = normalizers.NFKC()
-        # Pieces stay inside lines and between punctuation: 20 times quicker to train on source code.
+        # Pieces do not cross lines or punctuation, which makes training on source code 20 times faster.
         inside = [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation("contiguous")]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), *inside])
         tokenizer.decoder = decoders.Metaspace()
@@ -98,8 +98,8 @@ def _unigram(texts: Iterable[str], section: TrainedTokenizer, special: list[str]
         vocab_size=section.vocab_size, special_tokens=special, unk_token=unknown, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # The trainer sums in the order of a hash table: what it finds is the same but for the last digits and the order. In
-    # that order it also gives letters that are no pieces of their own scores one step of 0.0001 below the other.
+    # The trainer sums in the order of a hash table, so the last digits and the order of pieces vary. In that order it
+    # also gives letters that are not pieces of their own scores, each 0.0001 below the one before.
     pieces = [(piece, round(score, 6)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
     pieces, found = pieces[: len(special)], pieces[len(special) :]
     letters = sorted((entry for entry in found if len(entry[0]) == 1), key=lambda entry: -entry[1])
