@@ -7,10 +7,10 @@
     chunked     [E 5 6 7] [E 10 11 12]             cut at 4 inside each document, the shorter tails dropped
     padded      [E 5 6 7] [E 8 9 E] [E 10 11 12]   a document a row, cut off at 4; padded when rows make a batch
 
-Where a document has another token in front, B, that stands there, too (tokenizer.Frame): joined B 5 6 7 E B 8 9 E.
+If documents have another token in front, B (tokenizer.Frame), the joined stream is B 5 6 7 E B 8 9 E.
 
-The store has none of these tokens, so the joined stream is never written anywhere: a block is found by arithmetic on
-the number of tokens and documents before it, and copied out of the memory map.
+The store has no such tokens, and the joined stream is never written: a block is found by the number of tokens and
+documents before it, and copied from the memory map.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from raylm.tokens import Split
 def cut(values: np.ndarray, offsets: np.ndarray, start: int, stop: int, frame: Frame) -> np.ndarray:
     """Positions start:stop of the documents joined with their frames, int64.
 
-    `values` are the ids of all documents without anything between them, document j being
-    values[offsets[j]:offsets[j + 1]]; in the joined stream its frame begins at offsets[j] + j * frame.in_stream.
+    `values` are the concatenated ids of all documents. Document j is values[offsets[j]:offsets[j + 1]]; its frame
+    starts at offsets[j] + j * frame.in_stream of the joined stream.
     """
     size, around = stop - start, frame.in_stream
-    position = offsets.data  # a memoryview gives an element in half the time of the array
+    position = offsets.data  # a memoryview returns an element in half the time of an array
     first = bisect.bisect_right(range(len(offsets)), start, key=lambda j: position[j] + j * around) - 1
-    # The end of document j is at offsets[j + 1] + (j + 1) * around - 1; a window of this size has so many at most.
+    # The end of document j is at offsets[j + 1] + (j + 1) * around - 1; a window of this size has at most so many.
     ends = offsets[first + 1 : first + 1 + size]
     ends = ends + np.arange((first + 1) * around - 1 - start, len(ends) * around + first * around - start, around)
     ends = ends[: ends.searchsorted(size)]
@@ -78,7 +78,7 @@ class Blocks(Protocol):
 
 
 def build(split: Split, section: BlocksConfig, frame: Frame) -> Blocks:
-    """The blocks of a split, cut as the section says. Takes milliseconds: nothing is copied until a block is read."""
+    """The blocks of a split, cut as the section says. Takes milliseconds because only reading a block copies it."""
     kinds: dict[str, type] = {"packed": Packed, "chunked": Chunked, "padded": Padded}
     return kinds[section.packing](split, section, frame)
 
@@ -94,7 +94,7 @@ class Packed:
         self.block_size = section.block_size
         self.frame = frame
         self._first = [0, *accumulate(tokens + frame.in_stream * documents for documents, tokens in split.shards)]
-        """Where each shard begins in the joined stream."""
+        """Start of each shard in the joined stream."""
         self.dropped_tokens = self._first[-1] % self.block_size
 
     def __len__(self) -> int:
@@ -125,7 +125,7 @@ class Chunked:
         self.frame = frame
         around = len(frame.around(()))
         self._blocks = [np.cumsum((lengths + around) // self.block_size, dtype=np.int64) for lengths in split.lengths()]
-        """Of each shard, the blocks up to and with each document."""
+        """For each shard, the number of blocks up to and including each document."""
         self._first = [0, *accumulate(int(blocks[-1]) for blocks in self._blocks)]
         self.dropped_tokens = split.num_tokens + around * len(split) - len(self) * self.block_size
 
@@ -172,9 +172,9 @@ def batch(rows: Sequence[np.ndarray], section: BlocksConfig, frame: Frame) -> di
     labels           the same ids, and IGNORED for what is not predicted: padding, a token with nothing before it, a
                      prefix, and without a prefix the first token of a document
     attention_mask   if padded: 0 for padding
-    position_ids     if documents are isolated: they start again at 0 with each frame, and where they do attention ends.
-                     There is no attention mask then, and the model must be called with use_cache=False: transformers
-                     looks for restarts only without the one and the other, and says nothing if it does not look.
+    position_ids     if documents are isolated: they restart at 0 with each frame, which limits attention. There is no
+    attention mask then, and the model must be called with use_cache=False: with a mask or a cache
+    transformers silently ignores the restarts.
     """
     longest = max(len(row) for row in rows)
     input_ids = np.full((len(rows), longest), frame.end, np.int64)
@@ -187,7 +187,7 @@ def batch(rows: Sequence[np.ndarray], section: BlocksConfig, frame: Frame) -> di
         begins[:, 1:] = input_ids[:, :-1] == frame.end
     else:
         begins |= input_ids == frame.prefix
-    # An end that is the next document's prefix, too, is predicted: by the last token of the document before.
+    # An end-of-text token that is also the next prefix is predicted, by the last token of the document before it.
     unpredicted = np.zeros_like(real) if frame.prefix == frame.end else begins.copy()
     begins[:, 0] = unpredicted[:, 0] = True
     made = {"input_ids": input_ids}
@@ -201,10 +201,10 @@ def batch(rows: Sequence[np.ndarray], section: BlocksConfig, frame: Frame) -> di
 
 
 class Stream:
-    """`length` training examples: epoch after epoch of the blocks, each epoch shuffled anew.
+    """`length` training examples: the blocks, epoch after epoch, each in another random order.
 
-    Example k is a function of the seed and k alone, not of the number of workers, and costs no list of indices: a keyed
-    permutation computes it.
+    Example k depends on the seed and k alone, not on the number of workers. A keyed permutation computes it without a
+    list of indices.
     """
 
     def __init__(self, blocks: Blocks, seed: int, length: int):
@@ -233,10 +233,10 @@ class Stream:
 
 
 def permuted(position: int, size: int, key: tuple[int, int]) -> int:
-    """Where a keyed permutation of range(size) sends the position.
+    """The image of a position under a keyed permutation of range(size).
 
     A Feistel network of four rounds (Luby and Rackoff 1988) permutes the next even power of two; positions that land
-    outside range(size) go through again until they are inside, less than four times on average.
+    outside range(size) are permuted again until they are inside, less than four times on average.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -252,7 +252,7 @@ def permuted(position: int, size: int, key: tuple[int, int]) -> int:
 
 @lru_cache(maxsize=4)
 def _rounds(half: int, key: tuple[int, int]) -> list[array[int]]:
-    """What each round draws for each half of a position: 1 MB and 0.2 s for the blocks of 1e12 tokens."""
+    """The random table of each round: 1 MB and 0.2 s for the blocks of 1e12 tokens."""
     mask = (1 << half) - 1
 
     def drawn(turn: int, right: int) -> int:

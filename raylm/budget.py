@@ -16,7 +16,7 @@ from raylm.errors import DataError
 from raylm.tokens import Store
 
 FEW_PASSES = 4
-"""Up to four passes over a text are nearly worth as much new text (Muennighoff et al. 2023, arXiv:2305.16264)."""
+"""Up to four passes over a text are nearly as good as new text (Muennighoff et al. 2023, arXiv:2305.16264)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Budget:
     micro_batch: int
     """Examples a worker holds at once."""
     accumulation: int
-    """Micro-batches a worker adds up to a step."""
+    """Micro-batches that a worker accumulates for a step."""
     eval_every: int
     """Steps between evaluations; there is one at the last step as well."""
     save_every: int
@@ -45,11 +45,11 @@ class Budget:
 
     @property
     def passes(self) -> float | None:
-        """Over the training split."""
+        """Passes over the training split."""
         return self.tokens / self.epoch_tokens if self.epoch_tokens else None
 
     def warnings(self, section: TrainConfig) -> Iterator[str]:
-        """What a run of this budget will most likely be sorry for."""
+        """Warnings about a budget that most likely is a mistake."""
         if self.passes is not None and self.passes > 1.5 * FEW_PASSES:
             yield (
                 f"{self.passes:,.0f} passes over {self.epoch_tokens:,} tokens of training text: expect overfitting; "
@@ -62,7 +62,7 @@ class Budget:
             )
 
     def shared_by(self, num_workers: int, micro_batch_tokens: int) -> Budget:
-        """The same steps of the same examples, on so many workers that each hold at most so many tokens at once."""
+        """The same steps and examples for another number of workers, each with at most so many tokens at once."""
         a_worker = self.examples // num_workers
         most = max(1, micro_batch_tokens * self.examples // self.batch_tokens)
         micro_batch = max(size for size in range(1, a_worker + 1) if a_worker % size == 0 and size <= most)
@@ -72,7 +72,7 @@ class Budget:
 def compute(section: TrainConfig, *, block_size: int, num_workers: int, epoch_examples: int | None) -> Budget | None:
     """The budget of a run; None if it is a number of epochs and `epoch_examples` is not known yet.
 
-    Steps are whole: the budget is rounded down, to at least one step.
+    It is rounded down to whole steps, at least one.
     """
     if epoch_examples == 0:
         raise DataError(
@@ -106,7 +106,7 @@ def compute(section: TrainConfig, *, block_size: int, num_workers: int, epoch_ex
 
 
 def no_validation(experiment: Experiment) -> DataError:
-    """The error that nothing is held out."""
+    """The error for an empty validation split."""
     section = experiment.corpus
     if section.validation_paths:
         why = f"corpus.validation_paths={', '.join(section.validation_paths)} holds no text"
@@ -115,7 +115,7 @@ def no_validation(experiment: Experiment) -> DataError:
     else:
         why = "the text is a single passage, which cannot be split"
     return DataError(
-        f"the validation split is empty, so no perplexity can be told: {why}; give more text, "
+        f"the validation split is empty, so no perplexity can be measured: {why}; give more text, "
         "a corpus.validation_fraction such as 0.05, or corpus.validation_paths",
         where="corpus.validation_fraction",
     )

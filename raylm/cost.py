@@ -1,7 +1,7 @@
-"""What evaluations cost beside the training, in tokens that go forward through the model.
+"""The cost of evaluations relative to training, in tokens of forward passes.
 
-Never by a clock: it is the same on every machine, for every trial and when a run resumes. A token that is trained on
-counts three, since backward costs twice what forward does.
+No time is measured, so the cost is the same on every machine, for every trial and after a resume. A training token
+counts three because backward costs twice as much as forward.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ OF_TRAINING = 3
 """Forward passes that a token costs in training."""
 
 SHARE = 0.1
-"""Of the training that it interrupts, which an evaluation of a masked model costs by default."""
+"""Cost of an evaluation of a masked model, by default, as a fraction of the training since the last one."""
 
 
 def with_eval_limit(experiment: Experiment, store: Store) -> Experiment:
-    """The experiment with eval.max_tokens decided where it is left to raylm: of a masked model, so many tokens that an
-    evaluation costs a tenth of the training since the one before."""
+    """The experiment with eval.max_tokens decided if it is unset: for a masked model, so many tokens that an evaluation
+    costs a tenth of the training since the last one."""
     if not experiment.objective.is_masked or experiment.eval.max_tokens is not None:
         return experiment
     planned = budget.for_store(experiment, store)
@@ -40,15 +40,15 @@ def with_eval_limit(experiment: Experiment, store: Store) -> Experiment:
 
 
 def whole_is_affordable(experiment: Experiment, store: Store, planned: Budget) -> bool:
-    """Whether the best model is scored on the whole validation split in the end: a masked one, if that costs at most a
-    tenth of the training."""
+    """Whether the best model is scored on the whole validation split at the end; a masked model only if that costs at
+    most a tenth of the training."""
     if not experiment.objective.is_masked:
         return True
     return _read(experiment, store, store.validation).sum() <= SHARE * OF_TRAINING * planned.tokens
 
 
 def evaluation_share(experiment: Experiment, store: Store, planned: Budget, sets: Iterable[Documents] = ()) -> float:
-    """The part of a run that evaluations take, of the validation split and of evaluation sets."""
+    """The fraction of a run's cost that is evaluations, on the validation split and evaluation sets."""
     scored: list[Documents] = [store.validation, *sets]
     section = experiment.eval
     each = sum(
@@ -62,7 +62,7 @@ def evaluation_share(experiment: Experiment, store: Store, planned: Budget, sets
 
 
 def _number(planned: Budget) -> int:
-    """Evaluations of a run: there is one before the first step, before each checkpoint and after the last step, too."""
+    """Number of evaluations of a run, with those before the first step, before checkpoints and after the last step."""
     steps, every = planned.steps, (planned.eval_every, planned.save_every)
     number = sum(steps // each for each in every) - steps // math.lcm(*every)
     return 1 + number + all(steps % each for each in every)

@@ -1,17 +1,16 @@
 """Summed negative log-likelihood -> perplexity, bits per byte.
 
-Per document, with its prefix in front (tokenizer.Frame); every token of every document is scored exactly once, in
-windows of the model's context. Context 4, stride 4, a document of tokens a to f (P: prefix):
+Every token of every document is scored exactly once, after the document's prefix (tokenizer.Frame), in windows of the
+model's context. Context 4, stride 4, a document of tokens a to f (P: prefix):
 
     reads   P a b c         scores  a b c d
     reads   b c d e         scores        e f     the last window slides back, so that its context is full
 
-The definition of lm-evaluation-harness' rolling log-likelihood; a smaller stride gives every token more context.
-Without a prefix the first token of a document is not scored, and neither it nor its bytes (taken as those of an
-average token of the document) are counted.
+This is the rolling log-likelihood of lm-evaluation-harness. A smaller stride gives every token more context. Without a
+prefix the first token of a document is not scored; neither it nor its bytes (the mean of the document's tokens) count.
 
 A masked model is scored on a fixed part of the tokens, the same for every model, which are masked together; or on
-every token, each masked by itself (MaskedTokens).
+every token, each masked alone (MaskedTokens).
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ if TYPE_CHECKING:
     from raylm.tokenizer import Frame
 
 LONGEST_CONTEXT = 8192
-"""Tokens of a window unless eval.context says more: attention over all 131,072 positions of Llama 3 costs 16 times as
-much for each token as over these, and holds as much more."""
+"""Most tokens of a window unless eval.context is set: attention over all 131,072 positions of Llama 3 takes 16
+times the time and memory per token."""
 
 MASKED = 0.15
-"""Part of the tokens that a masked model is scored on, as many as BERT was trained on (arXiv:1810.04805)."""
+"""Fraction of tokens that a masked model is scored on, as in BERT's training (arXiv:1810.04805)."""
 
 
 class Documents(Protocol):
-    """What is scored: token ids of each document and the UTF-8 bytes of its text. A token store's split is one."""
+    """Documents to score: their token ids and the UTF-8 bytes of their texts. A token store's split is one."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> np.ndarray: ...
@@ -63,12 +62,12 @@ class Score:
     tokens: int = 0
     bytes: int = 0
     keyword_nll: float = 0.0
-    """Of the tokens that are part of a keyword."""
+    """Negative log-likelihood of the tokens that are part of a keyword, in nats."""
     keyword_tokens: int = 0
 
     @classmethod
     def of(cls, rows: np.ndarray) -> Score:
-        """Of the rows that `score_documents` returns, or some of them."""
+        """The score of rows that `score_documents` returns."""
         nll, tokens, num_bytes, keyword_nll, keyword_tokens = rows.sum(axis=0).tolist()
         return cls(nll, int(tokens), round(num_bytes), keyword_nll, int(keyword_tokens))
 
@@ -77,12 +76,12 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Per token; infinite where it exceeds what a float holds."""
+        """Perplexity per token; infinite if it exceeds the range of a float."""
         return _exp(self.nll / self.tokens) if self.tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers, as perplexity is not."""
+        """Comparable between tokenizers, unlike perplexity."""
         return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
 
     @property
@@ -90,9 +89,9 @@ class Score:
         return _exp(self.keyword_nll / self.keyword_tokens) if self.keyword_tokens else math.nan
 
     def figures(self, measure: str) -> dict[str, float]:
-        """What is tracked of an evaluation; `measure` is what the score is called.
+        """The metrics of an evaluation; `measure` is the name of the score.
 
-        Where keywords were looked for and found also keyword_nll, in nats a keyword token.
+        If the text has keywords also keyword_nll, in nats per keyword token.
         """
         found = {measure: self.perplexity, "bits_per_byte": self.bits_per_byte}
         if self.keyword_tokens:
@@ -106,17 +105,17 @@ def _exp(value: float) -> float:
 
 
 class MaskedTokens(NamedTuple):
-    """How a masked model is scored: its tokens are masked, and predicted from all others in their window.
+    """How a masked model is scored: tokens are masked, and predicted from all others in their window.
 
-    By default 15 % of each document's tokens, at least one, masked together: a forward pass of each window. Which ones
-    depends on the document alone, so that all models of a tokenizer are scored on the same. `every` token is masked by
-    itself for the pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659): a forward pass of the window for each.
-    Neither is a probability of the text, so each compares masked models with each other only.
+    By default 15 % of each document's tokens, at least one, are masked together, in one forward pass per window. The
+    choice depends on the document alone, so all models with one tokenizer are scored on the same tokens. With `every`,
+    each token is masked alone for the pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659), in one forward pass
+    per token. Neither is a probability of the text, so each compares masked models only.
     """
 
     mask_id: int
     frame: Frame
-    """Around every window."""
+    """Special tokens around every window."""
     every: bool = False
 
     @classmethod
@@ -124,7 +123,7 @@ class MaskedTokens(NamedTuple):
         return cls(tokenizer.mask_token_id, frame, every)
 
     def chosen(self, document: np.ndarray) -> np.ndarray:
-        """The places of the tokens that are scored, in order."""
+        """The positions of the scored tokens, in order."""
         if self.every or not len(document):
             return np.arange(len(document))
         digest = hashlib.blake2b(document.astype(np.int64).tobytes(), digest_size=8).digest()
@@ -133,7 +132,7 @@ class MaskedTokens(NamedTuple):
 
 
 def context_of(section: EvalConfig, positions: int | None, block_size: int) -> int:
-    """Tokens of a window: eval.context, or the positions of the model, or the block size if it has no such limit.
+    """Tokens of a window: eval.context, or the positions of the model, or the block size if the model has no limit.
 
     ConfigError if the model has fewer positions than eval.context.
     """
@@ -152,7 +151,7 @@ class EvaluationStopped(Exception):
 
 
 class Window(NamedTuple):
-    """Positions in a document with its prefix put in front (position 0)."""
+    """Positions in a document after its prefix (position 0)."""
 
     start: int
     """First token read."""
@@ -193,19 +192,19 @@ def score_documents(
     progress: Callable[[float, float | None], None] | None = None,
     stopping: Callable[[], bool] | None = None,
 ) -> np.ndarray:
-    """The fields of Score for each document, float64 of shape (documents, 5). `masked`, for masked models.
+    """The fields of Score for each document, float64 of shape (documents, 5). Masked models need `masked`.
 
-    Only the first documents up to `max_tokens` tokens are scored (at least one). With several workers each scores every
-    world_size-th document and the rows are put together over torch.distributed, so that all workers return all of them.
-    They run equally many forward passes, as they must where the model's weights are sharded.
-    EvaluationStopped is raised on all workers once `stopping`, called before each forward pass, is true on one.
+    Only the first documents up to `max_tokens` tokens are scored (at least one). Each of several workers scores every
+    world_size-th document, and torch.distributed combines the rows, so that all workers return all of them. They run
+    equally many forward passes because sharded weights require it.
+    `stopping` is called before each forward pass; once it is true on one worker, EvaluationStopped is raised on all.
     """
     device = next(model.parameters()).device
     count = first_documents(documents, max_tokens)
     chosen = range(count)[rank::world_size]
     rows = torch.zeros((count, 5), dtype=torch.float64)
     share = torch.ones(count, dtype=torch.float64)
-    """Of each document's tokens, those that are scored, of which its nll is estimated."""
+    """Fraction of each document's tokens that are scored, from which its nll is estimated."""
     total, done = sum(len(documents[index]) for index in chosen), 0.0
 
     def read() -> Iterator[Part]:
@@ -247,7 +246,7 @@ def score_documents(
 def _agreed(
     batches: Iterator[Sequence[Part]], device: torch.device | None, stopping: Callable[[], bool] | None
 ) -> Iterator[Sequence[Part]]:
-    """The batches, then empty ones until all workers, if there are several, had their last; or EvaluationStopped."""
+    """The batches, then empty ones until all workers have finished theirs; or EvaluationStopped."""
     while True:
         batch: Sequence[Part] = next(batches, [])
         told = torch.tensor([len(batch), int(stopping is not None and stopping())], device=device)
@@ -262,7 +261,7 @@ def _agreed(
 
 
 def first_documents(documents: Documents, max_tokens: int | None) -> int:
-    """How many documents come before `max_tokens` tokens are exceeded; at least one, if there is one."""
+    """Number of first documents with at most `max_tokens` tokens together; at least one, if there is one."""
     if max_tokens is None:
         return len(documents)
     total = 0
@@ -274,14 +273,14 @@ def first_documents(documents: Documents, max_tokens: int | None) -> int:
 
 
 def tokens_read(lengths: np.ndarray, context: int, stride: int | None, masked: MaskedTokens | None) -> np.ndarray:
-    """Tokens that a model reads in all windows of documents of these lengths: what it costs to score each."""
+    """Tokens that a model reads to score a document of each of these lengths, in all its windows."""
     if masked is None:
         further = -(-np.maximum(0, lengths - context) // min(stride or context, context))
         return np.minimum(lengths, context) + further * context
     around = len(masked.frame.around(()))
     room = max(1, context - around)
     windows, rest = np.divmod(lengths, room)
-    if masked.every:  # each as often as it has tokens
+    if masked.every:  # each window once per token
         return windows * room * (room + around) + rest * (rest + around)
     return windows * (room + around) + (rest > 0) * (rest + around)
 
@@ -292,11 +291,11 @@ class Part(NamedTuple):
     document: int
     ids: np.ndarray
     places: np.ndarray
-    """Of the outputs that are scored."""
+    """Positions of the scored outputs."""
     targets: np.ndarray
-    """The tokens that they are to predict."""
+    """The tokens to predict."""
     marks: np.ndarray
-    """Which of these are part of a keyword."""
+    """Which of these tokens are part of a keyword."""
 
 
 def _windows_of(
@@ -325,7 +324,7 @@ def _masked_windows_of(
 
 
 def _batches(parts: Iterable[Part], context: int, batch_tokens: int) -> Iterator[Sequence[Part]]:
-    """Batches of windows of about equal length: a few batches' worth are sorted at a time, so little is padding."""
+    """Batches of windows of about equal length. The windows of a few batches are sorted together to save padding."""
     size = max(1, batch_tokens // context)
     parts = iter(parts)
     while pool := sorted(itertools.islice(parts, 16 * size), key=lambda part: len(part.ids)):
@@ -336,10 +335,9 @@ def _batches(parts: Iterable[Part], context: int, batch_tokens: int) -> Iterator
 
 
 def _tensors(batch: Sequence[Part], padding: int, masked: bool) -> tuple[Any, torch.Tensor, dict[str, Any]]:
-    """(places, targets, inputs) of a batch, as scorer takes them; of an empty one a single token, of which nothing is
-    scored.
+    """(places, targets, inputs) of a batch, for scorer; an empty batch becomes one token that is not scored.
 
-    Padding is on the right, where causal models do not look.
+    Padding is on the right, which causal models do not see.
     """
     longest = max((len(part.ids) for part in batch), default=1)
     inputs = np.full((max(1, len(batch)), longest), padding)

@@ -1,7 +1,7 @@
-"""Experiment -> plan: everything that follows from it, resolved once, before anything is run.
+"""Experiment -> plan: everything that follows from it, resolved once, before anything runs.
 
-A plan is what `--dry-run` shows and what every later function takes, whole or in part. The corpus is listed here and
-nowhere else in a command, so that what was checked is what is read.
+`--dry-run` shows the plan, and every later function takes it or a part of it. A command lists the corpus only here, so
+that it reads the files that were checked.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class TokensPlan:
     """A corpus as a token store."""
 
     experiment: Experiment
-    """With its split decided; without a config file also its tokenizer."""
+    """The experiment with its split decided; without a config file also its tokenizer."""
     sources: list[Source]
     """The files of every entry of corpus.paths and corpus.validation_paths."""
     tokenizer: TokenizerConfig
-    """Which tokenizer is loaded or trained: the model's if the experiment names none."""
+    """The tokenizer to load or train: the model's if the experiment names none."""
     store: str
     """The directory of the token store, which may not exist yet."""
 
     @property
     def fingerprint(self) -> str:
-        """Names what the store is made of: files, filters, split, tokenizer."""
+        """Identifies the content of the store: files, filters, split, tokenizer."""
         return os.path.basename(self.store)
 
     @property
@@ -54,7 +54,7 @@ class TokensPlan:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Text of eval.paths, which is scored beside the validation split."""
+    """A set of eval.paths, which is scored in addition to the validation split."""
 
     key: str
     """The setting that named it."""
@@ -68,18 +68,18 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What follows from a token store, once it exists."""
+    """The part of a plan that follows from its token store."""
 
     store: Store
     experiment: Experiment
-    """The experiment as it is trained: also with the limit of an evaluation that follows from the tokens (`cost`)."""
+    """The experiment as it is trained, with eval.max_tokens decided by `cost`."""
     budget: Budget
     scored: Mapping[str, Any]
-    """scored_on, scored_documents and scored_tokens: what an evaluation during training is made of."""
+    """scored_on, scored_documents and scored_tokens: the text of an evaluation during training."""
     evaluation_share: float
-    """The part of a run that evaluations take."""
+    """The fraction of a run's cost that is evaluations."""
     warnings: tuple[str, ...]
-    """What makes a training on these tokens useless, or unlike what was meant."""
+    """Warnings about a training on these tokens that is useless or probably a mistake."""
 
 
 @dataclass(frozen=True)
@@ -91,23 +91,23 @@ class Plan:
     address: Address | None
     """The cluster that is used; None for this machine."""
     resources: Resources | None
-    """What a run takes of it; None where that is known only once Ray is connected."""
+    """The resources of a run; None if they are known only once Ray is connected."""
     model_config: PreTrainedConfig
     num_parameters: int
     budget: Budget | None
-    """None for a number of epochs over tokens that are not prepared yet."""
+    """The budget; None for a number of epochs over tokens that are not prepared yet."""
     prepared: Prepared | None = None
-    """None if there is no token store yet."""
+    """What follows from the token store; None if it does not exist yet."""
 
     @property
     def experiment(self) -> Experiment:
-        """The experiment with all that was decided for it. A run is known again by it: it is the same before and after
+        """The experiment with all that was decided for it. It identifies a run, because it is the same before and after
         the tokens are prepared."""
         return self.tokens.experiment
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What makes a training useless, or unlike what was meant, as far as that is known before the tokens are."""
+        """Warnings about a training that is useless or probably a mistake, without those that need the tokens."""
         return self.prepared.warnings if self.prepared else ()
 
     def record(self) -> dict[str, Any]:
@@ -158,10 +158,9 @@ class Plan:
 
 
 def resolve_tokens(experiment: Experiment, *, with_sizes: bool = False) -> TokensPlan:
-    """The plan of a token store. ConfigError or DataError with the setting that does not fit.
+    """The plan of a token store. ConfigError or DataError naming the setting that does not fit.
 
-    With sizes, an experiment that was made without a config file also has its model, budget and sweep derived from the
-    text.
+    `with_sizes` also derives the model, budget and sweep from the text if there is no config file.
     """
     (experiment, _), sources = derive(experiment, with_sizes=with_sizes)
     chosen = tokenizer.choose(experiment.tokenizer, experiment.model)
@@ -170,9 +169,9 @@ def resolve_tokens(experiment: Experiment, *, with_sizes: bool = False) -> Token
 
 
 def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None = None) -> Plan:
-    """The plan of a training, or of the one that a sweep varies. Checks whatever can be checked without Ray.
+    """The plan of a training, or of the training that a sweep varies. Checks all that can be checked without Ray.
 
-    If a run `starts` right away, what it needs is started meanwhile: the process of its worker, Ray.
+    If the run `starts` now, its worker process or Ray starts in the background meanwhile.
     """
     if starts:
         cluster.check_reachable(experiment.cluster)
@@ -214,20 +213,20 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
 
 
 def check_places(experiment: Experiment) -> list[str]:
-    """For a dry run, which writes nothing: warnings of an MLflow that does not answer; StorageError if the directory of
-    storage can be neither written nor made."""
+    """For a dry run, which writes nothing: a warning if MLflow does not answer; StorageError if the storage directory
+    can be neither written nor created."""
     place = experiment.storage
-    if not storage.is_remote(place):  # for one that is, only writing would tell
+    if not storage.is_remote(place):  # remote storage would have to be written to
         parent = place
         while not os.path.lexists(parent):
             parent = os.path.dirname(parent)
         if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
             raise StorageError(f"storage={place} cannot be written: {parent} is no directory to write in", "storage")
     uri = experiment.tracking.uri
-    if uri is None or not uri.startswith("http"):  # a database would be made
+    if uri is None or not uri.startswith("http"):  # a check would create a database
         return []
     problem = tracking.problem(uri)
-    return [] if problem is None else [f"{problem}; a run would keep its figures until raylm sync uploads them"]
+    return [] if problem is None else [f"{problem}; a run would keep its metrics until raylm sync uploads them"]
 
 
 def load_tokenizer(plan: TokensPlan) -> PreTrainedTokenizerFast:
@@ -240,9 +239,9 @@ def load_tokenizer(plan: TokensPlan) -> PreTrainedTokenizerFast:
 
 
 def derive(experiment: Experiment, *, with_sizes: bool, anew: bool = False) -> tuple[Derived, list[Source]]:
-    """The experiment with all that follows from its text, with sizes from this machine too; and its sources.
+    """The experiment with all that follows from its text, and from this machine `with_sizes`; and its sources.
 
-    Sizes that were decided before for the same settings are taken again, unless they are wanted `anew`.
+    Sizes that were decided before for the same settings are reused, except if `anew`.
     """
     storage.look(experiment.storage)
     found = corpus.find_sources(experiment.corpus)
@@ -262,7 +261,7 @@ def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSet]:
 
 
 def evaluation_set(paths: Sequence[str], like: CorpusConfig, key: str) -> EvaluationSet:
-    """The text of paths that the setting `key` gave, read as the corpus is: nothing filtered and nothing held out."""
+    """The text of paths that the setting `key` gave, read like the corpus, but without filters and split."""
     reading = {name: getattr(like, name) for name in ("text", "join", "separator", "encoding", "on_bad_row")}
     section = CorpusConfig(paths=tuple(paths), validation_fraction=0, **reading)
     return EvaluationSet(key, section, corpus.list_sources(section, key))

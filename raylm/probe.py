@@ -1,10 +1,10 @@
-"""What a model can do, settled by running it on some ten tokens: no list of names has the next architecture on it.
+"""What a model can do, checked by running it on some ten tokens, because a list of names lacks the next architecture.
 
     row      E a b c d E e f g h     two documents of a block; E: the end-of-text token
     later    E a b c d s t u v w     a causal model gives the first half the same logits as above
     former   E w x y z E e f g h     if documents are isolated, the second one has the same logits as above
 
-It runs where the model runs, in its precision: some kinds of attention exist on GPUs alone, or for two-byte numbers.
+It runs on the model's device and in its precision: some attention needs a GPU, or two-byte numbers.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from raylm.tokenizer import Frame
 
 DOCUMENT = 5
-"""Tokens of each of the two documents, where the model has room for so many."""
+"""Tokens of each of the two documents, if they fit the model."""
 
 ROUNDING = 1e-5
-"""What a logit may change without having seen a changed token, as a part of what one that has seen it changes.
+"""How much a logit may change without seeing a changed token, relative to one that sees it.
 
-Of 34 architectures those that do not see it change by 0 in float32 and bfloat16, as rows of one batch; of those that
-do, LFM2 changes least, by 4e-5 (untrained, hidden size 16).
+Of 34 architectures, in one batch in float32 and bfloat16, logits that do not see it do not change at all; of those
+that do, LFM2's change least, by 4e-5 (untrained, hidden size 16).
 """
 
 
@@ -46,7 +46,7 @@ def check_training(
 ) -> None:
     """ConfigError if the model cannot do what an experiment asks. Its loss is attached (objective.attach).
 
-    `one_row`: micro-batches are of one row each. Every worker calls it, since they may share the weights.
+    `one_row`: each micro-batch has one row. Every worker must call it, because weights may be sharded.
     """
     section = experiment.blocks
     setting = "model.path" if experiment.model.path is not None else "model.config"
@@ -68,7 +68,7 @@ def check_scoring(
     context: int,
     masked: bool,
 ) -> None:
-    """ConfigError if a score of the model would be none: `named` is how the user calls it."""
+    """ConfigError if a score of the model would be meaningless; `named` is the user's name for the model."""
     probe = _Probe(network, tokenizer, frame, named, named, context, masked)
     probe.check_direction()
 
@@ -116,7 +116,7 @@ class _Probe:
             )
 
     def check_direction(self) -> None:
-        # Before anything runs: a GPU does not recover from an id that its embedding does not have.
+        # Checked before anything runs, because a GPU does not recover from an id outside the embedding.
         self.check_vocabulary(self.network.get_input_embeddings().weight.shape[0], "embeddings")
         row, again, later = self._logits([self.row, self.row, self.later], BlocksConfig())
         self.check_vocabulary(row.shape[-1], "outputs")
@@ -157,7 +157,7 @@ class _Probe:
         if second == 0:  # there is no room for a second document
             return
         seen = _change(row[:second], former[:second])
-        rounding = _change(row[: self.half], later[: self.half])  # rows by themselves may be rounded differently
+        rounding = _change(row[: self.half], later[: self.half])  # separate rows may be rounded differently
         if _change(row[second:], former[second:]) > ROUNDING * seen + 4 * rounding:
             attention = str(self.network.config._attn_implementation)
             a_row = ", or train.micro_batch_tokens to that of blocks.block_size" if "flash" in attention else ""
@@ -205,7 +205,7 @@ def _change(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _named(section: ModelConfig) -> str:
-    """The setting of the model and its value."""
+    """The setting that names the model, and its value."""
     if section.path is not None:
         return f"model.path={section.path}"
     fields = section.config or {}

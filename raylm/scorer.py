@@ -1,8 +1,8 @@
-"""A model as it is run to be scored: in the precision of eval.precision, and never with whole logits.
+"""A model set up for scoring: in eval.precision, and without whole logits.
 
-    token ids -> hidden states -> those of the scored tokens -> logits of a few of them at a time -> their nll
+token ids -> hidden states -> those of the scored tokens -> logits of a few of them at a time -> their nll
 
-So what an evaluation holds does not grow with the vocabulary: the logits of 8,192 tokens of Gemma 3 alone are 8.6 GB.
+The memory of an evaluation does not grow with the vocabulary: logits of 8,192 tokens of Gemma 3 would take 8.6 GB.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS = 2**24
-"""Logits held at a time: 64 MB in float32, and as much again for their logarithms."""
+"""Logits held at a time: 64 MB in float32, and the same for their logarithms."""
 
 
 @contextlib.contextmanager
 def scoring(network: PreTrainedModel, precision: str = "float32") -> Iterator[Callable[..., torch.Tensor]]:
-    """nll(places, targets, **inputs), while this lasts: of the outputs at `places`, in nats, float64.
+    """A context with a function nll(places, targets, **inputs): the nll of the outputs at `places`, in nats, float64.
 
-    `places`: (rows, columns) of the outputs that are scored, `targets`: the token that each is to predict, both of as
-    many elements as the result. Whatever a model is trained in changes nothing: autocast, TF32, weights of half
-    precision and attention for those alone are put aside, and are as before afterwards.
+    `places`: (rows, columns) of the scored outputs; `targets`: the token that each predicts; the result has as many
+    elements. The precision of training has no effect: autocast, TF32, half-precision weights and attention for them
+    alone are suspended, and restored afterwards.
     """
     was_training = network.training
     network.eval()
-    before = network.__dict__.get("forward")  # mixed precision's, or that of objective.attach
+    before = network.__dict__.get("forward")  # that of mixed precision or of objective.attach
     try:
         with torch.no_grad(), _without_tf32(), _float32_weights(network), _plain_attention(network):
             yield _Nll(network, precision)
@@ -49,7 +49,7 @@ class _Nll:
         self.network, self.precision = network, precision
         self.at_a_time = 1
         """Outputs whose logits are held."""
-        # By way of its __call__, where sharded weights are gathered; the class's own forward does the rest.
+        # Called through __call__, which gathers sharded weights; the class's own forward does the rest.
         network.forward = MethodType(lambda _, call: call(), network)
         parts = (network.base_model, network.get_decoder())  # OPT calls the decoder in its base model
         self.base: torch.nn.Module | None = next(filter(self._gives_hidden_states, parts), None)
@@ -88,7 +88,7 @@ class _Nll:
 
         def keep(_module: Any, _inputs: Any, outputs: Any) -> Any:
             found.append(outputs)
-            return type(outputs)(last_hidden_state=outputs[0][:1, :1])  # of which there are to be logits, here
+            return type(outputs)(last_hidden_state=outputs[0][:1, :1])  # only one token's logits are computed
 
         hook = base.register_forward_hook(keep)
         try:
@@ -99,7 +99,7 @@ class _Nll:
         return outputs[0], type(outputs)
 
     def _logits(self, base: torch.nn.Module, hidden: torch.Tensor, kind: type) -> torch.Tensor:
-        """What the model makes of hidden states, of shape (tokens, features): head, and caps or scales of logits."""
+        """The model's logits of hidden states of shape (tokens, features): the head, and caps or scales."""
         before = base.__dict__.get("forward")
         base.forward = lambda *_, **__: kind(last_hidden_state=hidden[None])
         try:
@@ -111,9 +111,9 @@ class _Nll:
                 base.forward = before
 
     def _gives_hidden_states(self, base: torch.nn.Module | None) -> bool:
-        """Whether the logits of some of a part's hidden states are the model's own, found out on ten tokens.
+        """Whether the logits of some hidden states are the model's own, checked on ten tokens.
 
-        Not so where a head looks at several tokens at once, or the part is not the one that the model calls.
+        They are not if the head reads several tokens at once, or if the model does not call this part.
         """
         if base is None or base is self.network:
             return False
@@ -126,10 +126,10 @@ class _Nll:
             try:
                 hidden, kind = self._hidden(base, {"input_ids": ids})
                 some = self._logits(base, hidden.flatten(0, 1)[3:7], kind)
-            except Exception:  # whatever the code of a model says to what it was not made for
+            except Exception:  # any error of a model's code for unexpected input
                 return False
             expected = whole.flatten(0, 1)[3:7]
-            most = 1e-2 * expected.abs().max().item()  # not a number if the model has diverged
+            most = 1e-2 * expected.abs().max().item()  # NaN if the model has diverged
             return some.shape == expected.shape and not ((some - expected).abs() > most).any().item()
 
         return self._run(compared)
@@ -147,20 +147,20 @@ def _without_tf32() -> Iterator[None]:
 
 
 def set_tf32(on: bool) -> None:
-    """Have GPUs multiply float32 with 10 bits of their mantissas, or with all; convolutions, too, whose default is 10.
+    """Let GPUs multiply float32 with 10 bits of the mantissa (TF32, the default of convolutions), or with all.
 
-    Not by transformers' enable_tf32 (5.23), which has a cache: the second time in a process it does nothing.
+    transformers' enable_tf32 (5.23) is cached, so a second call in a process does nothing.
     """
     torch.backends.fp32_precision = "tf32" if on else "ieee"
 
 
 @contextlib.contextmanager
 def _float32_weights(network: torch.nn.Module) -> Iterator[None]:
-    """Weights of half precision in float32, as copies: the parameters are what an optimizer and DDP hold on to.
+    """Use float32 copies of half-precision weights. The parameters stay, because the optimizer and DDP refer to them.
 
-    Sharded ones stay; training.sharding gathers them in float32.
+    Sharded weights are not copied; loop.sharding gathers them in float32.
     """
-    copies: dict[int, torch.Tensor] = {}  # tied weights are one
+    copies: dict[int, torch.Tensor] = {}  # tied weights are one tensor
     replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:
         for module in network.modules():
@@ -182,7 +182,7 @@ def _float32_weights(network: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_attention(network: PreTrainedModel) -> Iterator[None]:
-    """Attention that takes float32, where that of the training does not: flash attention."""
+    """Attention that supports float32, in place of flash attention."""
     before = network.config._attn_implementation
     if "flash" not in str(before):
         yield

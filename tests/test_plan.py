@@ -20,4 +20,4 @@ def test_a_dry_run_tells_of_storage_that_cannot_be_written_and_writes_nothing(tm
 def test_a_dry_run_tells_of_an_mlflow_that_does_not_answer(tmp_path):
     (warning,) = places(storage=str(tmp_path), tracking={"uri": "http://127.0.0.1:9"})
     assert "http://127.0.0.1:9" in warning
-    assert warning.endswith("a run would keep its figures until raylm sync uploads them")
+    assert warning.endswith("a run would keep its metrics until raylm sync uploads them")

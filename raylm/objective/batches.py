@@ -6,7 +6,7 @@
     fill_in_middle      P S b M a E c    labels  - S b M a E c   a document as prefix, suffix, middle; then as causal
     keyword_weighted    as causal, and a weight for each row
 
-What is drawn for an example depends on the seed and its number alone, not on micro-batches or workers.
+Random choices for an example depend on the seed and its number alone, not on micro-batches or workers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Example = tuple[int, np.ndarray]
 def build(
     section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase, frame: Frame, seed: int
 ) -> Collator:
-    """What makes batches for an objective: the Trainer's collator."""
+    """The collator of an objective, for the Trainer."""
     kinds: dict[str, type[Collator]] = {
         "causal": CausalCollator,
         "keyword_weighted": KeywordWeightedCollator,
@@ -49,7 +49,7 @@ def build(
 def check_settings(
     section: ObjectiveConfig, cut: BlocksConfig, tokenizer: PreTrainedTokenizerBase | TrainedTokenizer
 ) -> None:
-    """Refuse an objective that lacks a setting, or tokens of the tokenizer, be it there or yet to be trained."""
+    """ConfigError if an objective lacks a setting, or tokens of the tokenizer, which may be still untrained."""
     vocabulary: Collection[str]
     if isinstance(tokenizer, TrainedTokenizer):
         vocabulary = tokenizer.special_tokens
@@ -82,7 +82,7 @@ def check_settings(
 
 
 class NumberedExamples(Dataset):
-    """A Stream whose examples know their number, from number `first` on."""
+    """A Stream whose examples have their number, starting with number `first`."""
 
     def __init__(self, stream: blocks.Stream, first: int = 0):
         self.stream, self.first = stream, first
@@ -91,7 +91,7 @@ class NumberedExamples(Dataset):
         return len(self.stream)
 
     def __getitem__(self, k: int) -> Example:
-        number = (self.first + k) % len(self)  # a batch is read ahead of the last one, and not used
+        number = (self.first + k) % len(self)  # one batch is read ahead and not used
         return number, self.stream[number]
 
 
@@ -113,7 +113,7 @@ class Collator:
         self.set_up()
 
     def set_up(self) -> None:
-        """What an objective needs besides."""
+        """Prepares what an objective needs in addition."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         made = self.arrays(examples)
@@ -123,7 +123,7 @@ class Collator:
         return blocks.batch([row for _, row in examples], self.cut, self.frame)
 
     def items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """This batch's part of what the loss of the global batch is divided by."""
+        """This batch's share of the divisor of the global batch's loss."""
         return (batch["labels"] != IGNORED).sum()
 
     def random(self, number: int) -> np.random.Generator:
@@ -133,15 +133,15 @@ class Collator:
 class CausalCollator(Collator):
     """Each token is predicted from those before it, so a block of B tokens has B - 1 predictions.
 
-    The first label is IGNORED, since GPT-2 and some other classes count it as a prediction that it is not.
+    The first label is IGNORED because GPT-2 and some other classes would count it as a prediction.
     """
 
 
 class KeywordWeightedCollator(CausalCollator):
     """Causal; a row's tokens count alpha x (1 + the keywords in it): the Hugging Face course's loss for code.
 
-    Normalized, the weights' sum over the tokens of the global batch divides the loss: with no keyword anywhere it is
-    the causal one. Otherwise it is the course's formula: the mean over rows of weight x the row's mean loss.
+    If normalized, the loss is divided by the weights' sum over the tokens of the global batch; without keywords it is
+    the causal loss. Otherwise it is the course's formula: the mean over rows of weight x the row's mean loss.
     """
 
     def set_up(self) -> None:
@@ -162,7 +162,7 @@ class KeywordWeightedCollator(CausalCollator):
 
 
 class MaskedCollator(Collator):
-    """BERT's objective (Devlin et al. 2018, arXiv:1810.04805): some tokens are predicted from all around them.
+    """BERT's objective (Devlin et al. 2018, arXiv:1810.04805): some tokens are predicted from those on both sides.
 
     Of these, 80 % are shown as the mask token, 10 % as a random token and 10 % as they are. Special tokens are not
     predicted.
@@ -185,7 +185,7 @@ class MaskedCollator(Collator):
         return made
 
     def masked(self, number: int, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(what the model reads, what it is to predict)"""
+        """(input ids, labels)"""
         random = self.random(number)
         chosen = (random.random(len(row)) < self.section.probability) & ~np.isin(row, self.special_ids)
         how = random.random(len(row))
@@ -198,7 +198,7 @@ class FillInMiddleCollator(CausalCollator):
     """Documents cut in three and put in another order (Bavarian et al. 2022, arXiv:2207.14255); then causal.
 
     PSM: P prefix S suffix M middle, and SPM: P S suffix M prefix middle, where P, S and M are the sentinels. They make
-    a row longer: what exceeds block_size is cut off at its end.
+    a row longer, so it is cut off at block_size.
     """
 
     def set_up(self) -> None:

@@ -1,6 +1,6 @@
-"""Keywords in token ids: where they are in a row, and which of them the training split does not have.
+"""Keywords in token ids: their places in a row, and which of them the training split lacks.
 
-A keyword counts with and without a space before it, and as the sequence of its tokens where it is not one token:
+A keyword counts with and without a space before it, and as a sequence if it has several tokens:
 
     keywords      fit, plt             as tokens      f i t    _fit    plt    _plt
     row           _plt . f i t ( x )   _plt and f i t are keywords: 4 tokens of 7, 2 occurrences
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from raylm.tokens import Split, Store
 
 CHUNK = 1 << 20
-"""Tokens of a shard that are looked at together: they stay in the processor's cache from one keyword to the next."""
+"""Tokens of a shard that are searched together, so that they stay in the processor's cache for all keywords."""
 
 
 class Keywords:
-    """Words, and where they are in token ids. Without words nothing is one."""
+    """Words, to find in token ids; may be empty."""
 
     def __init__(self, words: Iterable[str], tokenizer: PreTrainedTokenizerBase):
         def ids(text: str) -> tuple[int, ...]:
@@ -33,17 +33,17 @@ class Keywords:
 
         self.words = tuple(words)
         self.spellings = [{ids(word), ids(f" {word}")} - {()} for word in self.words]
-        """Of each word, its tokens at the beginning of a line and after a space."""
+        """For each word, its tokens at the start of a line and after a space."""
 
     def occurrences(self, row: np.ndarray) -> int:
-        """How often keywords are in a row; both spellings of one that end at the same token are one."""
+        """Number of keywords in a row; two spellings that end at the same token count once."""
         return sum(
             len({start + len(spelling) for spelling in spellings for start in _starts(row, spelling)})
             for spellings in self.spellings
         )
 
     def marked(self, row: np.ndarray) -> np.ndarray:
-        """Which tokens of a row are of a keyword, bool of shape (len(row),)."""
+        """Which tokens of a row belong to a keyword, bool of shape (len(row),)."""
         marks = np.zeros(len(row), bool)
         for spelling in set().union(*self.spellings):
             for start in _starts(row, spelling):
@@ -51,9 +51,9 @@ class Keywords:
         return marks
 
     def absent(self, split: Split) -> list[str]:
-        """The words that no document of a split has: a pass over its memory map, which ends when all are found.
+        """The words that no document of a split has. Reads its memory map until all are found.
 
-        A billion tokens in memory take 1 s for one word that is not there, 3 s for five (one core).
+        A billion tokens in memory take 1 s for one absent word, 3 s for five (one core).
         """
         missing = dict(zip(self.words, self.spellings, strict=True))
         for values, offsets in _chunks(split, max((len(s) for each in self.spellings for s in each), default=1)):
@@ -78,7 +78,7 @@ def warnings(section: ObjectiveConfig, store: Store) -> Iterator[str]:
 
 
 def _starts(row: np.ndarray, spelling: tuple[int, ...]) -> Iterator[int]:
-    """Where a sequence of tokens begins in a row, each time it is there."""
+    """The places in a row at which a sequence of tokens starts."""
     if len(spelling) > len(row):
         return iter(())
     windows = np.lib.stride_tricks.sliding_window_view(row, len(spelling))
@@ -86,7 +86,7 @@ def _starts(row: np.ndarray, spelling: tuple[int, ...]) -> Iterator[int]:
 
 
 def _chunks(split: Split, longest: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids, where documents begin in them) of about CHUNK tokens, each with longest - 1 tokens of the next one."""
+    """Chunks (ids, starts of documents) of about CHUNK tokens, each with longest - 1 tokens of the next one."""
     for shard in range(len(split.shards)):
         values, offsets = split.arrays(shard)
         for start in range(0, len(values), CHUNK):
@@ -96,7 +96,7 @@ def _chunks(split: Split, longest: int) -> Iterator[tuple[np.ndarray, np.ndarray
 
 
 def _inside(values: np.ndarray, begins: np.ndarray, spelling: tuple[int, ...]) -> bool:
-    """Whether a sequence of tokens is in one of the documents that lie one after the other in `values`."""
+    """Whether a sequence of tokens is inside one of the documents that are concatenated in `values`."""
     starts = np.flatnonzero(values[: max(0, len(values) - len(spelling) + 1)] == spelling[0])
     for place, token in enumerate(spelling[1:], 1):
         starts = starts[values[starts + place] == token]

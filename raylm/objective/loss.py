@@ -1,4 +1,4 @@
-"""The summed cross entropy of a batch, without ever holding (batch x block x vocabulary) logits where that pays."""
+"""The summed cross entropy of a batch, without holding (batch x block x vocabulary) logits if that is cheaper."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def attach(network: PreTrainedModel, *, shifted: bool, smoothing: float = 0.0) -> None:
-    """Have the model's own forward, where it is given labels, return {"loss": their summed cross entropy}, in nats.
+    """Make the model's own forward return {"loss": summed cross entropy, in nats} if it gets labels.
 
     `shifted`: the output at a token predicts the next one. `weights`, of shape (rows,), multiply each token's.
     In training the load-balancing loss of a mixture of experts that has one (output_router_logits) is added, by the
     model's own coefficient and once for each token: divided by their number, it is what transformers adds to a mean.
-    Inside of forward, not after it, because DDP, mixed precision and torch.compile wrap that and nothing else.
+    This is inside of forward because DDP, mixed precision and torch.compile wrap forward only.
     """
     plain = network.forward
     head = network.get_output_embeddings()
@@ -29,7 +29,7 @@ def attach(network: PreTrainedModel, *, shifted: bool, smoothing: float = 0.0) -
         _can_be_left_out(head)
     else:
         head = None
-    # No key-value cache: it is for generating, and hides where isolated documents begin.
+    # No key-value cache: it serves generation, and hides where isolated documents start.
     options = {"use_cache": False} if shifted else {}
 
     def forward(
@@ -53,7 +53,7 @@ def attach(network: PreTrainedModel, *, shifted: bool, smoothing: float = 0.0) -
             weight, bias = head.weight, head.bias
         outputs, targets = found.logits.flatten(0, 1), targets.flatten()
         each = weights[:, None].expand(labels.shape).flatten() if weights is not None else None
-        if not shifted:  # a seventh of a masked model's outputs is used; of a causal one's all but one a row
+        if not shifted:  # a masked model uses a seventh of its outputs, a causal model all but one per row
             used = targets != IGNORED
             outputs, targets = outputs[used], targets[used]
             each = each[used] if each is not None else None
@@ -64,14 +64,14 @@ def attach(network: PreTrainedModel, *, shifted: bool, smoothing: float = 0.0) -
             loss = loss + _router_coefficient(network) * balance.to(loss.device) * counts.sum()
         return {"loss": loss}
 
-    for module in network.modules():  # GPT-2's looks for padding in each batch, and waits for the GPU to do so
+    for module in network.modules():  # GPT-2's check for padding waits for the GPU in each batch
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):
             module.warn_if_padding_and_no_attention_mask = _padding_is_known
     network.forward = MethodType(forward, network)
 
 
 def _router_coefficient(network: PreTrainedModel) -> float:
-    """Of a mixture of experts; JetMoe has a name of its own for it."""
+    """The load-balancing coefficient of a mixture of experts; JetMoe has its own name for it."""
     names = ("router_aux_loss_coef", "aux_loss_coef")
     return next((float(getattr(network, name)) for name in names if hasattr(network, name)), 0.0)
 
@@ -88,7 +88,7 @@ def _summed(
     each: torch.Tensor | None,
     smoothing: float,
 ) -> torch.Tensor:
-    """Summed cross entropy of outputs, which are logits if there is no head's `weight`."""
+    """Summed cross entropy of outputs, which are logits if `weight`, that of the head, is None."""
     if weight is not None and chunks_pay(len(outputs), weight) and not smoothing:
         return _chunked(outputs, weight, bias, targets, each)
     logits = F.linear(outputs, weight, bias) if weight is not None else outputs
@@ -98,16 +98,16 @@ def _summed(
 
 
 def chunks_pay(num_outputs: int, weight: torch.Tensor) -> bool:
-    """torch's own rule: with fewer outputs or a smaller vocabulary than hidden features, logits are the cheaper."""
+    """torch's own rule: logits are cheaper if outputs or the vocabulary are fewer than hidden features."""
     num_classes, num_features = weight.shape
     return num_outputs >= num_features and num_classes > num_features
 
 
 def chunk_size(num_classes: int, device: str) -> int | None:
-    """Outputs whose logits are held at a time; None leaves it to torch, which has measured it on GPUs.
+    """Outputs whose logits are held at a time; None leaves the number to torch, which chose it for GPUs.
 
-    On a CPU it would take 8 of 50,257 classes, and be 5.9 times as slow as plain logits (1024 outputs of 256 features,
-    one thread); 64 are 1.22 times, 128 to 512 are 0.7 times as slow.
+    On a CPU torch would take 8 for 50,257 classes, which takes 5.9 times as long as plain logits (1024 outputs of 256
+    features, one thread); 64 take 1.22 times, 128 to 512 take 0.7 times as long.
     """
     return max(128, 2**24 // num_classes) if device == "cpu" else None
 
@@ -120,12 +120,12 @@ def _chunked(
     each: torch.Tensor | None,
 ) -> torch.Tensor:
     device = hidden.device.type
-    # Autocast does not reach into this function: it gets what autocast would have given to a linear layer.
+    # Autocast does not affect this function, so its inputs are cast as autocast would for a linear layer.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = bias.to(dtype) if bias is not None else None
-    # A sum comes back in bfloat16 where the weights are: 4000 for 4062. There, as with weights, sum what it sums over.
-    # It costs another product with the weights, in backward.
+    # With weights in bfloat16 torch returns the sum in bfloat16: 4000 for 4062. Then, and for weighted rows, sum here.
+    # This costs another product with the weights in backward.
     at_once = each is None and dtype == torch.float32
     with torch.autocast(device, enabled=False):
         nll = F.linear_cross_entropy(
@@ -144,7 +144,7 @@ def _chunked(
 
 
 def _can_be_left_out(head: torch.nn.Linear) -> None:
-    """While `left_out` is set, the model returns what its head is given. A flag, for torch.compile can follow that."""
+    """While `left_out` is set, the model returns the input of its head. torch.compile supports such a flag."""
 
     def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self.left_out else F.linear(hidden, self.weight, self.bias)
@@ -156,10 +156,10 @@ def _can_be_left_out(head: torch.nn.Linear) -> None:
 
 @torch.no_grad()
 def _makes_logits(network: PreTrainedModel, head: torch.nn.Linear, plain: Callable[..., Any]) -> bool:
-    """Whether what the last layer returns are the logits; not if they are capped or scaled after it (Gemma, Granite).
+    """Whether the output of the last layer is the logits; not if they are capped or scaled (Gemma, Granite).
 
-    Found out by a forward pass over one token, not by names of settings, which every model has its own of. It waits for
-    the first pass with labels: only there the model is on its device and in its precision.
+    A forward pass over one token tells, because every model names its settings differently. It runs at the first pass
+    with labels, when the model is on its device and in its precision.
     """
     returned: list[torch.Tensor] = []
     hook = head.register_forward_hook(lambda _module, _inputs, output: returned.append(output))
@@ -169,7 +169,7 @@ def _makes_logits(network: PreTrainedModel, head: torch.nn.Linear, plain: Callab
     one = torch.zeros((1, 1), dtype=torch.int64, device=device)
     autocast = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
     try:
-        # Not cached, or the pass around this one would find weights that were cast where nothing has a gradient.
+        # No autocast cache, or the outer pass would reuse weights that were cast without a gradient.
         with torch.autocast(device.type, *autocast, cache_enabled=False):
             logits = plain(input_ids=one).logits
     finally:
