@@ -141,7 +141,7 @@ def test_the_answer_stands_at_the_top(over):
 
 
 def test_a_sweep_that_goes_on_says_so(running):
-    assert "1 running, 1 completed, 1 stopped early, 1 failed. The sweep was not over" in running.text
+    assert "1 running, 1 completed, 1 stopped early, 1 failed. The sweep had not finished" in running.text
     assert "32.00 perplexity (2.000 bits per byte) of the whole validation split" in running.text
 
 
@@ -201,7 +201,7 @@ def test_the_facts_of_the_sweep(running):
     facts = running.text[running.text.rindex("The sweep") :]
     for fact in (
         "token store f00d train tokens 9,000 validation tokens 77",
-        "budget of a trial 1,024 tokens trained in all 1,792 tokens",
+        "budget of a trial 1,024 tokens trained in total 1,792 tokens",
         "space: train.learning_rate loguniform(0.0005, 0.02)",
         "scheduler asha seed 0",
         "took 1 min 15 s",
@@ -224,7 +224,9 @@ def test_a_sweep_without_a_result_says_why(storage):
     built = shown(directory)
     assert "1 trial: 1 failed. none is left" in built.text
     empty = shown(write_sweep(storage, "tune-20260105-000000-eeee", trials=[]))
-    assert "No trial has begun. The sweep was not over when this was written. no trial has a score yet" in empty.text
+    assert (
+        "No trial has started. The sweep had not finished when this was written. no trial has a score yet" in empty.text
+    )
 
 
 def test_settings_of_one_space_out_of_several(storage):

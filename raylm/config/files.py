@@ -66,6 +66,16 @@ def load(
     elif source is not None:
         tree, places = _read(Path(source))
     places |= dict.fromkeys(layer, "command line:" if is_typed else "argument:")
+    return _checked(tree, places, layer, sizes_follow_text=sizes_follow_text)
+
+
+def loads(text: str, name: str) -> Experiment:
+    """The checked experiment of YAML text; errors call the text `name`."""
+    tree, places = _parse(text, name)
+    return _checked(tree, places, {}, sizes_follow_text=False)
+
+
+def _checked(tree: Tree, places: dict[str, str], layer: Tree, *, sizes_follow_text: bool) -> Experiment:
     for key, variable in ENVIRONMENT.items():
         if os.environ.get(variable) and not _is_given(tree, key):
             _put(tree, {key: os.environ[variable]})
@@ -189,26 +199,30 @@ def save(experiment: Experiment, path: str | os.PathLike) -> None:
 
 
 def _read(path: Path) -> tuple[Tree, dict[str, str]]:
-    """The file's tree, and where each dotted key stands: {"train.seed": "file.yaml:4:3"}."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or error}", where=str(path)) from None
+    return _parse(text, str(path))
+
+
+def _parse(text: str, name: str) -> tuple[Tree, dict[str, str]]:
+    """The tree of YAML text, and the place of each dotted key: {"train.seed": "file.yaml:4:3"}."""
     try:
-        places = _places(YAML(typ="safe", pure=True).compose(text), str(path))
+        places = _places(YAML(typ="safe", pure=True).compose(text), name)
         tree = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
         problem = first_line(error.problem)
-        raise ConfigError(f"{path}:{mark.line + 1}:{mark.column + 1} {problem}", where=str(path)) from None
+        raise ConfigError(f"{name}:{mark.line + 1}:{mark.column + 1} {problem}", where=name) from None
     except YAMLError as error:
-        raise ConfigError(f"{path}: {first_line(error)}", where=str(path)) from None
+        raise ConfigError(f"{name}: {first_line(error)}", where=name) from None
     except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply; is an alias inside of its own anchor?", str(path)) from None
+        raise ConfigError(f"{name}: nested too deeply; is an alias inside of its own anchor?", name) from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}:1:1 an experiment is made of sections (key: value), got {show(tree)}", str(path))
+        raise ConfigError(f"{name}:1:1 an experiment is made of sections (key: value), got {show(tree)}", name)
     return tree, places
 
 

@@ -37,7 +37,7 @@ from raylm.pipeline import stores
 from raylm.pipeline.training import export_best
 from raylm.plan import Plan, Prepared
 from raylm.results import html, live_table, significance, tables, trial_table
-from raylm.results.sweep import BestTrial, measured, repeat_command, scored_on
+from raylm.results.sweep import BestTrial, measured, repeat_command, scored_on_with_size
 from raylm.results.trial_table import TrialRow
 from raylm.sweep import Trial, tuner
 from raylm.sweep.asha import Asha
@@ -57,10 +57,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep will do."""
+    """The plan of a sweep."""
 
     plan: Plan
-    """Of the training that trials vary."""
+    """The plan of the training that trials vary."""
     trials: int
 
     @property
@@ -69,12 +69,12 @@ class SweepPlan:
 
     @property
     def most_tokens(self) -> int | None:
-        """Of all trials together, if none is stopped early; None where the budget is not known yet."""
+        """Training tokens of all trials, if none is stopped early; None if the budget is not known yet."""
         return self.trials * self.plan.budget.tokens if self.plan.budget else None
 
     @property
     def estimate(self) -> Estimate:
-        """The disk and the time that it will take."""
+        """The disk space and time that it will take."""
         tokens_of_all = self.most_tokens
         if self.plan.budget is not None:
             scheduler = sweeps.scheduler(self.experiment.tune, self.plan.budget, "best_perplexity")
@@ -96,9 +96,9 @@ class SweepPlan:
 
 
 def resolve(experiment: Experiment, *, starts: bool = False) -> SweepPlan:
-    """The plan of a sweep, each value of its space checked as far as that can be done without Ray.
+    """The plan of a sweep. Each value of its space is checked as far as possible without Ray.
 
-    If the sweep `starts` right away, Ray is started meanwhile.
+    If the sweep `starts` now, Ray starts in the background meanwhile.
     """
     plan = plans.resolve(experiment, starts="tune" if starts else None)
     experiment = plan.experiment
@@ -139,16 +139,16 @@ def _check_value(experiment: Experiment, tokenizer_path: str | None, settings: M
 
 
 def _most_at_a_time(experiment: Experiment, trials: int) -> int:
-    """Trials at a time, whatever the cluster holds."""
+    """Most concurrent trials, without regard to the cluster."""
     return min(trials, experiment.tune.max_concurrent_trials or trials)
 
 
 @dataclass(frozen=True, repr=False)
 class SweepResult:
-    """A sweep that has ended."""
+    """The result of a finished sweep."""
 
     sweep: str
-    """The sweep's name, which is that of its directory."""
+    """The name of the sweep and of its directory."""
     mlflow_run_id: str | None
     """The parent of the trials' runs."""
     measure: str
@@ -156,13 +156,13 @@ class SweepResult:
     tokens_reused: bool
     """Whether the token store existed before."""
     scored_on: str
-    """Which documents the trials are ranked by."""
+    """The documents that rank the trials, in words."""
     scored_in: str
     """The arithmetic of the scores, such as float32."""
     prefix: str | None
     """The token in front of every document."""
     unknown_tokens: int
-    """Of the validation split."""
+    """Unknown tokens in the validation split."""
     incomparable: str | None
     """Why the scores do not compare with others, if they do not."""
     best: BestTrial
@@ -171,7 +171,7 @@ class SweepResult:
     untrained: Mapping[str, float] | None = None
     """perplexity and bits_per_byte of the experiment's model before training, on the tokens that rank the trials."""
     significance: str | None = None
-    """Which trials are as good as the best one on these documents, in a sentence; None if that is not known."""
+    """Which trials are as good as the best one on these documents, in a sentence; None if unknown."""
     report: str | None = None
     """The path of the HTML report."""
     mlflow_path: str | None = None
@@ -179,7 +179,7 @@ class SweepResult:
 
     @property
     def failures(self) -> list[str]:
-        """Why each trial that failed did."""
+        """Why each failed trial failed."""
         return [f"{row.trial_id} failed: {row.failure}" for row in self.trials if row.failure]
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -197,8 +197,7 @@ class SweepResult:
         return console.as_html(trial_table.RankedTable(self.trials, console.label(self.measure), self.untrained))
 
     def record(self) -> dict[str, Any]:
-        """The result for --json: scores stand under their own name."""
-
+        """The result for --json; the key of a score is its name."""
         left_out = ("measure", "report", "mlflow_path")
         record = {key: value for key, value in vars(self).items() if key not in left_out}
         record |= {"best": self.best.record(self.measure), "trials": [row.record(self.measure) for row in self.trials]}
@@ -212,8 +211,8 @@ def run(plan: SweepPlan, resume: runs.Resume = "auto") -> SweepResult:
     """Run the trials that have not finished, rank all, export and score the best model, and write the report.
 
     Resumes the newest unfinished sweep of the experiment, unless `resume` is never. A trial that fails is a row with
-    its reason; TrainingError if none has a score, ConfigError if none could use its settings. Interrupted or
-    KeyboardInterrupt if the process is asked to stop: the same call resumes then.
+    its reason; TrainingError if no trial has a score, ConfigError if no trial could use its settings. Interrupted or
+    KeyboardInterrupt if the process is asked to stop; the same call then resumes.
     """
     experiment = plan.experiment
     storage.check(experiment.storage)
@@ -269,8 +268,8 @@ def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
 
 
 def _close(parent: Run, status: tracking.Status = "KILLED") -> None:
-    """End a sweep in MLflow, and those of its trials that have not ended."""
-    with contextlib.suppress(StorageError):  # which has ended the sweep, too
+    """End the runs of a sweep and of its unfinished trials in MLflow."""
+    with contextlib.suppress(StorageError):  # it has already ended the sweep
         for child in parent.trials().values():
             child.finish_if_running("KILLED")
     parent.finish(status)
@@ -280,7 +279,7 @@ def score_untrained(
     prepared: Prepared, parent: Run, active: ActiveRun, resources: Resources
 ) -> dict[str, float] | None:
     """perplexity and bits_per_byte of the experiment's model before training, scored once for a sweep and logged to its
-    run in MLflow at step 0; None if that is not finite. With model.path it is every trial's."""
+    run in MLflow at step 0; None if it is not finite. With model.path it is the score of every trial."""
     measure = prepared.experiment.measure
     history = parent.metric_history()
     names = {"perplexity": f"eval/{measure}", "bits_per_byte": "eval/bits_per_byte"}
@@ -299,10 +298,10 @@ def score_untrained(
 def run_trials(
     prepared: Prepared, sets: dict[str, str], parent: Run, active: ActiveRun, resources: Resources
 ) -> list[dict[str, Any]]:
-    """Run the trials that have not finished; a row for each trial, the best first.
+    """Run the trials that have not finished; return a row for each trial, the best first.
 
-    `sets`: the token store of each evaluation set. Interrupted or KeyboardInterrupt if the process is asked to stop:
-    trials save a checkpoint then, from which they resume; StorageUnavailable if storage failed.
+    `sets`: the token store of each evaluation set. Interrupted or KeyboardInterrupt if the process is asked to stop;
+    trials then save a checkpoint to resume from. StorageUnavailable if storage failed.
     """
 
     def stopping() -> bool:
@@ -325,7 +324,7 @@ def run_trials(
     summary.log_data(parent, experiment, store)
     summary.log_comparison(parent, experiment, swept)
     parent.log_text(dump(experiment), "experiment.yaml")
-    random.seed(experiment.train.seed)  # by which a population draws
+    random.seed(experiment.train.seed)  # population-based training draws from it
     scheduler = sweeps.RecordedScheduler(sweeps.scheduler(section, planned, metric), record, planned, stopping)
     together = min(resources.most_runs, section.max_concurrent_trials or resources.most_runs)
     searcher = sweeps.searcher(section, experiment.train.seed)
@@ -333,7 +332,7 @@ def run_trials(
         searcher,
         record,
         scheduler,
-        # A population is compared as a whole: its trials take turns.
+        # A population is compared as a whole, so its trials take turns.
         together=together if section.scheduler.kind != "pbt" else searcher.total,
         values=lambda trial: values(experiment, store, trial),
         stopping=stopping,
@@ -372,7 +371,7 @@ def run_trials(
 
 
 def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
-    """What a searcher minimizes: the score, and what it is weighed against."""
+    """The values that a searcher minimizes: the score, and tune.against."""
     section = experiment.tune
     score = trial.results[-1][f"best_{section.metric}"]
     if section.against is None:
@@ -380,17 +379,17 @@ def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
     if section.against == "seconds":
         return [score, trial.results[-1]["seconds"]]
     changed = override(experiment, {**trial.settings, "tune.space": {}})
-    found = model.config_of(changed, model.num_ids(changed.model, store.tokenizer))
-    return [score, model.num_parameters(found, masked=changed.objective.is_masked)]
+    model_config = model.config_of(changed, model.num_ids(changed.model, store.tokenizer))
+    return [score, model.num_parameters(model_config, masked=changed.objective.is_masked)]
 
 
-def weigh(rows: list[dict[str, Any]], against: str, found: dict[str, list[float]]) -> None:
-    """Add to each row what its score is weighed against, and whether it is on the Pareto front."""
+def weigh(rows: list[dict[str, Any]], against: str, objectives: dict[str, list[float]]) -> None:
+    """Add to each row its value of tune.against, and whether it is on the Pareto front."""
     for row in rows:
-        own = found.get(row["trial_id"])
+        own = objectives.get(row["trial_id"])
         row[against] = own[1] if own else None
         row["pareto"] = own is not None and not any(
-            other != own and other[0] <= own[0] and other[1] <= own[1] for other in found.values()
+            other != own and other[0] <= own[0] and other[1] <= own[1] for other in objectives.values()
         )
 
 
@@ -399,7 +398,7 @@ def export_best_trial(
 ) -> dict[str, Any] | None:
     """Export the best trial's model, score it as `raylm evaluate` does and end every trial's run in MLflow.
 
-    The best row, with the exported model as its checkpoint; None if no trial has a score.
+    Returns the best row, with the exported model as its checkpoint; None if no trial has a score.
     """
     experiment = prepared.experiment
     children = parent.trials()
@@ -422,23 +421,23 @@ def export_best_trial(
 
 
 def standing_tags(standing: significance.Standing | None, measure: str) -> dict[str, Any]:
-    """The interval of a trial's score, and whether it is as good as the best one: tags, because both may change when
-    the sweep resumes."""
+    """The interval of a trial's score, and whether it is as good as the best one. They are tags because they may change
+    when the sweep resumes."""
     record = standing.record(measure) if standing is not None else {}
     return {f"raylm.{name}": value for name, value in record.items() if value is not None}
 
 
 def best_tags(best: Mapping[str, Any], children: Mapping[str, Run]) -> dict[str, Any]:
-    """The best trial, its score and its settings one by one: tags, because a sweep that resumes may find a better one,
+    """The best trial, its score and each of its settings. They are tags because a resumed sweep may find a better trial
     and MLflow never changes a parameter."""
-    found = {"trial": best["trial_id"], "perplexity": best["perplexity"], **best["settings"]}
+    tags = {"trial": best["trial_id"], "perplexity": best["perplexity"], **best["settings"]}
     size = children[best["trial_id"]].tags().get(tracking.PARAMETERS_TAG) if best["trial_id"] in children else None
-    return {f"raylm.best.{key}": value for key, value in {**found, "model_parameters": size}.items()}
+    return {f"raylm.best.{key}": value for key, value in {**tags, "model_parameters": size}.items()}
 
 
 def description(rows: list[dict[str, Any]], best: Mapping[str, Any], score: str) -> str:
-    """The Markdown of a sweep's page in MLflow, which shows its first lines: where trials are compared, the best trial,
-    the ranked trials."""
+    """The Markdown of a sweep's page in MLflow: a link to the comparison, then the best trial, then the ranked trials,
+    because MLflow shows the first lines."""
     settings = ", ".join(f"`{key}={console.format_number(value)}`" for key, value in best["settings"].items())
     ranked = tables.ranked_markdown([TrialRow.from_record(row) for row in rows], score)
     best_of = f"**Best: {best['trial_id']}, {score} {best['perplexity']:.2f}** of {best['scored_on']}, with {settings}"
@@ -446,7 +445,7 @@ def description(rows: list[dict[str, Any]], best: Mapping[str, Any], score: str)
 
 
 def _no_result(active: ActiveRun, rows: list[dict[str, Any]]) -> TrainingError | ConfigError:
-    """The error that no trial has a score; the sweep has ended, since the same settings would fail again."""
+    """The error that no trial has a score. It ends the sweep because the same settings would fail again."""
     reasons = "; ".join(sorted({row["failure"] for row in rows if row["failure"]}))
     problem = f"no trial of the sweep has a result: {reasons or 'it was stopped before'}"
     active.end({"error": problem})
@@ -460,18 +459,17 @@ def _result(
     prepared: Prepared, active: ActiveRun, parent: Run, rows: list[dict[str, Any]], best: dict[str, Any], reused: bool
 ) -> SweepResult:
     experiment, validation = prepared.experiment, prepared.store.validation
-    told = ("trial_id", "perplexity", "bits_per_byte", "checkpoint", "scored_on", "settings")
     return SweepResult(
         sweep=active.name,
         mlflow_run_id=parent.run_id,
         measure=experiment.measure,
         tokens_reused=reused,
-        scored_on=scored_on(experiment, prepared.scored),
+        scored_on=scored_on_with_size(experiment, prepared.scored),
         scored_in=experiment.eval.precision,
         prefix=summary.prefix(experiment, prepared.store),
         unknown_tokens=validation.unknown_tokens,
         incomparable=tokens.incomparable(validation.unknown_tokens, validation.num_tokens),
-        best=BestTrial(**{key: best[key] for key in told}),
+        best=BestTrial(**{field.name: best[field.name] for field in dataclasses.fields(BestTrial)}),
         trials=[TrialRow.from_record(row) for row in rows],
         significance=significance.sentence(
             {row["trial_id"]: row["standing"] for row in rows}, prepared.scored["scored_documents"]
@@ -480,16 +478,16 @@ def _result(
 
 
 def _report(directory: str, parent: Run) -> str | None:
-    """The report of a sweep that has ended. It can be made again, so its failure is not the sweep's."""
+    """The report of a finished sweep. A failure is only a warning because the report can be made again."""
     try:
         with console.task("Drawing the report"):
-            found = html.build(directory)
+            path = html.build(directory)
     except Exception as error:
         again = console.command("report", directory)
         logger.warning(f"the report could not be drawn ({error}); again: {again}")
         return None
-    parent.log_file(found, "report/report.html")
-    return found
+    parent.log_file(path, "report/report.html")
+    return path
 
 
 def _row(directory: str, trial: Trial) -> dict[str, Any]:

@@ -25,12 +25,12 @@ IGNORED_SECTIONS = ("name", "storage", "tracking", "tune")
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run as it is compared; None stands for what is not known."""
+    """A run to compare; None where a value is unknown."""
 
     name: str
     experiment: Experiment
     perplexity: float | None
-    """The score, whatever perplexity it is."""
+    """The score, of the kind that the experiment measures."""
     bits_per_byte: float | None
     scored_on: str
     """The text that was scored, in words: the whole validation split, or its first tokens."""
@@ -39,9 +39,9 @@ class ComparedRun:
     tokens: int | None
     """Training tokens."""
     seconds: float | None
-    """Time from the first logged step to the last, whatever happened between them."""
+    """Time from the first logged step to the last, including pauses."""
     tokens_per_second: int | None
-    """Median speed between two logged steps, which leaves out evaluations and stops."""
+    """Median speed between two logged steps, which excludes evaluations and pauses."""
     store: str | None
     """The fingerprint of the token store."""
 
@@ -52,7 +52,7 @@ class ComparedRun:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The manifest of the token store; empty if the store does not exist any more."""
+        """The manifest of the token store; empty if the store no longer exists."""
         path = f"{self.experiment.storage}/tokens/{self.store}/manifest.json"
         return json.loads(storage.read(path) or b"{}") if self.store else {}
 
@@ -92,14 +92,14 @@ class Comparison:
         return as_html(side_by_side([run.name for run in self.runs], self.rows()))
 
     def rows(self) -> dict[str, list[Any]]:
-        """Label -> value in each run, of scores, speed, data and settings that differ; None if a run has none."""
+        """Label -> value in each run: scores, speed, data and settings that differ; None if a run has no value."""
         records = [run.record() for run in self.runs]
         names = dict.fromkeys(name for record in records for name in record)
         return {**{label(name): [record.get(name) for record in records] for name in names}, **self.settings}
 
 
 def compare(runs: Sequence[str]) -> Comparison:
-    """The comparison of two runs or more, each given by its directory or name; StorageError if one is no run."""
+    """The comparison of two or more runs, given by directory or name; StorageError if one is not a run."""
     if len(runs) < 2:
         raise ConfigError(f"there is nothing to compare {runs[0]} with; give two runs or more", "RUN")
     compared = [summarize(run) for run in runs]
@@ -110,7 +110,7 @@ def compare(runs: Sequence[str]) -> Comparison:
 
 
 def summarize(run: str) -> ComparedRun:
-    """A run, trial, sweep or model, given by its directory or name; StorageError if it is none of these."""
+    """A run, trial, sweep or model, given by directory or name; StorageError if it is none of these."""
     directory = find(run)
     parent, _, name = directory.rpartition("/")
     inside = storage.names(directory)
@@ -139,7 +139,7 @@ def of_sweep(directory: str, trial_id: str | None) -> ComparedRun:
         trial, scored_on = trials[best.trial_id], best.scored_on
         scores: dict[str, Any] = {"perplexity": best.perplexity, "bits_per_byte": best.bits_per_byte}
     elif trial_id in trials:
-        trial, scored_on = trials[trial_id], results.ranked_on
+        trial, scored_on = trials[trial_id], sweeps.scored_on(results.experiment, results.state.parameters)
         scores = results.scores(trial)
     else:
         raise StorageError(f"{directory}: {trial_id or 'the sweep'} has no score yet", directory)
@@ -174,7 +174,7 @@ def of_training(directory: str) -> ComparedRun:
         trained = series.get("train/tokens")
         result = {name: None if best is None else steps.get(best) for name, steps in evaluations.items()}
         result["tokens"] = round(trained[-1][1]) if trained else None
-        scored_on = sweeps.ranked_on(experiment, state.parameters)
+        scored_on = sweeps.scored_on(experiment, state.parameters)
     return ComparedRun(
         name=directory.rpartition("/")[2],
         experiment=experiment,
@@ -189,7 +189,7 @@ def of_training(directory: str) -> ComparedRun:
 
 
 def pace(directory: str) -> dict[str, Any]:
-    """`seconds` and `tokens_per_second` of a run, by the times in its journal; None before two steps were logged."""
+    """`seconds` and `tokens_per_second` of a run, from its journal; None before two steps are logged."""
     points: dict[journal.MetricKey, journal.MetricValue] = {}
     journal.apply_metrics(journal.json_lines(directory, journal.METRICS_FILE).read()[0], points)
     steps = sorted((time / 1000, tokens) for (name, _), (tokens, time) in points.items() if name == "train/tokens")
@@ -203,7 +203,7 @@ def pace(directory: str) -> dict[str, Any]:
 
 def of_model(directory: str, name: str) -> ComparedRun:
     """An exported model, or a checkpoint."""
-    from raylm import checkpoint  # which imports torch
+    from raylm import checkpoint  # imports torch
 
     local = checkpoint.locate(directory)
     experiment, record = checkpoint.read_experiment(local), checkpoint.read_record(local)
@@ -235,7 +235,7 @@ def differing(experiments: Sequence[Experiment]) -> dict[str, list[Any]]:
 
 
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of each setting that bears on training, without the passwords in addresses."""
+    """(dotted key, value) of each setting that affects training, without the passwords in addresses."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from flat_settings(value, f"{prefix}{key}.")
@@ -266,7 +266,7 @@ def warnings(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def common_measure(runs: Sequence[ComparedRun]) -> str | None:
-    """The score by which all runs compare: their own, or bits_per_byte where tokenizers differ; None if none does."""
+    """The score that compares all runs: their own, or bits_per_byte if tokenizers differ; None if no score does."""
     measures = {run.measure for run in runs}
     alike = [{run.scored_on for run in runs}, {run.scored_in for run in runs}, measures]
     if any(len(values) > 1 for values in alike) or None in {run.store for run in runs}:
@@ -280,15 +280,15 @@ def common_measure(runs: Sequence[ComparedRun]) -> str | None:
 
 
 def _same_tokens(runs: Sequence[ComparedRun]) -> tuple[bool, bool, bool]:
-    """Of runs with different token stores: whether they have the same validation text, whether the same tokenizer, and
-    whether each tokenizer knows all of that text."""
+    """Whether runs with different token stores have the same validation text, whether they have the same tokenizer, and
+    whether each tokenizer knows all of the text."""
     manifests = [run.manifest for run in runs]
     knows_all = not any(each["validation"].get("unknown_tokens") for each in manifests if each)
     if all(manifests):
         texts = {tuple(each["validation"][count] for count in ("documents", "bytes")) for each in manifests}
         tokenizers = {json.dumps(each["tokenizer"]["files"], sort_keys=True) for each in manifests}
         return len(texts) == 1, len(tokenizers) == 1, knows_all
-    # A store does not exist any more, so the settings tell; if these are the same, the files have changed.
+    # A store no longer exists, so compare the settings; if these are equal, the files have changed.
     chosen = {(run.experiment.tokenizer.model_dump_json(), run.experiment.model.path) for run in runs}
     same_corpus = len({run.experiment.corpus.model_dump_json() for run in runs}) == 1
     return same_corpus and len(chosen) > 1, len(chosen) == 1, knows_all

@@ -13,16 +13,16 @@ from raylm import console, storage, tracking
 from raylm import sweep as sweeps
 from raylm.redaction import redacted
 from raylm.results import figures, several, trial_table
-from raylm.results.sweep import EXPERIMENT, SweepResults, read, repeat_command, scored_on
+from raylm.results.sweep import EXPERIMENT, SweepResults, read, repeat_command, scored_on_with_size
 
 
 def build(directory: str) -> str:
-    """Write the report of a sweep, whatever its state; the path of its page."""
+    """Write the report of a sweep in any state; return the path of its page."""
     return write(read(directory))
 
 
 def write(results: SweepResults) -> str:
-    """Write the report of a sweep that was read; the path of its page."""
+    """Write the report of a sweep that was read; return the path of its page."""
     built = figures.build(results.data)
     images = {figure.name: figures.png(figure) for figure in built if isinstance(figure, figures.Figure)}
     path = f"{results.directory}/report/report.html"
@@ -35,7 +35,7 @@ def write(results: SweepResults) -> str:
 
 
 def write_several(compared: several.SeveralSweeps) -> str:
-    """Write the report of several sweeps, beside that of the first; the path of its page."""
+    """Write the report of several sweeps next to that of the first; return the path of its page."""
     directory = compared.sweeps[0].directory
     path = f"{directory}/report/compared.html"
     names = [escape(results.name) for results in compared.sweeps]
@@ -60,7 +60,7 @@ def _cell(value: Any) -> str:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A table whose first `left` columns are texts and the others numbers."""
+    """A table whose first `left` columns are text and whose others are numbers."""
 
     def line(tag: str, cells: Sequence[str]) -> str:
         return "".join(
@@ -72,7 +72,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int) ->
 
 
 def page(results: SweepResults, built: Sequence[figures.Figure | figures.Omitted], images: Mapping[str, bytes]) -> str:
-    """The page with these figures; `images`, name -> PNG, stand in for them where plotly is not installed."""
+    """The page with these figures; `images`, name -> PNG, replace them if plotly is not installed."""
     script = figures.plotly_js()
     is_population = results.experiment.tune.scheduler.kind == "pbt"
     parts = [
@@ -81,7 +81,7 @@ def page(results: SweepResults, built: Sequence[figures.Figure | figures.Omitted
         _answer(results),
         *[_section(figure, images, interactive=script is not None) for figure in built],
         "<h2>All trials</h2>",
-        f"<p class=caption>Ranked by {scored_on(results.experiment, results.state.parameters)}. "
+        f"<p class=caption>Ranked by {scored_on_with_size(results.experiment, results.state.parameters)}. "
         f"{FOLLOW if script else ''}</p>",
         _trials(results),
         f"<p class=caption>{OF_A_POPULATION}</p>" if is_population else "",
@@ -98,18 +98,18 @@ def page(results: SweepResults, built: Sequence[figures.Figure | figures.Omitted
 
 
 def _state(results: SweepResults) -> str:
-    """How many trials there are of each status, and whether more are to come."""
+    """The number of trials of each status, and whether the sweep has finished."""
     trials = results.data.trials
     counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
     by_status = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    unfinished = "" if results.result else " The sweep was not over when this was written."
+    unfinished = "" if results.result else " The sweep had not finished when this was written."
     if not trials:
-        return f"No trial has begun.{unfinished}"
+        return f"No trial has started.{unfinished}"
     return f"{len(trials)} trial{'s' if len(trials) > 1 else ''}: {by_status}.{unfinished}"
 
 
 def _answer(results: SweepResults) -> str:
-    """The best trial with its score and settings, or why there is none."""
+    """The best trial with its score and settings, or why no trial is best."""
     best = results.best
     if best is None:
         problem = results.result.get("error", "no trial has a score yet")
@@ -141,7 +141,7 @@ def _section(figure: figures.Figure | figures.Omitted, images: Mapping[str, byte
 
 
 def _trials(results: SweepResults) -> str:
-    """The ranked table; below each trial what became of it, why it failed, and the command that repeats it."""
+    """The ranked table; below each trial its status, why it failed, and the command that repeats it."""
     rows = results.trials
     columns = trial_table.columns(rows, console.label(results.measure), results.data.swept)
     swept = set(results.data.swept)
@@ -173,7 +173,7 @@ def _trials(results: SweepResults) -> str:
 
 
 def _about(results: SweepResults) -> dict[str, Any]:
-    """What the sweep trained, on which data, with which searcher and scheduler; None where that is not known."""
+    """Model, data, searcher and scheduler of the sweep; None where unknown."""
     experiment, state = results.experiment, results.state
     section = experiment.tune
     fingerprint = state.parameters.get("store")
@@ -186,12 +186,12 @@ def _about(results: SweepResults) -> dict[str, Any]:
         **tokens,
         "model": state.parameters.get("model"),
         "budget of a trial": f"{results.data.budget_tokens:,} tokens",
-        "trained in all": f"{trained:,} tokens",
+        "trained in total": f"{trained:,} tokens",
         **{f"space: {key}": sweeps.shown(sampler) for key, sampler in section.space.items()},
         "searcher": section.searcher,
         "scheduler": section.scheduler.kind,
         "seed": experiment.train.seed,
-        "begun": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(state.run.get("time", 0) / 1000)),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(state.run.get("time", 0) / 1000)),
         "took": console.format_duration(results.seconds) if results.seconds else None,
         "git commit": {**state.run.get("tags", {}), **state.tags}.get(tracking.COMMIT_TAG),
         "directory": results.directory,
@@ -211,14 +211,14 @@ def _facts(pairs: Mapping[str, Any]) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that can stand inside a script, which `</script` would end."""
+    """JSON that is safe inside a script element, which `</script` would end."""
     return json.dumps(value).replace("<", "\\u003c")
 
 
 FOLLOW = "A click on a row, a line or a bar follows that trial through the figures."
 OF_A_POPULATION = (
-    "The settings of a population change while it is trained. The commands train with the last ones all along, which "
-    "is not the same."
+    "The settings of a population change during training. The commands train with the last settings from the start, "
+    "which is not the same."
 )
 STATUSES = ("running", "completed", "stopped early", "failed")
 
@@ -255,7 +255,7 @@ code { user-select: all; font-size: .92em; overflow-wrap: anywhere; }
 SCRIPT = """
 const figures = FIGURES, boxes = [];
 let chosen = null;
-function choose(trial) {  // the same one again: all
+function choose(trial) {  // a second click on a trial shows all again
   chosen = trial === chosen ? null : trial;
   for (const box of boxes) {
     const lines = [...box.data.keys()].filter(index => box.data[index].meta === "trial");

@@ -13,6 +13,7 @@ from raylm.console import format_number, label
 from raylm.errors import ConfigError
 from raylm.results import compare, tables
 from raylm.results.figures import short_name
+from raylm.results.sweep import scored_on
 
 if TYPE_CHECKING:
     from raylm.results.sweep import SweepResults
@@ -26,12 +27,12 @@ class RankedTrial:
     sweep: str
     trial: Trial
     score: float
-    """At equal tokens."""
+    """The score at equal tokens."""
     settings: Mapping[str, Any]
-    """Dotted key -> value, of every setting that one of the sweeps varied."""
+    """Dotted key -> value, for every setting that one of the sweeps varied."""
 
     def record(self, measure: str) -> dict[str, Any]:
-        """The trial for --json; its score stands under its own name."""
+        """The trial for --json; the key of the score is its name."""
         return {
             "sweep": self.sweep,
             "trial_id": self.trial.trial_id,
@@ -51,13 +52,13 @@ class SeveralSweeps:
     warnings: Sequence[str]
     """What cannot be compared."""
     measure: str | None
-    """The score that compares all trials: that of all sweeps, or bits_per_byte; None if there is none."""
+    """The score that compares all trials: that of all sweeps, or bits_per_byte; None if neither does."""
     equal_tokens: int
     """The deepest training tokens that every trial with a score has reached."""
 
     @cached_property
     def trials(self) -> list[RankedTrial]:
-        """The trials of all sweeps that have a score by `equal_tokens`, the best first; none if nothing compares."""
+        """The trials of all sweeps with a score by `equal_tokens`, the best first; empty if no score compares them."""
         if self.measure is None:
             return []
         swept = list(dict.fromkeys(key for results in self.sweeps for key in results.data.swept))
@@ -71,11 +72,11 @@ class SeveralSweeps:
 
     @property
     def _metric(self) -> str:
-        """The name of the measure in the results of a trial, where every kind of perplexity is called so."""
+        """The key of the measure in a trial's results, which call every kind of perplexity perplexity."""
         return "bits_per_byte" if self.measure == "bits_per_byte" else "perplexity"
 
     def left_out(self) -> int:
-        """The number of trials without a score at these tokens."""
+        """Number of trials without a score at `equal_tokens`."""
         return sum(len(results.data.trials) for results in self.sweeps) - len(self.trials)
 
     def record(self) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class SeveralSweeps:
         )
 
     def changes(self) -> dict[str, list[Any]]:
-        """What differs between the sweeps, and what each of them swept and found; a value for each sweep."""
+        """Label -> value for each sweep: settings that differ, swept settings, best score."""
         swept = [", ".join(map(short_name, results.experiment.tune.space)) for results in self.sweeps]
         best = [results.best for results in self.sweeps]
         return {
@@ -130,7 +131,11 @@ def read(sweeps: Sequence[SweepResults]) -> SeveralSweeps:
         if results.best is None:
             raise ConfigError(f"{results.name} has no trial with a score yet; leave it out", "SWEEP")
     runs = [
-        replace(compare.of_sweep(results.directory, None), name=results.name, scored_on=results.ranked_on)
+        replace(
+            compare.of_sweep(results.directory, None),
+            name=results.name,
+            scored_on=scored_on(results.experiment, results.state.parameters),
+        )
         for results in sweeps
     ]
     return SeveralSweeps(

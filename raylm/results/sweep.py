@@ -1,18 +1,16 @@
-"""A sweep read back from its directory, whatever its state: its experiment, trials, scores and best trial."""
+"""A sweep, in any state, read back from its directory: its experiment, trials, scores and best trial."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from raylm import config, storage, tracking
 from raylm.config import WHOLE_SPLIT, Experiment
 from raylm.console import command, label
-from raylm.errors import ConfigError, StorageError
+from raylm.errors import StorageError
 from raylm.results import runs
 from raylm.results.figures import SweepData
 from raylm.results.trial_table import WEIGHED, TrialRow
@@ -26,12 +24,12 @@ EXPERIMENT = "experiment.yaml"
 class BestTrial:
     """The best trial of a sweep.
 
-    In a finished sweep its scores are of the whole validation split, if that was affordable.
+    Once the sweep has finished, its scores are those on the whole validation split, if that was affordable.
     """
 
     trial_id: str
     perplexity: float
-    """The score, whatever perplexity it is."""
+    """The score, of the kind that the experiment measures."""
     bits_per_byte: float
     checkpoint: str | None
     """The exported model; None while the sweep has not finished."""
@@ -40,7 +38,7 @@ class BestTrial:
     """Swept dotted key -> value."""
 
     def record(self, measure: str) -> dict[str, Any]:
-        """The best trial for --json; the score stands under its own name."""
+        """The best trial for --json; the key of the score is its name."""
         return {
             "trial_id": self.trial_id,
             measure: self.perplexity,
@@ -53,7 +51,7 @@ class BestTrial:
 
 @dataclass(frozen=True)
 class SweepResults:
-    """A sweep, whatever its state."""
+    """A sweep in any state."""
 
     directory: str
     experiment: Experiment
@@ -62,7 +60,7 @@ class SweepResults:
     data: SweepData
     """The trials with their ranking, as figures draw them."""
     seconds: float
-    """Run time over all commands that worked on the sweep, without one that still does."""
+    """Run time of all commands that worked on the sweep and have ended."""
     result: dict[str, Any]
     """result.json; empty while the sweep has not finished."""
 
@@ -85,7 +83,11 @@ class SweepResults:
         if final is None:
             scores = self.scores(trial)
             return BestTrial(
-                trial.trial_id, **scores, checkpoint=None, scored_on=self.ranked_on, settings=trial.settings
+                trial.trial_id,
+                **scores,
+                checkpoint=None,
+                scored_on=scored_on(self.experiment, self.state.parameters),
+                settings=trial.settings,
             )
         return BestTrial(
             trial.trial_id,
@@ -100,11 +102,6 @@ class SweepResults:
         """perplexity and bits_per_byte on the tokens by which trials are ranked; None if the trial has no score."""
         last = trial.results[-1] if self.data.score(trial) is not None else {}
         return {name: last.get(f"best_{name}") for name in ("perplexity", "bits_per_byte")}
-
-    @property
-    def ranked_on(self) -> str:
-        """The text by which trials are ranked, in words."""
-        return ranked_on(self.experiment, self.state.parameters)
 
     @property
     def trials(self) -> list[TrialRow]:
@@ -139,7 +136,7 @@ def repeat_command(directory: str, trial: Trial) -> str:
 
 
 def measured(directory: str, trial: Trial) -> dict[str, Any]:
-    """What a sweep's trial cost: parameters, seconds, and best_step; None where that is not known."""
+    """parameters, seconds and best_step of a sweep's trial; None where unknown."""
     size = tracking.Run(f"{directory}/{trial.trial_id}").tags().get(tracking.PARAMETERS_TAG)
     last = trial.results[-1] if trial.results else {}
     return {
@@ -150,7 +147,7 @@ def measured(directory: str, trial: Trial) -> dict[str, Any]:
 
 
 def read(directory: str) -> SweepResults:
-    """The sweep of a directory; StorageError if it is none."""
+    """The sweep in a directory; StorageError if the directory is not a sweep."""
     if not runs.is_sweep(directory):
         raise StorageError(f"{directory} is not a sweep: it has no {EVENTS}", directory)
     state = journal.run_state(directory)
@@ -173,27 +170,21 @@ def read(directory: str) -> SweepResults:
 
 
 def read_experiment(directory: str, state: journal.RunState) -> Experiment:
-    """The experiment in the journal of a run or sweep; StorageError if it was stopped before it had one."""
+    """The experiment in the journal of a run or sweep; StorageError if the run stopped before it was written."""
     artifact = state.artifacts.get(EXPERIMENT)
     if artifact is None:
-        raise StorageError(f"{directory} was stopped before it began: its journal has no experiment", directory)
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch, EXPERIMENT)
-        file.write_text(artifact["text"], encoding="utf-8")
-        try:
-            return config.load(file)
-        except ConfigError as error:  # of another version of raylm
-            raise ConfigError(error.message.replace(str(file), f"{directory}: its experiment"), error.where) from None
-
-
-def ranked_on(experiment: Experiment, parameters: Mapping[str, Any]) -> str:
-    """The text that evaluations during training score, in words, by the parameters of the run in MLflow."""
-    return str(parameters.get("scored_on") or experiment.eval.scored_on)
+        raise StorageError(f"{directory} was stopped before it started: its journal has no experiment", directory)
+    return config.loads(artifact["text"], f"{directory}: its experiment")
 
 
 def scored_on(experiment: Experiment, parameters: Mapping[str, Any]) -> str:
-    """The text that evaluations during training score, and its size, by the parameters of the run in MLflow."""
-    text = ranked_on(experiment, parameters)
+    """The text that evaluations during training score, in words. `parameters` are those of the run in MLflow."""
+    return str(parameters.get("scored_on") or experiment.eval.scored_on)
+
+
+def scored_on_with_size(experiment: Experiment, parameters: Mapping[str, Any]) -> str:
+    """`scored_on` with the number of documents and tokens, if `parameters` have them."""
+    text = scored_on(experiment, parameters)
     if "scored_documents" not in parameters:
         return text
     documents, tokens = (int(parameters[f"scored_{each}"]) for each in ("documents", "tokens"))
@@ -210,7 +201,7 @@ def _losses(directory: str) -> list[tuple[float, float]]:
 
 
 def _samplers(experiment: Experiment) -> dict[str, str]:
-    """Swept key -> the name of its sampler, of keys that have the same one in every inner space."""
+    """Swept key -> the name of its sampler, for keys with the same sampler in every inner space."""
     samplers: dict[str, set[str]] = {}
     for key, sampler in experiment.tune.space.items():
         for space in config.spaces(key, sampler) or [{key: sampler}]:
