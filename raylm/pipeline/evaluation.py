@@ -35,12 +35,12 @@ class EvaluationPlan:
     """A model, and the documents that it is scored on."""
 
     model: str
-    """As it was given: a directory, here or in object storage, or an id of the Hugging Face Hub."""
+    """The model as given: a directory, local or in object storage, or an id of the Hugging Face Hub."""
     directory: Path
-    """Where the model lies on this machine."""
+    """The local directory of the model."""
     experiment: Experiment
     documents: Encoded | Split
-    """Of all sets, one after the other."""
+    """The documents of all sets, concatenated."""
     sets: dict[str, range]
     """The documents of each set: evaluation sets, "text" or "validation"."""
     measure: str
@@ -48,9 +48,9 @@ class EvaluationPlan:
     prefix: str | None
     """The token in front of every document."""
     unknown_id: int | None
-    """Of the tokenizer's token for what it does not know."""
+    """Id of the tokenizer's unknown token."""
     resources: Resources | None
-    """None where they are known only once Ray is connected."""
+    """None if they are known only once Ray is connected."""
 
     def record(self) -> dict[str, Any]:
         """The plan for --json: how many documents each set has."""
@@ -64,11 +64,11 @@ def resolve(model: str, directory: Path, experiment: Experiment, text: Sequence[
     resources = cluster.planned_resources(experiment.cluster)
     configuration = models.pretrained_configuration(experiment.model)
     perplexity.context_of(experiment.eval, models.context(configuration), experiment.blocks.block_size)
-    known = _tokenizer_of(experiment)
-    prefix = tokenizer.frame(known, experiment.tokenizer.prefix).prefix
+    own_tokenizer = _tokenizer_of(experiment)
+    prefix = tokenizer.frame(own_tokenizer, experiment.tokenizer.prefix).prefix
     is_masked = experiment.objective.is_masked or models.is_masked(configuration)
     if is_masked:
-        objective.check_settings(ObjectiveConfig(kind="masked"), BlocksConfig(), known)
+        objective.check_settings(ObjectiveConfig(kind="masked"), BlocksConfig(), own_tokenizer)
     documents, sets = _documents(directory, experiment, text)
     return EvaluationPlan(
         model=model,
@@ -77,8 +77,8 @@ def resolve(model: str, directory: Path, experiment: Experiment, text: Sequence[
         documents=documents,
         sets=sets,
         measure=experiment.eval.measure(masked=is_masked),
-        prefix=None if prefix is None else known.convert_ids_to_tokens(prefix),
-        unknown_id=tokenizer.unknown_id(known),
+        prefix=None if prefix is None else own_tokenizer.convert_ids_to_tokens(prefix),
+        unknown_id=tokenizer.unknown_id(own_tokenizer),
         resources=resources,
     )
 
@@ -108,21 +108,21 @@ class Evaluation:
     def __init__(self, plan: EvaluationPlan, rows: np.ndarray):
         self.plan = plan
         self.rows = rows
-        """What perplexity.score_documents gives: float64 of shape (documents, 5)."""
+        """The result of perplexity.score_documents: float64 of shape (documents, 5)."""
         self.unknown_tokens = [
             0 if plan.unknown_id is None else int((plan.documents[number] == plan.unknown_id).sum())
             for number in range(len(plan.documents))
         ]
-        """Of each document."""
+        """Number of unknown tokens in each document."""
 
     @property
     def score(self) -> Score:
-        """Of all documents together: perplexity, bits_per_byte, nll, tokens, bytes."""
+        """The score of all documents: perplexity, bits_per_byte, nll, tokens, bytes."""
         return Score.of(self.rows)
 
     @property
     def perplexity(self) -> float:
-        """Per token, of all documents together."""
+        """Perplexity per token of all documents."""
         return self.score.perplexity
 
     @property
@@ -130,7 +130,7 @@ class Evaluation:
         return self.score.bits_per_byte
 
     def figures(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """The score of these documents together. nll is summed, in nats; None where a number is not finite."""
+        """The score of these documents. nll is summed, in nats; None where a number is not finite."""
         score = Score.of(self.rows[list(numbers)])
         measure = self.plan.measure
         found = {
@@ -170,7 +170,7 @@ class Evaluation:
         }
 
     def documents(self) -> Iterator[dict[str, Any]]:
-        """The figures of each document. Its id is the 16 digits that `b2sum -l 64` tells of its text."""
+        """The score of each document. Its id is the 16 digits that `b2sum -l 64` prints for its text."""
         plan = self.plan
         for name, numbers in plan.sets.items():
             for number in numbers:
@@ -194,21 +194,21 @@ def _finite(value: float) -> float | None:
 
 
 def settings_of(directory: Path, config: Path | None) -> list[str]:
-    """Settings of the model that is there, in place of those by which a model was made or shall be.
+    """Settings that load the model in the directory, instead of the file's model, tokenizer, cluster and tune.
 
-    Of the file's section tokenizer what is about documents stays: prefix, and end-of-text token unless the file is the
-    model's own, whose tokenizer has it. What lies beside a model does not say that its code may run.
+    From the file's section tokenizer the prefix is kept, and the end-of-text token unless the file is the model's own,
+    whose tokenizer has it. A file next to a model cannot allow the model's code to run.
     """
     file = config or checkpoint.experiment_file(directory)
     kept: dict[str, Any] = {}
     if file is not None:
-        told = config_files.load(file).tokenizer
-        kept = {"prefix": told.prefix, "eos_token": told.eos_token if config is not None else None}
+        section = config_files.load(file).tokenizer
+        kept = {"prefix": section.prefix, "eos_token": section.eos_token if config is not None else None}
     return ["cluster={}", "tune={}", f"model={json.dumps({'path': str(directory)})}", f"tokenizer={json.dumps(kept)}"]
 
 
 def _check_settings(experiment: Experiment, directory: Path, model: str) -> None:
-    """ConfigError for settings that say what the argument says."""
+    """ConfigError for settings that name another model than the argument, or train a tokenizer."""
     if experiment.model.path != str(directory):
         key = "model.config" if experiment.model.config is not None else "model.path"
         raise ConfigError(f"{key}: the model that is scored is the argument, {model}; leave the setting out", key)
@@ -225,7 +225,7 @@ def _tokenizer_of(experiment: Experiment) -> PreTrainedTokenizerFast:
 def _documents(
     directory: Path, experiment: Experiment, text: Sequence[str]
 ) -> tuple[Encoded | Split, dict[str, range]]:
-    """The documents of all sets one after the other, and which of them are whose."""
+    """The documents of all sets, concatenated, and the range of each set."""
     if text:
         found_sets = {"text": evaluation_set(text, experiment.corpus, "--text")}
     else:
@@ -238,16 +238,16 @@ def _documents(
     for name, each in found_sets.items():
         with tempfile.TemporaryDirectory() as scratch:
             _tokenizer_of(experiment).save_pretrained(scratch)
-            found = tokens.encode_files(each.corpus, each.sources, scratch)
-        if not any(len(found[index]) for index in range(len(found))):
+            encoded = tokens.encode_files(each.corpus, each.sources, scratch)
+        if not any(len(encoded[index]) for index in range(len(encoded))):
             raise nothing_to_score(each)
-        sets[name] = range(len(documents), len(documents) + len(found))
-        documents.extend(found)
+        sets[name] = range(len(documents), len(documents) + len(encoded))
+        documents.extend(encoded)
     return documents, sets
 
 
 def _validation(directory: Path) -> Split:
-    """The validation split that a model was trained with; an error that says what else to score if there is none."""
+    """The validation split that a model was trained with; without one an error that says what else to score."""
     store = checkpoint.read_record(directory).get("store")
     if store is None:
         raise ConfigError(
@@ -276,7 +276,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_documents(result: Evaluation, path: Path) -> None:
-    """The figures of every document, a line of JSON each, in a file that is whole or not there."""
+    """Write the score of every document as a line of JSON, atomically."""
     lines = "".join(json.dumps(each) + "\n" for each in result.documents())
     try:
         storage.write(str(path), lines.encode())

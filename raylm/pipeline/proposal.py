@@ -14,7 +14,7 @@ from raylm.corpus import Profile, Source
 
 @dataclass(frozen=True)
 class Proposal:
-    """An experiment for a text, and what was seen of the text."""
+    """An experiment for a text, and a profile of the text."""
 
     experiment: Experiment
     sources: list[Source]
@@ -38,14 +38,14 @@ class Proposal:
 
 
 DUPLICATES = 0.01
-"""Of the documents, from which on it is told how to drop them."""
+"""Fraction of duplicates from which on the file shows how to drop them."""
 
 
 def propose(experiment: Experiment, given: Mapping[str, Any]) -> Proposal:
-    """What fits the text of `experiment`, which was loaded without a config file, and this machine.
+    """A proposal for the text of `experiment`, which was loaded without a config file, and this machine.
 
-    `given`: the settings that the user typed, by dotted keys; the paths are in the file as they were typed. DataError
-    if there is no text.
+    `given`: the settings that the user typed, by dotted keys; the file has the paths as typed. DataError if there is no
+    text.
     """
     (experiment, reasons), sources = plan.derive(experiment, with_sizes=True, anew=True)
     with console.waiting("Looking at the text"):
@@ -55,7 +55,7 @@ def propose(experiment: Experiment, given: Mapping[str, Any]) -> Proposal:
         f"{section}.{name}": value
         for section, values in tree.items()
         for name, value in (values.items() if isinstance(values, dict) else ())
-        if section != "tracking"  # which belongs to a place, as storage does
+        if section != "tracking"  # it belongs to a machine, like storage
     }
     if profile.duplicates >= DUPLICATES and not experiment.corpus.deduplicate:
         derived["corpus.deduplicate"] = False

@@ -1,4 +1,4 @@
-"""The token stores that a plan needs: opened where they exist, else prepared."""
+"""The token stores that a plan needs, opened if they exist, else prepared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raylm.tokens import Store
 
 
 def open_or_prepare(plan: TokensPlan) -> tuple[Store, bool]:
-    """`prepare`, with a connection to Ray of its own if the store does not exist yet."""
+    """`prepare`, which also connects to Ray if the store does not exist yet."""
     if tokens.is_store(plan.store):
         return tokens.open_store(plan.store), True
     if plan.tokenizer.train is None:
@@ -26,7 +26,7 @@ def open_or_prepare(plan: TokensPlan) -> tuple[Store, bool]:
 
 
 def prepare(plan: TokensPlan) -> tuple[Store, bool]:
-    """The token store, and whether it existed; Ray is connected unless it does. Progress is shown."""
+    """The token store, and whether it existed. If it does not, Ray must be connected. Shows progress."""
     if tokens.is_store(plan.store):
         return tokens.open_store(plan.store), True
     experiment = plan.experiment
@@ -39,11 +39,10 @@ def prepare(plan: TokensPlan) -> tuple[Store, bool]:
 def prepare_evaluation_sets(plan: Plan, store: Store) -> dict[str, str]:
     """The token store of each evaluation set, by the tokenizer of the run's own store; a store that exists is used.
 
-    Ray is connected unless all exist (`exist`). Progress is shown. A set is the `train` split of its store: nothing is
-    held out.
+    Ray must be connected unless all stores exist (`exist`). Shows progress. A set is the `train` split of its store.
     """
     tokenizer = tokens.tokenizer_section(store.path)
-    found = {}
+    paths = {}
     for name, each in plan.evaluation_sets.items():
         empty = nothing_to_score(each)
         with console.task(f"Preparing tokens of evaluation set {name}", "bytes") as progress:
@@ -59,12 +58,12 @@ def prepare_evaluation_sets(plan: Plan, store: Store) -> dict[str, str]:
                 raise (empty if error.where == "corpus" else error) from None
         if not made.train.num_tokens:
             raise empty
-        found[name] = made.path
-    return found
+        paths[name] = made.path
+    return paths
 
 
 def exist(plan: Plan) -> bool:
-    """Whether there is nothing to prepare: neither the run's own token store nor that of an evaluation set."""
+    """Whether the token stores of the run and of all evaluation sets exist."""
     store = plan.tokens.store
     if not tokens.is_store(store):
         return False
@@ -74,7 +73,7 @@ def exist(plan: Plan) -> bool:
 
 
 def nothing_to_score(text: EvaluationSet) -> DataError:
-    """The error that the paths of an evaluation set hold no text."""
+    """The error for an evaluation set without text."""
     paths = ", ".join(text.corpus.paths)
     return DataError(
         f"{text.key}: there is nothing to score in {paths}: no document has any text; give other files", text.key
@@ -82,7 +81,7 @@ def nothing_to_score(text: EvaluationSet) -> DataError:
 
 
 def check_nodes(experiment: Experiment) -> None:
-    """An error naming the setting that does not suit all nodes of the cluster, which is connected."""
+    """An error naming the setting that does not work on all nodes of the connected cluster."""
     check_storage(experiment)
     uri = experiment.tracking.uri
     if uri is not None and uri.startswith("sqlite") and (nodes := cluster.other_nodes()):
@@ -95,14 +94,14 @@ def check_nodes(experiment: Experiment) -> None:
 
 
 def check_storage(experiment: Experiment) -> None:
-    """StorageError if other nodes of the cluster, which is connected, do not read and write in the same storage."""
+    """StorageError if other nodes of the connected cluster cannot read and write the same storage."""
     nodes = cluster.other_nodes()
     if not nodes:
         return
     marked = storage.mark(experiment.storage)
-    found = cluster.on_nodes(nodes, storage.unusable, marked)
+    results = cluster.on_nodes(nodes, storage.unusable, marked)
     storage.remove_file(marked)
-    problems = [f"{nodes[node]}: {first_line(why)}" for node, why in found.items() if why is not None]
+    problems = [f"{nodes[node]}: {first_line(why)}" for node, why in results.items() if why is not None]
     if problems:
         way_out = "give a directory that all nodes share, or a place in object storage such as s3://bucket/runs"
         if storage.is_remote(experiment.storage):
@@ -116,12 +115,12 @@ def check_storage(experiment: Experiment) -> None:
 
 
 def verify(plan: TokensPlan) -> int:
-    """The number of shards, all whole by their checksums; DataError naming the files that are damaged or missing."""
+    """The number of shards, after checking their checksums; DataError naming the files that are damaged or missing."""
     path = plan.store
     faults = tokens.damage(path)
     if faults is None:
-        known = tokens.changes(plan.experiment.storage, plan.experiment.corpus, plan.tokenizer, plan.sources)
-        raise DataError(f"{path}: no token store there{known and f'; {known}'}; run raylm prepare", path)
+        changes = tokens.changes(plan.experiment.storage, plan.experiment.corpus, plan.tokenizer, plan.sources)
+        raise DataError(f"{path}: no token store there{changes and f'; {changes}'}; run raylm prepare", path)
     if not faults:
         faults = tokens.verify(tokens.open_store(path))
     if faults:
@@ -131,13 +130,13 @@ def verify(plan: TokensPlan) -> int:
 
 
 def record(store: Store) -> dict[str, Any]:
-    """What a token store holds, for --json: the counts of its splits and its ledger."""
+    """A token store for --json: the counts of its splits and its ledger."""
     splits = {name: {what: store.manifest[name][what] for what in tokens.COUNTED} for name in tokens.SPLITS}
     return {"store": store.path, "fingerprint": store.fingerprint, **splits, "ledger": store.manifest["ledger"]}
 
 
 def warnings(plan: TokensPlan, store: Store) -> Iterator[str]:
-    """What makes a token store useless, or unlike what was meant."""
+    """Warnings about a token store that is useless or probably a mistake."""
     if not store.validation.num_tokens:
         yield budget.no_validation(plan.experiment).message
     yield from tokens.warnings(store)

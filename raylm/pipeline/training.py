@@ -44,33 +44,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A training that has ended."""
+    """The result of a finished training."""
 
     run: str
-    """The run's name, which is that of its directory."""
+    """The name of the run and of its directory."""
     checkpoint: str
     """The directory of the best model: a plain Hugging Face directory."""
     measure: str
     """What the score is called: perplexity, masked_perplexity or pseudo_perplexity."""
     score: float
-    """Of the best model; per token, smaller is better."""
+    """The score of the best model, per token; smaller is better."""
     bits_per_byte: float
     keyword_score: float | None
-    """The score on the tokens of objective.keywords; None without keywords, or where the text scored has none."""
+    """The score on the tokens of objective.keywords; None without keywords, or if the scored text has none."""
     kept_fraction: float
-    """Of the documents that were read, those that the corpus' filters kept."""
+    """Fraction of the documents that the filters of the corpus kept."""
     prefix: str | None
     """The token in front of every document."""
     unknown_tokens: int
-    """Of the validation split."""
+    """Unknown tokens in the validation split."""
     incomparable: str | None
     """Why the score does not compare with others, if it does not."""
     scored_on: str
-    """Which part of the validation split."""
+    """The scored part of the validation split, in words."""
     scored_in: str
     """The arithmetic of the score, such as float32."""
     tokens: int
-    """Trained on."""
+    """Training tokens."""
     steps: int
     best_step: int
     best_tokens: int
@@ -78,17 +78,17 @@ class TrainResult:
     untrained_score: float | None
     """The score of the model before its first step, on the tokens of an evaluation; None in runs of older versions."""
     last_perplexity: float | None
-    """Of the last evaluation."""
+    """The score of the last evaluation."""
     resumed_from: int | None
     """The step of the checkpoint that this command resumed from."""
     tokens_per_second: int | None
-    """Median speed between two logged steps, as `raylm compare` tells it; None if there are no two."""
+    """Median speed between two logged steps, as in `raylm compare`; None without two steps."""
     mlflow_run_id: str | None
     mlflow_path: str | None = None
     """The path of the run's page, below the address of MLflow."""
 
     def record(self) -> dict[str, Any]:
-        """The result for --json: the score stands under its own name."""
+        """The result for --json; the key of a score is its name."""
         record = {key: value for key, value in dataclasses.asdict(self).items() if key != "mlflow_path"}
         measure = record["measure"]
         own = {
@@ -106,7 +106,7 @@ def run(plan: Plan, resume: runs.Resume = "auto") -> TrainResult:
     """Train to the end of the budget, export the best model and score it.
 
     Resumes the newest unfinished run of the experiment, unless `resume` is never. Interrupted or KeyboardInterrupt if
-    the process is asked to stop: the same call resumes then.
+    the process is asked to stop; the same call then resumes.
     """
     experiment = plan.experiment
     storage.check(experiment.storage)
@@ -127,8 +127,8 @@ def run(plan: Plan, resume: runs.Resume = "auto") -> TrainResult:
         status = "KILLED"
         raise
     except (Diverged, OutOfMemory) as error:
-        if error.where not in runs.MUTABLE_ON_RESUME:  # else it can be resumed with another value
-            active.end({"error": error.message})  # with the same settings it would fail again
+        if error.where not in runs.MUTABLE_ON_RESUME:  # else the run can resume with another value
+            active.end({"error": error.message})  # the same settings would fail again
         raise
     finally:
         tracked.finish(status)
@@ -151,7 +151,7 @@ def _run(plan: Plan, active: ActiveRun, tracked: Run) -> TrainResult:
         sets = stores.prepare_evaluation_sets(plan, prepared.store)
         estimate.say(estimate.training(dataclasses.replace(plan, prepared=prepared), prepared.budget))
         if alone is not None:
-            connection.close()  # the worker has the machine for itself
+            connection.close()  # the worker gets the whole machine
         return _train(prepared, sets, active, tracked, resources)
 
 
@@ -184,7 +184,7 @@ def _train(
             cluster.progress_channel(view.show, logger.info, view.report) as channel,
         ):
             outcome = launch.fit(dataclasses.replace(task, channel=channel), resources)
-            if outcome.stopped or cluster.stop_signal() is not None:  # after its last look: a score is left to do
+            if outcome.stopped or cluster.stop_signal() is not None:  # also after its last check
                 raise cluster.interruption(active.directory, f"stopped after step {outcome.step:,}, which is saved")
     best = dict(outcome.best)
     checkpoint = task.checkpoints.path(best["step"])
@@ -231,16 +231,16 @@ class Exported:
     score: dict[str, float]
     """perplexity and bits_per_byte."""
     scored_on: str
-    """Which part of the validation split."""
+    """The scored part of the validation split, in words."""
     keyword_score: float | None = None
-    """The score on the tokens of keywords, where the model was scored once more."""
+    """The score on the tokens of keywords, if the model was scored again."""
 
 
 def export_best(
     prepared: Prepared, checkpoint: str, best: Mapping[str, Any], directory: str, resources: Resources
 ) -> Exported:
     """The model of a checkpoint as a plain Hugging Face directory, `directory`/model, with its score on the whole
-    validation split where that is affordable, else with the score of its evaluation."""
+    validation split if that is affordable, else the score of its evaluation."""
     experiment, store = prepared.experiment, prepared.store
     score = {name: best[name] for name in ("perplexity", "bits_per_byte")}
     scored_on, keyword_score = experiment.eval.scored_on, None

@@ -1,4 +1,4 @@
-"""The data as a model will see it: documents, their tokens, blocks, a batch; as values, on a terminal, in HTML."""
+"""The data as a model will see it: documents, tokens, blocks and a batch, as values, on a terminal or in HTML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raylm.results import tables
 from raylm.tokens import Split, Store
 
 SHOWN_TOKENS = 160
-"""Tokens of a document or block that are shown; nobody reads more."""
+"""Most tokens of a document or block that are shown."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def pieces(store: Store, ids: Any) -> list[str]:
 
 
 def view(record: dict[str, Any]) -> RenderableType:
-    """All of the record for people: tables, and the tokens of documents and blocks."""
+    """The record for people: tables, and the tokens of documents and blocks."""
     tokenizer, frame, cut = record["tokenizer"], record["frame"], record["blocks"]
     special = {part["token"] for part in frame.values() if part is not None}
     counted = corpus.counted_as(record["ledger"])
@@ -150,7 +150,7 @@ def _sources(sources: list[dict[str, Any]]) -> Table:
 
 
 def _ledger(ledger: dict[str, int], kept_percent: float) -> Table:
-    table = tables.numbers("what became of it", "documents or bytes")
+    table = tables.numbers("outcome", "documents or bytes")
     for outcome, count in ledger.items():
         table.add_row(outcome, f"{count:,}")
     table.add_row("data after filtering", f"{kept_percent:.2f}%")

@@ -1,11 +1,11 @@
-"""The progress of a sweep: on a terminal one table that changes in place, elsewhere a line now and then.
+"""The progress of a sweep: a table that updates in place on a terminal, plain lines elsewhere.
 
 with live_table.show(budget_tokens=737_280, total_trials=8, keys=["train.learning_rate"], measure="perplexity") as view:
     view.update("trial_00000", settings={"train.learning_rate": 0.003})
     view.update("trial_00000", tokens=81_920, perplexity=130.5)
     view.update("trial_00000", status="stopped early")
 
-What is printed meanwhile through `logger.info` or `print` stands above the table.
+Output of `logger.info` or `print` meanwhile appears above the table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 MOST_ROWS = 12
 """Rows of the table: running trials first, then the best of the others."""
 PLAIN_SECONDS = 5.0
-"""Time between two plain lines at first; later a twentieth of the time so far, or a day would be 17,000 lines."""
+"""Shortest time between two plain lines; later it is 5 % of the time so far, because a day would have 17,000 lines."""
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def show(
     measure: str = "perplexity",
     stages: Sequence[tuple[int, int]] = (),
 ) -> Iterator[LiveTable]:
-    """Show the progress of a sweep for as long as the context lasts. After an error the table stays on the screen.
+    """Show the progress of a sweep within the context. After an error the table stays on the screen.
 
     `keys` are the swept keys, `measure` is what the score is called. `stages`: see `LiveTable.stages`.
     """
@@ -60,7 +60,7 @@ def show(
 
 @dataclass
 class TrialProgress:
-    """A trial and its speed in this process: a resumed one has trained on some tokens before."""
+    """A trial and its speed in this process; a resumed trial starts with some tokens."""
 
     first: tuple[float, int]
     """(seconds, tokens) at its first update, or when it was promoted."""
@@ -82,7 +82,7 @@ class TrialProgress:
         return TrialRow(trial_id, self.status, self.perplexity, None, self.tokens, self.settings)
 
     def left(self, budget_tokens: int, now: float) -> float | None:
-        """Seconds until it has trained on the whole budget; None while that is not known."""
+        """Seconds until it has trained on the whole budget; None while unknown."""
         seconds, gained = self.last[0] - self.first[0], self.last[1] - self.first[1]
         if self.status != "running" or gained <= 0 or seconds <= 0:
             return None
@@ -90,7 +90,7 @@ class TrialProgress:
 
 
 class LiveTable:
-    """The trials of a running sweep, as far as they have reported."""
+    """The trials of a running sweep that have reported."""
 
     def __init__(
         self,
@@ -105,15 +105,15 @@ class LiveTable:
         self.keys = list(keys)
         self.score_name = console.label(measure)
         self.stages = stages
-        """With a scheduler that promotes: (tokens, trials that are expected to train on as many), up to the budget."""
+        """(tokens, trials expected to reach them), up to the budget, for a scheduler that promotes."""
         self.trials: dict[str, TrialProgress] = {}
         self.gained, self.busy = 0, 0.0
-        """Tokens that trials were trained on in this process, and the seconds that these took, added up."""
+        """Tokens that all trials were trained on in this process, and the sum of their seconds."""
         self.together = 1
         """The most trials that ran at the same time."""
         self.started = self._last_line = time.monotonic()
         self._estimate: tuple[float, float] | None = None
-        """When the time left was estimated, and the estimate in seconds. It runs down until the next one."""
+        """Time of the last estimate, and its seconds left, which count down until the next one."""
 
     def update(
         self,
@@ -127,7 +127,7 @@ class LiveTable:
     ) -> None:
         """Update a trial. `perplexity` is its best so far; `failure` is the reason, for a plain line.
 
-        A trial that has finished before its first update, in a resumed sweep, gets no line of its own.
+        A trial that had finished before a resume gets no line.
         """
         now = time.monotonic()
         trial = self.trials.get(trial_id)
@@ -154,7 +154,7 @@ class LiveTable:
             logger.info(
                 f"{trial_id}: {trial.status}, {trial.tokens:,} tokens{score}{f': {failure}' if failure else ''}"
             )
-        # Not when a trial pauses or ends: the one that takes its place is told of a moment later.
+        # Not when a trial pauses or finishes: its successor is reported a moment later.
         if status in (None, "running") and now - self._last_line >= max(PLAIN_SECONDS, (now - self.started) / 20):
             self._last_line = now
             logger.info(self.summary())
@@ -163,16 +163,16 @@ class LiveTable:
         return sum(trial.status == status for trial in self.trials.values())
 
     def summary(self) -> str:
-        """How many trials are where, their tokens, the best score and the time left, in one line."""
+        """Trials by status, tokens, the best score and the time left, in one line."""
         trials = self.trials.values()
         counts = {status: self._count(status) for status in ("running", "completed", "stopped early", "failed")}
-        told = [f"{count:,} {status}" for status, count in counts.items() if count]
+        statuses = [f"{count:,} {status}" for status, count in counts.items() if count]
         if paused := sorted({trial.tokens for trial in trials if trial.status == "paused"}):
             at = " to ".join(f"{tokens:,}" for tokens in dict.fromkeys((paused[0], paused[-1])))
-            told.insert(bool(counts["running"]), f"{self._count('paused'):,} paused at {at} tokens")
+            statuses.insert(bool(counts["running"]), f"{self._count('paused'):,} paused at {at} tokens")
         if missing := self.total_trials - len(trials):
-            told.append(f"{missing:,} not started")
-        parts = [", ".join(told)]
+            statuses.append(f"{missing:,} not started")
+        parts = [", ".join(statuses)]
         most = self.total_trials * self.budget_tokens
         parts.append(f"{sum(trial.tokens for trial in trials):,} of at most {most:,} tokens")
         scores = [trial.perplexity for trial in trials if trial.perplexity is not None and trial.status != "failed"]
@@ -184,15 +184,15 @@ class LiveTable:
         return "; ".join(parts)
 
     def seconds_left(self) -> float | None:
-        """Seconds until all trials have finished, at the speed so far; None while that is not known."""
+        """Seconds until all trials have finished, at the speed so far; None while unknown."""
         if self._estimate is None:
             return None
         then, seconds = self._estimate
         return max(0.0, seconds - (time.monotonic() - then))
 
     def _seconds_to_train(self) -> float:
-        """Of the tokens that are left, with as many trials at a time as so far; at least those of the one that trains
-        longest, which has nothing beside it in the end."""
+        """Seconds to train the remaining tokens with as many concurrent trials as so far; at least those of the longest
+        trial."""
         seconds_per_token = self.busy / self.gained
         unfinished = [trial.tokens for trial in self.trials.values() if not trial.is_over]
         is_one_to_complete = self.stages and not self._count("completed")
@@ -202,16 +202,16 @@ class LiveTable:
     def _tokens_left(self) -> float:
         """Training tokens until all trials have finished.
 
-        Where a scheduler promotes, as many as it is expected to promote to each stage. Else a trial that is to come is
-        expected to need as many as those that have finished, which assumes that early stopping saves as much as so far.
+        A scheduler that promotes has an expected number of trials for each stage. Otherwise each trial is expected to
+        need as many as the finished ones did on average, as if early stopping saved as much as so far.
         """
         trials = list(self.trials.values())
         if self.stages:
             left, begins = 0, 0
             for ends, expected in self.stages:
                 done = sum(min(max(trial.tokens - begins, 0), ends - begins) for trial in trials)
-                begun = [trial.tokens for trial in trials if trial.status == "running"]
-                here = sum(ends - tokens for tokens in begun if begins <= tokens < ends)
+                running = [trial.tokens for trial in trials if trial.status == "running"]
+                here = sum(ends - tokens for tokens in running if begins <= tokens < ends)
                 count = min(expected, self.total_trials - self._count("failed"))
                 left += max(here, count * (ends - begins) - done)
                 begins = ends
@@ -222,7 +222,7 @@ class LiveTable:
         return need + each * (self.total_trials - len(trials))
 
     def table(self) -> Table:
-        """What the terminal shows."""
+        """The table on the terminal."""
         ranked = sorted(self.trials.items(), key=_rank)
         shown = ranked[:MOST_ROWS]
         rows = [trial.row(trial_table.short_id(trial_id)) for trial_id, trial in shown]

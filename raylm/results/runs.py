@@ -1,4 +1,4 @@
-"""Runs and sweeps found by their directory, name or experiment's name; and what became of each."""
+"""Runs and sweeps, found by directory, name or experiment's name, and their states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raylm.sweep.record import EVENTS, SweepRecord
 from raylm.tracking import journal
 
 MOST_NAMES = 10
-"""Names that an error suggests at most."""
+"""Most names that an error suggests."""
 
 
 KINDS = ("train-", "tune-")
@@ -25,7 +25,7 @@ KINDS = ("train-", "tune-")
 
 
 def place(names: Sequence[str], default: str) -> str:
-    """The directory of a run, of an experiment's runs, or of a whole storage, `default` if none is named."""
+    """The directory of a run, of an experiment's runs, or of a whole storage; `default` if no name is given."""
     storage.look(default)
     if not names:
         return default
@@ -40,7 +40,7 @@ def place(names: Sequence[str], default: str) -> str:
 def find(run: str, kinds: tuple[str, ...] = KINDS) -> str:
     """The directory of a run or sweep; StorageError if there is none.
 
-    It is given as a directory, by its name, or by the experiment's name, which is that of the newest one of `kinds`.
+    `run` is a directory, a name, or the name of an experiment, whose newest run of `kinds` is taken.
     """
     if storage.is_remote(run):
         return run.rstrip("/")
@@ -53,7 +53,7 @@ def find(run: str, kinds: tuple[str, ...] = KINDS) -> str:
     matches += [directory for directory in runs if directory.rpartition("/")[2].startswith(kinds)]
     if matches:
         return os.path.abspath(matches[0])
-    if os.path.isdir(run):  # whoever reads it says what it lacks
+    if os.path.isdir(run):  # the caller reports what it lacks
         return os.path.abspath(run)
     raise StorageError(
         f"{run} is no directory, no name under {DEFAULT_STORAGE}/*/ here, and no experiment there; "
@@ -63,7 +63,7 @@ def find(run: str, kinds: tuple[str, ...] = KINDS) -> str:
 
 
 def find_sweep(sweep: str) -> str:
-    """The directory of a sweep, given as `find` takes it; StorageError if it is none."""
+    """The directory of a sweep, which is given as in `find`; StorageError if it is not a sweep."""
     directory = find(sweep, ("tune-",))
     if not is_sweep(directory):
         raise StorageError(f"{sweep} is not a sweep; {suggestions(directory)}", sweep)
@@ -75,7 +75,7 @@ def is_sweep(directory: str) -> bool:
 
 
 def suggestions(directory: str) -> str:
-    """The end of an error: which sweep or run could have been meant by a directory that is none."""
+    """The end of an error: the sweeps or runs that the user may have meant."""
     parent = directory.rpartition("/")[0]
     if is_sweep(parent):
         return f"did you mean {parent}?"
@@ -94,11 +94,11 @@ def _runs_below(directory: str) -> list[str]:
     return sorted(runs, key=lambda run: run.rpartition("/")[2].partition("-")[2], reverse=True)
 
 
-# What became of each -------------------------------------------------------------------------------------------------
+# Lists of runs -------------------------------------------------------------------------------------------------------
 
 
 MEASURES = ("perplexity", "masked_perplexity", "pseudo_perplexity")
-"""What the score of a run may be called."""
+"""The names that the score of a run may have."""
 
 
 @dataclass(frozen=True)
@@ -108,19 +108,19 @@ class ListedRun:
     directory: str
     kind: Literal["train", "tune"]
     state: Literal["running", "finished", "interrupted", "failed"]
-    """Interrupted runs resume. Storage without locks does not tell them from running ones."""
+    """Interrupted runs can resume. Storage without locks shows running ones as interrupted."""
     measure: str | None
     """What the score is called; None without one."""
     score: float | None
-    """The best so far, of a sweep that of its best trial."""
+    """The best score so far, of a sweep that of its best trial."""
     tokens: int
-    """Trained on; of a sweep by all trials."""
+    """Training tokens, of a sweep those of all trials."""
     num_bytes: int
     """On disk."""
     started: str
-    """When, as 2026-11-29 14:11."""
+    """Start time, such as 2026-11-29 14:11."""
     resume: str | None
-    """The command that resumes it; of several interrupted runs of an experiment it resumes the newest."""
+    """The command that resumes the run; None except for the newest interrupted run of an experiment."""
     error: str | None
 
     @property
@@ -137,12 +137,12 @@ class ListedRun:
 
 
 def listed(place: str) -> list[ListedRun]:
-    """The runs and sweeps of a storage, of an experiment's directory in it, or of a directory that is one of them."""
+    """The runs and sweeps in a storage or an experiment's directory, or the one in the directory of a run."""
     place = place.rstrip("/")
-    found = [place] if storage.read(f"{place}/run.json") is not None else _runs_below(place)
+    directories = [place] if storage.read(f"{place}/run.json") is not None else _runs_below(place)
     entries: list[ListedRun] = []
     resumed: set[tuple[str, str]] = set()
-    for directory in found:  # the newest first
+    for directory in directories:  # the newest first
         entry = _listed(directory, resumed)
         if entry is not None:
             entries.append(entry)
@@ -150,7 +150,7 @@ def listed(place: str) -> list[ListedRun]:
 
 
 def _listed(directory: str, resumed: set[tuple[str, str]]) -> ListedRun | None:
-    """What became of a run; None if it is none. `resumed`: (experiment, kind) of which a newer one resumes."""
+    """A run; None if the directory is not one. `resumed`: each (experiment, kind) whose newer run resumes."""
     if storage.read(f"{directory}/run.json") is None:
         return None
     parent, _, name = directory.rpartition("/")
@@ -172,14 +172,14 @@ def _listed(directory: str, resumed: set[tuple[str, str]]) -> ListedRun | None:
 
 
 def _score(directory: str, result: dict[str, Any]) -> tuple[str | None, float | None, int]:
-    """The name of a training's score, its best score, and the tokens it was trained on."""
+    """The name of a training's score, its best value, and the training tokens."""
     for measure in MEASURES:
         if measure in result:
             return measure, result[measure], result["tokens"]
     series = tracking.Run(directory).metric_history()
     trained = series.get("train/tokens")
     tokens = round(trained[-1][1]) if trained else 0
-    for measure in MEASURES:  # at step 0 is the score before training
+    for measure in MEASURES:  # step 0 is before training
         scores = [value for step, value in series.get(f"eval/{measure}", ()) if step]
         if scores:
             return measure, min(scores), tokens
@@ -198,7 +198,7 @@ def _sweep_score(directory: str, result: dict[str, Any]) -> tuple[str | None, fl
 
 
 def _started(name: str) -> str:
-    """When a run began, by its name."""
+    """The start time of a run, by its name."""
     try:
         return time.strftime("%Y-%m-%d %H:%M", time.strptime(name.partition("-")[2][:15], "%Y%m%d-%H%M%S"))
     except ValueError:

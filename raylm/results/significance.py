@@ -1,4 +1,4 @@
-"""Which trials of a sweep are as good as its best one, by the documents that all of them were scored on."""
+"""Which trials of a sweep are as good as the best one, by the documents that all of them were scored on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Standing:
     """How sure the score of a trial is, and whether it is worse than that of the best trial."""
 
     low: float | None
-    """Of the 95 % interval of its best perplexity; None for fewer than six documents."""
+    """The lower end of the 95 % interval of its best perplexity; None for fewer than six documents."""
     high: float | None
     as_good_as_best: bool | None
     """Whether the documents show no difference to the best trial; None if they are too few to tell."""
     p: float | None = None
-    """Of the difference to the best trial, corrected for all pairs of trials; None for the best one."""
+    """p-value of the difference to the best trial, corrected for all pairs of trials; None for the best trial."""
     least_percent: float | None = None
     """The smallest difference in perplexity that these documents could have shown, in percent."""
     compared_at_tokens: int | None = None
@@ -40,23 +40,23 @@ class Standing:
 def standings(directory: str, trials: Sequence[Trial]) -> dict[str, Standing]:
     """The standing of each trial whose document scores were kept, by its id.
 
-    `trials`: those that have a score, the best first. Two trials are compared at equal tokens, at the deepest
-    evaluation that both had: a trial that was stopped early is not called worse for having seen less.
+    `trials`: those with a score, the best first. Two trials are compared at the deepest evaluation that both had, so
+    that early stopping does not make a trial worse.
     """
     if not trials:
         return {}
     kept = {trial.trial_id: _Evaluations(f"{directory}/{trial.trial_id}", trial) for trial in trials}
     best, *others = kept.values()
-    found = {best.trial_id: Standing(*best.interval(), as_good_as_best=True)}
+    standings = {best.trial_id: Standing(*best.interval(), as_good_as_best=True)}
     differences = _differences(best, others)
     for each in others:
         depth, difference = differences.get(each.trial_id, (None, None))
         if difference is None:
-            found[each.trial_id] = Standing(*each.interval(), as_good_as_best=None)
+            standings[each.trial_id] = Standing(*each.interval(), as_good_as_best=None)
         else:
             least = 100 * math.expm1(difference.least)
-            found[each.trial_id] = Standing(*each.interval(), not difference.is_real, difference.p, least, depth)
-    return found
+            standings[each.trial_id] = Standing(*each.interval(), not difference.is_real, difference.p, least, depth)
+    return standings
 
 
 def _differences(
@@ -64,23 +64,23 @@ def _differences(
 ) -> dict[str, tuple[int, statistics.Difference | None]]:
     """The depth at which each trial can be compared with the best one, and the difference there."""
     depths = {other.trial_id: depth for other in others if (depth := _deepest(best, other)) is not None}
-    found = {}
+    compared = {}
     for depth in set(depths.values()):
         own = best.at(depth)
         assert own is not None
-        # Also trials that went deeper: the correction is for all that were there to be chosen from.
+        # Trials that went deeper, too: the correction covers all that could have been chosen.
         reached = {other.trial_id: scores for other in others if (scores := other.at(depth)) is not None}
         same = {name: scores for name, scores in reached.items() if scores.documents == own.documents}
         nll = np.stack([own.nll, *(scores.nll for scores in same.values())], axis=1)
         _, *differences = statistics.compare(nll, own.tokens)
         for name, difference in zip(same, differences, strict=True):
             if depths.get(name) == depth:
-                found[name] = depth, difference
-    return found
+                compared[name] = depth, difference
+    return compared
 
 
 class _Evaluations:
-    """The document scores of a trial's evaluations, read when they are asked for."""
+    """The document scores of a trial's evaluations, read on demand."""
 
     def __init__(self, directory: str, trial: Trial):
         self.directory, self.trial_id = directory, trial.trial_id
@@ -89,11 +89,11 @@ class _Evaluations:
         self._read: dict[int, DocumentScores | None] = {}
 
     def at(self, tokens: int) -> DocumentScores | None:
-        """After so many training tokens; None if there was no evaluation then, or its scores were not kept."""
+        """The scores after so many training tokens; None without an evaluation then, or if its scores were not kept."""
         return self._of(self.steps[tokens]) if tokens in self.steps else None
 
     def interval(self) -> tuple[float | None, float | None]:
-        """Of the perplexity of its best evaluation."""
+        """The 95 % interval of the perplexity of the best evaluation."""
         scores = self._of(self.best_step) if self.best_step is not None else None
         if scores is None:
             return None, None
@@ -108,7 +108,7 @@ class _Evaluations:
 
 
 def _deepest(one: _Evaluations, other: _Evaluations) -> int | None:
-    """The training tokens of the deepest evaluation of which both have the scores of the same documents."""
+    """The training tokens of the deepest evaluation at which both have scores of the same documents."""
     for tokens in sorted(one.steps.keys() & other.steps.keys(), reverse=True):
         mine, its = one.at(tokens), other.at(tokens)
         if mine is not None and its is not None and mine.documents == its.documents:
@@ -117,18 +117,18 @@ def _deepest(one: _Evaluations, other: _Evaluations) -> int | None:
 
 
 def sentence(standings: Mapping[str, Standing | None], documents: int) -> str | None:
-    """What a person learns from the standings; None if the scores of single documents are not known.
+    """The standings in a sentence; None if the scores of single documents are unknown.
 
     `standings`: by trial id, the best trial first; `documents`: how many were scored.
     """
     others = {name: standing for name, standing in list(standings.items())[1:] if standing is not None}
-    known = {name: standing for name, standing in others.items() if standing.as_good_as_best is not None}
+    judged = {name: standing for name, standing in others.items() if standing.as_good_as_best is not None}
     if others and documents < statistics.FEWEST_DOCUMENTS:
         return f"{documents} documents are too few to tell whether the best trial is better than the others"
-    if not known:
+    if not judged:
         return None
-    ties = [name.removeprefix("trial_") for name, standing in known.items() if standing.as_good_as_best]
-    least = max(standing.least_percent or 0.0 for standing in known.values())
+    ties = [name.removeprefix("trial_") for name, standing in judged.items() if standing.as_good_as_best]
+    least = max(standing.least_percent or 0.0 for standing in judged.values())
     test = f"on these {documents:,} documents, paired at equal tokens"
     if not ties:
         return f"no other trial is as good as the best {test} (p < 0.05)"

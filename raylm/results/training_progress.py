@@ -1,4 +1,4 @@
-"""What one sees of a training while it runs: its loss and its score, as curves on a terminal, elsewhere as lines."""
+"""The loss and score of a training while it runs, as curves on a terminal, as lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CURVE_WIDTH = 16
 
 
 class TrainingProgress:
-    """Shows a training of so many tokens through `advance`, which is what `console.task` yields."""
+    """Shows a training of so many tokens through `advance`, which `console.task` yields."""
 
     def __init__(self, advance: console.Advance, budget_tokens: int, measure: str):
         self.advance, self.budget_tokens = advance, budget_tokens
@@ -24,12 +24,12 @@ class TrainingProgress:
         self.tokens = 0.0
 
     def show(self, tokens: float) -> None:
-        """So many tokens are trained on."""
+        """Show the number of trained tokens."""
         self.tokens = tokens
         self.advance(tokens, self.budget_tokens, self.curves())
 
     def report(self, figures: Mapping[str, float]) -> None:
-        """A training loss, or the perplexity of an evaluation, after so many tokens; the latter is a line."""
+        """Show a training loss, or the perplexity of an evaluation, which also is a line."""
         if "loss" in figures:
             self.losses.append(figures["loss"])
         if "perplexity" in figures:
@@ -54,6 +54,6 @@ class TrainingProgress:
 
 
 def _ends(values: list[float]) -> tuple[str, ...]:
-    """The first value, a curve and the newest value; one alone if there are no more."""
+    """The first value, a curve and the newest value; a single value without a curve."""
     first, last = (console.format_number(value) for value in (values[0], values[-1]))
     return (first, console.sparkline(values, CURVE_WIDTH), last) if len(values) > 1 else (last,)

@@ -1,6 +1,6 @@
-"""The ranked table of a sweep's trials: its columns and cells, made once for the screen, the report and the live table.
+"""The ranked table of a sweep's trials: columns and cells for the screen, the report and the live table.
 
-The terminal's table after a sweep is drawn here; `html` and `live_table` draw the same columns in their own ways.
+The table on the terminal after a sweep is drawn here; `html` and `live_table` draw the same columns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TrialRow:
     status: str
     """running, paused, completed, stopped early or failed."""
     perplexity: float | None
-    """The best score on the tokens by which trials are ranked, whatever perplexity it is; None without a score."""
+    """The best score on the text that ranks the trials, of the kind that the experiment measures; None without one."""
     bits_per_byte: float | None
     tokens: int
     """Training tokens."""
@@ -42,9 +42,9 @@ class TrialRow:
     last_perplexity: float | None = None
     """The score of the last evaluation."""
     weighed: Mapping[str, float | None] = field(default_factory=dict)
-    """parameters or seconds, in a finished sweep whose scores are weighed against these."""
+    """parameters or seconds, in a finished sweep with tune.against."""
     pareto: bool | None = None
-    """Whether no trial is better in both; None in a sweep of scores alone."""
+    """Whether no trial is better in both; None without tune.against."""
     failure: str | None = None
     repeat: str | None = None
     """The command that trains with the same settings."""
@@ -57,7 +57,7 @@ class TrialRow:
     best_step: int | None = None
     mlflow_run_id: str | None = None
     standing: Standing | None = None
-    """How sure the score is, and whether it is worse than the best; None where document scores are not there."""
+    """The interval of the score, and whether it is worse than the best; None without document scores."""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TrialRow:
@@ -67,7 +67,7 @@ class TrialRow:
         return cls(**{name: record[name] for name in names}, weighed=weighed)
 
     def record(self, measure: str) -> dict[str, Any]:
-        """The row for --json; the score stands under its own name."""
+        """The row for --json; the key of the score is its name."""
         return {
             "trial_id": self.trial_id,
             "status": self.status,
@@ -135,7 +135,7 @@ def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None
 
 @dataclass(frozen=True)
 class RankedTable:
-    """The ranked table for a terminal of any width, the best trial in bold; rows stand in the order given.
+    """The ranked table for a terminal of any width, the best trial in bold; rows keep their order.
 
     Nothing is cut off: columns that do not fit beside the others follow in further tables of the same rows.
     """
@@ -196,7 +196,7 @@ GAP = 2
 
 
 def narrow_headings(shown: Mapping[str, Column]) -> dict[str, str]:
-    """Headings over several lines: the last part of a dotted name, if no other ends with the same, a word a line."""
+    """Headings of one word per line: the last part of a dotted name, if no other name ends with it."""
     last = {name: column.heading.rpartition(".")[2] for name, column in shown.items()}
     several = {heading for heading in last.values() if list(last.values()).count(heading) > 1}
     whole = {name: shown[name].heading if heading in several else heading for name, heading in last.items()}
@@ -204,12 +204,12 @@ def narrow_headings(shown: Mapping[str, Column]) -> dict[str, str]:
 
 
 def short_id(trial_id: str) -> str:
-    """The id of a trial in a column of them: 00003."""
+    """The id of a trial in a column: 00003."""
     return trial_id.removeprefix("trial_")
 
 
 def format_score(value: float | None) -> str:
-    """A score in a column of them, with two decimals below 1,000; a dash if there is none."""
+    """A score in a column, with two decimals below 1,000; a dash if there is none."""
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""What figures show: the trials of a sweep, their scores, and where their settings lie on an axis."""
+"""The data of figures: the trials of a sweep, their scores, and their settings' positions on an axis."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ BELOW = -0.1
 
 @dataclass(frozen=True)
 class Setting:
-    """A swept setting, or the score, and how its values lie on an axis."""
+    """A swept setting, or the score, as an axis."""
 
     name: str
     values: tuple[Any, ...]
     """The values of the trials, sorted, each once."""
     evenly_spaced: bool
-    """Whether values stand equally far apart, whatever they are: they were chosen from a list, not from a range."""
+    """Whether values have equal distances on the axis, because they come from a list and not from a range."""
     log: bool = False
 
     @staticmethod
@@ -82,7 +82,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class SweepData:
-    """The trials of a sweep, and what else must be known of it to rank and draw them."""
+    """The trials of a sweep, with all that is needed to rank and draw them."""
 
     trials: Sequence[Trial]
     budget_tokens: int
@@ -90,7 +90,7 @@ class SweepData:
     losses: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     """Trial id -> (tokens, training loss) of each logged step."""
     samplers: Mapping[str, str] = field(default_factory=dict)
-    """Swept key -> the name of its sampler, of keys that have one."""
+    """Swept key -> the name of its sampler, if it has a single one."""
     metric: str = "perplexity"
     """The metric that ranks the trials: perplexity or bits_per_byte."""
     score_name: str = "perplexity"
@@ -204,7 +204,7 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
 
 
 def hashable(value: Any) -> Any:
-    """A value of YAML as one that can be a key: lists become tuples, mappings text."""
+    """A YAML value made hashable: lists become tuples, mappings text."""
     return tuple(value) if isinstance(value, list) else str(value) if isinstance(value, dict) else value
 
 

@@ -184,5 +184,5 @@ def _legend(figure: Figure) -> list[dict[str, Any]]:
 
 
 def _html(text: str) -> str:
-    """Text as plotly.js takes it: it reads some HTML."""
+    """Text escaped for plotly.js, which interprets some HTML."""
     return html.escape(text, quote=False).replace("\n", "<br>")

@@ -1,4 +1,4 @@
-"""What a figure is made of, as plain values: what is drawn and in which colours, whatever library draws it."""
+"""The elements of a figure and their colours, as plain values, for any library that draws them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["best", "completed", "stopped early", "running", "failed", "setting"]
-"""What a line or bar stands for, which decides how it looks."""
+"""What a line or bar represents, which decides its colour and shape."""
 
 COLOURS: dict[Kind, str] = {
     "best": "#D55E00",
@@ -20,7 +20,7 @@ COLOURS: dict[Kind, str] = {
 """The palette of Okabe and Ito (2008), which people with any kind of colour blindness can tell apart."""
 
 SHADES = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98))
-"""Viridis without its yellow, which is lost on white: from the best to the worst, each lighter than the one before."""
+"""Viridis from dark, the best, to light, the worst, without its yellow, which is hard to see on white."""
 
 
 def shade_colour(shade: float) -> str:
@@ -32,12 +32,12 @@ def shade_colour(shade: float) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis, and what is written along it."""
+    """An axis and its labels."""
 
     title: str = ""
     log: bool = False
     ticks: Sequence[tuple[float, str]] | None = None
-    """Places and what is written there; None leaves both to the library that draws."""
+    """Positions and their labels; None leaves both to the library that draws."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Line:
 
     @property
     def ends_in_cross(self) -> bool:
-        """Whether the last point is a cross, which stands for a failure, instead of a dot."""
+        """Whether the last point is a cross, for a failure, instead of a dot."""
         return self.kind == "failed"
 
     @property
@@ -79,7 +79,7 @@ class Bar:
     about: str
     """What the reader sees when pointing at the bar; one fact per line of text."""
     whole: float = 0.0
-    """The length that was possible, where that is more: drawn pale behind the bar."""
+    """The possible length, if it is larger; drawn pale behind the bar."""
     note: str = ""
     """A text at the end of the bar."""
 

@@ -1,4 +1,4 @@
-"""A sweep's data -> its six figures, whatever its state."""
+"""The data of a sweep, in any state -> its six figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from raylm.sweep import Trial
 
 FEWEST_TRIALS = 4
-"""Trials with a score that the importance of settings takes at least."""
+"""Fewest trials with a score for the importance of settings."""
 PREFERRED_SETTINGS = ("train.learning_rate", "blocks.block_size")
 """The two settings of the heat map, if both are swept."""
 
@@ -41,9 +41,7 @@ def score_curves(data: SweepData) -> Figure | Omitted:
     lines = _lines(data, points)
     if not lines:
         return Omitted("perplexity", title, "no trial has been evaluated yet")
-    caption = "Every trial is scored on the same tokens, whatever its block size and batch. " + _about_failures(
-        data, lines
-    )
+    caption = "Every trial is scored on the same tokens, with any block size and batch. " + _about_failures(data, lines)
     y = Axis(data.score_name)
     if data.metric == "perplexity":
         values = [score for line in lines for _, score in line.points]
@@ -61,7 +59,7 @@ def loss_curves(data: SweepData) -> Figure | Omitted:
     lines = _lines(data, data.losses)
     if not lines:
         return Omitted("loss", title, "no trial has logged a loss yet")
-    caption = "The mean over the steps since the point before. " + _about_failures(data, lines)
+    caption = "Each point is the mean over the steps after the previous point. " + _about_failures(data, lines)
     return Figure("loss", title, caption, Axis("training tokens"), Axis("loss, nats per token"), lines=lines)
 
 
@@ -138,7 +136,7 @@ def heat_map(data: SweepData, shares: Mapping[str, float] | str) -> Figure | Omi
         shade = order.index(score) / max(1, len(order) - 1)
         cells.append(Cell(column, row, text, _about_equal(data, trial, score), shade))
     caption = (
-        "The best trial of each cell, and how many there are. The darker, the better; an empty cell was not tried. "
+        "The best score in each cell, and the number of its trials. Darker is better; an empty cell was not tried. "
         f"{data.about_equal_tokens}"
     )
     title = f"Best {data.score_name} by {across.name} and {up.name} {data.at_equal_tokens}"
@@ -160,7 +158,7 @@ def saved_tokens(data: SweepData) -> Figure | Omitted:
     """The tokens that each trial was trained on, beside its budget."""
     stopped = [trial for trial in data.trials if trial.status == "stopped early"]
     if not data.trials:
-        return Omitted("saved", "What early stopping saved", "no trial has begun yet")
+        return Omitted("saved", "What early stopping saved", "no trial has started yet")
     saved = sum(data.budget_tokens - trial.tokens for trial in stopped)
     whole = data.budget_tokens * len(data.trials)
     title = f"Early stopping saved {saved:,} of {whole:,} tokens: {saved / whole:.0%}"
@@ -192,13 +190,13 @@ def importance_bars(data: SweepData, shares: Mapping[str, float] | str) -> Figur
     ]
     caption = (
         f"The share of each setting in how the logarithm of the {data.score_name} varies (fANOVA, Hutter et al. 2014) "
-        f"over {len(data.compared)} trials; of few it is no more than a hint. {data.about_equal_tokens}"
+        f"over {len(data.compared)} trials; with few trials it is only a hint. {data.about_equal_tokens}"
     )
     return Figure("importance", title, caption, Axis("share of the variance, %"), Axis(), bars=bars)
 
 
 def importance(data: SweepData) -> dict[str, float] | str:
-    """Swept key -> its share in the variance of the score, the largest first; or the reason why that is not known."""
+    """Swept key -> its share in the variance of the score, the largest first; or the reason why it is unknown."""
     scored = data.compared
     settings = {
         key: setting for key, setting in data.settings.items() if all(key in trial.settings for trial, _ in scored)
