@@ -23,17 +23,17 @@ from raylm.errors import RaylmError
 
 class Finding(NamedTuple):
     what: str
-    """The thing that was looked at."""
+    """What was checked."""
     verdict: str
-    """good; note: it works, but could be better or does not exist; bad: something will not work, or is unsafe."""
+    """good; note: it works, but could be better, or is absent; bad: something will not work, or is unsafe."""
     found: str
-    """What it is."""
+    """The result of the check."""
     way_out: str = ""
     """What to do if the verdict is not good."""
 
 
 def findings(experiment: Experiment, fix: bool = False) -> list[Finding]:
-    """Everything that was found; `fix` mends what can be mended without asking."""
+    """All findings; `fix` repairs what needs no decision of the user."""
     parts: list[Callable[[], Iterator[Finding]]] = [
         machine,
         libraries,
@@ -72,7 +72,7 @@ def machine() -> Iterator[Finding]:
 
 
 def libraries() -> Iterator[Finding]:
-    """The requirements of raylm, against what is installed."""
+    """The requirements of raylm, compared with what is installed."""
     extras: set[str] = set()
     wrong = []
     for line in importlib.metadata.requires("raylm") or []:
@@ -104,8 +104,8 @@ def libraries() -> Iterator[Finding]:
 
 
 def token(fix: bool) -> Iterator[Finding]:
-    """Ray's token, which Ray 2.60 writes so that every user of the machine can read it."""
-    if os.environ.get("RAY_AUTH_TOKEN"):  # which Ray takes before a file's
+    """Ray's token, which Ray 2.60 writes readable for every user of the machine."""
+    if os.environ.get("RAY_AUTH_TOKEN"):  # Ray prefers it to a file
         yield Finding("ray token", "good", "RAY_AUTH_TOKEN")
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -128,7 +128,7 @@ def token(fix: bool) -> Iterator[Finding]:
 
 
 def ray_cluster(experiment: Experiment) -> Iterator[Finding]:
-    """The cluster that the experiment names, and what a worker takes of it."""
+    """The cluster that the experiment names, and the resources of a worker."""
     section = experiment.cluster
     address = cluster.address_of(section)
     if address is None:
@@ -148,7 +148,7 @@ def ray_cluster(experiment: Experiment) -> Iterator[Finding]:
 
 
 def storage_of(experiment: Experiment) -> Iterator[Finding]:
-    """The directory of all runs: whether it can be written, and how much room it has."""
+    """The directory of all runs: whether it can be written, and its free space."""
     place = experiment.storage
     if storage.is_remote(place):
         storage.check(place)
@@ -172,7 +172,7 @@ def tracking_of(experiment: Experiment) -> Iterator[Finding]:
     shown = tracking.display_uri(uri)
     if uri.startswith("http"):
         problem = tracking.problem(uri)
-        way_out = "runs go on without it: raylm sync" if problem else ""
+        way_out = "runs continue without it; raylm sync uploads later" if problem else ""
         yield Finding("mlflow", "bad" if problem else "good", problem or shown, way_out)
     elif uri.startswith("sqlite") and not cluster.is_local(experiment.cluster):
         yield Finding("mlflow", "bad", f"{shown} is a file of one machine", "set tracking.uri to a server")

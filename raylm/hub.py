@@ -1,6 +1,6 @@
-"""What is loaded by a path: from a directory of this machine, or from the Hugging Face Hub by its id.
+"""Loading by path, from a local directory or by id from the Hugging Face Hub.
 
-Whether the Hub answers is found out once, within seconds. Where it does not, what was downloaded before is used.
+Whether the Hub answers is checked once, within seconds. If it does not, what was downloaded before is used.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def loading(
             return
         except RaylmError as error:
             why, where = error.message, error.where
-        except Exception as error:  # libraries raise all sorts where a file is damaged
+        except Exception as error:  # libraries raise many kinds of errors for a damaged file
             why = _reason(path, error)
     raise kind(f"{key}={path}: {why}" if key else f"{path}: {why}", where or key or path)
 
 
 def problem(path: str, *, gguf_file: str | None = None, or_file: bool = False) -> str | None:
-    """Why nothing can be loaded from a path, as far as that is seen from outside; None if there may be something.
+    """Why nothing can be loaded from a path, without opening any file; None if loading may succeed.
 
-    `gguf_file` is to be in the directory; `or_file`: the path of a file will do.
+    `gguf_file` must be in the directory; with `or_file` the path may be a file.
     """
     if os.path.isfile(path):
         return None if or_file else f"it is a file; give the directory that it is in: {os.path.dirname(path) or '.'}"
@@ -50,7 +50,7 @@ def problem(path: str, *, gguf_file: str | None = None, or_file: bool = False) -
     except FileNotFoundError:
         if not is_id(path):
             return "there is no such directory"
-        out_of_reach()  # before anything asks the Hub again and again
+        out_of_reach()  # before anything retries the Hub
         return None
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
@@ -76,8 +76,8 @@ def is_id(path: str) -> bool:
 def out_of_reach() -> str | None:
     """Why the Hub cannot be asked; None if it can.
 
-    If it does not answer, this process and those that it starts are in huggingface_hub's offline mode from then on:
-    each file that is asked for would be tried six times, for half a minute.
+    If it does not answer, huggingface_hub is put into offline mode, for this process and those it starts, because each
+    file would be retried six times, for half a minute.
     """
     from huggingface_hub import constants
 
@@ -95,7 +95,7 @@ def out_of_reach() -> str | None:
 
 
 def _silence() -> str | None:
-    """Why the Hub gives no answer in the time that huggingface_hub gives it for one; None if it gives any."""
+    """Why the Hub does not answer within huggingface_hub's timeout; None if it answers."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -105,10 +105,10 @@ def _silence() -> str | None:
         try:
             get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             answers.put(None)
-        except Exception as error:  # of the network, a proxy, a certificate
+        except Exception as error:  # errors of the network, a proxy, a certificate
             answers.put(first_line(error))
 
-    # In a thread: a name server that is silent, or several addresses that are, take a multiple of the timeout.
+    # In a thread, because a silent name server, or several silent addresses, take a multiple of the timeout.
     threading.Thread(target=ask, daemon=True).start()
     try:
         return answers.get(timeout=constants.HF_HUB_ETAG_TIMEOUT)
@@ -124,7 +124,7 @@ def _reason(path: str, error: Exception) -> str:
         for name in sorted(os.listdir(path)):
             if name.endswith(".json") and (why := _damage(os.path.join(path, name))):
                 return f"{name} {why}"
-    known = isinstance(error, (OSError, ValueError))  # whose messages are sentences
+    known = isinstance(error, (OSError, ValueError))  # their messages are sentences
     return first_line(error) if known else f"it cannot be loaded: {type(error).__name__}: {first_line(error)}"
 
 

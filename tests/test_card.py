@@ -305,7 +305,7 @@ def test_the_card_of_an_export_tells_no_places(trained_directory, exported):
     made = ModelCard.load(exported / "README.md")
     assert made.text.startswith("\n# tiny\n")
     assert "## Data" in made.text
-    assert "local paths are left as their names" not in made.text
+    assert "local paths are reduced to names" not in made.text
     for private in (TOKEN, str(trained_directory.parent), "mlflow.example", "bucket"):
         assert private not in str(made)
 

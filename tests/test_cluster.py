@@ -376,13 +376,13 @@ def test_what_ray_says_is_in_a_file_that_an_error_names(tmp_path):
     failed = told("fails")
     (file,) = files()
     assert (failed.returncode, failed.stdout) == (4, "")
-    assert failed.stderr.splitlines()[-2:] == ["of ours", f"error: worker 0 failed; {file} has what Ray said"]
+    assert failed.stderr.splitlines()[-2:] == ["of ours", f"error: worker 0 failed; {file} has the output of Ray"]
     said = Path(file).read_text()
     assert all(what in said for what in ("of another process", "of the core", "of a logger"))
     Path(file).unlink()
     crashed = told("crashes")
     (file,) = files()
-    assert f"{file} has what Ray said\nTraceback" in crashed.stderr, "a fault of ours is seen whole"
+    assert f"{file} has the output of Ray\nTraceback" in crashed.stderr, "a fault of ours is seen whole"
     assert crashed.stderr.endswith("error: ValueError: no value\n")
 
 

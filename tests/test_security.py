@@ -115,7 +115,7 @@ def test_a_password_is_in_no_error(command, uri):
 def test_a_secret_is_not_sent_to_a_cluster_with_a_command(command, setting, told):
     result = command("submit", "evaluate", setting)
     assert result.returncode == 2
-    assert f"{told}, because Ray shows a job's command line to whoever asks; give it in" in result.stderr
+    assert f"{told}, because Ray shows a job's command line to anyone who asks; give it in" in result.stderr
     assert SECRET not in result.stderr
 
 

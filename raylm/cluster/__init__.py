@@ -1,11 +1,11 @@
-"""Ray: a connection, what a run may use of it, and how a command and its workers talk.
+"""Ray: a connection, the resources of a run, and the communication of a command with its workers.
 
-address        which cluster a command uses, whether it answers, and the token that it asks for
-output         what Ray prints on its own, in a file instead of on the terminal
-capacity       what a cluster has, or may come to have, and what a run takes of it
+address        the cluster that a command uses, whether it answers, and its token
+output         Ray's own output, in a file instead of on the terminal
+capacity       the resources of a cluster, with autoscaling, and of a run
 connection     a connection to Ray, on this machine alone or to a cluster; and its nodes
 local_worker   a process of this machine for the one worker of a run, which needs no Ray
-progress       how far the workers are, their messages, and whether they must stop
+progress       the progress of the workers, their messages, and requests to stop
 submission     a command as a job of a cluster, by its dashboard
 """
 

@@ -1,4 +1,4 @@
-"""Which cluster a command uses, whether it can be reached, and its token."""
+"""The cluster that a command uses, whether it can be reached, and its token."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ LOOKUP_SECONDS = 3.0
 JOB = "raylm submit --address http://HOST:8265 VERB …"
 
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""The first bytes of a client of HTTP/2, and so of gRPC: the preface and empty settings."""
+"""The first bytes of an HTTP/2, and so a gRPC, client: the preface and empty settings."""
 
 SETTINGS = 4
-"""The type of the first frame of a server of HTTP/2, its fourth byte."""
+"""The type of an HTTP/2 server's first frame, its fourth byte."""
 
 
 class Address(NamedTuple):
-    """A cluster's address as it was given, and the setting or variable that gave it."""
+    """A cluster's address as given, and the setting or variable that gave it."""
 
     value: str
     setting: str
@@ -106,7 +106,7 @@ def _nodes(address: str) -> set[str]:
 
 
 def _host_and_port(address: Address) -> tuple[str, int]:
-    """As Ray resolves them: auto is the cluster of this machine, localhost this node's address."""
+    """The addresses as Ray resolves them: auto is the cluster of this machine, localhost is this node's address."""
     way_out = "give the head's HOST:PORT, auto for the cluster that this machine is a node of, or local"
     if address.value.startswith("ray://"):
         problem = f"Ray Client (ray://) is not supported; on a node of the cluster {way_out}; from elsewhere: {JOB}"
@@ -132,7 +132,7 @@ def _host_and_port(address: Address) -> tuple[str, int]:
 
 
 def _unreachable(host: str, port: int) -> str | None:
-    """Why no gRPC server answers there, also if the name lookup takes too long; None if one answers."""
+    """Why no gRPC server answers there, which includes a slow name lookup; None if one answers."""
     found: Future[str | None] = Future()
 
     def look() -> None:
@@ -183,10 +183,10 @@ def has_token() -> bool:
 
 
 def show_token() -> None:
-    """Have Ray send its token, if there is one, to whatever it connects to, unless RAY_AUTH_MODE is set.
+    """Let Ray send its token, if there is one, with each connection, unless RAY_AUTH_MODE is set.
 
-    This process then requires the token too, so that workers of a cluster without one could not reach it. A dashboard
-    that requires none ignores it.
+    This process then also requires the token, so workers of a cluster without a token could not reach it. A dashboard
+    without a token ignores it.
     """
     if has_token():
         logging.getLogger("ray").setLevel(logging.ERROR)  # which warns of it

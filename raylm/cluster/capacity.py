@@ -1,4 +1,4 @@
-"""The resources of a cluster, with those that autoscaling may add, and what a run takes of them."""
+"""The resources of a cluster, with those that autoscaling may add, and of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ACCELERATOR = "accelerator_type:"
 """The prefix of Ray's resource for nodes with a kind of accelerator."""
 
 Nodes = Sequence[tuple[float, Mapping[str, float]]]
-"""(the most nodes of a kind, the resources of each)"""
+"""(most nodes of a kind, resources of each)"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Resources:
     total: Mapping[str, float]
     per_worker: Mapping[str, float]
     num_workers: int
-    """The fewest, if cluster.num_workers is a range."""
+    """The fewest workers, if cluster.num_workers is a range."""
     most_workers: int
     placement_strategy: str = "PACK"
 
@@ -55,7 +55,7 @@ class Resources:
         return {**found, "resources": custom} if custom else found
 
     def without(self, nodes: Collection[str]) -> Resources:
-        """With what the cluster has now, without the nodes of these ids."""
+        """The same with the resources that the cluster has now, without the nodes of these ids."""
         left = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in nodes]
         return replace(self, total={kind: sum(each.get(kind, 0) for each in left) for kind in self.per_worker})
 
@@ -66,7 +66,7 @@ class Resources:
 
     @property
     def most_runs(self) -> int:
-        """Runs of `num_workers` workers that fit side by side."""
+        """Number of concurrent runs of `num_workers` workers that fit."""
         return int(min(1e9, *(self.total.get(kind, 0) / wanted for kind, wanted in self.needed.items())) + 1e-6)
 
 
@@ -136,7 +136,7 @@ def _divided(nodes: Nodes, num_workers: int, gpus: float) -> float:
 
 
 def _room(nodes: Nodes, cpus: float) -> float:
-    """How many workers with so many CPUs fit on the nodes."""
+    """Number of workers with so many CPUs that fit on the nodes."""
     return sum(count * fit for count, node in nodes if (fit := node.get("CPU", 0) // cpus))
 
 
@@ -178,7 +178,7 @@ def capacity(section: ClusterConfig) -> tuple[Mapping[str, float], Nodes]:
 
 
 def _launched() -> list[tuple[float, Mapping[str, float]]] | None:
-    """The most nodes of each kind, by the file that Ray's cluster launcher leaves on the head; None without it."""
+    """The most nodes of each kind, from the file that Ray's cluster launcher writes on the head; None without it."""
     try:
         launcher = yaml.safe_load(Path("~/ray_bootstrap_config.yaml").expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -215,7 +215,7 @@ def this_machine() -> dict[str, float]:
 
 
 def cpus_here() -> int:
-    """CPUs that this process may use, by its affinity (taskset, Slurm, a cpuset) and its container's quota.
+    """CPUs that this process may use, from its affinity (taskset, Slurm, a cpuset) and its container's quota.
 
     Ray (2.60) ignores the affinity.
     """
@@ -239,7 +239,7 @@ def _quotas(groups: Path = Path("/proc/self/cgroup"), tree: Path = Path("/sys/fs
             continue
         top = tree / "cpu" if controllers else tree  # version 1 has a tree for each controller
         group = Path(name.lstrip("/"))
-        for place in (group, *group.parents):  # in a container only the last, its own, may exist
+        for place in (group, *group.parents):  # in a container only its own, the last, may exist
             try:
                 if controllers:
                     quota, period = ((top / place / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))

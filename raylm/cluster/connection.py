@@ -39,7 +39,7 @@ DRIVER_ENVIRONMENT = {
 }
 
 _starting: list[Future] = []
-"""The start of Ray by `start_ray_early`, until `connect` waits for it."""
+"""The start of Ray by `start_ray_early`, which `connect` waits for."""
 
 
 def planned_resources(section: ClusterConfig, *, trials: int = 1, decided: float | None = None) -> Resources | None:
@@ -48,13 +48,13 @@ def planned_resources(section: ClusterConfig, *, trials: int = 1, decided: float
 
 
 def single_worker_resources(section: ClusterConfig, *, decided: float | None = None) -> Resources | None:
-    """The resources of a run's one worker on this machine, which needs no Ray; None of any other run."""
+    """The resources of a run with one worker on this machine, which needs no Ray; None for any other run."""
     found = planned_resources(section, decided=decided)
     return found if found is not None and found.most_workers == 1 else None
 
 
 def check_reachable(section: ClusterConfig) -> None:
-    """ConfigError if `connect` will not reach the cluster, before anything is loaded or started for it."""
+    """ConfigError if `connect` would not reach the cluster. Loads and starts nothing."""
     elsewhere = address_of(section)
     if elsewhere is not None and not ray.is_initialized():
         with output.to_file():
@@ -87,7 +87,7 @@ def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = 
             raise
         finally:
             # Ray ends the process (exit 1, "the core worker has already been shutdown") if a thread, such as the one
-            # that imports MLflow, collects what Ray Data has left behind while Ray shuts down.
+            # that imports MLflow, frees objects of Ray Data while Ray shuts down.
             gc.collect()
             ray.shutdown()
 
@@ -148,9 +148,9 @@ def _start(address: str) -> None:
         # In a command that was started by `uv run`, Ray would pack the working directory and start each worker by
         # `uv run`, in an environment without Ray. Ray reads the variable of this name once, when it is imported.
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
-        if not has_token():  # or Ray writes one to ~/.ray, readable by all, and fails if it cannot
+        if not has_token():  # else Ray writes one to ~/.ray, readable by all, and fails if it cannot
             os.environ["RAY_AUTH_TOKEN"] = generate_new_authentication_token()
-        if shutil.which("bash") is None:  # Ray starts every worker with it, and would wait for ever
+        if shutil.which("bash") is None:  # Ray would start every worker with it and wait forever
             os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), os.defpath]))
     # Ray stores the command line in the cluster and in its logs, as UTF-8: it may contain a password, and file names of
     # any bytes.
@@ -184,7 +184,7 @@ def _on_loopback() -> Iterator[None]:
 
 
 def _resources(section: ClusterConfig, trials: int, decided: float | None) -> Resources:
-    """The resources of a run on the connected cluster. Says what the run has to wait for."""
+    """The resources of a run on the connected cluster. Logs what the run has to wait for."""
     found = resources(section, *capacity(section), trials=trials, decided=decided)
     now, free = ray.cluster_resources(), ray.available_resources()
     for kind, wanted in found.needed.items():
@@ -194,7 +194,7 @@ def _resources(section: ClusterConfig, trials: int, decided: float | None) -> Re
             )
         elif wanted > free.get(kind, 0):
             others = f"the cluster has {now[kind]:g}, of which {free.get(kind, 0):g} are free"
-            logger.info(f"{amount_of(wanted, kind)} are needed and {others}: waiting for others to end")
+            logger.info(f"{amount_of(wanted, kind)} are needed and {others}: waiting for other jobs to finish")
     return found
 
 
@@ -241,7 +241,7 @@ def other_nodes() -> dict[str, str]:
 
 
 def on_nodes(nodes: Collection[str], function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """Id -> result of a function on each of these nodes, or the error if it cannot be called there."""
+    """Id -> result of a function on each of these nodes, or the error of the call."""
     task = ray.remote(num_cpus=0, max_retries=0)(function)
     asked = {
         node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(*arguments)

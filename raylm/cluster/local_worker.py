@@ -1,8 +1,8 @@
 """A process on this machine for the only worker of a run, without Ray.
 
-It starts before the command knows its task, and imports what a training needs meanwhile: the first step comes 10 to
-12 s after the start of the command, and took 14 to 17 s as a task of a Ray that was started as early
-(benchmarks/start.py). It ends with the command, however that ends.
+It starts before the command knows its task, and imports what a training needs meanwhile. The first step comes 10 to
+12 s after the start of the command; as a task of Ray, started as early, it took 14 to 17 s (benchmarks/start.py). The
+process always ends with the command.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from raylm import console
 from raylm.errors import RaylmError, TrainingError, WorkerFailed
 
 WORKER_ENVIRONMENT = {
-    # glibc gives big buffers back to the kernel at every step and asks for them again; keeping them is worth
-    # 1.16 to 1.37 of training speed on CPUs, with identical losses.
+    # glibc returns big buffers to the kernel at every step and requests them again. Keeping them makes training on
+    # CPUs 1.16 to 1.37 times as fast, with identical losses.
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**26),
-    # Each trial of a sweep runs in a new thread, which glibc gives an arena of its own, and what is kept there is of no
-    # use to the next: 36 trials of 8 million parameters took 4.6 GB in one process, and 0.9 GB with one arena for all.
+    # Each trial of a sweep runs in a new thread, to which glibc gives its own arena, whose memory later trials cannot
+    # use: 36 trials of 8 million parameters took 4.6 GB in one process, and 0.9 GB with one arena for all.
     "MALLOC_ARENA_MAX": "1",
-    # Threads of torch wait for each other several hundred times a step. By default they spin meanwhile, and take their
-    # CPUs from each other wherever something else runs: two threads of a GPT-2 of 4 x 256 made 144 tokens/s on two busy
-    # cores (load 12 to 20), one made 1,052, two that sleep 1,631; steps that nothing disturbed were no slower.
+    # Threads of torch wait for each other several hundred times per step. By default they spin, and compete for CPUs if
+    # anything else runs: two threads of a GPT-2 of 4 x 256 made 144 tokens/s on two busy cores (load 12 to 20), one
+    # made 1,052, two that sleep 1,631. On an idle machine steps were no slower.
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "true",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -49,7 +49,7 @@ TRAINER = "raylm.training.trainer"
 """Its import takes 5 s."""
 
 MAY_PASS = (OSError, RuntimeError)
-"""Exceptions of a worker that another attempt may not meet: storage and networks fail for a while, and torch raises
+"""Exceptions of a worker that may not recur in another attempt: storage and networks fail for a while, and torch raises
 RuntimeError for a failed GPU and for a lost rank."""
 
 LESS_MEMORY = "lower train.micro_batch_tokens, eval.batch_tokens or the size of the model"
@@ -58,7 +58,7 @@ CLEARING_SECONDS = 10.0
 """How long a process may take to end after its answer."""
 
 _started: list[LocalWorker] = []
-"""The process of `start_worker_early` until `local_worker` takes it."""
+"""The process of `start_worker_early`, which `local_worker` takes."""
 
 
 class LocalWorker:
@@ -86,7 +86,7 @@ class LocalWorker:
             )
 
     def call(self, function: Callable[[Any], Any], task: Any) -> Any:
-        """The result of the function for the task in that process; its progress goes to the task's channel.
+        """Call the function with the task in the process; its progress goes to the task's channel.
 
         WorkerFailed if the process dies or raises one of MAY_PASS, TrainingError for any other exception that is not
         raylm's; both name a file with the output of the process.
@@ -186,7 +186,7 @@ class _WorkerPipe:
 
 def serve() -> None:
     """The main function of the process: executes one call."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a service manager, which also sends it to the command
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager also sends it to the command
     wire = _WorkerPipe(Connection(int(sys.argv[1])))
     threading.Thread(target=wire.listen, daemon=True).start()
     with console.importing():

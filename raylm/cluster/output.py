@@ -20,7 +20,7 @@ from ray._private.log import PlainRayHandler
 
 
 class RayLog:
-    """A file that receives Ray's output until `end`, which removes it unless an error has named it."""
+    """A file that receives Ray's output until `end`, which removes it unless an error names it."""
 
     def __init__(self) -> None:
         descriptor, self.path = tempfile.mkstemp(prefix="raylm-ray-", suffix=".log")
@@ -39,7 +39,7 @@ class RayLog:
         if not os.path.getsize(self.path):
             return ""
         self._is_named = True
-        return f"; {self.path} has what Ray said"
+        return f"; {self.path} has the output of Ray"
 
     def end(self) -> None:
         PlainRayHandler.emit = self._emit
@@ -72,7 +72,7 @@ _log: RayLog | None = None
 
 
 def start() -> RayLog:
-    """The log of this process's Ray, started unless it has been."""
+    """The log of this process's Ray, which is started if necessary."""
     global _log
     _log = _log or RayLog()
     return _log
@@ -80,7 +80,7 @@ def start() -> RayLog:
 
 @contextlib.contextmanager
 def to_file() -> Iterator[RayLog]:
-    """The log of this process's Ray, which ends with the block."""
+    """A context with the log of this process's Ray, which ends with it."""
     global _log
     log = start()
     try:

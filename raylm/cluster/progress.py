@@ -1,4 +1,4 @@
-"""What a command and its workers tell each other: progress, messages and the request to stop."""
+"""The communication of a command with its workers: progress, messages and the request to stop."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class SharedProgressChannel:
     """
 
     def __init__(self) -> None:
-        here = ray.get_runtime_context().get_node_id()  # or it would be lost with another node
+        here = ray.get_runtime_context().get_node_id()  # else it would be lost with another node
         same_node = NodeAffinitySchedulingStrategy(here, soft=False)
         self.actor = (
             ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ProgressChannel)
@@ -98,8 +98,8 @@ def progress_channel(
 ) -> Iterator[ProgressChannel | SharedProgressChannel]:
     """A channel, shared if Ray is connected, and read about twice a second.
 
-    Its newest value is shown, and messages and figures are handed on. Workers are asked to stop once this process is
-    (`handle_signals`).
+    The newest progress is shown, and messages and figures are passed on. Once this process is asked to stop
+    (`handle_signals`), so are the workers.
     """
     channel = SharedProgressChannel() if ray.is_initialized() else ProgressChannel()
     ended = threading.Event()
@@ -141,17 +141,17 @@ def stop_signal() -> signal.Signals | None:
 
 
 def interruption(directory: str, how: str) -> BaseException:
-    """The exception with which a command ends that was asked to stop."""
+    """The exception that ends a command that was asked to stop."""
     message = f"{directory}: {how}; the same command resumes"
     return KeyboardInterrupt(message) if stop_signal() == signal.SIGINT else Interrupted(message, directory)
 
 
 @contextlib.contextmanager
 def handle_signals(say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, SIGTERM and the first Ctrl-C do not end the process: `stop_signal` returns them.
+    """A context in which SIGTERM and the first Ctrl-C do not end the process; `stop_signal` returns them.
 
-    A second Ctrl-C raises KeyboardInterrupt. If the work inside finishes all the same, as in the last step of a
-    training, the signal takes effect at the end. Changes nothing outside of the main thread.
+    A second Ctrl-C raises KeyboardInterrupt. If the work finishes nevertheless, as in the last step of a training, the
+    signal takes effect at the end. Does nothing outside of the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

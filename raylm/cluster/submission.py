@@ -31,12 +31,12 @@ DASHBOARD = "http://127.0.0.1:8265"
 ANSWER_SECONDS = 8.0
 """How long a dashboard may take to answer."""
 START_SECONDS = 60
-"""How long a cluster that answers may take until it takes jobs."""
+"""How long a cluster that answers may take until it accepts jobs."""
 STOP_SECONDS = 60
-"""How long a job that is stopped may take for its checkpoint; Ray's own default is 3."""
+"""How long a stopped job may take for its checkpoint; Ray's default is 3."""
 
 TOKEN_SETTING = re.compile(r"\bhub_token\b")
-"""TrainingArguments' own setting of a secret. raylm refuses it, but only once the job runs."""
+"""The secret setting of TrainingArguments. raylm would refuse it only once the job runs."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Job:
         return f"ray job logs --follow --address {self.dashboard.value} {self.id}"
 
     def follow(self, show: Callable[[str], None]) -> tuple[str, int]:
-        """The status and exit code of the job once it has ended; `show` is called with what it prints until then."""
+        """Wait for the job; return its status and exit code. `show` is called with its output."""
 
         async def read() -> None:
             async for lines in self.client.tail_job_logs(self.id):
@@ -97,7 +97,7 @@ def pack(command: Sequence[str], address: str | None) -> Iterator[Submission]:
         raise ConfigError(f"{verb}: not a command of raylm that can be submitted; these can: {', '.join(VERBS)}", verb)
     for argument in arguments:
         name = redacted(argument.partition("=")[0])
-        _check_no_secret(name, argument.replace("=", " ", 1), "Ray shows a job's command line to whoever asks")
+        _check_no_secret(name, argument.replace("=", " ", 1), "Ray shows a job's command line to anyone who asks")
     dashboard = find_dashboard(address)
     with tempfile.TemporaryDirectory(prefix="raylm-submit-") as directory:
         packed = copy_files(arguments, Path(directory))
@@ -117,7 +117,7 @@ def submit(submission: Submission) -> Job:
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
     }
     deadline = time.monotonic() + START_SECONDS
-    while True:  # a cluster that has just started takes no jobs for some seconds
+    while True:  # a cluster that has just started accepts no jobs for some seconds
         try:
             job = client.submit_job(entrypoint=submission.entrypoint, runtime_env=runtime_env)
             return Job(client, submission.dashboard, job)
@@ -131,7 +131,7 @@ def submit(submission: Submission) -> Job:
 
 
 def find_dashboard(given: str | None) -> Address:
-    """Where the cluster takes jobs; ConfigError if others could read or use what is meant for the user alone."""
+    """The address for jobs; ConfigError if others could read or use what is meant for the user alone."""
     head = os.environ.get("RAY_ADDRESS", "")  # or a dashboard, as Ray's own tools take it
     named = (
         ("--address", given),
@@ -145,7 +145,7 @@ def find_dashboard(given: str | None) -> Address:
         raise ConfigError(f"{dashboard}: must be the dashboard's, http://HOST:8265", dashboard.setting)
     if parts.scheme == "http" and not _is_loopback(parts.hostname) and not has_token():
         raise ConfigError(
-            f"{dashboard}: whoever reaches it could run anything there; have the cluster ask for a token "
+            f"{dashboard}: anyone who reaches it could run anything there; have the cluster ask for a token "
             "(RAY_AUTH_MODE=token, `ray get-auth-token --generate`), or reach it through a tunnel: "
             "ssh -L 8265:127.0.0.1:8265 HOST",
             dashboard.setting,
@@ -185,7 +185,7 @@ def copy_files(arguments: Sequence[str], directory: Path) -> list[str]:
 
 
 def copy_callbacks(arguments: Sequence[str], directory: Path) -> None:
-    """Copy the packages and modules of train.callbacks that lie in the working directory; ConfigError as of
+    """Copy the packages and modules of train.callbacks that are in the working directory; ConfigError as in
     config.load."""
     words = iter(arguments)
     file, settings = None, []
@@ -196,7 +196,7 @@ def copy_callbacks(arguments: Sequence[str], directory: Path) -> None:
             file = word.removeprefix("--config=")
         elif "=" in word and not word.startswith("-"):
             settings.append(word)
-    if file is not None and not Path(file).exists():  # it is on the cluster, as its callbacks are
+    if file is not None and not Path(file).exists():  # the file is on the cluster, like its callbacks
         return
     for name in config.load(file, settings).train.callbacks:
         module = name.partition(":")[0].partition(".")[0]
@@ -229,22 +229,22 @@ def connect_client(dashboard: Address) -> JobSubmissionClient:
         return StorageError(f"{dashboard}: {first_line(problem)}", dashboard.setting)
 
     try:
-        # Ray's client waits for ever for a server that accepts connections and never answers.
+        # Ray's client waits forever for a server that accepts connections and never answers.
         requests.get(f"{dashboard.value.rstrip('/')}/api/version", timeout=ANSWER_SECONDS, stream=True).close()
     except requests.Timeout as error:
         raise refused(f"no Ray cluster answers there within {ANSWER_SECONDS:g} s") from error
     except requests.RequestException as error:
-        reason: BaseException = error  # the innermost says it in a few words
+        reason: BaseException = error  # the innermost error is the shortest
         while reason.__context__ is not None:
             reason = reason.__context__
         problem = reason if isinstance(reason, OSError) else "what listens on this port is something else"
         raise refused(f"no Ray cluster answers there: {problem}") from error
-    for chatty in ("ray", JobSubmissionClient.__module__):  # they log each file that is packed, and a closed socket
+    for chatty in ("ray", JobSubmissionClient.__module__):  # they log each packed file, and closed sockets
         logging.getLogger(chatty).setLevel(logging.ERROR)
     show_token()
     try:
         return JobSubmissionClient(dashboard.value)
     except AuthenticationError as error:
         raise refused(no_token()) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:  # also of a server that is no dashboard
+    except (ConnectionError, RuntimeError, ValueError) as error:  # also from a server that is not a dashboard
         raise refused(f"no Ray cluster answers there: {error}") from error

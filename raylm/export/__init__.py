@@ -1,8 +1,8 @@
 """A checkpoint -> a plain Hugging Face directory with its model card, on disk or on the Hub.
 
-Weights as safetensors, configuration, tokenizer, README.md (the card) and experiment.yaml. What `model_files` does not
-list is not published: optimizer, random states, whatever is pickled. On the Hub the paths in the experiment are reduced
-to names; `export` leaves them, with raylm.json, because the directory stays with its owner.
+Weights as safetensors, configuration, tokenizer, README.md (the card) and experiment.yaml. Only what
+`model_files` lists is published, so no optimizer, random states or pickled files. On the Hub paths in the experiment
+are reduced to names; `export` keeps them, and raylm.json, because the directory stays with its owner.
 
 files         a trained model's directory -> the files that are published
 model_card    the model card, and its metadata

@@ -1,4 +1,4 @@
-"""A checkpoint -> a plain Hugging Face directory with its card, whole or not at all."""
+"""A checkpoint -> a plain Hugging Face directory with its card, written atomically."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from raylm.export.model_card import CARD, HERE, build_card
 def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] | None = None) -> str:
     """Write the plain Hugging Face directory of a trained checkpoint: model, tokenizer, card, experiment, raylm.json.
 
-    Returns its full path. `score` replaces the evaluation during training in raylm.json and card. An export that is
-    there already is replaced by a whole one or not at all. Weights are hard links where the file system has them, and
-    copies elsewhere; the small files are copies, to be edited freely.
+    Returns its full path. `score` replaces the evaluation during training in raylm.json and the card. An existing
+    export is replaced atomically. Weights are hard links if the file system supports them, else copies; the small
+    files are copies that can be edited.
     """
     with storage.here(str(checkpoint), but_for=OF_TRAINING) as local:
         directory = locate(local)
@@ -50,10 +50,10 @@ def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] 
 
 
 def _send(files: Files, target: str) -> None:
-    """Upload the files to a place where nothing can be renamed.
+    """Upload the files to storage that cannot rename.
 
-    config.json, without which a directory holds no model, is removed first and written last. The card, which marks a
-    directory as an export, is removed last and written first: an upload that was interrupted can be replaced.
+    config.json, which a directory needs to be a model, is removed first and written last. The card, which marks a
+    directory as an export, is removed last and written first, so that an interrupted upload can be replaced.
     """
     with storage.reached(target):
         old = storage.names(target)
@@ -77,7 +77,7 @@ def _check_replaceable(target: str | Path, is_other: object) -> None:
 
 @contextmanager
 def _replaced(target: Path) -> Iterator[Path]:
-    """A new directory that replaces `target` at the end; on failure, StorageError, and `target` is as it was."""
+    """A new directory that replaces `target` at the end; on failure StorageError, and `target` is unchanged."""
     _check_replaceable(target, target.exists() and not (target / CARD).exists())
     new, old = (target.with_name(f".{target.name}-{secrets.token_hex(4)}") for _ in range(2))
     try:

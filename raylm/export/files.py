@@ -1,4 +1,4 @@
-"""A trained model's directory -> the files of it that are published; paths in them reduced to names."""
+"""A trained model's directory -> its published files, with paths in them reduced to names."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ TOKENIZER = (
 )  # fmt: skip
 
 MACHINE_SETTINGS = ("storage", "cluster.address", "tracking.uri", "tracking.experiment")
-"""Settings of the machine and not of the model: they are published as their defaults."""
+"""Settings of the machine, not of the model, which are published with their defaults."""
 PLACE = re.compile(r"(^|[._])(paths?|file|dir|uri)$|(^|\.)(arguments|config)(\.|$)")
-"""The keys of an experiment and of a model's configuration whose values are paths, or may be, as in free mappings.
-Other values stay as they are, because a keyword or a pattern may start with a slash."""
+"""The keys of an experiment and of a model's configuration whose values are or may be paths. Other values stay,
+because a keyword or a pattern may start with a slash."""
 CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 
 
@@ -61,16 +61,16 @@ def model_files(directory: Path) -> Files:
             f"{directory} holds no tokenizer, and a model is of no use without one; save it there with save_pretrained",
             where=str(directory),
         )
-    if any("auto_map" in settings for settings in configs.values()):  # a model with code of its own
+    if any("auto_map" in settings for settings in configs.values()):  # a model with its own code
         files |= {file.name: file for file in directory.glob("*.py")}
     for name, settings in configs.items():
-        shown = named(settings)  # older versions of transformers wrote down where a model was loaded from
+        shown = named(settings)  # older versions of transformers saved the path a model was loaded from
         files[name] = directory / name if shown == settings else (json.dumps(shown, indent=2) + "\n").encode()
     return files
 
 
 def num_parameters(directory: Path, files: Files) -> int:
-    """The number of parameters, by the headers of the weights; StorageError naming the file that is damaged."""
+    """The number of parameters, from the headers of the weights; StorageError naming a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     count = 0
@@ -84,7 +84,7 @@ def num_parameters(directory: Path, files: Files) -> int:
 
 
 def published(experiment: Experiment) -> Experiment:
-    """The experiment without what is private: paths reduced to names, no settings of the machine, no secrets."""
+    """The experiment without private data: paths reduced to names, no settings of the machine, no secrets."""
     tree = named(experiment.model_dump())
     for key in MACHINE_SETTINGS:
         *parents, last = key.split(".")
@@ -101,7 +101,7 @@ def published(experiment: Experiment) -> Experiment:
 
 
 def named(value: Any, key: str = "") -> Any:
-    """A tree of settings with its paths reduced to names, ./name. `key` is the key of a path, else empty."""
+    """A tree of settings with paths reduced to names, ./name. `key` is the key of a path, else empty."""
     if isinstance(value, Mapping):
         return {name: named(inner, name if PLACE.search(name) else key) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -109,7 +109,7 @@ def named(value: Any, key: str = "") -> Any:
     if not isinstance(value, str):
         return value
     shown = name_of(value) if key else value
-    return CREDENTIALS.sub("", redacted(value)) if shown == value else f"./{shown}"  # with ./ it is no Hub id
+    return CREDENTIALS.sub("", redacted(value)) if shown == value else f"./{shown}"  # ./ tells it from a Hub id
 
 
 def name_of(place: str) -> str:
@@ -117,7 +117,7 @@ def name_of(place: str) -> str:
     and Hub ids stay."""
     if re.match(r"python://|hub://\w", place) or not re.match(r"[/~]|\./|[\w+.:-]+://", place):
         return place
-    if "://" in place:  # before an @ stand credentials, after a ? a signature
+    if "://" in place:  # credentials precede an @, a signature follows a ?
         path = place.rpartition("://")[2].split("?")[0].rpartition("@")[2]
     else:
         path = place

@@ -28,12 +28,12 @@ REFUSALS = {
     403: "the token may not write there; use one with write access",
     404: "there is no such repository or namespace, or the token does not see it",
 }
-"""Status of HTTP -> what is wrong, and the way out."""
+"""HTTP status -> what is wrong, and what to do."""
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """What was sent to the Hub, or with `dry_run` would be."""
+    """The files that were sent to the Hub, or with `dry_run` would be sent."""
 
     repo: str
     url: str
@@ -54,8 +54,8 @@ def push(
 ) -> PushResult:
     """Send a model, its tokenizer and its card to a repository, which is created if it does not exist.
 
-    `dry_run` sends nothing and writes the files to a directory, `out` or a temporary one. What `model_files` does not
-    list stays: optimizer, random states, whatever is pickled, and where things were on this machine.
+    `dry_run` sends nothing and writes the files to a directory, `out` or a temporary one. Only what `model_files` lists
+    is sent, so no optimizer, random states, pickled files or local paths.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -116,7 +116,7 @@ def _token(repo: str) -> str:
 
 
 def _create(api: HfApi, repo_id: str, private: bool) -> tuple[str, str]:
-    """The full name and the address of the repository, which may exist already."""
+    """The full name and the address of the repository, which is created if it does not exist."""
     with _failures(repo_id, api):
         created = api.create_repo(repo_id, private=private or None, exist_ok=True)
         is_public = private and not api.repo_info(created.repo_id).private
@@ -130,7 +130,7 @@ def _create(api: HfApi, repo_id: str, private: bool) -> tuple[str, str]:
 
 
 def _commit(api: HfApi, repo: str, files: Files) -> None:
-    """Send all files in one commit: on failure the repository holds what it held before."""
+    """Send all files in one commit, so that the repository is unchanged on failure."""
     from huggingface_hub import CommitOperationAdd
 
     for name, content in files.items():
@@ -150,13 +150,12 @@ def _commit(api: HfApi, repo: str, files: Files) -> None:
 
 @contextlib.contextmanager
 def _failures(repo: str, api: HfApi | None) -> Iterator[None]:
-    """Raise what the Hub refuses, and that it cannot be reached, as StorageError: with the repository, and never the
-    token."""
+    """Raise errors of the Hub and the connection as StorageError with the repository's name and without the token."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         yield
-    except Exception as error:  # of huggingface_hub, its HTTP client or its upload library: no common class
+    except Exception as error:  # huggingface_hub, its HTTP client and its upload library have no common class
         causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)
@@ -167,5 +166,5 @@ def _failures(repo: str, api: HfApi | None) -> Iterator[None]:
         else:
             problem = f"cannot be sent: {error or type(error).__name__}"
         if api is not None and api.token:
-            problem = problem.replace(str(api.token), "***")  # a server may repeat what it was sent
+            problem = problem.replace(str(api.token), "***")  # a server may echo the token
         raise StorageError(f"{repo}: {' '.join(problem.split())[:500]}", where=repo) from None

@@ -1,4 +1,4 @@
-"""The model card: what a model is, its scores and the text they are of, how it was trained, and how it is loaded."""
+"""The model card: what a model is, its scores and their text, how it was trained and how to load it."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ SETTINGS = (
     "train.seed",
     "cluster.num_workers",
 )
-"""The settings by which trainings are compared: in every card, and parameters of every MLflow run."""
+"""The settings that trainings are compared by, which are in every card and parameters of every MLflow run."""
 
 HERE = "."
-"""The model that a card beside it on a disk loads: it stays right when the directory is moved."""
+"""The path that a local card loads the model from, which stays valid when the directory is moved."""
 LOADS_HERE = re.compile(rb'(from_pretrained\(|model=)"\."')
 
 
@@ -51,10 +51,10 @@ def build_card(
     num_parameters: int,
     record: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """README.md of a model that is loaded as `repo`: the file beside it, else a new one from what raylm knows.
+    """README.md of a model that is loaded as `repo`: the one in its directory, else a new one.
 
-    `experiment` is as published; `record` is raylm.json, if it is not the one in the directory. In the file beside it
-    only HERE is replaced, by `repo`.
+    `experiment` is the published one; `record` replaces raylm.json of the directory. An existing README.md
+    changes only from HERE to `repo`.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -102,7 +102,7 @@ def build_card(
 def _eval_results(
     task: str, record: Mapping[str, Any], experiment: Experiment, sources: Sequence[str]
 ) -> list[EvalResult] | None:
-    """The scores as metadata, by which the Hub finds and shows them; None if there are none."""
+    """The scores as metadata, which the Hub searches and shows; None without scores."""
     from huggingface_hub import EvalResult
 
     texts = [name_of(path) for path in experiment.corpus.validation_paths] or list(sources)
@@ -123,7 +123,7 @@ def _eval_results(
 
 
 def _store(record: Mapping[str, Any]) -> Store | None:
-    """The token store that a model was trained on, if it is still there."""
+    """The token store that a model was trained on; None if it no longer exists."""
     if "store" not in record:
         return None
     try:
@@ -158,7 +158,7 @@ def _prefix(record: Mapping[str, Any]) -> str:
 
 
 def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | None) -> list[str]:
-    """The scores in raylm.json, and the text that they are of: the whole validation split, or the start of it."""
+    """The scores in raylm.json, and their text: the whole validation split, or the start of it."""
     what = record.get("scored_on") or experiment.eval.scored_on
     if store:
         split = store.manifest["validation"]
@@ -205,8 +205,8 @@ def _data(store: Store) -> list[str]:
         _table(("split", *counted), splits),
         *([f"{counted_as[0].upper()}{counted_as[1:]}."] if counted_as else []),
         f"**{100 * corpus.kept_fraction(ledger):.2f}% of data after filtering**: {ledger.get('kept', 0):,} of "
-        f"{ledger.get('documents', 0):,} documents that were read. What became of them:",
-        _table(("what became of it", "documents or bytes"), [(name, f"{count:,}") for name, count in ledger.items()]),
+        f"{ledger.get('documents', 0):,} documents that were read. Their outcomes:",
+        _table(("outcome", "documents or bytes"), [(name, f"{count:,}") for name, count in ledger.items()]),
     ]
 
 
@@ -217,7 +217,7 @@ def _settings(experiment: Experiment, record: Mapping[str, Any], repo: str) -> l
     rows = [(_code(key), _code(console.format_number(value))) for key, value in shown.items() if value is not None]
     if "step" in record:
         rows.append(("optimizer steps of these weights", console.format_number(record["step"])))
-    names = "" if repo == HERE else ", where local paths are left as their names"
+    names = "" if repo == HERE else ", in which local paths are reduced to names"
     return [
         "## Settings",
         _table(("setting", "value"), rows),
