@@ -169,7 +169,7 @@ def batch(rows: Sequence[np.ndarray], section: BlocksConfig, frame: Frame) -> di
     """Rows as a model takes them, each int64 of shape (len(rows), longest row):
 
     input_ids        shorter rows are filled with end-of-text tokens
-    labels           the same ids, and IGNORED for what is not predicted: padding, a token with nothing before it, a
+    labels           the same ids, and IGNORED for tokens without prediction: padding, a token with nothing before it, a
                      prefix, and without a prefix the first token of a document
     attention_mask   if padded: 0 for padding
     position_ids     if documents are isolated: they restart at 0 with each frame, which limits attention. There is no

@@ -1,4 +1,4 @@
-"""What this machine and the cluster of an experiment have, and what is missing or unsafe."""
+"""A check of this machine and the cluster of an experiment for missing or unsafe parts."""
 
 from __future__ import annotations
 

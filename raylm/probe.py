@@ -131,7 +131,7 @@ class _Probe:
             )
         if not self.masked and change > limit:
             raise ConfigError(
-                f"{self.named} sees later tokens, so also those that it is to predict, and its perplexity would be "
+                f"{self.named} sees later tokens, so also those that it must predict, and its perplexity would be "
                 f"near 1; {self._way_out()}",
                 where=self.where,
             )

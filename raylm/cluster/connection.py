@@ -193,7 +193,7 @@ def _resources(section: ClusterConfig, trials: int, decided: float | None) -> Re
                 f"{amount_of(wanted, kind)} are needed and the cluster has {now.get(kind, 0):g}: waiting for nodes"
             )
         elif wanted > free.get(kind, 0):
-            others = f"the cluster has {now[kind]:g}, of which {free.get(kind, 0):g} are free"
+            others = f"the cluster has {now[kind]:g}, {free.get(kind, 0):g} of them free"
             logger.info(f"{amount_of(wanted, kind)} are needed and {others}: waiting for other jobs to finish")
     return found
 

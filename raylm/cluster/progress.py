@@ -33,7 +33,7 @@ class ProgressChannel:
         self.reported.append(figures)
 
     def read(self) -> tuple[float | None, list[str], list[dict[str, float]]]:
-        """The progress, and the messages and figures since the last read."""
+        """The progress, and the messages and figures after the last read."""
         said, self.said = self.said, []
         reported, self.reported = self.reported, []
         return self.value, said, reported

@@ -5,15 +5,15 @@
     text         plain text, lines or parts between separators, and source code -> texts
     columns      rows with columns -> texts: JSON, CSV, Parquet, Arrow, data sets
     formats      each format of files: its suffixes, how it is read, where it can be cut
-    listing      corpus.paths -> the files that can be read; what else lies there is counted
+    listing      corpus.paths -> the files that can be read, and counts of other files
     passages     a document -> passages
     reader       shards of files -> documents: hashed, filtered, counted, of the train or the validation split
     selection    of duplicates and under corpus.max_documents, which documents to keep
     profile      what a corpus looks like: columns of the text, lengths, duplicates, scripts
     split        how to split a corpus: by documents or passages, and how much of it to hold out
 
-What a shard holds, which documents are kept and which side of the split they fall on depends on the files and the
-settings alone, not on processes or their order.
+The content of a shard, the kept documents and their side of the split depend on the files and settings alone, not on
+processes or their order.
 """
 
 from raylm.corpus.file_part import BadDocument

@@ -156,11 +156,11 @@ def _row_text(columns: Columns, row: Any, place: str) -> str | BadDocument:
 def read_jsonl(part: FilePart, corpus: CorpusConfig) -> Texts:
     columns = columns_of(corpus)
     with decompressed(part) as stream:
-        for number, (begin, line) in enumerate(lines(part, stream)):
+        for number, (offset, line) in enumerate(lines(part, stream)):
             if line.isspace():
                 continue
 
-            start = len(codecs.BOM_UTF8) if not begin and line.startswith(codecs.BOM_UTF8) else 0
+            start = len(codecs.BOM_UTF8) if not offset and line.startswith(codecs.BOM_UTF8) else 0
             fault: tuple[int | None, str]
             may_skip = True
             try:
@@ -177,7 +177,7 @@ def read_jsonl(part: FilePart, corpus: CorpusConfig) -> Texts:
                 fault = None, "not JSON: nested too deep"
             at, what = fault
             place = f"row {number + 1 + _lines_before(part)}"
-            yield BadDocument(place if at is None else f"{place}, byte {begin + start + at}", what, may_skip)
+            yield BadDocument(place if at is None else f"{place}, byte {offset + start + at}", what, may_skip)
 
 
 def _lines_before(part: FilePart) -> int:
@@ -339,8 +339,8 @@ def _rows_of(batches: Any, part: FilePart, names: list[str]) -> Iterator[Any]:
         start = max(part.start - first, 0)
         stop = batch.num_rows if part.stop is None else min(part.stop - first, batch.num_rows)
         first += batch.num_rows
-        for begin in range(start, stop, 1024):
-            yield batch.select(names).slice(begin, min(1024, stop - begin))
+        for offset in range(start, stop, 1024):
+            yield batch.select(names).slice(offset, min(1024, stop - offset))
         if part.stop is not None and first >= part.stop:
             return
 

@@ -121,9 +121,11 @@ def _is_no_column(problem: BadDocument | DataError) -> bool:
 
 @lru_cache(maxsize=100_000)  # a command asks several times, and some .json files must be read whole
 def _problem(part: FilePart, corpus: CorpusConfig) -> BadDocument | DataError | None:
-    """What is wrong with the first document of a file, or with the file."""
+    """The fault of a file or its first document; None if there is none."""
     if part.format == "json":
-        with contextlib.suppress(EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError):  # as told below
+        with contextlib.suppress(
+            EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError
+        ):  # raised again below
             if begins_with_text(part, corpus):
                 return None
     try:

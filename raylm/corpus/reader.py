@@ -204,5 +204,5 @@ def counted_as(ledger: Mapping[str, int]) -> str | None:
         return None
     return (
         "corpus.split_by=passage, so a document of the validation split is one passage that was held out, and one of "
-        "the training split is what is left of a document that was read"
+        "the training split is the rest of a document that was read"
     )

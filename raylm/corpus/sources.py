@@ -79,7 +79,7 @@ def find(key: str, path: str, validation: bool = False) -> Source:
     """
     if redacted(path) != path:
         raise ConfigError(
-            f"{key}: {redacted(path)}: must come without the password that is in it, since it is written down in many "
+            f"{key}: {redacted(path)}: must come without the password that is in it, because it is written to many "
             "places; give it in the environment, as AWS_SECRET_ACCESS_KEY for s3://",
             key,
         )

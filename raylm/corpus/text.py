@@ -18,55 +18,55 @@ def read_text(part: FilePart, corpus: CorpusConfig) -> Texts:
         if corpus.separator is None:
             yield decoded(stream.read(), 0)
         elif corpus.separator == "\n":
-            for begin, line in lines(part, stream):
-                yield decoded(line.removesuffix(b"\n").removesuffix(b"\r"), begin)
+            for offset, line in lines(part, stream):
+                yield decoded(line.removesuffix(b"\n").removesuffix(b"\r"), offset)
         else:
-            for begin, content in _separated(stream, corpus.separator.encode()):
-                yield decoded(content, begin)
+            for offset, content in _separated(stream, corpus.separator.encode()):
+                yield decoded(content, offset)
 
 
-def decoded(content: bytes, begin: int) -> str | BadDocument:
+def decoded(content: bytes, offset: int) -> str | BadDocument:
     """The text of bytes at an offset of the file, without a byte order mark at the start of the file."""
     try:
-        return (content.removeprefix(codecs.BOM_UTF8) if not begin else content).decode()
+        return (content.removeprefix(codecs.BOM_UTF8) if not offset else content).decode()
     except UnicodeDecodeError as error:
-        return BadDocument(f"byte {begin + error.start}", "invalid UTF-8")
+        return BadDocument(f"byte {offset + error.start}", "invalid UTF-8")
 
 
 def lines(part: FilePart, stream: Any) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of the lines that start in the part's range of bytes. Only \\n ends a line."""
-    begin = 0
+    offset = 0
     if part.start:  # the line of the previous byte belongs to the previous part
-        begin = part.start - 1
-        stream.seek(begin)
+        offset = part.start - 1
+        stream.seek(offset)
         while content := stream.readline(1 << 20):
-            begin += len(content)
+            offset += len(content)
             if content.endswith(b"\n"):
                 break
-            if part.stop is not None and begin >= part.stop:  # a range inside a huge line has no line of its own
+            if part.stop is not None and offset >= part.stop:  # a range inside a huge line has no line of its own
                 return
     for line in stream:
-        if part.stop is not None and begin >= part.stop:
+        if part.stop is not None and offset >= part.stop:
             return
-        yield begin, line
-        begin += len(line)
+        yield offset, line
+        offset += len(line)
 
 
 def _separated(stream: Any, separator: bytes) -> Iterator[tuple[int, bytes]]:
     """(offset, part) between separators, which may have Windows line ends; an empty part at the end is left out."""
     find = re.compile(re.escape(separator).replace(b"\\\n", rb"\r?\n")).search
     longest = len(separator) + separator.count(b"\n")
-    begin, rest, searched = 0, bytearray(), 0
+    offset, rest, searched = 0, bytearray(), 0
     while more := stream.read(1 << 20):
         rest += more
         while match := find(rest, searched):
-            yield begin, bytes(rest[: match.start()])
-            begin += match.end()
+            yield offset, bytes(rest[: match.start()])
+            offset += match.end()
             del rest[: match.end()]
             searched = 0
         searched = max(0, len(rest) - longest + 1)
     if rest.strip():
-        yield begin, bytes(rest)
+        yield offset, bytes(rest)
 
 
 def read_python(part: FilePart, corpus: CorpusConfig) -> Texts:

@@ -1,4 +1,4 @@
-"""Runs and sweeps read back from their directories, and what is shown of them.
+"""Runs and sweeps read back from their directories, and their presentation.
 
 figures      the figures of a sweep
 trial_table  the ranked table of a sweep's trials: rows, columns, cells

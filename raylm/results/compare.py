@@ -57,7 +57,7 @@ class ComparedRun:
         return json.loads(storage.read(path) or b"{}") if self.store else {}
 
     def record(self) -> dict[str, Any]:
-        """What is compared, by the names of --json."""
+        """The compared values, by their names in --json."""
         return {
             self.measure: self.perplexity,
             "bits_per_byte": self.bits_per_byte,

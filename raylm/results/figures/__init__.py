@@ -1,7 +1,7 @@
 """The figures of a sweep: what each shows as plain values, and two libraries that draw them.
 
 primitives          lines, bars, cells and axes of a figure, with their colours
-data                what is drawn: the trials of a sweep, their scores, their settings on an axis
+data                the trials of a sweep, their scores, their settings on an axis
 sweep               a sweep's data -> its six figures
 matplotlib_backend  figure -> PNG
 plotly_backend      figure -> what plotly.js draws

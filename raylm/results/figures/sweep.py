@@ -112,7 +112,7 @@ def parallel_coordinates(data: SweepData) -> Figure | Omitted:
 
 
 def _about_equal(data: SweepData, trial: Trial, score: float) -> str:
-    """What is shown of a compared trial, with its score at equal tokens."""
+    """The description of a compared trial, with its score at equal tokens."""
     return f"{data.about(trial)}\n{data.at_equal_tokens}: {data.score_name} {score:.2f}"
 
 
@@ -173,7 +173,7 @@ def saved_tokens(data: SweepData) -> Figure | Omitted:
         )
         for trial in data.ranked
     ]
-    caption = "Pale: what is left of a trial's budget. The best trial is at the top."
+    caption = "Pale: the unused part of a trial's budget. The best trial is at the top."
     return Figure(
         "saved", title if stopped else "No trial was stopped early", caption, Axis("training tokens"), Axis(), bars=bars
     )
