@@ -3,11 +3,11 @@
 import contextlib
 import math
 
+import numpy as np
 import pytest
 
 from raylm import checkpoint, cluster, storage
 from raylm.errors import StorageError
-from raylm.perplexity import Score
 from raylm.training import trainer
 
 SCORES = {2: 9.0, 4: 7.0, 6: 5.0, 8: 6.0, 10: 6.5}
@@ -20,7 +20,10 @@ def failing(monkeypatch):
     monkeypatch.setattr(storage.retries, "RETRIES_SECONDS", (0.01, 0.01))
     monkeypatch.setattr(storage.retries, "_last_failure", -storage.retries.PAUSE_SECONDS)
     commit = checkpoint.CheckpointManager.commit
-    score = lambda self, documents: Score(math.log(SCORES[self.state.global_step]) * 100, 100, 100)  # noqa: E731
+
+    def score(self, documents):
+        return np.array([[math.log(SCORES[self.state.global_step]) * 100, 100, 100, 0, 0]])
+
     monkeypatch.setattr(trainer._Trainer, "_score", score)
 
     def fail(*steps):
