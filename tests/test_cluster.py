@@ -386,6 +386,7 @@ def test_what_ray_says_is_in_a_file_that_an_error_names(tmp_path):
     assert crashed.stderr.endswith("error: ValueError: no value\n")
 
 
+@pytest.mark.slow  # 32 s
 def test_under_uv_run_workers_have_the_commands_interpreter(tmp_path, tiny):
     """Ray's hook looks for a parent process `uv run …`, and would start each worker by such a command."""
     (tmp_path / "run").write_text('"$@"\n')  # of a shell that is called uv
@@ -405,6 +406,7 @@ def test_under_uv_run_workers_have_the_commands_interpreter(tmp_path, tiny):
     assert list(tmp_path.glob("runs/tokens/*/manifest.json"))
 
 
+@pytest.mark.slow  # 17 s
 def test_a_worker_that_does_not_start_is_warned_of():
     """Seen in a process of its own, where no worker can start: its interpreter is not there."""
     script = """
