@@ -57,10 +57,10 @@ def test_a_sweep_that_keeps_the_best_has_only_its_checkpoints_and_model(ray_clus
     trials = [name for name in storage.names(directory) if name.startswith("trial_")]
     kept = [name for name in trials if storage.names(f"{directory}/{name}/checkpoints")]
     assert len(trials) == 2
-    assert kept == [result.best["trial_id"]]
-    assert [row["checkpoint"] is None for row in result.trials] == [False, True]
-    assert result.untrained["perplexity"] > result.best["perplexity"]
-    assert "config.json" in storage.names(result.best["checkpoint"])
+    assert kept == [result.best.trial_id]
+    assert [row.checkpoint is None for row in result.trials] == [False, True]
+    assert result.untrained["perplexity"] > result.best.perplexity
+    assert "config.json" in storage.names(result.best.checkpoint)
 
 
 def test_a_sweep_without_a_result_keeps_all(experiment):

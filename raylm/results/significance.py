@@ -127,12 +127,10 @@ def sentence(standings: Mapping[str, Standing | None], documents: int) -> str | 
         return f"{documents} documents are too few to tell whether the best trial is better than the others"
     if not judged:
         return None
-    ties = [name.removeprefix("trial_") for name, standing in judged.items() if standing.as_good_as_best]
-    least = max(standing.least_percent or 0.0 for standing in judged.values())
+    ties = {name: standing for name, standing in judged.items() if standing.as_good_as_best}
     test = f"on these {documents:,} documents, paired at equal tokens"
     if not ties:
         return f"no other trial is as good as the best {test} (p < 0.05)"
-    return (
-        f"as good as the best {test} (p >= 0.05): {', '.join(ties)}; a difference of less than {least:.2g} % could not "
-        "be told"
-    )
+    names = ", ".join(name.removeprefix("trial_") for name in ties)
+    least = max(standing.least_percent or 0.0 for standing in ties.values())
+    return f"as good as the best {test} (p >= 0.05): {names}; differences below {least:.2g} % could not be detected"
