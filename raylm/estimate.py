@@ -84,7 +84,7 @@ def sweep(plan: Plan, trials: int, tokens_of_all: int | None) -> Estimate:
     """Of so many trials, which train on `tokens_of_all` if early stopping saves what it is expected to save."""
     seconds, source = None, UNKNOWN
     if plan.experiment.sizes_follow_text:
-        seconds, source = derived.SWEEP_SECONDS, "(the sizes were derived for it on this machine)"
+        seconds, source = derived.SWEEP_SECONDS, "at most (its sizes were derived for that on this machine)"
     for run in _finished(plan, "tune"):
         record = SweepRecord(run)
         trained = sum(trial.tokens for trial in record.trials.values())

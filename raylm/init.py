@@ -52,6 +52,8 @@ def init(
     layer["corpus.paths"] = paths
     experiment = experiments.load(None, layer)
     file = output or Path(f"{experiment.name}.yaml")
+    if not file.parent.is_dir():
+        raise ConfigError(f"--output {file}: there is no directory {file.parent}", "--output")
     if file.exists() and not force:
         raise ConfigError(f"{file} exists; --force replaces it, --output FILE writes another", "--output")
     from raylm import views

@@ -43,6 +43,7 @@ def report(
 def _of_one(results: SweepResults) -> cli.CommandResult:
     from raylm import storage, tracking
     from raylm.results import html, trial_table
+    from raylm.results import sweep as sweeps
 
     page = html.write(results)
     directory = page.rpartition("/")[0]
@@ -54,12 +55,17 @@ def _of_one(results: SweepResults) -> cli.CommandResult:
         "best": results.best.record(results.measure) if results.best is not None else None,
         "trials": [row.record(results.measure) for row in results.trials],
     }
-    table = trial_table.RankedTable(results.trials, console.label(results.measure))
+    untrained = results.result.get("untrained")
+    if untrained is not None:
+        untrained = {**untrained, "perplexity": untrained[results.measure]}
+    table = trial_table.RankedTable(results.trials, console.label(results.measure), untrained)
+    text = sweeps.scored_on_with_size(results.experiment, results.state.parameters)
+    notes = [f"ranked by {results.data.score_name} on {text}", *filter(None, [results.result.get("significance")])]
     failures = [f"{row.trial_id} failed: {row.failure}" for row in results.trials if row.failure]
     run = tracking.Run(results.directory, results.state.uri)
     opened = tracking.how_to_open(run.uri, run.path, "compare trials") if run.path else {}
     paths = console.key_values({"report": page, "pictures": ", ".join(pictures), **opened})
-    return cli.CommandResult(record, (table, *failures, "", paths))
+    return cli.CommandResult(record, (table, *notes, *failures, "", paths))
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def tune(
 ) -> cli.CommandResult:
     """Sweep settings of an experiment and rank the trials by perplexity on the same validation tokens.
 
-    Without --config: a small GPT-2 on the source code of Python's standard library.
+    Without --config and corpus.paths: a small GPT-2 on the source code of Python's standard library.
     """
     experiment = cli.experiment(config, settings, print_config, "training")
     from raylm import plan, views

@@ -652,3 +652,14 @@ def test_a_file_to_start_from_has_the_default_places_as_they_are_written(tmp_pat
     assert f"storage: {tmp_path}/runs\n" in config.dump(experiment), "beside a checkpoint it is where the run was"
     elsewhere = config.load({"storage": "/data/runs"})
     assert "storage: /data/runs\n" in config.dump(elsewhere, comments=True)
+
+
+def test_a_file_in_the_place_of_a_setting_is_told_how_to_be_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.yaml").touch()
+    Path("notes").mkdir()
+    for file, way_out in (("notes.yaml", "--config notes.yaml"), ("notes", "corpus.paths=notes")):
+        with pytest.raises(ConfigError, match=f"did you mean {way_out}?"):
+            config.parse_setting(file)
+    with pytest.raises(ConfigError, match="write section.key=value$"):
+        config.parse_setting("nothing")

@@ -110,3 +110,19 @@ def test_the_file_of_an_experiment_has_comments_and_loads_to_the_same_settings()
     assert "\n# yours\nname: notes" in text
     assert max(map(len, text.splitlines())) <= 120
     assert YAML(typ="safe", pure=True).load(text)["train"]["max_tokens"] == 81_920
+
+
+def test_a_text_of_a_single_passage_is_refused_before_anything_is_measured(command, texts):
+    (texts / "three.txt").write_text("one line\nanother\na third\n")
+    for arguments in (("init", "three.txt"), ("tune", "corpus.paths=three.txt", "--dry-run")):
+        ended = command(*arguments, cwd=texts)
+        assert ended.returncode == 3
+        assert "the text is a single passage, which cannot be split" in ended.stderr
+        assert "Measuring" not in ended.stderr
+    assert not (texts / "three.yaml").exists()
+
+
+def test_a_directory_that_is_not_there_is_told_first(command, texts):
+    ended = command("init", "harbour.csv", "--output", "no/o.yaml", cwd=texts)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: --output no/o.yaml: there is no directory no\n"

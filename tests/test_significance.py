@@ -42,6 +42,7 @@ def test_trials_that_differ_in_noise_alone_are_as_good_as_the_best(sweep):
     assert found["best"].low < found["best"].high
     record = found["twin"].record("pseudo_perplexity")
     assert record["pseudo_perplexity_low"] == found["twin"].low
+    assert Standing.from_record(record, "pseudo_perplexity") == found["twin"]
 
 
 def test_a_trial_that_was_stopped_early_is_compared_at_the_tokens_it_reached(sweep):

@@ -620,3 +620,9 @@ def test_a_database_that_other_nodes_do_not_see_is_refused(another_node, tiny):
 
 def test_a_single_node_needs_no_asking(ray_cluster):
     assert cluster.other_nodes() == {}
+
+
+def test_a_name_without_a_directory_is_of_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    storage.write("scores.jsonl", b"{}")
+    assert (tmp_path / "scores.jsonl").read_bytes() == b"{}"

@@ -260,7 +260,10 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise ConfigError(f"{setting!r} is not a setting; write section.key=value", where=setting)
+        is_file = os.path.exists(os.path.expanduser(setting))
+        way_out = f"--config {setting}" if setting.endswith((".yaml", ".yml")) else f"corpus.paths={setting}"
+        hint = f"; did you mean {way_out}?" if is_file else ""
+        raise ConfigError(f"{setting!r} is not a setting; write section.key=value{hint}", where=setting)
     takes = _kinds(key)
     takes_text = bool({str, tuple} & takes)
     is_text_alone = takes_text and not {tuple, dict} & takes

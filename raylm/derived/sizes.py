@@ -73,9 +73,13 @@ def step_law(num_parameters: int, tokens: int) -> tuple[float, float]:
 def training(experiment: Experiment, sources: list[Source], *, anew: bool = False) -> Derived:
     """The experiment with its split; without a config file also with tokenizer, model, a budget of a few passes, and a
     sweep of ten minutes here: as decided before, unless they are wanted `anew`."""
+    (complete, reasons), held = (with_tokenizer if experiment.sizes_follow_text else with_split)(experiment, sources)
+    if held.complete and held.units < 2 and not experiment.corpus.validation_paths:
+        from raylm import budget
+
+        raise budget.no_validation(complete)
     if not experiment.sizes_follow_text:
-        return with_split(experiment, sources)[0]
-    (complete, reasons), held = with_tokenizer(experiment, sources)
+        return Derived(complete, reasons)
     given = _given(experiment)
     path = decisions.path(experiment, experiment.name, given, "yaml")
     decided = None if anew else decisions.find(path)
@@ -89,8 +93,9 @@ def training(experiment: Experiment, sources: list[Source], *, anew: bool = Fals
         settings = config.settings_of(decided)
     found = override(complete, {key: value for key, value in settings.items() if not _is_given(experiment, key)})
     if not anew:
+        how = "follow from" if decided is None else f"were derived before ({path}) from"
         logger.info(
-            f"No --config, so settings follow from {console.format_size(size(held))} of text and this machine: "
+            f"No --config, so settings {how} {console.format_size(size(held))} of text and this machine: "
             f"{shown(found.model)}, {found.train.max_tokens or 0:,} tokens a training"
         )
     return Derived(found, reasons)

@@ -32,6 +32,14 @@ class Standing:
     compared_at_tokens: int | None = None
     """Training tokens of the deepest evaluation that this trial and the best one both had."""
 
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], measure: str) -> Standing | None:
+        """The standing of a trial in result.json; None if it has none."""
+        if "as_good_as_best" not in record:
+            return None
+        names = {"low": f"{measure}_low", "high": f"{measure}_high"}
+        return cls(**{name: record[names.get(name, name)] for name in cls.__dataclass_fields__})
+
     def record(self, measure: str) -> dict[str, Any]:
         fields = dict(vars(self))
         return {f"{measure}_low": fields.pop("low"), f"{measure}_high": fields.pop("high"), **fields}

@@ -13,6 +13,7 @@ from raylm.console import command, label
 from raylm.errors import StorageError
 from raylm.results import runs
 from raylm.results.figures import SweepData
+from raylm.results.significance import Standing
 from raylm.results.trial_table import WEIGHED, TrialRow
 from raylm.sweep.record import EVENTS, SweepRecord, Trial
 from raylm.tracking import journal
@@ -126,6 +127,7 @@ class SweepResults:
             **measured(self.directory, trial),
             checkpoint=record.get("checkpoint"),
             mlflow_run_id=record.get("mlflow_run_id"),
+            standing=Standing.from_record(record, self.measure),
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylm.errors import StorageFull
-from raylm.storage.file_systems import OBJECT_STORES, file_system, is_remote
+from raylm.storage.file_systems import OBJECT_STORES, absolute, file_system, is_remote
 from raylm.storage.retries import reached, retried
 
 CHUNK_BYTES = 2**22
@@ -71,6 +71,7 @@ def write(path: str, content: Any, scratch: str | None = None) -> None:
 
 
 def _write(path: str, content: Any, scratch: str | None) -> None:
+    path = absolute(path)
     directory, _, name = path.rpartition("/")
     partial = f"{scratch or directory}/{name if scratch is None else ''}.{uuid.uuid4().hex}.partial"
     size = memoryview(content).nbytes
