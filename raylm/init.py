@@ -37,7 +37,7 @@ def init(
 ) -> cli.CommandResult:
     """Look at a text and this machine, and write a commented experiment: columns, split, model, budget and a sweep.
 
-    The sweep takes about ten minutes on this machine, whose speed is measured for a second or two.
+    The sweep takes at most about ten minutes on this machine, whose speed is measured for some seconds.
     """
     settings = [each for each in arguments or [] if _is_setting(each)]
     paths = [each for each in arguments or [] if not _is_setting(each)]
