@@ -110,13 +110,15 @@ def no_validation(experiment: Experiment) -> DataError:
     section = experiment.corpus
     if section.validation_paths:
         why = f"corpus.validation_paths={', '.join(section.validation_paths)} holds no text"
+        way_out = "name files that do"
     elif not section.validation_fraction:
         why = "corpus.validation_fraction=0 holds nothing out"
+        way_out = "give one such as 0.05, or corpus.validation_paths"
     else:
         why = "the text is a single passage, which cannot be split"
+        way_out = "give more text, or corpus.validation_paths"
     return DataError(
-        f"the validation split is empty, so no perplexity can be measured: {why}; give more text, "
-        "a corpus.validation_fraction such as 0.05, or corpus.validation_paths",
+        f"the validation split is empty, so no perplexity can be measured: {why}; {way_out}",
         where="corpus.validation_fraction",
     )
 

@@ -61,7 +61,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_shortly(tmp_path, listens)
     (tmp_path / "one.yaml").write_text(
         "corpus: {paths: a.txt}\nmodel: {path: owner/name}\nstorage: runs\ntracking: {uri: null}\n"
     )
-    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.txt").write_text("A line of text.\n\n" * 200)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         if not listens:
