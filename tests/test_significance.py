@@ -75,5 +75,6 @@ def test_the_sentence_names_ties_and_what_could_not_be_told():
         "1.2 % could not be detected"
     )
     assert sentence({"trial_0": best, "trial_2": worse}, 38).startswith("no other trial is as good as the best")
+    assert "on these 38 passages, paired" in sentence({"trial_0": best, "trial_1": tie}, 38, "passage")
     few = Standing(None, None, as_good_as_best=None)
     assert "4 documents are too few to tell" in sentence({"trial_0": few, "trial_1": few}, 4)

@@ -37,7 +37,7 @@ from raylm.pipeline import stores
 from raylm.pipeline.training import export_best
 from raylm.plan import Plan, Prepared
 from raylm.results import html, live_table, significance, tables, trial_table
-from raylm.results.sweep import BestTrial, measured, repeat_command, scored_on_with_size
+from raylm.results.sweep import BestTrial, measured, repeat_command, scored_on_with_size, scored_unit
 from raylm.results.trial_table import TrialRow
 from raylm.sweep import Trial, tuner
 from raylm.sweep.asha import Asha
@@ -472,7 +472,9 @@ def _result(
         best=BestTrial(**{field.name: best[field.name] for field in dataclasses.fields(BestTrial)}),
         trials=[TrialRow.from_record(row) for row in rows],
         significance=significance.sentence(
-            {row["trial_id"]: row["standing"] for row in rows}, prepared.scored["scored_documents"]
+            {row["trial_id"]: row["standing"] for row in rows},
+            prepared.scored["scored_documents"],
+            scored_unit(experiment),
         ),
     )
 

@@ -124,19 +124,20 @@ def _deepest(one: _Evaluations, other: _Evaluations) -> int | None:
     return None
 
 
-def sentence(standings: Mapping[str, Standing | None], documents: int) -> str | None:
+def sentence(standings: Mapping[str, Standing | None], documents: int, unit: str = "document") -> str | None:
     """The standings in a sentence; None if the scores of single documents are unknown.
 
-    `standings`: by trial id, the best trial first; `documents`: how many were scored.
+    `standings`: by trial id, the best trial first; `documents`: how many were scored; `unit`: what
+    people call one of them.
     """
     others = {name: standing for name, standing in list(standings.items())[1:] if standing is not None}
     judged = {name: standing for name, standing in others.items() if standing.as_good_as_best is not None}
     if others and documents < statistics.FEWEST_DOCUMENTS:
-        return f"{documents} documents are too few to tell whether the best trial is better than the others"
+        return f"{documents} {unit}s are too few to tell whether the best trial is better than the others"
     if not judged:
         return None
     ties = {name: standing for name, standing in judged.items() if standing.as_good_as_best}
-    test = f"on these {documents:,} documents, paired at equal tokens"
+    test = f"on these {documents:,} {unit}s, paired at equal tokens"
     if not ties:
         return f"no other trial is as good as the best {test} (p < 0.05)"
     names = ", ".join(name.removeprefix("trial_") for name in ties)

@@ -190,9 +190,13 @@ def scored_on_with_size(experiment: Experiment, parameters: Mapping[str, Any]) -
     if "scored_documents" not in parameters:
         return text
     documents, tokens = (int(parameters[f"scored_{each}"]) for each in ("documents", "tokens"))
+    return f"{text}: {documents:,} {scored_unit(experiment)}{'s' * (documents != 1)}, {tokens:,} tokens"
+
+
+def scored_unit(experiment: Experiment) -> str:
+    """What is scored by itself: a document, or a passage of one."""
     is_split_by_passage = experiment.corpus.split_by == "passage" and not experiment.corpus.validation_paths
-    unit = "passage" if is_split_by_passage else "document"
-    return f"{text}: {documents:,} {unit}{'s' * (documents != 1)}, {tokens:,} tokens"
+    return "passage" if is_split_by_passage else "document"
 
 
 def _losses(directory: str) -> list[tuple[float, float]]:
