@@ -402,6 +402,7 @@ def test_what_is_not_a_checkpoint_is_told_with_the_way_out(verb, causal, texts, 
 
 def test_a_set_is_tokenized_once_as_the_run_is_and_nothing_of_it_is_left_out(ray_cluster, tiny, texts):
     filtered = ["corpus.keep_any=cat", "corpus.max_documents=1", 'corpus.separator=" "']
+    filtered += [f"corpus.validation_paths={texts}/books"]
     experiment = tiny(sets(texts), *filtered)
     store, _ = stores.prepare(plans.resolve_tokens(tiny()))
     found = stores.prepare_evaluation_sets(plans.resolve(experiment), store)
