@@ -25,7 +25,8 @@ from ray.train import ControllerError, WorkerGroupError
 from raylm import checkpoint, cluster, config, tracking, training
 from raylm.config import override
 from raylm.errors import ConfigError, Diverged, OutOfMemory, StorageError, TrainingError, WorkerFailed
-from raylm.training import launch
+from raylm.training import launch, worker_errors, worker_group
+from raylm.training.worker_errors import UncountedFailure
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -170,7 +171,7 @@ CLOSED = RuntimeError("Connection closed by peer")
         (WorkerGroupError("", {0: CLOSED}), WorkerFailed, "worker 0 failed: RuntimeError: Connection closed by peer"),
         (
             WorkerGroupError("", {0: died(preempted=True)}),
-            launch._UncountedFailure,
+            UncountedFailure,
             "worker 0 died with its node, which was",
         ),
         (ControllerError(died()), WorkerFailed, "a worker (process 7 on 10.0.0.2) died"),
@@ -185,7 +186,7 @@ CLOSED = RuntimeError("Connection closed by peer")
     ],
 )
 def test_deaths_are_distinguished_from_errors_that_would_recur(error, kind, told):
-    found = launch._cause(error, "here")
+    found = worker_errors.cause(error, "here")
     assert type(found) is kind
     assert str(found).startswith(told)
 
@@ -193,7 +194,7 @@ def test_deaths_are_distinguished_from_errors_that_would_recur(error, kind, told
 def test_failures_are_counted_over_all_attempts_and_reported_in_one_line():
     said, endings = (
         [],
-        [WorkerFailed("one died"), launch._UncountedFailure("a node went"), WorkerFailed("two died"), "trained"],
+        [WorkerFailed("one died"), UncountedFailure("a node went"), WorkerFailed("two died"), "trained"],
     )
 
     def attempt():
@@ -354,7 +355,9 @@ def test_a_trial_resumes_after_its_node_was_taken_away(two_workers, train_run, r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("settings", "seconds"), [([], launch.WAIT_SECONDS), (["train.arguments.ddp_timeout=77"], 77)])
+@pytest.mark.parametrize(
+    ("settings", "seconds"), [([], worker_group.WAIT_SECONDS), (["train.arguments.ddp_timeout=77"], 77)]
+)
 def test_how_long_a_rank_waits_for_another_one(ray_cluster, tiny, tmp_path, settings, seconds):
     def waits():
         processes = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
@@ -362,7 +365,7 @@ def test_how_long_a_rank_waits_for_another_one(ray_cluster, tiny, tmp_path, sett
 
     experiment = tiny("cluster.num_workers=2", "cluster.cpus_per_worker=0.5", *settings)
     resources = cluster.resources(experiment.cluster, ray.cluster_resources())
-    assert launch._on_workers(waits, experiment, resources, str(tmp_path)) == seconds
+    assert worker_group.run(waits, experiment, resources, str(tmp_path)) == seconds
 
 
 def raising(error: Exception):

@@ -8,6 +8,8 @@ guards              what ends a training before it spoils its weights: no memory
 checkpoint_writer   one checkpoint, uploaded by all ranks and committed by the first; older ones removed
 trainer             the Trainer of a worker: evaluations, training metrics, checkpoints, the order of examples
 worker              one worker's training or scoring: threads, devices, errors
+worker_errors       Ray Train's errors as raylm's: which failures may pass, and which would recur
+worker_group        a worker group of Ray Train, of which nothing is left if it fails
 launch              where workers run: one process here, a worker group of Ray, a trial; restarts after failures
 """
 
