@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -44,6 +46,18 @@ def test_the_state_of_each_run_and_what_resumes_it(experiment, tmp_path):
     again = runs.start_or_resume(config.load(file), "train", "abc", "must")
     assert (again.directory, again.step) == (stopped.directory, 40)
     assert listing.listed(f"{tmp_path}/runs/words") == listing.listed(f"{tmp_path}/runs")
+
+
+@pytest.mark.parametrize("verb", [("ls",), ("clean", "--dry-run"), ("report",), ("compare",)], ids=" ".join)
+def test_commands_that_read_a_storage_import_no_library_that_trains(experiment, verb):
+    sweep = begin(experiment, "tune")
+    SweepRecord(sweep.directory).add("trial_00000", {})
+    place = sweep.directory if verb[0] in ("report", "compare") else experiment.storage
+    command = [sys.executable, "-X", "importtime", "-m", "raylm", *verb, place]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "raylm.results.runs" in imported
+    assert imported & {"torch", "ray", "mlflow", "transformers", "datasets"} == set(), "they take seconds"
 
 
 def test_looking_at_a_lock_leaves_it_as_it_is(experiment):

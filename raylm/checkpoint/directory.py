@@ -18,15 +18,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm import config, model, storage
+from raylm import config, storage
 from raylm import tokenizer as tokenizers
 from raylm.config import Experiment, ModelConfig, TokenizerConfig
 from raylm.errors import ConfigError, RaylmError, StorageError, first_line
-from raylm.perplexity import MaskedTokens
 from raylm.tokenizer import Frame
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # commands that only list runs and sweeps need no torch, whose import takes 3 s
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from raylm.perplexity import MaskedTokens
 
 EXPERIMENT = "experiment.yaml"
 RECORD = "raylm.json"
@@ -53,12 +54,16 @@ class TrainedModel:
 
     def masked(self, prefix: str | None = None, every: bool = False) -> MaskedTokens | None:
         """How a masked model is scored; None for other models. `every`: eval.pseudo_perplexity."""
+        from raylm import model, perplexity
+
         is_masked = self.fills_in or model.is_masked(self.model.config)
-        return MaskedTokens.of(self.tokenizer, self.frame(prefix), every) if is_masked else None
+        return perplexity.MaskedTokens.of(self.tokenizer, self.frame(prefix), every) if is_masked else None
 
     @property
     def context(self) -> int:
         """The maximum number of tokens that the model reads: its positions, or the block size if it has no limit."""
+        from raylm import model
+
         limit = model.context(self.model.config)
         return limit or (self.experiment or Experiment()).blocks.block_size
 
@@ -131,6 +136,8 @@ def load(
     a masked model even if its configuration does not say so.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    from raylm import model
 
     section = section or ModelConfig()
     path = locate(directory, section.gguf_file)

@@ -8,13 +8,19 @@ queue       the next trial to run: one to resume, or a new one
 trial       the training of one trial, in its own process
 tuner       Ray Tune runs the trials, without output or files of its own
 
-Importing tuner takes 5 s, because it imports the training; the other modules are quick.
+The record is quick to import. The names of the other modules are imported when they are first used: Ray Tune takes
+2.5 s, which commands that only read a sweep do not spend. Importing tuner takes 5 s, because it imports the training.
 """
 
-from raylm.sweep.queue import TrialQueue
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from raylm.sweep.record import SweepRecord, Trial, read
-from raylm.sweep.schedule import RecordedScheduler, SweepStopper, scheduler
-from raylm.sweep.space import keys, searcher, shown
+
+if TYPE_CHECKING:
+    from raylm.sweep.queue import TrialQueue
+    from raylm.sweep.schedule import RecordedScheduler, SweepStopper, scheduler
+    from raylm.sweep.space import keys, searcher, shown
 
 __all__ = [
     "RecordedScheduler",
@@ -28,3 +34,20 @@ __all__ = [
     "searcher",
     "shown",
 ]
+
+_LATER = {
+    "TrialQueue": "queue",
+    "RecordedScheduler": "schedule",
+    "SweepStopper": "schedule",
+    "scheduler": "schedule",
+    "keys": "space",
+    "searcher": "space",
+    "shown": "space",
+}
+"""The module of each name that is imported when it is first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
