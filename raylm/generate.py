@@ -54,8 +54,7 @@ def generate(
         return cli.CommandResult(plan.record(), console.key_values(plan.record()))
     if plan.documents is not None:
         record = asdict(generation.write(plan))
-        shown = {**record, "tokens_per_second": round(record["tokens_per_second"])}
-        return cli.CommandResult(record, console.key_values(shown))
+        return cli.CommandResult(record, console.key_values(record))
     if plan.can_stream and not json and sys.stdout.isatty():
         try:
             texts = generation.texts(plan, _print)

@@ -433,6 +433,13 @@ def test_metrics_parameters_tags_and_texts_arrive(section, tmp_path):
     assert run.pending() == 0
 
 
+def test_opening_mlflow_is_said_once_in_a_command(section, tmp_path, caplog):
+    with caplog.at_level("INFO", "raylm"):
+        for name in ("abandoned", "run"):
+            start(section, tmp_path / name)
+    assert [message for message in caplog.messages if "MLflow" in message] == [f"Opening MLflow at {section.uri} …"]
+
+
 def test_a_parameter_that_is_long_or_has_parts_is_whole_in_an_artifact(section, tmp_path):
     run = start(section, tmp_path / "run")
     run.log_parameters({"corpus.keep_any": ["plt", "pd"], "prompt": "x" * 7000})

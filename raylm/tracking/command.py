@@ -151,11 +151,13 @@ def _ray_job() -> str | None:
 
 
 def _connect(uri: str, experiment: str, metric: str) -> bool:
+    uploads = uploader.get(uri)
+    # MLflow creates a database in 4 s, on a busy machine in 20 s.
+    timeout_seconds = 60.0 if uri.startswith("sqlite") else uploader.TIMEOUT_SECONDS
+    is_slow = not uploads.has_answered
     try:
-        # MLflow creates a database in 4 s, on a busy machine in 20 s.
-        with console.waiting(f"Opening MLflow at {display_uri(uri)}"):
-            timeout_seconds = 60.0 if uri.startswith("sqlite") else uploader.TIMEOUT_SECONDS
-            return uploader.get(uri).connect(experiment, metric, timeout_seconds)
+        with console.waiting(f"Opening MLflow at {display_uri(uri)}") if is_slow else contextlib.nullcontext():
+            return uploads.connect(experiment, metric, timeout_seconds)
     except Unusable as error:
         raise _unusable(uri, str(error)) from error
 

@@ -26,6 +26,8 @@ class Uploader:
 
     def __init__(self, server: Server):
         self.server = server
+        self.has_answered = False
+        """Whether MLflow has answered `connect`."""
         self.failure: Exception | None = None
         """First failure of the last round, since a caller started to wait."""
         self._request: Callable[[], object] | None = None
@@ -44,6 +46,7 @@ class Uploader:
         self.server.check_file()
         failure = self._try(lambda: self.server.experiment_id(experiment, metric), timeout_seconds)
         if failure is None:
+            self.has_answered = True
             return True
         if self.server.is_permanent(failure):
             raise Unusable(self.server.reason(failure)) from failure
