@@ -369,7 +369,10 @@ def test_commands_that_connect_show_the_token_too(head, tmp_path):
 def test_a_job_has_its_commands_output_and_exit_code(submitted, tmp_path):
     refused = submitted("train", "--config", "words.yaml", "train.batch_tokens=100")
     assert refused.returncode == 2
-    assert "train.batch_tokens: must be a multiple of blocks.block_size" in refused.stdout
+    assert "train.batch_tokens: must be a multiple of blocks.block_size" in refused.stderr, "and nothing was submitted"
+    failed = submitted("train", "--config", "words.yaml", "corpus.paths=/nowhere")
+    assert failed.returncode == 3
+    assert "corpus.paths: /nowhere" in failed.stdout
     done = submitted("train", "--config", "words.yaml")
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout
