@@ -174,6 +174,11 @@ CLOSED = RuntimeError("Connection closed by peer")
             UncountedFailure,
             "worker 0 died with its node, which was",
         ),
+        (
+            ray.exceptions.ActorUnschedulableError("The node specified via NodeAffinity does not exist any more"),
+            UncountedFailure,
+            "a node was taken away while",
+        ),
         (ControllerError(died()), WorkerFailed, "a worker (process 7 on 10.0.0.2) died"),
         (died("class_name: TrainController"), WorkerFailed, "Ray Train's controller died"),
         (WorkerGroupError("", {0: ImportError("no torch"), 1: CLOSED}), TrainingError, "worker 0 failed: ImportError"),

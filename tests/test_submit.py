@@ -376,6 +376,7 @@ def test_a_job_has_its_commands_output_and_exit_code(submitted, tmp_path):
     done = submitted("train", "--config", "words.yaml")
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout
+    assert "INFO" not in done.stderr, "Ray's client names each package that it uploads"
     (model,) = tmp_path.glob("runs/tiny/train-*/model")
     assert (model / "model.safetensors").exists()
 

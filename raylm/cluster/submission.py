@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from raylm import config
+from raylm import config, console
 from raylm.cluster.address import Address, has_token, no_token, show_token
 from raylm.errors import ConfigError, StorageError, first_line
 from raylm.redaction import redacted
@@ -30,7 +30,7 @@ VERBS = ("prepare", "train", "tune", "evaluate", "generate", "inspect", "push", 
 DASHBOARD = "http://127.0.0.1:8265"
 ANSWER_SECONDS = 8.0
 """How long a dashboard may take to answer."""
-START_SECONDS = 60
+START_SECONDS = 120
 """How long a cluster that answers may take until it accepts jobs."""
 STOP_SECONDS = 60
 """How long a stopped job may take for its checkpoint; Ray's default is 3."""
@@ -117,17 +117,18 @@ def submit(submission: Submission) -> Job:
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
     }
     deadline = time.monotonic() + START_SECONDS
-    while True:  # a cluster that has just started accepts no jobs for some seconds
-        try:
-            job = client.submit_job(entrypoint=submission.entrypoint, runtime_env=runtime_env)
-            return Job(client, submission.dashboard, job)
-        except RuntimeError as error:
-            problem = first_line(error)
-            if "No available agent" not in problem or time.monotonic() > deadline:
-                raise StorageError(
-                    f"{submission.dashboard}: the cluster takes no job: {problem}", submission.dashboard.setting
-                ) from error
-        time.sleep(1)
+    with console.waiting(f"Submitting to {submission.dashboard.value}"):
+        while True:  # a cluster that has just started accepts no jobs for some seconds, on a busy machine for minutes
+            try:
+                job = client.submit_job(entrypoint=submission.entrypoint, runtime_env=runtime_env)
+                return Job(client, submission.dashboard, job)
+            except RuntimeError as error:
+                problem = first_line(error)
+                if "No available agent" not in problem or time.monotonic() > deadline:
+                    raise StorageError(
+                        f"{submission.dashboard}: the cluster takes no job: {problem}", submission.dashboard.setting
+                    ) from error
+            time.sleep(1)
 
 
 def find_dashboard(given: str | None) -> Address:
@@ -239,7 +240,8 @@ def connect_client(dashboard: Address) -> JobSubmissionClient:
             reason = reason.__context__
         problem = reason if isinstance(reason, OSError) else "what listens on this port is something else"
         raise refused(f"no Ray cluster answers there: {problem}") from error
-    for chatty in ("ray", JobSubmissionClient.__module__):  # they log each packed file, and closed sockets
+    # They log each packed file, and closed sockets.
+    for chatty in ("ray", *(each.__module__ for each in JobSubmissionClient.__mro__ if each is not object)):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     show_token()
     try:

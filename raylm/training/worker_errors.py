@@ -53,6 +53,8 @@ def _death(rank: int | None, error: BaseException, where: str) -> Exception | No
 
     if isinstance(error, of_train.WorkerGroupStartupTimeoutError):
         return UncountedFailure(f"{cluster.plural_workers(error.num_workers)} had no room within a minute")
+    if isinstance(error, ray.exceptions.ActorUnschedulableError):  # the node that this process is on, just gone
+        return UncountedFailure("a node was taken away while the worker group started")
     if isinstance(error, of_train.WorkerGroupStartupFailedError):
         return WorkerFailed(f"a worker died while its group started; {_FOR_MEMORY}", where)
     if isinstance(error, of_train.WorkerHealthCheckTimeoutError):
