@@ -112,6 +112,15 @@ def test_the_file_of_an_experiment_has_comments_and_loads_to_the_same_settings()
     assert YAML(typ="safe", pure=True).load(text)["train"]["max_tokens"] == 81_920
 
 
+@pytest.mark.parametrize("verb", ["init", "train", "tune"])
+def test_filters_that_leave_no_document_are_named_before_anything_is_trained(command, texts, verb):
+    (texts / "three.txt").write_text("one line\nanother\na third\n")
+    ended = command(verb, "three.txt" if verb == "init" else "corpus.paths=three.txt", "corpus.min_chars=99", cwd=texts)
+    assert ended.returncode == 3
+    assert "no document is left to train on; of what was read, documents: 1, " in ended.stderr
+    assert "filtered: min_chars: 1" in ended.stderr
+
+
 def test_a_text_of_a_single_passage_is_refused_before_anything_is_measured(command, texts):
     (texts / "three.txt").write_text("one line\nanother\na third\n")
     for arguments in (("init", "three.txt"), ("tune", "corpus.paths=three.txt", "--dry-run")):

@@ -8,6 +8,7 @@ import pytest
 
 from raylm.config import CorpusConfig
 from raylm.corpus import find_sources, guess_columns, list_sources, profile
+from raylm.errors import DataError
 
 PROSE = "It rained for most of the week and then it stopped."
 
@@ -55,6 +56,16 @@ def test_every_format_of_tables_is_looked_at(tmp_path):
         corpus = CorpusConfig(paths=str(file))
         found = guess_columns(find_sources(corpus), corpus)
         assert found.text == "story", file.name
+
+
+def test_tables_of_two_kinds_are_refused_with_the_way_out(tmp_path):
+    (tmp_path / "articles.csv").write_text("title,body\n" + f"Rain,{PROSE}\n" * 9)
+    (tmp_path / "reviews.csv").write_text("id,review\n" + f"1,{PROSE}\n")
+    corpus = CorpusConfig(paths=str(tmp_path))
+    with pytest.raises(DataError, match=r"reviews.csv.* no column 'body'.*articles.csv has it.* tables of one kind"):
+        guess_columns(find_sources(corpus), corpus)
+    (tmp_path / "reviews.csv").write_text("id,body\n" + f"1,{PROSE}\n")
+    assert guess_columns(find_sources(corpus), corpus).text == "body"
 
 
 def test_tables_beside_more_plain_text_are_not_what_the_corpus_is(tmp_path):

@@ -26,6 +26,7 @@ from raylm.corpus.reader import (
     counted_as,
     documents,
     kept_fraction,
+    nothing_left,
     shards,
 )
 from raylm.corpus.selection import SEEN, hashes, select, selected
@@ -53,6 +54,7 @@ __all__ = [
     "kept_fraction",
     "left_out",
     "list_sources",
+    "nothing_left",
     "profile",
     "readable",
     "select",

@@ -16,9 +16,13 @@ from raylm.corpus.columns import WHOLE_ROW
 from raylm.corpus.formats import format_of, texts, whole_file
 from raylm.corpus.reader import Ledger, content_hash, kept, shards
 from raylm.corpus.sources import HUB, Source
+from raylm.errors import DataError
 
 ROWS = 200
 """Rows of a table that are read to find its text columns."""
+
+MOST_TABLES = 20
+"""Tables of which it is checked that they have these columns."""
 
 TABLES = ("jsonl", "csv", "tsv", "parquet", "arrow", "saved")
 """Formats of rows with columns. A .json file beside text counts as settings of some program."""
@@ -49,7 +53,8 @@ class TextColumns(NamedTuple):
 def guess_columns(sources: list[Source], corpus: CorpusConfig) -> TextColumns | None:
     """The columns of a table that hold its text; None if the corpus is not a table, or has a column named corpus.text.
 
-    Tables beside plain text count only if they are the larger part. Reads the first ROWS rows of the first table.
+    Tables beside plain text count only if they are the larger part. Reads the first ROWS rows of the largest table.
+    DataError if another table lacks its columns.
     """
     formats = [(source, file, format_of(file.path, source.name)[0]) for source in sources for file in source.files]
     tables = [each for each in formats if each[2] in TABLES or each[2] == "json"]
@@ -58,11 +63,23 @@ def guess_columns(sources: list[Source], corpus: CorpusConfig) -> TextColumns | 
         tables = [each for each in tables if each[2] in TABLES]
     if sum(file.size for _, file, _ in tables) <= plain:
         return None
-    source, file, _ = max(tables, key=lambda each: each[1].size)
+    largest, *others = sorted(tables, key=lambda each: -each[1].size)
     whole_rows = corpus.model_copy(update={"text": WHOLE_ROW})
-    found = islice(texts(whole_file(file, 0, source), whole_rows), ROWS)
+    found = islice(texts(whole_file(largest[1], 0, largest[0]), whole_rows), ROWS)
     rows = [json.loads(row) for row in found if isinstance(row, str)]
-    return _text_of(rows, corpus.text)
+    guessed = _text_of(rows, corpus.text)
+    if guessed is not None:
+        guess = corpus.model_copy(update={"text": guessed.text, "join": guessed.join})
+        for source, file, _ in others[:MOST_TABLES]:
+            try:
+                next(texts(whole_file(file, 0, source), guess), None)
+            except DataError as error:
+                raise DataError(
+                    f"{error.message}. {largest[1].path} has it, but one corpus.text is for all tables of a corpus; "
+                    "name tables of one kind in corpus.paths, or give their columns the same name",
+                    "corpus.paths",
+                ) from error
+    return guessed
 
 
 def _text_of(rows: list[dict[str, Any]], default: str) -> TextColumns | None:

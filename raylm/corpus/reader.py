@@ -19,6 +19,7 @@ from raylm.corpus.file_part import BadDocument, FilePart
 from raylm.corpus.formats import split, texts, whole_file
 from raylm.corpus.passages import passages
 from raylm.corpus.sources import File, Source
+from raylm.errors import DataError
 
 Ledger = Counter  # what happened to documents -> how many; "bytes" are UTF-8 bytes of the documents that were read
 
@@ -45,6 +46,12 @@ class Document(NamedTuple):
     """64 bits of blake2b of the text: the same text has the same hash everywhere."""
     source: int
     validation: bool
+
+
+def nothing_left(ledger: Mapping[str, int]) -> DataError:
+    """The error for a corpus without a document to train on, with what became of those that were read."""
+    why = ", ".join(f"{what}: {count:,}" for what, count in ledger.items()) or "documents: 0"
+    return DataError(f"corpus: no document is left to train on; of what was read, {why}", "corpus")
 
 
 # Shards --------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from raylm.config import CorpusConfig
@@ -39,6 +40,8 @@ class Holdout:
     """UTF-8 bytes of the kept text; if not `complete` estimated from the sizes of the files, 0 if none is known."""
     unit_bytes: int
     """Mean size of a unit in bytes; 0 if no unit was seen."""
+    ledger: Mapping[str, int] = field(default_factory=dict)
+    """What became of the documents that were read, by its name in the ledger."""
 
 
 def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
@@ -93,6 +96,7 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
         complete,
         num_bytes=num_bytes or on_disk,
         unit_bytes=seen // max(1, len(units)),
+        ledger=dict(look.ledger),
     )
 
 

@@ -75,9 +75,9 @@ def training(experiment: Experiment, sources: list[Source], *, anew: bool = Fals
     sweep of ten minutes here: as decided before, unless they are wanted `anew`."""
     (complete, reasons), held = (with_tokenizer if experiment.sizes_follow_text else with_split)(experiment, sources)
     if held.complete and held.units < 2 and not experiment.corpus.validation_paths:
-        from raylm import budget
+        from raylm import budget, corpus
 
-        raise budget.no_validation(complete)
+        raise budget.no_validation(complete) if held.units else corpus.nothing_left(held.ledger)
     if not experiment.sizes_follow_text:
         return Derived(complete, reasons)
     given = _given(experiment)

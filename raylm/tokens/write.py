@@ -17,8 +17,8 @@ from typing import Any
 from raylm import console
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig, TokenizerConfig
-from raylm.corpus import Ledger, Shard, Source, documents, hashes, left_out, select, selected, shards
-from raylm.errors import DataError, RaylmError, StorageUnavailable
+from raylm.corpus import Ledger, Shard, Source, documents, hashes, left_out, nothing_left, select, selected, shards
+from raylm.errors import RaylmError, StorageUnavailable
 from raylm.storage import names, read, remove
 from raylm.tokens.shard import facts_name, finished, write_shard
 from raylm.tokens.store import (
@@ -134,8 +134,7 @@ def _write_store(
     for source in sources:
         ledger.update({f"left out: {kind}": count for kind, count in source.left_out.items()})
     if not splits["train"]["documents"]:
-        why = ", ".join(f"{what}: {count}" for what, count in ledger.items()) or "documents: 0"
-        raise DataError(f"corpus: no document is left to train on; of what was read, {why}", "corpus")
+        raise nothing_left(ledger)
     rejected = [fault for shard in written for fault in shard["rejected"]]
     if rejected:
         write(path, "rejected.jsonl", "".join(json.dumps(fault) + "\n" for fault in rejected).encode())
