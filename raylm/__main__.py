@@ -26,7 +26,11 @@ def raylm(
 def main() -> None:
     if sys.argv[1:2] in ([], ["help"]):  # raylm, raylm help, raylm help train
         sys.argv[1:] = [*sys.argv[2:3], "--help"]
-    app = typer.Typer(invoke_without_command=True, epilog="raylm help COMMAND explains a command.")
+    app = typer.Typer(
+        invoke_without_command=True,
+        epilog="raylm help COMMAND explains a command.",
+        context_settings={"help_option_names": cli.HELP},
+    )
     app.callback()(raylm)
     for verb in VERBS:
         cli.add(app, getattr(importlib.import_module(f"raylm.{verb}"), verb), verb)

@@ -59,6 +59,8 @@ DryRun = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout; all else on stderr.")]
 
+HELP = ["-h", "--help"]
+
 INTERRUPTED = 130  # the exit code that shells use for Ctrl-C
 
 
@@ -141,7 +143,9 @@ def _quiet_libraries() -> None:
 
 def add(app: typer.Typer, verb: Callable[..., CommandResult | None], name: str | None = None) -> None:
     """Make a verb a command. If the verb has `passes_on`, options after its first argument are another command's."""
-    others = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+    settings: dict[str, Any] = {"help_option_names": HELP}
+    if getattr(verb, "passes_on", False):
+        settings |= {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
     @functools.wraps(verb)
     def command(*args: Any, **kwargs: Any) -> CommandResult | None:
@@ -150,7 +154,7 @@ def add(app: typer.Typer, verb: Callable[..., CommandResult | None], name: str |
         except KeyboardInterrupt as interrupt:  # typer would only keep an exit code
             raise _Stopped(str(interrupt)) from interrupt
 
-    app.command(name, context_settings=others if getattr(verb, "passes_on", False) else None)(command)
+    app.command(name, context_settings=settings)(command)
 
 
 FORK_SECONDS = 0.05
@@ -206,8 +210,9 @@ def _run(app: typer.Typer, name: str | None, as_json: bool, stdout: Any) -> int:
     def fail(error: str, where: str | None, exit_code: int) -> int:
         if as_json:
             print(json.dumps(redacted({"error": error, "where": where, "exit_code": exit_code})), file=stdout)
+        head = "" if exit_code in (INTERRUPTED, Interrupted.exit_code) else "[red]error:[/] "
         for line in error.split("\n"):
-            console.screen.print(f"[red]error:[/] {console.escaped(line)}", soft_wrap=True)
+            console.screen.print(f"{head}{console.escaped(line)}", soft_wrap=True)
         return exit_code
 
     try:

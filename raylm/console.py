@@ -86,6 +86,11 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 file, 2,048 files."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def command(verb: str, *arguments: str) -> str:
     """A command of raylm that can be pasted into a shell, whatever characters its arguments have."""
     return shlex.join([sys.executable, "-m", f"raylm.{verb}", *arguments])
@@ -207,6 +212,14 @@ def importing() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Import PyTorch and transformers, which takes seconds; it is said, unless they have been imported."""
+    is_loaded = {"torch", "transformers"} <= sys.modules.keys()
+    with contextlib.nullcontext() if is_loaded else waiting("Loading PyTorch and transformers"), importing():
+        yield
 
 
 def _amount(done: float, total: float | None, unit: str) -> str:

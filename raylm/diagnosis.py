@@ -140,7 +140,7 @@ def ray_cluster(experiment: Experiment) -> Iterator[Finding]:
         import ray
 
         nodes, total = [node for node in ray.nodes() if node["Alive"]], ray.cluster_resources()
-        amounts = f"{len(nodes)} nodes, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+        amounts = f"{console.counted(len(nodes), 'node')}, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
         yield Finding("cluster", "good", f"{address}: {amounts}")
         yield Finding(
             "workers", "good", f"{resources.most_runs} runs at a time; a worker takes {_amounts(resources.per_worker)}"

@@ -19,6 +19,7 @@ OF_A_CHECKPOINT = 3
 """Sizes of the model in a checkpoint: its weights, and the two moments of Adam."""
 
 UNKNOWN = "unknown until it has run a few steps: no finished run of this model is here to go by"
+MEASURED = "measured here for a second"
 
 SHAPE = ("model.", "blocks.", "objective.", "train.batch_tokens")
 """Settings that the speed of a training depends on."""
@@ -54,34 +55,61 @@ class Estimate:
         return {"disk": f"up to {console.format_size(self.disk_bytes)}: {of}", "time": time}
 
 
-def training(plan: Plan, budget: Budget | None) -> Estimate:
-    """Of one training; by the speed of the newest finished one of the same model, or of a trial, if there is any."""
+def training(plan: Plan, budget: Budget | None, *, measures: bool = False) -> Estimate:
+    """Of one training; by the speed of the newest finished one of the same model, or of a trial, if there is any.
+
+    Otherwise the speed is measured here, if `measures` and if that takes a second or two.
+    """
     seconds, source = None, UNKNOWN
-    for name, speed in _speeds(plan):
-        if budget is not None:
-            share = plan.prepared.evaluation_share if plan.prepared else 0.0
-            seconds = budget.tokens / speed / (1 - share)
-            source = f"of training at the {speed:,.0f} tokens/s of {name}"
-            break
+    if budget is not None:
+        name, speed = next(_speeds(plan), ("", 0.0))
+        if not speed and measures:
+            name, speed = MEASURED, _measured(plan) * plan.experiment.cluster.fewest_workers
+        if speed:
+            seconds = _seconds(plan, budget.tokens, speed)
+            source = f"of training at {speed:,.0f} tokens/s, {name}"
     return _with_disk(plan, 1, seconds, source)
 
 
+def _seconds(plan: Plan, num_tokens: int, speed: float) -> float:
+    """Of training on so many tokens at this speed, and of the evaluations meanwhile as far as they are known."""
+    return num_tokens / speed / (1 - (plan.prepared.evaluation_share if plan.prepared else 0.0))
+
+
+def _measured(plan: Plan) -> float:
+    """Training tokens a second of a worker on this machine, with what a run does besides steps.
+
+    0 of a large model, or on a cluster elsewhere.
+    """
+    from raylm.derived import speed
+
+    if plan.resources is None or plan.num_parameters > speed.MOST_PARAMETERS:
+        return 0.0
+    with console.waiting("Measuring how fast this machine trains"):
+        threads = max(1, int(plan.resources.cpus_per_worker))
+        masked = plan.experiment.objective.is_masked
+        return speed.tokens_per_second(plan.model_config, masked=masked, threads=threads) / derived.OVERHEAD
+
+
 def _speeds(plan: Plan) -> Iterator[tuple[str, float]]:
-    """Finished runs and their speed in tokens a second, then of finished sweeps that of the longest trial."""
+    """Of finished runs, then of the longest trials of finished sweeps: whose speed it is, and tokens a second."""
     for run in _finished(plan, "train"):
         speed = json.loads(storage.read(f"{run}/result.json") or b"{}").get("tokens_per_second")
         if speed:
-            yield run.rpartition("/")[2], speed
+            yield f"the speed of {run.rpartition('/')[2]}", speed
     for run in _finished(plan, "tune"):
         trials = [trial for trial in SweepRecord(run).trials.values() if trial.results and trial.tokens]
         if trials:
             longest = max(trials, key=lambda trial: trial.tokens)
-            name = f"{longest.trial_id} of {run.rpartition('/')[2]}"
+            name = f"the speed of {longest.trial_id} of {run.rpartition('/')[2]}"
             yield name, longest.tokens / longest.results[-1]["seconds"]
 
 
 def sweep(plan: Plan, trials: int, tokens_of_all: int | None) -> Estimate:
-    """Of so many trials, which train on `tokens_of_all` if early stopping saves what it is expected to save."""
+    """Of so many trials, which train on `tokens_of_all` if early stopping saves what it is expected to save.
+
+    By the speed of the newest finished sweep of the same model; otherwise a trial's speed is measured here.
+    """
     seconds, source = None, UNKNOWN
     if plan.experiment.sizes_follow_text:
         seconds, source = derived.SWEEP_SECONDS, "at most (its sizes were derived for that on this machine)"
@@ -89,10 +117,13 @@ def sweep(plan: Plan, trials: int, tokens_of_all: int | None) -> Estimate:
         record = SweepRecord(run)
         trained = sum(trial.tokens for trial in record.trials.values())
         if trained and record.seconds and tokens_of_all:
-            speed = trained / record.seconds
-            seconds = tokens_of_all / speed
-            source = f"at the {speed:,.0f} tokens/s of all trials of {run.rpartition('/')[2]}"
+            seconds = tokens_of_all * record.seconds / trained
+            source = f"at the {trained / record.seconds:,.0f} tokens/s of all trials of {run.rpartition('/')[2]}"
             break
+    if seconds is None and tokens_of_all and plan.resources is not None and (speed := _measured(plan)):
+        together = min(plan.resources.most_runs, trials)
+        seconds = derived.START_SECONDS + _seconds(plan, tokens_of_all, speed * plan.resources.num_workers * together)
+        source = f"with {console.counted(together, 'trial')} at a time of {speed:,.0f} tokens/s, {MEASURED}"
     return _with_disk(plan, trials, seconds, source)
 
 

@@ -186,7 +186,7 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
         cluster.start_worker_early()
     if starts and resources is not None and not (is_alone and tokens.is_store(store)):
         cluster.start_ray_early()
-    with console.waiting("Loading PyTorch and transformers"), console.importing():  # after the quick checks
+    with console.loading():  # after the quick checks
         from raylm import budget, model, objective, perplexity, training
         from raylm.training import callbacks
 

@@ -25,7 +25,7 @@ def train(
     if dry_run:
         for warning in (*resolved.warnings, *plan.check_places(resolved.experiment)):
             logger.warning(warning)
-        estimated = estimate.training(resolved, resolved.budget)
+        estimated = estimate.training(resolved, resolved.budget, measures=True)
         return cli.CommandResult({**resolved.record(), **estimated.record()}, views.plan(resolved, estimated))
     from raylm.pipeline import training
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylm import cleaning, corpus, derived, runs, tokens, tracking
 from raylm.config import Experiment, TrackingConfig, from_environment
-from raylm.console import command, format_size, key_values, label
+from raylm.console import command, counted, format_size, key_values, label
 from raylm.results import runs as listing
 from raylm.results import tables, trial_table
 
@@ -27,12 +27,14 @@ def plan(planned: Plan, estimated: Estimate) -> str:
     record = planned.record()
     pairs = {label(name): value for name, value in record.items() if name != "corpus"}
     share = record["evaluation_share"]
+    if planned.resources is not None:
+        pairs["resources per worker"] = planned.resources.described
     pairs["evaluation share"] = None if share is None else f"{share:.1%} of the run"
     for key, variable in from_environment(planned.experiment).items():
         name = {"tracking.uri": "tracking", "tracking.experiment": "experiment"}[key]
         pairs[name] = f"{pairs[name]} (from {variable})"
     others = corpus.left_out(planned.tokens.sources)
-    files = f"{planned.tokens.num_files:,} files, {format_size(planned.tokens.num_bytes)}"
+    files = f"{counted(planned.tokens.num_files, 'file')}, {format_size(planned.tokens.num_bytes)}"
     corpus_line = files + (f"; left out: {others}" if others else "")
     return key_values({"corpus": corpus_line, **pairs, **estimated.facts()})
 
@@ -43,7 +45,10 @@ def tokens_plan(plan: TokensPlan) -> tuple[dict[str, Any], str]:
     state = "to be written"
     if faults is not None:
         state = f"damaged, to be written again: {tokens.shown(faults)}" if faults else "there already"
-    lines = [f"{source.name}: {len(source.files):,} files, {format_size(source.num_bytes)}" for source in plan.sources]
+    lines = [
+        f"{source.name}: {counted(len(source.files), 'file')}, {format_size(source.num_bytes)}"
+        for source in plan.sources
+    ]
     if others := corpus.left_out(plan.sources):
         lines.append(f"left out: {others}")
     record = {
@@ -143,7 +148,7 @@ def proposal(found: Proposal, file: Path) -> str:
     columns = explained(json.dumps(experiment.corpus.text), "corpus.text")
     return key_values(
         {
-            "text": f"{record['files']:,} files ({kinds}), {format_size(record['bytes'])}",
+            "text": f"{counted(record['files'], 'file')} ({kinds}), {format_size(record['bytes'])}",
             "left out": record["left_out"],
             "columns": columns if "corpus.text" in why else None,
             "documents": documents,

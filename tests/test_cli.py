@@ -206,11 +206,12 @@ def test_help_imports_nothing_heavy(line):
     assert imported & HEAVY == set()
 
 
-@pytest.mark.parametrize("line", [(), ("help",), ("help", "train")], ids=" ".join)
+@pytest.mark.parametrize("line", [(), ("help",), ("help", "train"), ("-h",), ("train", "-h")], ids=" ".join)
 def test_help_in_every_way_that_people_ask_for_it(line):
     done = run("-m", "raylm", *line)
     assert done.returncode == 0
-    assert f"Usage: {' '.join(['raylm', *line[1:]])} [OPTIONS]" in done.stdout
+    named = [word for word in line if word == "train"]
+    assert f"Usage: {' '.join(['raylm', *named])} [OPTIONS]" in done.stdout
     assert "error" not in done.stderr
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -34,6 +35,9 @@ def test_the_disk_by_hand(own):
     assert found.store_bytes == round(plan.tokens.num_bytes / 3 * 2), "two bytes a token, three bytes of text"
     assert found.record() == {"disk_bytes": found.store_bytes + 10 * model, "seconds": None}
     assert found.facts()["time"].startswith("unknown until it has run a few steps")
+    measured = estimate.training(plan, plan.budget, measures=True)
+    assert measured.seconds > 0
+    assert re.search(r"of training at [\d,]+ tokens/s, measured here for a second$", measured.facts()["time"])
     assert estimate.sweep(plan, 8, None).checkpoint_bytes == 8 * 3 * 3 * model
 
 
@@ -47,7 +51,7 @@ def test_the_time_of_a_training_is_told_by_a_finished_one_of_the_same_model(own)
     found = estimate.training(plan, planned)
     assert found.seconds == planned.tokens / 512
     assert found.facts()["time"].startswith(
-        f"about {planned.tokens // 512} s of training at the 512 tokens/s of train-"
+        f"about {planned.tokens // 512} s of training at 512 tokens/s, the speed of train-"
     )
 
 
@@ -61,8 +65,11 @@ def test_the_time_of_a_sweep_is_told_by_a_finished_one(own):
     storage.write(f"{active.directory}/result.json", json.dumps({"best": {"trial_id": "trial_00000"}}).encode())
     found = estimate.sweep(resolve(experiment), 2, 4000)
     assert found.seconds == pytest.approx(40)
+    other = estimate.sweep(resolve(own("model.config.n_layer=2", "tune.max_concurrent_trials=1")), 2, 4000)
+    assert other.seconds > 0
+    assert "tokens/s, measured here for a second" in other.facts()["time"]
     assert "at the 100 tokens/s of all trials of tune-" in found.facts()["time"]
     alone = estimate.training(resolve(experiment), budget.compute(experiment.train, **ONE_WORKER))
-    assert "of training at the 200 tokens/s of trial_00000 of tune-" in alone.facts()["time"]
+    assert "of training at 200 tokens/s, the speed of trial_00000 of tune-" in alone.facts()["time"]
     record = sweep.resolve(experiment).record()
     assert {"disk_bytes", "seconds"} <= record.keys()

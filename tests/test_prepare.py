@@ -157,7 +157,7 @@ def test_a_command_that_is_terminated_while_ray_starts_or_works_says_so(start_co
     ended = running.wait()
     assert (ended.returncode, ended.stderr.splitlines()[-1]) == (
         75,
-        "error: terminated; the same command resumes from there",
+        "terminated; the same command resumes from there",
     )
 
 

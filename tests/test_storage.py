@@ -441,6 +441,13 @@ def test_a_command_keeps_all_it_has_in_object_storage(place, tiny, command, tmp_
     found = command("evaluate", result["checkpoint"], "--json", "cluster.num_workers=2")
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
+    listed = command("ls", place, "--json")
+    assert listed.returncode == 0, listed.stderr
+    (run,) = json.loads(listed.stdout)["runs"]
+    assert (run["name"], run["state"], run["score"]) == (result["run"], "finished", result["perplexity"])
+    assert run["num_bytes"] > 10_000
+    left = command("clean", place, "--dry-run", "--json")
+    assert left.returncode == 0, left.stderr
 
 
 @pytest.mark.slow

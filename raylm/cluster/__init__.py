@@ -10,7 +10,7 @@ submission     a command as a job of a cluster, by its dashboard
 """
 
 from raylm.cluster.address import Address, address_of, is_local
-from raylm.cluster.capacity import Resources, cpus_here, plural_workers, resources, this_machine
+from raylm.cluster.capacity import Resources, cpus_here, resources, this_machine
 from raylm.cluster.connection import (
     DRIVER_ENVIRONMENT,
     check_reachable,
@@ -49,7 +49,6 @@ __all__ = [
     "on_nodes",
     "other_nodes",
     "planned_resources",
-    "plural_workers",
     "progress_channel",
     "resources",
     "single_worker_resources",

@@ -14,6 +14,7 @@ import psutil
 import ray
 import yaml
 
+from raylm import console
 from raylm.config import ClusterConfig
 from raylm.errors import ConfigError
 
@@ -45,6 +46,11 @@ class Resources:
     @property
     def gpus_per_worker(self) -> float:
         return self.per_worker.get("GPU", 0)
+
+    @property
+    def described(self) -> str:
+        """The resources of a worker in words: 2 CPUs, 1 GPU."""
+        return ", ".join(amount_of(amount, kind) for kind, amount in self.per_worker.items())
 
     @property
     def options(self) -> dict[str, Any]:
@@ -88,7 +94,7 @@ def resources(
     if gpus > 1 or (section.most_workers > 1 and not float(gpus).is_integer()):
         raise ConfigError(
             f"cluster.gpus_per_worker must be 1, or a fraction with cluster.num_workers=1, got "
-            f"{gpus:g} with {plural_workers(section.most_workers)}: a worker trains on one GPU",
+            f"{gpus:g} with {console.counted(section.most_workers, 'worker')}: a worker trains on one GPU",
             where="cluster.gpus_per_worker",
         )
     others = {**({"GPU": gpus} if gpus else {}), **_others(section)}
@@ -151,15 +157,10 @@ def _setting(kind: str) -> str:
 
 
 def amount_of(number: float, kind: str) -> str:
-    """3 CPUs, 2 GPUs, 1e+09 memory, nodes with A10G."""
+    """1 CPU, 2 GPUs, 1e+09 memory, nodes with A10G."""
     if ACCELERATOR in kind:
         return f"nodes with {kind.removeprefix(ACCELERATOR)}"
-    return f"{number:g} {kind}{'s' * (kind in ('CPU', 'GPU'))}"
-
-
-def plural_workers(number: int) -> str:
-    """1 worker, 2 workers."""
-    return f"{number} worker{'s' * (number != 1)}"
+    return f"{number:g} {kind}{'s' * (kind in ('CPU', 'GPU') and number != 1)}"
 
 
 def capacity(section: ClusterConfig) -> tuple[Mapping[str, float], Nodes]:

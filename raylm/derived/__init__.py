@@ -10,7 +10,18 @@ speed       how fast this machine trains a model; measured
 """
 
 from raylm.derived.decisions import keep
-from raylm.derived.sizes import BYTES_PER_TOKEN, SWEEP_SECONDS, shown, training
+from raylm.derived.sizes import BYTES_PER_TOKEN, OVERHEAD, START_SECONDS, SWEEP_SECONDS, shown, training
 from raylm.derived.text import Derived, columns, text
 
-__all__ = ["BYTES_PER_TOKEN", "SWEEP_SECONDS", "Derived", "columns", "keep", "shown", "text", "training"]
+__all__ = [
+    "BYTES_PER_TOKEN",
+    "OVERHEAD",
+    "START_SECONDS",
+    "SWEEP_SECONDS",
+    "Derived",
+    "columns",
+    "keep",
+    "shown",
+    "text",
+    "training",
+]

@@ -146,7 +146,7 @@ def _sizes(experiment: Experiment, held: Holdout) -> tuple[dict[str, Any], dict[
     from raylm import budget, cluster, corpus
 
     cluster.check_reachable(experiment.cluster)  # before what takes seconds
-    with console.waiting("Loading PyTorch and transformers"), console.importing():
+    with console.loading():
         from raylm import model, tokenizer
         from raylm.derived import speed
 
@@ -239,13 +239,13 @@ def _sizes(experiment: Experiment, held: Holdout) -> tuple[dict[str, Any], dict[
         "model.lora": f"training all weights of {together} trials at a time would take {console.format_size(needed)}",
         "train.learning_rate": formula,
         "train.batch_tokens": f"{STEP_LAW}: {batch:,.0f}, in whole examples" if is_new else "about a thousand steps",
-        "train.max_tokens": f"about {passes:.2g} epochs; at {found.speed:,.0f} tokens/s, measured here on {threads} "
-        f"thread{'s' * (threads != 1)}, {console.format_duration(EVALUATIONS * between / found.speed)}",
+        "train.max_tokens": f"about {passes:.2g} epochs; at {found.speed:,.0f} tokens/s, measured here on "
+        f"{console.counted(threads, 'thread')}, {console.format_duration(EVALUATIONS * between / found.speed)}",
         "train.eval_every_tokens": f"{EVALUATIONS} evaluations",
         "eval.max_tokens": "a small part of the training"
         + ", and enough documents to rank trials by" * (evaluated >= ranked),
         "tune.space": f"learning rates around what is {'published' if is_new else 'usual'}",
-        "tune.num_samples": f"with {together} trial{'s' * (together != 1)} at a time and early stopping about "
+        "tune.num_samples": f"with {console.counted(together, 'trial')} at a time and early stopping about "
         f"{console.format_duration(duration)} here",
         "tune.scheduler": f"one of {ETA} trials goes on after one evaluation, and again after {ETA}",
     }

@@ -66,7 +66,7 @@ def with_split(experiment: Experiment, sources: list[Source]) -> tuple[Derived, 
         with console.waiting("Looking at the text"):
             found = corpus.holdout(sources, section)
         decisions.decide(path, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
-    documents = f"{found.documents:,} document{'s' * (found.documents != 1)}"
+    documents = console.counted(found.documents, "document")
     reasons = {"corpus.split_by": documents if found.complete else f"at least {documents}"}
     if found.split_by == "passage" and section.split_by is None and not (found.complete and found.units < 2):
         held = f"{100 * found.validation_fraction:.2g} %"

@@ -139,7 +139,7 @@ def _commit(api: HfApi, repo: str, files: Files) -> None:
             if str(api.token).encode() in text:
                 raise ConfigError(f"{name} has your Hub token in it; take it out first", where=name)
     total = sum(map(_size, files.values()))
-    logger.info(f"sending {len(files)} files, {console.format_size(total)}, to {repo} …")
+    logger.info(f"Sending {console.counted(len(files), 'file')}, {console.format_size(total)}, to {repo} …")
     with _failures(repo, api):
         operations = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))

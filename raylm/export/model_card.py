@@ -164,7 +164,7 @@ def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | No
         split = store.manifest["validation"]
         of = "" if what == WHOLE_SPLIT else "of "
         unit = "passage" if corpus.counted_as(store.manifest["ledger"]) else "document"
-        counted = f"{split['documents']:,} {unit}{'s' * (split['documents'] != 1)}"
+        counted = console.counted(split["documents"], unit)
         what += f" ({of}{counted}, {split['tokens']:,} tokens, {split['bytes']:,} bytes)"
     units = "passages" if experiment.corpus.split_by == "passage" else "documents"
     held = f"{experiment.corpus.validation_fraction:g} of the {units}, chosen by a hash of their text"

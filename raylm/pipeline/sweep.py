@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -72,9 +73,9 @@ class SweepPlan:
         """Training tokens of all trials, if none is stopped early; None if the budget is not known yet."""
         return self.trials * self.plan.budget.tokens if self.plan.budget else None
 
-    @property
+    @functools.cached_property
     def estimate(self) -> Estimate:
-        """The disk space and time that it will take."""
+        """The disk space and time that it will take; measured, if no finished sweep tells."""
         tokens_of_all = self.most_tokens
         if self.plan.budget is not None:
             scheduler = sweeps.scheduler(self.experiment.tune, self.plan.budget, "best_perplexity")
@@ -190,8 +191,8 @@ class SweepResult:
         return pandas.DataFrame([{key: value for key, value in row.items() if key != "settings"} for row in rows])
 
     def __repr__(self) -> str:
-        best = self.best.perplexity
-        return f"SweepResult({self.sweep}: {len(self.trials)} trials, best {self.measure} {best:.4g})"
+        trials = console.counted(len(self.trials), "trial")
+        return f"SweepResult({self.sweep}: {trials}, best {self.measure} {self.best.perplexity:.4g})"
 
     def _repr_html_(self) -> str:
         return console.as_html(trial_table.RankedTable(self.trials, console.label(self.measure), self.untrained))

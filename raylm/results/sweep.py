@@ -9,7 +9,7 @@ from typing import Any
 
 from raylm import config, storage, tracking
 from raylm.config import WHOLE_SPLIT, Experiment
-from raylm.console import command, label
+from raylm.console import command, counted, label
 from raylm.errors import StorageError
 from raylm.results import runs
 from raylm.results.figures import SweepData
@@ -190,7 +190,7 @@ def scored_on_with_size(experiment: Experiment, parameters: Mapping[str, Any]) -
     if "scored_documents" not in parameters:
         return text
     documents, tokens = (int(parameters[f"scored_{each}"]) for each in ("documents", "tokens"))
-    return f"{text}: {documents:,} {scored_unit(experiment)}{'s' * (documents != 1)}, {tokens:,} tokens"
+    return f"{text}: {counted(documents, scored_unit(experiment))}, {tokens:,} tokens"
 
 
 def scored_unit(experiment: Experiment) -> str:

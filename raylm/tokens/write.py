@@ -174,7 +174,7 @@ def _write_tokenizer(path: str, section: TokenizerConfig, plan: list[Shard], cor
         most = SAMPLE_BYTES * section.train.vocab_size
         share = min(most, sum(shard.num_bytes for shard in plan))
         size = console.format_size(share)
-        logger.info(f"training a tokenizer of {section.train.vocab_size:,} entries on {size} of text")
+        logger.info(f"Training a tokenizer of {section.train.vocab_size:,} entries on {size} of text")
         made = tokenizers.train(_sample(plan, corpus, most), section.train)
     else:
         made = tokenizers.load_section(section)

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, TrainerCallback
 from raylm import (
     blocks,
     checkpoint,
-    cluster,
+    console,
     document_scores,
     model,
     objective,
@@ -186,7 +186,7 @@ class _Trainer(ShardingTrainer):
             self.session.report(self._metrics())
         message = f"resuming from step {step:,} of {self.task.budget.steps:,}"
         if progress["world_size"] != self.session.world_size:
-            now = cluster.plural_workers(self.session.world_size)
+            now = console.counted(self.session.world_size, "worker")
             message += (
                 f" with {now} instead of {progress['world_size']}: the same examples in the same steps, but not the "
                 "same bits"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import ray
 
-from raylm import cluster
+from raylm import cluster, console
 from raylm.errors import RaylmError, TrainingError, WorkerFailed
 
 
@@ -52,7 +52,7 @@ def _death(rank: int | None, error: BaseException, where: str) -> Exception | No
     from ray.train.v2._internal import exceptions as of_train
 
     if isinstance(error, of_train.WorkerGroupStartupTimeoutError):
-        return UncountedFailure(f"{cluster.plural_workers(error.num_workers)} had no room within a minute")
+        return UncountedFailure(f"{console.counted(error.num_workers, 'worker')} had no room within a minute")
     if isinstance(error, ray.exceptions.ActorUnschedulableError):  # the node that this process is on, just gone
         return UncountedFailure("a node was taken away while the worker group started")
     if isinstance(error, of_train.WorkerGroupStartupFailedError):
