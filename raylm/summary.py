@@ -29,8 +29,9 @@ def start(experiment: Experiment, directory: str, name: str, verb: str) -> Run:
 
 def parameters(experiment: Experiment, store: Store) -> dict[str, Any]:
     """The parameters of an MLflow run: the same keys for every run of an experiment."""
+    settings = {key: get(experiment, key) for key in export.SETTINGS}
     return {
-        **{key: get(experiment, key) for key in export.SETTINGS},
+        **{key: value for key, value in settings.items() if value is not None},
         "model": experiment.model.path or _model_config(experiment, store).model_type,
         "store": store.fingerprint,
         "prefix": prefix(experiment, store),

@@ -80,6 +80,7 @@ def test_a_finished_run_with_a_smaller_budget_is_told_with_the_way_to_train_its_
         ("model.config.n_layer=3", "abc", "model.config.n_layer: 2 then, 3 now"),
         ("train.batch_tokens=1024", "abc", "train.batch_tokens: 512 then, 1024 now"),
         ("train.learning_rate=1e-3", "abc", "train.learning_rate: 0.005 then, 0.001 now"),
+        ("train.data_seed=0", "abc", "train.data_seed: null then, 0 now"),
         ("train.seed=0", "abd", 'tokens: "abc" then, "abd" now'),
     ],
 )

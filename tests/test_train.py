@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_by_one
+from conftest import Here, one_by_one
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raylm import budget, checkpoint, cluster, config, tokens, train, training
+from raylm import budget, checkpoint, cluster, config, summary, tokens, train, training
 from raylm import plan as plans
 from raylm.config import override
 from raylm.errors import ConfigError, DataError, Diverged, OutOfMemory
@@ -20,7 +20,7 @@ from raylm.perplexity import Score
 from raylm.pipeline import stores
 from raylm.pipeline import training as pipeline
 from raylm.tokens import write
-from raylm.training import arguments, launch
+from raylm.training import arguments, launch, trainer
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,29 @@ def test_a_checkpoint_is_a_plain_model_directory_that_knows_its_experiment(one_w
 def test_it_learned_something(one_worker):
     _, best, _, store, _ = one_worker
     assert best["perplexity"] < len(store.tokenizer) / 2
+
+
+def test_data_seed_orders_the_examples_and_seed_makes_the_weights(one_worker, tmp_path):
+    experiment, _, _, store, run = one_worker
+
+    def built(**seeds):
+        """(first weights, the order of the examples, the seed of what is random in them)"""
+        seeded = override(experiment, {f"train.{name}": seed for name, seed in seeds.items()})
+        task = training.TrainTask(seeded, store.path, budget.for_store(seeded, store), run, str(tmp_path))
+        made = trainer.build(task, Here(), tmp_path)
+        order = [made.train_dataset.stream.index(number) for number in range(len(made.train_dataset))]
+        return made.model.transformer.wte.weight.detach().clone(), order, made.data_collator.seed
+
+    weights, order, random = built(seed=1)
+    same_weights, other_order, other_random = built(seed=1, data_seed=2)
+    assert torch.equal(weights, same_weights)
+    assert order != other_order
+    assert random != other_random
+    other_weights, same_order, same_random = built(seed=2, data_seed=1)
+    assert not torch.equal(weights, other_weights)
+    assert (order, random) == (same_order, same_random), "data_seed is seed unless it is given"
+    assert summary.parameters(override(experiment, {"train.data_seed": 2}), store)["train.data_seed"] == 2
+    assert "train.data_seed" not in summary.parameters(experiment, store)
 
 
 def test_each_step_is_evaluated_and_reported_once(one_worker):

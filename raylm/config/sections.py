@@ -336,6 +336,8 @@ class TrainConfig(Section):
     """Training budget in epochs over the training split, instead of max_tokens."""
     seed: Annotated[Count, Field(ge=0)] = 0
     """Seed of the weights, dropout, the order of examples and the sweep's draws."""
+    data_seed: Annotated[Count, Field(ge=0)] | None = None
+    """Seed of the order of examples and of what is masked or reordered in them. Default: train.seed."""
     eval_every_tokens: Annotated[Count, Field(ge=1)] | None = None
     """Training tokens between evaluations. Default: a tenth of the budget."""
     save_every_tokens: Annotated[Count, Field(ge=1)] | None = None
@@ -354,6 +356,10 @@ class TrainConfig(Section):
     of each without arguments."""
     arguments: dict[str, Any] = {}
     """Any other field of transformers' TrainingArguments, by its name."""
+
+    @property
+    def seed_of_data(self) -> int:
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 DEFAULT_STORAGE = "runs"

@@ -35,9 +35,10 @@ SETTINGS = (
     "train.lr_scheduler_type",
     "train.batch_tokens",
     "train.seed",
+    "train.data_seed",
     "cluster.num_workers",
 )
-"""The settings that trainings are compared by, which are in every card and parameters of every MLflow run."""
+"""The settings that trainings are compared by: in every card, and parameters of every MLflow run, if they are given."""
 
 HERE = "."
 """The path that a local card loads the model from, which stays valid when the directory is moved."""

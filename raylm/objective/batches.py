@@ -6,7 +6,7 @@
     fill_in_middle      P S b M a E c    labels  - S b M a E c   a document as prefix, suffix, middle; then as causal
     keyword_weighted    as causal, and a weight for each row
 
-Random choices for an example depend on the seed and its number alone, not on micro-batches or workers.
+Random choices for an example depend on the seed of data and its number alone, not on micro-batches or workers.
 """
 
 from __future__ import annotations

@@ -191,6 +191,7 @@ def _about(results: SweepResults) -> dict[str, Any]:
         "searcher": section.searcher,
         "scheduler": section.scheduler.kind,
         "seed": experiment.train.seed,
+        "data seed": experiment.train.data_seed,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(state.run.get("time", 0) / 1000)),
         "took": console.format_duration(results.seconds) if results.seconds else None,
         "git commit": {**state.run.get("tags", {}), **state.tags}.get(tracking.COMMIT_TAG),

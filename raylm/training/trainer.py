@@ -61,13 +61,15 @@ def build(task: TrainTask, session: Session, scratch: Path) -> _Trainer:
         seed=experiment.train.seed,
         masked=experiment.objective.is_masked,
     )
-    batches = objective.build(experiment.objective, experiment.blocks, store.tokenizer, frame, experiment.train.seed)
+    batches = objective.build(
+        experiment.objective, experiment.blocks, store.tokenizer, frame, experiment.train.seed_of_data
+    )
     args = arguments.build(experiment, budget, str(scratch))
     is_sharded = bool(args.fsdp)
     if session.world_size == 1:  # nothing to shard
         args.fsdp = args.fsdp_plugin_args = None
     objective.attach(network, shifted=batches.shifted, smoothing=args.label_smoothing_factor)
-    examples = blocks.Stream(cut, seed=experiment.train.seed, length=budget.steps * budget.examples)
+    examples = blocks.Stream(cut, seed=experiment.train.seed_of_data, length=budget.steps * budget.examples)
     trainer = _Trainer(
         task,
         session,
