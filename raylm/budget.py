@@ -123,10 +123,25 @@ def no_validation(experiment: Experiment) -> DataError:
     )
 
 
+def no_test(experiment: Experiment) -> DataError:
+    """The error for an empty test split."""
+    section = experiment.corpus
+    if section.test_paths:
+        why, key = f"corpus.test_paths={', '.join(section.test_paths)} holds no text", "corpus.test_paths"
+        way_out = "name files that do"
+    else:
+        few = f"the text has few {section.split_by or 'document'}s"
+        why, key = f"{few}, and corpus.test_fraction={section.test_fraction:g} of them is none", "corpus.test_fraction"
+        way_out = "raise it, give more text, or give corpus.test_paths"
+    return DataError(f"the test split is empty, so the best model cannot be scored on it: {why}; {way_out}", where=key)
+
+
 def for_store(experiment: Experiment, store: Store) -> Budget:
     """The budget of a run over a token store; DataError if there is nothing to train or score on."""
     if not store.validation.num_tokens:
         raise no_validation(experiment)
+    if store.test is not None and not store.test.num_tokens:
+        raise no_test(experiment)
     section = experiment.blocks
     found = compute(
         experiment.train,

@@ -32,7 +32,7 @@ class TokensPlan:
     experiment: Experiment
     """The experiment with its split decided; without a config file also its tokenizer."""
     sources: list[Source]
-    """The files of every entry of corpus.paths and corpus.validation_paths."""
+    """The files of every entry of corpus.paths, corpus.validation_paths and corpus.test_paths."""
     tokenizer: TokenizerConfig
     """The tokenizer to load or train: the model's if the experiment names none."""
     store: str

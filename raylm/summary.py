@@ -82,9 +82,10 @@ def log_data(run: Run, experiment: Experiment, store: Store) -> None:
     """Log the splits of the token store as data sets, and a tag if scores on them do not compare with others."""
     if (why := incomparable(store.validation.unknown_tokens, store.validation.num_tokens)) is not None:
         run.set_tags({"raylm.incomparable": why})
-    for split, context in (("train", "training"), ("validation", "validation")):
+    contexts = {"train": "training"}  # as MLflow calls it
+    for split in store.splits:
         profile = {what: store.manifest[split][what] for what in COUNTED}
-        name = f"{experiment.name} {split}"
+        name, context = f"{experiment.name} {split}", contexts.get(split, split)
         run.log_dataset(name, digest=store.fingerprint, source=store.path, profile=profile, context=context)
 
 

@@ -72,7 +72,7 @@ def store(store: Store, reused: bool) -> tuple[Any, ...]:
         "split": corpus.counted_as(ledger),
         "ids by": store.manifest["tokenizer"]["encoder"]["name"],
     }
-    return tables.splits({name: store.manifest[name] for name in tokens.SPLITS}), "", key_values(facts)
+    return tables.splits({name: store.manifest[name] for name in store.splits}), "", key_values(facts)
 
 
 def training(result: TrainResult, section: TrackingConfig) -> str:

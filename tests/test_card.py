@@ -189,8 +189,8 @@ def test_the_card_says_what_it_counts_where_passages_were_held_out(trained_direc
     changed(directory / "raylm.json", store=str(store))
     made = card_of(directory).text
     assert "On the whole validation split (1 passage, 100 tokens, 200 bytes)" in made
-    assert made.count("a document of the validation split is one passage that was held out") == 1
-    assert "one passage that was held out" not in card_of(trained_directory).text
+    assert made.count("a held-out document is one passage") == 1
+    assert "a held-out document is one passage" not in card_of(trained_directory).text
 
 
 def test_the_card_says_when_a_score_does_not_compare(trained_directory, tmp_path):

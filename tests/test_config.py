@@ -230,6 +230,10 @@ FAULTS = {
     "train: {learning_rate: .inf}": "1:9 train.learning_rate: must be a finite number, got inf",
     "train: {arguments: 5}": "1:9 train.arguments: must be a mapping (key: value), got 5",
     "corpus: {validation_fraction: 1}": "1:10 corpus.validation_fraction: must be less than 1.0, got 1",
+    "corpus: {test_fraction: 1}": "1:10 corpus.test_fraction: must be less than 1.0, got 1",
+    "corpus: {test_fraction: -0.1}": "1:10 corpus.test_fraction: must be at least 0.0, got -0.1",
+    "corpus: {validation_fraction: 0.4, test_fraction: 0.6}": "1:36 corpus.test_fraction: must leave text to train on: "
+    "less than 1 - corpus.validation_fraction = 0.6, got 0.6",
     "corpus: {paths: 5}": "1:10 corpus.paths: must be text or a list of texts, got 5",
     "corpus: {paths: [a, 5]}": "1:10 corpus.paths.1: must be text, got 5",
     "cluster: {use_gpu: 1}": "1:11 cluster.use_gpu: must be true or false, got 1",
@@ -489,12 +493,13 @@ def test_local_paths_become_absolute(load, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     here = str(tmp_path)
     experiment = load(
-        "storage: out\ncorpus: {paths: [a/*.txt, ~/b, python://stdlib, s3://c], validation_paths: d}\n"
+        "storage: out\ncorpus: {paths: [a/*.txt, ~/b, python://stdlib, s3://c], validation_paths: d, test_paths: h}\n"
         "eval: {paths: e}\ntokenizer: {path: ./f}\nmodel: {path: here}\ntracking: {uri: sqlite:///g.db}"
     )
     assert experiment.storage == f"{here}/out"
     assert experiment.corpus.paths == (f"{here}/a/*.txt", "/home/me/b", "python://stdlib", "s3://c")
     assert experiment.corpus.validation_paths == (f"{here}/d",)
+    assert experiment.corpus.test_paths == (f"{here}/h",)
     assert experiment.eval.paths == (f"{here}/e",)
     assert experiment.tokenizer.path == f"{here}/f"
     assert experiment.model.path == f"{here}/here"

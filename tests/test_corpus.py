@@ -142,9 +142,9 @@ def test_duplicates_fall_on_one_side_of_the_split(tmp_path):
         (tmp_path / f"{number:03}.txt").write_text(f"document {number % 100}")
     sides = {}
     for document in read(CorpusConfig(paths=str(tmp_path), validation_fraction=0.3)):
-        sides.setdefault(document.text, set()).add(document.validation)
+        sides.setdefault(document.text, set()).add(document.split)
     assert all(len(side) == 1 for side in sides.values())
-    held_out = sum(side == {True} for side in sides.values())
+    held_out = sum(side == {"validation"} for side in sides.values())
     assert 15 <= held_out <= 45
 
 
@@ -154,7 +154,78 @@ def test_validation_paths_are_the_whole_validation_split(tmp_path):
     corpus = CorpusConfig(
         paths=f"{tmp_path}/train.txt", validation_paths=f"{tmp_path}/valid.txt", validation_fraction=0.9
     )
-    assert [(document.text, document.validation) for document in read(corpus)] == [("train", False), ("valid", True)]
+    assert [(document.text, document.split) for document in read(corpus)] == [
+        ("train", "train"),
+        ("valid", "validation"),
+    ]
+
+
+def in_splits(corpus):
+    """Split -> the texts of its documents, in order."""
+    found = {}
+    for document in read(corpus):
+        found.setdefault(document.split, []).append(document.text)
+    return found
+
+
+@pytest.mark.parametrize("split_by", ["document", "passage"])
+def test_test_text_is_taken_from_the_training_text(tmp_path, split_by):
+    """The validation split is the same with and without; the test split, whatever is held out for validation."""
+    for number in range(100):
+        (tmp_path / f"{number:03}.txt").write_text(prose(6, seed=number))
+    common = {"paths": str(tmp_path), "split_by": split_by}
+    before = in_splits(CorpusConfig(**common, validation_fraction=0.2))
+    after = in_splits(CorpusConfig(**common, validation_fraction=0.2, test_fraction=0.1))
+    assert after["validation"] == before["validation"]
+    assert after["test"] == in_splits(CorpusConfig(**common, validation_fraction=0.6, test_fraction=0.1))["test"]
+    assert not {*after["test"]} & {*after["validation"]}
+    assert not any(text in trained for text in after["test"] for trained in after["train"])
+    assert sorted("".join(text for texts in after.values() for text in texts)) == sorted(
+        "".join(text for texts in before.values() for text in texts)
+    ), "nothing is lost"
+    assert 0.25 < len(after["test"]) / len(after["validation"]) < 1
+
+
+@pytest.mark.parametrize("held_out", [{"validation_paths": "valid"}, {"validation_fraction": 0.3}])
+@pytest.mark.parametrize("split_by", ["document", "passage"])
+def test_test_paths_are_the_whole_test_split(tmp_path, monkeypatch, held_out, split_by):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(["train", "valid", "test"]):
+        (tmp_path / name).write_text(prose(30, seed=number))
+    common = {"paths": "train", "split_by": split_by, **held_out}
+    found = in_splits(CorpusConfig(**common, test_paths="test", test_fraction=0.5))
+    assert found.pop("test") == [prose(30, seed=2)]
+    assert found == in_splits(CorpusConfig(**common))
+
+
+def test_test_text_by_hash_beside_validation_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train").write_text("".join(f"{number}\n" for number in range(300)))
+    (tmp_path / "valid").write_text("".join(f"{number}\n" for number in range(300, 400)))
+    corpus = CorpusConfig(paths="train", validation_paths="valid", test_fraction=0.3, separator="\n")
+    found = in_splits(corpus)
+    assert found["validation"] == [str(number) for number in range(300, 400)]
+    assert 50 < len(found["test"]) < 130
+    assert len(found["train"]) + len(found["test"]) == 300
+
+
+def test_a_file_is_not_both_trained_on_and_tested_on(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    corpus = CorpusConfig(paths=str(tmp_path), test_paths=[f"{tmp_path}/b.txt", f"{tmp_path}/c*"])
+    with pytest.raises(DataError, match=r"^corpus\.test_paths: \S+b\.txt and 1 more are in corpus\.paths") as error:
+        list_sources(corpus)
+    assert error.value.where == "corpus.test_paths"
+    validated = corpus.model_copy(update={"paths": (f"{tmp_path}/a.txt",), "validation_paths": (f"{tmp_path}/b.txt",)})
+    with pytest.raises(DataError, match=r"b\.txt is in corpus\.validation_paths, too"):
+        list_sources(validated)
+    unique = corpus.model_copy(update={"deduplicate": True})
+    kept = [document for shard in chosen(shards(list_sources(unique)), unique) for document in of(shard, unique)]
+    assert [(document.text, document.split) for document in kept] == [("a", "train"), ("b", "test"), ("c", "test")]
+
+
+def of(shard, corpus):
+    return documents(shard, corpus, Ledger())
 
 
 def test_what_is_left_out_is_counted(tmp_path):
@@ -477,7 +548,7 @@ def test_a_data_set_of_the_hub_and_its_slices(hub):
     assert texts(CorpusConfig(paths=f"{hub}?split=train[:7]")) == expected[:7]
     assert texts(CorpusConfig(paths=f"{hub}?split=train[50%:]")) == expected[10:]
     both = CorpusConfig(paths=hub, validation_paths=f"{hub}?split=test")
-    assert [document.text for document in read(both) if document.validation] == ["test"]
+    assert [document.text for document in read(both) if document.split == "validation"] == ["test"]
 
 
 def test_a_data_set_is_read_as_it_was_listed_though_there_is_a_new_commit(tmp_path, monkeypatch):
@@ -579,7 +650,38 @@ def test_of_duplicates_in_both_splits_the_one_for_validation_is_kept(tmp_path):
     corpus = CorpusConfig(paths=f"{tmp_path}/train*", validation_paths=f"{tmp_path}/valid*", deduplicate=True)
     plan = chosen(shards(list_sources(corpus)), corpus)
     kept = [document for shard in plan for document in documents(shard, corpus, Ledger())]
-    assert [(document.text, document.validation) for document in kept] == [("a", False), ("b", True), ("c", True)]
+    assert [(document.text, document.split) for document in kept] == [
+        ("a", "train"),
+        ("b", "validation"),
+        ("c", "validation"),
+    ]
+
+
+@pytest.mark.parametrize("settings", [{"deduplicate": True}, {"max_documents": 4}, {"max_documents": 50}])
+@pytest.mark.parametrize("files_a_shard", [1, 3])
+def test_test_paths_change_nothing_in_what_is_kept_for_validation(tmp_path, settings, files_a_shard):
+    """All of them are kept, but for what is validation text."""
+    kinds = {"train": "a b c d e f", "valid": "g c h g", "test": "h i d i j"}
+    for kind, words in kinds.items():
+        for number, word in enumerate(words.split()):
+            (tmp_path / f"{kind}{number}").write_text(word)
+    found = {}
+    for test_paths in ((), f"{tmp_path}/test*"):
+        corpus = CorpusConfig(
+            paths=f"{tmp_path}/train*", validation_paths=f"{tmp_path}/valid*", test_paths=test_paths, **settings
+        )
+        plan = [
+            Shard(whole.parts[first : first + files_a_shard], 1)
+            for whole in shards(list_sources(corpus))
+            for first in range(0, len(whole.parts), files_a_shard)
+        ]
+        found[bool(test_paths)] = [document for shard in chosen(plan, corpus) for document in of(shard, corpus)]
+    for name in ("train", "validation"):
+        before, after = ([each.text for each in found[key] if each.split == name] for key in (False, True))
+        tested = {"d"} if "deduplicate" in settings and name == "train" else set()
+        assert after == [text for text in before if text not in tested]
+    kept = "i d j" if "deduplicate" in settings else kinds["test"]
+    assert [each.text for each in found[True] if each.split == "test"] == kept.split()
 
 
 def test_no_more_is_read_than_needed(tmp_path):
@@ -616,7 +718,7 @@ def test_documents_are_taken_from_the_sources_in_turn(tmp_path, monkeypatch, set
         (tmp_path / name[0] / name).write_text(name)
     corpus = CorpusConfig(paths=["a", "b/b*", "c/*"], **settings)
     parts = [part for shard in shards(list_sources(corpus)) for part in shard.parts]
-    sides = [[part for part in parts if part.validation is side] for side in (False, True)]
+    sides = [[part for part in parts if part.split == side] for side in ("train", "validation")]
     plan = [
         Shard(tuple(side[first : first + files_a_shard]), 1)
         for side in sides
@@ -732,12 +834,12 @@ def test_training_passages_are_joined_up_to_the_next_one_held_out(tmp_path):
     corpus = CorpusConfig(paths=str(tmp_path), split_by="passage", validation_fraction=0.1)
     ledger = Ledger()
     found = read(corpus, ledger)
-    held_out = [document.text for document in found if document.validation]
+    held_out = [document.text for document in found if document.split == "validation"]
     cut = list(passages.passages(text))
     assert held_out == [passage for passage in cut if passage in set(held_out)]
     assert 0.03 * len(cut) < len(held_out) < 0.2 * len(cut)
     assert max(len(document.text) for document in found) > 5000
-    assert not any(first.validation is second.validation is False for first, second in itertools.pairwise(found))
+    assert not any(first.split == second.split == "train" for first, second in itertools.pairwise(found))
     assert (ledger["documents"], ledger["kept"], ledger["passages"]) == (1, 1, len(cut))
     assert len({document.hash for document in found}) == len(found)
 
@@ -772,7 +874,7 @@ def held(corpus):
 def validation(corpus, found):
     """The texts of the validation split, if the corpus is split as found."""
     update = {"split_by": found.split_by, "validation_fraction": found.validation_fraction}
-    return {document.text for document in read(corpus.model_copy(update=update)) if document.validation}
+    return {document.text for document in read(corpus.model_copy(update=update)) if document.split == "validation"}
 
 
 @pytest.mark.parametrize(
@@ -812,6 +914,15 @@ def test_a_fraction_that_holds_out_enough_is_not_changed(tmp_path):
     little = held(corpus.model_copy(update={"validation_fraction": 0.001}))
     assert little.validation_fraction < 0.03
     assert len(validation(corpus, little)) >= 30
+
+
+def test_a_test_split_changes_nothing_in_how_the_corpus_is_split(tmp_path):
+    for number in range(60):
+        (tmp_path / f"train{number}.txt").write_text(prose(3, seed=number))
+        (tmp_path / f"test{number}.txt").write_text(prose(9, seed=100 + number))
+    corpus = CorpusConfig(paths=f"{tmp_path}/train*", validation_fraction=0.01)
+    for tested in ({"test_fraction": 0.3}, {"test_paths": (f"{tmp_path}/test*",)}):
+        assert held(corpus.model_copy(update=tested)) == held(corpus)
 
 
 def test_what_decides_nothing_is_not_looked_at(tmp_path):

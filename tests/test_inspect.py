@@ -4,7 +4,7 @@ import re
 import pytest
 from conftest import one_by_one
 
-from raylm import config, console, tokens
+from raylm import config, console
 from raylm import plan as plans
 from raylm.pipeline import stores
 from raylm.results import inspection
@@ -88,4 +88,4 @@ def test_each_way_to_cut_can_be_looked_at(experiment, store):
         record = inspection.inspect(changed, store, examples=2)
         assert record["blocks"]["packing"] == packing
         assert set(record["batch"]) >= {"input_ids", "labels"}
-    assert tuple(record["splits"]) == tokens.SPLITS
+    assert tuple(record["splits"]) == ("train", "validation")

@@ -179,6 +179,19 @@ def test_a_name_of_any_bytes_is_shown_in_any_locale(tmp_path, name):
     assert "1 files, 5.0 KB" in done.stdout
 
 
+def test_prepare_and_inspect_say_the_size_of_the_test_split(command, settings):
+    settings = [*settings, "corpus.test_fraction=0.3"]
+    prepared = json.loads(command("prepare", *settings, "--json").stdout)
+    splits = {name: prepared[name] for name in ("train", "validation", "test")}
+    assert sum(split["documents"] for split in splits.values()) == prepared["ledger"]["kept"] == 20
+    assert splits["test"]["tokens"] > 0
+    assert json.loads(command("inspect", *settings, "--json").stdout)["splits"] == splits
+    shown = command("inspect", *settings).stdout
+    assert [line.split()[1] for line in shown.splitlines() if line.startswith("test ")] == [
+        str(splits["test"]["documents"])
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_text_whose_name_is_of_any_bytes_is_trained_on_in_any_locale(tmp_path, name):

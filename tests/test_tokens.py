@@ -117,6 +117,92 @@ def test_unknown_tokens_are_counted_of_each_split(tmp_path):
     assert re.search(r"2 of the 4 tokens of the validation split \(50 %\) are its unknown token '\[UNK\]'", warning)
 
 
+def test_a_store_without_a_test_split_is_the_one_that_earlier_versions_wrote():
+    """Its fingerprint, as of the commit before there were test splits; its bytes are in golden/manifest.json."""
+    files = (corpora.File("/text/a.txt", 3, "1"), corpora.File("/text/b.txt", 4, "2"))
+    corpus = CorpusConfig(paths="/text", validation_fraction=0.2)
+    found = {
+        fraction: tokens.fingerprint(
+            corpus.model_copy(update={"test_fraction": fraction}), TOKENIZER, [corpora.Source("/text", files)]
+        )
+        for fraction in (0.0, 0.1, 0.2)
+    }
+    assert found[0.0] == "4bcd19d2b0b649d1"
+    assert len({*found.values()}) == 3
+
+
+@pytest.mark.parametrize("tested", [{"test_fraction": 0.2}, {"test_paths": "more"}])
+def test_a_test_split_has_shards_of_its_own_and_leaves_the_validation_split_as_it_is(
+    corpus, tmp_path, monkeypatch, tested
+):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more").write_text("Another document says hello.")
+    first, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path / "first"))
+    assert first.test is None
+    assert not Path(first.path, "test").exists()
+    known = TokenizerConfig(path=f"{first.path}/tokenizer")
+    small_shards(monkeypatch, corpus, 3000)
+    before, _ = prepare(corpus, known, storage=str(tmp_path))
+    section = CorpusConfig(**{**corpus.model_dump(), **tested})
+    after, _ = prepare(section, known, storage=str(tmp_path))
+    files = [contents(f"{store.path}/validation") for store in (before, after)]
+    assert files[0] == files[1] != {}
+    assert before.manifest["validation"] == after.manifest["validation"]
+    ids = {name: [split.document_id(index) for index in range(len(split))] for name, split in after.splits.items()}
+    assert all(ids.values())
+    assert len({*ids["train"], *ids["validation"], *ids["test"]}) == sum(map(len, ids.values()))
+    count = after.manifest["ledger"]["kept"]
+    assert count == sum(after.manifest[name]["documents"] for name in after.splits) == 40 + ("test_paths" in tested)
+    assert sum(source["documents"] for source in after.manifest["sources"]) == count
+    assert pickle.loads(pickle.dumps(after.test))[0].tolist() == after.test[0].tolist()
+    assert "test" in repr(after)
+    assert tokens.verify(after) == []
+    damaged = next(Path(after.path, "test").iterdir())
+    whole = damaged.read_bytes()
+    damaged.write_bytes(bytes(len(whole)))
+    assert tokens.verify(after) == [f"test/{damaged.name}: its checksum differs"]
+    damaged.unlink()
+    assert tokens.damage(after.path) == [f"test/{damaged.name}: missing"]
+    assert not prepare(section, known, storage=str(tmp_path))[1]
+    assert damaged.read_bytes() == whole
+
+
+def test_a_killed_preparation_and_a_remote_one_have_the_test_split_too(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    small_shards(monkeypatch, corpus, 3000)
+    corpus = corpus.model_copy(update={"test_fraction": 0.2})
+    whole, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path / "whole"))
+    written = []
+
+    def killed(function, numbered):
+        for index, shard in numbered:
+            if index == 3:
+                raise KeyboardInterrupt
+            written.append(index)
+            yield function(index, shard)
+
+    monkeypatch.setattr(write, "_each", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus, TOKENIZER, storage=str(tmp_path / "killed"))
+    monkeypatch.setattr(write, "_each", one_by_one)
+    resumed, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path / "killed"))
+    assert contents(resumed.path) == contents(whole.path)
+    remote, _ = prepare(corpus, TOKENIZER, storage=f"file://{tmp_path}/remote")
+    assert contents(tokens.local_copy(remote.path)) == contents(whole.path)
+    assert remote.test[0].tolist() == whole.test[0].tolist()
+
+
+def test_a_tokenizer_is_not_trained_on_test_text(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test").write_text("Zweitausend Zebras zogen zusammen. " * 1000)
+    plain, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    tested, _ = prepare(corpus.model_copy(update={"test_paths": ("test",)}), TOKENIZER, storage=str(tmp_path))
+    assert tested.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
+
+
 def test_documents_are_views_of_the_file(corpus, tmp_path):
     store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     assert store.train[0].dtype == np.uint16

@@ -284,6 +284,23 @@ def test_no_validation_text_is_an_error(ray_cluster, tiny, tmp_path):
         budget.for_store(experiment, store)
 
 
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("corpus.test_fraction=1e-6", "the text has few documents, and corpus.test_fraction=1e-06 of them is none"),
+        ("corpus.test_paths={}/empty.txt", r"corpus.test_paths=\S+/empty.txt holds no text"),
+    ],
+)
+def test_an_empty_test_split_is_an_error(ray_cluster, tiny, tmp_path, setting, says):
+    (tmp_path / "empty.txt").write_text(" \n")
+    planned = plans.resolve_tokens(tiny(setting.format(tmp_path), f"storage={tmp_path}"))
+    store, _ = stores.prepare(planned)
+    with pytest.raises(DataError, match=f"^the test split is empty, .*: {says}; ") as error:
+        budget.for_store(planned.experiment, store)
+    assert error.value.where == setting.partition("=")[0]
+    assert list(stores.warnings(planned, store)) == [error.value.message]
+
+
 def test_a_plan_starts_no_ray_and_writes_nothing(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record = plans.resolve(tiny(f"storage={tmp_path}/runs")).record()

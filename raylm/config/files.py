@@ -98,11 +98,11 @@ def _checked(tree: Tree, places: dict[str, str], layer: Tree, *, sizes_follow_te
 
 
 def _names_text(layer: Mapping[str, Any]) -> bool:
-    """Whether one of these settings names text: corpus.paths, corpus.validation_paths, or a whole section with them."""
+    """Whether one of these settings names text: corpus.paths, those of held-out text, or a whole section with them."""
     tree: Tree = {}
     _put(tree, {key: value for key, value in layer.items() if key.partition(".")[0] == "corpus"})
     section = tree.get("corpus")
-    return isinstance(section, dict) and bool({"paths", "validation_paths"} & section.keys())
+    return isinstance(section, dict) and bool({"paths", "validation_paths", "test_paths"} & section.keys())
 
 
 def from_environment(experiment: Experiment) -> dict[str, str]:
@@ -408,6 +408,7 @@ def _absolute(experiment: Experiment) -> Experiment:
         "storage": local(experiment.storage),
         "corpus.paths": [local(path) for path in experiment.corpus.paths],
         "corpus.validation_paths": [local(path) for path in experiment.corpus.validation_paths],
+        "corpus.test_paths": [local(path) for path in experiment.corpus.test_paths],
         "eval.paths": {name: [local(path) for path in paths] for name, paths in sets.items()}
         if isinstance(sets, Mapping)
         else [local(path) for path in sets],

@@ -50,6 +50,7 @@ SAME = {
     "tokenizer_name": "tokenizer.path",
     "train_file": "corpus.paths",
     "validation_file": "corpus.validation_paths",
+    "test_file": "corpus.test_paths",
     "max_train_samples": "corpus.max_documents",
     "num_train_epochs": "train.num_epochs",
     "save_total_limit": "train.keep_checkpoints",

@@ -140,6 +140,7 @@ MUTABLE = (
     "train.arguments.label_smoothing_factor", "train.arguments.neftune_noise_alpha",
 )  # fmt: skip
 """Settings that may change while a trial trains, because its weights and its optimizer's state remain valid."""
+SplitName = Literal["train", "validation", "test"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Count = Annotated[int, BeforeValidator(_whole)]  # 1e6 is a float in YAML and a fine number of tokens
@@ -189,9 +190,14 @@ class CorpusConfig(Section):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Fraction of the text that is held out for validation, chosen by a hash of the content of each document or
     passage. Not used with validation_paths."""
+    test_paths: Strings = ()
+    """Sources of test text: no trial and no checkpoint is chosen by it. The best model alone is scored on it, once."""
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the text that is held out for the test split, chosen by hash like the validation split, which stays
+    the same. Not used with test_paths."""
     split_by: Literal["document", "passage"] | None = None
-    """Unit that is held out for validation: document, or passage of 500 to 1,000 characters for a corpus of few long
-    documents. Default: passage if there are fewer than 50 documents."""
+    """Unit that is held out: document, or passage of 500 to 1,000 characters for a corpus of few long documents.
+    Default: passage if there are fewer than 50 documents."""
     keep_any: Strings = ()
     """Keep only documents that contain at least one of these strings; empty keeps all."""
     keep_matching: Annotated[str, AfterValidator(_regular_expression)] | None = None
@@ -207,6 +213,12 @@ class CorpusConfig(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     """Whether a document that cannot be read (not UTF-8, not JSON, no text) is an error or is skipped, counted and
     listed in the store's rejected.jsonl. An unreadable plain text file in a directory or glob is always skipped."""
+
+    @property
+    def splits(self) -> tuple[SplitName, ...]:
+        """The splits of the corpus."""
+        has_test = bool(self.test_paths or self.test_fraction)
+        return ("train", "validation", "test") if has_test else ("train", "validation")
 
 
 class TrainedTokenizer(Section):
@@ -556,6 +568,7 @@ class Experiment(Section):
         self._sizes_follow_text = (info.context or {}).get("sizes_follow_text", False)
         if not self._sizes_follow_text or "batch_tokens" in self.train.model_fields_set:  # else it is to be derived
             self._batch_agrees()
+        self._corpus_agrees()
         self._tokenizer_agrees()
         self._sweep_agrees()
         return self
@@ -576,6 +589,15 @@ class Experiment(Section):
             raise ValueError(
                 f"train.max_tokens must be at least one optimizer step, train.batch_tokens = {batch}, got {budget}; "
                 f"{way_out}"
+            )
+
+    def _corpus_agrees(self) -> None:
+        section = self.corpus
+        held_out = section.validation_fraction + section.test_fraction
+        if held_out >= 1 and not section.validation_paths and not section.test_paths:
+            raise ValueError(
+                "corpus.test_fraction must leave text to train on: less than 1 - corpus.validation_fraction = "
+                f"{1 - section.validation_fraction:.6g}, got {section.test_fraction:g}"
             )
 
     def _tokenizer_agrees(self) -> None:

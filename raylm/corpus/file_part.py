@@ -10,6 +10,7 @@ import lzma
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from raylm.config import SplitName
 from raylm.corpus.sources import File
 from raylm.errors import DataError
 from raylm.storage import file_system
@@ -23,8 +24,8 @@ class FilePart(NamedTuple):
     compression: str | None
     source: int
     """Index of its source."""
-    validation: bool = False
-    """Whether that source is one of corpus.validation_paths."""
+    split: SplitName = "train"
+    """The split of that source."""
     is_found: bool = False
     """Whether a directory or glob gave the file, rather than its own name."""
     start: int = 0

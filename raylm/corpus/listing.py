@@ -27,14 +27,37 @@ TABLES_OF_ANYTHING = ("json", "csv", "tsv")
 
 
 def find_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
-    """The files of every source, by their names alone; DataError if a source has no files.
+    """The files of every source, by their names alone; DataError if a source has no files, or if a file would be both
+    trained on and tested on.
 
     `key` is the setting that gave the paths.
     """
     if not corpus.paths and not corpus.validation_paths:
         raise DataError("corpus.paths is empty; give files, directories or globs of text", "corpus.paths")
     sources = [find(key, path) for path in corpus.paths]
-    return sources + [find("corpus.validation_paths", path, validation=True) for path in corpus.validation_paths]
+    sources += [find("corpus.validation_paths", path, "validation") for path in corpus.validation_paths]
+    tests = [find("corpus.test_paths", path, "test") for path in corpus.test_paths]
+    if not corpus.deduplicate:  # which keeps such a file for the test alone
+        _check_unseen(tests, sources)
+    return sources + tests
+
+
+def _check_unseen(tests: list[Source], others: list[Source]) -> None:
+    """DataError if a file of the test split is one of the training or validation split, too."""
+    keys = {file.path: _key(source, "corpus.paths") for source in others for file in source.files}
+    shared = [file.path for source in tests for file in source.files if file.path in keys]
+    if shared:
+        several = f" and {len(shared) - 1:,} more are" if len(shared) > 1 else " is"
+        raise DataError(
+            f"corpus.test_paths: {shared[0]}{several} in {keys[shared[0]]}, too, but nothing may be learned from or "
+            "chosen by test text; give other files, or corpus.deduplicate=true, which keeps each document in one split",
+            "corpus.test_paths",
+        )
+
+
+def _key(source: Source, key: str) -> str:
+    """The setting that has a source; `key` is that of training text."""
+    return key if source.split == "train" else f"corpus.{source.split}_paths"
 
 
 def readable(sources: list[Source], corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
@@ -49,7 +72,7 @@ def readable(sources: list[Source], corpus: CorpusConfig, key: str = "corpus.pat
     checked = []
     for source in sources:
         if source.is_found:
-            source = _readable("corpus.validation_paths" if source.validation else key, source, corpus)
+            source = _readable(_key(source, key), source, corpus)
         checked.append(source)
         for file in source.files[:FIRST_FILES]:
             part = whole_file(file, 0, source)

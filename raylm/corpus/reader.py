@@ -1,7 +1,12 @@
-"""Shards of files -> documents: hashed, filtered, counted, and on one side of the split.
+"""Shards of files -> documents: hashed, filtered, counted, and each in one split.
 
-A hash of the content decides the side of a document or passage, so duplicates fall on the same side in any order and
-process. The ledger counts all that is left out, with the reason.
+A hash of the content decides the split of a document or passage, so duplicates fall in the same split in any order and
+process:
+
+    0                validation_fraction                       1 - test_fraction                1    of all hashes
+    |   validation   |                 training                |             test              |
+
+Each of the two is the same, whatever the other one is. The ledger counts all that is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from raylm.config import CorpusConfig
+from raylm.config import CorpusConfig, SplitName
 from raylm.corpus.file_part import BadDocument, FilePart
 from raylm.corpus.formats import split, texts, whole_file
 from raylm.corpus.passages import passages
@@ -45,7 +50,7 @@ class Document(NamedTuple):
     hash: int
     """64 bits of blake2b of the text: the same text has the same hash everywhere."""
     source: int
-    validation: bool
+    split: SplitName
 
 
 def nothing_left(ledger: Mapping[str, int]) -> DataError:
@@ -59,7 +64,8 @@ def nothing_left(ledger: Mapping[str, int]) -> DataError:
 
 def shards(sources: list[Source]) -> list[Shard]:
     """The work of each task, in the order of the sources: a function of the files alone, not of the cluster."""
-    total = sum(source.num_bytes for source in sources)
+    # Without corpus.test_paths, so that the shards of the other splits are the same with it.
+    total = sum(source.num_bytes for source in sources if source.split != "test")
     # 8 MB keep a laptop's cores busy on 30 MB of text. Each shard is a memory map, so there are at most some thousand.
     most = min(max(8_000_000, total // 2048), 256_000_000)
     made: list[Shard] = []
@@ -68,7 +74,7 @@ def shards(sources: list[Source]) -> list[Shard]:
     for index, source in enumerate(sources):
         for file in source.files:
             for part, num_bytes in split(whole_file(file, index, source), most):
-                if parts and (size + num_bytes > most or part.validation != parts[-1].validation):
+                if parts and (size + num_bytes > most or part.split != parts[-1].split):
                     made.append(Shard(tuple(parts), size))
                     parts, size = [], 0
                 parts.append(part)
@@ -85,45 +91,51 @@ def documents(
     ledger: Ledger,
     reject: Callable[[File, BadDocument], None] = lambda file, fault: None,
 ) -> Iterator[Document]:
-    """The documents of a shard in the order of its files, each on one side of the split.
+    """The documents of a shard in the order of its files, each in one split.
 
-    With corpus.split_by: passage each document is cut into parts; joined in order they are its text.
+    With corpus.split_by: passage each document of corpus.paths is cut into parts; joined in order they are its text.
     """
-    below = corpus.validation_fraction * 2**64
-    by_passage = corpus.split_by == "passage" and below and not corpus.validation_paths
+    validation_below = 0.0 if corpus.validation_paths else corpus.validation_fraction * 2**64
+    test_from = (1.0 if corpus.test_paths else 1 - corpus.test_fraction) * 2**64
+
+    def split_of(digest: int) -> SplitName:
+        return "validation" if digest < validation_below else "test" if digest >= test_from else "train"
+
+    by_passage = corpus.split_by == "passage" and (validation_below or test_from < 2**64)
     for part, text, encoded in kept(shard, corpus, ledger, reject):
-        if by_passage:
-            yield from _split(text, part.source, below, ledger)
+        if by_passage and part.split == "train":
+            yield from _split(text, part.source, split_of, ledger)
         else:
             digest = content_hash(encoded)
-            held_out = part.validation if corpus.validation_paths else digest < below
-            yield Document(text, len(encoded), digest, part.source, held_out)
+            split = split_of(digest) if part.split == "train" else part.split
+            yield Document(text, len(encoded), digest, part.source, split)
 
 
-def _split(text: str, source: int, below: float, ledger: Ledger) -> Iterator[Document]:
-    """Each passage with a hash below a limit as a validation document, the text between two of them as a training one.
+def _split(text: str, source: int, split_of: Callable[[int], SplitName], ledger: Ledger) -> Iterator[Document]:
+    """Each held-out passage as a document of its own, the text between two of them as a training document.
 
     Training passages are joined, so that the model sees long stretches of text, with an end-of-text token only where a
-    passage is held out. Validation passages are never joined, not even neighbours, because trials are compared document
+    passage is held out. Held-out passages are never joined, not even neighbours, because scores are compared document
     by document.
     """
 
-    def document(text: str, held_out: bool) -> Document:
+    def document(text: str, split: SplitName) -> Document:
         encoded = text.encode()
-        return Document(text, len(encoded), content_hash(encoded), source, held_out)
+        return Document(text, len(encoded), content_hash(encoded), source, split)
 
     training: list[str] = []
     for passage in passages(text):
         ledger["passages"] += 1
-        if content_hash(passage.encode()) >= below:
+        split = split_of(content_hash(passage.encode()))
+        if split == "train":
             training.append(passage)
             continue
         if training:
-            yield document("".join(training), False)
+            yield document("".join(training), "train")
             training = []
-        yield document(passage, True)
+        yield document(passage, split)
     if training:
-        yield document("".join(training), False)
+        yield document("".join(training), "train")
 
 
 def kept(
@@ -210,6 +222,6 @@ def counted_as(ledger: Mapping[str, int]) -> str | None:
     if "passages" not in ledger:
         return None
     return (
-        "corpus.split_by=passage, so a document of the validation split is one passage that was held out, and one of "
-        "the training split is the rest of a document that was read"
+        "corpus.split_by=passage, so a held-out document is one passage, and one of the training split is the rest of "
+        "a document that was read"
     )

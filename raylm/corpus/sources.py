@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from raylm import hub
+from raylm.config import SplitName
 from raylm.errors import ConfigError, DataError, first_line
 from raylm.redaction import redacted
 from raylm.storage import file_system
@@ -57,11 +58,12 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """The files behind one entry of corpus.paths or corpus.validation_paths."""
+    """The files behind one entry of corpus.paths, corpus.validation_paths or corpus.test_paths."""
 
     name: str
     files: tuple[File, ...]
-    validation: bool = False
+    split: SplitName = "train"
+    """By the setting that has the entry. Documents of corpus.paths may fall on any split, by their hash."""
     is_found: bool = False
     """Whether a directory or glob gave the files, rather than their own names."""
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -72,7 +74,7 @@ class Source:
         return sum(file.size for file in self.files)
 
 
-def find(key: str, path: str, validation: bool = False) -> Source:
+def find(key: str, path: str, split: SplitName = "train") -> Source:
     """The files of one entry, sorted; DataError naming the setting `key` if there are none.
 
     Files of a directory or glob whose names show that they are not text are left out and counted.
@@ -105,7 +107,7 @@ def find(key: str, path: str, validation: bool = False) -> Source:
     if not found and not left_out:
         what = "no files in it" if os.path.isdir(path) else "no such file, directory or glob"
         raise DataError(f"{key}: {path}: {what}", key)
-    return Source(path, tuple(sorted(found)), validation, is_found, left_out)
+    return Source(path, tuple(sorted(found)), split, is_found, left_out)
 
 
 def _text_by_name(found: list[File], start: int, left_out: Counter[str]) -> Iterator[File]:

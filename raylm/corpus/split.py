@@ -61,9 +61,11 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
     - A corpus of a single unit is not split: its fraction stays.
 
     With corpus.validation_paths, or a fraction of 0, there is nothing to decide: nothing is read and nothing changes.
+    The answer is the same with and without a test split.
     """
     fraction = corpus.validation_fraction
-    on_disk = sum(source.num_bytes for source in sources if not source.validation)
+    sources = [source for source in sources if source.split != "test"]
+    on_disk = sum(source.num_bytes for source in sources if source.split == "train")
     if corpus.validation_paths or not fraction:
         return Holdout(corpus.split_by or "document", fraction, 0, 0, complete=False, num_bytes=on_disk, unit_bytes=0)
     local = [source for source in sources if not source.name.startswith(HUB)]

@@ -156,7 +156,9 @@ def _sizes(experiment: Experiment, held: Holdout) -> tuple[dict[str, Any], dict[
     known = tokenizer.choose(experiment.tokenizer, experiment.model)
     vocab_size = known.train.vocab_size if known.train is not None else len(tokenizer.load_section(known))
     masked = experiment.objective.is_masked
-    text_tokens = max(1, int(size(held) * (1 - experiment.corpus.validation_fraction) / BYTES_PER_TOKEN))
+    text = experiment.corpus
+    held_out = text.validation_fraction + (0 if text.test_paths else text.test_fraction)
+    text_tokens = max(1, int(size(held) * (1 - held_out) / BYTES_PER_TOKEN))
     ranked = int(corpus.ENOUGH_UNITS * held.unit_bytes / BYTES_PER_TOKEN)
     seconds = (SWEEP_SECONDS - START_SECONDS) * EVALUATIONS / _rounds(together) / OVERHEAD
 

@@ -58,7 +58,9 @@ def with_split(experiment: Experiment, sources: list[Source]) -> tuple[Derived, 
     from raylm import corpus
 
     section = experiment.corpus
-    path = decisions.path(experiment, "split", section.model_dump(mode="json"), "json")
+    # It is the same with and without a test split.
+    given = section.model_dump(mode="json", exclude={"test_paths", "test_fraction"})
+    path = decisions.path(experiment, "split", given, "json")
     decided = decisions.find(path)
     if decided is not None:
         found = corpus.Holdout(**json.loads(decided))

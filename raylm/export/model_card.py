@@ -198,7 +198,7 @@ def _data(store: Store) -> list[str]:
     counted = ("documents", "tokens", "bytes")
     manifest, ledger = store.manifest, store.manifest["ledger"]
     sources = [(_code(name_of(row["name"])), *(f"{row[what]:,}" for what in counted)) for row in manifest["sources"]]
-    splits = [(name, *(f"{manifest[name][what]:,}" for what in counted)) for name in ("train", "validation")]
+    splits = [(name, *(f"{manifest[name][what]:,}" for what in counted)) for name in store.splits]
     counted_as = corpus.counted_as(ledger)
     return [
         "## Data",

@@ -131,7 +131,7 @@ def _parsed(settings: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
             raise ConfigError(
                 f"{name}: generate takes settings of corpus and cluster, and model.trust_remote_code", name
             )
-        if name.startswith(("corpus.validation_", "corpus.split_by")):
+        if name.startswith(("corpus.validation_", "corpus.test_", "corpus.split_by")):
             raise ConfigError(f"{name}: generate continues every document; nothing is held out", name)
     return given, dotted
 

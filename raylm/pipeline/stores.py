@@ -125,13 +125,12 @@ def verify(plan: TokensPlan) -> int:
         faults = tokens.verify(tokens.open_store(path))
     if faults:
         raise DataError(f"{path} is damaged: {tokens.shown(faults)}; remove it and run raylm prepare", path)
-    manifest = tokens.open_store(path).manifest
-    return sum(len(manifest[name]["shards"]) for name in tokens.SPLITS)
+    return sum(len(split.shards) for split in tokens.open_store(path).splits.values())
 
 
 def record(store: Store) -> dict[str, Any]:
     """A token store for --json: the counts of its splits and its ledger."""
-    splits = {name: {what: store.manifest[name][what] for what in tokens.COUNTED} for name in tokens.SPLITS}
+    splits = {name: {what: store.manifest[name][what] for what in tokens.COUNTED} for name in store.splits}
     return {"store": store.path, "fingerprint": store.fingerprint, **splits, "ledger": store.manifest["ledger"]}
 
 
@@ -139,4 +138,6 @@ def warnings(plan: TokensPlan, store: Store) -> Iterator[str]:
     """Warnings about a token store that is useless or probably a mistake."""
     if not store.validation.num_tokens:
         yield budget.no_validation(plan.experiment).message
+    if store.test is not None and not store.test.num_tokens:
+        yield budget.no_test(plan.experiment).message
     yield from tokens.warnings(store)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from raylm import console, storage, tracking
+from raylm import console, storage, tokens, tracking
 from raylm import sweep as sweeps
 from raylm.redaction import redacted
 from raylm.results import figures, several, trial_table
@@ -178,12 +178,12 @@ def _about(results: SweepResults) -> dict[str, Any]:
     section = experiment.tune
     fingerprint = state.parameters.get("store")
     manifest = json.loads(storage.read(f"{experiment.storage}/tokens/{fingerprint}/manifest.json") or b"{}")
-    tokens = {f"{split} tokens": manifest.get(split, {}).get("tokens") for split in ("train", "validation")}
+    counts = {f"{split} tokens": manifest[split]["tokens"] for split in tokens.splits(manifest)}
     trained = sum(trial.tokens for trial in results.data.trials)
     return {
         "corpus": ", ".join(redacted(experiment.corpus.paths)),
         "token store": fingerprint,
-        **tokens,
+        **counts,
         "model": state.parameters.get("model"),
         "budget of a trial": f"{results.data.budget_tokens:,} tokens",
         "trained in total": f"{trained:,} tokens",

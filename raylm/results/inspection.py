@@ -45,7 +45,7 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
         "sources": [{key: value for key, value in source.items() if key != "files"} for source in manifest["sources"]],
         "ledger": manifest["ledger"],
         "kept_percent": 100 * corpus.kept_fraction(manifest["ledger"]),
-        "splits": {name: {what: manifest[name][what] for what in tokens.COUNTED} for name in tokens.SPLITS},
+        "splits": {name: {what: manifest[name][what] for what in tokens.COUNTED} for name in store.splits},
         "tokenizer": {key: manifest["tokenizer"][key] for key in ("vocab_size", "eos_token", "encoder")},
         "frame": {
             name: None if token is None else {"token": store.tokenizer.convert_ids_to_tokens(token), "id": token}

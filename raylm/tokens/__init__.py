@@ -9,6 +9,7 @@
         tokenizer/                     save_pretrained
         train/shard-00000.arrow        Arrow IPC, uncompressed, one row a document:
         validation/shard-00000.arrow       tokens: list<uint16 or uint32>, num_bytes, doc_id, source
+        test/shard-00000.arrow         if the corpus has a test split
         rejected.jsonl                 documents that could not be read, if any were skipped
         progress/shard-00000.json      while it is written: the finished shards, after which a killed run resumes
 
@@ -19,7 +20,6 @@ on the files alone. Two writers of one store write the same files.
 
 from raylm.tokens.store import (
     COUNTED,
-    SPLITS,
     Encoded,
     Split,
     Store,
@@ -30,6 +30,7 @@ from raylm.tokens.store import (
     local_copy,
     open_store,
     shown,
+    splits,
     tokenizer_section,
     verify,
     warnings,
@@ -38,7 +39,6 @@ from raylm.tokens.write import changes, encode_files, fingerprint, prepare, set_
 
 __all__ = [
     "COUNTED",
-    "SPLITS",
     "Encoded",
     "Split",
     "Store",
@@ -54,6 +54,7 @@ __all__ = [
     "prepare",
     "set_up_ray_data",
     "shown",
+    "splits",
     "store_path",
     "tokenizer_section",
     "verify",

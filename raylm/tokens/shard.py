@@ -12,7 +12,7 @@ from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig
 from raylm.corpus import BadDocument, Document, File, Ledger, Shard, documents
 from raylm.storage import read
-from raylm.tokens.store import SPLITS, checksum, local_tokenizer, write
+from raylm.tokens.store import checksum, local_tokenizer, write
 
 MOST_TOKENS = 1 << 28
 """Of a file. A larger shard, such as a file of 100 GB that cannot be cut, has several files: the offsets of an Arrow
@@ -25,7 +25,7 @@ MOST_REJECTED = 100
 def write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, encoder: str) -> dict[str, Any]:
     """Tokenize and write one shard. Returns its ledger, rejected documents, and the files of each split."""
     encode = tokenizers.encoder(local_tokenizer(path), encoder)
-    files = {name: _Files(path, f"{name}/shard-{index:05}", encode) for name in SPLITS}
+    files = {name: _Files(path, f"{name}/shard-{index:05}", encode) for name in corpus.splits}
     ledger: Ledger = Ledger()
     rejected: list[dict[str, str]] = []
 
@@ -37,9 +37,9 @@ def write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, encod
         if spelled := encode.special_tokens_in(document.text):
             ledger["spell a special token"] += 1
             ledger["special tokens as text"] += spelled
-        files["validation" if document.validation else "train"].append(document)
+        files[document.split].append(document)
     written: dict[str, Any] = {"ledger": dict(ledger), "rejected": rejected}
-    written |= {name: files[name].finish() for name in SPLITS}
+    written |= {name: each.finish() for name, each in files.items()}
     write(path, f"progress/{facts_name(index)}", json.dumps(written).encode())
     return written
 

@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 FORMAT = 3
 
-SPLITS = ("train", "validation")
+SPLITS = ("train", "validation", "test")
+"""Of a corpus without a test split the manifest has no entry `test`."""
 
 COUNTED = ("documents", "tokens", "bytes", "unknown_tokens")
 """The counts in the manifest, of each split and each of its shards."""
@@ -49,7 +50,7 @@ class Split:
     def __init__(self, store: str, name: str, shards: list[dict[str, Any]], sources: list[str]):
         self._key = (store, name)
         self.sources = sources
-        """The entries of corpus.paths and corpus.validation_paths."""
+        """The entries of corpus.paths, corpus.validation_paths and corpus.test_paths."""
         self._files = [shard["file"] for shard in shards]
         self._first = [0, *accumulate(shard["documents"] for shard in shards)]
         self.shards = [(shard["documents"], shard["tokens"]) for shard in shards]
@@ -81,7 +82,7 @@ class Split:
         return self._batch(shard)["doc_id"][row].as_py()
 
     def document_source(self, index: int) -> str:
-        """The entry of corpus.paths or corpus.validation_paths that the document is from."""
+        """The entry of corpus.paths, corpus.validation_paths or corpus.test_paths that the document is from."""
         shard, row = self._locate(index)
         return self.sources[self._batch(shard)["source"][row].as_py()]
 
@@ -121,7 +122,7 @@ class Split:
 
 
 class Store:
-    """A written token store: `train` and `validation` documents, and the tokenizer they were made with."""
+    """A written token store: the documents of each split, and the tokenizer they were made with."""
 
     def __init__(self, path: str, manifest: dict[str, Any]):
         self.path = path
@@ -129,12 +130,18 @@ class Store:
         self.fingerprint: str = manifest["fingerprint"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         sources = [source["name"] for source in manifest["sources"]]
-        self.train = Split(path, "train", manifest["train"]["shards"], sources)
-        self.validation = Split(path, "validation", manifest["validation"]["shards"], sources)
+        self.splits: dict[str, Split] = {
+            name: Split(path, name, manifest[name]["shards"], sources) for name in splits(manifest)
+        }
+        self.train, self.validation = self.splits["train"], self.splits["validation"]
+        self.test = self.splits.get("test")
+        """None of a corpus without a test split."""
 
     def __repr__(self) -> str:
-        counts = [f"{split.num_tokens:,} tokens of {len(split):,}" for split in (self.train, self.validation)]
-        return f"Store({self.path}: train {counts[0]} documents, validation {counts[1]})"
+        counts = [
+            f"{name} {split.num_tokens:,} tokens of {len(split):,} documents" for name, split in self.splits.items()
+        ]
+        return f"Store({self.path}: {', '.join(counts)})"
 
     @property
     def unknown_token(self) -> str | None:
@@ -222,8 +229,7 @@ def incomparable(unknown_tokens: int, tokens: int) -> str | None:
 def warnings(store: Store) -> list[str]:
     """A warning for each split with too many unknown tokens."""
     found = []
-    for name in SPLITS:
-        split: Split = getattr(store, name)
+    for name, split in store.splits.items():
         if split.unknown_tokens > MOST_UNKNOWN * split.num_tokens:
             share = 100 * split.unknown_tokens / split.num_tokens
             found.append(
@@ -254,11 +260,16 @@ def _manifest(path: str) -> dict[str, Any] | None:
         manifest = json.loads(content)
         if manifest["format"] != FORMAT:
             raise DataError(f"{path}: a store of format {manifest['format']}, this raylm reads {FORMAT}", path)
-        for key in ("fingerprint", "tokenizer", "sources", *SPLITS):
+        for key in ("fingerprint", "tokenizer", "sources", "train", "validation"):
             manifest[key]
         return manifest
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path}/manifest.json is damaged; remove {path} and run raylm prepare", path) from None
+
+
+def splits(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The splits of a store."""
+    return tuple(name for name in SPLITS if name in manifest)
 
 
 def _damage(path: str, manifest: dict[str, Any]) -> list[str]:
@@ -267,11 +278,10 @@ def _damage(path: str, manifest: dict[str, Any]) -> list[str]:
 
 
 def _differing(path: str, manifest: dict[str, Any]) -> list[str]:
-    expected = {shard["file"]: shard["size"] for name in SPLITS for shard in manifest[name]["shards"]}
+    own = splits(manifest)
+    expected = {shard["file"]: shard["size"] for name in own for shard in manifest[name]["shards"]}
     expected |= {f"tokenizer/{name}": None for name in manifest["tokenizer"].get("files", ())}
-    found = {
-        f"{part}/{name}": size for part in (*SPLITS, "tokenizer") for name, size in sizes(f"{path}/{part}").items()
-    }
+    found = {f"{part}/{name}": size for part in (*own, "tokenizer") for name, size in sizes(f"{path}/{part}").items()}
     faults = []
     for file, size in expected.items():
         if file not in found:
@@ -283,13 +293,13 @@ def _differing(path: str, manifest: dict[str, Any]) -> list[str]:
 
 @lru_cache(maxsize=8)
 def _split(path: str, name: str) -> Split:
-    return getattr(open_store(path), name)
+    return open_store(path).splits[name]
 
 
 def verify(store: Store) -> list[str]:
     """Files of a store that differ from the sizes and checksums of its manifest."""
     faults = []
-    for name in SPLITS:
+    for name in store.splits:
         for shard in store.manifest[name]["shards"]:
             content = read(f"{store.path}/{shard['file']}")
             if content is None:

@@ -24,7 +24,6 @@ from raylm.tokens.shard import facts_name, finished, write_shard
 from raylm.tokens.store import (
     COUNTED,
     FORMAT,
-    SPLITS,
     Encoded,
     Store,
     changed_inputs,
@@ -70,8 +69,9 @@ def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any
     version = tokenizers.fingerprint(tokenizer)
     # The tokenizer's files identify it, wherever they are and whatever revision was asked for.
     elsewhere = {"path", "revision"} if version and tokenizer.gguf_file is None else set()
+    unused = {"test_paths", "test_fraction"} if "test" not in corpus.splits else set()
     return {
-        "corpus": {**corpus.model_dump(mode="json"), "split_by": corpus.split_by or "document"},
+        "corpus": {**corpus.model_dump(mode="json", exclude=unused), "split_by": corpus.split_by or "document"},
         "tokenizer": tokenizer.model_dump(mode="json", exclude={"prefix", *elsewhere}),
         "tokenizer_version": version,
     }
@@ -129,7 +129,7 @@ def _write_store(
     if encoder["differs"]:
         logger.warning("%s; encoding with %s instead, many times slower", encoder["differs"], encoder["name"])
     written = _write_shards(path, plan, corpus, encoder["name"], progress)
-    splits = _splits(written)
+    splits: dict[str, Any] = {name: _split(written, name) for name in corpus.splits}
     ledger = sum((Ledger(shard["ledger"]) for shard in written), Ledger())
     for source in sources:
         ledger.update({f"left out: {kind}": count for kind, count in source.left_out.items()})
@@ -143,7 +143,7 @@ def _write_store(
         "tokenizer": {**_tokenizer_facts(path), "encoder": encoder},
         "ledger": dict(ledger),
         "sources": [
-            {"name": source.name, **_of_source(written, index), "files": [list(file) for file in source.files]}
+            {"name": source.name, **_of_source(written, index, splits), "files": [list(file) for file in source.files]}
             for index, source in enumerate(sources)
         ],
         **splits,
@@ -194,14 +194,18 @@ def _write_tokenizer(path: str, section: TokenizerConfig, plan: list[Shard], cor
 
 
 def _sample(plan: list[Shard], corpus: CorpusConfig, most: int) -> Iterator[str]:
-    """About `most` bytes of training documents, evenly from all shards; long documents are cut."""
+    """About `most` bytes of training documents, evenly from all shards; long documents are cut.
+
+    With corpus.test_paths they are the same as without.
+    """
+    plan = [shard for shard in plan if shard.parts[0].split != "test"]
     share = most / max(1, sum(shard.num_bytes for shard in plan))
     for shard in plan:
         left = share * shard.num_bytes
         for document in documents(shard, corpus, Ledger()):
             if left <= 0:
                 break
-            if not document.validation:
+            if document.split == "train":
                 yield document.text if document.num_bytes <= most else document.text[: max(1, int(left))]
                 left -= document.num_bytes
 
@@ -240,20 +244,16 @@ def _write_shards(
     return [shard for shard in found.values() if shard is not None]
 
 
-def _splits(written: list[dict[str, Any]]) -> dict[str, Any]:
-    """The splits of the manifest: their sums and shards."""
-    splits = {}
-    for name in SPLITS:
-        found = [file for shard in written for file in shard[name]]
-        sums = {what: sum(shard[what] for shard in found) for what in COUNTED}
-        kept = [{key: value for key, value in shard.items() if key != "sources"} for shard in found]
-        splits[name] = {**sums, "shards": kept}
-    return splits
+def _split(written: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """A split of the manifest: its sums and shards."""
+    found = [file for shard in written for file in shard[name]]
+    sums = {what: sum(shard[what] for shard in found) for what in COUNTED}
+    return {**sums, "shards": [{key: value for key, value in shard.items() if key != "sources"} for shard in found]}
 
 
-def _of_source(written: list[dict[str, Any]], index: int) -> dict[str, int]:
-    """Kept documents, tokens and bytes of one source in both splits."""
-    files = [file for shard in written for name in SPLITS for file in shard[name]]
+def _of_source(written: list[dict[str, Any]], index: int, splits: Iterable[str]) -> dict[str, int]:
+    """Kept documents, tokens and bytes of one source in all splits."""
+    files = [file for shard in written for name in splits for file in shard[name]]
     found = [file["sources"].get(str(index), {}) for file in files]
     return {what: sum(counts.get(what, 0) for counts in found) for what in ("documents", "tokens", "bytes")}
 
