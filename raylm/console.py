@@ -65,6 +65,15 @@ def format_number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
+def format_estimate(value: float, low: float | None, high: float | None) -> str:
+    """A number with its interval and no more digits than it has, two of the half width: 53.2 [47.7, 59.7]."""
+    if low is None or high is None or not low < high:
+        return format_number(value)
+    decimals = 1 - math.floor(math.log10((high - low) / 2))
+    shown, *ends = (f"{round(each, decimals):,.{max(0, decimals)}f}" for each in (value, low, high))
+    return f"{shown} [{', '.join(ends)}]"
+
+
 def format_size(num_bytes: float) -> str:
     """Bytes as a person says them: 512 bytes, 49.9 KB, 3.0 GB."""
     if num_bytes < 1000:

@@ -2,6 +2,7 @@
 
     <run>/scores/step_N.npz    of the evaluation after step N: nll, tokens, bytes (a number for each document, in order)
                                and documents, a hash of their ids
+                 whole.npz     of the best model on the whole validation split, if evaluations score a part of it
 
 Scores of two models are compared document by document only if they are of the same documents.
 """
@@ -11,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from raylm import storage
+from raylm import statistics, storage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 MOST_DOCUMENTS = 100_000
 """Of an evaluation of which the scores are kept: 2.4 MB. Of more, none are, because their total alone tells enough."""
@@ -38,12 +39,48 @@ class DocumentScores:
 
     @classmethod
     def of(cls, rows: np.ndarray, documents: Ids) -> DocumentScores:
-        """Of the rows of `perplexity.score_documents` for the first of these documents."""
-        nll, tokens, num_bytes = rows.T[:3]
-        return cls(nll, tokens, num_bytes, hash_of(documents.document_id(index) for index in range(len(rows))))
+        """Of the rows of `perplexity.score_documents` for the first of these documents; see `of_ids`."""
+        return cls.of_ids(rows, [documents.document_id(index) for index in range(len(rows))])
+
+    @classmethod
+    def of_ids(cls, rows: np.ndarray, ids: Sequence[int]) -> DocumentScores:
+        """Of the rows of `perplexity.score_documents` for documents with these ids.
+
+        Copies of one text have the same id, and a model scores them alike. They are one document here, with the sums of
+        their rows, because a hundred copies of a license tell no more than one.
+        """
+        first, copy_of = different(ids)
+        sums = np.zeros((len(first), 3))
+        np.add.at(sums, copy_of, rows[:, :3])
+        nll, tokens, num_bytes = sums.T
+        return cls(nll, tokens, num_bytes, hash_of(ids[index] for index in first))
 
     def __len__(self) -> int:
         return len(self.nll)
+
+
+def intervals(scores: DocumentScores | None, measure: str) -> dict[str, float | None]:
+    """The 95 % intervals of perplexity (called `measure`) and bits per byte: perplexity_low, perplexity_high,
+    bits_per_byte_low, bits_per_byte_high; None without scores or for fewer than six documents."""
+    if scores is None:
+        return {**ends(measure, None), **ends("bits_per_byte", None)}
+    return {
+        **ends(measure, statistics.of_perplexity(scores.nll, scores.tokens)),
+        **ends("bits_per_byte", statistics.of_bits_per_byte(scores.nll, scores.bytes)),
+    }
+
+
+def ends(name: str, interval: statistics.Interval | None) -> dict[str, float | None]:
+    """The ends of an interval by their names in records: perplexity_low, perplexity_high."""
+    low, high = interval or (None, None)
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def different(ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(the index of the first document with each id, in order; for each document which of these it is or repeats)"""
+    _, first, number = np.unique(np.array(ids, np.uint64), return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return first[order], np.argsort(order)[number]
 
 
 def hash_of(ids: Iterable[int]) -> str:
@@ -51,12 +88,16 @@ def hash_of(ids: Iterable[int]) -> str:
     return hashlib.blake2b(np.fromiter(ids, np.uint64).tobytes(), digest_size=8).hexdigest()
 
 
-def path(directory: str, step: int) -> str:
-    """The file of the evaluation after a step of the run in `directory`."""
-    return f"{directory}/scores/step_{step}.npz"
+Evaluated = int | Literal["whole"]
+"""The evaluation after a step, or that of the best model on the whole validation split."""
 
 
-def write(directory: str, step: int, scores: DocumentScores) -> None:
+def path(directory: str, step: Evaluated) -> str:
+    """The file of an evaluation of the run in `directory`."""
+    return f"{directory}/scores/{step if step == 'whole' else f'step_{step}'}.npz"
+
+
+def write(directory: str, step: Evaluated, scores: DocumentScores) -> None:
     """Keep the scores of an evaluation, unless they are of more than MOST_DOCUMENTS documents."""
     if len(scores) > MOST_DOCUMENTS:
         return
@@ -65,7 +106,7 @@ def write(directory: str, step: int, scores: DocumentScores) -> None:
     storage.write(path(directory, step), file.getvalue())
 
 
-def read(directory: str, step: int) -> DocumentScores | None:
+def read(directory: str, step: Evaluated) -> DocumentScores | None:
     """The scores of an evaluation; None if they were not kept, or are damaged."""
     content = storage.read(path(directory, step))
     if content is None:

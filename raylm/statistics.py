@@ -5,11 +5,15 @@ arXiv:2411.00640). The score of some documents is a ratio, summed nll / summed t
 Trials of a sweep are scored on the same documents, so their difference is taken document by document: what makes a
 document hard is the same for both, and drops out.
 
-All arrays have a row for each document; results depend on the documents and the seed alone.
+All arrays have a row for each document; results depend on the documents and the seed alone. A document is what the
+split splits, a passage with corpus.split_by: passage. Passages of one document resemble each other and yet count one by
+one: the hash that holds them out draws them at random, so the interval is that of other passages of the same documents.
+Copies of one text count as one document (document_scores.DocumentScores).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,11 +55,10 @@ class Difference:
         return self.p < 1 - LEVEL
 
 
-def interval(nll: np.ndarray, tokens: np.ndarray, *, clusters: np.ndarray | None = None) -> Interval:
+def interval(nll: np.ndarray, tokens: np.ndarray) -> Interval:
     """The interval of sum(nll) / sum(tokens), in nats a token, from the spread over documents.
 
-    `clusters`: a number for each document; documents of one cluster, such as a source, count as one. Infinite for fewer
-    than FEWEST_DOCUMENTS documents (or clusters): too few to tell.
+    Infinite for fewer than FEWEST_DOCUMENTS documents with tokens: too few to tell.
 
     The standard error of the ratio is that of the jackknife, each document's residual enlarged by what leaving it out
     moves the ratio (MacKinnon & White 1985's HC3). The quantile is Student's t of Kish's effective number of documents,
@@ -64,9 +67,7 @@ def interval(nll: np.ndarray, tokens: np.ndarray, *, clusters: np.ndarray | None
     97.4 % of cases. Bootstraps cover less: the percentile interval 88.9 % with 10 documents and 92.7 % with 100, a
     studentized one 92.3 and 92.9 %.
     """
-    if clusters is not None:
-        nll, tokens = _summed(nll, clusters), _summed(tokens, clusters)
-    if len(nll) < FEWEST_DOCUMENTS:
+    if np.count_nonzero(tokens) < FEWEST_DOCUMENTS:
         return Interval(-np.inf, np.inf)
     total = tokens.sum()
     ratio = nll.sum() / total
@@ -74,6 +75,18 @@ def interval(nll: np.ndarray, tokens: np.ndarray, *, clusters: np.ndarray | None
     effective = total**2 / (tokens.astype(float) ** 2).sum()
     half = stdtrit(max(1.0, effective - 1), (1 + LEVEL) / 2) * np.sqrt((residual**2).sum()) / total
     return Interval(float(ratio - half), float(ratio + half))
+
+
+def of_perplexity(nll: np.ndarray, tokens: np.ndarray) -> Interval | None:
+    """The interval of exp(sum(nll) / sum(tokens)); None if it has no finite end."""
+    low, high = interval(nll, tokens)
+    return Interval(math.exp(low), math.exp(high)) if high < 700 else None
+
+
+def of_bits_per_byte(nll: np.ndarray, num_bytes: np.ndarray) -> Interval | None:
+    """The interval of sum(nll) / sum(num_bytes) in bits; None if it has no finite end."""
+    low, high = interval(nll, num_bytes)
+    return Interval(low / math.log(2), high / math.log(2)) if math.isfinite(high) else None
 
 
 def compare(nll: np.ndarray, tokens: np.ndarray, *, best: int = 0, seed: int = 0) -> list[Difference | None]:
@@ -133,14 +146,6 @@ def _largest_of_flips(nll: np.ndarray, seed: int) -> np.ndarray:
         sums = (1.0 - 2.0 * signs) @ centred
         largest[rows] = (np.abs(sums[:, one] - sums[:, other]) / norms).max(axis=1, initial=0.0)
     return largest
-
-
-def _summed(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """The sums of each cluster's rows."""
-    _, number = np.unique(clusters, return_inverse=True)
-    sums = np.zeros((number.max(initial=-1) + 1, *values.shape[1:]))
-    np.add.at(sums, number, values)
-    return sums
 
 
 def _chunks(rows: int, columns: int) -> list[slice]:

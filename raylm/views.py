@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm import cleaning, corpus, derived, runs, tokens, tracking
+from raylm import cleaning, corpus, derived, runs, statistics, tokens, tracking
 from raylm.config import Experiment, TrackingConfig, from_environment
-from raylm.console import command, counted, format_size, key_values, label
+from raylm.console import command, counted, format_estimate, format_size, key_values, label
 from raylm.results import runs as listing
 from raylm.results import tables, trial_table
 
@@ -79,8 +79,8 @@ def training(result: TrainResult, section: TrackingConfig) -> str:
     """The result of a training, and what to do next."""
     return key_values(
         {
-            label(result.measure): result.score,
-            "bits per byte": result.bits_per_byte,
+            label(result.measure): format_estimate(result.score, result.score_low, result.score_high),
+            "bits per byte": format_estimate(result.bits_per_byte, result.bits_per_byte_low, result.bits_per_byte_high),
             "before training": result.untrained_score,
             f"{label(result.measure)} of keywords": result.keyword_score,
             "incomparable": result.incomparable,
@@ -185,10 +185,13 @@ def evaluation(record: dict[str, Any]) -> tuple[Any, ...]:
     """The figures of all, and a table of sets and sources where there are several."""
     texts = [source for found in record["sets"].values() for source in found["sources"]]
     what = "the validation split" if "validation" in record["sets"] else ", ".join(dict.fromkeys(texts))
-    total = {name: value for name, value in record.items() if name not in ("model", "sets", "keywords")}
+    hidden = ("model", "sets", "keywords", "document_ids")
+    total = {name: value for name, value in _with_intervals(record).items() if name not in hidden}
     total = {"model": record["model"], "text": what, **total, "nll": round(record["nll"])}
     total["unknown_tokens"] = total["unknown_tokens"] or None
-    of_keywords = {f"{name}_of_keywords": value for name, value in record.get("keywords", {}).items()}
+    count = sum(found["documents"] for found in record["sets"].values())
+    total["documents"] = _with_brackets(count, record["bits_per_byte_low"] is not None)
+    of_keywords = {f"{name}_of_keywords": value for name, value in _with_intervals(record.get("keywords", {})).items()}
     rows: list[tuple[str, dict[str, Any]]] = []
     several = len(record["sets"]) > 1
     for name, found in record["sets"].items():
@@ -197,3 +200,25 @@ def evaluation(record: dict[str, Any]) -> tuple[Any, ...]:
             rows += [(f"{'  ' * several}{source}", each) for source, each in found["sources"].items()]
     facts = key_values({**total, **of_keywords})
     return (facts, "", tables.evaluations([*rows, ("total", record)])) if rows else (facts,)
+
+
+def _with_intervals(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose scores are text with their intervals."""
+    ends = [name for name in record if name.endswith(("_low", "_high"))]
+    scores = dict.fromkeys(name.rpartition("_")[0] for name in ends)
+    found = {name: value for name, value in record.items() if name not in ends}
+    return found | {
+        name: format_estimate(record[name], record[f"{name}_low"], record[f"{name}_high"])
+        for name in scores
+        if record[name] is not None
+    }
+
+
+def _with_brackets(documents: int, has_intervals: bool) -> str:
+    """How many documents were scored, and what stands in brackets, or why nothing does."""
+    if has_intervals:
+        return f"{documents:,}; in brackets 95 % intervals, from their spread"
+    return (
+        f"{documents:,}, too few for an interval, which takes {statistics.FEWEST_DOCUMENTS}; give more text, or cut it "
+        "into documents with corpus.separator"
+    )

@@ -1,6 +1,8 @@
 import shlex
 import sys
 
+import pytest
+
 from raylm import console
 
 
@@ -17,3 +19,18 @@ def test_numbers_and_sizes_as_people_write_them():
     assert {value: console.format_number(value) for value in numbers} == numbers
     sizes = {49_900: "49.9 KB", 512: "512 bytes", 999_960: "1.0 MB", 3e9: "3.0 GB"}
     assert {value: console.format_size(value) for value in sizes} == sizes
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "expected"),
+    [
+        (53.2345, 47.71, 59.68, "53.2 [47.7, 59.7]"),
+        (2.14159, 2.1, 2.19, "2.142 [2.100, 2.190]"),
+        (1543.2, 1312.0, 1772.0, "1,540 [1,310, 1,770]"),
+        (0.0142, 0.0119, 0.0165, "0.0142 [0.0119, 0.0165]"),
+        (53.2345, None, None, "53.23"),
+        (1.0, 1.0, 1.0, "1"),
+    ],
+)
+def test_a_number_with_an_interval_has_no_more_digits_than_it_tells(value, low, high, expected):
+    assert console.format_estimate(value, low, high) == expected

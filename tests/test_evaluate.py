@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -119,6 +120,29 @@ def test_each_set_is_told_under_its_name_and_all_together(causal, texts):
     assert f"{books.perplexity:.2f}" in table[1]
 
 
+def test_every_score_has_its_interval_from_the_spread_of_documents(causal, texts, tmp_path):
+    words = (*TEXTS["books/a.txt"].split()[:4], *TEXTS["books/b.txt"].split())
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    settings = ['corpus.separator="\\n"', "objective.keywords=[cat]"]
+    answer = evaluate(causal, settings, text=[f"{tmp_path}/words.txt", f"{texts}/code/y.txt"])
+    record = answer.record
+    assert record["perplexity_low"] < record["perplexity"] < record["perplexity_high"]
+    assert record["bits_per_byte_low"] < record["bits_per_byte"] < record["bits_per_byte_high"]
+    several, single = record["sets"]["text"]["sources"].values()
+    assert several["perplexity_low"] < several["perplexity"] < several["perplexity_high"]
+    assert single["perplexity_low"] is single["bits_per_byte_high"] is None, "of one document"
+    assert record["keywords"]["perplexity_low"] is None, "one document has the keyword"
+    facts, table = shown(answer).split("\n\n")
+    assert re.search(r"^perplexity +\d+ \[\d+, \d+\]$", facts, re.MULTILINE)
+    assert re.search(r"^bits_per_byte +[\d.]+ \[[\d.]+, [\d.]+\]$", facts, re.MULTILINE)
+    assert re.search(r"^documents +17; in brackets 95 % intervals", facts, re.MULTILINE)
+    assert table.splitlines()[1].count("[") == 2
+    assert re.fullmatch("[0-9a-f]{16}", record["document_ids"])
+    assert evaluate(causal, text=[f"{texts}/code/y.txt"]).record["document_ids"] != record["document_ids"]
+    few = shown(evaluate(causal, text=[f"{texts}/books"]))
+    assert "documents       2, too few for an interval, which takes 6; give more text, or cut it into documents" in few
+
+
 def test_a_score_over_unknown_tokens_says_that_it_does_not_compare(causal, texts, tmp_path):
     """A character that the vocabulary does not know costs next to nothing, and less the more of them there are."""
     network = checkpoint.load(causal).model
@@ -167,6 +191,7 @@ def test_every_document_is_a_line_of_json(causal, texts, tmp_path):
         ("code", f"{texts}/code/x.txt"),
     ]
     named = {hashlib.blake2b(text.encode(), digest_size=8).hexdigest(): name for name, text in TEXTS.items()}
+    assert {(line["model"], line["scored_in"]) for line in lines} == {(causal, "float32")}
     assert [named[line["document"]] for line in lines] == ["books/a.txt", "books/b.txt", "code/y.txt", "code/x.txt"]
     for line in lines:
         expected = score(causal, named[line["document"]])
@@ -200,7 +225,9 @@ def test_keywords_have_a_perplexity_of_their_own(causal, texts, tmp_path):
     assert keywords["tokens"] == 6 * spelled
     assert keywords["perplexity"] == pytest.approx(math.exp(keywords["nll"] / keywords["tokens"]))
     assert answer.record["keywords"] == keywords
-    assert answer.record["sets"]["books"]["keywords"] == {"perplexity": None, "nll": 0.0, "tokens": 0}
+    assert answer.record["sets"]["books"]["keywords"] == {
+        "perplexity": None, "nll": 0.0, "tokens": 0, "perplexity_low": None, "perplexity_high": None,
+    }  # fmt: skip
     assert json.dumps(answer.record, allow_nan=False)
     assert "perplexity_of_keywords" in shown(answer)
     assert "keywords" not in evaluate(causal, [sets(texts)]).record

@@ -40,9 +40,13 @@ def test_trials_that_differ_in_noise_alone_are_as_good_as_the_best(sweep):
     assert found["worse"].compared_at_tokens == 400
     assert 0 < found["worse"].least_percent < 100 * 0.1
     assert found["best"].low < found["best"].high
+    assert 0 < found["best"].bits_per_byte_low < found["best"].bits_per_byte_high
     record = found["twin"].record("pseudo_perplexity")
     assert record["pseudo_perplexity_low"] == found["twin"].low
+    assert record["bits_per_byte_low"] == found["twin"].bits_per_byte_low
     assert Standing.from_record(record, "pseudo_perplexity") == found["twin"]
+    older = {name: value for name, value in record.items() if not name.startswith("bits_per_byte")}
+    assert Standing.from_record(older, "pseudo_perplexity").bits_per_byte_low is None
 
 
 def test_a_trial_that_was_stopped_early_is_compared_at_the_tokens_it_reached(sweep):

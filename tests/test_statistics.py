@@ -35,13 +35,22 @@ def test_the_interval_of_equally_long_documents_is_students():
     assert high - low == pytest.approx((expected[1] - expected[0]) * np.sqrt(12 / 11))  # the jackknife's n - 1
 
 
-def test_documents_of_one_cluster_count_as_one():
-    nll, tokens = (values.repeat(5, axis=0) for values in drawn(20))
-    alone = interval(nll[::5, 0], tokens[::5])
-    together = interval(nll[:, 0], tokens, clusters=np.arange(20).repeat(5))
-    assert together == pytest.approx(alone)
-    without = interval(nll[:, 0], tokens)
-    assert without.high - without.low < 0.6 * (alone.high - alone.low)
+def test_documents_without_tokens_tell_nothing():
+    nll, tokens = drawn(6)
+    padded = [np.concatenate([values, np.zeros(4)]) for values in (nll[:, 0], tokens)]
+    assert interval(*padded) == pytest.approx(interval(nll[:, 0], tokens))
+    assert interval(padded[0][1:], padded[1][1:]) == (-np.inf, np.inf)
+
+
+def test_perplexity_and_bits_per_byte_have_the_ends_of_the_interval():
+    nll, tokens = drawn(20)
+    low, high = interval(nll[:, 0], tokens)
+    assert statistics.of_perplexity(nll[:, 0], tokens) == pytest.approx((np.exp(low), np.exp(high)))
+    low, high = interval(nll[:, 0], 4 * tokens)
+    assert statistics.of_bits_per_byte(nll[:, 0], 4 * tokens) == pytest.approx((low / np.log(2), high / np.log(2)))
+    assert statistics.of_perplexity(nll[:5, 0], tokens[:5]) is None
+    assert statistics.of_bits_per_byte(nll[:5, 0], tokens[:5]) is None
+    assert statistics.of_perplexity(1000 * nll[:, 0], tokens) is None, "beyond the range of a float"
 
 
 @pytest.mark.parametrize(("count", "columns"), [(8, 2), (30, 2), (30, 8)])

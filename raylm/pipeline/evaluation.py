@@ -12,10 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raylm import checkpoint, cluster, console, objective, perplexity, storage, tokenizer, tokens
+from raylm import (
+    checkpoint,
+    cluster,
+    console,
+    document_scores,
+    objective,
+    perplexity,
+    statistics,
+    storage,
+    tokenizer,
+    tokens,
+)
 from raylm import config as config_files
 from raylm import model as models
 from raylm.config import BlocksConfig, Experiment, ObjectiveConfig
+from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError, DataError, StorageError
 from raylm.perplexity import Score
 from raylm.pipeline.stores import nothing_to_score
@@ -130,7 +142,7 @@ class Evaluation:
         return self.score.bits_per_byte
 
     def figures(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """The score of these documents. nll is summed, in nats; None where a number is not finite."""
+        """The score of these documents, with no interval. nll is summed, in nats; None where a number is not finite."""
         score = Score.of(self.rows[list(numbers)])
         measure = self.plan.measure
         found = {
@@ -150,6 +162,24 @@ class Evaluation:
         }
         return {**found, "keywords": of_keywords}
 
+    def document_scores(self, numbers: Sequence[int]) -> DocumentScores:
+        """The score of each of these documents; copies of a text are one document."""
+        return DocumentScores.of_ids(
+            self.rows[list(numbers)], [self.plan.documents.document_id(number) for number in numbers]
+        )
+
+    def figures_with_intervals(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """`figures` with the 95 % interval of each score, None for fewer than six documents: perplexity_low, ..."""
+        found, measure = self.figures(numbers), self.plan.measure
+        found |= document_scores.intervals(self.document_scores(numbers), measure)
+        if "keywords" in found:
+            of_keywords = DocumentScores.of_ids(
+                self.rows[list(numbers)][:, [3, 4, 4]], [self.plan.documents.document_id(number) for number in numbers]
+            )
+            interval = statistics.of_perplexity(of_keywords.nll, of_keywords.tokens)
+            found["keywords"] |= document_scores.ends(measure, interval)
+        return found
+
     def record(self) -> dict[str, Any]:
         """All documents together, each set, and each source of a set; for --json."""
         plan, sets = self.plan, {}
@@ -157,24 +187,28 @@ class Evaluation:
             sources: dict[str, list[int]] = {}
             for number in numbers:
                 sources.setdefault(plan.documents.document_source(number), []).append(number)
-            of_sources = {source: self.figures(some) for source, some in sources.items()}
-            sets[name] = {**self.figures(list(numbers)), "documents": len(numbers), "sources": of_sources}
-        total = self.figures(range(len(self.rows)))
+            of_sources = {source: self.figures_with_intervals(some) for source, some in sources.items()}
+            sets[name] = {**self.figures_with_intervals(numbers), "documents": len(numbers), "sources": of_sources}
+        total = self.figures_with_intervals(range(len(self.rows)))
         return {
             "model": plan.model,
             "prefix": plan.prefix,
             "scored_in": plan.experiment.eval.precision,
             **total,
+            "document_ids": self.document_scores(range(len(self.rows))).documents,
             "incomparable": tokens.incomparable(total["unknown_tokens"], total["tokens"]),
             "sets": sets,
         }
 
     def documents(self) -> Iterator[dict[str, Any]]:
-        """The score of each document. Its id is the 16 digits that `b2sum -l 64` prints for its text."""
+        """The score of each document, with all that `raylm compare` needs to pair it with that of another model. Its id
+        is the 16 digits that `b2sum -l 64` prints for its text."""
         plan = self.plan
         for name, numbers in plan.sets.items():
             for number in numbers:
                 yield {
+                    "model": plan.model,
+                    "scored_in": plan.experiment.eval.precision,
                     "set": name,
                     "source": plan.documents.document_source(number),
                     "document": f"{plan.documents.document_id(number):016x}",

@@ -16,6 +16,7 @@ from raylm import (
     corpus,
     cost,
     derived,
+    document_scores,
     estimate,
     export,
     runs,
@@ -26,6 +27,7 @@ from raylm import (
     tracking,
 )
 from raylm.config import WHOLE_SPLIT, dump
+from raylm.document_scores import DocumentScores
 from raylm.errors import Diverged, Interrupted, OutOfMemory
 from raylm.perplexity import Score
 from raylm.pipeline import stores
@@ -55,6 +57,11 @@ class TrainResult:
     score: float
     """The score of the best model, per token; smaller is better."""
     bits_per_byte: float
+    score_low: float | None
+    """The lower end of the 95 % interval of the score; None for fewer than six documents."""
+    score_high: float | None
+    bits_per_byte_low: float | None
+    bits_per_byte_high: float | None
     keyword_score: float | None
     """The score on the tokens of objective.keywords; None without keywords, or if the scored text has none."""
     kept_fraction: float
@@ -93,6 +100,8 @@ class TrainResult:
         measure = record["measure"]
         own = {
             "measure": (measure, record.pop("score")),
+            "score_low": (f"{measure}_low", record["score_low"]),
+            "score_high": (f"{measure}_high", record["score_high"]),
             "untrained_score": (f"untrained_{measure}", record["untrained_score"]),
             "keyword_score": (f"keyword_{measure}", record["keyword_score"]),
         }
@@ -192,6 +201,7 @@ def _train(
     summary.log_best(tracked, experiment, {**best, **exported.score})
     tracked.set_tags({"raylm.checkpoint": exported.directory})
     tracked.log_model(exported.directory, experiment.tracking, best["step"])
+    scores = exported.scores or document_scores.read(active.directory, best["step"])
     history = tracked.metric_history()
     keyword_scores = dict(history.get(f"eval/keyword_{experiment.measure}", ()))
     unknown = store.validation.unknown_tokens
@@ -201,6 +211,7 @@ def _train(
         measure=experiment.measure,
         score=exported.score["perplexity"],
         bits_per_byte=exported.score["bits_per_byte"],
+        **document_scores.intervals(scores, "score"),
         keyword_score=exported.keyword_score
         if exported.keyword_score is not None
         else keyword_scores.get(best["step"]),
@@ -234,6 +245,8 @@ class Exported:
     """The scored part of the validation split, in words."""
     keyword_score: float | None = None
     """The score on the tokens of keywords, if the model was scored again."""
+    scores: DocumentScores | None = None
+    """The score of each document, if the model was scored again."""
 
 
 def export_best(
@@ -243,12 +256,14 @@ def export_best(
     validation split if that is affordable, else the score of its evaluation."""
     experiment, store = prepared.experiment, prepared.store
     score = {name: best[name] for name in ("perplexity", "bits_per_byte")}
-    scored_on, keyword_score = experiment.eval.scored_on, None
+    scored_on, keyword_score, scores = experiment.eval.scored_on, None, None
     if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, prepared.budget):
         scored_on = WHOLE_SPLIT
         with console.task("Scoring the best model on the whole validation split", "tokens") as advance:
-            scored = Score.of(launch.score(checkpoint, store.validation, experiment, resources, advance))
+            rows = launch.score(checkpoint, store.validation, experiment, resources, advance)
+        scored, scores = Score.of(rows), DocumentScores.of(rows, store.validation)
+        document_scores.write(directory, "whole", scores)
         score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
         keyword_score = scored.keyword_perplexity if scored.keyword_tokens else None
     target = export.export(checkpoint, f"{directory}/model", {**score, "scored_on": scored_on})
-    return Exported(target, score, scored_on, keyword_score)
+    return Exported(target, score, scored_on, keyword_score, scores)

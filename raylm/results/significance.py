@@ -31,6 +31,9 @@ class Standing:
     """The smallest difference in perplexity that these documents could have shown, in percent."""
     compared_at_tokens: int | None = None
     """Training tokens of the deepest evaluation that this trial and the best one both had."""
+    bits_per_byte_low: float | None = None
+    """The lower end of the 95 % interval of the bits per byte of the same evaluation."""
+    bits_per_byte_high: float | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], measure: str) -> Standing | None:
@@ -38,7 +41,7 @@ class Standing:
         if "as_good_as_best" not in record:
             return None
         names = {"low": f"{measure}_low", "high": f"{measure}_high"}
-        return cls(**{name: record[names.get(name, name)] for name in cls.__dataclass_fields__})
+        return cls(**{name: record.get(names.get(name, name)) for name in cls.__dataclass_fields__})
 
     def record(self, measure: str) -> dict[str, Any]:
         fields = dict(vars(self))
@@ -55,15 +58,20 @@ def standings(directory: str, trials: Sequence[Trial]) -> dict[str, Standing]:
         return {}
     kept = {trial.trial_id: _Evaluations(f"{directory}/{trial.trial_id}", trial) for trial in trials}
     best, *others = kept.values()
-    standings = {best.trial_id: Standing(*best.interval(), as_good_as_best=True)}
+    standings = {best.trial_id: Standing(**best.intervals(), as_good_as_best=True)}
     differences = _differences(best, others)
     for each in others:
         depth, difference = differences.get(each.trial_id, (None, None))
         if difference is None:
-            standings[each.trial_id] = Standing(*each.interval(), as_good_as_best=None)
+            standings[each.trial_id] = Standing(**each.intervals(), as_good_as_best=None)
         else:
-            least = 100 * math.expm1(difference.least)
-            standings[each.trial_id] = Standing(*each.interval(), not difference.is_real, difference.p, least, depth)
+            standings[each.trial_id] = Standing(
+                **each.intervals(),
+                as_good_as_best=not difference.is_real,
+                p=difference.p,
+                least_percent=100 * math.expm1(difference.least),
+                compared_at_tokens=depth,
+            )
     return standings
 
 
@@ -100,14 +108,11 @@ class _Evaluations:
         """The scores after so many training tokens; None without an evaluation then, or if its scores were not kept."""
         return self._of(self.steps[tokens]) if tokens in self.steps else None
 
-    def interval(self) -> tuple[float | None, float | None]:
-        """The 95 % interval of the perplexity of the best evaluation."""
+    def intervals(self) -> dict[str, Any]:
+        """The ends of the 95 % intervals of the best evaluation, by the names of a Standing."""
         scores = self._of(self.best_step) if self.best_step is not None else None
-        if scores is None:
-            return None, None
-        ends = statistics.interval(scores.nll, scores.tokens)
-        low, high = (math.exp(end) if end < 700 else math.inf for end in ends)
-        return (low, high) if math.isfinite(high) else (None, None)
+        found = document_scores.intervals(scores, "perplexity")
+        return {name.removeprefix("perplexity_"): end for name, end in found.items()}
 
     def _of(self, step: int) -> DocumentScores | None:
         if step not in self._read:

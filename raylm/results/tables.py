@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from raylm.console import format_number, label
+from raylm.console import format_estimate, format_number, label
 from raylm.results import trial_table
 from raylm.results.trial_table import TrialRow
 
@@ -68,10 +68,18 @@ def evaluations(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     for heading in (label(measure), "bits/byte", *map(label, counts), *keyword_headings):
         table.add_column(heading, justify="right")
     for name, row in rows:
-        cells = [f"{row[score]:.2f}" if row[score] is not None else "-" for score in (measure, "bits_per_byte")]
+        cells = [estimate(row, score) for score in (measure, "bits_per_byte")]
         cells += [f"{row[count]:,}" for count in counts]
         if with_keywords:
             keywords = row["keywords"]
-            cells += ["-" if keywords[measure] is None else f"{keywords[measure]:.2f}", f"{keywords['tokens']:,}"]
+            cells += [estimate(keywords, measure), f"{keywords['tokens']:,}"]
         table.add_row(name, *cells)
     return table
+
+
+def estimate(record: Mapping[str, Any], name: str) -> str:
+    """A score in a record with its interval, if it has one: 53.2 [47.7, 59.7]."""
+    value, low, high = record[name], record.get(f"{name}_low"), record.get(f"{name}_high")
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if low is None else format_estimate(value, low, high)
