@@ -39,16 +39,25 @@ def with_eval_limit(experiment: Experiment, store: Store) -> Experiment:
     return override(experiment, {"eval.max_tokens": max(1, most)})
 
 
-def whole_is_affordable(experiment: Experiment, store: Store, planned: Budget) -> bool:
-    """Whether the best model is scored on the whole validation split at the end; a masked model only if that costs at
-    most a tenth of the training."""
+def whole_is_affordable(experiment: Experiment, store: Store, planned: Budget, split: Documents) -> bool:
+    """Whether the best model is scored on the whole of a split at the end; a masked model only if that costs at most a
+    tenth of the training."""
     if not experiment.objective.is_masked:
         return True
-    return _read(experiment, store, store.validation).sum() <= SHARE * OF_TRAINING * planned.tokens
+    return _read(experiment, store, split).sum() <= SHARE * OF_TRAINING * planned.tokens
+
+
+def test_limit(experiment: Experiment, store: Store, planned: Budget, test: Documents) -> int | None:
+    """The limit of tokens of the test split that the best model is scored on: as many as an evaluation scores, if the
+    whole of it is not affordable; else None."""
+    if whole_is_affordable(experiment, store, planned, test):
+        return None
+    return experiment.eval.max_tokens or store.validation.num_tokens
 
 
 def evaluation_share(experiment: Experiment, store: Store, planned: Budget, sets: Iterable[Documents] = ()) -> float:
-    """The fraction of a run's cost that is evaluations, on the validation split and evaluation sets."""
+    """The fraction of a run's cost that is evaluations, on the validation split and evaluation sets, and the score on
+    the test split."""
     scored: list[Documents] = [store.validation, *sets]
     section = experiment.eval
     each = sum(
@@ -56,8 +65,11 @@ def evaluation_share(experiment: Experiment, store: Store, planned: Budget, sets
         for documents in scored
     )
     read = each * _number(planned)
-    if section.max_tokens is not None and whole_is_affordable(experiment, store, planned):
+    if section.max_tokens is not None and whole_is_affordable(experiment, store, planned, store.validation):
         read += _read(experiment, store, store.validation).sum()
+    if store.test is not None:
+        limit = test_limit(experiment, store, planned, store.test)
+        read += _read(experiment, store, store.test, perplexity.first_documents(store.test, limit)).sum()
     return float(read / (read + OF_TRAINING * planned.tokens))
 
 

@@ -3,6 +3,7 @@
     <run>/scores/step_N.npz    of the evaluation after step N: nll, tokens, bytes (a number for each document, in order)
                                and documents, a hash of their ids
                  whole.npz     of the best model on the whole validation split, if evaluations score a part of it
+                 test_step_N.npz    the same of the test split, if the model after step N was scored on it
 
 Scores of two models are compared document by document only if they are of the same documents.
 """
@@ -92,23 +93,24 @@ Evaluated = int | Literal["whole"]
 """The evaluation after a step, or that of the best model on the whole validation split."""
 
 
-def path(directory: str, step: Evaluated) -> str:
+def path(directory: str, step: Evaluated, split: str = "validation") -> str:
     """The file of an evaluation of the run in `directory`."""
-    return f"{directory}/scores/{step if step == 'whole' else f'step_{step}'}.npz"
+    name = "whole" if step == "whole" else f"step_{step}"
+    return f"{directory}/scores/{'' if split == 'validation' else f'{split}_'}{name}.npz"
 
 
-def write(directory: str, step: Evaluated, scores: DocumentScores) -> None:
+def write(directory: str, step: Evaluated, scores: DocumentScores, split: str = "validation") -> None:
     """Keep the scores of an evaluation, unless they are of more than MOST_DOCUMENTS documents."""
     if len(scores) > MOST_DOCUMENTS:
         return
     file = io.BytesIO()
     np.savez(file, nll=scores.nll, tokens=scores.tokens, bytes=scores.bytes, documents=np.array(scores.documents))
-    storage.write(path(directory, step), file.getvalue())
+    storage.write(path(directory, step, split), file.getvalue())
 
 
-def read(directory: str, step: Evaluated) -> DocumentScores | None:
+def read(directory: str, step: Evaluated, split: str = "validation") -> DocumentScores | None:
     """The scores of an evaluation; None if they were not kept, or are damaged."""
-    content = storage.read(path(directory, step))
+    content = storage.read(path(directory, step, split))
     if content is None:
         return None
     try:

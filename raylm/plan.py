@@ -123,6 +123,7 @@ class Plan:
             "passes": budget.passes if budget else None,
             "scored_documents": prepared.scored["scored_documents"] if prepared else None,
             "scored_tokens": prepared.scored["scored_tokens"] if prepared else None,
+            **_size_of_test(prepared),
             "evaluation_share": prepared.evaluation_share if prepared else None,
             "micro_batch": budget.micro_batch if budget else None,
             "accumulation": budget.accumulation if budget else None,
@@ -155,6 +156,11 @@ class Plan:
                 *planned.warnings(experiment.train),
             ),
         )
+
+
+def _size_of_test(prepared: Prepared | None) -> dict[str, int]:
+    test = prepared.store.test if prepared is not None else None
+    return {} if test is None else {"test_documents": len(test), "test_tokens": test.num_tokens}
 
 
 def resolve_tokens(experiment: Experiment, *, with_sizes: bool = False) -> TokensPlan:

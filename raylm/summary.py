@@ -94,6 +94,12 @@ def log_best(run: Run, experiment: Experiment, best: Mapping[str, Any]) -> None:
     run.log_metrics(best_metrics(experiment.measure, best), 0)
 
 
+def log_metrics_of_model(run: Run, metrics: Mapping[str, float]) -> None:
+    """Log metrics of the best model, at step 0 as `log_best` does, to a run that may have finished."""
+    run.log_metrics(metrics, 0)
+    run.flush()
+
+
 def best_metrics(measure: str, best: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of the best evaluation, by which runs are compared."""
     return {f"best/eval_{measure}": best["perplexity"], "best/eval_bits_per_byte": best["bits_per_byte"]}

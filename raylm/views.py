@@ -81,6 +81,7 @@ def training(result: TrainResult, section: TrackingConfig) -> str:
         {
             label(result.measure): format_estimate(result.score, result.score_low, result.score_high),
             "bits per byte": format_estimate(result.bits_per_byte, result.bits_per_byte_low, result.bits_per_byte_high),
+            "test": result.test.sentence if result.test is not None else None,
             "before training": result.untrained_score,
             f"{label(result.measure)} of keywords": result.keyword_score,
             "incomparable": result.incomparable,
@@ -117,6 +118,8 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
     model = str(best.checkpoint)
     ranking = measure if experiment.tune.metric == "perplexity" else "bits per byte"
     notes = [f"ranked by {ranking} on {result.scored_on}", *filter(None, [result.significance, result.incomparable])]
+    if result.test is not None:
+        notes.append(f"best trial: {result.test.sentence}")
     notes += result.failures
     next_steps = key_values(
         {

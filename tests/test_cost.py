@@ -97,4 +97,4 @@ def test_an_evaluation_of_a_masked_model_costs_a_tenth_of_what_it_interrupts(pre
     assert cost.evaluation_share(limited, store, budget.for_store(limited, store)) < 0.15
     other = prepared(*MASKED, "eval.max_tokens=77")[0]
     assert cost.with_eval_limit(other, store) is other, "as somebody has said"
-    assert not cost.whole_is_affordable(prepared(*MASKED)[0], store, budget.for_store(other, store))
+    assert not cost.whole_is_affordable(prepared(*MASKED)[0], store, budget.for_store(other, store), store.validation)

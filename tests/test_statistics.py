@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from raylm import statistics
-from raylm.statistics import compare, interval
+from raylm.statistics import compare, interval, other_documents
 
 
 def drawn(count, columns=1, *, gap=0.0, seed=0):
@@ -51,6 +51,27 @@ def test_perplexity_and_bits_per_byte_have_the_ends_of_the_interval():
     assert statistics.of_perplexity(nll[:5, 0], tokens[:5]) is None
     assert statistics.of_bits_per_byte(nll[:5, 0], tokens[:5]) is None
     assert statistics.of_perplexity(1000 * nll[:, 0], tokens) is None, "beyond the range of a float"
+
+
+@pytest.mark.parametrize(("count", "others"), [(6, 6), (10, 100), (30, 30), (100, 30)])
+def test_the_interval_of_a_difference_on_other_documents_covers_none_in_95_percent_of_draws(count, others):
+    covered = 0
+    for seed in range(1000):
+        (nll, tokens), (nll_of_others, of_others) = drawn(count, seed=2 * seed), drawn(others, seed=2 * seed + 1)
+        low, high = other_documents(nll[:, 0], tokens, nll_of_others[:, 0], of_others)
+        covered += low <= 0 <= high
+    assert 0.93 <= covered / 1000 <= (0.985 if count == 6 else 0.97)
+
+
+def test_a_difference_on_other_documents_is_welchs():
+    generator = np.random.default_rng(0)
+    one, other = generator.normal(300, 20, 12), generator.normal(310, 60, 40)
+    low, high = other_documents(one, np.full(12, 100), other, np.full(40, 100))
+    expected = scipy.stats.ttest_ind(other / 100, one / 100, equal_var=False).confidence_interval(0.95)
+    assert (low + high) / 2 == pytest.approx((other.mean() - one.mean()) / 100)
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.02), "but for the jackknife's n - 1"
+    few = other_documents(one[:5], np.full(5, 100), other, np.full(40, 100))
+    assert few == (-np.inf, np.inf)
 
 
 @pytest.mark.parametrize(("count", "columns"), [(8, 2), (30, 2), (30, 8)])

@@ -106,20 +106,25 @@ def _eval_results(
     """The scores as metadata, which the Hub searches and shows; None without scores."""
     from huggingface_hub import EvalResult
 
-    texts = [name_of(path) for path in experiment.corpus.validation_paths] or list(sources)
-    is_hub = len(texts) == 1 and texts[0].startswith("hub://")
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type=texts[0].removeprefix("hub://").split("?")[0] if is_hub else "text",
-            dataset_name=", ".join(texts) or experiment.name,
-            dataset_split="validation",
-            metric_type=metric,
-            metric_value=round(record[key], 4),
-        )
-        for metric, key in ((experiment.measure, "perplexity"), ("bits_per_byte", "bits_per_byte"))
-        if key in record and math.isfinite(record[key])
-    ]
+    def of_split(split: str, paths: Sequence[str], scores: Mapping[str, Any], score: str) -> list[EvalResult]:
+        texts = [name_of(path) for path in paths] or list(sources)
+        is_hub = len(texts) == 1 and texts[0].startswith("hub://")
+        return [
+            EvalResult(
+                task_type=task,
+                dataset_type=texts[0].removeprefix("hub://").split("?")[0] if is_hub else "text",
+                dataset_name=", ".join(texts) or experiment.name,
+                dataset_split=split,
+                metric_type=metric,
+                metric_value=round(scores[key], 4),
+            )
+            for metric, key in ((experiment.measure, score), ("bits_per_byte", "bits_per_byte"))
+            if key in scores and math.isfinite(scores[key])
+        ]
+
+    section = experiment.corpus
+    results = of_split("validation", section.validation_paths, record, "perplexity")
+    results += of_split("test", section.test_paths, record.get("test", {}), experiment.measure)
     return results or None
 
 
@@ -187,9 +192,14 @@ def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | No
         if why
         else "this model's tokenizer; bits per byte compares models whose tokenizers differ."
     )
+    rows = [(name, f"{record[key]:.4f}") for name, key in scores.items() if key in record]
+    test = record.get("test")
+    if test is not None:
+        rows.append((f"{console.label(experiment.measure)} on the test split", f"{test[experiment.measure]:.4f}"))
     return [
         "## Scores",
-        _table(("score", "value"), [(name, f"{record[key]:.4f}") for name, key in scores.items() if key in record]),
+        _table(("score", "value"), rows),
+        *([f"The test split: {test['sentence']}."] if test is not None else []),
         f"On {what}: {held}. {how}, in {arithmetic}. Perplexity is per token of {comparable}",
     ]
 

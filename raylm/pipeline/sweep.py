@@ -39,6 +39,7 @@ from raylm.pipeline.training import export_best
 from raylm.plan import Plan, Prepared
 from raylm.results import html, live_table, significance, tables, trial_table
 from raylm.results.sweep import BestTrial, measured, repeat_command, scored_on_with_size, scored_unit
+from raylm.results.test_split import TestScore
 from raylm.results.trial_table import TrialRow
 from raylm.sweep import Trial, tuner
 from raylm.sweep.asha import Asha
@@ -173,6 +174,8 @@ class SweepResult:
     """perplexity and bits_per_byte of the experiment's model before training, on the tokens that rank the trials."""
     significance: str | None = None
     """Which trials are as good as the best one on these documents, in a sentence; None if unknown."""
+    test: TestScore | None = None
+    """The score of the best model on the test split; None if the corpus has none."""
     report: str | None = None
     """The path of the HTML report."""
     mlflow_path: str | None = None
@@ -199,12 +202,14 @@ class SweepResult:
 
     def record(self) -> dict[str, Any]:
         """The result for --json; the key of a score is its name."""
-        left_out = ("measure", "report", "mlflow_path")
+        left_out = ("measure", "report", "mlflow_path", "test")
         record = {key: value for key, value in vars(self).items() if key not in left_out}
         record |= {"best": self.best.record(self.measure), "trials": [row.record(self.measure) for row in self.trials]}
         if self.untrained is not None:
             names = {"perplexity": self.measure}
             record["untrained"] = {names.get(key, key): value for key, value in self.untrained.items()}
+        if self.test is not None:
+            record["test"] = self.test.record()
         return {**record, "report": self.report} if self.report is not None else record
 
 
@@ -414,7 +419,11 @@ def export_best_trial(
         return None
     exported = export_best(prepared, rows[0]["checkpoint"], rows[0], parent.directory, resources)
     best = {**rows[0], **exported.score, "checkpoint": exported.directory, "scored_on": exported.scored_on}
+    best["test"] = exported.test
     summary.log_best(parent, experiment, best)
+    if exported.test is not None:
+        for run in (parent, parent.trial(best["trial_id"])):
+            summary.log_metrics_of_model(run, exported.test.metrics)
     parent.set_tags({"raylm.checkpoint": best["checkpoint"], **best_tags(best, children)})
     parent.describe(description(rows, best, console.label(experiment.measure)))
     parent.log_model(best["checkpoint"], experiment.tracking, best["best_step"])
@@ -442,7 +451,8 @@ def description(rows: list[dict[str, Any]], best: Mapping[str, Any], score: str)
     settings = ", ".join(f"`{key}={console.format_number(value)}`" for key, value in best["settings"].items())
     ranked = tables.ranked_markdown([TrialRow.from_record(row) for row in rows], score)
     best_of = f"**Best: {best['trial_id']}, {score} {best['perplexity']:.2f}** of {best['scored_on']}, with {settings}"
-    return f"[Compare the trials]({tracking.COMPARISON})\n\n{best_of}\n\n{ranked}\n"
+    tested = f"\n\n{best['test'].sentence}" if best.get("test") is not None else ""
+    return f"[Compare the trials]({tracking.COMPARISON})\n\n{best_of}{tested}\n\n{ranked}\n"
 
 
 def _no_result(active: ActiveRun, rows: list[dict[str, Any]]) -> TrainingError | ConfigError:
@@ -477,6 +487,7 @@ def _result(
             prepared.scored["scored_documents"],
             scored_unit(experiment),
         ),
+        test=best["test"],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,13 +33,16 @@ from raylm.errors import Diverged, Interrupted, OutOfMemory
 from raylm.perplexity import Score
 from raylm.pipeline import stores
 from raylm.plan import Plan, Prepared
+from raylm.results import test_split
 from raylm.results.compare import pace
+from raylm.results.test_split import SplitScore, TestScore
 from raylm.results.training_progress import TrainingProgress
 from raylm.training import TrainTask, callbacks, launch
 
 if TYPE_CHECKING:
     from raylm.cluster import Resources
     from raylm.runs import ActiveRun
+    from raylm.tokens import Split
     from raylm.tracking import Run
 
 logger = logging.getLogger(__name__)
@@ -91,12 +95,16 @@ class TrainResult:
     tokens_per_second: int | None
     """Median speed between two logged steps, as in `raylm compare`; None without two steps."""
     mlflow_run_id: str | None
+    test: TestScore | None = None
+    """The score of the best model on the test split; None if the corpus has none."""
     mlflow_path: str | None = None
     """The path of the run's page, below the address of MLflow."""
 
     def record(self) -> dict[str, Any]:
         """The result for --json; the key of a score is its name."""
-        record = {key: value for key, value in dataclasses.asdict(self).items() if key != "mlflow_path"}
+        record = {key: value for key, value in vars(self).items() if key not in ("mlflow_path", "test")}
+        if self.test is not None:
+            record["test"] = self.test.record()
         measure = record["measure"]
         own = {
             "measure": (measure, record.pop("score")),
@@ -112,7 +120,7 @@ class TrainResult:
 
 
 def run(plan: Plan, resume: runs.Resume = "auto") -> TrainResult:
-    """Train to the end of the budget, export the best model and score it.
+    """Train to the end of the budget, score the best model and export it.
 
     Resumes the newest unfinished run of the experiment, unless `resume` is never. Interrupted or KeyboardInterrupt if
     the process is asked to stop; the same call then resumes.
@@ -199,9 +207,10 @@ def _train(
     checkpoint = task.checkpoints.path(best["step"])
     exported = export_best(prepared, checkpoint, best, active.directory, resources)
     summary.log_best(tracked, experiment, {**best, **exported.score})
+    if exported.test is not None:
+        summary.log_metrics_of_model(tracked, exported.test.metrics)
     tracked.set_tags({"raylm.checkpoint": exported.directory})
     tracked.log_model(exported.directory, experiment.tracking, best["step"])
-    scores = exported.scores or document_scores.read(active.directory, best["step"])
     history = tracked.metric_history()
     keyword_scores = dict(history.get(f"eval/keyword_{experiment.measure}", ()))
     unknown = store.validation.unknown_tokens
@@ -211,7 +220,7 @@ def _train(
         measure=experiment.measure,
         score=exported.score["perplexity"],
         bits_per_byte=exported.score["bits_per_byte"],
-        **document_scores.intervals(scores, "score"),
+        **document_scores.intervals(exported.scores, "score"),
         keyword_score=exported.keyword_score
         if exported.keyword_score is not None
         else keyword_scores.get(best["step"]),
@@ -230,6 +239,7 @@ def _train(
         resumed_from=active.step,
         tokens_per_second=pace(active.directory)["tokens_per_second"],
         mlflow_run_id=tracked.run_id,
+        test=exported.test,
         mlflow_path=tracked.path,
     )
 
@@ -246,24 +256,60 @@ class Exported:
     keyword_score: float | None = None
     """The score on the tokens of keywords, if the model was scored again."""
     scores: DocumentScores | None = None
-    """The score of each document, if the model was scored again."""
+    """The score of each document, if they were kept."""
+    test: TestScore | None = None
+    """The score on the test split; None if the corpus has none."""
 
 
 def export_best(
     prepared: Prepared, checkpoint: str, best: Mapping[str, Any], directory: str, resources: Resources
 ) -> Exported:
     """The model of a checkpoint as a plain Hugging Face directory, `directory`/model, with its score on the whole
-    validation split if that is affordable, else the score of its evaluation."""
+    validation split if that is affordable, else the score of its evaluation; and with its score on the test split."""
     experiment, store = prepared.experiment, prepared.store
-    score = {name: best[name] for name in ("perplexity", "bits_per_byte")}
-    scored_on, keyword_score, scores = experiment.eval.scored_on, None, None
-    if experiment.eval.max_tokens is not None and cost.whole_is_affordable(experiment, store, prepared.budget):
-        scored_on = WHOLE_SPLIT
+    run, step = _run_and_step(checkpoint)
+    found = SplitScore(
+        best["perplexity"], best["bits_per_byte"], experiment.eval.scored_on, document_scores.read(run, step)
+    )
+    keyword_score = None
+    if experiment.eval.max_tokens is not None and cost.whole_is_affordable(
+        experiment, store, prepared.budget, store.validation
+    ):
         with console.task("Scoring the best model on the whole validation split", "tokens") as advance:
             rows = launch.score(checkpoint, store.validation, experiment, resources, advance)
-        scored, scores = Score.of(rows), DocumentScores.of(rows, store.validation)
-        document_scores.write(directory, "whole", scores)
-        score = {"perplexity": scored.perplexity, "bits_per_byte": scored.bits_per_byte}
+        found, scored = SplitScore.of(rows, store.validation, WHOLE_SPLIT), Score.of(rows)
+        document_scores.write(directory, "whole", DocumentScores.of(rows, store.validation))
         keyword_score = scored.keyword_perplexity if scored.keyword_tokens else None
-    target = export.export(checkpoint, f"{directory}/model", {**score, "scored_on": scored_on})
-    return Exported(target, score, scored_on, keyword_score, scores)
+    test = None
+    if store.test is not None:
+        test = test_split.read(run, step) or _score_test(prepared, store.test, checkpoint, found, resources)
+    score = {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}
+    record = {**score, "scored_on": found.scored_on, **({} if test is None else {"test": test.record()})}
+    target = export.export(checkpoint, f"{directory}/model", record)
+    return Exported(target, score, found.scored_on, keyword_score, found.documents, test)
+
+
+def _score_test(
+    prepared: Prepared, split: Split, checkpoint: str, validation: SplitScore, resources: Resources
+) -> TestScore | None:
+    """The score of a model on the test split, which is kept, so that a resumed command does not score it again; None if
+    it is not finite."""
+    experiment = prepared.experiment
+    limit = cost.test_limit(experiment, prepared.store, prepared.budget, split)
+    with console.task("Scoring the best model on the test split", "tokens") as advance:
+        rows = launch.score(checkpoint, split, experiment, resources, advance, max_tokens=limit)
+    scored_on = "the test split" if len(rows) == len(split) else f"the first {limit:,} tokens of the test split"
+    found = SplitScore.of(rows, split, scored_on)
+    if not math.isfinite(found.perplexity):
+        logger.warning(f"{checkpoint}: the likelihood of the test split is not a finite number")
+        return None
+    num_tokens = sum(len(split[index]) for index in range(len(rows)))
+    score = TestScore.of(found, validation, measure=experiment.measure, num_tokens=num_tokens, corpus=experiment.corpus)
+    test_split.write(*_run_and_step(checkpoint), score, found.documents)
+    return score
+
+
+def _run_and_step(checkpoint: str) -> tuple[str, int]:
+    """The directory of the run that has a checkpoint, and the checkpoint's step."""
+    checkpoints, _, name = checkpoint.rpartition("/")
+    return checkpoints.rpartition("/")[0], int(name.removeprefix("step_"))

@@ -3,6 +3,7 @@
 figures      the figures of a sweep
 trial_table  the ranked table of a sweep's trials: rows, columns, cells
 significance   which trials are as good as the best one
+test_split     the best model's score on the test split, and whether the one on the validation split is too good
 runs         a run or sweep, found by its directory or name
 sweep        a sweep's directory -> its experiment, trials, scores, best trial
 live_table   the table of a sweep while it runs

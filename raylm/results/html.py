@@ -124,7 +124,8 @@ def _answer(results: SweepResults) -> str:
     return (
         f"<div class=answer><p><b>{best.perplexity:.2f}</b> {console.label(results.measure)} "
         f"({best.bits_per_byte:.3f} bits per byte) of {best.scored_on}</p>{_facts(facts)}"
-        f"<p>{escape(results.result.get('significance') or '')}</p></div>"
+        f"<p>{escape(results.result.get('significance') or '')}</p>"
+        f"<p>{escape(results.result.get('test', {}).get('sentence', ''))}</p></div>"
     )
 
 

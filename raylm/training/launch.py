@@ -129,11 +129,12 @@ def score(
     progress: Callable[[float, float | None], None] | None = None,
     *,
     as_given: bool = False,
+    max_tokens: int | None = None,
 ) -> np.ndarray:
     """perplexity.score_documents of a saved model: in this process if there are no `resources`, else on Ray's workers.
 
-    It is loaded with the experiment's sections model and tokenizer if `as_given`, else as a trained model: a plain
-    directory with its own tokenizer.
+    The model is loaded with the experiment's sections model and tokenizer if `as_given`, else as a trained model: a
+    plain directory with its own tokenizer. Only the first documents up to `max_tokens` tokens are scored.
     """
     section, tokenizer = experiment.model, experiment.tokenizer
     if not as_given:
@@ -149,6 +150,7 @@ def score(
         loaded=section,
         tokenizer=tokenizer,
         masked=experiment.objective.is_masked,
+        max_tokens=max_tokens,
     )
     return _scored(task, experiment, resources, progress)
 
