@@ -16,18 +16,21 @@ def compare(
         typer.Argument(
             metavar="RUN RUN...",
             help=f"Directories, or names under {DEFAULT_STORAGE}/*/ here: a training run, a trial, a sweep (its best "
-            "trial), a model that raylm trained; or the name of an experiment: its newest run or sweep.",
+            "trial), a model that raylm trained; or the name of an experiment: its newest run or sweep; or files that "
+            "raylm evaluate --documents has written.",
         ),
     ],
     json: cli.Json = False,
 ) -> cli.CommandResult:
-    """Print runs side by side: scores, speed, data, settings that differ; warn of scores that cannot be compared."""
+    """Print runs side by side: scores, which are really better, speed, data, settings that differ; warn of scores that
+    cannot be compared."""
     from raylm.results import compare, tables
 
     comparison = compare.compare(runs)
     table = tables.side_by_side([run.name for run in comparison.runs], comparison.rows())
     warnings = [f"\nwarning: {warning}" for warning in comparison.warnings]
-    return cli.CommandResult(comparison.record(), (table, *warnings))
+    sentences = [f"\n{sentence}" for sentence in comparison.sentences()]
+    return cli.CommandResult(comparison.record(), (table, *sentences, *warnings))
 
 
 def main() -> None:

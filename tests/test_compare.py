@@ -1,11 +1,14 @@
 """Runs side by side; their directories are written by hand: nothing is trained."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from conftest import TOKEN
-from test_report import BUDGET, TRIALS, write_sweep
+from rich.console import Console
+from test_report import BUDGET, TRIALS, keep, write_sweep
 
 from raylm import config, tracking
 from raylm.compare import compare
@@ -64,10 +67,15 @@ def test_runs_side_by_side(storage, trained):
     trained("train-1", "train.learning_rate=0.5", result=DONE)
     answer = compare([f"{storage}/words/tune-20260101-000000-aaaa/trial_00001", f"{storage}/words/train-1"])
     trial, run = answer.record["runs"]
+    assert trial.pop("difference")["not_compared"].startswith("no scores of single documents are kept of it")
     assert trial == {
         "run": "tune-20260101-000000-aaaa/trial_00001",
         "perplexity": 80.0,
         "bits_per_byte": 5.0,
+        "perplexity_low": None,
+        "perplexity_high": None,
+        "bits_per_byte_low": None,
+        "bits_per_byte_high": None,
         "scored_on": "the first 64 validation tokens",
         "scored_in": "float32",
         "tokens": 256,
@@ -169,3 +177,101 @@ def test_what_is_no_run_is_refused(storage, monkeypatch):
     empty = write_sweep(storage, "tune-20260103-000000-cccc", trials=[])
     with pytest.raises(StorageError, match="the sweep has no score yet"):
         summarize(empty)
+
+
+# Document by document -------------------------------------------------------------------------------------------------
+
+
+def shown(answer):
+    screen = Console(file=io.StringIO(), width=200)
+    for part in answer.view:
+        screen.print(part)
+    return screen.file.getvalue()
+
+
+def test_runs_are_compared_by_the_documents_of_their_best_evaluations(trained, tmp_path):
+    a, b = (trained(f"{tmp_path.name}/{name}", result={**DONE, "best_step": 1}) for name in "ab")
+    keep(a, 1, 0.0)
+    keep(b, 1, 0.1)
+    keep(b, 2, -9)
+    answer = compare([a, b])
+    one, other = (run["difference"] for run in answer.record["runs"])
+    assert (one["to"], one["as_good_as_best"], other["to"], other["as_good_as_best"]) == (None, True, "a", False)
+    assert other["nats_per_token_low"] < 0.11
+    assert answer.record["runs"][0]["perplexity_low"] < answer.record["runs"][0]["perplexity_high"]
+    text = shown(answer)
+    assert "\na is better than b: " in text
+    assert re.search(r"^as good as best +best +no$", text, re.MULTILINE)
+    keep(b, 1, 0.0, documents=range(1, 21))
+    answer = compare([a, b])
+    assert answer.record["runs"][1]["difference"]["not_compared"] == "scored on other documents"
+    assert answer.record["runs"][1]["difference"]["nats_per_token"] is None
+    assert "is better than" not in shown(answer)
+
+
+def test_a_run_whose_best_model_was_scored_on_the_whole_split_is_compared_by_that(trained, tmp_path):
+    result = {**DONE, "best_step": 1, "scored_on": "the whole validation split"}
+    a, b = (trained(f"{tmp_path.name}/{name}", "eval.max_tokens=64", result=result) for name in "ab")
+    for directory, worse in ((a, 0.0), (b, 0.1)):
+        keep(directory, 1, -worse, documents=range(3))
+        keep(directory, "whole", worse)
+    other = compare([a, b]).record["runs"][1]["difference"]
+    assert (other["to"], other["documents"], other["as_good_as_best"]) == ("a", 20, False)
+
+
+def test_trials_of_a_sweep_are_compared_by_their_documents(storage, tmp_path):
+    directory = write_sweep(tmp_path, "tune-20260101-000000-dddd", trials=TRIALS)
+    keep(f"{directory}/trial_00000", 1, 0.0)
+    keep(f"{directory}/trial_00001", 1, 0.1)
+    runs = compare([directory, f"{directory}/trial_00001"]).record["runs"]
+    assert runs[1]["difference"]["to"] == "tune-20260101-000000-dddd/trial_00000"
+    assert runs[1]["difference"]["as_good_as_best"] is False
+
+
+def lines(worse, count=8, documents=range(8), **others):
+    """What raylm evaluate --documents writes."""
+    made = []
+    for number in list(documents)[:count]:
+        nll = 50 * (3 + number % 5 / 3 + worse + 0.01 * (number * 7 % 3))
+        counts = {"perplexity": 1.0, "bits_per_byte": 1.0, "nll": nll, "tokens": 50, "bytes": 200, "unknown_tokens": 0}
+        said = {"model": "m", "scored_in": "float32", "set": "text", "source": "a.txt", "document": f"{number:016x}"}
+        made.append(json.dumps({**said, **counts, **others}) + "\n")
+    return "".join(made)
+
+
+def test_evaluations_are_compared_by_their_files(tmp_path, trained):
+    for name, text in {
+        "a": lines(0),
+        "b": lines(0.5),
+        "others": lines(0, documents=range(9, 17)),
+        "bytes": lines(0.5, tokens=99),
+        "unknown": lines(0.5, tokens=99, unknown_tokens=1),
+        "few": lines(0, count=5),
+    }.items():
+        (tmp_path / name).write_text(text)
+
+    def compared(*names):
+        answer = compare([str(tmp_path / name) for name in names])
+        return answer.record["runs"][-1]["difference"], answer.record["warnings"]
+
+    difference, warnings = compared("a", "b")
+    assert (difference["to"], difference["documents"], difference["as_good_as_best"]) == (f"{tmp_path}/a", 8, False)
+    assert difference["nats_per_token"] == pytest.approx(0.5)
+    assert warnings == []
+    difference, warnings = compared("a", "others")
+    assert difference["not_compared"] == "scored on other documents"
+    assert [warning[:37] for warning in warnings] == ["the scores are of other documents, so"]
+    difference, warnings = compared("a", "bytes")
+    assert (difference["nats_per_token"], difference["as_good_as_best"]) == (None, False)
+    assert warnings == ["the tokenizers differ, so that perplexities are of other tokens: compare bits per byte"]
+    assert "unknown to one of them" in compared("a", "unknown")[0]["not_compared"]
+    assert compared("few", "few")[0]["not_compared"].startswith("too few documents to tell: 5")
+    run = trained(f"{tmp_path.name}/run", result=DONE)
+    assert compare([str(tmp_path / "a"), run]).record["settings"] == {}, "an evaluation has none"
+
+
+@pytest.mark.parametrize("text", ["", "{}\n", "hello\n", '{"perplexity": 1.0, "nll": 3}\n', "[1]\n"])
+def test_a_file_that_is_no_evaluation_is_refused(tmp_path, text):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(StorageError, match=r"file is no file that raylm evaluate MODEL --documents FILE writes"):
+        compare([str(tmp_path / "file"), str(tmp_path / "file")])

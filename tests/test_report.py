@@ -6,9 +6,11 @@ import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from raylm import config, tracking
+from raylm import config, document_scores, tracking
+from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError, StorageError
 from raylm.report import report
 from raylm.results import figures, html, trial_table
@@ -55,6 +57,17 @@ def write_sweep(storage, name, *settings, trials, result_json=None, store="f00d"
     if result_json is not None:
         (Path(directory) / "result.json").write_text(json.dumps(result_json))
     return directory
+
+
+def keep(directory, step, nats_per_token, documents=range(20)):
+    """Keep the scores of an evaluation, which is this much worse on every document but for some noise."""
+    generator = np.random.default_rng(7)
+    tokens, hardness = generator.integers(50, 90, len(documents)), generator.gamma(8, 0.4, len(documents))
+    noise = np.random.default_rng(step if isinstance(step, int) else 9).normal(0, 0.01, len(documents))
+    rows = np.stack(
+        [tokens * (hardness + noise + nats_per_token), tokens, 4 * tokens, *np.zeros((2, len(tokens)))], axis=1
+    )
+    document_scores.write(directory, step, DocumentScores.of_ids(rows, documents))
 
 
 TRIALS = [
@@ -347,6 +360,32 @@ def test_trials_of_two_sweeps_are_ranked_at_equal_tokens(two):
     assert "model.config.n_layer 2 3" in page.text
     assert "1 tune-20260102-000000-bbbb trial_00000 55.00 512 0.003 64 0.1" in page.text
     json.dumps(record, allow_nan=False)
+
+
+def test_whether_the_best_sweep_is_really_better_is_told(tmp_path):
+    """At equal tokens, which are those of step 1; the better score that bbbb has later does not count."""
+    directories = [
+        write_sweep(tmp_path, f"tune-2026010{number}-000000-{name}", trials=TRIALS)
+        for number, name in ((1, "aaaa"), (2, "bbbb"))
+    ]
+    told = report(directories)
+    assert told.record["trials"][1]["difference"]["not_compared"].startswith("no ")
+    assert any("whether that is real cannot be told: no " in str(each) for each in told.view)
+    for directory, worse in zip(directories, (0.0, 0.1), strict=True):
+        for trial, more in (("trial_00000", 0.0), ("trial_00001", 0.3), ("trial_00003", 0.0)):
+            keep(f"{directory}/{trial}", 1, worse + more)
+    told = report(directories)
+    best, *others = told.record["trials"]
+    assert best["difference"]["as_good_as_best"]
+    assert {other["difference"]["to"] for other in others} == {"trial_00000 of tune-20260101-000000-aaaa"}
+    sentence = "trial_00000 of tune-20260101-000000-aaaa is better than trial_00000 of tune-20260102-000000-bbbb: "
+    assert any(str(each).startswith(sentence) for each in told.view)
+    page = Page(Path(told.record["report"]).read_text(encoding="utf-8"))
+    assert sentence in page.text
+    assert "perplexity as good as best tokens" in page.text
+    assert "1 tune-20260101-000000-aaaa trial_00000 60.00 best 1,024" in page.text
+    assert "no" in page.text.split("trial_00001 80.00 ")[1][:3]
+    json.dumps(told.record, allow_nan=False)
 
 
 def test_sweeps_with_other_tokenizers_are_ranked_by_bits_per_byte(two):

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from raylm import config, storage, tracking
+import numpy as np
+
+from raylm import config, document_scores, perplexity, storage, tracking
 from raylm.config import WHOLE_SPLIT, Experiment
-from raylm.console import as_html, label
+from raylm.console import as_html, format_number, label
+from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError, StorageError
 from raylm.redaction import SECRET, redacted
+from raylm.results import differences
 from raylm.results import sweep as sweeps
-from raylm.results.runs import find, is_sweep, suggestions
-from raylm.results.tables import side_by_side
+from raylm.results.differences import Difference, Scored
+from raylm.results.runs import MEASURES, find, is_sweep, suggestions
+from raylm.results.tables import estimate, side_by_side
 from raylm.tracking import journal
 
 IGNORED_SECTIONS = ("name", "storage", "tracking", "tune")
@@ -25,10 +32,13 @@ IGNORED_SECTIONS = ("name", "storage", "tracking", "tune")
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run to compare; None where a value is unknown."""
+    """A run to compare, or an evaluation; None where a value is unknown."""
 
     name: str
-    experiment: Experiment
+    experiment: Experiment | None
+    """None of an evaluation."""
+    measure: str
+    """What the score is called: perplexity, masked_perplexity or pseudo_perplexity."""
     perplexity: float | None
     """The score, of the kind that the experiment measures."""
     bits_per_byte: float | None
@@ -44,23 +54,32 @@ class ComparedRun:
     """Median speed between two logged steps, which excludes evaluations and pauses."""
     store: str | None
     """The fingerprint of the token store."""
+    scores: DocumentScores | None = field(default=None, compare=False)
+    """The score of each document, of which `perplexity` is the mean; None if they were not kept."""
+    unknown_tokens: int | None = None
+    """Of the text of an evaluation; for a run see `manifest`."""
 
     @property
-    def measure(self) -> str:
-        """What the score is called: perplexity, masked_perplexity or pseudo_perplexity."""
-        return self.experiment.measure
+    def store_path(self) -> str | None:
+        return f"{self.experiment.storage}/tokens/{self.store}" if self.experiment and self.store else None
 
-    @property
+    @cached_property
     def manifest(self) -> dict[str, Any]:
         """The manifest of the token store; empty if the store no longer exists."""
-        path = f"{self.experiment.storage}/tokens/{self.store}/manifest.json"
-        return json.loads(storage.read(path) or b"{}") if self.store else {}
+        return json.loads(storage.read(f"{self.store_path}/manifest.json") or b"{}") if self.store_path else {}
+
+    @property
+    def scored(self) -> Scored:
+        """The model with the scores of its documents."""
+        unknown = self.manifest.get("validation", {}).get("unknown_tokens") or self.unknown_tokens
+        return Scored(self.name, self.scores, self.measure, self.scored_in, knows_all=not unknown)
 
     def record(self) -> dict[str, Any]:
         """The compared values, by their names in --json."""
         return {
             self.measure: self.perplexity,
             "bits_per_byte": self.bits_per_byte,
+            **document_scores.intervals(self.scores, self.measure),
             "scored_on": self.scored_on if self.perplexity is not None else None,
             "scored_in": self.scored_in if self.perplexity is not None else None,
             "tokens": self.tokens,
@@ -80,10 +99,18 @@ class Comparison:
     warnings: list[str]
     """Reasons why some of the scores cannot be compared."""
 
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """Of each run to the best one of those that were scored on the same documents."""
+        return differences.differences([run.scored for run in self.runs])
+
     def record(self) -> dict[str, Any]:
         """The comparison for --json."""
         return {
-            "runs": [{"run": run.name, **run.record()} for run in self.runs],
+            "runs": [
+                {"run": run.name, **run.record(), "difference": difference.record()}
+                for run, difference in zip(self.runs, self.differences, strict=True)
+            ],
             "settings": self.settings,
             "warnings": self.warnings,
         }
@@ -92,10 +119,30 @@ class Comparison:
         return as_html(side_by_side([run.name for run in self.runs], self.rows()))
 
     def rows(self) -> dict[str, list[Any]]:
-        """Label -> value in each run: scores, speed, data and settings that differ; None if a run has no value."""
+        """Label -> value in each run: scores, differences, speed, data and settings that differ; None if a run has no
+        value."""
         records = [run.record() for run in self.runs]
-        names = dict.fromkeys(name for record in records for name in record)
-        return {**{label(name): [record.get(name) for record in records] for name in names}, **self.settings}
+        scores = [*dict.fromkeys(run.measure for run in self.runs), "bits_per_byte"]
+        names = dict.fromkeys(name for record in records for name in record if not name.endswith(("_low", "_high")))
+        facts = {label(name): [record.get(name) for record in records] for name in names if name not in scores}
+        return {
+            **{label(score): [_with_interval(record, score) for record in records] for score in scores},
+            **differences.rows(self.differences),
+            **facts,
+            **self.settings,
+        }
+
+    def sentences(self) -> list[str]:
+        """Which run is better, and whether that is real."""
+        return differences.sentences([run.scored for run in self.runs], self.differences)
+
+
+def _with_interval(record: Mapping[str, Any], score: str) -> str | None:
+    """A score with its interval, or as people write a number."""
+    value = record.get(score)
+    if value is None:
+        return None
+    return format_number(value) if record[f"{score}_low"] is None else estimate(record, score)
 
 
 def compare(runs: Sequence[str]) -> Comparison:
@@ -103,14 +150,19 @@ def compare(runs: Sequence[str]) -> Comparison:
     if len(runs) < 2:
         raise ConfigError(f"there is nothing to compare {runs[0]} with; give two runs or more", "RUN")
     compared = [summarize(run) for run in runs]
-    return Comparison(compared, differing([run.experiment for run in compared]), warnings(compared))
+    experiments = [run.experiment for run in compared if run.experiment is not None]
+    settings = differing(experiments) if len(experiments) == len(compared) else {}
+    return Comparison(compared, settings, warnings(compared))
 
 
 # Runs, trials, sweeps, models -----------------------------------------------------------------------------------------
 
 
 def summarize(run: str) -> ComparedRun:
-    """A run, trial, sweep or model, given by directory or name; StorageError if it is none of these."""
+    """A run, trial, sweep or model, given by directory or name, or the documents of an evaluation, given by file;
+    StorageError if it is none of these."""
+    if os.path.isfile(run):
+        return of_evaluation(run)
     directory = find(run)
     parent, _, name = directory.rpartition("/")
     inside = storage.names(directory)
@@ -143,8 +195,12 @@ def of_sweep(directory: str, trial_id: str | None) -> ComparedRun:
         scores = results.scores(trial)
     else:
         raise StorageError(f"{directory}: {trial_id or 'the sweep'} has no score yet", directory)
+    is_rescored = trial_id is None and scored_on == WHOLE_SPLIT and results.experiment.eval.max_tokens is not None
+    kept = (directory, "whole") if is_rescored else (f"{directory}/{trial.trial_id}", trial.results[-1]["best_step"])
     return ComparedRun(
         name=f"{results.name}/{trial.trial_id}",
+        measure=results.measure,
+        scores=document_scores.read(*kept),
         experiment=config.override(results.experiment, {**trial.settings, "tune.space": {}, "tune.points": []}),
         **scores,
         scored_on=scored_on,
@@ -164,6 +220,8 @@ def of_training(directory: str) -> ComparedRun:
     has_finished = measure in result
     if has_finished:
         scored_on = result.get("scored_on", WHOLE_SPLIT)
+        is_rescored = scored_on == WHOLE_SPLIT and experiment.eval.max_tokens is not None
+        kept: document_scores.Evaluated | None = "whole" if is_rescored else result.get("best_step")
     else:
         series = tracking.Run(directory).metric_history()
         evaluations = {
@@ -174,10 +232,13 @@ def of_training(directory: str) -> ComparedRun:
         trained = series.get("train/tokens")
         result = {name: None if best is None else steps.get(best) for name, steps in evaluations.items()}
         result["tokens"] = round(trained[-1][1]) if trained else None
+        kept = best
         scored_on = sweeps.scored_on(experiment, state.parameters)
     return ComparedRun(
         name=directory.rpartition("/")[2],
         experiment=experiment,
+        measure=measure,
+        scores=None if kept is None else document_scores.read(directory, kept),
         perplexity=result[measure],
         bits_per_byte=result["bits_per_byte"],
         scored_on=scored_on,
@@ -209,9 +270,12 @@ def of_model(directory: str, name: str) -> ComparedRun:
     experiment, record = checkpoint.read_experiment(local), checkpoint.read_record(local)
     if experiment is None:
         raise StorageError(f"{directory} was not trained by raylm: it holds no experiment.yaml", directory)
+    run, inside, _ = directory.rpartition("/checkpoints/")
     return ComparedRun(
         name=name,
         experiment=experiment,
+        measure=experiment.measure,
+        scores=document_scores.read(run, record["step"]) if inside and "step" in record else None,
         perplexity=record.get("perplexity"),
         bits_per_byte=record.get("bits_per_byte"),
         scored_on=record.get("scored_on") or experiment.eval.scored_on,
@@ -220,6 +284,37 @@ def of_model(directory: str, name: str) -> ComparedRun:
         seconds=None,
         tokens_per_second=None,
         store=record["store"].rstrip("/").rpartition("/")[2] if "store" in record else None,
+    )
+
+
+def of_evaluation(file: str) -> ComparedRun:
+    """What `raylm evaluate --documents FILE` has written; StorageError if it is another file."""
+    try:
+        with open(file, encoding="utf-8") as opened:
+            lines = [json.loads(line) for line in opened]
+        (measure,) = [name for name in lines[0] if name in MEASURES]
+        rows = np.array([[line["nll"], line["tokens"], line["bytes"], 0, 0] for line in lines], np.float64)
+        scores = DocumentScores.of_ids(rows, [int(line["document"], 16) for line in lines])
+        unknown = sum(line["unknown_tokens"] for line in lines)
+        arithmetic, sources = (dict.fromkeys(line[name] for line in lines) for name in ("scored_in", "source"))
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise StorageError(f"{file} is no file that raylm evaluate MODEL --documents FILE writes", file) from None
+    score = perplexity.Score.of(rows)
+    is_validation = all(line["set"] == "validation" for line in lines)
+    return ComparedRun(
+        name=file,
+        experiment=None,
+        measure=measure,
+        perplexity=score.perplexity,
+        bits_per_byte=score.bits_per_byte,
+        scored_on=WHOLE_SPLIT if is_validation else ", ".join(sources),
+        scored_in=", ".join(arithmetic),
+        tokens=None,
+        seconds=None,
+        tokens_per_second=None,
+        store=None,
+        scores=scores,
+        unknown_tokens=unknown,
     )
 
 
@@ -243,8 +338,16 @@ def flat_settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
             yield f"{prefix}{key}", redacted(value)
 
 
+OTHER_TOKENIZERS = "the tokenizers differ, so that perplexities are of other tokens: compare bits per byte"
+OTHER_ARITHMETIC = (
+    "the scores are of different arithmetic; raylm evaluate MODEL eval.precision=float32 makes them alike"
+)
+
+
 def warnings(runs: Sequence[ComparedRun]) -> list[str]:
     """Reasons why some of the scores cannot be compared; empty if all can."""
+    if any(run.experiment is None for run in runs) and len({run.measure for run in runs}) == 1:
+        return _of_other_documents(runs)
     reasons = []
     scored = [run for run in runs if run.perplexity is not None]
     if len({run.measure for run in runs}) > 1:
@@ -259,9 +362,22 @@ def warnings(runs: Sequence[ComparedRun]) -> list[str]:
             "the scores are of other parts of the validation split; raylm evaluate MODEL scores the whole of it"
         )
     if len({run.scored_in for run in scored}) > 1:
+        reasons.append(OTHER_ARITHMETIC)
+    return reasons
+
+
+def _of_other_documents(runs: Sequence[ComparedRun]) -> list[str]:
+    """Why scores that include those of evaluations cannot be compared: by their documents."""
+    kept = [run.scores for run in runs if run.scores is not None]
+    reasons = []
+    if len(kept) < len(runs) or len({scores.documents for scores in kept}) > 1:
         reasons.append(
-            "the scores are of different arithmetic; raylm evaluate MODEL eval.precision=float32 makes them alike"
+            "the scores are of other documents, so that neither perplexity nor bits per byte can be compared"
         )
+    elif any(not np.array_equal(scores.tokens, kept[0].tokens) for scores in kept):
+        reasons.append(OTHER_TOKENIZERS)
+    if len({run.scored_in for run in runs}) > 1:
+        reasons.append(OTHER_ARITHMETIC)
     return reasons
 
 
@@ -289,8 +405,9 @@ def _same_tokens(runs: Sequence[ComparedRun]) -> tuple[bool, bool, bool]:
         tokenizers = {json.dumps(each["tokenizer"]["files"], sort_keys=True) for each in manifests}
         return len(texts) == 1, len(tokenizers) == 1, knows_all
     # A store no longer exists, so compare the settings; if these are equal, the files have changed.
-    chosen = {(run.experiment.tokenizer.model_dump_json(), run.experiment.model.path) for run in runs}
-    same_corpus = len({run.experiment.corpus.model_dump_json() for run in runs}) == 1
+    experiments = [run.experiment for run in runs if run.experiment is not None]
+    chosen = {(each.tokenizer.model_dump_json(), each.model.path) for each in experiments}
+    same_corpus = len({each.corpus.model_dump_json() for each in experiments}) == 1
     return same_corpus and len(chosen) > 1, len(chosen) == 1, knows_all
 
 
@@ -308,5 +425,5 @@ def _other_tokens(runs: Sequence[ComparedRun]) -> str | None:
             "perplexity nor bits per byte can be compared"
         )
     if not same_tokenizer:
-        return "the tokenizers differ, so that perplexities are of other tokens: compare bits per byte"
+        return OTHER_TOKENIZERS
     return None

@@ -39,10 +39,11 @@ def write_several(compared: several.SeveralSweeps) -> str:
     directory = compared.sweeps[0].directory
     path = f"{directory}/report/compared.html"
     names = [escape(results.name) for results in compared.sweeps]
+    answers = [compared.answer, *compared.sentences()]
     warnings = "".join(f"<p class=failure>{escape(warning)}</p>" for warning in compared.warnings)
     parts = [
         f"<h1>{' and '.join(names)}</h1>",
-        f"<div class=answer><p>{escape(compared.answer)}</p></div>{warnings}",
+        f"<div class=answer>{''.join(f'<p>{escape(each)}</p>' for each in answers)}</div>{warnings}",
         "<h2>What changed</h2>",
         _table(["", *names], [[name, *map(_cell, values)] for name, values in compared.changes().items()], left=1),
     ]

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from raylm import document_scores
 from raylm.console import format_number, label
 from raylm.errors import ConfigError
-from raylm.results import compare, tables
+from raylm.results import compare, differences, tables
+from raylm.results.differences import Difference, Scored
 from raylm.results.figures import short_name
 from raylm.results.sweep import scored_on
 
@@ -28,6 +30,8 @@ class RankedTrial:
     trial: Trial
     score: float
     """The score at equal tokens."""
+    scored: Scored
+    """The scores of the documents of that evaluation."""
     settings: Mapping[str, Any]
     """Dotted key -> value, for every setting that one of the sweeps varied."""
 
@@ -47,6 +51,8 @@ class SeveralSweeps:
     """Sweeps side by side."""
 
     sweeps: Sequence[SweepResults]
+    runs: Sequence[compare.ComparedRun]
+    """The best trial of each."""
     settings: Mapping[str, Sequence[Any]]
     """Dotted key -> its value in each sweep's experiment, of the settings that differ."""
     warnings: Sequence[str]
@@ -63,12 +69,24 @@ class SeveralSweeps:
             return []
         swept = list(dict.fromkeys(key for results in self.sweeps for key in results.data.swept))
         ranked = []
-        for results in self.sweeps:
+        for results, run in zip(self.sweeps, self.runs, strict=True):
             fixed = dict(compare.flat_settings(results.experiment.model_dump(mode="json")))
             own = {key: fixed[key] for key in swept if key in fixed}
             for trial, score in results.data.at(self.equal_tokens, self._metric):
-                ranked.append(RankedTrial(results.name, trial, score, {**own, **trial.settings}))
+                *_, last = (result for result in trial.results if result["tokens"] <= self.equal_tokens)
+                scored = replace(
+                    run.scored,
+                    name=f"{trial.trial_id} of {results.name}",
+                    scores=document_scores.read(f"{results.directory}/{trial.trial_id}", last["best_step"]),
+                )
+                ranked.append(RankedTrial(results.name, trial, score, scored, {**own, **trial.settings}))
         return sorted(ranked, key=lambda each: each.score)
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """Of each of `trials` to the best one, document by document. The correction allows for the best trial of each
+        sweep having been chosen on the same documents."""
+        return differences.differences([each.scored for each in self.trials])
 
     @property
     def _metric(self) -> str:
@@ -81,7 +99,10 @@ class SeveralSweeps:
 
     def record(self) -> dict[str, Any]:
         """The comparison for --json."""
-        ranked = [each.record(self.measure or "") for each in self.trials]
+        ranked = [
+            {**each.record(self.measure or ""), "difference": difference.record()}
+            for each, difference in zip(self.trials, self.differences, strict=True)
+        ]
         return {
             "sweeps": [results.name for results in self.sweeps],
             "settings": dict(self.settings),
@@ -105,6 +126,16 @@ class SeveralSweeps:
             f"trials reached{note}"
         )
 
+    def sentences(self) -> list[str]:
+        """How the best trial of each other sweep differs from the best of all, and whether that is real."""
+        best_of = {each.sweep: number for number, each in reversed(list(enumerate(self.trials)))}
+        numbers = sorted(best_of.values())
+        told = differences.sentences(
+            [self.trials[number].scored for number in numbers], [self.differences[number] for number in numbers]
+        )
+        reasons = [self.differences[number].not_compared for number in numbers]
+        return told or [f"whether that is real cannot be told: {reason}" for reason in reasons if reason][:1]
+
     def changes(self) -> dict[str, list[Any]]:
         """Label -> value for each sweep: settings that differ, swept settings, best score."""
         swept = [", ".join(map(short_name, results.experiment.tune.space)) for results in self.sweeps]
@@ -122,7 +153,8 @@ class SeveralSweeps:
         names = [results.name for results in self.sweeps]
         views: list[Any] = [tables.side_by_side(names, self.changes())]
         views += [f"\nwarning: {warning}" for warning in self.warnings]
-        return [*views, f"\n{self.answer}", *([ranked_table(self)] if self.trials else [])]
+        answer = [f"\n{self.answer}", *self.sentences()]
+        return [*views, *answer, *([ranked_table(self)] if self.trials else [])]
 
 
 def read(sweeps: Sequence[SweepResults]) -> SeveralSweeps:
@@ -140,6 +172,7 @@ def read(sweeps: Sequence[SweepResults]) -> SeveralSweeps:
     ]
     return SeveralSweeps(
         sweeps,
+        runs,
         compare.differing([results.experiment for results in sweeps]),
         compare.warnings(runs),
         compare.common_measure(runs),
@@ -150,17 +183,20 @@ def read(sweeps: Sequence[SweepResults]) -> SeveralSweeps:
 def cells(several: SeveralSweeps) -> tuple[list[str], list[list[str]]]:
     """The headings and rows of the ranked table."""
     keys = list(dict.fromkeys(key for results in several.sweeps for key in results.data.swept))
-    headings = ["", "sweep", "trial", label(several.measure or ""), "tokens", *map(short_name, keys)]
+    is_compared = any(difference.not_compared is None for difference in several.differences)
+    verdict = ["as good as best"] * is_compared
+    headings = ["", "sweep", "trial", label(several.measure or ""), *verdict, "tokens", *map(short_name, keys)]
     rows = [
         [
             str(rank),
             each.sweep,
             each.trial.trial_id,
             f"{each.score:.2f}",
+            *[difference.verdict if difference.not_compared is None else "-" for _ in verdict],
             f"{each.trial.tokens:,}",
             *(format_number(each.settings.get(key, "-")) for key in keys),
         ]
-        for rank, each in enumerate(several.trials, 1)
+        for rank, (each, difference) in enumerate(zip(several.trials, several.differences, strict=True), 1)
     ]
     return headings, rows
 
