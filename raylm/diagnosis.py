@@ -134,17 +134,15 @@ def ray_cluster(experiment: Experiment) -> Iterator[Finding]:
     if address is None:
         resources = cluster.planned_resources(section)
         assert resources is not None
-        yield Finding("cluster", "good", f"this machine; a worker takes {_amounts(resources.per_worker)}")
+        yield Finding("cluster", "good", f"this machine; a worker takes {resources.described}")
         return
     with cluster.connect(section) as resources:
         import ray
 
         nodes, total = [node for node in ray.nodes() if node["Alive"]], ray.cluster_resources()
-        amounts = f"{console.counted(len(nodes), 'node')}, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-        yield Finding("cluster", "good", f"{address}: {amounts}")
-        yield Finding(
-            "workers", "good", f"{resources.most_runs} runs at a time; a worker takes {_amounts(resources.per_worker)}"
-        )
+        amounts = _amounts({kind: total.get(kind, 0) for kind in ("CPU", "GPU")})
+        yield Finding("cluster", "good", f"{address}: {console.counted(len(nodes), 'node')}, {amounts}")
+        yield Finding("workers", "good", f"{resources.most_runs} runs at a time; a worker takes {resources.described}")
 
 
 def storage_of(experiment: Experiment) -> Iterator[Finding]:
@@ -181,4 +179,4 @@ def tracking_of(experiment: Experiment) -> Iterator[Finding]:
 
 
 def _amounts(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
+    return ", ".join(cluster.amount_of(amount, kind) for kind, amount in resources.items())

@@ -82,7 +82,7 @@ def test_cpus_are_those_of_the_start_for_as_long_as_they_fit():
 def test_more_workers_than_the_cluster_can_give_are_refused_with_the_numbers():
     with pytest.raises(ConfigError, match="cluster.num_workers.* = 3 x 1 needs 3 CPUs, the cluster has 2"):
         resources({"CPU": 2}, num_workers=3)
-    with pytest.raises(ConfigError, match=r"needs 1 GPUs, the cluster has 0; .*cluster.use_gpu=false"):
+    with pytest.raises(ConfigError, match=r"needs 1 GPU, the cluster has 0; .*cluster.use_gpu=false"):
         resources({"CPU": 2}, use_gpu=True)
 
 

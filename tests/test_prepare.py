@@ -176,7 +176,7 @@ def test_a_name_of_any_bytes_is_shown_in_any_locale(tmp_path, name):
     (tmp_path / NAMES[name]).write_text("text " * 1000)
     done = raylm_in_c("prepare", "--dry-run", f"corpus.paths={NAMES[name]}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "1 files, 5.0 KB" in done.stdout
+    assert "1 file, 5.0 KB" in done.stdout
 
 
 def test_prepare_and_inspect_say_the_size_of_the_test_split(command, settings):

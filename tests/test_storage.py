@@ -473,7 +473,7 @@ def test_a_sweep_in_object_storage_resumes_where_it_was_killed(place, tiny, comm
     started.wait()
     ended = command("tune", "--config", file, "--json", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert "resuming: 1 trials finished" in ended.stderr
+    assert "resuming: 1 trial finished" in ended.stderr
     found = json.loads(ended.stdout)
     assert [(trial["status"], trial["tokens"]) for trial in found["trials"]] == [("completed", 25600)] * 3
     assert found["best"]["checkpoint"].startswith(f"{place}/words/tune-")

@@ -334,7 +334,7 @@ def test_a_cluster_that_asks_for_no_token_is_used_with_and_without_one(tiny, tmp
             done = run_submit(cluster, tmp_path, "inspect", "--help", environment=somebody(home))
             assert done.returncode == 0, done.stderr
             found = doctor(cluster, tmp_path, somebody(home))
-            assert found["cluster"]["found"] == f"cluster.address={cluster.head}: 1 nodes, 1 CPUs, 0 GPUs"
+            assert found["cluster"]["found"] == f"cluster.address={cluster.head}: 1 node, 1 CPU, 0 GPUs"
             settings = [f"storage={home}/runs", f"cluster.address={cluster.head}"]
             done = subprocess.run(  # tasks, whose workers have to reach the driver
                 [sys.executable, "-m", "raylm.prepare", "--config", "words.yaml", *settings],
@@ -357,7 +357,7 @@ def doctor(cluster, cwd, environment):
 @pytest.mark.slow
 def test_commands_that_connect_show_the_token_too(head, tmp_path):
     found = doctor(head, tmp_path, head.environment)
-    assert found["cluster"]["found"] == f"cluster.address={head.head}: 1 nodes, 2 CPUs, 0 GPUs"
+    assert found["cluster"]["found"] == f"cluster.address={head.head}: 1 node, 2 CPUs, 0 GPUs"
     found = doctor(head, tmp_path, somebody(tmp_path))
     problem = f"cluster.address={head.head}: it asks for a token, and there is none in ~/.ray/auth_token"
     assert found["cluster.address"]["found"].startswith(problem)

@@ -408,7 +408,7 @@ def test_the_built_in_sweep_killed_three_times_ends_as_if_it_had_not(command, st
         started.wait()
     killed = command("tune", "--json", *arguments, *place("killed"))
     assert killed.returncode == 0, killed.stderr
-    assert "resuming: 1 trials finished" in killed.stderr
+    assert "resuming: 1 trial finished" in killed.stderr
     ours, theirs = json.loads(killed.stdout), json.loads(whole.stdout)
     kept = ("trial_id", "status", "perplexity", "bits_per_byte", "tokens", "settings", "best_step", "failure")
     assert [{key: row[key] for key in kept} for row in ours["trials"]] == [

@@ -10,7 +10,7 @@ submission     a command as a job of a cluster, by its dashboard
 """
 
 from raylm.cluster.address import Address, address_of, is_local
-from raylm.cluster.capacity import Resources, cpus_here, resources, this_machine
+from raylm.cluster.capacity import Resources, amount_of, cpus_here, resources, this_machine
 from raylm.cluster.connection import (
     DRIVER_ENVIRONMENT,
     check_reachable,
@@ -39,6 +39,7 @@ __all__ = [
     "ProgressChannel",
     "Resources",
     "address_of",
+    "amount_of",
     "check_reachable",
     "connect",
     "cpus_here",

@@ -318,9 +318,8 @@ def run_trials(
     record = sweeps.SweepRecord(active.directory)
     if record.trials:
         finished = sum(trial.is_over for trial in record.trials.values())
-        logger.info(
-            f"{active.directory}: resuming: {finished} trials finished, {len(record.trials) - finished} in progress"
-        )
+        left = len(record.trials) - finished
+        logger.info(f"{active.directory}: resuming: {console.counted(finished, 'trial')} finished, {left} in progress")
     section, metric = experiment.tune, f"best_{experiment.tune.metric}"
     measure = experiment.measure if section.metric == "perplexity" else section.metric
     swept = sweeps.keys(section.space)
