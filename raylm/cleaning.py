@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from raylm import scratch, storage, tokens
 from raylm.errors import StorageError
 from raylm.results import runs
+from raylm.runs import result_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def lost_checkpoints(sweep: str) -> list[Leftover]:
 
     Without them these trials can neither be exported nor scored again; their curves, scores and settings stay.
     """
-    result = json.loads(storage.read(f"{sweep}/result.json") or b"{}")
+    result = result_of(sweep)
     best = result.get("best", {}).get("trial_id")
     if best is None:
         return []

@@ -16,7 +16,7 @@ Every message names the setting or file as the user wrote it, the value, and the
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class _Message:
@@ -93,3 +93,9 @@ def first_line(problem: object) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`did you mean X?` with the known name that is most like this one; empty if none is."""
     return "".join(f"did you mean {near}?" for near in difflib.get_close_matches(name, list(known), n=1))
+
+
+def first_of(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first names and the number of the others: a, b, c and 4 more."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{separator.join(names[:most])}{more}"

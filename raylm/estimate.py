@@ -94,7 +94,7 @@ def _measured(plan: Plan) -> float:
 def _speeds(plan: Plan) -> Iterator[tuple[str, float]]:
     """Of finished runs, then of the longest trials of finished sweeps: whose speed it is, and tokens a second."""
     for run in _finished(plan, "train"):
-        speed = json.loads(storage.read(f"{run}/result.json") or b"{}").get("tokens_per_second")
+        speed = runs.result_of(run).get("tokens_per_second")
         if speed:
             yield f"the speed of {run.rpartition('/')[2]}", speed
     for run in _finished(plan, "tune"):
@@ -144,11 +144,11 @@ def _with_disk(plan: Plan, trials: int, seconds: float | None, source: str) -> E
 def _finished(plan: Plan, kind: str) -> Iterator[str]:
     """The directories of the finished runs of the same experiment and model, the newest first."""
     place = runs.directory_of(plan.experiment)
-    now = {key: value for key, value in runs.settings(plan.experiment).items() if key.startswith(SHAPE)}
+    now = {key: value for key, value in runs.flat_settings(plan.experiment).items() if key.startswith(SHAPE)}
     swept = plan.experiment.tune.space if kind == "tune" else {}
     for name in reversed([name for name in storage.names(place) if name.startswith(f"{kind}-")]):
         before = json.loads(storage.read(f"{place}/{name}/run.json") or b"{}")
-        result = json.loads(storage.read(f"{place}/{name}/result.json") or b"{}")
+        result = runs.result_of(f"{place}/{name}")
         alike = all(before.get(key) == value for key, value in now.items() if key not in swept)
         if result and "error" not in result and alike:
             yield f"{place}/{name}"

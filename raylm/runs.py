@@ -219,14 +219,20 @@ def _note_end(directory: str) -> None:
             storage.write(f"{place}/{ENDED}/{name}", b"")
 
 
-def settings(experiment: Experiment) -> dict[str, Any]:
+def result_of(directory: str) -> dict[str, Any]:
+    """What a run or sweep ended with, result.json; empty while it has not finished."""
+    found: dict[str, Any] = json.loads(storage.read(f"{directory}/result.json") or b"{}")
+    return found
+
+
+def flat_settings(experiment: Experiment) -> dict[str, Any]:
     """Every setting by its dotted key."""
     return dict(_flat(experiment.model_dump(mode="json")))
 
 
 def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:
     """The settings that must not change when a run resumes: dotted key -> value, without passwords."""
-    flat = redacted(settings(experiment))
+    flat = redacted(flat_settings(experiment))
     may_change: tuple[str, ...] = MUTABLE_ON_RESUME if verb == "tune" else (*MUTABLE_ON_RESUME, "tune")
     if verb == "tune" and experiment.tune.scheduler.kind == "asha":  # its rungs are in whole saves
         may_change = tuple(key for key in may_change if key != "train.save_every_tokens")

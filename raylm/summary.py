@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raylm import export, model, perplexity, tracking
+from raylm import model, perplexity, tracking
 from raylm.budget import Budget
-from raylm.config import WHOLE_SPLIT, Experiment, get
+from raylm.config import LOGGED, WHOLE_SPLIT, Experiment, get
 from raylm.tokens import COUNTED, Store, incomparable
 from raylm.tracking import PARAMETERS_TAG, TOKENS_TAG, Run
 
@@ -29,7 +29,7 @@ def start(experiment: Experiment, directory: str, name: str, verb: str) -> Run:
 
 def parameters(experiment: Experiment, store: Store) -> dict[str, Any]:
     """The parameters of an MLflow run: the same keys for every run of an experiment."""
-    settings = {key: get(experiment, key) for key in export.SETTINGS}
+    settings = {key: get(experiment, key) for key in LOGGED}
     return {
         **{key: value for key, value in settings.items() if value is not None},
         "model": experiment.model.path or _model_config(experiment, store).model_type,

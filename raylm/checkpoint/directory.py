@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from raylm import config, storage
 from raylm import tokenizer as tokenizers
 from raylm.config import Experiment, ModelConfig, TokenizerConfig
-from raylm.errors import ConfigError, RaylmError, StorageError, first_line
+from raylm.errors import ConfigError, RaylmError, StorageError, first_line, first_of
 from raylm.tokenizer import Frame
 
 if TYPE_CHECKING:  # commands that only list runs and sweeps need no torch, whose import takes 3 s
@@ -160,10 +160,9 @@ def load(
         problem = f"{directory} cannot be loaded: {type(error).__name__}: {first_line(error)}"
         raise StorageError(problem, str(directory)) from error
     if missing := sorted(loading["missing_keys"]):
-        few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise StorageError(
-            f"{directory} has no weights for {few} of {type(network).__name__}, which would be random, as would "
-            "its results; train it first, with model.path",
+            f"{directory} has no weights for {first_of(missing, 3)} of {type(network).__name__}, which would be "
+            "random, as would its results; train it first, with model.path",
             str(directory),
         )
     return TrainedModel(network, known, read_experiment(path), read_record(path), masked)

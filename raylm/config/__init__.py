@@ -24,6 +24,7 @@ from raylm.config.files import (
 from raylm.config.names import OWNED, as_settings
 from raylm.config.sections import (
     DEFAULT_STORAGE,
+    LOGGED,
     MUTABLE,
     WHOLE_SPLIT,
     BlocksConfig,
@@ -48,6 +49,7 @@ from raylm.config.space import SAMPLERS, corners, is_sampler, spaces
 __all__ = [
     "BUILT_IN",
     "DEFAULT_STORAGE",
+    "LOGGED",
     "MUTABLE",
     "OWNED",
     "SAMPLERS",

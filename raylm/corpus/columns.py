@@ -18,7 +18,7 @@ from raylm.config import CorpusConfig
 from raylm.corpus.file_part import BadDocument, FilePart, Texts, as_utf8, decompressed, opened
 from raylm.corpus.sources import File, load_data_set
 from raylm.corpus.text import decoded, lines
-from raylm.errors import DataError, did_you_mean, first_line
+from raylm.errors import DataError, did_you_mean, first_line, first_of
 from raylm.storage import file_system
 
 BATCH_BYTES = 8_000_000
@@ -131,9 +131,8 @@ MOST_NAMED = 20
 
 def missing(name: str, names: list[str]) -> str:
     hint = did_you_mean(name, names)
-    shown = ", ".join(_short(each) for each in names[:MOST_NAMED])
-    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-    return f"corpus.text: no column {name!r}; columns: {shown}{more}" + (f"; {hint}" if hint else "")
+    shown = first_of([_short(each) for each in names], MOST_NAMED)
+    return f"corpus.text: no column {name!r}; columns: {shown}" + (f"; {hint}" if hint else "")
 
 
 def _shown(value: Any) -> str:

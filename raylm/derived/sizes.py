@@ -43,6 +43,9 @@ SCORING = EVALUATIONS / 3
 SHAPES = ((2, 64, 2), (2, 128, 4), (4, 128, 4), (4, 256, 4), (6, 384, 6), (8, 512, 8), (12, 768, 12))
 """Layers, width and heads of the models to choose from; the last is the smallest GPT-2."""
 
+LEAST_TRAINED, MOST_TRAINED = 4, 30
+"""Training tokens for each token of an evaluation."""
+
 GIVEN = ("corpus", "tokenizer", "model", "blocks", "objective", "train")
 """Sections that sizes depend on; a sweep that is given another number of trials keeps those it has."""
 
@@ -141,31 +144,122 @@ class _Sized:
     """Tokens a second, of one trial."""
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """What text and machine allow."""
+
+    concurrent_trials: int
+    threads: int
+    """Of a trial."""
+    memory: float
+    """Bytes that the models of all concurrent trials may have."""
+    text_tokens: int
+    """Estimated tokens of the training split."""
+    tokens_to_rank_by: int
+    """Estimated tokens of as many documents as rank trials."""
+    context: int | None
+    """Most positions of a pretrained model; None if it has no limit, or the model is new."""
+
+
+def _limits(experiment: Experiment, held: Holdout) -> _Limits:
+    from raylm import cluster, corpus, model
+
+    machine = cluster.this_machine()
+    concurrent_trials = min(TRIALS, int(machine["GPU"] or machine["CPU"]))
+    text = experiment.corpus
+    held_out = text.validation_fraction + (0 if text.test_paths else text.test_fraction)
+    is_new = experiment.model.path is None
+    return _Limits(
+        concurrent_trials=concurrent_trials,
+        threads=max(1, int(machine["CPU"]) // concurrent_trials),
+        memory=_memory(machine),
+        text_tokens=max(1, int(size(held) * (1 - held_out) / BYTES_PER_TOKEN)),
+        tokens_to_rank_by=int(corpus.ENOUGH_UNITS * held.unit_bytes / BYTES_PER_TOKEN),
+        context=None if is_new else model.context(model.pretrained_configuration(experiment.model)),
+    )
+
+
 def _sizes(experiment: Experiment, held: Holdout) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings of model, blocks, budget, evaluations and sweep that go with what was given, by dotted keys; and why."""
-    from raylm import budget, cluster, corpus
+    from raylm import cluster
 
     cluster.check_reachable(experiment.cluster)  # before what takes seconds
     with console.loading():
-        from raylm import model, tokenizer
-        from raylm.derived import speed
+        limits = _limits(experiment, held)
+    with console.waiting("Measuring how fast this machine trains"):
+        found = _affordable_model(experiment, limits)
+    section = experiment.model
+    is_new = section.path is None
+    given_tokens = experiment.train.max_tokens
+    tokens = given_tokens if given_tokens is not None else found.tokens
+    needed = TRAINED_BYTES * found.num_parameters * limits.concurrent_trials
+    lora = section.lora is not None or (
+        not is_new and needed > limits.memory / 2 and importlib.util.find_spec("peft") is not None
+    )
+    if is_new:
+        rate, batch = step_law(found.num_parameters, tokens)
+        rates = [_rounded(rate / 16), _rounded(rate / 3), _rounded(rate)]
+        formula = f"a third of what {STEP_LAW} gives for {found.num_parameters:,} parameters and {tokens:,} tokens"
+    else:
+        rates, batch = list(PRETRAINED_RATES[lora]), tokens / 1000
+        formula = "usual for a pretrained model" + ", and LoRA (Biderman et al. 2024, arXiv:2405.09673)" * lora
+    block_sizes, batch_tokens = _blocks_and_batch(experiment, tokens, batch, limits.context)
+    between_evaluations = max(1, tokens // EVALUATIONS // batch_tokens) * batch_tokens
+    evaluated = _evaluated(tokens, limits.tokens_to_rank_by)
+    budget_tokens = EVALUATIONS * between_evaluations
+    duration = (
+        START_SECONDS
+        + _rounds(limits.concurrent_trials) * (between_evaluations + evaluated / 3) * OVERHEAD / found.speed
+    )
+    settings = {
+        **({"model.config": found.section.config} if is_new else {}),
+        **({"model.lora": {}} if lora and section.lora is None else {}),
+        "blocks.block_size": block_sizes[len(block_sizes) // 2],
+        "train.learning_rate": rates[1],
+        "train.warmup_steps": 0.1,
+        "train.batch_tokens": batch_tokens,
+        "train.max_tokens": budget_tokens,
+        "train.eval_every_tokens": between_evaluations,
+        "eval.max_tokens": evaluated,
+        "tune.space": {
+            "train.learning_rate": {"loguniform": [rates[0], rates[2]]},
+            "train.warmup_steps": {"uniform": [0.0, 0.2]},
+            **({"blocks.block_size": {"choice": block_sizes}} if len(block_sizes) > 1 else {}),
+        },
+        "tune.num_samples": TRIALS,
+        "tune.scheduler": {"kind": "asha", "grace_tokens": between_evaluations, "reduction_factor": ETA},
+    }
+    trials = console.counted(limits.concurrent_trials, "trial")
+    reasons = {
+        "model.config": f"{found.num_parameters:,} parameters outside the embeddings, for each of which the budget "
+        f"has about {tokens / found.num_parameters:.2g} tokens",
+        "model.lora": f"training all weights of {trials} at a time would take {console.format_size(needed)}",
+        "train.learning_rate": formula,
+        "train.batch_tokens": f"{STEP_LAW}: {batch:,.0f}, in whole examples" if is_new else "about a thousand steps",
+        "train.max_tokens": f"about {budget_tokens / limits.text_tokens:.2g} epochs; at {found.speed:,.0f} tokens/s, "
+        f"measured here on {console.counted(limits.threads, 'thread')}, "
+        f"{console.format_duration(budget_tokens / found.speed)}",
+        "train.eval_every_tokens": f"{EVALUATIONS} evaluations",
+        "eval.max_tokens": "a small part of the training"
+        + ", and enough documents to rank trials by" * (evaluated >= limits.tokens_to_rank_by),
+        "tune.space": f"learning rates around what is {'published' if is_new else 'usual'}",
+        "tune.num_samples": f"with {trials} at a time and early stopping about "
+        f"{console.format_duration(duration)} here",
+        "tune.scheduler": f"one of {ETA} trials goes on after one evaluation, and again after {ETA}",
+    }
+    return settings, {key: reason for key, reason in reasons.items() if key in settings}
 
-    machine = cluster.this_machine()
-    together = min(TRIALS, int(machine["GPU"] or machine["CPU"]))
-    threads = max(1, int(machine["CPU"]) // together)
+
+def _affordable_model(experiment: Experiment, limits: _Limits) -> _Sized:
+    """The model of the experiment, or the largest new one, with the budget for which SWEEP_SECONDS suffice."""
+    from raylm import budget, model, tokenizer
+    from raylm.derived import speed
+
     known = tokenizer.choose(experiment.tokenizer, experiment.model)
     vocab_size = known.train.vocab_size if known.train is not None else len(tokenizer.load_section(known))
     masked = experiment.objective.is_masked
-    text = experiment.corpus
-    held_out = text.validation_fraction + (0 if text.test_paths else text.test_fraction)
-    text_tokens = max(1, int(size(held) * (1 - held_out) / BYTES_PER_TOKEN))
-    ranked = int(corpus.ENOUGH_UNITS * held.unit_bytes / BYTES_PER_TOKEN)
-    seconds = (SWEEP_SECONDS - START_SECONDS) * EVALUATIONS / _rounds(together) / OVERHEAD
-
-    section = experiment.model
-    is_new = section.path is None
-    most_columns = None if is_new else model.context(model.pretrained_configuration(section))
-    columns = min(speed.COLUMNS, most_columns or speed.COLUMNS)
+    seconds = (SWEEP_SECONDS - START_SECONDS) * EVALUATIONS / _rounds(limits.concurrent_trials) / OVERHEAD
+    columns = min(speed.COLUMNS, limits.context or speed.COLUMNS)
 
     def sized(section: ModelConfig) -> _Sized:
         found = model.configuration(section, vocab_size=vocab_size, block_size=columns, masked=masked)
@@ -175,83 +269,44 @@ def _sizes(experiment: Experiment, held: Holdout) -> tuple[dict[str, Any], dict[
             smaller = section.model_copy(update={"path": None, "config": _of_shape(*SHAPES[-2], masked)})
             measured = model.configuration(smaller, vocab_size=1024, block_size=columns, masked=masked)
             scale = model.num_parameters(measured, masked=masked, embeddings=False) / num_parameters
-        a_second = scale * speed.tokens_per_second(measured, masked=masked, threads=threads)
-        affordable = a_second * seconds  # training tokens, if evaluations cost nothing
-        tokens = max(
-            affordable / (1 + SCORING / 4), min(affordable / (1 + SCORING / 30), affordable - SCORING * ranked)
-        )
-        return _Sized(section, num_parameters, min(budget.FEW_PASSES * text_tokens, int(tokens)), a_second)
+        a_second = scale * speed.tokens_per_second(measured, masked=masked, threads=limits.threads)
+        tokens = int(_affordable(a_second * seconds, limits.tokens_to_rank_by))
+        return _Sized(section, num_parameters, min(budget.FEW_PASSES * limits.text_tokens, tokens), a_second)
 
-    with console.waiting("Measuring how fast this machine trains"):
-        if not is_new or {"model_type", "path"} & (section.config or {}).keys():
-            found = sized(section)
-        else:
-            found = _largest(section, masked, sized)
-    train, blocks = experiment.train, experiment.blocks
-    tokens = train.max_tokens if train.max_tokens is not None else found.tokens
-    needed = TRAINED_BYTES * found.num_parameters * together
-    lora = section.lora is not None or (
-        not is_new and needed > _memory(machine) / 2 and importlib.util.find_spec("peft") is not None
+    section = experiment.model
+    if section.path is not None or {"model_type", "path"} & (section.config or {}).keys():
+        return sized(section)
+    return _largest(section, masked, sized)
+
+
+def _evaluated(tokens: int, tokens_to_rank_by: int) -> int:
+    """Tokens of an evaluation in a training of so many: enough to rank trials, within a thirtieth to a quarter."""
+    return max(tokens // MOST_TRAINED, min(tokens_to_rank_by, tokens // LEAST_TRAINED))
+
+
+def _affordable(tokens: float, tokens_to_rank_by: int) -> float:
+    """The training tokens that cost as much, with all evaluations of `_evaluated` tokens, as `tokens` without any."""
+    return max(
+        tokens / (1 + SCORING / LEAST_TRAINED),
+        min(tokens / (1 + SCORING / MOST_TRAINED), tokens - SCORING * tokens_to_rank_by),
     )
-    if is_new:
-        rate, batch = step_law(found.num_parameters, tokens)
-        rates = [_rounded(rate / 16), _rounded(rate / 3), _rounded(rate)]
-        formula = f"a third of what {STEP_LAW} gives for {found.num_parameters:,} parameters and {tokens:,} tokens"
-    else:
-        rates, batch = list(PRETRAINED_RATES[lora]), tokens / 1000
-        formula = "usual for a pretrained model" + ", and LoRA (Biderman et al. 2024, arXiv:2405.09673)" * lora
+
+
+def _blocks_and_batch(experiment: Experiment, tokens: int, batch: float, context: int | None) -> tuple[list[int], int]:
+    """Block sizes to sweep, and tokens of a batch: near to `batch`, in whole examples of each size for every worker."""
+    train, blocks = experiment.train, experiment.blocks
     sizes = [128, 256, 512] if tokens >= 1_000_000 else [64, 128, 256]
     if "block_size" in blocks.model_fields_set:
         sizes = [blocks.block_size]
-    elif most_columns is not None:
-        sizes = [each for each in sizes if each <= most_columns] or [most_columns]
+    elif context is not None:
+        sizes = [each for each in sizes if each <= context] or [context]
     workers = math.lcm(*range(experiment.cluster.fewest_workers, experiment.cluster.most_workers + 1))
     if "batch_tokens" in train.model_fields_set:
-        batch_tokens = train.batch_tokens
-        sizes = [each for each in sizes if batch_tokens % (each * workers) == 0] or [batch_tokens // workers]
-    else:  # of whole examples of every size for every worker
-        sizes = [each for each in sizes if each * workers <= tokens] or sizes[:1]  # a step is no more than the budget
-        least = max(sizes) * workers
-        batch_tokens = least * 2 ** max(0, min(6, round(math.log2(batch / least))))
-    between = max(1, tokens // EVALUATIONS // batch_tokens) * batch_tokens
-    evaluated = max(tokens // 30, min(ranked, tokens // 4))
-    duration = START_SECONDS + _rounds(together) * (between + evaluated / 3) * OVERHEAD / found.speed
-    settings = {
-        **({"model.config": found.section.config} if is_new else {}),
-        **({"model.lora": {}} if lora and section.lora is None else {}),
-        "blocks.block_size": sizes[len(sizes) // 2],
-        "train.learning_rate": rates[1],
-        "train.warmup_steps": 0.1,
-        "train.batch_tokens": batch_tokens,
-        "train.max_tokens": EVALUATIONS * between,
-        "train.eval_every_tokens": between,
-        "eval.max_tokens": evaluated,
-        "tune.space": {
-            "train.learning_rate": {"loguniform": [rates[0], rates[2]]},
-            "train.warmup_steps": {"uniform": [0.0, 0.2]},
-            **({"blocks.block_size": {"choice": sizes}} if len(sizes) > 1 else {}),
-        },
-        "tune.num_samples": TRIALS,
-        "tune.scheduler": {"kind": "asha", "grace_tokens": between, "reduction_factor": ETA},
-    }
-    passes = EVALUATIONS * between / text_tokens
-    reasons = {
-        "model.config": f"{found.num_parameters:,} parameters outside the embeddings, for each of which the budget "
-        f"has about {tokens / found.num_parameters:.2g} tokens",
-        "model.lora": f"training all weights of {together} trials at a time would take {console.format_size(needed)}",
-        "train.learning_rate": formula,
-        "train.batch_tokens": f"{STEP_LAW}: {batch:,.0f}, in whole examples" if is_new else "about a thousand steps",
-        "train.max_tokens": f"about {passes:.2g} epochs; at {found.speed:,.0f} tokens/s, measured here on "
-        f"{console.counted(threads, 'thread')}, {console.format_duration(EVALUATIONS * between / found.speed)}",
-        "train.eval_every_tokens": f"{EVALUATIONS} evaluations",
-        "eval.max_tokens": "a small part of the training"
-        + ", and enough documents to rank trials by" * (evaluated >= ranked),
-        "tune.space": f"learning rates around what is {'published' if is_new else 'usual'}",
-        "tune.num_samples": f"with {console.counted(together, 'trial')} at a time and early stopping about "
-        f"{console.format_duration(duration)} here",
-        "tune.scheduler": f"one of {ETA} trials goes on after one evaluation, and again after {ETA}",
-    }
-    return settings, {key: reason for key, reason in reasons.items() if key in settings}
+        given = train.batch_tokens
+        return [each for each in sizes if given % (each * workers) == 0] or [given // workers], given
+    sizes = [each for each in sizes if each * workers <= tokens] or sizes[:1]  # a step is no more than the budget
+    least = max(sizes) * workers
+    return sizes, least * 2 ** max(0, min(6, round(math.log2(batch / least))))
 
 
 def _rounded(value: float) -> float:

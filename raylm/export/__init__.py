@@ -13,11 +13,10 @@ hub           a trained model and its card -> the Hugging Face Hub, as one commi
 from raylm.checkpoint.directory import EXPERIMENT
 from raylm.export.directory import export
 from raylm.export.files import Files, model_files, name_of, named, num_parameters, published
-from raylm.export.model_card import SETTINGS, build_card
+from raylm.export.model_card import build_card
 
 __all__ = [
     "EXPERIMENT",
-    "SETTINGS",
     "Files",
     "build_card",
     "export",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylm import console, corpus, tokens
 from raylm.checkpoint import read_record
-from raylm.config import WHOLE_SPLIT, Experiment, get
+from raylm.config import LOGGED, WHOLE_SPLIT, Experiment, get
 from raylm.errors import DataError
 from raylm.export.files import name_of
 
@@ -24,21 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-
-SETTINGS = (
-    "blocks.block_size",
-    "blocks.packing",
-    "objective.kind",
-    "train.learning_rate",
-    "train.warmup_steps",
-    "train.weight_decay",
-    "train.lr_scheduler_type",
-    "train.batch_tokens",
-    "train.seed",
-    "train.data_seed",
-    "cluster.num_workers",
-)
-"""The settings that trainings are compared by: in every card, and parameters of every MLflow run, if they are given."""
 
 HERE = "."
 """The path that a local card loads the model from, which stays valid when the directory is moved."""
@@ -222,7 +207,7 @@ def _data(store: Store) -> list[str]:
 
 
 def _settings(experiment: Experiment, record: Mapping[str, Any], repo: str) -> list[str]:
-    shown = {key: get(experiment, key) for key in (*SETTINGS, "train.max_tokens", "train.num_epochs")}
+    shown = {key: get(experiment, key) for key in (*LOGGED, "train.max_tokens", "train.num_epochs")}
     if experiment.model.config is not None:
         shown |= {f"model.config.{name}": value for name, value in experiment.model.config.items()}
     rows = [(_code(key), _code(console.format_number(value))) for key, value in shown.items() if value is not None]

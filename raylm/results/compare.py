@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from raylm.results import sweep as sweeps
 from raylm.results.differences import Difference, Scored
 from raylm.results.runs import MEASURES, find, is_sweep, suggestions
 from raylm.results.tables import estimate, side_by_side
+from raylm.runs import flat_settings, result_of
 from raylm.tracking import journal
 
 IGNORED_SECTIONS = ("name", "storage", "tracking", "tune")
@@ -216,7 +217,7 @@ def of_training(directory: str) -> ComparedRun:
     state = journal.run_state(directory)
     experiment = sweeps.read_experiment(directory, state)
     measure = experiment.measure
-    result = json.loads(storage.read(f"{directory}/result.json") or b"{}")
+    result = result_of(directory)
     has_finished = measure in result
     if has_finished:
         scored_on = result.get("scored_on", WHOLE_SPLIT)
@@ -323,19 +324,16 @@ def of_evaluation(file: str) -> ComparedRun:
 
 def differing(experiments: Sequence[Experiment]) -> dict[str, list[Any]]:
     """Dotted key -> its value in each experiment, of the settings that differ; None where it is not set."""
-    flat = [dict(flat_settings(experiment.model_dump(mode="json"))) for experiment in experiments]
+    flat = [training_settings(experiment) for experiment in experiments]
     keys = dict.fromkeys(key for each in flat for key in each if not SECRET.search(key))
     settings = {key: [each.get(key) for each in flat] for key in keys}
     return {key: values for key, values in settings.items() if any(value != values[0] for value in values)}
 
 
-def flat_settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of each setting that affects training, without the passwords in addresses."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flat_settings(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}".partition(".")[0] not in IGNORED_SECTIONS:
-            yield f"{prefix}{key}", redacted(value)
+def training_settings(experiment: Experiment) -> dict[str, Any]:
+    """Dotted key -> value of each setting that affects training, without the passwords in addresses."""
+    every = flat_settings(experiment)
+    return {key: redacted(value) for key, value in every.items() if key.partition(".")[0] not in IGNORED_SECTIONS}
 
 
 OTHER_TOKENIZERS = "the tokenizers differ, so that perplexities are of other tokens: compare bits per byte"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from raylm import runs, storage, tracking
 from raylm.config import DEFAULT_STORAGE
 from raylm.console import command
-from raylm.errors import StorageError
+from raylm.errors import StorageError, first_of
 from raylm.sweep.record import EVENTS, SweepRecord
 from raylm.tracking import journal
 
@@ -82,8 +81,7 @@ def suggestions(directory: str) -> str:
     names = [run.rpartition("/")[2] for run in _runs_below(directory)]
     if not names:
         return f"in {directory} there are no runs"
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return f"in {directory} there are {', '.join(names[:MOST_NAMES])}{more}"
+    return f"in {directory} there are {first_of(names, MOST_NAMES)}"
 
 
 def _runs_below(directory: str) -> list[str]:
@@ -155,7 +153,7 @@ def _listed(directory: str, resumed: set[tuple[str, str]]) -> ListedRun | None:
         return None
     parent, _, name = directory.rpartition("/")
     kind: Any = name.partition("-")[0]
-    result = json.loads(storage.read(f"{directory}/result.json") or b"{}")
+    result = runs.result_of(directory)
     error = result.get("error")
     state: Any = "failed" if error else "finished" if result else "interrupted"
     if state == "interrupted" and runs.is_locked(directory):

@@ -70,7 +70,7 @@ class SeveralSweeps:
         swept = list(dict.fromkeys(key for results in self.sweeps for key in results.data.swept))
         ranked = []
         for results, run in zip(self.sweeps, self.runs, strict=True):
-            fixed = dict(compare.flat_settings(results.experiment.model_dump(mode="json")))
+            fixed = compare.training_settings(results.experiment)
             own = {key: fixed[key] for key in swept if key in fixed}
             for trial, score in results.data.at(self.equal_tokens, self._metric):
                 *_, last = (result for result in trial.results if result["tokens"] <= self.equal_tokens)

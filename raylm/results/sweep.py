@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raylm import config, storage, tracking
+from raylm import config, tracking
 from raylm.config import WHOLE_SPLIT, Experiment
 from raylm.console import command, counted, label
 from raylm.errors import StorageError
@@ -15,6 +15,7 @@ from raylm.results import runs
 from raylm.results.figures import SweepData
 from raylm.results.significance import Standing
 from raylm.results.trial_table import WEIGHED, TrialRow
+from raylm.runs import result_of
 from raylm.sweep.record import EVENTS, SweepRecord, Trial
 from raylm.tracking import journal
 
@@ -155,7 +156,7 @@ def read(directory: str) -> SweepResults:
     state = journal.run_state(directory)
     experiment = read_experiment(directory, state)
     record = SweepRecord(directory)
-    result = json.loads(storage.read(f"{directory}/result.json") or b"{}")
+    result = result_of(directory)
     trials = list(record.trials.values())
     if result:  # trials that were still running were stopped with the sweep
         trials = [trial if trial.is_over else replace(trial, status="stopped early") for trial in trials]

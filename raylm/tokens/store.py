@@ -25,7 +25,7 @@ from raylm import storage
 from raylm import tokenizer as tokenizers
 from raylm.config import TokenizerConfig
 from raylm.corpus import File, Source
-from raylm.errors import DataError, StorageError, StorageUnavailable, first_line
+from raylm.errors import DataError, StorageError, StorageUnavailable, first_line, first_of
 from raylm.storage import is_remote, read, sizes
 from raylm.tokenizer import Frame
 
@@ -248,7 +248,7 @@ def is_store(path: str) -> bool:
 
 def shown(faults: list[str]) -> str:
     """The first few of them."""
-    return "; ".join(faults[:3]) + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")
+    return first_of(faults, 3, "; ")
 
 
 def _manifest(path: str) -> dict[str, Any] | None:

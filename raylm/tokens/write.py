@@ -18,7 +18,7 @@ from raylm import console
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig, TokenizerConfig
 from raylm.corpus import Ledger, Shard, Source, documents, hashes, left_out, nothing_left, select, selected, shards
-from raylm.errors import RaylmError, StorageUnavailable
+from raylm.errors import RaylmError, StorageUnavailable, first_of
 from raylm.storage import names, read, remove
 from raylm.tokens.shard import facts_name, finished, write_shard
 from raylm.tokens.store import (
@@ -158,8 +158,7 @@ def changes(storage: str, corpus: CorpusConfig, tokenizer: TokenizerConfig, sour
         manifest = json.loads(read(f"{path}/manifest.json") or b"{}")
         if manifest.get("settings") == settings:
             found = changed_inputs(Store(path, manifest), sources)
-            few = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-            return f"the corpus has changed since store {name}: {few}"
+            return f"the corpus has changed since store {name}: {first_of(found, 5)}"
     return ""
 
 
