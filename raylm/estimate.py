@@ -30,15 +30,15 @@ class Estimate:
     """What a training or sweep will take."""
 
     store_bytes: int
-    """Of the token store; 0 if it exists."""
+    """The size of the token store; 0 if it exists."""
     checkpoint_bytes: int
-    """At most, of all checkpoints that are kept."""
+    """The size of all checkpoints that are kept, at most."""
     model_bytes: int
-    """Of the exported model."""
+    """The size of the exported model."""
     seconds: float | None
-    """None if nothing tells."""
+    """None if it is not known."""
     source: str
-    """What tells the seconds, or why they are not known."""
+    """What the seconds are known from, or why they are not known."""
 
     @property
     def disk_bytes(self) -> int:
@@ -56,9 +56,9 @@ class Estimate:
 
 
 def training(plan: Plan, budget: Budget | None, *, measures: bool = False) -> Estimate:
-    """Of one training; by the speed of the newest finished one of the same model, or of a trial, if there is any.
+    """The estimate of one training, by the speed of the newest finished one of the same model, or of a trial.
 
-    Otherwise the speed is measured here, if `measures` and if that takes a second or two.
+    Without any, the speed is measured here, if `measures` and if that takes a second or two.
     """
     seconds, source = None, UNKNOWN
     if budget is not None:
@@ -72,7 +72,7 @@ def training(plan: Plan, budget: Budget | None, *, measures: bool = False) -> Es
 
 
 def _seconds(plan: Plan, num_tokens: int, speed: float) -> float:
-    """Of training on so many tokens at this speed, and of the evaluations meanwhile as far as they are known."""
+    """The time of training on so many tokens at this speed, with the evaluations meanwhile as far as they are known."""
     return num_tokens / speed / (1 - (plan.prepared.evaluation_share if plan.prepared else 0.0))
 
 
@@ -92,7 +92,7 @@ def _measured(plan: Plan) -> float:
 
 
 def _speeds(plan: Plan) -> Iterator[tuple[str, float]]:
-    """Of finished runs, then of the longest trials of finished sweeps: whose speed it is, and tokens a second."""
+    """The speeds of finished runs, then of the longest trials of finished sweeps: whose it is, and tokens a second."""
     for run in _finished(plan, "train"):
         speed = runs.result_of(run).get("tokens_per_second")
         if speed:
@@ -106,7 +106,7 @@ def _speeds(plan: Plan) -> Iterator[tuple[str, float]]:
 
 
 def sweep(plan: Plan, trials: int, tokens_of_all: int | None) -> Estimate:
-    """Of so many trials, which train on `tokens_of_all` if early stopping saves what it is expected to save.
+    """The estimate of so many trials, which train on `tokens_of_all` if early stopping saves as much as is expected.
 
     By the speed of the newest finished sweep of the same model; otherwise a trial's speed is measured here.
     """

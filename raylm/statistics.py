@@ -21,16 +21,16 @@ import numpy as np
 from scipy.special import stdtrit  # scipy.stats takes half a second to import
 
 LEVEL = 0.95
-"""Of intervals; differences count as real at p < 1 - LEVEL."""
+"""The probability that an interval holds the true value. Differences count as real at p < 1 - LEVEL."""
 
-FLIPS = 10_000
-"""Of a test, if there are more ways to flip the signs of the documents than that; a p of 0.05 is known to 0.004."""
+MOST_FLIPS = 10_000
+"""Ways to flip the signs of the documents that a test tries at most: a p of 0.05 is then known to 0.004."""
 
 FEWEST_DOCUMENTS = 6
 """With five documents no test of signs gives a p below 0.06."""
 
 CHUNK = 4_000_000
-"""Numbers of a chunk of flips: 32 MB."""
+"""Flips of documents that are held at a time: 32 MB."""
 
 
 class Interval(NamedTuple):
@@ -40,11 +40,11 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two models on the same documents: a's score minus b's, so below zero if a is better."""
+    """The score of a model minus that of the best one, on the same documents; above zero if the model is worse."""
 
     nats_per_token: float
     interval: Interval
-    """Of nats_per_token."""
+    """The 95 % interval of nats_per_token."""
     p: float
     """Probability of so large a difference if the models were equally good: two-sided, corrected as `compare` says."""
     least: float
@@ -101,7 +101,7 @@ def of_bits_per_byte(nll: np.ndarray, num_bytes: np.ndarray) -> Interval | None:
 
 
 def compare(nll: np.ndarray, tokens: np.ndarray, *, best: int = 0, seed: int = 0) -> list[Difference | None]:
-    """Each column of nll against the column `best`: what is between them, and whether it is real.
+    """The difference of each column of nll from the column `best`, and whether it is real.
 
     A test of signs over documents: if two models were equally good, each document's difference could as well have had
     the other sign. If `best` was chosen because it is best on these documents, its differences are larger than those of
@@ -109,7 +109,7 @@ def compare(nll: np.ndarray, tokens: np.ndarray, *, best: int = 0, seed: int = 0
     flips (a max-statistic, which holds the family-wise error: that of calling any difference real that is none).
 
     None for the column `best` itself, and for all if there are fewer than FEWEST_DOCUMENTS documents: too few to tell.
-    All ways to flip are tried if there are at most FLIPS, else as many at random.
+    All ways to flip are tried if there are at most MOST_FLIPS, else as many at random.
     """
     count, columns = nll.shape
     if count < FEWEST_DOCUMENTS:
@@ -167,8 +167,8 @@ def _largest_of_flips(nll: np.ndarray, seed: int) -> np.ndarray:
     one, other = np.triu_indices(columns, 1)
     norms = norm[one, other]
     norms[norms <= 1e-12 * norms.max(initial=0.0)] = np.inf  # the same model twice
-    is_exact = 2 ** (count - 1) <= FLIPS
-    largest = np.empty(2 ** (count - 1) if is_exact else FLIPS)
+    is_exact = 2 ** (count - 1) <= MOST_FLIPS
+    largest = np.empty(2 ** (count - 1) if is_exact else MOST_FLIPS)
     generator = np.random.default_rng(seed)
     for rows in _chunks(len(largest), max(count, len(one))):
         if is_exact:  # the first document keeps its sign: all flipped is none flipped

@@ -70,7 +70,7 @@ def test_the_last_save_has_no_other_after_it(failing, train_run, tiny):
 def stopped(train_run, experiment, monkeypatch):
     """A run that was stopped after step 8, whose best checkpoint is that of step 6."""
     channel = cluster.ProgressChannel()
-    keep = trainer._Trainer.keep
+    keep = trainer._Trainer.commit_checkpoint
 
     def kept(self):
         keep(self)
@@ -78,7 +78,7 @@ def stopped(train_run, experiment, monkeypatch):
             channel.stopping, self.next_check = True, 9
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Trainer, "keep", kept)
+        patch.setattr(trainer._Trainer, "commit_checkpoint", kept)
         outcome, job = train_run(experiment, channel=channel)
     assert (outcome.stopped, outcome.step, outcome.best["step"]) == (True, 9, 6)
     return job

@@ -1,4 +1,4 @@
-"""The schedulers of tune.scheduler and when a sweep stops. Time is in training tokens; rungs are at evaluations."""
+"""The schedulers of tune.scheduler and when a sweep stops. Time is in training tokens; rungs are at whole saves."""
 
 from __future__ import annotations
 

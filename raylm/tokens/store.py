@@ -273,7 +273,10 @@ def splits(manifest: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _damage(path: str, manifest: dict[str, Any]) -> list[str]:
-    """Missing files and files of another size than in the manifest, confirmed by a second look."""
+    """Missing files and files of another size than in the manifest, if a second listing has them too.
+
+    A listing of object storage may lack what was written a moment ago, and another command may be writing.
+    """
     return _differing(path, manifest) and _differing(path, manifest)
 
 

@@ -121,14 +121,18 @@ def prepare(
 def _write_store(
     path: str, corpus: CorpusConfig, section: TokenizerConfig, sources: list[Source], progress: Progress
 ) -> dict[str, Any]:
-    plan = shards(sources)
+    to_read = shards(sources)
     if selected(corpus):
-        plan = select(plan, lambda some: _each(lambda index, shard: hashes(shard, corpus), enumerate(some)), corpus)
-    _write_tokenizer(path, section, plan, corpus)
-    encoder = tokenizers.choose_encoder(local_tokenizer(path), _sample(plan, corpus, CHECKED_BYTES))
+
+        def hashes_of(some: list[Shard]) -> Iterator[bytes]:
+            return _each(lambda index, shard: hashes(shard, corpus), enumerate(some))
+
+        to_read = select(to_read, hashes_of, corpus)
+    _write_tokenizer(path, section, to_read, corpus)
+    encoder = tokenizers.choose_encoder(local_tokenizer(path), _sample(to_read, corpus, CHECKED_BYTES))
     if encoder["differs"]:
         logger.warning("%s; encoding with %s instead, many times slower", encoder["differs"], encoder["name"])
-    written = _write_shards(path, plan, corpus, encoder["name"], progress)
+    written = _write_shards(path, to_read, corpus, encoder["name"], progress)
     splits: dict[str, Any] = {name: _split(written, name) for name in corpus.splits}
     ledger = sum((Ledger(shard["ledger"]) for shard in written), Ledger())
     for source in sources:

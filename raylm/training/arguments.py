@@ -33,8 +33,11 @@ STEPS = 100
 """Of the training that a schedule is tried for."""
 
 
-def check_settings(section: TrainConfig, *, has_updates: bool = False) -> None:
-    """Refuse what the Trainer would refuse on the workers, with model.lora if that `has_updates` of its own."""
+def check_settings(section: TrainConfig, *, with_lora: bool = False) -> None:
+    """ConfigError for what the Trainer would refuse on the workers.
+
+    `with_lora`: model.lora is set, which excludes FSDP.
+    """
     schedules = [schedule.value for schedule in SchedulerType if schedule not in BY_SCORE]
     if section.lr_scheduler_type not in schedules:
         raise ConfigError(
@@ -71,7 +74,7 @@ def check_settings(section: TrainConfig, *, has_updates: bool = False) -> None:
         raise ConfigError(f"{key} must be a whole number of seconds, at least 1, got {made.ddp_timeout!r}", where=key)
     if "optim" in section.arguments:
         _check_optimizer(made)
-    if made.fsdp and has_updates:
+    if made.fsdp and with_lora:
         raise ConfigError("model.lora cannot be combined with train.arguments.fsdp; leave one out", where="model.lora")
     if made.deepspeed and made.hf_deepspeed_config.is_zero3():
         key = "train.arguments.deepspeed.zero_optimization.stage"

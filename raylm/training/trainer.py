@@ -209,7 +209,11 @@ class _Trainer(ShardingTrainer):
             self.task.say(message)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """With the settings of this run: a trial may resume from another one's checkpoint."""
+        """Load the states of a checkpoint, then put back this run's own learning rate, weight decay and so on.
+
+        In population-based training the checkpoint is another trial's. The learning rate continues on this run's
+        schedule at the step of the checkpoint.
+        """
         groups = self.inner_optimizer.param_groups if checkpoint is not None else []
         ours = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -426,7 +430,7 @@ class _Trainer(ShardingTrainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model_to_load)
 
-    def keep(self) -> None:
+    def commit_checkpoint(self) -> None:
         """Commit the checkpoint that was just written locally, remove older ones, and report the evaluation."""
         step = self.state.global_step
         local = Path(self.args.output_dir) / f"checkpoint-{step}"
@@ -548,4 +552,4 @@ class _Reporting(TrainerCallback):
                 self.trainer.task.report({"tokens": values["train/tokens"], "loss": values["train/loss"]})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.keep()
+        self.trainer.commit_checkpoint()
