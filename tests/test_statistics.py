@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from raylm import statistics
-from raylm.statistics import compare, interval, other_documents
+from raylm.statistics import compare, compare_runs, interval, mean_interval, other_documents
 
 
 def drawn(count, columns=1, *, gap=0.0, seed=0):
@@ -77,7 +77,7 @@ def test_a_difference_on_other_documents_is_welchs():
 @pytest.mark.parametrize(("count", "columns"), [(8, 2), (30, 2), (30, 8)])
 def test_equally_good_models_are_called_different_in_at_most_5_percent_of_draws(count, columns, monkeypatch):
     """The best on these documents against each other one. Two models are the plain paired test: about 5 %."""
-    monkeypatch.setattr(statistics, "FLIPS", 1000)
+    monkeypatch.setattr(statistics, "MOST_FLIPS", 1000)
     wrong = 0
     for seed in range(400):
         nll, tokens = drawn(count, columns, seed=seed)
@@ -124,3 +124,77 @@ def test_the_order_of_documents_and_models_does_not_matter():
     turned = compare(nll[:, ::-1], tokens, best=2)
     assert turned[0].p == pytest.approx(one[2].p)
     assert turned[0].nats_per_token == pytest.approx(one[2].nats_per_token)
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+def runs_of(seeds, columns, *, seed=0, gap=0.0, spread=0.05, shared=0.8):
+    """nll per token of runs: a row for each seed, which the settings share in part; the last ones vary threefold."""
+    generator = np.random.default_rng([seeds, columns, seed])
+    common, own = generator.normal(0, 1, (seeds, 1)), generator.normal(0, 1, (seeds, columns))
+    noise = spread * (np.sqrt(shared) * common + np.sqrt(1 - shared) * own)
+    noise[:, -1] *= 3
+    return 3.6 + noise + gap * np.arange(columns)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.8])
+@pytest.mark.parametrize(("seeds", "columns"), [(2, 2), (3, 2), (3, 3), (5, 3)])
+def test_equally_good_settings_are_called_different_in_at_most_5_percent_of_draws(seeds, columns, shared):
+    """Whatever part of a score the seed decides, and though one of the settings varies more than the others."""
+    wrong = 0
+    for seed in range(1000):
+        nll = runs_of(seeds, columns, seed=seed, shared=shared)
+        found = compare_runs(nll, best=int(nll.mean(axis=0).argmin()))
+        wrong += any(difference.is_real for difference in found if difference is not None)
+    assert wrong / 1000 <= 0.05 + 0.014, "two standard errors of 1,000 draws"
+
+
+def test_the_difference_of_settings_is_students_over_the_seeds():
+    nll = runs_of(5, 2, gap=0.3)
+    difference = compare_runs(nll)[1]
+    library = scipy.stats.ttest_rel(nll[:, 1], nll[:, 0])
+    assert difference.p == pytest.approx(library.pvalue)
+    assert difference.interval == pytest.approx(library.confidence_interval(0.95))
+    assert difference.nats_per_token == pytest.approx(nll[:, 1].mean() - nll[:, 0].mean())
+    turned = compare_runs(nll, best=1)[0]
+    assert turned.nats_per_token == pytest.approx(-difference.nats_per_token)
+    assert mean_interval(nll[:, 0]) == pytest.approx(scipy.stats.ttest_1samp(nll[:, 0], 0).confidence_interval(0.95))
+
+
+def test_a_difference_of_settings_that_is_there_is_found_and_corrected_for_all_pairs():
+    nll = runs_of(4, 3, gap=0.5, spread=0.02)
+    best, second, third = compare_runs(nll)
+    assert best is None
+    assert second.is_real
+    assert third.is_real
+    alone = [scipy.stats.ttest_rel(nll[:, one], nll[:, other]).pvalue for one, other in [(0, 1), (0, 2), (1, 2)]]
+    assert min(second.p, third.p) >= 3 * min(alone) * (1 - 1e-9)
+    assert second.least < second.nats_per_token
+
+
+def test_runs_of_one_settings_differ_by_their_documents_but_not_by_their_seeds():
+    """Why the unit is the run: its documents share its seed."""
+    wrong = 0
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        nll, tokens = drawn(100, 2, seed=seed)
+        nll += tokens[:, None] * generator.normal(0, 0.05, 2)
+        wrong += compare(nll, tokens)[1].is_real
+    assert wrong > 50
+
+
+def test_seeds_without_both_scores_are_left_out():
+    nll = runs_of(4, 3, gap=0.5)
+    nll[1, 1] = nll[1:, 2] = np.nan
+    _, second, third = compare_runs(nll)
+    whole = nll[[0, 2, 3]]
+    assert second.p == pytest.approx(scipy.stats.ttest_rel(whole[:, 1], whole[:, 0]).pvalue), "the only pair"
+    assert third is None
+    assert mean_interval(nll[:1, 0]) == (-np.inf, np.inf)
+
+
+def test_settings_with_the_same_runs_do_not_differ():
+    nll = runs_of(3, 1).repeat(2, axis=1)
+    assert compare_runs(nll)[1].p == 1
+    assert compare_runs(nll + np.array([0.0, 0.5]))[1].p < 1e-9
