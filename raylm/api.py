@@ -130,11 +130,18 @@ def generate(
     return generation.texts(plan)
 
 
-def compare(*runs: str | os.PathLike) -> Comparison:
-    """Two or more trainings, trials, sweeps or models side by side, and what of them cannot be compared."""
+def compare(*runs: str | os.PathLike, where: bool = False, keywords: Sequence[str] = ()) -> Comparison:
+    """Two or more trainings, trials, sweeps, models or files of evaluations side by side: which is better, whether that
+    is real, and what of them cannot be compared. `where`, of two: in which parts of the text they differ, and on these
+    keywords; both models are scored again."""
     from raylm.results import compare
 
-    return compare.compare([os.fspath(run) for run in runs])
+    comparison = compare.compare([os.fspath(run) for run in runs])
+    if not where:
+        return comparison
+    from raylm.pipeline.where import explain
+
+    return explain(comparison, keywords)
 
 
 def open_store(path: str | os.PathLike) -> Store:

@@ -8,6 +8,7 @@ import typer
 
 from raylm import cli
 from raylm.config import DEFAULT_STORAGE
+from raylm.errors import ConfigError
 
 
 def compare(
@@ -20,17 +21,32 @@ def compare(
             "raylm evaluate --documents has written.",
         ),
     ],
+    where: Annotated[
+        bool,
+        typer.Option(
+            "--where",
+            help="Of two: show where they differ, by source, length and position in the context, and in which "
+            "documents most. Both models are scored again.",
+        ),
+    ] = False,
+    where_keyword: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORD", help="With --where: the difference on this word, too. May be repeated."),
+    ] = None,
     json: cli.Json = False,
 ) -> cli.CommandResult:
     """Print runs side by side: scores, which are really better, speed, data, settings that differ; warn of scores that
     cannot be compared."""
-    from raylm.results import compare, tables
+    from raylm.results import compare
 
+    if where_keyword and not where:
+        raise ConfigError("--where-keyword: it says where two runs differ; give --where, too", "--where-keyword")
     comparison = compare.compare(runs)
-    table = tables.side_by_side([run.name for run in comparison.runs], comparison.rows())
-    warnings = [f"\nwarning: {warning}" for warning in comparison.warnings]
-    sentences = [f"\n{sentence}" for sentence in comparison.sentences()]
-    return cli.CommandResult(comparison.record(), (table, *sentences, *warnings))
+    if where:
+        from raylm.pipeline.where import explain  # imports torch
+
+        comparison = explain(comparison, where_keyword or ())
+    return cli.CommandResult(comparison.record(), tuple(comparison.views()))
 
 
 def main() -> None:

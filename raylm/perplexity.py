@@ -187,12 +187,16 @@ def score_documents(
     precision: str = "float32",
     masked: MaskedTokens | None = None,
     keywords: Keywords | None = None,
+    positions: Sequence[int] = (),
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[float, float | None], None] | None = None,
     stopping: Callable[[], bool] | None = None,
 ) -> np.ndarray:
     """The fields of Score for each document, float64 of shape (documents, 5). Masked models need `masked`.
+
+    `positions`: the first positions of bands of the context. Each adds two columns, nll and tokens of the scored tokens
+    whose prediction is read off there, after as many tokens of their window.
 
     Only the first documents up to `max_tokens` tokens are scored (at least one). Each of several workers scores every
     world_size-th document, and torch.distributed combines the rows, so that all workers return all of them. They run
@@ -202,7 +206,7 @@ def score_documents(
     device = next(model.parameters()).device
     count = first_documents(documents, max_tokens)
     chosen = range(count)[rank::world_size]
-    rows = torch.zeros((count, 5), dtype=torch.float64)
+    rows = torch.zeros((count, 5 + 2 * len(positions)), dtype=torch.float64)
     share = torch.ones(count, dtype=torch.float64)
     """Fraction of each document's tokens that are scored, from which its nll is estimated."""
     total, done = sum(len(documents[index]) for index in chosen), 0.0
@@ -233,6 +237,11 @@ def score_documents(
             marked = torch.from_numpy(np.concatenate([np.zeros(0, bool), *(part.marks for part in batch)]))
             rows[:, 0].index_add_(0, of, each)
             rows[:, 3].index_add_(0, of, each.where(marked, 0))
+            if positions:
+                at = np.concatenate([np.zeros(0, np.int64), *(part.places for part in batch)])
+                column = 5 + 2 * torch.from_numpy(np.searchsorted(positions, at, side="right") - 1)
+                rows.index_put_((of, column), each, accumulate=True)
+                rows.index_put_((of, column + 1), torch.ones_like(each), accumulate=True)
             if progress is not None:
                 done += (1 / share[of]).sum().item()
                 progress(min(done, total), total)

@@ -237,6 +237,22 @@ def test_documents_are_scored_one_by_one(network, documents):
     assert rows[:, 0] == pytest.approx([one.nll for one in alone], rel=1e-6)
 
 
+@pytest.mark.parametrize("batch_tokens", [16, 1000])
+def test_scores_by_position_in_the_window(network, documents, batch_tokens):
+    """A document of 17 tokens has windows that score 8, 8 and 1, the last one at its end."""
+    how = {"frame": FRAME, "context": CONTEXT, "batch_tokens": batch_tokens}
+    plain, rows = (score_documents(network, documents, **how, positions=at) for at in ((), (0, 4)))
+    assert rows.shape == (len(documents), 9)
+    assert rows[:, :5] == pytest.approx(plain)
+    assert rows[:, [6, 8]].sum(axis=1).tolist() == plain[:, 1].tolist()
+    assert rows[:, [5, 7]].sum(axis=1) == pytest.approx(plain[:, 0])
+    assert rows[6, [6, 8]].tolist() == [8, 9]
+    first = Documents([documents[1][:4]])
+    assert rows[1, 5] == pytest.approx(score_documents(network, first, **how)[0, 0], rel=1e-5), (
+        "what comes first is as alone"
+    )
+
+
 def test_parts_add_up_to_the_whole():
     whole = Score(math.log(2) * 10, 10, 20) + Score(math.log(8) * 90, 90, 180)
     assert whole.perplexity == pytest.approx(6.96, abs=0.01)

@@ -5,4 +5,5 @@ training    one training: tokens, training, export, score
 sweep       many trainings: tokens, trials, ranking, export, score, report
 proposal    a text and this machine -> an experiment, for raylm init
 evaluation  the score of a model on text
+where       two compared runs -> where they differ: their models, scored again
 """

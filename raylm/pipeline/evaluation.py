@@ -204,10 +204,11 @@ class Evaluation:
         """The score of each document, with all that `raylm compare` needs to pair it with that of another model. Its id
         is the 16 digits that `b2sum -l 64` prints for its text."""
         plan = self.plan
+        model = plan.model if storage.is_remote(plan.model) else str(plan.directory)
         for name, numbers in plan.sets.items():
             for number in numbers:
                 yield {
-                    "model": plan.model,
+                    "model": model,
                     "scored_in": plan.experiment.eval.precision,
                     "set": name,
                     "source": plan.documents.document_source(number),

@@ -6,6 +6,7 @@ significance   which trials are as good as the best one
 test_split     the best model's score on the test split, and whether the one on the validation split is too good
 runs         a run or sweep, found by its directory or name
 differences  which of several models is better, and whether that is real
+where        in which parts of the text two models differ
 sweep        a sweep's directory -> its experiment, trials, scores, best trial
 live_table   the table of a sweep while it runs
 training_progress   loss and perplexity of a training while it runs

@@ -24,6 +24,7 @@ from raylm.results import sweep as sweeps
 from raylm.results.differences import Difference, Scored
 from raylm.results.runs import MEASURES, find, is_sweep, suggestions
 from raylm.results.tables import estimate, side_by_side
+from raylm.results.where import Where
 from raylm.runs import flat_settings, result_of
 from raylm.tracking import journal
 
@@ -59,6 +60,12 @@ class ComparedRun:
     """The score of each document, of which `perplexity` is the mean; None if they were not kept."""
     unknown_tokens: int | None = None
     """Of the text of an evaluation; for a run see `manifest`."""
+    model: str | None = None
+    """The directory of the model that has these scores, which may be gone."""
+    text_paths: tuple[str, ...] = ()
+    """What an evaluation was given as --text; empty if it scored the validation split."""
+    sources: tuple[str, ...] | None = None
+    """Of an evaluation the source of each document of `scores`."""
 
     @property
     def store_path(self) -> str | None:
@@ -99,6 +106,8 @@ class Comparison:
     """Dotted key -> its value in each run, of the settings that differ."""
     warnings: list[str]
     """Reasons why some of the scores cannot be compared."""
+    where: Where | None = None
+    """Where two runs differ, if that was asked for."""
 
     @cached_property
     def differences(self) -> list[Difference]:
@@ -114,6 +123,7 @@ class Comparison:
             ],
             "settings": self.settings,
             "warnings": self.warnings,
+            **({} if self.where is None else {"where": self.where.record()}),
         }
 
     def _repr_html_(self) -> str:
@@ -132,6 +142,15 @@ class Comparison:
             **facts,
             **self.settings,
         }
+
+    def views(self) -> list[Any]:
+        """The comparison for the screen."""
+        return [
+            side_by_side([run.name for run in self.runs], self.rows()),
+            *(f"\n{sentence}" for sentence in self.sentences()),
+            *(f"\nwarning: {warning}" for warning in self.warnings),
+            *(self.where.views() if self.where is not None else []),
+        ]
 
     def sentences(self) -> list[str]:
         """Which run is better, and whether that is real."""
@@ -202,6 +221,7 @@ def of_sweep(directory: str, trial_id: str | None) -> ComparedRun:
         name=f"{results.name}/{trial.trial_id}",
         measure=results.measure,
         scores=document_scores.read(*kept),
+        model=f"{directory}/model" if trial_id is None and results.result else trial.results[-1].get("best_checkpoint"),
         experiment=config.override(results.experiment, {**trial.settings, "tune.space": {}, "tune.points": []}),
         **scores,
         scored_on=scored_on,
@@ -240,6 +260,7 @@ def of_training(directory: str) -> ComparedRun:
         experiment=experiment,
         measure=measure,
         scores=None if kept is None else document_scores.read(directory, kept),
+        model=f"{directory}/model" if has_finished else f"{directory}/checkpoints/step_{best or 0:08d}",
         perplexity=result[measure],
         bits_per_byte=result["bits_per_byte"],
         scored_on=scored_on,
@@ -276,6 +297,7 @@ def of_model(directory: str, name: str) -> ComparedRun:
         name=name,
         experiment=experiment,
         measure=experiment.measure,
+        model=directory,
         scores=document_scores.read(run, record["step"]) if inside and "step" in record else None,
         perplexity=record.get("perplexity"),
         bits_per_byte=record.get("bits_per_byte"),
@@ -295,20 +317,23 @@ def of_evaluation(file: str) -> ComparedRun:
             lines = [json.loads(line) for line in opened]
         (measure,) = [name for name in lines[0] if name in MEASURES]
         rows = np.array([[line["nll"], line["tokens"], line["bytes"], 0, 0] for line in lines], np.float64)
-        scores = DocumentScores.of_ids(rows, [int(line["document"], 16) for line in lines])
+        ids = [int(line["document"], 16) for line in lines]
+        scores = DocumentScores.of_ids(rows, ids)
         unknown = sum(line["unknown_tokens"] for line in lines)
-        arithmetic, sources = (dict.fromkeys(line[name] for line in lines) for name in ("scored_in", "source"))
+        arithmetic, models = (sorted({line[name] for line in lines}) for name in ("scored_in", "model"))
+        sources = [line["source"] for line in lines]
     except (ValueError, KeyError, TypeError, IndexError):
         raise StorageError(f"{file} is no file that raylm evaluate MODEL --documents FILE writes", file) from None
     score = perplexity.Score.of(rows)
     is_validation = all(line["set"] == "validation" for line in lines)
+    first, _ = document_scores.different(ids)
     return ComparedRun(
         name=file,
         experiment=None,
         measure=measure,
         perplexity=score.perplexity,
         bits_per_byte=score.bits_per_byte,
-        scored_on=WHOLE_SPLIT if is_validation else ", ".join(sources),
+        scored_on=WHOLE_SPLIT if is_validation else ", ".join(dict.fromkeys(sources)),
         scored_in=", ".join(arithmetic),
         tokens=None,
         seconds=None,
@@ -316,6 +341,9 @@ def of_evaluation(file: str) -> ComparedRun:
         store=None,
         scores=scores,
         unknown_tokens=unknown,
+        model=models[0],
+        text_paths=() if is_validation else tuple(dict.fromkeys(sources)),
+        sources=tuple(sources[number] for number in first),
     )
 
 

@@ -136,12 +136,13 @@ def _why_not(model: Scored, other: Scored) -> str:
 def _of_group(models: Sequence[Scored]) -> list[Difference]:
     """The differences of models that were scored on the same documents."""
     scores = [model.scores for model in models if model.scores is not None]
-    nll = np.stack([each.nll for each in scores], axis=1)
+    is_scored = scores[0].bytes > 0  # not the empty ones
+    nll = np.stack([each.nll[is_scored] for each in scores], axis=1)
     best = int(nll.sum(axis=0).argmin())
-    name, documents, num_bytes = models[best].name, len(nll), scores[best].bytes
+    name, documents, num_bytes = models[best].name, len(nll), scores[best].bytes[is_scored]
     found = []
     for number, difference in enumerate(statistics.compare(nll, num_bytes, best=best)):
-        own, tokens = nll[:, number] - nll[:, best], scores[best].tokens
+        own, tokens = nll[:, number] - nll[:, best], scores[best].tokens[is_scored]
         if number == best:
             few = _too_few(documents) if documents < statistics.FEWEST_DOCUMENTS else None
             found.append(Difference(name, few is None, documents, None if few else True, not_compared=few))
@@ -149,7 +150,7 @@ def _of_group(models: Sequence[Scored]) -> list[Difference]:
             found.append(Difference(name, documents=documents, not_compared=_too_few(documents)))
         else:
             least = difference.least * num_bytes.sum()
-            is_same_tokenizer = np.array_equal(scores[number].tokens, tokens)
+            is_same_tokenizer = np.array_equal(scores[number].tokens[is_scored], tokens)
             found.append(
                 Difference(
                     name,

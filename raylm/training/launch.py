@@ -130,6 +130,7 @@ def score(
     *,
     as_given: bool = False,
     max_tokens: int | None = None,
+    positions: tuple[int, ...] = (),
 ) -> np.ndarray:
     """perplexity.score_documents of a saved model: in this process if there are no `resources`, else on Ray's workers.
 
@@ -147,6 +148,7 @@ def score(
         cpus=resources.cpus_per_worker if resources is not None else cluster.cpus_here(),
         use_gpu=experiment.cluster.use_gpu,
         keywords=experiment.objective.keywords,
+        positions=positions,
         loaded=section,
         tokenizer=tokenizer,
         masked=experiment.objective.is_masked,

@@ -156,6 +156,8 @@ class ScoreTask:
     session: type[Any] = RayTrainSession
     progress: Callable[[float, float | None], None] | None = None
     keywords: tuple[str, ...] = ()
+    positions: tuple[int, ...] = ()
+    """As in perplexity.score_documents."""
     max_tokens: int | None = None
     """Of `documents`, only the first up to so many tokens are scored."""
     untrained: tuple[Experiment, str] | None = None

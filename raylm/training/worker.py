@@ -55,6 +55,7 @@ def score_loop_per_worker(task: ScoreTask) -> np.ndarray:
         precision=task.section.precision,
         masked=masked,
         keywords=objective.Keywords(task.keywords, trained.tokenizer),
+        positions=task.positions,
         rank=session.rank,
         world_size=session.world_size,
         progress=task.progress,

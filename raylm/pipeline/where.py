@@ -1,0 +1,182 @@
+"""Where two compared runs differ: what their kept scores say, and what scoring both models again adds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raylm import checkpoint, config, console, storage, tokenizer, tokens
+from raylm.document_scores import DocumentScores, hash_of
+from raylm.errors import ConfigError, RaylmError
+from raylm.pipeline import evaluation
+from raylm.results import where
+from raylm.results.where import DocumentPart, Part, Where
+from raylm.training import launch
+
+if TYPE_CHECKING:
+    from raylm.results.compare import ComparedRun, Comparison
+    from raylm.tokens import Encoded, Split
+
+TEXT_TOKENS = 60
+"""Of a document that is shown."""
+
+TEXT_CHARS = 150
+
+OTHER_SCORES = 1e-3
+"""Relative difference of two scores of one model on the same text from which on it is not the same model."""
+
+
+def explain(comparison: Comparison, keywords: Sequence[str] = ()) -> Comparison:
+    """The comparison of two runs with `where` they differ; ConfigError if their scores cannot be paired.
+
+    Sources, lengths and documents come from the scores that were kept. Positions in the context and keywords need the
+    score of each token, of which none are kept: both models score the same documents again, with a progress bar. If a
+    model or the text is gone, a note says what is missing.
+    """
+    if len(comparison.runs) != 2:
+        raise ConfigError(f"--where: give two runs, got {len(comparison.runs)}", "--where")
+    for run, difference in zip(comparison.runs, comparison.differences, strict=True):
+        if difference.not_compared is not None:
+            raise ConfigError(f"--where: {run.name}: {difference.not_compared}", "--where")
+    by_best = sorted(zip(comparison.differences, comparison.runs, strict=True), key=lambda pair: not pair[0].is_best)
+    (_, best), (difference, other) = by_best
+    assert best.scores is not None
+    assert other.scores is not None
+    summed = other.scores.nll - best.scores.nll
+    has_one_tokenizer = difference.nats_per_token is not None
+    size = best.scores.tokens if has_one_tokenizer else best.scores.bytes
+    summed = summed if has_one_tokenizer else summed / math.log(2)
+    texts = {run.name: _text(run) for run in (best, other)}
+    text = next((found for found in texts.values() if not isinstance(found, str)), None)
+    notes = [] if text is not None else [f"the text is not shown: {texts[best.name]}"]
+    sources = best.sources or other.sources or (text.sources() if text is not None else None)
+    parts = {} if sources is None else {"source": where.by_source(summed, size, sources)}
+    parts["length"] = where.by_length(summed, size, best.scores.bytes)
+    if has_one_tokenizer:
+        scored, note = _scored_again(best, other, texts, keywords)
+        parts |= scored
+        notes += [] if note is None else [f"positions in the context{' and keywords' * bool(keywords)}: {note}"]
+    else:
+        notes.append("positions in the context and keywords: not shown, because the tokenizers differ")
+    documents = [
+        DocumentPart(
+            float(summed[number]),
+            round(size[number]),
+            None if sources is None else sources[number],
+            *((None, None) if text is None else text.shown(number)),
+        )
+        for number in where.largest(summed)
+    ]
+    unit = "nats/token" if has_one_tokenizer else "bits/byte"
+    return dataclasses.replace(comparison, where=Where(other.name, best.name, unit, parts, documents, notes))
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The documents that a run was scored on, each text once."""
+
+    documents: Encoded | Split
+    numbers: Sequence[int]
+    """The number among `documents` of each scored one."""
+    tokenizer: Any
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.documents[self.numbers[index]]
+
+    def document_bytes(self, index: int) -> int:
+        return self.documents.document_bytes(self.numbers[index])
+
+    def sources(self) -> list[str]:
+        return [self.documents.document_source(number) for number in self.numbers]
+
+    def shown(self, index: int) -> tuple[str, str]:
+        """The id and the beginning of a document."""
+        text = " ".join(self.tokenizer.decode(self[index][:TEXT_TOKENS]).split())
+        is_cut = len(text) > TEXT_CHARS or len(self[index]) > TEXT_TOKENS
+        return (
+            f"{self.documents.document_id(self.numbers[index]):016x}",
+            text[:TEXT_CHARS].rstrip() + " …" * is_cut,
+        )
+
+
+def _text(run: ComparedRun) -> _Text | str:
+    """The documents that a run was scored on, or why they are not there any more."""
+    scores = run.scores
+    assert scores is not None
+    try:
+        if run.store_path is not None:
+            store = tokens.open_store(run.store_path)
+            return _those_scored(store.validation, scores, store.tokenizer) or f"{run.store_path} has other documents"
+        if run.model is None:
+            return f"nothing says by which model {run.name} was made"
+        directory, experiment = _model(run.model)
+        plan = evaluation.resolve(run.model, directory, experiment, run.text_paths)
+        found = _those_scored(plan.documents, scores, tokenizer.load(directory))
+        return found or f"the text of {run.name} has changed, or was read with other settings"
+    except RaylmError as error:
+        return error.message
+
+
+def _those_scored(documents: Encoded | Split, scores: DocumentScores, known: Any) -> _Text | None:
+    """The first of some documents, as many as have these scores; None if these are of others."""
+    numbers: dict[int, int] = {}
+    for number in range(len(documents)):
+        numbers.setdefault(documents.document_id(number), number)
+        if len(numbers) == len(scores):
+            break
+    return _Text(documents, list(numbers.values()), known) if hash_of(numbers) == scores.documents else None
+
+
+def _model(model: str) -> tuple[Any, config.Experiment]:
+    """The local directory of a model, and the experiment that scores it on its validation split."""
+    directory = checkpoint.locate(model).resolve()
+    settings = [*evaluation.settings_of(directory, None), "eval.paths=[]"]
+    return directory, config.load(checkpoint.experiment_file(directory), settings)
+
+
+def _scored_again(
+    best: ComparedRun, other: ComparedRun, texts: dict[str, _Text | str], keywords: Sequence[str]
+) -> tuple[dict[str, list[Part]], str | None]:
+    """The parts of the text for which both models score it again, or why they do not."""
+    rows = []
+    for run in (best, other):
+        text = texts[run.name]
+        if isinstance(text, str):
+            return {}, f"not shown: {text}"
+        if run.model is None or not storage.names(run.model):
+            return {}, f"not shown: the model of {run.name} is gone"
+        try:
+            rows.append(_rows(run, text, keywords))
+        except RaylmError as error:
+            return {}, f"not shown: {error.message}"
+        assert run.scores is not None
+        if not math.isclose(rows[-1][:, 0].sum(), run.scores.nll.sum(), rel_tol=OTHER_SCORES):
+            return {}, f"not shown: {run.model} gives other scores than were kept, of another model or other settings"
+    base, own = rows
+    parts = {"position": where.by_position(own[:, 5:], base[:, 5:])}
+    if keywords:
+        inside = [Part.of(" ".join(keywords), own[:, 3] - base[:, 3], own[:, 4])] if own[:, 4].any() else []
+        nll = own[:, 5::2].sum(axis=1) - own[:, 3] - base[:, 5::2].sum(axis=1) + base[:, 3]
+        parts["keyword"] = [*inside, Part.of("all else", nll, own[:, 6::2].sum(axis=1) - own[:, 4])]
+    note = f"{' '.join(keywords)}: not in the text" if keywords and not own[:, 4].any() else None
+    return parts, note
+
+
+def _rows(run: ComparedRun, text: _Text, keywords: Sequence[str]) -> np.ndarray:
+    """What perplexity.score_documents gives of a run's model on its documents, times the copies of each."""
+    assert run.model is not None
+    assert run.scores is not None
+    directory, experiment = _model(run.model)
+    experiment = config.override(experiment, {"objective.keywords": list(keywords)})
+    with console.task(f"Scoring {run.name} by position", "tokens") as progress:
+        rows = launch.score(str(directory), text, experiment, None, progress, as_given=True, positions=where.POSITIONS)
+    copies = run.scores.bytes / np.maximum(rows[:, 2], 1)
+    return rows * copies[:, None]
