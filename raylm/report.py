@@ -54,6 +54,7 @@ def _of_one(results: SweepResults) -> cli.CommandResult:
         "pictures": [f"{directory}/{name}" for name in pictures],
         "best": results.best.record(results.measure) if results.best is not None else None,
         "trials": [row.record(results.measure) for row in results.trials],
+        **({"repeats": results.result["repeats"]} if "repeats" in results.result else {}),
     }
     untrained = results.result.get("untrained")
     if untrained is not None:
@@ -61,6 +62,7 @@ def _of_one(results: SweepResults) -> cli.CommandResult:
     table = trial_table.RankedTable(results.trials, console.label(results.measure), untrained)
     text = sweeps.scored_on_with_size(results.experiment, results.state.parameters)
     notes = [f"ranked by {results.data.score_name} on {text}", *filter(None, [results.result.get("significance")])]
+    notes += [results.result["repeats"]["sentence"]] if "repeats" in results.result else []
     failures = [f"{row.trial_id} failed: {row.failure}" for row in results.trials if row.failure]
     run = tracking.Run(results.directory, results.state.uri)
     opened = tracking.how_to_open(run.uri, run.path, "compare trials") if run.path else {}

@@ -103,8 +103,10 @@ def sweep_plan(planned: SweepPlan) -> str:
     from raylm.sweep import shown  # with Ray Tune
 
     section = planned.experiment.tune
+    fewest, most = planned.repeats
     lines = {
         "trials": planned.trials,
+        "repeats": f"{fewest} to {most} more trials, {section.repeats} of each of the best settings" if most else None,
         **{f"  {key}": shown(sampler) for key, sampler in section.space.items()},
         "scheduler": section.scheduler.kind,
         "tokens of all trials": f"at most {planned.most_tokens:,}" if planned.most_tokens else None,
@@ -117,9 +119,10 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
     measure, best = label(result.measure), result.best
     model = str(best.checkpoint)
     ranking = measure if experiment.tune.metric == "perplexity" else "bits per byte"
-    notes = [f"ranked by {ranking} on {result.scored_on}", *filter(None, [result.significance, result.incomparable])]
-    if result.test is not None:
-        notes.append(f"best trial: {result.test.sentence}")
+    notes = [f"ranked by {ranking} on {result.scored_on}", *filter(None, [result.significance])]
+    notes += [result.repeats.sentence] if result.repeats is not None else []
+    notes += [result.incomparable] if result.incomparable is not None else []
+    notes += [f"best trial: {result.test.sentence}"] if result.test is not None else []
     notes += result.failures
     next_steps = key_values(
         {

@@ -176,6 +176,16 @@ space: {size: {choice: [{train.learning_rate: {uniform: [-1, 1]}}]}}
     train.learning_rate: must be more than 0.0, got -1
 space: {size: {choice: [{corpus.text: a}]}}
     corpus is one for a whole sweep
+repeats: 0
+    tune.repeats: must be at least 1, got 0
+repeats: 1.5
+    tune.repeats: must be a whole number, got 1.5
+repeats: 2, space: {train.seed: {choice: [1, 2]}}
+    tune.repeats: must be 1 with train.seed in tune.space, got 2: repeats have seeds of their own
+repeats: 2, space: {size: {choice: [{train.data_seed: 1}, {train.data_seed: 2}]}}
+    tune.repeats: must be 1 with train.data_seed in tune.space, got 2
+repeats: 2, scheduler: pbt, space: {train.learning_rate: {choice: [1e-3, 1e-2]}}
+    tune.repeats: must be 1 with tune.scheduler=pbt, got 2
 """.strip().split("\n")
 
 

@@ -148,6 +148,7 @@ LOGGED = (
 """Settings that become parameters of every MLflow run, and rows of every model card, if they are given. The runs of a
 sweep have the swept settings too."""
 SplitName = Literal["train", "validation", "test"]
+SEEDS = ("train.seed", "train.data_seed")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Count = Annotated[int, BeforeValidator(_whole)]  # 1e6 is a float in YAML and a fine number of tokens
@@ -519,6 +520,10 @@ class TuneConfig(Section):
     grids."""
     points: Annotated[tuple[dict[str, Any], ...], Strict(False)] = ()
     """Settings to try first, [{train.learning_rate: 1e-3}]; they replace what the first trials would draw."""
+    repeats: Annotated[Count, Field(ge=1)] = 1
+    """Number of runs by which settings are judged. 1: by their trial alone. More: once the trials have ended, the two
+    or three best settings are trained so many times again, each time with another train.seed (and train.data_seed, if
+    it is given), and the results say which settings are better, apart from which model is."""
     searcher: Literal["random", "optuna"] = "random"
     """How settings are drawn. random: at random, with every point of a grid. optuna: near the best results so far, by
     the tree-structured Parzen estimator (Bergstra et al. 2011); needs optuna."""
@@ -634,6 +639,8 @@ class Experiment(Section):
                 f"tune.against must be parameters with tune.scheduler={tune.scheduler.kind}, got seconds: trials "
                 "that are stopped early are the quickest"
             )
+        if tune.repeats > 1:
+            self._repeats_agree()
         if tune.scheduler.kind == "pbt" and tune.space:
             changed = [key for key in tune.space if key in MUTABLE]
             if not changed:
@@ -649,3 +656,18 @@ class Experiment(Section):
         for point in tune.points:
             if unknown := [key for key in point if key not in tune.space]:
                 raise ValueError(f"tune.points must have keys of tune.space, got {unknown[0]}")
+
+    def _repeats_agree(self) -> None:
+        tune = self.tune
+        inner = (mapping for sampler in tune.space.values() for values in sampler.values() for mapping in values)
+        swept = {*tune.space, *(key for mapping in inner if isinstance(mapping, Mapping) for key in mapping)}
+        if seeds := sorted(swept & {*SEEDS}):
+            raise ValueError(
+                f"tune.repeats must be 1 with {seeds[0]} in tune.space, got {tune.repeats}: repeats have seeds of "
+                f"their own; leave {seeds[0]} out of tune.space"
+            )
+        if tune.scheduler.kind == "pbt":
+            raise ValueError(
+                f"tune.repeats must be 1 with tune.scheduler=pbt, got {tune.repeats}: the settings of a population "
+                "change during training, so that no other run can have them; take another scheduler"
+            )

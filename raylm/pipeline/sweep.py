@@ -37,12 +37,14 @@ from raylm.perplexity import Score
 from raylm.pipeline import stores
 from raylm.pipeline.training import export_best
 from raylm.plan import Plan, Prepared
-from raylm.results import html, live_table, significance, tables, trial_table
+from raylm.results import html, live_table, repeats, significance, tables, trial_table
+from raylm.results.repeats import RepeatedSettings, Repeats
 from raylm.results.sweep import BestTrial, measured, repeat_command, scored_on_with_size, scored_unit
 from raylm.results.test_split import TestScore
 from raylm.results.trial_table import TrialRow
-from raylm.sweep import Trial, tuner
+from raylm.sweep import RecordedScheduler, Trial, tuner
 from raylm.sweep.asha import Asha
+from raylm.sweep.space import Searcher
 from raylm.training import callbacks, launch
 
 if TYPE_CHECKING:
@@ -70,9 +72,15 @@ class SweepPlan:
         return self.plan.experiment
 
     @property
+    def repeats(self) -> tuple[int, int]:
+        """The fewest and the most trials that repeat the best few settings, in addition to `trials`."""
+        count, repeats = self.experiment.tune.repeats, sweeps.repeats
+        return (count * repeats.FEWEST, count * min(repeats.MOST, self.trials)) if count > 1 else (0, 0)
+
+    @property
     def most_tokens(self) -> int | None:
         """Training tokens of all trials, if none is stopped early; None if the budget is not known yet."""
-        return self.trials * self.plan.budget.tokens if self.plan.budget else None
+        return (self.trials + self.repeats[1]) * self.plan.budget.tokens if self.plan.budget else None
 
     @functools.cached_property
     def estimate(self) -> Estimate:
@@ -82,14 +90,17 @@ class SweepPlan:
             scheduler = sweeps.scheduler(self.experiment.tune, self.plan.budget, "best_perplexity")
             if isinstance(scheduler, Asha):
                 tokens_of_all = scheduler.expected_tokens(self.trials, self.plan.budget.tokens)
-        return estimate.sweep(self.plan, self.trials, tokens_of_all)
+                tokens_of_all += self.repeats[1] * self.plan.budget.tokens
+        return estimate.sweep(self.plan, self.trials + self.repeats[1], tokens_of_all)
 
     def record(self) -> dict[str, Any]:
         """The plan for --json."""
         section = self.experiment.tune
+        repeats = dict(zip(("fewest_trials", "most_trials"), self.repeats, strict=True))
         return {
             **self.plan.record(),
             "trials": self.trials,
+            **({"repeats": repeats} if section.repeats > 1 else {}),
             "space": section.space,
             "scheduler": section.scheduler.kind,
             "most_tokens": self.most_tokens,
@@ -126,6 +137,12 @@ def resolve(experiment: Experiment, *, starts: bool = False) -> SweepPlan:
             where="cluster.num_workers",
         )
     trials = sweeps.searcher(section, experiment.train.seed).total
+    if section.repeats > 1 and trials < sweeps.repeats.FEWEST:
+        raise ConfigError(
+            f"tune.repeats={section.repeats}: the sweep has {trials} trial, and repeats compare the settings of at "
+            f"least {sweeps.repeats.FEWEST}; leave it out, or draw more with tune.num_samples",
+            where="tune.repeats",
+        )
     resources = cluster.planned_resources(experiment.cluster, trials=_most_at_a_time(experiment, trials))
     return SweepPlan(dataclasses.replace(plan, resources=resources), trials)
 
@@ -176,6 +193,8 @@ class SweepResult:
     """Which trials are as good as the best one on these documents, in a sentence; None if unknown."""
     test: TestScore | None = None
     """The score of the best model on the test split; None if the corpus has none."""
+    repeats: Repeats | None = None
+    """Which settings are better, by runs with other seeds; None without tune.repeats."""
     report: str | None = None
     """The path of the HTML report."""
     mlflow_path: str | None = None
@@ -202,8 +221,10 @@ class SweepResult:
 
     def record(self) -> dict[str, Any]:
         """The result for --json; the key of a score is its name."""
-        left_out = ("measure", "report", "mlflow_path", "test")
+        left_out = ("measure", "repeats", "report", "mlflow_path", "test")
         record = {key: value for key, value in vars(self).items() if key not in left_out}
+        if self.repeats is not None:
+            record["repeats"] = self.repeats.record(self.measure)
         record |= {"best": self.best.record(self.measure), "trials": [row.record(self.measure) for row in self.trials]}
         if self.untrained is not None:
             names = {"perplexity": self.measure}
@@ -330,41 +351,56 @@ def run_trials(
     summary.log_comparison(parent, experiment, swept)
     parent.log_text(dump(experiment), "experiment.yaml")
     random.seed(experiment.train.seed)  # population-based training draws from it
-    scheduler = sweeps.RecordedScheduler(sweeps.scheduler(section, planned, metric), record, planned, stopping)
     together = min(resources.most_runs, section.max_concurrent_trials or resources.most_runs)
-    searcher = sweeps.searcher(section, experiment.train.seed)
-    trials = sweeps.TrialQueue(
-        searcher,
-        record,
-        scheduler,
-        # A population is compared as a whole, so its trials take turns.
-        together=together if section.scheduler.kind != "pbt" else searcher.total,
-        values=lambda trial: values(experiment, store, trial),
-        stopping=stopping,
-    )
-    if trials.unknown:
-        unknown = ", ".join(trials.unknown)
-        logger.info(f"{active.directory}: the sweep's record does not have {unknown}: their names are not used again")
+    if lost := record.lost():
+        names = ", ".join(lost)
+        logger.info(f"{active.directory}: the sweep's record does not have {names}: their names are not used again")
     own = callbacks.load(experiment.train.callbacks)
     task = training.TrainTask(experiment, store.path, planned, parent, active.directory, sets=sets, callbacks=own)
     limits = sweeps.SweepStopper(section.stop, record, metric)
-    stages = scheduler.asha.stages(trials.total_samples, planned.tokens) if scheduler.asha is not None else []
-    try:
-        with (
-            live_table.show(planned.tokens, trials.total_samples, swept, measure, stages) as view,
-            cluster.handle_signals(logger.info),
-            cluster.progress_channel(lambda _: None, logger.info) as channel,
-        ):
-            watcher = tuner.Watcher(scheduler, parent, view.update, channel.stop, metric)
-            tuner.run(trials, dataclasses.replace(task, channel=channel), resources, limits, watcher, together=together)
-            if record.outage is not None:
-                raise record.outage
-            if stopping():
-                left = trials.total_samples - sum(trial.is_over for trial in record.trials.values())
-                how = f"stopped with {left} of {trials.total_samples} trials left"
-                raise cluster.interruption(active.directory, how)
-    finally:
-        limits.count()
+
+    def run_all(searcher: Searcher, scheduler: RecordedScheduler) -> None:
+        """Run the unfinished trials of the record and those that the searcher draws."""
+        trials = sweeps.TrialQueue(
+            searcher,
+            record,
+            scheduler,
+            # A population is compared as a whole, so its trials take turns.
+            together=together if section.scheduler.kind != "pbt" else searcher.total,
+            values=lambda trial: values(experiment, store, trial),
+            stopping=stopping,
+        )
+        stages = scheduler.asha.stages(trials.total_samples, planned.tokens) if scheduler.asha is not None else []
+        try:
+            with (
+                live_table.show(planned.tokens, trials.total_samples, swept, measure, stages) as view,
+                cluster.handle_signals(logger.info),
+                cluster.progress_channel(lambda _: None, logger.info) as channel,
+            ):
+                watcher = tuner.Watcher(scheduler, parent, view.update, channel.stop, metric)
+                with_channel = dataclasses.replace(task, channel=channel)
+                tuner.run(trials, with_channel, resources, limits, watcher, together=together)
+                if record.outage is not None:
+                    raise record.outage
+                if stopping():
+                    left = trials.total_samples - sum(trial.is_over for trial in record.trials.values())
+                    how = f"stopped with {left} of {trials.total_samples} trials left"
+                    raise cluster.interruption(active.directory, how)
+        finally:
+            limits.count()
+
+    if record.repeated is None:
+        inner = sweeps.scheduler(section, planned, metric)
+        scheduler = sweeps.RecordedScheduler(inner, record, planned, stopping)
+        run_all(sweeps.searcher(section, experiment.train.seed), scheduler)
+    if section.repeats > 1:
+        if record.repeated is None and limits.stop_all():
+            logger.info("tune.stop has ended the sweep before its repeats")
+        elif record.repeated is None:
+            repeats.choose(record, section.metric)
+        if record.repeated:
+            sweeps.repeats.add(record, experiment.train, section.repeats)
+            run_all(sweeps.repeats.Recorded(), sweeps.repeats.scheduler(record, planned, stopping))
     rows = [_row(active.directory, trial) for trial in record.trials.values()]
     if section.against is not None:
         scored = [trial for trial in record.trials.values() if trial.results and trial.failure is None]
@@ -406,13 +442,17 @@ def export_best_trial(
     Returns the best row, with the exported model as its checkpoint; None if no trial has a score.
     """
     experiment = prepared.experiment
+    compared = _compared(experiment, rows)
+    of_settings = {each.trial_id: each for each in compared.settings} if compared is not None else {}
     children = parent.trials()
     for row in rows:
         child = children.get(row["trial_id"])
         if child is None:
             continue
         child.finish_late("FAILED" if row["status"] == "failed" else "FINISHED")
-        child.set_tags({"raylm.status": row["status"], **standing_tags(row["standing"], experiment.measure)})
+        repeated = of_settings.get(row["trial_id"])
+        tags = {**standing_tags(row["standing"], experiment.measure), **settings_tags(repeated, experiment.measure)}
+        child.set_tags({"raylm.status": row["status"], **tags})
         row["mlflow_run_id"] = child.run_id
     if not rows or rows[0]["perplexity"] is None:
         return None
@@ -424,7 +464,9 @@ def export_best_trial(
         for run in (parent, parent.trial(best["trial_id"])):
             summary.log_metrics_of_model(run, exported.test.metrics)
     parent.set_tags({"raylm.checkpoint": best["checkpoint"], **best_tags(best, children)})
-    parent.describe(description(rows, best, console.label(experiment.measure)))
+    sentences = [exported.test.sentence] if exported.test is not None else []
+    sentences += [compared.sentence] if compared is not None else []
+    parent.describe(description(rows, best, console.label(experiment.measure), *sentences))
     parent.log_model(best["checkpoint"], experiment.tracking, best["best_step"])
     return best
 
@@ -436,6 +478,18 @@ def standing_tags(standing: significance.Standing | None, measure: str) -> dict[
     return {f"raylm.{name}": value for name, value in record.items() if value is not None}
 
 
+def settings_tags(repeated: RepeatedSettings | None, measure: str) -> dict[str, Any]:
+    """How good the settings of a trial are by their repeats, for the run of that trial in MLflow."""
+    record = repeated.record(measure) if repeated is not None else {}
+    shown = {name: value for name, value in record.items() if name not in ("trial_id", "settings")}
+    return {f"raylm.settings.{name}": value for name, value in shown.items() if value is not None}
+
+
+def _compared(experiment: Experiment, rows: list[dict[str, Any]]) -> Repeats | None:
+    found = [TrialRow.from_record(row) for row in rows]
+    return repeats.compare(found, has_patience=experiment.train.patience is not None)
+
+
 def best_tags(best: Mapping[str, Any], children: Mapping[str, Run]) -> dict[str, Any]:
     """The best trial, its score and each of its settings. They are tags because a resumed sweep may find a better trial
     and MLflow never changes a parameter."""
@@ -444,14 +498,13 @@ def best_tags(best: Mapping[str, Any], children: Mapping[str, Run]) -> dict[str,
     return {f"raylm.best.{key}": value for key, value in {**tags, "model_parameters": size}.items()}
 
 
-def description(rows: list[dict[str, Any]], best: Mapping[str, Any], score: str) -> str:
-    """The Markdown of a sweep's page in MLflow: a link to the comparison, then the best trial, then the ranked trials,
-    because MLflow shows the first lines."""
+def description(rows: list[dict[str, Any]], best: Mapping[str, Any], score: str, *sentences: str) -> str:
+    """The Markdown of a sweep's page in MLflow: a link to the comparison, then the best trial, then sentences, then the
+    ranked trials, because MLflow shows the first lines."""
     settings = ", ".join(f"`{key}={console.format_number(value)}`" for key, value in best["settings"].items())
     ranked = tables.ranked_markdown([TrialRow.from_record(row) for row in rows], score)
     best_of = f"**Best: {best['trial_id']}, {score} {best['perplexity']:.2f}** of {best['scored_on']}, with {settings}"
-    tested = f"\n\n{best['test'].sentence}" if best.get("test") is not None else ""
-    return f"[Compare the trials]({tracking.COMPARISON})\n\n{best_of}{tested}\n\n{ranked}\n"
+    return "\n\n".join([f"[Compare the trials]({tracking.COMPARISON})", best_of, *sentences, ranked]) + "\n"
 
 
 def _no_result(active: ActiveRun, rows: list[dict[str, Any]]) -> TrainingError | ConfigError:
@@ -487,6 +540,7 @@ def _result(
             scored_unit(experiment),
         ),
         test=best["test"],
+        repeats=_compared(experiment, rows),
     )
 
 
@@ -518,4 +572,5 @@ def _row(directory: str, trial: Trial) -> dict[str, Any]:
         "failure": trial.failure,
         "repeat": repeat_command(directory, trial),
         **measured(directory, trial),
+        **({"repeat_of": trial.repeat_of, "seeds": trial.seeds} if trial.repeat_of is not None else {}),
     }

@@ -12,7 +12,7 @@ from typing import Any
 from raylm import console, storage, tokens, tracking
 from raylm import sweep as sweeps
 from raylm.redaction import redacted
-from raylm.results import figures, several, trial_table
+from raylm.results import figures, repeats, several, trial_table
 from raylm.results.sweep import EXPERIMENT, SweepResults, read, repeat_command, scored_on_with_size
 
 
@@ -125,9 +125,25 @@ def _answer(results: SweepResults) -> str:
     return (
         f"<div class=answer><p><b>{best.perplexity:.2f}</b> {console.label(results.measure)} "
         f"({best.bits_per_byte:.3f} bits per byte) of {best.scored_on}</p>{_facts(facts)}"
-        f"<p>{escape(results.result.get('significance') or '')}</p>"
+        f"<p>{escape(results.result.get('significance') or '')}</p>{_about_settings(results)}"
         f"<p>{escape(results.result.get('test', {}).get('sentence', ''))}</p></div>"
     )
+
+
+def _about_settings(results: SweepResults) -> str:
+    """Which settings are better, and the table of those that were repeated; empty without tune.repeats."""
+    found = results.result.get("repeats")
+    if found is None:
+        return ""
+    score = console.label(results.measure)
+    rows = []
+    for each in found["settings"]:
+        settings = ", ".join(f"{figures.short_name(key)} {_cell(value)}" for key, value in each["settings"].items())
+        scores = [trial_table.format_score(each[f"{results.measure}{end}"]) for end in ("", "_low", "_high")]
+        cells = [_cell(each["runs"]), *scores, _cell(each["nats_per_token"]), repeats.shown_p(each["p"])]
+        rows.append([trial_table.short_id(each["trial_id"]), settings, *cells])
+    headings = ["trial", "its settings", "repeats", f"mean {score}", "95 % from", "to", "nats a token more", "p"]
+    return f"<p>{escape(found['sentence'])}</p>{_table(headings, rows, left=2)}"
 
 
 def _section(figure: figures.Figure | figures.Omitted, images: Mapping[str, bytes], interactive: bool) -> str:
@@ -164,6 +180,7 @@ def _trials(results: SweepResults) -> str:
         trial_id, rank, status = (escape(columns[name].cells[number]) for name in ("trial_id", "rank", "status"))
         figures_of_row = "".join(f"<td class=number>{escape(column[number])}</td>" for column in cells.values())
         status += ", on the Pareto front" * bool(row.pareto)
+        status += f", repeats {row.repeat_of}" if row.repeat_of is not None else ""
         failure = f"<div class=failure>{escape(row.failure)}</div>" if row.failure else ""
         command = f"<details><summary>{status}; repeat it</summary><code>{escape(row.repeat or '')}</code></details>"
         lines += [

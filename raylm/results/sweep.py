@@ -128,13 +128,15 @@ class SweepResults:
             **measured(self.directory, trial),
             checkpoint=record.get("checkpoint"),
             mlflow_run_id=record.get("mlflow_run_id"),
+            repeat_of=trial.repeat_of,
+            seeds=trial.seeds,
             standing=Standing.from_record(record, self.measure),
         )
 
 
 def repeat_command(directory: str, trial: Trial) -> str:
     """The command that trains with the settings of a sweep's trial again."""
-    settings = [f"{key}={json.dumps(value)}" for key, value in trial.settings.items()]
+    settings = [f"{key}={json.dumps(value)}" for key, value in {**trial.settings, **trial.seeds}.items()]
     return command("train", "--config", f"{directory}/{EXPERIMENT}", *settings)
 
 

@@ -56,6 +56,10 @@ class TrialRow:
     """Its best checkpoint; None while the sweep has not finished."""
     best_step: int | None = None
     mlflow_run_id: str | None = None
+    repeat_of: str | None = None
+    """The trial whose settings it repeats with other seeds."""
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    """The seeds of a repeat by their dotted keys."""
     standing: Standing | None = None
     """The interval of the score, and whether it is worse than the best; None without document scores."""
 
@@ -86,6 +90,7 @@ class TrialRow:
             "checkpoint": self.checkpoint,
             "best_step": self.best_step,
             "mlflow_run_id": self.mlflow_run_id,
+            **({"repeat_of": self.repeat_of, "seeds": self.seeds} if self.repeat_of is not None else {}),
             **(self.standing.record(measure) if self.standing is not None else {}),
         }
 
@@ -111,7 +116,8 @@ class Column:
 
 
 def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None = None) -> dict[str, Column]:
-    """Name -> column: rank, trial_id, perplexity, bits_per_byte, `WEIGHED`, tokens, status, pareto, each swept key.
+    """Name -> column: rank, trial_id, repeat_of, perplexity, bits_per_byte, `WEIGHED`, tokens, status, pareto, and each
+    swept key.
 
     `score` is the heading of perplexity. `settings` are the swept keys in their order, by default that of the rows.
     """
@@ -120,6 +126,7 @@ def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None
     table = {
         "rank": Column("", [str(rank) for rank in range(1, len(rows) + 1)]),
         "trial_id": Column("trial", [row.trial_id for row in rows], justify="left"),
+        **_repeat_of(rows),
         "perplexity": Column(score, [format_score(row.perplexity) for row in rows]),
         "bits_per_byte": Column("bits/byte", [format_score(row.bits_per_byte) for row in rows]),
         **{name: Column(name, [_count(row.weighed.get(name)) for row in rows]) for name in weighed},
@@ -131,6 +138,12 @@ def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None
     for key in swept:
         table[key] = Column(short_name(key), [format_number(row.settings.get(key, "-")) for row in rows])
     return table
+
+
+def _repeat_of(rows: Sequence[TrialRow]) -> dict[str, Column]:
+    """The column of the trials that rows repeat, if one of them does."""
+    cells = [short_id(row.repeat_of) if row.repeat_of is not None else "" for row in rows]
+    return {"repeat_of": Column("repeats", cells, justify="left")} if any(cells) else {}
 
 
 @dataclass(frozen=True)

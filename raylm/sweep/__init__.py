@@ -5,6 +5,7 @@ space       tune.space -> settings, drawn at random or by Optuna
 asha        trials pause at rungs, and the best are promoted
 schedule    the schedulers of tune.scheduler; their decisions are replayed from the record
 queue       the next trial to run: one to resume, or a new one
+repeats     the best few settings, trained again with other seeds
 trial       the training of one trial, in its own process
 tuner       Ray Tune runs the trials, without output or files of its own
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from raylm.sweep.record import SweepRecord, Trial, read
 
 if TYPE_CHECKING:
+    from raylm.sweep import repeats
     from raylm.sweep.queue import TrialQueue
     from raylm.sweep.schedule import RecordedScheduler, SweepStopper, scheduler
     from raylm.sweep.space import keys, searcher, shown
@@ -30,6 +32,7 @@ __all__ = [
     "TrialQueue",
     "keys",
     "read",
+    "repeats",
     "scheduler",
     "searcher",
     "shown",
@@ -37,6 +40,7 @@ __all__ = [
 
 _LATER = {
     "TrialQueue": "queue",
+    "repeats": "repeats",
     "RecordedScheduler": "schedule",
     "SweepStopper": "schedule",
     "scheduler": "schedule",
@@ -50,4 +54,5 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    module = importlib.import_module(f"{__name__}.{_LATER[name]}")
+    return module if name == _LATER[name] else getattr(module, name)

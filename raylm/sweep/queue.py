@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
-from raylm import storage
 from raylm.sweep.record import SweepRecord, Trial, Unsaved
 from raylm.sweep.schedule import RecordedScheduler
 from raylm.sweep.space import Searcher
@@ -36,8 +34,7 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         self.handed: list[RayTrial] = []
         self.told: set[str] = set()
         """Trials whose score was reported to the searcher."""
-        names = (name for name in storage.names(record.directory) if name.startswith("trial_"))
-        self.unknown = sorted({*names} - record.trials.keys())
+        self.unknown = record.lost()
         """Directories of trials whose lines in the record were lost; the searcher may now draw other settings."""
         for event in record.events:
             self._again(event)
@@ -78,7 +75,8 @@ class TrialQueue(Unsaved, SearchAlgorithm):
     def add_configurations(self, experiments: Any) -> None:
         """Take Tune's experiment, which holds what all trials have in common, and bring back the recorded trials."""
         self.spec = experiments[0].spec
-        made = {trial_id: self._made(trial_id, trial.settings) for trial_id, trial in self.record.trials.items()}
+        trials = self.record.trials
+        made = {trial_id: self._made(trial_id, trial.settings | trial.seeds) for trial_id, trial in trials.items()}
         self.scheduler.replay(made)
         for trial_id, trial in self.record.trials.items():
             if trial.is_over:  # by the replay, if the sweep was killed before it recorded the end
@@ -122,18 +120,12 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         elif not self.has_more or self.scheduler.has_next:
             return None
         else:
-            trial_id = self._free_id()
+            trial_id = self.record.free_id(self.unknown)
             settings = self.points.draw(trial_id)
             self.record.add(trial_id, settings)
             trial = self._made(trial_id, settings)
         self.handed.append(trial)
         return trial
-
-    def _free_id(self) -> str:
-        """An id without a trial and without a directory, because a trial would resume from the checkpoints there."""
-        numbers = itertools.count(len(self.record.trials))
-        taken = {*self.record.trials, *self.unknown}
-        return next(trial_id for trial_id in map("trial_{:05d}".format, numbers) if trial_id not in taken)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if not self.record.trials[trial_id].is_over and "tokens" in result:

@@ -6,6 +6,8 @@
                           {"promoted": "trial_00003"}                    it was paused at a rung, and resumes
                           {"changed": "trial_00003", "settings": {...}, "donor": "trial_00001", "tokens": 81920}
                           {"finished": "trial_00003", "status": "stopped early", "failure": null}
+                          {"repeated": ["trial_00003", ...]}             all trials have ended, and these are repeated
+                          {"added": "trial_00008", "settings": {...}, "repeat_of": "trial_00003", "seeds": {...}}
                           {"spent": 12.5}                                the sweep has run for this many more seconds
 
 Replaying the events brings searcher and scheduler back to their state, because they have seen nothing else. Tune
@@ -14,14 +16,19 @@ itself saves a sweep every 10 s at best, and without the scheduler.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raylm import storage
 from raylm.errors import StorageUnavailable
 from raylm.tracking import journal
 
 EVENTS = "events.jsonl"
+
+DURABLE = {"finished", "changed", "repeated"}
+"""Events that outlive a power cut; a change is read by its trial, maybe on another machine."""
 
 Status = Literal["running", "completed", "stopped early", "failed"]
 
@@ -43,6 +50,10 @@ class Trial:
     """The setting that made it fail, if one did."""
     attempts: int = 0
     """How often a process started to train it."""
+    repeat_of: str | None = None
+    """The trial whose settings it repeats."""
+    seeds: dict[str, int] = field(default_factory=dict)
+    """The seeds of a repeat by their dotted keys; those of other trials are the experiment's."""
 
     @property
     def is_over(self) -> bool:
@@ -67,9 +78,11 @@ class SweepRecord:
         self.directory = directory
         self._log = journal.json_lines(directory, EVENTS)
         self.events: list[Event] = self._log.read()[0]
-        """The events of earlier commands."""
+        """The events so far."""
         self.trials: dict[str, Trial] = {}
         """By trial id, in the order in which they were added."""
+        self.repeated: list[str] | None = None
+        """The trials whose settings are repeated; None before it is known which."""
         self.seconds = 0.0
         """How long the sweep has run, over all commands."""
         self.problem: StorageUnavailable | None = None
@@ -80,11 +93,30 @@ class SweepRecord:
             self._apply(event)
 
     def changes(self, trial_id: str) -> list[Event]:
-        """The changes of a trial by its population in earlier commands."""
+        """The changes of a trial by its population."""
         return [event for event in self.events if event.get("changed") == trial_id]
+
+    def lost(self) -> list[str]:
+        """Directories of trials whose lines in the record were lost."""
+        names = (name for name in storage.names(self.directory) if name.startswith("trial_"))
+        return sorted({*names} - self.trials.keys())
+
+    def free_id(self, lost: Iterable[str]) -> str:
+        """An id without a trial and without a directory, because a trial would resume from the checkpoints there."""
+        numbers = itertools.count(len(self.trials))
+        taken = {*self.trials, *lost}
+        return next(trial_id for trial_id in map("trial_{:05d}".format, numbers) if trial_id not in taken)
 
     def add(self, trial_id: str, settings: Mapping[str, Any]) -> None:
         self._add({"added": trial_id, "settings": dict(settings)})
+
+    def repeat(self, trial_ids: Sequence[str]) -> None:
+        """Record that all trials have ended, and that the settings of these are repeated."""
+        self._add({"repeated": [*trial_ids]})
+
+    def add_repeat(self, trial_id: str, repeat_of: str, seeds: Mapping[str, int]) -> None:
+        settings = dict(self.trials[repeat_of].settings)
+        self._add({"added": trial_id, "settings": settings, "repeat_of": repeat_of, "seeds": dict(seeds)})
 
     def start(self, trial_id: str) -> None:
         self._add({"started": trial_id})
@@ -112,8 +144,7 @@ class SweepRecord:
         """StorageUnavailable if an event can be written neither at once nor with the next one."""
         before, self.problem = self.problem, None
         try:
-            # Changes are durable because the trial reads them, maybe on another machine.
-            self._log.append(event, durable="finished" in event or "changed" in event or before is not None)
+            self._log.append(event, durable=not DURABLE.isdisjoint(event) or before is not None)
         except OSError as error:
             self.problem = StorageUnavailable(
                 f"{self._log.path} cannot be written: {error.strerror}; once it can, the same command resumes",
@@ -121,12 +152,16 @@ class SweepRecord:
             )
             if before is not None:
                 raise self.problem from error
+        self.events.append(event)
         self._apply(event)
 
     def _apply(self, event: Event) -> None:
         match event:
             case {"added": trial_id, "settings": settings}:
-                self.trials[trial_id] = Trial(trial_id, settings)
+                repeat_of, seeds = event.get("repeat_of"), event.get("seeds", {})
+                self.trials[trial_id] = Trial(trial_id, settings, repeat_of=repeat_of, seeds=seeds)
+            case {"repeated": trial_ids}:
+                self.repeated = trial_ids
             case {"started": trial_id}:
                 self.trials[trial_id].attempts += 1
             case {"result": trial_id, **metrics}:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,19 @@ from raylm.training import TrainTask, launch
 WORST = dict.fromkeys(("perplexity", "bits_per_byte", "best_perplexity", "best_bits_per_byte"), math.inf)
 
 
-def run_trial(settings: dict[str, Any], *, template: TrainTask, resources: Resources) -> None:
+def run_trial(
+    settings: dict[str, Any], *, template: TrainTask, resources: Resources, repeat_of: Mapping[str, str]
+) -> None:
     """Train the template's run with these settings, and report an error as the trial's result.
 
     A `failure` ends the trial, and `wrong_setting` names the setting at fault, if there is one. After an `outage` of
-    its storage the trial can resume.
+    its storage the trial can resume. `repeat_of` is the trial that each repeat repeats; the seeds of a repeat are among
+    its settings.
     """
     trial_id = tune.get_context().get_trial_id()
     kind = "failure"
     try:
-        problem = _problem(trial_id, settings, template, resources)
+        problem = _problem(trial_id, settings, template, resources, repeat_of.get(trial_id))
     except RaylmError as error:  # of its journal, or of the token store that all trials share
         kind, problem = "outage", error
     if problem is not None:
@@ -43,10 +47,14 @@ def run_trial(settings: dict[str, Any], *, template: TrainTask, resources: Resou
         tune.report({**WORST, "step": 0, "tokens": 0, kind: problem.message, **about})
 
 
-def _problem(trial_id: str, settings: dict[str, Any], template: TrainTask, resources: Resources) -> RaylmError | None:
+def _problem(
+    trial_id: str, settings: dict[str, Any], template: TrainTask, resources: Resources, repeat_of: str | None
+) -> RaylmError | None:
     """The error of a trial whose training failed, which its journal records too; None if it did not fail."""
     directory = f"{template.directory}/{trial_id}"
     run = template.run.start_trial(trial_id, directory=directory, uploads=False)
+    if repeat_of is not None:
+        run.set_tags({"raylm.repeat_of": repeat_of})
     store = tokens.open_store(template.store)
     # The parameters are the sweep's, except for the swept ones, because MLflow compares runs by what differs.
     run.log_parameters({**summary.parameters(template.experiment, store), **_swept(template.experiment, settings)})
@@ -75,8 +83,9 @@ def _problem(trial_id: str, settings: dict[str, Any], template: TrainTask, resou
 
 
 def _swept(experiment: Experiment, settings: dict[str, Any]) -> dict[str, Any]:
-    """Every swept key with the trial's value, or the experiment's where the trial's inner space does not have it."""
-    return {key: settings[key] if key in settings else get(experiment, key) for key in keys(experiment.tune.space)}
+    """Every swept key, and the seeds of a repeat, with the trial's value, or the experiment's where the trial's inner
+    space does not have it."""
+    return {key: get(experiment, key) for key in keys(experiment.tune.space)} | settings
 
 
 class TuneSession:

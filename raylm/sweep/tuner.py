@@ -41,10 +41,12 @@ def run(
     os.environ |= {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(together)}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     _keep_credentials()
+    repeat_of = {trial.trial_id: trial.repeat_of for trial in trials.record.trials.values() if trial.repeat_of}
     with scratch.directory("tune") as directory, _told(trials.record):
         tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(run_trial, template=task, resources=resources), _trial_resources(resources)
+                tune.with_parameters(run_trial, template=task, resources=resources, repeat_of=repeat_of),
+                _trial_resources(resources),
             ),
             tune_config=tune.TuneConfig(
                 search_alg=trials,
@@ -112,8 +114,9 @@ class Watcher(Unsaved, tune.Callback):
         self.reserved: dict[str, str | None] = {}
         """Trial id -> placement group of the trial's workers, if it has a worker group."""
         self._running: dict[str, RayTrial] = {}
-        for trial_id in self.record.trials:
-            self.show(trial_id, runs=False)
+        for trial_id, trial in self.record.trials.items():
+            if trial.attempts:  # else it has not started
+                self.show(trial_id, runs=False)
 
     def on_trial_start(self, iteration: int, trials: list, trial: RayTrial, **_: Any) -> None:
         for each in trials:
