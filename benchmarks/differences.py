@@ -1,8 +1,8 @@
 """What it costs to say which differences are real: `python benchmarks/differences.py`, a few seconds.
 
-Scores of made documents of skewed lengths, for 8 models of 10,000 documents: their intervals, the difference of each to the
-best one, and its p by 10,000 flips of signs for all pairs of models. Prints seconds (the best of three) and the memory that
-the process holds at most beyond what it held before, in megabytes.
+Scores of made documents of skewed lengths, for 8 models of 10,000 documents: their intervals, the difference of each to
+the best one, and its p by 10,000 flips of signs for all pairs of models. Prints seconds (the best of three) and the
+memory that the process holds at most beyond what it held before, in megabytes.
 
 2026-11-29, 2 cores shared with other work (load 14): 3.9 s and 75 MB.
 """

@@ -21,7 +21,7 @@ from raylm import sweep as sweeps
 from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
 from raylm.errors import ConfigError, Interrupted
 from raylm.perplexity import Score
-from raylm.pipeline import stores
+from raylm.pipeline import ranking, stores
 from raylm.pipeline import sweep as sweeping
 from raylm.results import trial_table
 from raylm.results.trial_table import TrialRow
@@ -46,7 +46,7 @@ def run(experiment, resume="never"):
     parent = summary.start(experiment, begun.directory, begun.name, "tune")
     prepared = plan.with_store(store)
     rows = sweeping.run_trials(prepared, {}, parent, begun, resources)
-    best = sweeping.export_best_trial(prepared, parent, resources, rows)
+    best = ranking.export_best_trial(prepared, parent, resources, rows)
     parent.finish()
     assert parent.upload(60)
     return rows, best, parent
@@ -676,7 +676,7 @@ def test_the_trials_that_none_beats_in_both_are_marked():
         }
         for name, score in (("small", 9.0), ("better", 7.0), ("larger", 7.0), ("failed", None))
     ]
-    sweeping.weigh(rows, "parameters", {"small": [9.0, 10], "better": [7.0, 20], "larger": [7.0, 30]})
+    ranking.weigh(rows, "parameters", {"small": [9.0, 10], "better": [7.0, 20], "larger": [7.0, 30]})
     assert {row["trial_id"]: row["pareto"] for row in rows} == {
         "small": True, "better": True, "larger": False, "failed": False
     }  # fmt: skip

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,22 +15,18 @@ from raylm import (
     console,
     corpus,
     cost,
-    derived,
     document_scores,
     estimate,
     export,
     runs,
-    scratch,
-    storage,
     summary,
     tokens,
-    tracking,
 )
 from raylm.config import WHOLE_SPLIT, dump
 from raylm.document_scores import DocumentScores
-from raylm.errors import Diverged, Interrupted, OutOfMemory
+from raylm.errors import Diverged, OutOfMemory
 from raylm.perplexity import Score
-from raylm.pipeline import stores
+from raylm.pipeline import lifecycle, stores
 from raylm.plan import Plan, Prepared
 from raylm.results import test_split
 from raylm.results.compare import pace
@@ -125,31 +120,15 @@ def run(plan: Plan, resume: runs.Resume = "auto") -> TrainResult:
     Resumes the newest unfinished run of the experiment, unless `resume` is never. Interrupted or KeyboardInterrupt if
     the process is asked to stop; the same call then resumes.
     """
-    experiment = plan.experiment
-    storage.check(experiment.storage)
-    derived.keep()
-    scratch.clear()
-    active = runs.start_or_resume(experiment, "train", plan.tokens.fingerprint, resume)
-    for directory in active.abandoned:
-        summary.start(experiment, directory, os.path.basename(directory), "train").finish_if_running("KILLED")
-    tracked = summary.start(experiment, active.directory, active.name, "train")
-    status: tracking.Status = "FAILED"
-    try:
-        with active.logged():
+    with lifecycle.started(plan.experiment, "train", plan.tokens.fingerprint, resume) as (active, tracked):
+        try:
             result = _run(plan, active, tracked)
+        except (Diverged, OutOfMemory) as error:
+            if error.where not in runs.MUTABLE_ON_RESUME:  # else the run can resume with another value
+                active.end({"error": error.message})  # the same settings would fail again
+            raise
         active.end(result.record())
-        status = "FINISHED"
         return result
-    except (KeyboardInterrupt, Interrupted):
-        status = "KILLED"
-        raise
-    except (Diverged, OutOfMemory) as error:
-        if error.where not in runs.MUTABLE_ON_RESUME:  # else the run can resume with another value
-            active.end({"error": error.message})  # the same settings would fail again
-        raise
-    finally:
-        tracked.finish(status)
-        tracking.wait_for_upload(tracked)
 
 
 def _run(plan: Plan, active: ActiveRun, tracked: Run) -> TrainResult:
