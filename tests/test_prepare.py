@@ -147,7 +147,7 @@ def test_a_prepare_that_is_killed_again_and_again_ends_with_the_same_bytes(comma
 
 
 @pytest.mark.parametrize(
-    ("line", "seconds"), [("Starting Ray", 0.0), ("Starting Ray", 0.5), ("Starting Ray", 1.0), ("training a", 0.3)]
+    ("line", "seconds"), [("Starting Ray", 0.0), ("Starting Ray", 0.5), ("Starting Ray", 1.0), ("Training a", 0.3)]
 )
 def test_a_command_that_is_terminated_while_ray_starts_or_works_says_so(start_command, settings, line, seconds):
     running = start_command("prepare", *settings)
