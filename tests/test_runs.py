@@ -3,6 +3,7 @@ import fcntl
 import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -216,6 +217,17 @@ def test_the_rungs_of_a_sweep_stay_where_they_are(experiment):
     stop(first)
     again = runs.start_or_resume(config.override(changed, no_rungs), "tune", "abc", "auto")
     assert again.directory == first.directory
+
+
+def test_a_setting_that_an_older_raylm_did_not_have_had_its_default(experiment):
+    first = begin(experiment)
+    terms = json.loads(Path(first.directory, "run.json").read_text())
+    del terms["train.patience"], terms["blocks.packing"]
+    Path(first.directory, "run.json").write_text(json.dumps(terms))
+    stop(first, step=40)
+    with pytest.raises(ConfigError, match='blocks.packing: "packed" then, "padded" now'):
+        begin(config.override(experiment, {"blocks.packing": "padded"}))
+    assert begin(experiment).step == 40
 
 
 def test_runs_that_are_over_cost_a_command_no_requests_of_their_own(tmp_path, monkeypatch):
