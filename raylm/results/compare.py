@@ -65,7 +65,7 @@ class ComparedRun:
     text_paths: tuple[str, ...] = ()
     """What an evaluation was given as --text; empty if it scored the validation split."""
     sources: tuple[str, ...] | None = None
-    """Of an evaluation the source of each document of `scores`."""
+    """Of an evaluation the source of each document of `scores`; of copies of a text that of the first."""
 
     @property
     def store_path(self) -> str | None:
@@ -136,6 +136,7 @@ class Comparison:
         scores = [*dict.fromkeys(run.measure for run in self.runs), "bits_per_byte"]
         names = dict.fromkeys(name for record in records for name in record if not name.endswith(("_low", "_high")))
         facts = {label(name): [record.get(name) for record in records] for name in names if name not in scores}
+        facts = {name: values for name, values in facts.items() if any(value is not None for value in values)}
         return {
             **{label(score): [_with_interval(record, score) for record in records] for score in scores},
             **differences.rows(self.differences),

@@ -96,7 +96,8 @@ class Where:
             shown += ["", table]
         shown.append("\ndocuments that contribute most")
         for each in self.documents:
-            amount = f"{each.difference:+.3g} {sum_unit}, {each.size:,} {size}s"
+            digits = ",.0f" if abs(each.difference) >= 100 else ".2g"
+            amount = f"{each.difference:+{digits}} {sum_unit}, {each.size:,} {size}s"
             shown.append(", ".join(filter(None, [amount, each.source])))
             shown += textwrap.wrap(each.text or "", TEXT_WIDTH, initial_indent="    ", subsequent_indent="    ")
         return [*shown, *(f"\n{note}" for note in self.notes)]
