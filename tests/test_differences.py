@@ -42,6 +42,8 @@ def test_each_model_is_compared_with_the_best():
     assert told[0].endswith("p = 0.0001, paired by 40 documents")
     assert told[1].startswith("twin is as good as best: ")
     assert "% of perplexity) could not be detected" in told[1]
+    passages = [scored("best", unit="passage"), scored("worse", 0.1, unit="passage")]
+    assert sentences(passages, differences(passages))[0].endswith("paired by 40 passages")
     record = worse.record()
     assert (record["to"], record["p"], record["as_good_as_best"], record["not_compared"]) == (
         "best",
@@ -101,6 +103,8 @@ def test_few_documents_are_told_in_words():
         "corpus.split_by=passage or other text gives more"
     ] * 2
     assert list(rows(found)) == ["as good as best"]
+    passages = differences([scored("one", count=5, unit="passage"), scored("other", 9, count=5, unit="passage")])
+    assert passages[0].not_compared.startswith("too few passages to tell: 5 passages of at least 6")
     six = differences([scored("one", count=6), scored("other", 9, count=6)])
     assert six[1].as_good_as_best is False
 

@@ -80,7 +80,8 @@ class ComparedRun:
     def scored(self) -> Scored:
         """The model with the scores of its documents."""
         unknown = self.manifest.get("validation", {}).get("unknown_tokens") or self.unknown_tokens
-        return Scored(self.name, self.scores, self.measure, self.scored_in, knows_all=not unknown)
+        unit = sweeps.scored_unit(self.experiment) if self.experiment is not None else "document"
+        return Scored(self.name, self.scores, self.measure, self.scored_in, knows_all=not unknown, unit=unit)
 
     def record(self) -> dict[str, Any]:
         """The compared values, by their names in --json."""

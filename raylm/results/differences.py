@@ -28,6 +28,8 @@ class Scored:
     """The arithmetic, such as float32."""
     knows_all: bool = True
     """Whether its tokenizer can spell all of the text."""
+    unit: str = "document"
+    """What is scored by itself: a document, or a passage of one."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Difference:
     """p-value of the difference, corrected for all pairs of these models; None of the best one."""
     not_compared: str | None = None
     """Why nothing can be said, if that is so."""
+    unit: str = "document"
 
     def record(self) -> dict[str, Any]:
         """The difference for --json."""
@@ -139,15 +142,15 @@ def _of_group(models: Sequence[Scored]) -> list[Difference]:
     is_scored = scores[0].bytes > 0  # not the empty ones
     nll = np.stack([each.nll[is_scored] for each in scores], axis=1)
     best = int(nll.sum(axis=0).argmin())
-    name, documents, num_bytes = models[best].name, len(nll), scores[best].bytes[is_scored]
+    name, unit, documents, num_bytes = models[best].name, models[best].unit, len(nll), scores[best].bytes[is_scored]
     found = []
     for number, difference in enumerate(statistics.compare(nll, num_bytes, best=best)):
         own, tokens = nll[:, number] - nll[:, best], scores[best].tokens[is_scored]
         if number == best:
-            few = _too_few(documents) if documents < statistics.FEWEST_DOCUMENTS else None
+            few = _too_few(documents, unit) if documents < statistics.FEWEST_DOCUMENTS else None
             found.append(Difference(name, few is None, documents, None if few else True, not_compared=few))
         elif difference is None:
-            found.append(Difference(name, documents=documents, not_compared=_too_few(documents)))
+            found.append(Difference(name, documents=documents, not_compared=_too_few(documents, unit)))
         else:
             least = difference.least * num_bytes.sum()
             is_same_tokenizer = np.array_equal(scores[number].tokens[is_scored], tokens)
@@ -159,14 +162,15 @@ def _of_group(models: Sequence[Scored]) -> list[Difference]:
                     nats_per_token=_estimate(own, tokens, least) if is_same_tokenizer else None,
                     bits_per_byte=_estimate(own / math.log(2), num_bytes, least / math.log(2)),
                     p=difference.p,
+                    unit=unit,
                 )
             )
     return found
 
 
-def _too_few(documents: int) -> str:
-    count = f"{documents} document{'s' * (documents != 1)}"
-    return f"too few documents to tell: {count} of at least {statistics.FEWEST_DOCUMENTS}; {MORE_DOCUMENTS}"
+def _too_few(documents: int, unit: str) -> str:
+    count = f"{documents} {unit}{'s' * (documents != 1)}"
+    return f"too few {unit}s to tell: {count} of at least {statistics.FEWEST_DOCUMENTS}; {MORE_DOCUMENTS}"
 
 
 def _estimate(difference: np.ndarray, size: np.ndarray, least: float) -> Estimate:
@@ -211,7 +215,7 @@ def sentence(name: str, difference: Difference) -> str:
     assert difference.p is not None
     of_bytes = f"{bits} bits/byte"
     amount = f"{nats} nats/token, {of_bytes}" if nats is not None else f"{of_bytes} (the tokenizers differ)"
-    test = f"p = {format_p(difference.p)}, paired by {difference.documents:,} documents"
+    test = f"p = {format_p(difference.p)}, paired by {difference.documents:,} {difference.unit}s"
     if not difference.as_good_as_best:
         return f"{difference.best} is better than {name}: {amount} less, {test}"
     least = f"{bits.least:.2g} bits/byte"

@@ -88,6 +88,8 @@ class Where:
         sum_unit, size = self.unit.split("/")
         shown: list[Any] = [f"\n{self.unit} of {self.name} above {self.best}; below zero where it is better"]
         for by, parts in self.parts.items():
+            if len(parts) == 1:
+                continue
             heading = "by position in the context" if by == "position" else f"by {by}"
             table = tables.numbers(heading, "documents", f"{size}s", self.unit)
             for part in parts:
