@@ -261,7 +261,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A line for each setting that differs; one that an older raylm did not have had its default."""
-    defaults = settings(Experiment())
+    defaults = flat_settings(Experiment())
     then = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **then}
     keys = [*now, *(key for key in then if key not in now)]
     return [
