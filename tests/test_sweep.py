@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import optuna
 import pytest
 from hypothesis import given, settings
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from played import Played, ray_trial
 from ray.tune.experiment import Trial as RayTrial
 
-from raylm import budget, checkpoint, sweep
+from raylm import budget, checkpoint, document_scores, sweep
 from raylm.config import StopConfig, TrainConfig, TuneConfig, load
+from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError
 from raylm.sweep.asha import Asha
 from raylm.sweep.record import EVENTS
@@ -176,6 +178,10 @@ space: {size: {choice: [{train.learning_rate: {uniform: [-1, 1]}}]}}
     train.learning_rate: must be more than 0.0, got -1
 space: {size: {choice: [{corpus.text: a}]}}
     corpus is one for a whole sweep
+scheduler: {kind: median, ties: promote}
+    tune.scheduler.ties: must be drop with tune.scheduler=median, got promote
+scheduler: {ties: maybe}
+    tune.scheduler.ties: must be one of 'drop' or 'promote', got 'maybe'
 repeats: 0
     tune.repeats: must be at least 1, got 0
 repeats: 1.5
@@ -303,7 +309,7 @@ class Controller(Played):
 
     def __init__(self, directory, section, together):
         self.record = sweep.SweepRecord(str(directory))
-        inner = sweep.scheduler(section, BUDGET, "best_perplexity")
+        inner = sweep.scheduler(section, BUDGET, "best_perplexity", str(directory))
         queue = Queue(
             sweep.searcher(section, 0),
             self.record,
@@ -354,11 +360,12 @@ class Killed(Exception):
     pass
 
 
-def play(directory, scheduler, scores, *, together=3, seed=0, cuts=(), searcher="random", slow=()):
+def play(directory, scheduler, scores, *, together=3, seed=0, cuts=(), searcher="random", slow=(), documents=None):
     """A sweep of trials of which each reports its row of scores, None for a failure; its events.
 
     It is cut off after so many lines of its record, `cuts`, and begun again. Who reports next is drawn by the number of
     results so far: the same one, cut off or not. After so many results, `slow`, who is to wait does so a result later.
+    `documents`: (trial id, step) -> the document scores that a trial writes before it reports.
     """
     directory.mkdir(exist_ok=True)
     space = {"train.weight_decay": {"uniform": [0, 1]}}
@@ -377,7 +384,12 @@ def play(directory, scheduler, scores, *, together=3, seed=0, cuts=(), searcher=
             try:
                 while (running := controller.running()) or controller.saving:
                     if running:
-                        controller.report(*_next_result(controller.record.trials, running, scores, seed))
+                        trial, result = _next_result(controller.record.trials, running, scores, seed)
+                        if documents is not None and result is not None:
+                            step = result["step"]
+                            kept = documents(trial.trial_id, step)
+                            document_scores.write(f"{directory}/{trial.trial_id}", step, kept)
+                        controller.report(trial, result)
                     if (
                         not running
                         or sum(len(trial.results) for trial in controller.record.trials.values()) not in slow
@@ -400,7 +412,8 @@ def _next_result(trials, running, scores, seed):
     score = scores[int(trial_id[-5:])][tokens // 64 - 1]
     if score is None:
         return running[trial_id], {"tokens": BUDGET.tokens, "best_perplexity": math.inf, "failure": "diverged"}
-    return running[trial_id], {"tokens": tokens, "best_perplexity": score, "budget_tokens": BUDGET.tokens}
+    step = tokens // 64
+    return running[trial_id], {"step": step, "tokens": tokens, "best_perplexity": score, "budget_tokens": BUDGET.tokens}
 
 
 def scores_of(seed, trials=9):
@@ -538,6 +551,52 @@ def test_every_sweep_ends_and_promotes_nobody_that_is_not_among_the_best(data):
                 over[trial] = status
     assert len(over) == len(scores)
     assert "completed" in over.values() or set(over.values()) == {"failed"}
+
+
+def of_documents(*qualities, count=20):
+    """(scores, document scores) of trials that are so many nats a token worse than the best."""
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(50, 200, count)
+    nll = [tokens * (3 + worse + generator.normal(0, 0.01, count)) for worse in qualities]
+    scores = [[math.exp(each.sum() / tokens.sum() + 1 / step) for step in range(1, 17)] for each in nll]
+    return scores, lambda name, step: DocumentScores(nll[int(name[-5:])] + tokens / step, tokens, tokens, "a")
+
+
+TIES = {"kind": "asha", "grace_tokens": 64 * 4, "reduction_factor": 4.0}
+WORSE = (0.3, 0.001, 0.0, 0.2, 0.0005, 0.4)
+
+
+@pytest.mark.parametrize(("ties", "completed"), [("drop", 1), ("promote", 3)])
+def test_trials_that_are_not_worse_than_the_last_of_the_best_are_promoted_if_ties_are(tmp_path, ties, completed):
+    """Of six trials three differ in noise alone. The same are promoted if the sweep is killed at every fifth line."""
+    scores, documents = of_documents(*WORSE)
+    events = play(tmp_path / "whole", {**TIES, "ties": ties}, scores, together=1, documents=documents)
+    ends = {event["finished"]: event["status"] for event in events if "finished" in event}
+    assert sum(status == "completed" for status in ends.values()) == completed
+    stopped = {name for name, status in ends.items() if status == "stopped early"}
+    assert stopped >= {f"trial_{number:05d}" for number in (0, 3, 5)}
+    cuts = range(1, 200, 5)
+    cut = play(tmp_path / "cut", {**TIES, "ties": ties}, scores, together=1, cuts=cuts, documents=documents)
+    assert cut == events
+
+
+@pytest.mark.parametrize("count", [5, 0], ids=["five documents", "no document scores"])
+def test_where_documents_tell_nothing_ties_are_dropped(tmp_path, count):
+    scores, documents = of_documents(*WORSE, count=count or 20)
+    dropped, promoted = (
+        play(tmp_path / ties, {**TIES, "ties": ties}, scores, together=1, documents=documents if count else None)
+        for ties in ("drop", "promote")
+    )
+    assert promoted == dropped
+
+
+def test_new_trials_start_before_ties_are_promoted(tmp_path):
+    scores, documents = of_documents(0.0, 0.0005, 0.001, 0.3)
+    section = {**TIES, "reduction_factor": 8.0, "ties": "promote"}
+    events = play(tmp_path / "sweep", section, scores, together=1, documents=documents)
+    kinds = [kind for event in events for kind in ("added", "promoted") if kind in event]
+    assert kinds == ["added"] * 4 + ["promoted"] * kinds.count("promoted")
+    assert kinds.count("promoted") >= 3
 
 
 def test_a_trial_is_promoted_once_tune_has_paused_it(tmp_path):

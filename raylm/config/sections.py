@@ -493,6 +493,10 @@ class SchedulerConfig(Section):
     """asha, median: training tokens before which no trial is paused or stopped. Default: an eighth of the budget."""
     reduction_factor: Annotated[float, Field(gt=1)] = 2.0
     """asha, hyperband: factor between rungs; at each rung one of this many trials is promoted."""
+    ties: Literal["drop", "promote"] = "drop"
+    """asha: what becomes of a trial that is not among the best at a rung, but whose documents show no difference to the
+    last one that is. drop: it stays paused. promote: it resumes while there is room: a place that no trial among the
+    best and no new trial takes. Of fewer than six documents nothing is known, and it stays paused."""
     every_tokens: Annotated[Count, Field(ge=1)] | None = None
     """pbt: training tokens between comparisons of the trials. Default: an eighth of the budget."""
 
@@ -641,6 +645,11 @@ class Experiment(Section):
             )
         if tune.repeats > 1:
             self._repeats_agree()
+        if tune.scheduler.ties == "promote" and tune.scheduler.kind != "asha":
+            raise ValueError(
+                f"tune.scheduler.ties must be drop with tune.scheduler={tune.scheduler.kind}, got promote: only asha "
+                "promotes trials at rungs"
+            )
         if tune.scheduler.kind == "pbt" and tune.space:
             changed = [key for key in tune.space if key in MUTABLE]
             if not changed:

@@ -357,7 +357,7 @@ def run_trials(
             limits.count()
 
     if record.repeated is None:
-        inner = sweeps.scheduler(section, planned, metric)
+        inner = sweeps.scheduler(section, planned, metric, active.directory)
         scheduler = sweeps.RecordedScheduler(inner, record, planned, stopping)
         run_all(sweeps.searcher(section, experiment.train.seed), scheduler)
     if section.repeats > 1:

@@ -22,7 +22,7 @@ from ray.tune.stopper import Stopper
 from raylm.budget import Budget
 from raylm.config import MUTABLE, StopConfig, TuneConfig
 from raylm.errors import StorageUnavailable
-from raylm.sweep.asha import Asha, rungs
+from raylm.sweep.asha import Asha, Ties, rungs
 from raylm.sweep.record import Event, SweepRecord, Unsaved
 from raylm.sweep.space import Space, domains
 
@@ -35,8 +35,8 @@ KEPT = (
 EVALUATIONS = "evaluations"
 
 
-def scheduler(section: TuneConfig, budget: Budget, metric: str) -> TrialScheduler:
-    """The trial scheduler of tune.scheduler."""
+def scheduler(section: TuneConfig, budget: Budget, metric: str, directory: str = "") -> TrialScheduler:
+    """The trial scheduler of tune.scheduler. `directory` is that of the sweep, whose document scores tell ties."""
     chosen = section.scheduler
     between = budget.eval_every * budget.batch_tokens
 
@@ -48,7 +48,9 @@ def scheduler(section: TuneConfig, budget: Budget, metric: str) -> TrialSchedule
     match chosen.kind:
         case "asha":
             grace_tokens = chosen.grace_tokens or budget.tokens // 8
-            return Asha(rungs(budget, grace_tokens, chosen.reduction_factor), chosen.reduction_factor, metric)
+            eta = chosen.reduction_factor
+            ties = Ties(directory) if chosen.ties == "promote" else None
+            return Asha(rungs(budget, grace_tokens, eta), eta, metric, ties)
         case "median":
             # Never pause a trial to wait for others to compare it with: starting it again costs more than that saves.
             return MedianStoppingRule(grace_period=whole(chosen.grace_tokens), min_time_slice=math.inf, **common)
