@@ -53,6 +53,10 @@ def test_train_and_evaluate_give_typed_results(ray_cluster, sections):
     assert "bits/byte" in score._repr_html_()
     comparison = api.compare(Path(first.checkpoint).parent, second.checkpoint)
     assert comparison.warnings == []
+    assert [each.as_good_as_best for each in comparison.differences] == [True, True]
+    assert score.perplexity_interval.low < score.perplexity < score.perplexity_interval.high
+    assert score.bits_per_byte_interval.low < score.bits_per_byte < score.bits_per_byte_interval.high
+    assert (first.score_low, first.score_high) == pytest.approx(score.perplexity_interval, rel=1e-6)
     (text,) = api.generate(first.checkpoint, "the cat", seed=1, max_new_tokens=5)
     assert text.startswith("the cat")
     assert [text] == api.generate(first.checkpoint, ["the cat"], seed=1, max_new_tokens=5)

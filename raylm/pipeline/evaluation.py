@@ -138,8 +138,19 @@ class Evaluation:
         return self.score.perplexity
 
     @property
+    def perplexity_interval(self) -> statistics.Interval | None:
+        """The 95 % interval of the perplexity; None for fewer than six documents."""
+        scores = self.document_scores(range(len(self.rows)))
+        return statistics.of_perplexity(scores.nll, scores.tokens)
+
+    @property
     def bits_per_byte(self) -> float:
         return self.score.bits_per_byte
+
+    @property
+    def bits_per_byte_interval(self) -> statistics.Interval | None:
+        scores = self.document_scores(range(len(self.rows)))
+        return statistics.of_bits_per_byte(scores.nll, scores.bytes)
 
     def figures(self, numbers: Sequence[int]) -> dict[str, Any]:
         """The score of these documents, with no interval. nll is summed, in nats; None where a number is not finite."""

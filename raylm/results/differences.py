@@ -215,6 +215,10 @@ def sentence(name: str, difference: Difference) -> str:
     assert difference.p is not None
     of_bytes = f"{bits} bits/byte"
     amount = f"{nats} nats/token, {of_bytes}" if nats is not None else f"{of_bytes} (the tokenizers differ)"
+    if bits.low == bits.high:
+        return (
+            f"{name} and {difference.best} give the same score to each of {difference.documents:,} {difference.unit}s"
+        )
     test = f"p = {format_p(difference.p)}, paired by {difference.documents:,} {difference.unit}s"
     if not difference.as_good_as_best:
         return f"{difference.best} is better than {name}: {amount} less, {test}"
