@@ -270,8 +270,8 @@ def test_evaluations_are_compared_by_their_files(tmp_path, trained):
     assert compare([str(tmp_path / "a"), run]).record["settings"] == {}, "an evaluation has none"
 
 
-@pytest.mark.parametrize("text", ["", "{}\n", "hello\n", '{"perplexity": 1.0, "nll": 3}\n', "[1]\n"])
+@pytest.mark.parametrize("text", ["", "{}\n", "hello\n", '{"perplexity": 1.0, "nll": 3}\n', "[1]\n", "LINE\n"])
 def test_a_file_that_is_no_evaluation_is_refused(tmp_path, text):
-    (tmp_path / "file").write_text(text)
+    (tmp_path / "file").write_text(text.replace("LINE", lines(0, count=1).replace('"set": "text", ', "").strip()))
     with pytest.raises(StorageError, match=r"file is no file that raylm evaluate MODEL --documents FILE writes"):
         compare([str(tmp_path / "file"), str(tmp_path / "file")])

@@ -324,10 +324,10 @@ def of_evaluation(file: str) -> ComparedRun:
         unknown = sum(line["unknown_tokens"] for line in lines)
         arithmetic, models = (sorted({line[name] for line in lines}) for name in ("scored_in", "model"))
         sources = [line["source"] for line in lines]
+        is_validation = all(line["set"] == "validation" for line in lines)
     except (ValueError, KeyError, TypeError, IndexError):
         raise StorageError(f"{file} is no file that raylm evaluate MODEL --documents FILE writes", file) from None
     score = perplexity.Score.of(rows)
-    is_validation = all(line["set"] == "validation" for line in lines)
     first, _ = document_scores.different(ids)
     return ComparedRun(
         name=file,
