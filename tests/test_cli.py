@@ -227,6 +227,8 @@ def test_the_version():
 
 
 def test_a_shell_completes_commands_and_options(monkeypatch):
+    # Otherwise typer takes the shell that it runs in, and pytest may run in none.
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     script = run("-m", "raylm", "--show-completion", "bash").stdout
     assert "complete -o default -F _raylm_completion raylm" in script
     for words, completed in (("raylm tr", "train"), ("raylm train --re", "--resume")):

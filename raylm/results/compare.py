@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from raylm import config, document_scores, perplexity, storage, tracking
+from raylm import config, document_scores, storage, tracking
 from raylm.config import WHOLE_SPLIT, Experiment
 from raylm.console import as_html, format_number, label
 from raylm.document_scores import DocumentScores
@@ -327,7 +327,9 @@ def of_evaluation(file: str) -> ComparedRun:
         is_validation = all(line["set"] == "validation" for line in lines)
     except (ValueError, KeyError, TypeError, IndexError):
         raise StorageError(f"{file} is no file that raylm evaluate MODEL --documents FILE writes", file) from None
-    score = perplexity.Score.of(rows)
+    from raylm.perplexity import Score  # imports torch
+
+    score = Score.of(rows)
     first, _ = document_scores.different(ids)
     return ComparedRun(
         name=file,
