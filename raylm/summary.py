@@ -94,8 +94,8 @@ def log_best(run: Run, experiment: Experiment, best: Mapping[str, Any]) -> None:
     run.log_metrics(best_metrics(experiment.measure, best), 0)
 
 
-def log_metrics_of_model(run: Run, metrics: Mapping[str, float]) -> None:
-    """Log metrics of the best model, at step 0 as `log_best` does, to a run that may have finished."""
+def log_test(run: Run, metrics: Mapping[str, float]) -> None:
+    """Log the metrics of the best model on the test split, at step 0 as of `log_best`, to a run that may have ended."""
     run.log_metrics(metrics, 0)
     run.flush()
 

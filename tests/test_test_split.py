@@ -138,7 +138,7 @@ def test_the_best_model_of_a_training_is_scored_on_the_test_split(runs, masked):
     assert json.loads((directory / "result.json").read_text())["test"] == record
     assert json.loads((directory / "model" / "raylm.json").read_text())["test"] == record
     card = (directory / "model" / "README.md").read_text()
-    assert f"The test split: {test.sentence}." in card
+    assert f"\n{test.sentence[0].upper()}{test.sentence[1:]}.\n" in card
     assert "split: test" in card
     kept = document_scores.read(str(directory), result.best_step, "test")
     assert (len(kept), kept.nll.sum()) == (documents, pytest.approx(by_hand.nll, rel=1e-6))
@@ -181,7 +181,9 @@ def test_the_best_trial_alone_is_scored_and_the_sweep_says_so(ray_cluster, tiny,
     client = MlflowClient(experiment.tracking.uri)
     parent = client.get_run(result.mlflow_run_id)
     assert {name: parent.data.metrics[name] for name in result.test.metrics} == result.test.metrics
-    trials = {row.trial_id: client.get_run(row.mlflow_run_id) for row in result.trials}
+    children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    trials = {run.data.tags["raylm.trial"]: run for run in children}
+    assert trials.keys() == {row.trial_id for row in result.trials}
     assert {name for name, run in trials.items() if "test/perplexity" in run.data.metrics} == {result.best.trial_id}
     best = trials[result.best.trial_id]
     assert best.data.metrics["test/perplexity"] == result.test.perplexity

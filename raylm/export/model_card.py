@@ -184,8 +184,8 @@ def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | No
     return [
         "## Scores",
         _table(("score", "value"), rows),
-        *([f"The test split: {test['sentence']}."] if test is not None else []),
         f"On {what}: {held}. {how}, in {arithmetic}. Perplexity is per token of {comparable}",
+        *([f"{test['sentence'][0].upper()}{test['sentence'][1:]}."] if test is not None else []),
     ]
 
 

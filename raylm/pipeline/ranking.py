@@ -100,12 +100,12 @@ def export_best_trial(
     if not rows or rows[0]["perplexity"] is None:
         return None
     exported = export_best(prepared, rows[0]["checkpoint"], rows[0], parent.directory, resources)
-    best = {**rows[0], **exported.score, "checkpoint": exported.directory, "scored_on": exported.scored_on}
-    best["test"] = exported.test
+    about = {"checkpoint": exported.directory, "scored_on": exported.scored_on, "test": exported.test}
+    best = {**rows[0], **exported.score, **about}
     summary.log_best(parent, experiment, best)
     if exported.test is not None:
         for run in (parent, parent.trial(best["trial_id"])):
-            summary.log_metrics_of_model(run, exported.test.metrics)
+            summary.log_test(run, exported.test.metrics)
     parent.set_tags({"raylm.checkpoint": best["checkpoint"], **best_tags(best, children)})
     sentences = [exported.test.sentence] if exported.test is not None else []
     sentences += [compared.sentence] if compared is not None else []

@@ -187,7 +187,7 @@ def _train(
     exported = export_best(prepared, checkpoint, best, active.directory, resources)
     summary.log_best(tracked, experiment, {**best, **exported.score})
     if exported.test is not None:
-        summary.log_metrics_of_model(tracked, exported.test.metrics)
+        summary.log_test(tracked, exported.test.metrics)
     tracked.set_tags({"raylm.checkpoint": exported.directory})
     tracked.log_model(exported.directory, experiment.tracking, best["step"])
     history = tracked.metric_history()
