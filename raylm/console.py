@@ -74,6 +74,18 @@ def format_estimate(value: float, low: float | None, high: float | None) -> str:
     return f"{shown} [{', '.join(ends)}]"
 
 
+def format_p(p: float | None, name: str = "") -> str:
+    """A p-value with the digits that 10,000 flips give it, two above 0.01 and one below; a dash for None.
+
+    After its name, if that is given: p = 0.013, p < 0.0001.
+    """
+    if p is None:
+        return "-"
+    if p < 1e-4:
+        return f"{name} < 0.0001".lstrip()
+    return f"{name}{' = ' if name else ''}{p:.2g}" if p >= 0.01 else f"{name}{' = ' if name else ''}{p:.1g}"
+
+
 def format_size(num_bytes: float) -> str:
     """Bytes as a person says them: 512 bytes, 49.9 KB, 3.0 GB."""
     if num_bytes < 1000:

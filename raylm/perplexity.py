@@ -175,6 +175,10 @@ def score(model: PreTrainedModel, documents: Documents, **how: Any) -> Score:
     return Score.of(score_documents(model, documents, **how))
 
 
+NLL, TOKENS, BYTES, KEYWORD_NLL, KEYWORD_TOKENS, BANDS = range(6)
+"""Columns of the rows of `score_documents`."""
+
+
 def score_documents(
     model: PreTrainedModel,
     documents: Documents,
@@ -193,10 +197,11 @@ def score_documents(
     progress: Callable[[float, float | None], None] | None = None,
     stopping: Callable[[], bool] | None = None,
 ) -> np.ndarray:
-    """The fields of Score for each document, float64 of shape (documents, 5). Masked models need `masked`.
+    """The fields of Score for each document, float64 of shape (documents, 5): NLL, TOKENS, BYTES, KEYWORD_NLL and
+    KEYWORD_TOKENS are its columns. Masked models need `masked`.
 
-    `positions`: the first positions of bands of the context. Each adds two columns, nll and tokens of the scored tokens
-    whose prediction is read off there, after as many tokens of their window.
+    `positions`: the first positions of bands of the context. Each adds two columns after BANDS, nll and tokens of the
+    scored tokens whose prediction is read off there, after as many tokens of their window.
 
     Only the first documents up to `max_tokens` tokens are scored (at least one). Each of several workers scores every
     world_size-th document, and torch.distributed combines the rows, so that all workers return all of them. They run
@@ -206,7 +211,7 @@ def score_documents(
     device = next(model.parameters()).device
     count = first_documents(documents, max_tokens)
     chosen = range(count)[rank::world_size]
-    rows = torch.zeros((count, 5 + 2 * len(positions)), dtype=torch.float64)
+    rows = torch.zeros((count, BANDS + 2 * len(positions)), dtype=torch.float64)
     share = torch.ones(count, dtype=torch.float64)
     """Fraction of each document's tokens that are scored, from which its nll is estimated."""
     total, done = sum(len(documents[index]) for index in chosen), 0.0

@@ -7,12 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 from raylm import model, perplexity, tracking
 from raylm.budget import Budget
-from raylm.config import LOGGED, WHOLE_SPLIT, Experiment, get
+from raylm.config import WHOLE_SPLIT, Experiment, get
 from raylm.tokens import COUNTED, Store, incomparable
 from raylm.tracking import PARAMETERS_TAG, TOKENS_TAG, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+LOGGED = (
+    "blocks.block_size",
+    "blocks.packing",
+    "objective.kind",
+    "train.learning_rate",
+    "train.warmup_steps",
+    "train.weight_decay",
+    "train.lr_scheduler_type",
+    "train.batch_tokens",
+    "train.seed",
+    "train.data_seed",
+    "cluster.num_workers",
+)
+"""Settings that become parameters of every MLflow run, and rows of every model card, if they are given. The runs of a
+sweep have the swept settings too."""
 
 
 def start(experiment: Experiment, directory: str, name: str, verb: str) -> Run:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from raylm.console import format_p
 from raylm.document_scores import DocumentScores
-from raylm.results.differences import Scored, differences, format_p, rows, sentences
+from raylm.results.differences import Scored, differences, rows, sentences
 from raylm.results.tables import side_by_side
 
 COUNT = 40

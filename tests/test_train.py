@@ -85,7 +85,10 @@ def test_every_figure_is_in_mlflow_by_step(one_worker):
     experiment, best, _, _, tracked = one_worker
     client = MlflowClient(tracked.uri)
     names = {"train/loss", "train/learning_rate", "train/grad_norm", "train/tokens", "eval/perplexity"}
-    assert names | {"eval/bits_per_byte"} <= set(client.get_run(tracked.run_id).data.metrics)
+    metrics = client.get_run(tracked.run_id).data.metrics
+    assert names | {"eval/bits_per_byte"} <= set(metrics)
+    for name in ("perplexity", "bits_per_byte"):
+        assert metrics[f"eval/{name}_low"] < metrics[f"eval/{name}"] < metrics[f"eval/{name}_high"]
     history = client.get_metric_history(tracked.run_id, "eval/perplexity")
     assert min(point.value for point in history) == best["perplexity"]
     assert all(

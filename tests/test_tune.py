@@ -676,7 +676,7 @@ def test_the_trials_that_none_beats_in_both_are_marked():
         }
         for name, score in (("small", 9.0), ("better", 7.0), ("larger", 7.0), ("failed", None))
     ]
-    ranking.weigh(rows, "parameters", {"small": [9.0, 10], "better": [7.0, 20], "larger": [7.0, 30]})
+    ranking.mark_pareto(rows, "parameters", {"small": [9.0, 10], "better": [7.0, 20], "larger": [7.0, 30]})
     assert {row["trial_id"]: row["pareto"] for row in rows} == {
         "small": True, "better": True, "larger": False, "failed": False
     }  # fmt: skip

@@ -24,7 +24,6 @@ from raylm.config.files import (
 from raylm.config.names import OWNED, as_settings
 from raylm.config.sections import (
     DEFAULT_STORAGE,
-    LOGGED,
     MUTABLE,
     SEEDS,
     WHOLE_SPLIT,
@@ -50,7 +49,6 @@ from raylm.config.space import SAMPLERS, corners, is_sampler, spaces
 __all__ = [
     "BUILT_IN",
     "DEFAULT_STORAGE",
-    "LOGGED",
     "MUTABLE",
     "OWNED",
     "SAMPLERS",

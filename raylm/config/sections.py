@@ -140,13 +140,6 @@ MUTABLE = (
     "train.arguments.label_smoothing_factor", "train.arguments.neftune_noise_alpha",
 )  # fmt: skip
 """Settings that may change while a trial trains, because its weights and its optimizer's state remain valid."""
-LOGGED = (
-    "blocks.block_size", "blocks.packing", "objective.kind", "train.learning_rate", "train.warmup_steps",
-    "train.weight_decay", "train.lr_scheduler_type", "train.batch_tokens", "train.seed", "train.data_seed",
-    "cluster.num_workers",
-)  # fmt: skip
-"""Settings that become parameters of every MLflow run, and rows of every model card, if they are given. The runs of a
-sweep have the swept settings too."""
 SplitName = Literal["train", "validation", "test"]
 SEEDS = ("train.seed", "train.data_seed")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -33,6 +33,11 @@ class Format:
     split: Callable[[FilePart, int], Iterator[tuple[FilePart, int]]] | None = None
     """(whole file, most bytes) -> its parts with the bytes of each; None if a file cannot be cut."""
 
+    @property
+    def has_columns(self) -> bool:
+        """Whether a file is rows with columns: its reader is one of columns.py."""
+        return self.read.__module__ == columns.__name__
+
 
 def _ranges(whole: FilePart, length: int, num_bytes: int, most: int) -> Iterator[tuple[FilePart, int]]:
     """Cut 0:length, which has num_bytes in total, into ranges of about `most` bytes."""

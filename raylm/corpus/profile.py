@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from raylm.config import CorpusConfig
 from raylm.corpus.columns import WHOLE_ROW
-from raylm.corpus.formats import format_of, texts, whole_file
+from raylm.corpus.formats import FORMATS, format_of, texts, whole_file
 from raylm.corpus.reader import Ledger, content_hash, kept, shards
 from raylm.corpus.sources import HUB, Source
 from raylm.errors import DataError
@@ -24,8 +24,8 @@ ROWS = 200
 MOST_TABLES = 20
 """Tables of which it is checked that they have these columns."""
 
-TABLES = ("jsonl", "csv", "tsv", "parquet", "arrow", "saved")
-"""Formats of rows with columns. A .json file beside text counts as settings of some program."""
+TABLES = {name for name, found in FORMATS.items() if found.has_columns} - {"json", "hub"}
+"""Formats of rows with columns. A .json file beside text counts as settings of some program, and hub:// is not read."""
 
 CONVERSATIONS = (("role", "content"), ("from", "value"))
 """Fields of the messages of a chat, as OpenAI's and ShareGPT's data sets name them."""

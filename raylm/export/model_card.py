@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from raylm import console, corpus, tokens
 from raylm.checkpoint import read_record
-from raylm.config import LOGGED, WHOLE_SPLIT, Experiment, get
+from raylm.config import WHOLE_SPLIT, Experiment, get
 from raylm.errors import DataError
 from raylm.export.files import name_of
+from raylm.summary import LOGGED
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def started(
     experiment: Experiment, verb: Literal["train", "tune"], fingerprint: str, resume: runs.Resume
 ) -> Iterator[tuple[ActiveRun, Run]]:
-    """A run that starts or resumes, and its run in MLflow, which ends with the block: finished, failed or killed.
+    """Start or resume a run's directory and its MLflow run, which ends with the block: finished, failed or killed.
 
     `fingerprint`: that of its token store. The runs in MLflow of abandoned directories end too.
     """

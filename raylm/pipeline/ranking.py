@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from raylm.tracking import Run
 
 
-def ranked(record: SweepRecord, directory: str, experiment: Experiment, store: Store) -> list[dict[str, Any]]:
+def ranked(record: SweepRecord, experiment: Experiment, store: Store) -> list[dict[str, Any]]:
     """A row for each trial, the best first, with its standing; with tune.against also whether it is on the Pareto
-    front. `directory`: the sweep's."""
-    section = experiment.tune
+    front."""
+    section, directory = experiment.tune, record.directory
     rows = [_row(directory, trial) for trial in record.trials.values()]
     if section.against is not None:
         scored = [trial for trial in record.trials.values() if trial.results and trial.failure is None]
-        weigh(rows, section.against, {trial.trial_id: values(experiment, store, trial) for trial in scored})
+        mark_pareto(rows, section.against, {trial.trial_id: values(experiment, store, trial) for trial in scored})
     rows.sort(key=lambda row: (row[section.metric] is None, row[section.metric] or 0))
     scored = [record.trials[row["trial_id"]] for row in rows if row[section.metric] is not None]
     standings = significance.standings(directory, scored)
@@ -67,7 +67,7 @@ def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
     return [score, model.num_parameters(model_config, masked=changed.objective.is_masked)]
 
 
-def weigh(rows: list[dict[str, Any]], against: str, objectives: dict[str, list[float]]) -> None:
+def mark_pareto(rows: list[dict[str, Any]], against: str, objectives: dict[str, list[float]]) -> None:
     """Add to each row its value of tune.against, and whether it is on the Pareto front."""
     for row in rows:
         own = objectives.get(row["trial_id"])

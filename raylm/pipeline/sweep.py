@@ -67,7 +67,9 @@ class SweepPlan:
     def repeats(self) -> tuple[int, int]:
         """The fewest and the most trials that repeat the best few settings, in addition to `trials`."""
         count, repeats = self.experiment.tune.repeats, sweeps.repeats
-        return (count * repeats.FEWEST, count * min(repeats.MOST, self.trials)) if count > 1 else (0, 0)
+        if count == 1:
+            return 0, 0
+        return count * repeats.FEWEST_SETTINGS, count * min(repeats.MOST_SETTINGS, self.trials)
 
     @property
     def most_tokens(self) -> int | None:
@@ -129,10 +131,10 @@ def resolve(experiment: Experiment, *, starts: bool = False) -> SweepPlan:
             where="cluster.num_workers",
         )
     trials = sweeps.searcher(section, experiment.train.seed).total
-    if section.repeats > 1 and trials < sweeps.repeats.FEWEST:
+    if section.repeats > 1 and trials < sweeps.repeats.FEWEST_SETTINGS:
         raise ConfigError(
             f"tune.repeats={section.repeats}: the sweep has {trials} trial, and repeats compare the settings of at "
-            f"least {sweeps.repeats.FEWEST}; leave it out, or draw more with tune.num_samples",
+            f"least {sweeps.repeats.FEWEST_SETTINGS}; leave it out, or draw more with tune.num_samples",
             where="tune.repeats",
         )
     resources = cluster.planned_resources(experiment.cluster, trials=_most_at_a_time(experiment, trials))
@@ -367,8 +369,8 @@ def run_trials(
             repeats.choose(record, section.metric)
         if record.repeated:
             sweeps.repeats.add(record, experiment.train, section.repeats)
-            run_all(sweeps.repeats.Recorded(), sweeps.repeats.scheduler(record, planned, stopping))
-    return ranking.ranked(record, active.directory, experiment, store)
+            run_all(sweeps.repeats.NoSearcher(), sweeps.repeats.scheduler(record, planned, stopping))
+    return ranking.ranked(record, experiment, store)
 
 
 def _no_result(active: ActiveRun, rows: list[dict[str, Any]]) -> TrainingError | ConfigError:

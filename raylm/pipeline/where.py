@@ -13,6 +13,7 @@ import numpy as np
 from raylm import checkpoint, config, console, storage, tokenizer, tokens
 from raylm.document_scores import DocumentScores, hash_of
 from raylm.errors import ConfigError, RaylmError
+from raylm.perplexity import BANDS, BYTES, KEYWORD_NLL, KEYWORD_TOKENS, NLL
 from raylm.pipeline import evaluation
 from raylm.results import where
 from raylm.results.where import DocumentPart, Part, Where
@@ -28,7 +29,7 @@ TEXT_TOKENS = 60
 TEXT_CHARS = 150
 
 OTHER_SCORES = 1e-3
-"""Relative difference of two scores of one model on the same text from which on it is not the same model."""
+"""Scores of one text that differ by more than this fraction are of different models."""
 
 
 def explain(comparison: Comparison, keywords: Sequence[str] = ()) -> Comparison:
@@ -158,15 +159,17 @@ def _scored_again(
         except RaylmError as error:
             return {}, f"not shown: {error.message}"
         assert run.scores is not None
-        if not math.isclose(rows[-1][:, 0].sum(), run.scores.nll.sum(), rel_tol=OTHER_SCORES):
+        if not math.isclose(rows[-1][:, NLL].sum(), run.scores.nll.sum(), rel_tol=OTHER_SCORES):
             return {}, f"not shown: {run.model} gives other scores than were kept, of another model or other settings"
     base, own = rows
-    parts = {"position": where.by_position(own[:, 5:], base[:, 5:])}
+    parts = {"position": where.by_position(own[:, BANDS:], base[:, BANDS:])}
     if keywords:
-        inside = [Part.of(" ".join(keywords), own[:, 3] - base[:, 3], own[:, 4])] if own[:, 4].any() else []
-        nll = own[:, 5::2].sum(axis=1) - own[:, 3] - base[:, 5::2].sum(axis=1) + base[:, 3]
-        parts["keyword"] = [*inside, Part.of("all else", nll, own[:, 6::2].sum(axis=1) - own[:, 4])]
-    note = f"{' '.join(keywords)}: not in the text" if keywords and not own[:, 4].any() else None
+        difference, size = own - base, own[:, KEYWORD_TOKENS]
+        inside = [Part.of(" ".join(keywords), difference[:, KEYWORD_NLL], size)] if size.any() else []
+        # Summed over the bands, because a masked model's nll of a document is an estimate for all of its tokens.
+        nll = difference[:, BANDS::2].sum(axis=1) - difference[:, KEYWORD_NLL]
+        parts["keyword"] = [*inside, Part.of("all else", nll, own[:, BANDS + 1 :: 2].sum(axis=1) - size)]
+    note = f"{' '.join(keywords)}: not in the text" if keywords and not own[:, KEYWORD_TOKENS].any() else None
     return parts, note
 
 
@@ -178,5 +181,5 @@ def _rows(run: ComparedRun, text: _Text, keywords: Sequence[str]) -> np.ndarray:
     experiment = config.override(experiment, {"objective.keywords": list(keywords)})
     with console.task(f"Scoring {run.name} by position", "tokens") as progress:
         rows = launch.score(str(directory), text, experiment, None, progress, as_given=True, positions=where.POSITIONS)
-    copies = run.scores.bytes / np.maximum(rows[:, 2], 1)
+    copies = run.scores.bytes / np.maximum(rows[:, BYTES], 1)
     return rows * copies[:, None]

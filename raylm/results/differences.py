@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from raylm import document_scores, statistics
-from raylm.console import format_estimate
+from raylm.console import format_estimate, format_p
 from raylm.document_scores import DocumentScores
 
 
@@ -219,15 +219,10 @@ def sentence(name: str, difference: Difference) -> str:
         return (
             f"{name} and {difference.best} give the same score to each of {difference.documents:,} {difference.unit}s"
         )
-    test = f"p = {format_p(difference.p)}, paired by {difference.documents:,} {difference.unit}s"
+    test = f"{format_p(difference.p, 'p')}, paired by {difference.documents:,} {difference.unit}s"
     if not difference.as_good_as_best:
         return f"{difference.best} is better than {name}: {amount} less, {test}"
     least = f"{bits.least:.2g} bits/byte"
     if nats is not None:
         least = f"{nats.least:.2g} nats/token ({100 * math.expm1(nats.least):.2g} % of perplexity)"
     return f"{name} is as good as {difference.best}: {amount} more, {test}; less than {least} could not be detected"
-
-
-def format_p(p: float) -> str:
-    """A p-value with the digits that it has: of 10,000 flips two above 0.01, one below."""
-    return f"{p:.2g}" if p >= 0.01 else f"{p:.1g}"

@@ -12,7 +12,7 @@ from typing import Any
 from raylm import console, storage, tokens, tracking
 from raylm import sweep as sweeps
 from raylm.redaction import redacted
-from raylm.results import figures, repeats, several, trial_table
+from raylm.results import figures, several, trial_table
 from raylm.results.sweep import EXPERIMENT, SweepResults, read, repeat_command, scored_on_with_size
 
 
@@ -140,7 +140,7 @@ def _about_settings(results: SweepResults) -> str:
     for each in found["settings"]:
         settings = ", ".join(f"{figures.short_name(key)} {_cell(value)}" for key, value in each["settings"].items())
         scores = [trial_table.format_score(each[f"{results.measure}{end}"]) for end in ("", "_low", "_high")]
-        cells = [_cell(each["runs"]), *scores, _cell(each["nats_per_token"]), repeats.shown_p(each["p"])]
+        cells = [_cell(each["runs"]), *scores, _cell(each["nats_per_token"]), console.format_p(each["p"])]
         rows.append([trial_table.short_id(each["trial_id"]), settings, *cells])
     headings = ["trial", "its settings", "repeats", f"mean {score}", "95 % from", "to", "nats a token more", "p"]
     return f"<p>{escape(found['sentence'])}</p>{_table(headings, rows, left=2)}"

@@ -12,6 +12,7 @@ import numpy as np
 
 from raylm import statistics
 from raylm import sweep as sweeps
+from raylm.console import format_p
 from raylm.results import significance
 from raylm.results.trial_table import TrialRow, short_id
 from raylm.sweep import SweepRecord
@@ -67,7 +68,7 @@ class Repeats:
         if not told:
             return "settings: fewer than two repeats of each have a score, too few to tell which are better"
         over = f"settings, over {best.runs} other seeds: those of {short_id(best.trial_id)} are"
-        worse = [f"{short_id(each.trial_id)} ({shown_p(each.p, 'p')})" for each in told if not each.as_good_as_best]
+        worse = [f"{short_id(each.trial_id)} ({format_p(each.p, 'p')})" for each in told if not each.as_good_as_best]
         ties = [each for each in told if each.as_good_as_best]
         parts = [f"better than those of {' and '.join(worse)}"] if worse else []
         if ties:
@@ -83,15 +84,8 @@ class Repeats:
         return {"sentence": self.sentence, "settings": [each.record(measure) for each in self.settings]}
 
 
-def shown_p(p: float | None, name: str = "") -> str:
-    """A p-value with as many digits as it has, after its name: p = 0.013, p < 0.0001; a dash for None."""
-    if p is None:
-        return "-"
-    return f"{name} < 0.0001".lstrip() if p < 1e-4 else f"{name}{' = ' if name else ''}{p:.2g}"
-
-
 def choose(record: SweepRecord, metric: str) -> None:
-    """Record which trials are repeated: see sweep.repeats.choose. None if fewer than two settings have a score."""
+    """Record which trials are repeated (sweep.repeats.choose); no trial, if fewer than two settings have a score."""
     scores = {
         trial.trial_id: score
         for trial in record.trials.values()

@@ -74,12 +74,12 @@ class TestScore:
     difference_percent: float
     """How much higher perplexity is on the test split."""
     difference_percent_low: float | None
-    """The ends of the 95 % interval of what two splits that had no part in the choice could have shown."""
+    """The lower end of the 95 % interval of that difference."""
     difference_percent_high: float | None
     unit: str
     """What people call a document: document or passage."""
     same_text: bool
-    """Whether documents of one text fell in one of the splits by their hash, so that neither is harder by its kind."""
+    """Whether both splits were drawn from corpus.paths by hash, so that they are the same kind of text."""
 
     @classmethod
     def of(

@@ -40,8 +40,8 @@ def rungs(budget: Budget, grace_tokens: int, eta: float) -> list[int]:
 class Ties:
     """Whether a trial is not worse than another one, by the documents of two evaluations.
 
-    It is not worse if the 95 % interval of their difference, paired by document, reaches zero. Flips of signs, as in
-    the ranking, take 1.3 s for 10,000 documents, and meanwhile Tune and all trials that report would wait.
+    It is not worse if the 95 % interval of their difference, paired by document, reaches zero. The interval decides,
+    not the ranking's test of signs, because that takes 1.3 s for 10,000 documents, while Tune and all trials wait.
     """
 
     def __init__(self, directory: str):
@@ -49,16 +49,16 @@ class Ties:
         self._known: dict[tuple[str, int, str, int], bool] = {}
 
     def __call__(self, trial_id: str, step: int, other_id: str, other_step: int) -> bool:
-        """Whether the documents show that the trial is not worse at this step than the other one; False if their scores
-        were not kept or they are too few to tell."""
+        """Whether the documents do not show that the trial is worse at this step than the other one; False if their
+        scores were not kept or they are too few to tell."""
         key = (trial_id, step, other_id, other_step)
         if key not in self._known:
             own = document_scores.read(f"{self.directory}/{trial_id}", step)
             other = document_scores.read(f"{self.directory}/{other_id}", other_step)
-            self._known[key] = own is not None and other is not None and self._is_tie(own, other)
+            self._known[key] = own is not None and other is not None and self._is_not_worse(own, other)
         return self._known[key]
 
-    def _is_tie(self, own: DocumentScores, other: DocumentScores) -> bool:
+    def _is_not_worse(self, own: DocumentScores, other: DocumentScores) -> bool:
         if own.documents != other.documents:
             return False
         low, _ = statistics.interval(own.nll - other.nll, own.tokens)

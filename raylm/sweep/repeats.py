@@ -25,7 +25,7 @@ from raylm.config import TrainConfig
 from raylm.sweep.record import SweepRecord, Trial
 from raylm.sweep.schedule import RecordedScheduler
 
-FEWEST, MOST = 2, 3
+FEWEST_SETTINGS, MOST_SETTINGS = 2, 3
 """Settings that are repeated."""
 
 
@@ -39,11 +39,11 @@ def choose(ranked: Sequence[Trial], as_good: Collection[str]) -> list[str]:
     for trial in ranked:
         if all(trial.settings != other.settings for other in distinct):
             distinct.append(trial)
-    if len(distinct) < FEWEST:
+    if len(distinct) < FEWEST_SETTINGS:
         return []
     best, *others = [trial.trial_id for trial in distinct]
     ties = [trial_id for trial_id in others if trial_id in as_good]
-    return [best, *(ties or others[: FEWEST - 1])][:MOST]
+    return [best, *(ties or others[: FEWEST_SETTINGS - 1])][:MOST_SETTINGS]
 
 
 def seeds(section: TrainConfig, number: int) -> dict[str, int]:
@@ -66,8 +66,11 @@ def add(record: SweepRecord, section: TrainConfig, count: int) -> None:
                 record.add_repeat(record.free_id(lost), trial_id, seeds(section, number))
 
 
-class Recorded:
-    """A searcher that draws nothing: the repeats are all in the record. Another searcher is not told their scores."""
+class NoSearcher:
+    """A searcher that draws nothing, because the repeats are all in the record.
+
+    The searcher of the sweep is not told the scores of repeats.
+    """
 
     total = 0
 

@@ -10,7 +10,8 @@ trainer             the Trainer of a worker: evaluations, training metrics, chec
 worker              one worker's training or scoring: threads, devices, errors
 worker_errors       Ray Train's errors as raylm's: which failures may pass, and which would recur
 worker_group        a worker group of Ray Train, of which nothing is left if it fails
-launch              where workers run: one process here, a worker group of Ray, a trial; restarts after failures
+launch              where workers run: one process here, a worker group of Ray, a trial; restarts after failures,
+                    with smaller micro-batches if memory ran out
 """
 
 from raylm.training.arguments import check_settings

@@ -30,6 +30,7 @@ from raylm import (
     tokens,
 )
 from raylm import tokenizer as tokenizers
+from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError, RaylmError, StorageError
 from raylm.perplexity import Documents, Score
 from raylm.tokenizer import Frame
@@ -286,9 +287,12 @@ class _Trainer(ShardingTrainer):
             self.better = {name: self.latest[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
         self.worse_in_a_row = 0 if is_best else self.worse_in_a_row + 1
         if self.session.rank == 0:
-            self._keep_scores(step, rows)
             name = self.task.experiment.measure
+            scores = DocumentScores.of(rows, self.store.validation)
+            self._keep_scores(step, scores)
             values = {f"eval/{what}": value for what, value in score.figures(name).items()}
+            ends = document_scores.intervals(scores, name)
+            values |= {f"eval/{end}": value for end, value in ends.items() if value is not None}
             if self.task.name:  # trials are compared by their best score, in MLflow while they run
                 values |= summary.best_metrics(name, self.latest if is_best else self.best)
             for each, found in sets.items():
@@ -303,12 +307,10 @@ class _Trainer(ShardingTrainer):
             self.session.report(self._metrics())
         return {"eval_perplexity": score.perplexity}
 
-    def _keep_scores(self, step: int, rows: np.ndarray) -> None:
+    def _keep_scores(self, step: int, scores: DocumentScores) -> None:
         """Keep the score of each document. Without it no difference to another trial is tested; training continues."""
         try:
-            document_scores.write(
-                self.task.directory, step, document_scores.DocumentScores.of(rows, self.store.validation)
-            )
+            document_scores.write(self.task.directory, step, scores)
         except StorageError as error:
             self.say(f"the scores of single documents at step {step:,} are not kept: {error}")
 
