@@ -81,7 +81,7 @@ def format_p(p: float | None, name: str = "") -> str:
     """
     if p is None:
         return "-"
-    if p < 1e-4:
+    if p < 5e-5:  # the least of 10,000 flips is 0.0001
         return f"{name} < 0.0001".lstrip()
     return f"{name}{' = ' if name else ''}{p:.2g}" if p >= 0.01 else f"{name}{' = ' if name else ''}{p:.1g}"
 
