@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 PARTS = """
     errors redaction config scratch console cluster storage hub corpus tokenizer tokens blocks model objective probe
-    scorer perplexity statistics document_scores checkpoint export runs tracking budget cost summary training generation
+    scorer perplexity statistics document_scores checkpoint runs tracking budget cost summary export training generation
     sweep derived plan results estimate cleaning pipeline api diagnosis views cli
 """.split()
 VERBS = "init prepare train tune evaluate generate inspect push sync ls clean report compare submit doctor".split()
