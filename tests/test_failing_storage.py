@@ -187,7 +187,7 @@ class OneByOne(Played):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trials, "tune", told)
             try:
-                trials.run_trial(trial.config, template=self.job, resources=self.resources)
+                trials.run_trial(trial.config, template=self.job, resources=self.resources, repeat_of={})
             except Paused:
                 trial.set_status(RayTrial.PAUSED)
                 self.watcher.on_step_end(0, self.trials)
