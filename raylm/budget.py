@@ -115,8 +115,9 @@ def no_validation(experiment: Experiment) -> DataError:
         why = "corpus.validation_fraction=0 holds nothing out"
         way_out = "give one such as 0.05, or corpus.validation_paths"
     else:
-        why = "the text is a single passage, which cannot be split"
-        way_out = "give more text, or corpus.validation_paths"
+        unit = section.split_by or "passage"
+        why = f"the text is a single {unit}, which cannot be split"
+        way_out = "corpus.split_by=passage, " * (unit == "document") + "give more text, or corpus.validation_paths"
     return DataError(
         f"the validation split is empty, so no perplexity can be measured: {why}; {way_out}",
         where="corpus.validation_fraction",

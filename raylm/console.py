@@ -164,8 +164,9 @@ def task(description: str, unit: str = "") -> Iterator[Advance]:
             BarColumn(bar_width=None if screen.width < 100 else 30),
             TextColumn("{task.fields[amount]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("so far,"),
             TimeRemainingColumn(),
+            TextColumn("left"),
         )
         with _Bar(*columns, console=screen, transient=True) as progress:
             bar = progress.add_task(description, total=None, amount="")

@@ -121,7 +121,7 @@ def test_the_repeats_decide_and_not_the_trials_by_which_settings_were_chosen():
     assert worse.nats_low < worse.nats_per_token < worse.nats_high
     assert worse.nats_per_token == pytest.approx(math.log(worse.perplexity / best.perplexity))
     assert found.sentence.startswith("settings, over 3 other seeds: those of b are better than those of a (p = 0.0")
-    assert "and as good as those of c (differences below " in found.sentence
+    assert "and as good as those of c, as far as these runs tell: only " in found.sentence
     assert format_p(0.01234, "p") == "p = 0.012"
     assert [format_p(p) for p in (0.01234, 1e-9, None)] == ["0.012", "< 0.0001", "-"]
     json.dumps(found.record("perplexity"), allow_nan=False)

@@ -75,8 +75,8 @@ def test_the_sentence_names_ties_and_what_could_not_be_told():
     tie = Standing(1.0, 2.0, as_good_as_best=True, p=0.4, least_percent=1.234, compared_at_tokens=9)
     worse = Standing(1.0, 2.0, as_good_as_best=False, p=0.001, least_percent=2.0, compared_at_tokens=9)
     assert sentence({"trial_0": best, "trial_1": tie, "trial_2": worse, "trial_3": None}, 38) == (
-        "as good as the best on these 38 documents, paired at equal tokens (p >= 0.05): 1; differences below "
-        "1.2 % could not be detected"
+        "as good as the best on these 38 documents, paired at equal tokens (p >= 0.05): 1 at 9 tokens; "
+        "differences below 1.2 % could not be detected"
     )
     assert sentence({"trial_0": best, "trial_2": worse}, 38).startswith("no other trial is as good as the best")
     assert "on these 38 passages, paired" in sentence({"trial_0": best, "trial_1": tie}, 38, "passage")

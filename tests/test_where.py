@@ -82,6 +82,17 @@ def test_documents_count_in_either_direction():
 # Two models -----------------------------------------------------------------------------------------------------------
 
 
+def evaluated(directory, name, *, seed, n_positions=32):
+    """An evaluation, `name`.jsonl, of a new model."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 270, "n_layer": 1, "n_head": 1, "n_embd": 8, "initializer_range": 0.3}
+    network = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=n_positions, bos_token_id=0, eos_token_id=0))
+    (directory / name).mkdir()
+    saved(network, directory / name)
+    text = [f"{directory}/{each}" for each in ("notes", "mail")]
+    evaluate(str(directory / name), text=text, documents=directory / f"{name}.jsonl")
+
+
 @pytest.fixture
 def two(tmp_path):
     """Two evaluations of the same two directories of text."""
@@ -92,13 +103,7 @@ def two(tmp_path):
             words = generator.choice(WORDS, generator.integers(3, 30))
             (tmp_path / directory / f"{number:02}.txt").write_text(" ".join(words))
     for number, name in enumerate(("a", "b")):
-        torch.manual_seed(number)
-        sizes = {"vocab_size": 270, "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 32, "initializer_range": 0.3}
-        network = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-        (tmp_path / name).mkdir()
-        saved(network, tmp_path / name)
-        text = [f"{tmp_path}/{each}" for each in ("notes", "mail")]
-        evaluate(str(tmp_path / name), text=text, documents=tmp_path / f"{name}.jsonl")
+        evaluated(tmp_path, name, seed=number)
     return tmp_path, [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
 
 
@@ -134,10 +139,20 @@ def test_the_parts_add_up_to_the_difference(two):
     assert "where" not in api.compare(*files).record()
 
 
+def test_positions_are_compared_only_in_contexts_of_one_length(two):
+    directory, files = two
+    evaluated(directory, "c", seed=2, n_positions=16)
+    record = compare([files[0], str(directory / "c.jsonl")], where=True, where_keyword=["cat"]).record["where"]
+    assert list(record["parts"]) == ["source", "length", "keyword"]
+    assert record["notes"] == [
+        "positions in the context: not shown, because the models read contexts of different lengths"
+    ]
+
+
 def test_what_is_gone_is_said_and_the_rest_is_shown(two):
     directory, files = two
     record = compare(files, where=True, where_keyword=["zebra"]).record["where"]
-    assert record["notes"] == ["positions in the context and keywords: zebra: not in the text"]
+    assert record["notes"] == ["zebra: not in the text"]
     network = GPT2LMHeadModel.from_pretrained(directory / "a")
     network.lm_head.weight.data *= 2
     network.save_pretrained(directory / "a")

@@ -75,8 +75,8 @@ def with_split(experiment: Experiment, sources: list[Source]) -> tuple[Derived, 
         if found.complete:
             held = f"about {max(1, found.units * found.validation_fraction):.0f} of {found.units:,}"
         logger.info(
-            f"The text is {documents}, too few to hold any out: passages of them are held out for validation, {held}; "
-            "corpus.split_by=document holds out whole documents"
+            f"The text is {documents}, too few to hold any out: passages are held out for validation, {held}"
+            + "; corpus.split_by=document holds out whole documents" * (found.documents > 1)
         )
         reasons["corpus.split_by"] = f"{documents}, too few to hold any out whole"
         reasons["corpus.validation_fraction"] = f"{held} passages"

@@ -59,9 +59,9 @@ def explain(comparison: Comparison, keywords: Sequence[str] = ()) -> Comparison:
     parts = {} if sources is None else {"source": where.by_source(summed, size, sources)}
     parts["length"] = where.by_length(summed, size, best.scores.bytes)
     if has_one_tokenizer:
-        scored, note = _scored_again(best, other, texts, keywords)
+        scored, missing = _scored_again(best, other, texts, keywords)
         parts |= scored
-        notes += [] if note is None else [f"positions in the context{' and keywords' * bool(keywords)}: {note}"]
+        notes += missing
     else:
         notes.append("positions in the context and keywords: not shown, because the tokenizers differ")
     documents = [
@@ -145,32 +145,37 @@ def _model(model: str) -> tuple[Any, config.Experiment]:
 
 def _scored_again(
     best: ComparedRun, other: ComparedRun, texts: dict[str, _Text | str], keywords: Sequence[str]
-) -> tuple[dict[str, list[Part]], str | None]:
-    """The parts of the text for which both models score it again, or why they do not."""
+) -> tuple[dict[str, list[Part]], list[str]]:
+    """The parts of the text for which both models score it again; and what is not shown, and why."""
+    what = f"positions in the context{' and keywords' * bool(keywords)}"
     rows = []
     for run in (best, other):
         text = texts[run.name]
         if isinstance(text, str):
-            return {}, f"not shown: {text}"
+            return {}, [f"{what}: not shown: {text}"]
         if run.model is None or not storage.names(run.model):
-            return {}, f"not shown: the model of {run.name} is gone"
+            return {}, [f"{what}: not shown: the model of {run.name} is gone"]
         try:
             rows.append(_rows(run, text, keywords))
         except RaylmError as error:
-            return {}, f"not shown: {error.message}"
+            return {}, [f"{what}: not shown: {error.message}"]
         assert run.scores is not None
         if not math.isclose(rows[-1][:, NLL].sum(), run.scores.nll.sum(), rel_tol=OTHER_SCORES):
-            return {}, f"not shown: {run.model} gives other scores than were kept, of another model or other settings"
+            return {}, [f"{what}: not shown: {run.model} gives other scores than were kept"]
     base, own = rows
-    parts = {"position": where.by_position(own[:, BANDS:], base[:, BANDS:])}
+    parts, notes = {}, []
+    if np.array_equal(own[:, BANDS + 1 :: 2], base[:, BANDS + 1 :: 2]):
+        parts["position"] = where.by_position(own[:, BANDS:], base[:, BANDS:])
+    else:
+        notes.append("positions in the context: not shown, because the models read contexts of different lengths")
     if keywords:
         difference, size = own - base, own[:, KEYWORD_TOKENS]
-        inside = [Part.of(" ".join(keywords), difference[:, KEYWORD_NLL], size)] if size.any() else []
+        inside = [Part.of(" or ".join(keywords), difference[:, KEYWORD_NLL], size)] if size.any() else []
         # Summed over the bands, because a masked model's nll of a document is an estimate for all of its tokens.
         nll = difference[:, BANDS::2].sum(axis=1) - difference[:, KEYWORD_NLL]
         parts["keyword"] = [*inside, Part.of("all else", nll, own[:, BANDS + 1 :: 2].sum(axis=1) - size)]
-    note = f"{' '.join(keywords)}: not in the text" if keywords and not own[:, KEYWORD_TOKENS].any() else None
-    return parts, note
+        notes += [] if size.any() else [f"{' or '.join(keywords)}: not in the text"]
+    return parts, notes
 
 
 def _rows(run: ComparedRun, text: _Text, keywords: Sequence[str]) -> np.ndarray:

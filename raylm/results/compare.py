@@ -28,6 +28,9 @@ from raylm.results.where import Where
 from raylm.runs import flat_settings, result_of
 from raylm.tracking import journal
 
+SHOWN = {"seconds": "seconds, with pauses", "tokens_per_second": "tokens/s in training"}
+"""What figures are called on the screen, if not by their names."""
+
 IGNORED_SECTIONS = ("name", "storage", "tracking", "tune")
 """Settings that change nothing about what a run trains."""
 
@@ -136,7 +139,11 @@ class Comparison:
         records = [run.record() for run in self.runs]
         scores = [*dict.fromkeys(run.measure for run in self.runs), "bits_per_byte"]
         names = dict.fromkeys(name for record in records for name in record if not name.endswith(("_low", "_high")))
-        facts = {label(name): [record.get(name) for record in records] for name in names if name not in scores}
+        facts = {
+            SHOWN.get(name, label(name)): [record.get(name) for record in records]
+            for name in names
+            if name not in scores
+        }
         facts = {name: values for name, values in facts.items() if any(value is not None for value in values)}
         return {
             **{label(score): [_with_interval(record, score) for record in records] for score in scores},

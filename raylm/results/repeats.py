@@ -74,7 +74,8 @@ class Repeats:
         if ties:
             least = max(each.least_percent or 0.0 for each in ties)
             names = " and ".join(short_id(each.trial_id) for each in ties)
-            parts.append(f"as good as those of {names} (differences below {least:.2g} % could not be detected)")
+            shown = f"{least:,.0f}" if least >= 10 else f"{least:.2g}"
+            parts.append(f"as good as those of {names}, as far as these runs tell: only {shown} % or more would show")
         failed = sum(each.failed for each in self.settings)
         without = f"; {failed} repeat{'s have' if failed > 1 else ' has'} no score" if failed else ""
         return f"{over} {', and '.join(parts)}{without}"

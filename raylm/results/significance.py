@@ -145,6 +145,11 @@ def sentence(standings: Mapping[str, Standing | None], documents: int, unit: str
     test = f"on these {documents:,} {unit}s, paired at equal tokens"
     if not ties:
         return f"no other trial is as good as the best {test} (p < 0.05)"
-    names = ", ".join(name.removeprefix("trial_") for name in ties)
+    names = ", ".join(
+        f"{name.removeprefix('trial_')} at {standing.compared_at_tokens:,} tokens"
+        if standing.compared_at_tokens is not None
+        else name.removeprefix("trial_")
+        for name, standing in ties.items()
+    )
     least = max(standing.least_percent or 0.0 for standing in ties.values())
     return f"as good as the best {test} (p >= 0.05): {names}; differences below {least:.2g} % could not be detected"
