@@ -50,7 +50,11 @@ GIVEN = ("corpus", "tokenizer", "model", "blocks", "objective", "train")
 """Sections that sizes depend on; a sweep that is given another number of trials keeps those it has."""
 
 BYTES_PER_TOKEN = 3.0
-"""Of English and source code in a small vocabulary: 2.2 with 512 entries, 3.6 with 8,192."""
+"""Of English and source code in a small vocabulary: 2.2 with 512 entries, 3.6 with 8,192. It stands for a text of more
+than SMALL_TEXT bytes, of which no few passes are made."""
+
+SMALL_TEXT = 2_000_000
+"""Bytes of a text of which it is measured: with a budget of four passes, an estimate would make them three or five."""
 
 TRAINED_BYTES = 16
 """Memory of a trained parameter: weight, gradient and AdamW's two moments in float32."""
@@ -87,7 +91,7 @@ def training(experiment: Experiment, sources: list[Source], *, anew: bool = Fals
     path = decisions.path(experiment, experiment.name, given, "yaml")
     decided = None if anew else decisions.find(path)
     if decided is None:
-        settings, why = _sizes(complete, held)
+        settings, why = _sizes(complete, held, sources)
         reasons = {**reasons, **why}
         head = f"What raylm derived from {console.format_size(size(held))} of text and the machine it ran on."
         file = {"name": experiment.name, **_given(complete), **settings}
@@ -161,9 +165,14 @@ class _Limits:
     """Most positions of a pretrained model; None if it has no limit, or the model is new."""
 
 
-def _limits(experiment: Experiment, held: Holdout) -> _Limits:
-    from raylm import cluster, corpus, model
+def _limits(experiment: Experiment, held: Holdout, sources: list[Source]) -> _Limits:
+    from raylm import cluster, corpus, model, tokenizer, tokens
 
+    bytes_per_token = BYTES_PER_TOKEN
+    if 0 < held.num_bytes <= SMALL_TEXT:
+        chosen = tokenizer.choose(experiment.tokenizer, experiment.model)
+        measured = tokens.bytes_per_token(sources, experiment.corpus, chosen, SMALL_TEXT)
+        bytes_per_token = measured if math.isfinite(measured) else BYTES_PER_TOKEN
     machine = cluster.this_machine()
     concurrent_trials = min(TRIALS, int(machine["GPU"] or machine["CPU"]))
     text = experiment.corpus
@@ -173,19 +182,19 @@ def _limits(experiment: Experiment, held: Holdout) -> _Limits:
         concurrent_trials=concurrent_trials,
         threads=max(1, int(machine["CPU"]) // concurrent_trials),
         memory=_memory(machine),
-        text_tokens=max(1, int(size(held) * (1 - held_out) / BYTES_PER_TOKEN)),
-        tokens_to_rank_by=int(corpus.ENOUGH_UNITS * held.unit_bytes / BYTES_PER_TOKEN),
+        text_tokens=max(1, int(size(held) * (1 - held_out) / bytes_per_token)),
+        tokens_to_rank_by=int(corpus.ENOUGH_UNITS * held.unit_bytes / bytes_per_token),
         context=None if is_new else model.context(model.pretrained_configuration(experiment.model)),
     )
 
 
-def _sizes(experiment: Experiment, held: Holdout) -> tuple[dict[str, Any], dict[str, str]]:
+def _sizes(experiment: Experiment, held: Holdout, sources: list[Source]) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings of model, blocks, budget, evaluations and sweep that go with what was given, by dotted keys; and why."""
     from raylm import cluster
 
     cluster.check_reachable(experiment.cluster)  # before what takes seconds
     with console.loading():
-        limits = _limits(experiment, held)
+        limits = _limits(experiment, held, sources)
     with console.waiting("Measuring how fast this machine trains"):
         found = _affordable_model(experiment, limits)
     section = experiment.model

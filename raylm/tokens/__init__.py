@@ -35,13 +35,14 @@ from raylm.tokens.store import (
     verify,
     warnings,
 )
-from raylm.tokens.write import changes, encode_files, fingerprint, prepare, set_up_ray_data, store_path
+from raylm.tokens.write import bytes_per_token, changes, encode_files, fingerprint, prepare, set_up_ray_data, store_path
 
 __all__ = [
     "COUNTED",
     "Encoded",
     "Split",
     "Store",
+    "bytes_per_token",
     "changed_inputs",
     "changes",
     "damage",

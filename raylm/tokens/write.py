@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import pickle
 import shutil
@@ -18,6 +19,7 @@ from raylm import console
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig, TokenizerConfig
 from raylm.corpus import Ledger, Shard, Source, documents, hashes, left_out, nothing_left, select, selected, shards
+from raylm.corpus.sources import HUB
 from raylm.errors import RaylmError, StorageUnavailable, first_of
 from raylm.storage import names, read, remove
 from raylm.tokens.shard import facts_name, finished, write_shard
@@ -211,6 +213,20 @@ def _sample(plan: list[Shard], corpus: CorpusConfig, most: int) -> Iterator[str]
             if document.split == "train":
                 yield document.text if document.num_bytes <= most else document.text[: max(1, int(left))]
                 left -= document.num_bytes
+
+
+def bytes_per_token(sources: list[Source], corpus: CorpusConfig, section: TokenizerConfig, most: int) -> float:
+    """UTF-8 bytes of a token, of about `most` bytes of training text: by the tokenizer to load, or one trained on them.
+
+    hub:// sources are skipped because reading them would download them; infinite without any text.
+    """
+    local = [source for source in sources if not source.name.startswith(HUB)]
+    texts = list(_sample(shards(local), corpus, most))
+    if not texts:
+        return math.inf
+    made = tokenizers.load_section(section) if section.train is None else tokenizers.train(texts, section.train)
+    num_tokens = sum(map(len, made(texts, add_special_tokens=False)["input_ids"]))
+    return sum(len(text.encode()) for text in texts) / max(1, num_tokens)
 
 
 def _tokenizer_facts(path: str) -> dict[str, Any]:
