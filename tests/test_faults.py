@@ -275,6 +275,7 @@ def killed_at(points, untouched, two_workers, train_run):
     assert [each for each in groups if each["state"] != "REMOVED"] == []
 
 
+@pytest.mark.slow  # 40 s
 def test_a_worker_killed_while_its_group_starts_ends_with_the_same_bytes(untouched, two_workers, train_run):
     killed_at([("RayTrainWorker", "run_train_fn", 0, 1)], untouched, two_workers, train_run)
 

@@ -163,6 +163,7 @@ def test_a_command_that_resumes_does_not_score_again(runs):
     assert log.count("Scoring the best model on the test split …") == 1
 
 
+@pytest.mark.slow  # 20 s
 def test_the_best_trial_alone_is_scored_and_the_sweep_says_so(ray_cluster, tiny, tmp_path):
     experiment = tiny(
         f"storage={tmp_path}",
