@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from raylm import document_scores, statistics
-from raylm.console import format_estimate, format_p
+from raylm.console import counted, format_estimate, format_p
 from raylm.document_scores import DocumentScores
 
 
@@ -169,8 +169,8 @@ def _of_group(models: Sequence[Scored]) -> list[Difference]:
 
 
 def _too_few(documents: int, unit: str) -> str:
-    count = f"{documents} {unit}{'s' * (documents != 1)}"
-    return f"too few {unit}s to tell: {count} of at least {statistics.FEWEST_DOCUMENTS}; {MORE_DOCUMENTS}"
+    count = f"{counted(documents, unit)} of at least {statistics.FEWEST_DOCUMENTS}"
+    return f"too few {unit}s to tell: {count}; {MORE_DOCUMENTS}"
 
 
 def _estimate(difference: np.ndarray, size: np.ndarray, least: float) -> Estimate:
