@@ -69,9 +69,14 @@ def format_estimate(value: float, low: float | None, high: float | None) -> str:
     """A number with its interval and no more digits than it has, two of the half width: 53.2 [47.7, 59.7]."""
     if low is None or high is None or not low < high:
         return format_number(value)
-    decimals = 1 - math.floor(math.log10((high - low) / 2))
+    decimals = decimals_of_interval(low, high)
     shown, *ends = (f"{round(each, decimals):,.{max(0, decimals)}f}" for each in (value, low, high))
     return f"{shown} [{', '.join(ends)}]"
+
+
+def decimals_of_interval(low: float, high: float) -> int:
+    """Decimals with which half of an interval has two digits; negative above 99. `low` is less than `high`."""
+    return 1 - math.floor(math.log10((high - low) / 2))
 
 
 def format_p(p: float | None, name: str = "") -> str:

@@ -13,7 +13,7 @@ from test_report import BUDGET, TRIALS, keep, write_sweep
 from raylm import config, tracking
 from raylm.compare import compare
 from raylm.errors import ConfigError, StorageError
-from raylm.results.compare import pace, summarize
+from raylm.results.compared_run import pace, summarize
 
 STORES = {  # fingerprint -> (documents, bytes, unknown tokens) of its validation split, and its tokenizer
     "f00d": ((5, 900, 0), "one"),

@@ -29,7 +29,7 @@ from raylm.perplexity import Score
 from raylm.pipeline import lifecycle, stores
 from raylm.plan import Plan, Prepared
 from raylm.results import test_split
-from raylm.results.compare import pace
+from raylm.results.compared_run import pace
 from raylm.results.test_split import SplitScore, TestScore
 from raylm.results.training_progress import TrainingProgress
 from raylm.training import TrainTask, callbacks, launch

@@ -20,7 +20,8 @@ from raylm.results.where import DocumentPart, Part, Where
 from raylm.training import launch
 
 if TYPE_CHECKING:
-    from raylm.results.compare import ComparedRun, Comparison
+    from raylm.results.compare import Comparison
+    from raylm.results.compared_run import ComparedRun
     from raylm.tokens import Encoded, Split
 
 TEXT_TOKENS = 60

@@ -12,6 +12,7 @@ sweep        a sweep's directory -> its experiment, trials, scores, best trial
 live_table   the table of a sweep while it runs
 training_progress   loss and perplexity of a training while it runs
 tables       other tables for the terminal
+compared_run   a run, trial, sweep, model or evaluation, with its scores, tokens and speed
 compare      runs side by side, and whether their scores can be compared
 several      sweeps side by side, and their trials ranked at equal tokens
 html         the report of a sweep, or of several, as an HTML page

@@ -13,6 +13,7 @@ from raylm import document_scores
 from raylm.console import format_number, label
 from raylm.errors import ConfigError
 from raylm.results import compare, differences, tables
+from raylm.results.compared_run import ComparedRun, of_sweep
 from raylm.results.differences import Difference, Scored
 from raylm.results.figures import short_name
 from raylm.results.sweep import scored_on
@@ -51,7 +52,7 @@ class SeveralSweeps:
     """Sweeps side by side."""
 
     sweeps: Sequence[SweepResults]
-    runs: Sequence[compare.ComparedRun]
+    runs: Sequence[ComparedRun]
     """The best trial of each."""
     settings: Mapping[str, Sequence[Any]]
     """Dotted key -> its value in each sweep's experiment, of the settings that differ."""
@@ -164,7 +165,7 @@ def read(sweeps: Sequence[SweepResults]) -> SeveralSweeps:
             raise ConfigError(f"{results.name} has no trial with a score yet; leave it out", "SWEEP")
     runs = [
         replace(
-            compare.of_sweep(results.directory, None),
+            of_sweep(results.directory, None),
             name=results.name,
             scored_on=scored_on(results.experiment, results.state.parameters),
         )

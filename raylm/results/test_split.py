@@ -20,7 +20,7 @@ import numpy as np
 
 from raylm import document_scores, statistics, storage
 from raylm.config import CorpusConfig
-from raylm.console import counted, format_estimate, label
+from raylm.console import counted, decimals_of_interval, format_estimate, label
 from raylm.document_scores import DocumentScores
 from raylm.perplexity import Score
 
@@ -150,7 +150,7 @@ class TestScore:
         if low is None or high is None:
             return "whether the latter is too good is unknown, because the scores of single documents were not kept"
         direction = "higher" if self.difference_percent > 0 else "lower"
-        digits = _decimals(low, high)
+        digits = max(0, decimals_of_interval(low, high)) if low < high else 2
         interval = f"95 % interval {low:+.{digits}f} to {high:+.{digits}f} %"
         difference = f"{abs(self.difference_percent):.{digits}f} % {direction} ({interval})"
         if low <= 0 <= high:
@@ -161,12 +161,6 @@ class TestScore:
         if low > 0:
             return f"{more}: the latter is too good, because the model was chosen by it"
         return f"{more}: the latter is not too good, and its {self.unit}s are harder"
-
-
-def _decimals(low: float, high: float) -> int:
-    """Decimals with which half of an interval has two digits."""
-    half = (high - low) / 2
-    return max(0, 1 - math.floor(math.log10(half))) if half > 0 else 2
 
 
 def read(directory: str, step: int) -> TestScore | None:
