@@ -13,14 +13,14 @@ from raylm.errors import ConfigError
 
 def compare(
     runs: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="RUN RUN...",
             help=f"Directories, or names under {DEFAULT_STORAGE}/*/ here: a training run, a trial, a sweep (its best "
             "trial), a model that raylm trained; or the name of an experiment: its newest run or sweep; or files that "
             "raylm evaluate --documents has written.",
         ),
-    ],
+    ] = None,
     where: Annotated[
         bool,
         typer.Option(
@@ -41,7 +41,7 @@ def compare(
 
     if where_keyword and not where:
         raise ConfigError("--where-keyword: it says where two runs differ; give --where, too", "--where-keyword")
-    comparison = compare.compare(runs)
+    comparison = compare.compare(runs or [])
     if where:
         from raylm.pipeline.where import explain  # imports torch
 

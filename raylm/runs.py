@@ -150,7 +150,7 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
     """
     place, terms = directory_of(experiment), _terms(experiment, verb, store)
     abandoned: dict[str, IO[str]] = {}
-    newest_ended = finished = None
+    newest_ended = finished = same = None
     ended = set(storage.names(f"{place}/{ENDED}")) if storage.is_remote(place) else set()
     for name in reversed([name for name in storage.names(place) if name.startswith(f"{verb}-")]):
         directory = f"{place}/{name}"
@@ -163,7 +163,10 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
             newest_ended = newest_ended or directory
             if name not in ended:
                 _note_end(directory)
-            if verb == "train" and finished is None and _trained_less(json.loads(written), json.loads(result), terms):
+            then, ended_with = json.loads(written), json.loads(result)
+            if same is None and "error" not in ended_with and not _differences(then, terms):
+                same = directory
+            if verb == "train" and finished is None and _trained_less(then, ended_with, terms):
                 finished = directory
             continue
         lock = _locked(directory)
@@ -186,7 +189,10 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
         return ActiveRun(name, directory, step, lock, list(abandoned))
     if resume == "must":
         raise StorageError(f"--resume must: no run in {place} stopped before its end", place)
-    if finished is not None and resume == "auto":
+    if same is not None and resume == "auto":
+        kind = {"train": "run", "tune": "sweep"}[verb]
+        logger.info(f"{same} is a finished {kind} of the same settings, and stays as it is. A new {kind} starts.")
+    elif finished is not None and resume == "auto":
         schedule = experiment.train.lr_scheduler_type
         logger.info(
             f"{finished} is a finished run of the same settings with a smaller budget. It cannot resume: its learning "

@@ -30,6 +30,10 @@ def plan(planned: Plan, estimated: Estimate) -> str:
     if planned.resources is not None:
         pairs["resources per worker"] = planned.resources.described
     pairs["evaluation share"] = None if share is None else f"{share:.1%} of the run"
+    section = planned.experiment.corpus
+    if planned.prepared is None and "test" in section.splits:
+        fraction = f"{section.test_fraction:g} of the {section.split_by or 'document'}s"
+        pairs["test split"] = ", ".join(section.test_paths) or fraction
     for key, variable in from_environment(planned.experiment).items():
         name = {"tracking.uri": "tracking", "tracking.experiment": "experiment"}[key]
         pairs[name] = f"{pairs[name]} (from {variable})"

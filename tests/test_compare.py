@@ -170,6 +170,8 @@ def test_what_is_no_run_is_refused(storage, monkeypatch):
     monkeypatch.chdir(storage.parent)
     with pytest.raises(ConfigError, match="nothing to compare runs/words with; give two runs or more"):
         compare(["runs/words"])
+    with pytest.raises(ConfigError, match="^give two runs or more, of those that raylm ls lists"):
+        compare([])
     with pytest.raises(
         StorageError, match=r"runs/words is no run, trial, sweep or model .*; in .* there are .*tune-20260101"
     ):

@@ -219,6 +219,9 @@ def test_a_file_is_not_both_trained_on_and_tested_on(tmp_path):
     validated = corpus.model_copy(update={"paths": (f"{tmp_path}/a.txt",), "validation_paths": (f"{tmp_path}/b.txt",)})
     with pytest.raises(DataError, match=r"b\.txt is in corpus\.validation_paths, too"):
         list_sources(validated)
+    everything = corpus.model_copy(update={"deduplicate": True, "test_paths": (str(tmp_path),)})
+    with pytest.raises(DataError, match=r"^corpus\.test_paths: it has every file of corpus\.paths, too"):
+        list_sources(everything)
     unique = corpus.model_copy(update={"deduplicate": True})
     kept = [document for shard in chosen(shards(list_sources(unique)), unique) for document in of(shard, unique)]
     assert [(document.text, document.split) for document in kept] == [("a", "train"), ("b", "test"), ("c", "test")]

@@ -84,6 +84,11 @@ def test_the_time_that_is_left(clock, screen):
     )
 
 
+def test_repeats_that_follow_are_announced():
+    view = live_table.LiveTable(1000, 4, [], "perplexity", repeats=(6, 9))
+    assert view.summary() == "4 not started; 0 of at most 4,000 tokens; then 6 to 9 repeats"
+
+
 def test_promoted_trials_are_part_of_the_time_left(clock, screen):
     """Four trials train on 100 tokens, two of them on 200 and one on 400: 800 tokens in all, 10 a second."""
     screen(terminal=True)

@@ -1,5 +1,6 @@
 """The report of a sweep whose record and journals were written by hand: nothing is trained."""
 
+import fcntl
 import json
 import re
 import shlex
@@ -153,8 +154,16 @@ def test_the_answer_stands_at_the_top(over):
     assert "best trial trial_00000 learning_rate 0.001 block_size 64 model /there/model repeat it" in top
 
 
+def test_a_trial_runs_only_while_a_command_works_on_the_sweep(storage, running):
+    directory = f"{storage}/words/tune-20260101-000000-aaaa"
+    with open(f"{directory}/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "4 trials: 1 running, 1 completed" in shown(directory).text
+    assert "4 trials: 1 interrupted, 1 completed" in shown(directory).text
+
+
 def test_a_sweep_that_goes_on_says_so(running):
-    assert "1 running, 1 completed, 1 stopped early, 1 failed. The sweep had not finished" in running.text
+    assert "1 interrupted, 1 completed, 1 stopped early, 1 failed. The sweep had not finished" in running.text
     assert "32.00 perplexity (2.000 bits per byte) of the whole validation split" in running.text
 
 

@@ -40,12 +40,15 @@ def test_a_run_that_somebody_works_on_is_left_alone(experiment):
     assert begin(experiment).directory != first.directory
 
 
-def test_a_finished_run_is_not_resumed(experiment):
+def test_a_finished_run_is_not_resumed(experiment, capsys):
     first = begin(experiment)
     first.end({"perplexity": 3.5})
     stop(first, step=40)
     assert json.loads(storage.read(f"{first.directory}/result.json")) == {"perplexity": 3.5}
     assert begin(experiment).directory != first.directory
+    assert capsys.readouterr().err == (
+        f"{first.directory} is a finished run of the same settings, and stays as it is. A new run starts.\n"
+    )
 
 
 def test_a_finished_run_with_a_smaller_budget_is_told_with_the_way_to_train_its_model_further(experiment, capsys):

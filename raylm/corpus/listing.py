@@ -37,16 +37,26 @@ def find_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source
     sources = [find(key, path) for path in corpus.paths]
     sources += [find("corpus.validation_paths", path, "validation") for path in corpus.validation_paths]
     tests = [find("corpus.test_paths", path, "test") for path in corpus.test_paths]
-    if not corpus.deduplicate:  # which keeps such a file for the test alone
-        _check_unseen(tests, sources)
+    _check_unseen(tests, sources, may_share=corpus.deduplicate)
     return sources + tests
 
 
-def _check_unseen(tests: list[Source], others: list[Source]) -> None:
-    """DataError if a file of the test split is one of the training or validation split, too."""
+def _check_unseen(tests: list[Source], others: list[Source], *, may_share: bool) -> None:
+    """DataError if a file of the test split is one of the training or validation split, too.
+
+    If they `may_share` files, which are then kept for the test alone, only if that leaves none to train on.
+    """
     keys = {file.path: _key(source, "corpus.paths") for source in others for file in source.files}
     shared = [file.path for source in tests for file in source.files if file.path in keys]
-    if shared:
+    if shared and may_share:
+        left = keys.keys() - set(shared)
+        if not any(file.path in left for source in others if source.split == "train" for file in source.files):
+            raise DataError(
+                "corpus.test_paths: it has every file of corpus.paths, too, and with corpus.deduplicate=true such "
+                "files are kept for the test alone: none is left to train on; give other files",
+                "corpus.test_paths",
+            )
+    elif shared:
         several = f" and {len(shared) - 1:,} more are" if len(shared) > 1 else " is"
         raise DataError(
             f"corpus.test_paths: {shared[0]}{several} in {keys[shared[0]]}, too, but nothing may be learned from or "

@@ -48,7 +48,7 @@ def propose(experiment: Experiment, given: Mapping[str, Any]) -> Proposal:
     text.
     """
     (experiment, reasons), sources = plan.derive(experiment, with_sizes=True, anew=True)
-    with console.waiting("Looking at the text"):
+    with console.waiting("Counting duplicates and scripts"):
         profile = corpus.profile(sources, experiment.corpus)
     tree = experiment.model_dump(mode="json", exclude_unset=True)
     derived = {

@@ -66,10 +66,7 @@ class SweepPlan:
     @property
     def repeats(self) -> tuple[int, int]:
         """The fewest and the most trials that repeat the best few settings, in addition to `trials`."""
-        count, repeats = self.experiment.tune.repeats, sweeps.repeats
-        if count == 1:
-            return 0, 0
-        return count * repeats.FEWEST_SETTINGS, count * min(repeats.MOST_SETTINGS, self.trials)
+        return sweeps.repeats.expected(self.experiment.tune.repeats, self.trials)
 
     @property
     def most_tokens(self) -> int | None:
@@ -339,10 +336,12 @@ def run_trials(
             values=lambda trial: ranking.values(experiment, store, trial),
             stopping=stopping,
         )
-        stages = scheduler.asha.stages(trials.total_samples, planned.tokens) if scheduler.asha is not None else []
+        total = trials.total_samples
+        stages = scheduler.asha.stages(total, planned.tokens) if scheduler.asha is not None else []
+        repeats = sweeps.repeats.expected(section.repeats, total) if record.repeated is None else (0, 0)
         try:
             with (
-                live_table.show(planned.tokens, trials.total_samples, swept, measure, stages) as view,
+                live_table.show(planned.tokens, total, swept, measure, stages, repeats) as view,
                 cluster.handle_signals(logger.info),
                 cluster.progress_channel(lambda _: None, logger.info) as channel,
             ):
@@ -352,8 +351,8 @@ def run_trials(
                 if record.outage is not None:
                     raise record.outage
                 if stopping():
-                    left = trials.total_samples - sum(trial.is_over for trial in record.trials.values())
-                    how = f"stopped with {left} of {trials.total_samples} trials left"
+                    left = total - sum(trial.is_over for trial in record.trials.values())
+                    how = f"stopped with {left} of {total} trials left"
                     raise cluster.interruption(active.directory, how)
         finally:
             limits.count()

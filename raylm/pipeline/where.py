@@ -75,7 +75,8 @@ def explain(comparison: Comparison, keywords: Sequence[str] = ()) -> Comparison:
         for number in where.largest(summed)
     ]
     unit = "nats/token" if has_one_tokenizer else "bits/byte"
-    return dataclasses.replace(comparison, where=Where(other.name, best.name, unit, parts, documents, notes))
+    shown = Where(other.name, best.name, unit, parts, documents, best.scored.unit, notes)
+    return dataclasses.replace(comparison, where=shown)
 
 
 @dataclass(frozen=True)

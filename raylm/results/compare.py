@@ -104,7 +104,8 @@ def _with_interval(record: Mapping[str, Any], score: str) -> str | None:
 def compare(runs: Sequence[str]) -> Comparison:
     """The comparison of two or more runs, given by directory or name; StorageError if one is not a run."""
     if len(runs) < 2:
-        raise ConfigError(f"there is nothing to compare {runs[0]} with; give two runs or more", "RUN")
+        given = f"there is nothing to compare {runs[0]} with; " if runs else ""
+        raise ConfigError(f"{given}give two runs or more, of those that raylm ls lists", "RUN")
     compared = [summarize(run) for run in runs]
     experiments = [run.experiment for run in compared if run.experiment is not None]
     settings = differing(experiments) if len(experiments) == len(compared) else {}

@@ -7,13 +7,14 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, get_args
 
 from raylm import console, storage, tokens, tracking
 from raylm import sweep as sweeps
 from raylm.redaction import redacted
 from raylm.results import figures, several, trial_table
 from raylm.results.sweep import EXPERIMENT, SweepResults, read, repeat_command, scored_on_with_size
+from raylm.sweep.record import Status
 
 
 def build(directory: str) -> str:
@@ -240,7 +241,7 @@ OF_A_POPULATION = (
     "The settings of a population change during training. The commands train with the last settings from the start, "
     "which is not the same."
 )
-STATUSES = ("running", "completed", "stopped early", "failed")
+STATUSES = get_args(Status)
 
 HTML = """<!DOCTYPE html>
 <html lang="en">

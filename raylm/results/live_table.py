@@ -40,12 +40,13 @@ def show(
     keys: Sequence[str],
     measure: str = "perplexity",
     stages: Sequence[tuple[int, int]] = (),
+    repeats: tuple[int, int] = (0, 0),
 ) -> Iterator[LiveTable]:
     """Show the progress of a sweep within the context. After an error the table stays on the screen.
 
-    `keys` are the swept keys, `measure` is what the score is called. `stages`: see `LiveTable.stages`.
+    `keys` are the swept keys, `measure` is what the score is called. `stages` and `repeats`: see `LiveTable`.
     """
-    view = LiveTable(budget_tokens, total_trials, keys, measure, stages)
+    view = LiveTable(budget_tokens, total_trials, keys, measure, stages, repeats)
     if console.screen.is_terminal:
         with Live(get_renderable=view.table, console=console.screen, refresh_per_second=2, transient=True) as screen:
             try:
@@ -99,6 +100,7 @@ class LiveTable:
         keys: Sequence[str],
         measure: str,
         stages: Sequence[tuple[int, int]] = (),
+        repeats: tuple[int, int] = (0, 0),
     ):
         self.budget_tokens = budget_tokens
         self.total_trials = total_trials
@@ -106,6 +108,8 @@ class LiveTable:
         self.score_name = console.label(measure)
         self.stages = stages
         """(tokens, trials expected to reach them), up to the budget, for a scheduler that promotes."""
+        self.repeats = repeats
+        """The fewest and the most trials that follow, which repeat the best few settings."""
         self.trials: dict[str, TrialProgress] = {}
         self.gained, self.busy = 0, 0.0
         """Tokens that all trials were trained on in this process, and the sum of their seconds."""
@@ -181,6 +185,8 @@ class LiveTable:
         left = self.seconds_left()
         if left is not None and left >= 1:
             parts.append(f"about {console.format_duration(left)} left")
+        if any(self.repeats):
+            parts.append(f"then {' to '.join(f'{count:,}' for count in dict.fromkeys(self.repeats))} repeats")
         return "; ".join(parts)
 
     def seconds_left(self) -> float | None:

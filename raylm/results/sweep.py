@@ -15,8 +15,8 @@ from raylm.results import runs
 from raylm.results.figures import SweepData
 from raylm.results.significance import Standing
 from raylm.results.trial_table import WEIGHED, TrialRow
-from raylm.runs import result_of
-from raylm.sweep.record import EVENTS, SweepRecord, Trial
+from raylm.runs import is_locked, result_of
+from raylm.sweep.record import EVENTS, Status, SweepRecord, Trial
 from raylm.tracking import journal
 
 EXPERIMENT = "experiment.yaml"
@@ -162,6 +162,9 @@ def read(directory: str) -> SweepResults:
     trials = list(record.trials.values())
     if result:  # trials that were still running were stopped with the sweep
         trials = [trial if trial.is_over else replace(trial, status="stopped early") for trial in trials]
+    elif not is_locked(directory):
+        states: dict[bool, Status] = {True: "interrupted", False: "not started"}
+        trials = [trial if trial.is_over else replace(trial, status=states[trial.attempts > 0]) for trial in trials]
     metric = experiment.tune.metric
     data = SweepData(
         trials,

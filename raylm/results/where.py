@@ -76,6 +76,8 @@ class Where:
     """Parts of the text by what cuts it: source, length, position (in the context), keyword; those that are known."""
     documents: list[DocumentPart]
     """Those that contribute most, in one direction or the other."""
+    scored_unit: str = "document"
+    """What a document is here: a document of the corpus, or a passage of one."""
     notes: list[str] = field(default_factory=list)
     """What is not shown, and why."""
 
@@ -91,12 +93,12 @@ class Where:
             if len(parts) == 1:
                 continue
             heading = "by position in the context" if by == "position" else f"by {by}"
-            table = tables.numbers(heading, "documents", f"{size}s", self.unit)
+            table = tables.numbers(heading, f"{self.scored_unit}s", f"{size}s", self.unit)
             for part in parts:
                 difference = format_difference(part.difference, part.low, part.high)
                 table.add_row(part.name, f"{part.documents:,}", f"{part.size:,}", difference)
             shown += ["", table]
-        shown.append("\ndocuments that contribute most")
+        shown.append(f"\n{self.scored_unit}s that contribute most")
         for each in self.documents:
             digits = ",.0f" if abs(each.difference) >= 100 else ".2g"
             amount = f"{each.difference:+{digits}} {sum_unit}, {each.size:,} {size}s"

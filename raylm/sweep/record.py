@@ -30,7 +30,8 @@ EVENTS = "events.jsonl"
 DURABLE = {"finished", "changed", "repeated"}
 """Events that outlive a power cut; a change is read by its trial, maybe on another machine."""
 
-Status = Literal["running", "completed", "stopped early", "failed"]
+Status = Literal["running", "interrupted", "not started", "completed", "stopped early", "failed"]
+"""Read back, a trial that is not over is running only while a command works on the sweep."""
 
 Event = dict[str, Any]
 
@@ -57,7 +58,7 @@ class Trial:
 
     @property
     def is_over(self) -> bool:
-        return self.status != "running"
+        return self.status not in ("running", "interrupted", "not started")
 
     @property
     def best_tokens(self) -> int | None:

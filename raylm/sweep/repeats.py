@@ -29,6 +29,11 @@ FEWEST_SETTINGS, MOST_SETTINGS = 2, 3
 """Settings that are repeated."""
 
 
+def expected(count: int, trials: int) -> tuple[int, int]:
+    """The fewest and the most repeats of a sweep with so many trials, for tune.repeats=count."""
+    return (0, 0) if count == 1 else (count * FEWEST_SETTINGS, count * min(MOST_SETTINGS, trials))
+
+
 def choose(ranked: Sequence[Trial], as_good: Collection[str]) -> list[str]:
     """The trials whose settings are repeated: the best one and the best of those in `as_good`, at most three in all.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["best", "completed", "stopped early", "running", "failed", "setting"]
+Kind = Literal["best", "completed", "stopped early", "running", "interrupted", "not started", "failed", "setting"]
 """What a line or bar represents, which decides its colour and shape."""
 
 COLOURS: dict[Kind, str] = {
@@ -14,6 +14,8 @@ COLOURS: dict[Kind, str] = {
     "completed": "#0072B2",
     "stopped early": "#56B4E9",
     "running": "#009E73",
+    "interrupted": "#009E73",
+    "not started": "#009E73",
     "failed": "#7F7F7F",
     "setting": "#0072B2",
 }
