@@ -53,7 +53,7 @@ def write_sweep(storage, name, *settings, trials, result_json=None, store="f00d"
             record.result(trial_id, result(tokens, perplexity))
             child.log_metrics({"train/loss": 3.0, "train/tokens": tokens}, tokens // 256)
         if status != "running":
-            record.finish(trial_id, status, failure)
+            record.finish(trial_id, status, failure, dropped=status == "stopped early")
     record.spend(75)
     if result_json is not None:
         (Path(directory) / "result.json").write_text(json.dumps(result_json))

@@ -21,7 +21,7 @@ from raylm.config import StopConfig, TrainConfig, TuneConfig, load
 from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError
 from raylm.sweep.asha import Asha
-from raylm.sweep.record import EVENTS
+from raylm.sweep.record import EVENTS, by_rank
 from raylm.sweep.trial import ADOPTED, _settle
 from raylm.tracking import journal
 
@@ -230,6 +230,32 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     journal.json_lines(str(tmp_path), EVENTS).close()  # as in a new process
     again.add("trial_00002", {})
     assert list(sweep.read(str(tmp_path))) == ["trial_00000", "trial_00001", "trial_00002"]
+
+
+def test_trials_that_got_further_rank_above_those_that_were_stopped(tmp_path):
+    record = sweep.SweepRecord(str(tmp_path))
+    trials = [  # tokens, score, status, dropped by the scheduler
+        (10, 40.0, "stopped early", True),  # better than a trial that was promoted
+        (10, 60.0, "stopped early", True),
+        (30, 50.0, "stopped early", True),
+        (90, 45.0, "completed", False),
+        (50, 30.0, "stopped early", False),  # by train.patience
+        (90, 20.0, "failed", False),
+        (60, 48.0, None, False),
+        (90, math.nan, "completed", False),
+        (90, 35.0, "completed", False),
+    ]
+    for number, (tokens, score, status, dropped) in enumerate(trials):
+        record.add(name := f"trial_{number:05}", {})
+        record.result(name, {"tokens": tokens, "step": tokens, "best_perplexity": score})
+        if status is not None:
+            record.finish(name, status, dropped=dropped)
+    ranked = [int(trial.trial_id[-5:]) for trial in by_rank(record.trials.values(), "perplexity")]
+    assert ranked == [4, 8, 3, 6, 2, 0, 1, 5, 7]
+    record.add("trial_00009", {})
+    record.result("trial_00009", {"tokens": 10, "step": 10, "best_perplexity": 5.0})
+    record.finish("trial_00009", "stopped early", dropped=True)
+    assert by_rank(record.trials.values(), "perplexity")[0].trial_id == "trial_00009", "the best model stands first"
 
 
 def test_a_trial_that_copied_a_donor_resumes_from_its_tokens(tmp_path):

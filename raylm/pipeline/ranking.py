@@ -12,6 +12,7 @@ from raylm.results import repeats, significance, tables
 from raylm.results.repeats import RepeatedSettings, Repeats
 from raylm.results.sweep import measured, repeat_command
 from raylm.results.trial_table import TrialRow
+from raylm.sweep.record import by_rank
 
 if TYPE_CHECKING:
     from raylm.cluster import Resources
@@ -25,13 +26,14 @@ def ranked(record: SweepRecord, experiment: Experiment, store: Store) -> list[di
     """A row for each trial, the best first, with its standing; with tune.against also whether it is on the Pareto
     front."""
     section, directory = experiment.tune, record.directory
-    rows = [_row(directory, trial) for trial in record.trials.values()]
+    trials = by_rank(record.trials.values(), section.metric)
+    rows = [_row(directory, trial) for trial in trials]
     if section.against is not None:
-        scored = [trial for trial in record.trials.values() if trial.results and trial.failure is None]
-        mark_pareto(rows, section.against, {trial.trial_id: values(experiment, store, trial) for trial in scored})
-    rows.sort(key=lambda row: (row[section.metric] is None, row[section.metric] or 0))
-    scored = [record.trials[row["trial_id"]] for row in rows if row[section.metric] is not None]
-    standings = significance.standings(directory, scored)
+        evaluated = [trial for trial in trials if trial.results and trial.failure is None]
+        mark_pareto(rows, section.against, {trial.trial_id: values(experiment, store, trial) for trial in evaluated})
+    standings = significance.standings(
+        directory, [trial for trial in trials if trial.score(section.metric) is not None]
+    )
     return [{**row, "standing": standings.get(row["trial_id"])} for row in rows]
 
 

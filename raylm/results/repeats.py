@@ -15,7 +15,7 @@ from raylm import sweep as sweeps
 from raylm.console import format_p
 from raylm.results import significance
 from raylm.results.trial_table import TrialRow, short_id
-from raylm.sweep import SweepRecord
+from raylm.sweep.record import SweepRecord, by_rank
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +87,9 @@ class Repeats:
 
 def choose(record: SweepRecord, metric: str) -> None:
     """Record which trials are repeated (sweep.repeats.choose); no trial, if fewer than two settings have a score."""
-    scores = {
-        trial.trial_id: score
-        for trial in record.trials.values()
-        if trial.results and trial.failure is None and math.isfinite(score := trial.results[-1][f"best_{metric}"])
-    }
-    ranked = [record.trials[trial_id] for trial_id in sorted(scores, key=scores.__getitem__)]
-    standings = significance.standings(record.directory, ranked)
-    chosen = sweeps.repeats.choose(ranked, {name for name, each in standings.items() if each.as_good_as_best})
+    scored = [trial for trial in by_rank(record.trials.values(), metric) if trial.score(metric) is not None]
+    standings = significance.standings(record.directory, scored)
+    chosen = sweeps.repeats.choose(scored, {name for name, each in standings.items() if each.as_good_as_best})
     record.repeat(chosen)
     if chosen:
         logger.info(f"Repeating the settings of {', '.join(chosen)} with other seeds")

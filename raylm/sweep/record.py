@@ -5,7 +5,7 @@
                           {"result": "trial_00003", "tokens": 81920, "perplexity": 130.5, ...}       an evaluation
                           {"promoted": "trial_00003"}                    it was paused at a rung, and resumes
                           {"changed": "trial_00003", "settings": {...}, "donor": "trial_00001", "tokens": 81920}
-                          {"finished": "trial_00003", "status": "stopped early", "failure": null}
+                          {"finished": "trial_00003", "status": "stopped early", "failure": null, "dropped": true}
                           {"repeated": ["trial_00003", ...]}             all trials have ended, and these are repeated
                           {"added": "trial_00008", "settings": {...}, "repeat_of": "trial_00003", "seeds": {...}}
                           {"spent": 12.5}                                the sweep has run for this many more seconds
@@ -17,7 +17,8 @@ itself saves a sweep every 10 s at best, and without the scheduler.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ class Trial:
     results: list[dict[str, Any]] = field(default_factory=list)
     """One per evaluation, in order: step, tokens, perplexity, bits_per_byte, best_perplexity, seconds, ..."""
     status: Status = "running"
+    dropped: bool = False
+    """Whether the scheduler stopped it; a training may also stop early by itself, with train.patience."""
     failure: str | None = None
     wrong_setting: str | None = None
     """The setting that made it fail, if one did."""
@@ -60,6 +63,13 @@ class Trial:
     def is_over(self) -> bool:
         return self.status not in ("running", "interrupted", "not started")
 
+    def score(self, metric: str) -> float | None:
+        """Its best value of a metric; None if it failed or has no finite one."""
+        if self.status == "failed" or not self.results:
+            return None
+        value = self.results[-1][f"best_{metric}"]
+        return value if math.isfinite(value) else None
+
     @property
     def best_tokens(self) -> int | None:
         """Tokens that it had been trained on at its best score."""
@@ -70,6 +80,24 @@ class Trial:
     def tokens(self) -> int:
         """Tokens that it was trained on, up to its last evaluation."""
         return self.results[-1]["tokens"] if self.results else 0
+
+
+def by_rank(trials: Collection[Trial], metric: str) -> list[Trial]:
+    """Trials in the order of a sweep's table. The one with the best score is first.
+
+    Then come those that trained to their own end, by score, and those that were stopped before: who got further is
+    higher, because the scheduler has compared them at equal tokens. Trials without a score are last.
+    """
+    best = min((score for trial in trials if (score := trial.score(metric)) is not None), default=math.nan)
+
+    def place(trial: Trial) -> tuple[float, float, float]:
+        score = trial.score(metric)
+        if score is None:
+            return 2, 0, 0
+        stopped_after = trial.tokens if trial.dropped or not trial.is_over else math.inf
+        return 0 if score == best else 1, -stopped_after, score
+
+    return sorted(trials, key=place)
 
 
 class SweepRecord:
@@ -133,9 +161,16 @@ class SweepRecord:
         self._add({"changed": trial_id, "settings": dict(settings), "donor": donor, "tokens": tokens})
 
     def finish(
-        self, trial_id: str, status: Status, failure: str | None = None, wrong_setting: str | None = None
+        self,
+        trial_id: str,
+        status: Status,
+        failure: str | None = None,
+        wrong_setting: str | None = None,
+        *,
+        dropped: bool = False,
     ) -> None:
-        about = {} if wrong_setting is None else {"wrong_setting": wrong_setting}
+        about: dict[str, Any] = {} if wrong_setting is None else {"wrong_setting": wrong_setting}
+        about |= {"dropped": True} if dropped else {}
         self._add({"finished": trial_id, "status": status, "failure": failure, **about})
 
     def spend(self, seconds: float) -> None:
@@ -174,6 +209,7 @@ class SweepRecord:
             case {"finished": trial_id, "status": status, "failure": failure}:
                 trial = self.trials[trial_id]
                 trial.status, trial.failure, trial.wrong_setting = status, failure, event.get("wrong_setting")
+                trial.dropped = event.get("dropped", False)
             case {"spent": seconds}:
                 self.seconds += seconds
 

@@ -144,12 +144,12 @@ class RecordedScheduler(Unsaved, TrialScheduler):
         known = self.record.trials[trial.trial_id]
         if known.is_over or (self.stopping() and trial.trial_id not in self.stopped and not self._is_whole(trial)):
             return  # it resumes with the sweep
-        self.record.finish(trial.trial_id, "completed" if self._is_whole(trial) else "stopped early")
+        self._finish(trial)
         self.inner.on_trial_complete(tune_controller, trial, result)
 
     def on_trial_remove(self, tune_controller: Any, trial: RayTrial) -> None:
         if not self.record.trials[trial.trial_id].is_over and not self.stopping():
-            self.record.finish(trial.trial_id, "stopped early")
+            self.record.finish(trial.trial_id, "stopped early", dropped=True)
             self.inner.on_trial_remove(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
@@ -183,6 +183,12 @@ class RecordedScheduler(Unsaved, TrialScheduler):
         if decision == self.STOP:
             self.stopped.add(trial.trial_id)
         return decision
+
+    def _finish(self, trial: RayTrial) -> None:
+        if self._is_whole(trial):
+            self.record.finish(trial.trial_id, "completed")
+        else:
+            self.record.finish(trial.trial_id, "stopped early", dropped=trial.trial_id in self.stopped)
 
     def _is_whole(self, trial: RayTrial) -> bool:
         return self.record.trials[trial.trial_id].tokens >= self.budget.tokens
@@ -230,7 +236,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
                 self._again(past, event, trials)
         for trial_id, trial in trials.items():
             if trial_id in self.stopped and not self.record.trials[trial_id].is_over:  # the sweep was killed first
-                self.record.finish(trial_id, "completed" if self._is_whole(trial) else "stopped early")
+                self._finish(trial)
             if not self.record.trials[trial_id].is_over:
                 trial.set_status(RayTrial.PAUSED if self.waits(trial_id) else RayTrial.PENDING)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylm.console import format_number
 from raylm.results.figures.primitives import Kind
+from raylm.sweep.record import by_rank
 
 if TYPE_CHECKING:
     from raylm.sweep import Trial
@@ -98,10 +99,7 @@ class SweepData:
 
     def score(self, trial: Trial) -> float | None:
         """The best value of the metric; None if the trial failed or has not been evaluated."""
-        if trial.status == "failed" or not trial.results:
-            return None
-        value = trial.results[-1][f"best_{self.metric}"]
-        return value if math.isfinite(value) else None
+        return trial.score(self.metric)
 
     @cached_property
     def scored(self) -> list[tuple[Trial, float]]:
@@ -111,8 +109,8 @@ class SweepData:
 
     @cached_property
     def ranked(self) -> list[Trial]:
-        """All trials: the best first, those without a score last."""
-        return [trial for trial, _ in self.scored] + [trial for trial in self.trials if self.score(trial) is None]
+        """All trials in the order of the sweep's table: see `sweep.record.by_rank`."""
+        return by_rank(self.trials, self.metric)
 
     def kind(self, trial: Trial) -> Kind:
         """How the trial's line or bar looks."""
