@@ -37,28 +37,69 @@ def cut(values: np.ndarray, offsets: np.ndarray, start: int, stop: int, frame: F
     `values` are the concatenated ids of all documents. Document j is values[offsets[j]:offsets[j + 1]]; its frame
     starts at offsets[j] + j * frame.in_stream of the joined stream.
     """
-    size, around = stop - start, frame.in_stream
-    position = offsets.data  # a memoryview returns an element in half the time of an array
-    first = bisect.bisect_right(range(len(offsets)), start, key=lambda j: position[j] + j * around) - 1
-    # The end of document j is at offsets[j + 1] + (j + 1) * around - 1; a window of this size has at most so many.
-    ends = offsets[first + 1 : first + 1 + size]
-    ends = ends + np.arange((first + 1) * around - 1 - start, len(ends) * around + first * around - start, around)
-    ends = ends[: ends.searchsorted(size)]
-    begins = ends[:0]
-    if around == 2:
-        begins = np.concatenate(([position[first] + 2 * first - start], ends + 1))
-        begins = begins[(begins >= 0) & (begins < size)]
-    before = first * around + (around == 2 and start > position[first] + 2 * first)
-    tokens = values[start - before : stop - before - len(ends) - len(begins)]
-    if not len(ends) + len(begins):
-        return tokens.astype(np.int64)
-    block = np.empty(size, np.int64)
-    is_token = np.ones(size, bool)
-    is_token[ends] = is_token[begins] = False
-    block[ends] = frame.end
-    block[begins] = frame.prefix if frame.prefix is not None else frame.end  # where there are any, it is
-    block[is_token] = tokens
-    return block
+    rows = _Rows(1, stop - start, values.dtype, frame)
+    rows.append_stream(values.data, offsets.data, start, stop)
+    return rows.finish()[0]
+
+
+class _Rows:
+    """The rows of a batch, copied one after another into one buffer of the store's own type.
+
+    A row costs 4 us and no array of its own; the ids of frames are put in, and all of it is turned into int64, once for
+    the batch. A row of a batch is mostly of a shard of its own, so that one indexing of NumPy for all of them does not
+    exist. Takes memoryviews, which copy a slice and return an element in half the time of an array.
+    """
+
+    def __init__(self, num_rows: int, row_size: int, dtype: np.dtype, frame: Frame):
+        self._frame = frame
+        self._tokens = np.empty((num_rows, row_size), dtype)
+        self._into = self._tokens.reshape(-1).data
+        self._filled = 0
+        self._ends: list[int] = []
+        self._prefixes: list[int] = []
+
+    def append_stream(self, values: memoryview, offsets: memoryview, start: int, stop: int) -> None:
+        """Positions start:stop of the joined stream of a shard."""
+        around = self._frame.in_stream
+        document = bisect.bisect_right(range(len(offsets)), start, key=lambda j: offsets[j] + j * around) - 1
+        while start < stop:
+            first_token = offsets[document] + document * around + around - 1
+            start = self._append(values, offsets, document, start - first_token, stop - first_token) + first_token
+            document += 1
+
+    def append_document(self, values: memoryview, offsets: memoryview, document: int, start: int, stop: int) -> None:
+        """Positions start:stop of one document in its whole frame."""
+        before = self._frame.prefix is not None
+        self._append(values, offsets, document, start - before, stop - before)
+
+    def _append(self, values: memoryview, offsets: memoryview, document: int, start: int, stop: int) -> int:
+        """A document from `start` to `stop` or its end token, counted from its first token: -1 is its prefix.
+
+        Returns where it stopped.
+        """
+        first, at = offsets[document], self._filled
+        size = offsets[document + 1] - first
+        if start < 0:
+            self._prefixes.append(at)
+            at, start = at + 1, 0
+        last = stop if stop < size else size
+        if last > start:
+            self._into[at : at + last - start] = values[first + start : first + last]
+            at, start = at + last - start, last
+        if start == size and start < stop:
+            self._ends.append(at)
+            at, start = at + 1, start + 1
+        self._filled = at
+        return start
+
+    def finish(self) -> np.ndarray:
+        """int64 of shape (rows, row size)"""
+        assert self._filled == self._tokens.size
+        made = self._tokens.astype(np.int64)
+        made.put(self._ends, self._frame.end)
+        if self._frame.prefix is not None:
+            made.put(self._prefixes, self._frame.prefix)
+        return made
 
 
 IGNORED = -100
@@ -75,6 +116,8 @@ class Blocks(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> np.ndarray: ...
+    def rows(self, indices: Sequence[int]) -> Sequence[np.ndarray]:
+        """Several examples, in half the time that one after another takes."""
 
 
 def build(split: Split, section: BlocksConfig, frame: Frame) -> Blocks:
@@ -101,16 +144,21 @@ class Packed:
         return self._first[-1] // self.block_size
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        start, stop = index * self.block_size, (index + 1) * self.block_size
-        shard = bisect.bisect_right(self._first, start) - 1
-        parts = []
-        while start < stop:
-            begin, end = self._first[shard], min(stop, self._first[shard + 1])
-            parts.append(cut(*self.split.arrays(shard), start - begin, end - begin, self.frame))
-            start, shard = end, shard + 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self.rows([index])[0]
+
+    def rows(self, indices: Sequence[int]) -> np.ndarray:
+        made = _Rows(len(indices), self.block_size, self.split.arrays(0)[0].dtype, self.frame)
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(index)
+            start, stop = index * self.block_size, (index + 1) * self.block_size
+            shard = bisect.bisect_right(self._first, start) - 1
+            while start < stop:
+                begin, end = self._first[shard], min(stop, self._first[shard + 1])
+                values, offsets = self.split.arrays(shard)
+                made.append_stream(values.data, offsets.data, start - begin, end - begin)
+                start, shard = end, shard + 1
+        return made.finish()
 
 
 class Chunked:
@@ -133,16 +181,20 @@ class Chunked:
         return self._first[-1]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        shard = bisect.bisect_right(self._first, index) - 1
-        number, blocks = index - self._first[shard], self._blocks[shard]
-        document = int(np.searchsorted(blocks, number, side="right"))
-        before = int(blocks[document - 1]) if document else 0
-        values, offsets = self.split.arrays(shard)
-        framed = self.frame.around(values[offsets[document] : offsets[document + 1]])
-        start = (number - before) * self.block_size
-        return framed[start : start + self.block_size]
+        return self.rows([index])[0]
+
+    def rows(self, indices: Sequence[int]) -> np.ndarray:
+        made = _Rows(len(indices), self.block_size, self.split.arrays(0)[0].dtype, self.frame)
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(index)
+            shard = bisect.bisect_right(self._first, index) - 1
+            number, blocks = index - self._first[shard], self._blocks[shard].data
+            document = bisect.bisect_right(blocks, number)
+            start = (number - (blocks[document - 1] if document else 0)) * self.block_size
+            values, offsets = self.split.arrays(shard)
+            made.append_document(values.data, offsets.data, document, start, start + self.block_size)
+        return made.finish()
 
 
 class Padded:
@@ -163,6 +215,9 @@ class Padded:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.frame.around(self.split[index][: self.block_size])[: self.block_size]
+
+    def rows(self, indices: Sequence[int]) -> list[np.ndarray]:
+        return [self[index] for index in indices]
 
 
 def batch(rows: Sequence[np.ndarray], section: BlocksConfig, frame: Frame) -> dict[str, np.ndarray]:
@@ -225,6 +280,10 @@ class Stream:
         if not 0 <= k < self.length:
             raise IndexError(k)
         return self.blocks[self.index(k)]
+
+    def rows(self, numbers: Sequence[int]) -> Sequence[np.ndarray]:
+        """The examples of these numbers, read together."""
+        return self.blocks.rows([self.index(k) for k in numbers])
 
     def index(self, k: int) -> int:
         """The block that is example k."""

@@ -223,3 +223,21 @@ def test_isolated_documents_are_predicted_as_if_each_stood_alone(kind):
     assert torch.allclose(isolated[0], alone, atol=1e-5)
     assert torch.allclose(isolated[1], alone, atol=1e-5)
     assert not torch.allclose(joined[0], alone, atol=1e-3)
+
+
+@pytest.mark.parametrize("packing", ["packed", "chunked", "padded"])
+@pytest.mark.parametrize("frame", [Frame(0, 0), Frame(None, 0), Frame(100, 0)])
+def test_examples_read_together_are_those_read_one_by_one(packing, frame):
+    rng = np.random.default_rng(2)
+    shards = [[rng.integers(1, 99, size=n).tolist() for n in rng.integers(0, 30, size=20)] for _ in range(3)]
+    documents = [frame.around(document).tolist() for shard in shards for document in shard]
+    blocks = build(Documents(*shards), BlocksConfig(block_size=8, packing=packing), frame)
+    stream = Stream(blocks, seed=3, length=100)
+    numbers = [90, 4, 4, 71]
+    together = stream.rows(numbers)
+    assert [row.tolist() for row in together] == [stream[number].tolist() for number in numbers]
+    if packing == "chunked":
+        whole = [document[at : at + 8] for document in documents for at in range(0, len(document) - 7, 8)]
+        assert [row.tolist() for row in blocks] == whole
+    with pytest.raises(IndexError):
+        blocks.rows([0, len(blocks)])

@@ -402,6 +402,13 @@ def test_biases_and_norms_do_not_decay(tmp_path, tokenizer):
         assert decay[id(weight)] == (0.0 if spared else 0.3), name
 
 
+class Rows(list):
+    """What NumberedExamples asks of a Stream, over rows."""
+
+    def rows(self, numbers):
+        return [self[number] for number in numbers]
+
+
 def trainer_of(experiment, tokenizer, directory, **arguments):
     """raylm's Trainer for four steps of two random blocks, without Ray."""
     network = model.build(experiment.model, tokenizer, block_size=8)
@@ -421,7 +428,7 @@ def trainer_of(experiment, tokenizer, directory, **arguments):
     }
     settings = TrainingArguments(**(common | arguments))
     rows = [np.random.default_rng(number).integers(0, len(tokenizer), 8) for number in range(8)]
-    dataset = objective.NumberedExamples(rows)
+    dataset = objective.NumberedExamples(Rows(rows))
     job = training.TrainTask(experiment, "", None, None, "")
     return _Trainer(
         job, training.SingleProcess, None, model=network, args=settings, train_dataset=dataset, data_collator=batches

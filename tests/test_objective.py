@@ -96,6 +96,13 @@ def test_the_tokens_of_a_keyword_are_marked(byte):
     assert overlapping.marked(ids(byte, "cababac")).tolist() == [False, *[True] * 5, False]
 
 
+class Rows(list):
+    """What NumberedExamples asks of a Stream, over rows."""
+
+    def rows(self, numbers):
+        return [self[number] for number in numbers]
+
+
 class Shards:
     """A split of these shards, each of documents."""
 
@@ -444,7 +451,7 @@ def step(directory, micro_batch, accumulation):
             None,
             model=model,
             args=arguments,
-            train_dataset=objective.NumberedExamples(rows),
+            train_dataset=objective.NumberedExamples(Rows(rows)),
             data_collator=made,
         )
         trainer.train()

@@ -91,8 +91,12 @@ class NumberedExamples(Dataset):
         return len(self.stream)
 
     def __getitem__(self, k: int) -> Example:
-        number = (self.first + k) % len(self)  # one batch is read ahead and not used
-        return number, self.stream[number]
+        return self.__getitems__([k])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        """A micro-batch: what torch's DataLoader asks for in the place of one example after another."""
+        numbers = [(self.first + k) % len(self) for k in indices]  # one batch is read ahead and not used
+        return list(zip(numbers, self.stream.rows(numbers), strict=True))
 
 
 class Collator:
