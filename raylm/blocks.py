@@ -16,19 +16,16 @@ documents before it, and copied from the memory map.
 from __future__ import annotations
 
 import bisect
-import hashlib
-from array import array
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 
 from raylm.config import BlocksConfig
-from raylm.errors import DataError
 from raylm.tokenizer import Frame
-from raylm.tokens import Split
+from raylm.tokens import SourceSplit, Split
 
 
 def cut(values: np.ndarray, offsets: np.ndarray, start: int, stop: int, frame: Frame) -> np.ndarray:
@@ -109,7 +106,7 @@ IGNORED = -100
 class Blocks(Protocol):
     """A sequence of training examples over a split: int64 of shape (block_size,), or shorter where padded."""
 
-    split: Split
+    split: Split | SourceSplit
     block_size: int
     dropped_tokens: int
     """Tokens of the joined stream that are in no block."""
@@ -120,7 +117,7 @@ class Blocks(Protocol):
         """Several examples, in half the time that one after another takes."""
 
 
-def build(split: Split, section: BlocksConfig, frame: Frame) -> Blocks:
+def build(split: Split | SourceSplit, section: BlocksConfig, frame: Frame) -> Blocks:
     """The blocks of a split, cut as the section says. Takes milliseconds because only reading a block copies it."""
     kinds: dict[str, type] = {"packed": Packed, "chunked": Chunked, "padded": Padded}
     return kinds[section.packing](split, section, frame)
@@ -132,7 +129,7 @@ class Packed:
     The tail that does not fill a block is dropped: at most block_size - 1 tokens of the whole split.
     """
 
-    def __init__(self, split: Split, section: BlocksConfig, frame: Frame):
+    def __init__(self, split: Split | SourceSplit, section: BlocksConfig, frame: Frame):
         self.split = split
         self.block_size = section.block_size
         self.frame = frame
@@ -167,7 +164,7 @@ class Chunked:
     Holds 8 bytes a document.
     """
 
-    def __init__(self, split: Split, section: BlocksConfig, frame: Frame):
+    def __init__(self, split: Split | SourceSplit, section: BlocksConfig, frame: Frame):
         self.split = split
         self.block_size = section.block_size
         self.frame = frame
@@ -200,7 +197,7 @@ class Chunked:
 class Padded:
     """A document and its frame, cut off after block_size tokens."""
 
-    def __init__(self, split: Split, section: BlocksConfig, frame: Frame):
+    def __init__(self, split: Split | SourceSplit, section: BlocksConfig, frame: Frame):
         self.split = split
         self.block_size = section.block_size
         self.frame = frame
@@ -253,69 +250,3 @@ def batch(rows: Sequence[np.ndarray], section: BlocksConfig, frame: Frame) -> di
         made["position_ids"] = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
     made["labels"] = np.where(real & ~unpredicted, input_ids, IGNORED)
     return made
-
-
-class Stream:
-    """`length` training examples: the blocks, epoch after epoch, each in another random order.
-
-    Example k depends on the seed and k alone, not on the number of workers. A keyed permutation computes it without a
-    list of indices.
-    """
-
-    def __init__(self, blocks: Blocks, seed: int, length: int):
-        if not len(blocks):
-            tokens = blocks.split.num_tokens + len(blocks.split)
-            raise DataError(
-                f"blocks.block_size: the split has {tokens} tokens, not enough for one block of {blocks.block_size}",
-                "blocks.block_size",
-            )
-        self.blocks = blocks
-        self.seed = seed
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, k: int) -> np.ndarray:
-        if not 0 <= k < self.length:
-            raise IndexError(k)
-        return self.blocks[self.index(k)]
-
-    def rows(self, numbers: Sequence[int]) -> Sequence[np.ndarray]:
-        """The examples of these numbers, read together."""
-        return self.blocks.rows([self.index(k) for k in numbers])
-
-    def index(self, k: int) -> int:
-        """The block that is example k."""
-        epoch, position = divmod(k, len(self.blocks))
-        return permuted(position, len(self.blocks), (self.seed, epoch))
-
-
-def permuted(position: int, size: int, key: tuple[int, int]) -> int:
-    """The image of a position under a keyed permutation of range(size).
-
-    A Feistel network of four rounds (Luby and Rackoff 1988) permutes the next even power of two; positions that land
-    outside range(size) are permuted again until they are inside, less than four times on average.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    rounds = _rounds(half, key)
-    while True:
-        left, right = position >> half, position & mask
-        for drawn in rounds:
-            left, right = right, left ^ drawn[right]
-        position = left << half | right
-        if position < size:
-            return position
-
-
-@lru_cache(maxsize=4)
-def _rounds(half: int, key: tuple[int, int]) -> list[array[int]]:
-    """The random table of each round: 1 MB and 0.2 s for the blocks of 1e12 tokens."""
-    mask = (1 << half) - 1
-
-    def drawn(turn: int, right: int) -> int:
-        digest = hashlib.blake2b(b"%d %d %d %d" % (*key, turn, right), digest_size=8).digest()
-        return int.from_bytes(digest, "little") & mask
-
-    return [array("Q", (drawn(turn, right) for right in range(1 << half))) for turn in range(4)]

@@ -9,14 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from raylm import blocks
+from raylm import examples
 from raylm.config import Experiment, TrainConfig
 from raylm.errors import DataError
 from raylm.tokens import Store
 
 FEW_PASSES = 4
 """Up to four passes over a text are nearly as good as new text (Muennighoff et al. 2023, arXiv:2305.16264)."""
+
+
+class SourceTokens(NamedTuple):
+    """A source of a mixture."""
+
+    name: str
+    share: float
+    """Its fraction of the training tokens."""
+    epoch_tokens: int
+    """Tokens of one pass over it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,8 @@ class Budget:
 
     epoch_tokens: int | None = None
     """Tokens of one pass over the training split, once that is known."""
+    sources: tuple[SourceTokens, ...] = ()
+    """Those of a mixture."""
 
     @property
     def tokens(self) -> int:
@@ -48,9 +61,20 @@ class Budget:
         """Passes over the training split."""
         return self.tokens / self.epoch_tokens if self.epoch_tokens else None
 
+    @property
+    def passes_over(self) -> dict[str, float]:
+        """Passes over each source of a mixture."""
+        return {each.name: self.tokens * each.share / each.epoch_tokens for each in self.sources}
+
     def warnings(self, section: TrainConfig) -> Iterator[str]:
         """Warnings about a budget that most likely is a mistake."""
-        if self.passes is not None and self.passes > 1.5 * FEW_PASSES:
+        for name, passes in self.passes_over.items():
+            if passes > FEW_PASSES:
+                yield (
+                    f"{passes:.2g} passes over source {name}: more than {FEW_PASSES} teach little; lower "
+                    f"blocks.mixture.{name}, or give it more text"
+                )
+        if not self.sources and self.passes is not None and self.passes > 1.5 * FEW_PASSES:
             yield (
                 f"{self.passes:,.0f} passes over {self.epoch_tokens:,} tokens of training text: expect overfitting; "
                 f"train.max_tokens={FEW_PASSES * (self.epoch_tokens or 0)} makes {FEW_PASSES}"
@@ -144,11 +168,16 @@ def for_store(experiment: Experiment, store: Store) -> Budget:
     if store.test is not None and not store.test.num_tokens:
         raise no_test(experiment)
     section = experiment.blocks
+    sources = examples.of_sources(store.train, section, store.frame(experiment.tokenizer.prefix))
     found = compute(
         experiment.train,
         block_size=section.block_size,
         num_workers=experiment.cluster.most_workers,
-        epoch_examples=len(blocks.build(store.train, section, store.frame(experiment.tokenizer.prefix))),
+        epoch_examples=sum(map(len, sources.values())),
     )
     assert found is not None  # the examples are known
-    return found
+    if not section.mixture:
+        return found
+    shares = examples.shares(section)
+    mixed = [SourceTokens(name, shares[name], len(cut) * section.block_size) for name, cut in sources.items()]
+    return replace(found, sources=tuple(mixed))

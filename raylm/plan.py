@@ -121,6 +121,7 @@ class Plan:
             "steps": budget.steps if budget else None,
             "tokens": budget.tokens if budget else None,
             "passes": budget.passes if budget else None,
+            **({"passes_over": budget.passes_over} if budget and budget.sources else {}),
             "scored_documents": prepared.scored["scored_documents"] if prepared else None,
             "scored_tokens": prepared.scored["scored_tokens"] if prepared else None,
             **_size_of_test(prepared),

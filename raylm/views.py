@@ -26,6 +26,8 @@ def plan(planned: Plan, estimated: Estimate) -> str:
     """The plan of a training, a line each; what was taken from the environment says so."""
     record = planned.record()
     pairs = {label(name): value for name, value in record.items() if name != "corpus"}
+    if passes := pairs.pop(label("passes_over"), None):
+        pairs["passes"] = ", ".join(f"{number:.2g} over {name}" for name, number in passes.items())
     share = record["evaluation_share"]
     if planned.resources is not None:
         pairs["resources per worker"] = planned.resources.described
@@ -50,7 +52,7 @@ def tokens_plan(plan: TokensPlan) -> tuple[dict[str, Any], str]:
     if faults is not None:
         state = f"damaged, to be written again: {tokens.shown(faults)}" if faults else "there already"
     lines = [
-        f"{source.name}: {counted(len(source.files), 'file')}, {format_size(source.num_bytes)}"
+        f"{source.label}: {counted(len(source.files), 'file')}, {format_size(source.num_bytes)}"
         for source in plan.sources
     ]
     if others := corpus.left_out(plan.sources):
@@ -60,7 +62,7 @@ def tokens_plan(plan: TokensPlan) -> tuple[dict[str, Any], str]:
         "fingerprint": plan.fingerprint,
         "reused": faults == [],
         "sources": [
-            {"name": source.name, "files": len(source.files), "bytes": source.num_bytes} for source in plan.sources
+            {"name": source.label, "files": len(source.files), "bytes": source.num_bytes} for source in plan.sources
         ],
     }
     return record, "\n".join([*lines, f"store: {plan.store} ({state})"])

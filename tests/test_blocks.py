@@ -1,11 +1,9 @@
-import pickle
-
 import numpy as np
 import pytest
 
-from raylm.blocks import Packed, Stream, batch, build, cut, permuted
+from raylm.blocks import Packed, batch, build, cut
 from raylm.config import BlocksConfig
-from raylm.errors import DataError
+from raylm.examples import Stream
 from raylm.tokenizer import Frame
 
 DOCUMENTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -69,40 +67,6 @@ def test_every_window_of_the_joined_stream(frame):
     for start in range(len(joined)):
         for stop in range(start + 1, min(start + 20, len(joined)) + 1):
             assert cut(values, offsets, start, stop, frame).tolist() == joined[start:stop]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 63, 64, 65, 1000])
-def test_an_order_has_every_index_once(size):
-    assert sorted(permuted(position, size, (0, 0)) for position in range(size)) == list(range(size))
-
-
-def test_an_order_stays_what_it_was():
-    """Or a run would go on from a checkpoint with other examples than those that are left."""
-    assert [permuted(position, 10, (7, 1)) for position in range(10)] == [1, 8, 5, 2, 6, 7, 4, 3, 0, 9]
-    assert permuted(5, 10**9, (0, 0)) == 16_340_667
-
-
-def test_an_order_looks_shuffled():
-    order = np.array([permuted(position, 10_000, (7, 0)) for position in range(10_000)])
-    assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
-    assert (np.diff(order) == 1).sum() < 10
-
-
-def test_epochs_follow_each_other_each_in_its_own_order():
-    blocks = packed([list(range(1, 401))], block_size=4)
-    stream = Stream(blocks, seed=3, length=250)
-    epochs = [[stream.index(k) for k in range(start, start + 100)] for start in (0, 100)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(100))
-    assert epochs[0] != epochs[1]
-    assert [stream.index(k) for k in range(250)] == [Stream(blocks, seed=3, length=250).index(k) for k in range(250)]
-    assert epochs[0] != [Stream(blocks, seed=4, length=250).index(k) for k in range(100)]
-    assert stream[5].tolist() == blocks[stream.index(5)].tolist()
-    assert len(pickle.loads(pickle.dumps(stream))) == 250
-
-
-def test_a_split_shorter_than_a_block_is_an_error():
-    with pytest.raises(DataError, match=r"blocks\.block_size: the split has 12 tokens.*one block of 64"):
-        Stream(packed(DOCUMENTS, block_size=64), seed=0, length=1)
 
 
 @pytest.mark.parametrize("shards", [[DOCUMENTS], [DOCUMENTS[:1], DOCUMENTS[1:]], [[d] for d in DOCUMENTS]])

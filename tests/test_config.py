@@ -234,8 +234,9 @@ FAULTS = {
     "corpus: {test_fraction: -0.1}": "1:10 corpus.test_fraction: must be at least 0.0, got -0.1",
     "corpus: {validation_fraction: 0.4, test_fraction: 0.6}": "1:36 corpus.test_fraction: must leave text to train on: "
     "less than 1 - corpus.validation_fraction = 0.6, got 0.6",
-    "corpus: {paths: 5}": "1:10 corpus.paths: must be text or a list of texts, got 5",
-    "corpus: {paths: [a, 5]}": "1:10 corpus.paths.1: must be text, got 5",
+    "corpus: {paths: 5}": "1:10 corpus.paths: must be text, a list of texts or a mapping of names to them, got 5",
+    "corpus: {paths: [a, 5]}": "1:10 corpus.paths: must be text, a list of texts or a mapping of names to them, got "
+    "['a', 5]",
     "cluster: {use_gpu: 1}": "1:11 cluster.use_gpu: must be true or false, got 1",
     "name: a/b": "1:1 name: must be letters, digits, dashes, dots and underscores, with a letter or digit first; got "
     "'a/b'; try a-b",

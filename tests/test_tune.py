@@ -693,3 +693,34 @@ def test_a_limit_that_nothing_reaches_is_none(ray_cluster, tiny, limit, what):
     experiment = tiny(f"eval.max_tokens={limit}")
     store, _ = stores.prepare(plans.resolve_tokens(experiment))
     assert summary.scored(experiment, store)["scored_on"].startswith(what)
+
+
+def test_a_sweep_over_a_mixture_of_sources_has_one_store_and_scores_each_source(ray_cluster, tiny, tmp_path):
+    (tmp_path / "code.txt").write_text("\n\n".join(f"def f{n}(x): return x + {n * n}" for n in range(300)))
+    words = tiny().corpus.paths[0]
+    experiment = override(
+        tiny(f"storage={tmp_path}", "corpus.separator=\\n\\n"),
+        {
+            "corpus.paths": {"words": [words], "code": [f"{tmp_path}/code.txt"]},
+            "blocks.mixture": {"words": 1.0, "code": 1.0},
+            "tune.space": {"blocks.mixture.words": {"grid": [0.25, 3]}},
+            "tune.scheduler": "none",
+        },
+    )
+    rows, _, parent = run(experiment)
+    assert {row["settings"]["blocks.mixture.words"]: row["status"] for row in rows} == {
+        0.25: "completed",
+        3: "completed",
+    }
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    scores = {}
+    for row in rows:
+        history = parent.trial(row["trial_id"]).metric_history()
+        last = {name: points[-1][1] for name, points in history.items() if name.startswith("validation/")}
+        assert set(last) == {f"validation/{s}/{m}" for s in ("words", "code") for m in ("perplexity", "bits_per_byte")}
+        scores[row["settings"]["blocks.mixture.words"]] = last
+        whole = history["eval/perplexity"][-1][1]
+        assert min(last["validation/words/perplexity"], last["validation/code/perplexity"]) < whole
+    few, many = scores[0.25], scores[3]
+    assert few["validation/code/perplexity"] < many["validation/code/perplexity"]
+    assert few["validation/words/perplexity"] > many["validation/words/perplexity"]

@@ -9,6 +9,7 @@ files            load, override, save
 
 from raylm.config.files import (
     BUILT_IN,
+    absolute,
     dump,
     from_environment,
     get,
@@ -70,6 +71,7 @@ __all__ = [
     "TrainConfig",
     "TrainedTokenizer",
     "TuneConfig",
+    "absolute",
     "as_settings",
     "corners",
     "dump",

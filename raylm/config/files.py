@@ -303,7 +303,7 @@ def _kinds(key: str) -> set[type]:
     section: Any = Experiment
     for part in parents:
         section = section_of(section, part)
-    if parents == ["eval", "paths"]:
+    if parents in (["eval", "paths"], ["corpus", "paths"]):
         return {str, tuple}
     if section is None or last not in section.model_fields:
         return set()
@@ -321,7 +321,8 @@ def _kinds(key: str) -> set[type]:
 
 
 def _parts(key: str) -> list[str]:
-    for section, field in (("tune", "space"), ("eval", "paths")):  # their own keys may have dots
+    # Their own keys may have dots.
+    for section, field in (("tune", "space"), ("eval", "paths"), ("corpus", "paths"), ("blocks", "mixture")):
         if key.startswith(f"{section}.{field}."):
             return [section, field, key.removeprefix(f"{section}.{field}.")]
     return key.split(".")
@@ -397,26 +398,31 @@ def _space_faults(experiment: Experiment, key: str, sampler: dict[str, Any]) -> 
 def _absolute(experiment: Experiment) -> Experiment:
     """Make local paths absolute; URIs, python:// sources and Hub ids stay as they are."""
 
-    def local(path: str) -> str:
-        return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
     def local_or_id(path: str | None) -> str | None:
-        return local(path) if path and (path[0] in "./~" or os.path.exists(path)) else path
+        return _local(path) if path and (path[0] in "./~" or os.path.exists(path)) else path
 
-    sets = experiment.eval.paths
     found = {
-        "storage": local(experiment.storage),
-        "corpus.paths": [local(path) for path in experiment.corpus.paths],
-        "corpus.validation_paths": [local(path) for path in experiment.corpus.validation_paths],
-        "corpus.test_paths": [local(path) for path in experiment.corpus.test_paths],
-        "eval.paths": {name: [local(path) for path in paths] for name, paths in sets.items()}
-        if isinstance(sets, Mapping)
-        else [local(path) for path in sets],
+        "storage": _local(experiment.storage),
+        "corpus.paths": absolute(experiment.corpus.paths),
+        "corpus.validation_paths": absolute(experiment.corpus.validation_paths),
+        "corpus.test_paths": absolute(experiment.corpus.test_paths),
+        "eval.paths": absolute(experiment.eval.paths),
         "tokenizer.path": local_or_id(experiment.tokenizer.path),
         "model.path": local_or_id(experiment.model.path),
         "tracking.uri": _absolute_uri(experiment.tracking.uri),
     }
     return override(experiment, {key: value for key, value in found.items() if value})
+
+
+def absolute(paths: tuple[str, ...] | Mapping[str, tuple[str, ...]]) -> Any:
+    """The same paths, named or not, with local ones absolute; URIs stay as they are."""
+    if isinstance(paths, Mapping):
+        return {name: absolute(some) for name, some in paths.items()}
+    return tuple(map(_local, paths))
+
+
+def _local(path: str) -> str:
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _absolute_uri(uri: str | None) -> str | None:

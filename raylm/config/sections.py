@@ -60,8 +60,8 @@ def _registered_name(value: str) -> str:
     return value
 
 
-def _evaluation_sets(value: Any) -> Any:
-    """Paths, or a mapping of the user's own names to paths; checked here so that an error names eval.paths."""
+def _named_paths(value: Any) -> Any:
+    """Paths, or a mapping of the user's own names to paths; checked here so that an error names the setting."""
     if isinstance(value, Mapping):
         for name, paths in value.items():
             if not isinstance(name, str) or not re.fullmatch(NAME, name):
@@ -171,9 +171,10 @@ class Section(BaseModel):
 
 
 class CorpusConfig(Section):
-    paths: Strings = ()
+    paths: Annotated[tuple[str, ...] | dict[str, tuple[str, ...]], BeforeValidator(_named_paths)] = ()
     """Sources of text: files, directories, globs, s3:// and other URIs; hub://ID?split=train[:5000] (also &config=,
-    &revision=, &streaming=true); python://stdlib and python://PACKAGE for source code."""
+    &revision=, &streaming=true); python://stdlib and python://PACKAGE for source code. Or several named sources:
+    {books: a/*.txt, code: [b, c]}, which are scored one by one and mixed by blocks.mixture."""
     text: Annotated[Escaped, AfterValidator(_template)] = "text"
     """Column that holds the text, as a dotted path (answers.text), or a template of several columns: "Question:
     {question}\\nAnswer: {answers.text}". A template whose columns all belong to one list of objects, "{messages.role}:
@@ -214,6 +215,23 @@ class CorpusConfig(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     """Whether a document that cannot be read (not UTF-8, not JSON, no text) is an error or is skipped, counted and
     listed in the store's rejected.jsonl. An unreadable plain text file in a directory or glob is always skipped."""
+
+    @property
+    def entries(self) -> tuple[tuple[str | None, str], ...]:
+        """(name of the source, one of its paths) for each path of `paths`; the name is None without names."""
+        if isinstance(self.paths, Mapping):
+            return tuple((name, path) for name, paths in self.paths.items() for path in paths)
+        return tuple((None, path) for path in self.paths)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """For each path of `paths` the name of its source, or the path itself."""
+        return tuple(name or path for name, path in self.entries)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The names in `paths`; empty if it has none."""
+        return tuple(self.paths) if isinstance(self.paths, Mapping) else ()
 
     @property
     def splits(self) -> tuple[SplitName, ...]:
@@ -262,6 +280,10 @@ class BlocksConfig(Section):
     isolate_documents: bool = False
     """packed: whether attention stops at the boundaries of documents in a block, and positions restart with each
     document. Refused for models that ignore this, such as OPT, Falcon or Mamba."""
+    mixture: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Weights of the sources that corpus.paths names: {books: 2, code: 1} gives books two thirds of the training
+    tokens, whatever the sizes of both. Each is then an epoch by itself. Default: each text once in an epoch. The token
+    store does not depend on it, so it can be swept: tune.space.blocks.mixture.books."""
 
 
 class Lora(Section):
@@ -383,7 +405,7 @@ WHOLE_SPLIT = "the whole validation split"
 
 
 class EvalConfig(Section):
-    paths: Annotated[tuple[str, ...] | dict[str, tuple[str, ...]], BeforeValidator(_evaluation_sets)] = ()
+    paths: Annotated[tuple[str, ...] | dict[str, tuple[str, ...]], BeforeValidator(_named_paths)] = ()
     """Other text to score, given like corpus.paths and read like it (corpus.text, .join, .separator), or several named
     sets: {books: a/*.txt, code: [b, c]}. Every evaluation scores it in addition to the validation split, by which
     trials are ranked; `raylm evaluate` scores it instead of that split."""
@@ -578,6 +600,7 @@ class Experiment(Section):
         if not self._sizes_follow_text or "batch_tokens" in self.train.model_fields_set:  # else it is to be derived
             self._batch_agrees()
         self._corpus_agrees()
+        self._mixture_agrees()
         self._tokenizer_agrees()
         self._sweep_agrees()
         return self
@@ -608,6 +631,24 @@ class Experiment(Section):
                 "corpus.test_fraction must leave text to train on: less than 1 - corpus.validation_fraction = "
                 f"{1 - section.validation_fraction:.6g}, got {section.test_fraction:g}"
             )
+
+    def _mixture_agrees(self) -> None:
+        weights, names = self.blocks.mixture, self.corpus.source_names
+        if not weights:
+            return
+        if not names:
+            raise ValueError(
+                "blocks.mixture must be left out unless corpus.paths names its sources, as in {books: a/*.txt, code: b}"
+            )
+        unlike = [name for name in (*weights, *names) if name not in weights or name not in names]
+        if unlike:
+            fault = "has no weight" if unlike[0] in names else "is no source"
+            raise ValueError(
+                "blocks.mixture must have a weight for each source that corpus.paths names, "
+                f"{', '.join(names)}; {unlike[0]} {fault}"
+            )
+        if not any(weights.values()):
+            raise ValueError("blocks.mixture must have a weight above 0")
 
     def _tokenizer_agrees(self) -> None:
         """Refuse settings of a tokenizer that is loaded together with those of one that is trained."""

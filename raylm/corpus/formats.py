@@ -115,7 +115,7 @@ def format_of(path: str, source: str) -> tuple[str, str | None]:
 
 def whole_file(file: File, index: int, source: Source) -> FilePart:
     """A whole file of the source with this index."""
-    return FilePart(file, *format_of(file.path, source.name), index, source.split, source.is_found)
+    return FilePart(file, *format_of(file.path, source.path), index, source.split, source.is_found)
 
 
 def split(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:

@@ -34,7 +34,7 @@ def find_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source
     """
     if not corpus.paths and not corpus.validation_paths:
         raise DataError("corpus.paths is empty; give files, directories or globs of text", "corpus.paths")
-    sources = [find(key, path) for path in corpus.paths]
+    sources = [find(key, path, name=name) for name, path in corpus.entries]
     sources += [find("corpus.validation_paths", path, "validation") for path in corpus.validation_paths]
     tests = [find("corpus.test_paths", path, "test") for path in corpus.test_paths]
     _check_unseen(tests, sources, may_share=corpus.deduplicate)
@@ -124,7 +124,7 @@ def _readable(key: str, source: Source, corpus: CorpusConfig) -> Source:
     files = tuple(part.file for part in parts if part not in useless)
     if not files:
         raise DataError(
-            f"{key}: {source.name}: nothing to read in it: {_counted(kinds)}; text is UTF-8, or has a byte order mark, "
+            f"{key}: {source.path}: nothing to read in it: {_counted(kinds)}; text is UTF-8, or has a byte order mark, "
             "or is of another corpus.encoding",
             key,
         )

@@ -56,7 +56,7 @@ def guess_columns(sources: list[Source], corpus: CorpusConfig) -> TextColumns | 
     Tables beside plain text count only if they are the larger part. Reads the first ROWS rows of the largest table.
     DataError if another table lacks its columns.
     """
-    formats = [(source, file, format_of(file.path, source.name)[0]) for source in sources for file in source.files]
+    formats = [(source, file, format_of(file.path, source.path)[0]) for source in sources for file in source.files]
     tables = [each for each in formats if each[2] in TABLES or each[2] == "json"]
     plain = sum(file.size for _, file, kind in formats if kind in ("text", "python"))
     if plain:
@@ -156,8 +156,8 @@ def profile(sources: list[Source], corpus: CorpusConfig) -> Profile:
 
     hub:// sources are skipped because reading them would download them.
     """
-    formats = Counter(format_of(file.path, source.name)[0] for source in sources for file in source.files)
-    local = [source for source in sources if not source.name.startswith(HUB)]
+    formats = Counter(format_of(file.path, source.path)[0] for source in sources for file in source.files)
+    local = [source for source in sources if not source.path.startswith(HUB)]
     parts = [shard._replace(parts=(part,)) for shard in shards(local) for part in shard.parts]
     parts = parts[:: max(1, len(parts) // DOCUMENTS)]
     of_each = max(1, DOCUMENTS // max(1, len(parts)))

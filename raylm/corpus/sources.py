@@ -58,24 +58,31 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """The files behind one entry of corpus.paths, corpus.validation_paths or corpus.test_paths."""
+    """The files behind one path of corpus.paths, corpus.validation_paths or corpus.test_paths."""
 
-    name: str
+    path: str
     files: tuple[File, ...]
     split: SplitName = "train"
     """By the setting that has the entry. Documents of corpus.paths may fall on any split, by their hash."""
     is_found: bool = False
     """Whether a directory or glob gave the files, rather than their own names."""
+    name: str | None = None
+    """The name that corpus.paths gives it."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Kind -> number of its files that are not read."""
+
+    @property
+    def label(self) -> str:
+        """Its name, or its path without one."""
+        return self.name or self.path
 
     @property
     def num_bytes(self) -> int:
         return sum(file.size for file in self.files)
 
 
-def find(key: str, path: str, split: SplitName = "train") -> Source:
-    """The files of one entry, sorted; DataError naming the setting `key` if there are none.
+def find(key: str, path: str, split: SplitName = "train", name: str | None = None) -> Source:
+    """The files of one path, sorted; DataError naming the setting `key` if there are none.
 
     Files of a directory or glob whose names show that they are not text are left out and counted.
     """
@@ -107,7 +114,7 @@ def find(key: str, path: str, split: SplitName = "train") -> Source:
     if not found and not left_out:
         what = "no files in it" if os.path.isdir(path) else "no such file, directory or glob"
         raise DataError(f"{key}: {path}: {what}", key)
-    return Source(path, tuple(sorted(found)), split, is_found, left_out)
+    return Source(path, tuple(sorted(found)), split, is_found, name, left_out)
 
 
 def _text_by_name(found: list[File], start: int, left_out: Counter[str]) -> Iterator[File]:

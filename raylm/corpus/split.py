@@ -68,7 +68,7 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
     on_disk = sum(source.num_bytes for source in sources if source.split == "train")
     if corpus.validation_paths or not fraction:
         return Holdout(corpus.split_by or "document", fraction, 0, 0, complete=False, num_bytes=on_disk, unit_bytes=0)
-    local = [source for source in sources if not source.name.startswith(HUB)]
+    local = [source for source in sources if not source.path.startswith(HUB)]
     # One part a shard, so that those which were not looked at can be counted.
     plan = [shard._replace(parts=(part,)) for shard in shards(local) for part in shard.parts]
     look = _look(plan, corpus)

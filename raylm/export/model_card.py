@@ -53,7 +53,7 @@ def build_card(
     record = read_record(directory) if record is None else record
     store = _store(record)
     base = experiment.model.path if experiment else None
-    sources = [name_of(source["name"]) for source in store.manifest["sources"]] if store else []
+    sources = [name_of(source["name"]) for source in store.sources] if store else []
     task = "fill-mask" if masked else "text-generation"
     name = experiment.name if experiment and repo == HERE else repo.split("/")[-1]
     data = ModelCardData(
@@ -193,7 +193,7 @@ def _scores(record: Mapping[str, Any], experiment: Experiment, store: Store | No
 def _data(store: Store) -> list[str]:
     counted = ("documents", "tokens", "bytes")
     manifest, ledger = store.manifest, store.manifest["ledger"]
-    sources = [(_code(name_of(row["name"])), *(f"{row[what]:,}" for what in counted)) for row in manifest["sources"]]
+    sources = [(_code(name_of(row["name"])), *(f"{row[what]:,}" for what in counted)) for row in store.sources]
     splits = [(name, *(f"{manifest[name][what]:,}" for what in counted)) for name in store.splits]
     counted_as = corpus.counted_as(ledger)
     return [

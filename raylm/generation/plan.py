@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from raylm import checkpoint, cluster, console, corpus, storage
 from raylm import model as models
 from raylm.cluster import Resources
-from raylm.config import ClusterConfig, CorpusConfig, ModelConfig, Section, load_part, parse_setting
+from raylm.config import ClusterConfig, CorpusConfig, ModelConfig, Section, absolute, load_part, parse_setting
 from raylm.corpus import Ledger, Shard, Source
 from raylm.errors import ConfigError, DataError
 from raylm.generation.output import FORMATS
@@ -81,7 +80,7 @@ class GenerationPlan:
         return {
             **record,
             "documents": self.documents.number,
-            "sources": [source.name for source in self.documents.sources],
+            "sources": [source.label for source in self.documents.sources],
             "output": str(self.documents.output),
             "resources_per_worker": resources.per_worker if resources else None,
         }
@@ -138,8 +137,7 @@ def _parsed(settings: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _sections(dotted: dict[str, str]) -> Sections:
     sections = load_part(Sections, dotted.values())
-    paths = [path if "://" in path else os.path.abspath(os.path.expanduser(path)) for path in sections.corpus.paths]
-    corpus = sections.corpus.model_copy(update={"paths": tuple(paths)})
+    corpus = sections.corpus.model_copy(update={"paths": absolute(sections.corpus.paths)})
     return sections.model_copy(update={"corpus": corpus})
 
 

@@ -58,7 +58,7 @@ def write(plan: GenerationPlan) -> WrittenTexts:
                 max_failures=sections.cluster.max_failures,
             )
             for batch in batches:
-                write_rows([_row(generated, sections.corpus.paths) for generated in batch])
+                write_rows([_row(generated, sections.corpus.labels) for generated in batch])
                 number += len(batch)
                 tokens += sum(generated.tokens for generated in batch)
                 advance(number, documents.number)

@@ -22,6 +22,7 @@ from raylm import blocks
 from raylm.blocks import IGNORED
 from raylm.config import BlocksConfig, ObjectiveConfig, TrainedTokenizer
 from raylm.errors import ConfigError
+from raylm.examples import Examples
 from raylm.objective.keywords import Keywords
 from raylm.tokenizer import Frame
 
@@ -84,7 +85,7 @@ def check_settings(
 class NumberedExamples(Dataset):
     """A Stream whose examples have their number, starting with number `first`."""
 
-    def __init__(self, stream: blocks.Stream, first: int = 0):
+    def __init__(self, stream: Examples, first: int = 0):
         self.stream, self.first = stream, first
 
     def __len__(self) -> int:

@@ -62,9 +62,8 @@ def propose(experiment: Experiment, given: Mapping[str, Any]) -> Proposal:
         reasons["corpus.deduplicate"] = (
             f"{profile.duplicates:.0%} of {profile.seen:,} documents repeat another exactly; true drops them"
         )
-    head = (
-        f"An experiment for {', '.join(experiment.corpus.paths)}, by raylm init; raylm tune --config THIS_FILE runs it."
-    )
+    paths = ", ".join(experiment.corpus.labels)
+    head = f"An experiment for {paths}, by raylm init; raylm tune --config THIS_FILE runs it."
     typed = {key: value for key, value in given.items() if key not in derived or key == "corpus.paths"}
     text = config.outline({"name": experiment.name, **derived, **typed}, reasons, head)
     return Proposal(experiment, sources, profile, text, reasons)

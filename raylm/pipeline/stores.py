@@ -74,7 +74,7 @@ def exist(plan: Plan) -> bool:
 
 def nothing_to_score(text: EvaluationSet) -> DataError:
     """The error for an evaluation set without text."""
-    paths = ", ".join(text.corpus.paths)
+    paths = ", ".join(text.corpus.labels)
     return DataError(
         f"{text.key}: there is nothing to score in {paths}: no document has any text; give other files", text.key
     )

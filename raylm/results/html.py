@@ -201,7 +201,7 @@ def _about(results: SweepResults) -> dict[str, Any]:
     counts = {f"{split} tokens": manifest[split]["tokens"] for split in tokens.splits(manifest)}
     trained = sum(trial.tokens for trial in results.data.trials)
     return {
-        "corpus": ", ".join(redacted(experiment.corpus.paths)),
+        "corpus": ", ".join(redacted(experiment.corpus.labels)),
         "token store": fingerprint,
         **counts,
         "model": state.parameters.get("model"),

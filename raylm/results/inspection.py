@@ -42,7 +42,7 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
     return {
         "store": store.path,
         "fingerprint": store.fingerprint,
-        "sources": [{key: value for key, value in source.items() if key != "files"} for source in manifest["sources"]],
+        "sources": store.sources,
         "ledger": manifest["ledger"],
         "kept_percent": 100 * corpus.kept_fraction(manifest["ledger"]),
         "splits": {name: {what: manifest[name][what] for what in tokens.COUNTED} for name in store.splits},

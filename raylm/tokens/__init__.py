@@ -1,6 +1,7 @@
 """Documents -> token store: written once, then memory-mapped.
 
     store      read a store: documents as views of the memory map; verify it
+    source_split   the documents of one source of a split
     shard      write one shard, in one task
     write      write a store: its fingerprint, a task for each shard, the manifest last
 
@@ -18,6 +19,7 @@ The same files and settings give the same bytes, however many tasks write them, 
 on the files alone. Two writers of one store write the same files.
 """
 
+from raylm.tokens.source_split import SourceSplit
 from raylm.tokens.store import (
     COUNTED,
     Encoded,
@@ -40,6 +42,7 @@ from raylm.tokens.write import bytes_per_token, changes, encode_files, fingerpri
 __all__ = [
     "COUNTED",
     "Encoded",
+    "SourceSplit",
     "Split",
     "Store",
     "bytes_per_token",

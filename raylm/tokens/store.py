@@ -50,7 +50,7 @@ class Split:
     def __init__(self, store: str, name: str, shards: list[dict[str, Any]], sources: list[str]):
         self._key = (store, name)
         self.sources = sources
-        """The entries of corpus.paths, corpus.validation_paths and corpus.test_paths."""
+        """For each path of corpus.paths, corpus.validation_paths and corpus.test_paths its name, or itself."""
         self._files = [shard["file"] for shard in shards]
         self._first = [0, *accumulate(shard["documents"] for shard in shards)]
         self.shards = [(shard["documents"], shard["tokens"]) for shard in shards]
@@ -82,9 +82,13 @@ class Split:
         return self._batch(shard)["doc_id"][row].as_py()
 
     def document_source(self, index: int) -> str:
-        """The entry of corpus.paths, corpus.validation_paths or corpus.test_paths that the document is from."""
+        """The name of the source that the document is from, or its path without one."""
         shard, row = self._locate(index)
         return self.sources[self._batch(shard)["source"][row].as_py()]
+
+    def document_sources(self, shard: int) -> np.ndarray:
+        """For each document of a shard the number of its path among `sources`."""
+        return self._batch(shard)["source"].to_numpy()
 
     def arrays(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all documents of the shard, offset of each document and of the end)."""
@@ -142,6 +146,15 @@ class Store:
             f"{name} {split.num_tokens:,} tokens of {len(split):,} documents" for name, split in self.splits.items()
         ]
         return f"Store({self.path}: {', '.join(counts)})"
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """name, documents, tokens and bytes of each source in all splits; paths of one name are one source."""
+        found: dict[str, dict[str, Any]] = {}
+        for row in self.manifest["sources"]:
+            source = found.setdefault(row["name"], {"name": row["name"], **dict.fromkeys(COUNTED[:3], 0)})
+            source |= {what: source[what] + row[what] for what in COUNTED[:3]}
+        return list(found.values())
 
     @property
     def unknown_token(self) -> str | None:

@@ -149,7 +149,12 @@ def _write_store(
         "tokenizer": {**_tokenizer_facts(path), "encoder": encoder},
         "ledger": dict(ledger),
         "sources": [
-            {"name": source.name, **_of_source(written, index, splits), "files": [list(file) for file in source.files]}
+            {
+                "name": source.label,
+                **({"path": source.path} if source.name else {}),
+                **_of_source(written, index, splits),
+                "files": [list(file) for file in source.files],
+            }
             for index, source in enumerate(sources)
         ],
         **splits,
@@ -220,7 +225,7 @@ def bytes_per_token(sources: list[Source], corpus: CorpusConfig, section: Tokeni
 
     hub:// sources are skipped because reading them would download them; infinite without any text.
     """
-    local = [source for source in sources if not source.name.startswith(HUB)]
+    local = [source for source in sources if not source.path.startswith(HUB)]
     texts = list(_sample(shards(local), corpus, most))
     if not texts:
         return math.inf
@@ -287,7 +292,7 @@ def encode_files(corpus: CorpusConfig, sources: list[Source], tokenizer: str) ->
     for shard in shards(sources):
         for document in documents(shard, corpus, Ledger()):
             ids, _ = encode([document.text])
-            encoded.append(ids, document.num_bytes, document.hash, corpus.paths[document.source])
+            encoded.append(ids, document.num_bytes, document.hash, corpus.labels[document.source])
     return encoded
 
 

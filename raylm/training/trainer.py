@@ -17,10 +17,10 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
 
 from raylm import (
-    blocks,
     checkpoint,
     console,
     document_scores,
+    examples,
     model,
     objective,
     perplexity,
@@ -54,7 +54,6 @@ def build(task: TrainTask, session: Session, scratch: Path) -> _Trainer:
     budget = task.budget.shared_by(session.world_size, int(smaller) if smaller else experiment.train.micro_batch_tokens)
     store = tokens.open_store(task.store)
     frame = store.frame(experiment.tokenizer.prefix)
-    cut = blocks.build(store.train, experiment.blocks, frame)
     network = model.build(
         experiment.model,
         store.tokenizer,
@@ -70,14 +69,20 @@ def build(task: TrainTask, session: Session, scratch: Path) -> _Trainer:
     if session.world_size == 1:  # nothing to shard
         args.fsdp = args.fsdp_plugin_args = None
     objective.attach(network, shifted=batches.shifted, smoothing=args.label_smoothing_factor)
-    examples = blocks.Stream(cut, seed=experiment.train.seed_of_data, length=budget.steps * budget.examples)
+    ordered = examples.build(
+        store.train,
+        experiment.blocks,
+        frame,
+        seed=experiment.train.seed_of_data,
+        length=budget.steps * budget.examples,
+    )
     trainer = _Trainer(
         task,
         session,
         store,
         model=network,
         args=args,
-        train_dataset=objective.NumberedExamples(examples),
+        train_dataset=objective.NumberedExamples(ordered),
         data_collator=batches,
         processing_class=tokenizers.for_export(
             store.tokenizer, experiment.tokenizer.prefix, model.context(network.config)
@@ -295,6 +300,8 @@ class _Trainer(ShardingTrainer):
             values |= {f"eval/{end}": value for end, value in ends.items() if value is not None}
             if self.task.name:  # trials are compared by their best score, in MLflow while they run
                 values |= summary.best_metrics(name, self.latest if is_best else self.best)
+            for each, found in self._by_source(rows).items():
+                values |= {f"validation/{each}/{what}": value for what, value in found.figures(name).items()}
             for each, found in sets.items():
                 values |= {f"eval/{each}/{what}": value for what, value in found.figures(name).items()}
             self.task.run.log_metrics(values, step)
@@ -306,6 +313,16 @@ class _Trainer(ShardingTrainer):
         if not self.control.should_save:
             self.session.report(self._metrics())
         return {"eval_perplexity": score.perplexity}
+
+    def _by_source(self, rows: np.ndarray) -> dict[str, Score]:
+        """The score of each source that corpus.paths names, from the rows of the first validation documents."""
+        split, names = self.store.validation, self.task.experiment.corpus.source_names
+        if not names:
+            return {}
+        paths = np.concatenate([split.document_sources(shard) for shard in range(len(split.shards))])[: len(rows)]
+        labels = np.array(split.sources)[paths]
+        scores = {name: Score.of(rows[labels == name]) for name in names}
+        return {name: score for name, score in scores.items() if score.tokens}
 
     def _keep_scores(self, step: int, scores: DocumentScores) -> None:
         """Keep the score of each document. Without it no difference to another trial is tested; training continues."""
