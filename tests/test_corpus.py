@@ -1,4 +1,5 @@
 import bz2
+import codecs
 import csv
 import gzip
 import itertools
@@ -71,6 +72,15 @@ def test_only_a_newline_ends_a_row_of_jsonl(tmp_path):
     lines = "\n".join(json.dumps({"text": row}, ensure_ascii=False) for row in rows)
     (tmp_path / "a.jsonl").write_bytes(lines.encode())
     assert texts(CorpusConfig(paths=str(tmp_path))) == rows
+
+
+def test_jsonl_of_windows_with_a_mark_and_half_a_surrogate_pair(tmp_path):
+    rows = [r'{"text": "one"}', r'{"text": "half \ud83d of it"}', r'{"text": "\ud83d\ude00 two\r\n"}']
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + "\r\n".join([*rows, ""]).encode())
+    ledger = Ledger()
+    found = [document.text for document in read(CorpusConfig(paths=str(tmp_path)), ledger)]
+    assert found == ["one", "half \ufffd of it", "\U0001f600 two\r\n"]
+    assert ledger["repaired: lone surrogates"] == 1
 
 
 def test_columns_of_text_by_name(tmp_path):
@@ -1012,6 +1022,49 @@ def test_of_a_mixed_directory_what_is_text_is_read_and_the_rest_counted(tmp_path
     assert left_out([source]).startswith("2 .png, 2 .json without corpus.text, ")
     latin = CorpusConfig(paths=f"{tmp_path}/*.txt", encoding="cp1252")
     assert texts(latin) == ["naïve"]
+
+
+def test_hidden_files_locks_and_unfinished_downloads_are_counted(tmp_path):
+    for name in (
+        "a.txt",
+        ".DS_Store",
+        ".git/config",
+        ".cache/huggingface/a.txt.metadata",
+        "books/.a.txt.swp",
+        "books/b.txt.part",
+        "books/c.jsonl.tmp",
+        "poetry.lock",
+        "d.parquet.CRDOWNLOAD",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (source,) = list_sources(CorpusConfig(paths=str(tmp_path)))
+    assert names(source) == ["a.txt"]
+    assert source.left_out == {
+        "hidden files": 2, "hidden directories": 2, ".part": 1, ".tmp": 1, ".lock": 1,
+        ".crdownload": 1,
+    }  # fmt: skip
+    (source,) = list_sources(CorpusConfig(paths=f"file://{tmp_path}"))
+    assert names(source) == ["a.txt"]
+    assert source.left_out["hidden files"] == 4
+    assert texts(CorpusConfig(paths=f"{tmp_path}/books/b.txt.part")) == ["text"]  # named by the user
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.json", "b.parquet", "b.txt.gz"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / name).write_text(POINTER)
+    for paths in (str(tmp_path), f"{tmp_path}/b*", f"{tmp_path}/{name}"):
+        with pytest.raises(DataError, match=r"b\.\w+(\.gz)?: a git-lfs pointer, .* git lfs pull .*on_bad_row=skip"):
+            list_sources(CorpusConfig(paths=paths))
+    (source,) = list_sources(CorpusConfig(paths=str(tmp_path), on_bad_row="skip"))
+    assert (names(source), source.left_out) == (["a.txt"], {"git-lfs pointers": 1})
+    ledger = Ledger()
+    assert read(CorpusConfig(paths=f"{tmp_path}/{name}", on_bad_row="skip"), ledger) == []
+    assert ledger == {"bad rows": 1}
 
 
 def test_a_file_that_was_named_is_not_left_out(tmp_path):

@@ -53,6 +53,12 @@ class BadDocument(NamedTuple):
 
 Texts = Iterator[str | BadDocument]
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""The first bytes of a file that git-lfs puts in place of a large one, which it has not downloaded."""
+
+MOST_POINTER_BYTES = 1024
+"""Of such a file, by its specification."""
+
 
 def opened(file: File) -> Any:
     """The file's bytes as a seekable binary stream."""
@@ -60,6 +66,16 @@ def opened(file: File) -> Any:
         return open(file.path, "rb")
     system, path = file_system(file.path)
     return io.BufferedReader(system.open_input_file(path), 1 << 20)
+
+
+def lfs_pointer(file: File) -> BadDocument | None:
+    """The fault of a file that git-lfs has not downloaded; None of any other file."""
+    if not len(LFS_POINTER) < file.size < MOST_POINTER_BYTES:
+        return None
+    with opened(file) as stream:
+        if stream.read(len(LFS_POINTER)) != LFS_POINTER:
+            return None
+    return BadDocument("", "a git-lfs pointer, not the file that it stands for; run git lfs pull where it is")
 
 
 def decompressed(part: FilePart) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from raylm.config import CorpusConfig
 from raylm.corpus import columns, text
-from raylm.corpus.file_part import BadDocument, FilePart, Texts, opened
+from raylm.corpus.file_part import BadDocument, FilePart, Texts, lfs_pointer, opened
 from raylm.corpus.sources import COMPRESSIONS, HUB, PYTHON, File, Source
 from raylm.errors import DataError
 
@@ -93,6 +93,9 @@ FORMATS = {
 }
 """A new format needs a line here and a reader."""
 
+DATA_SETS = ("saved", "hub")
+"""Formats whose path is not that of a file."""
+
 COMPRESSED = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bz2": b"BZh", "xz": b"\xfd7zXZ\x00"}
 """The first bytes of compressed files."""
 
@@ -138,6 +141,9 @@ def texts(part: FilePart, corpus: CorpusConfig) -> Texts:
         yield BadDocument("", f"empty file (0 bytes), expected {part.compression or part.format}")
         return
     try:
+        if part.format not in DATA_SETS and (pointer := lfs_pointer(file)):
+            yield pointer
+            return
         yield from FORMATS[part.format].read(part, corpus)
     except UnicodeDecodeError as error:
         encoding = corpus.encoding if error.encoding == "charmap" else error.encoding

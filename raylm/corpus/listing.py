@@ -6,15 +6,16 @@ import codecs
 import contextlib
 import dataclasses
 import lzma
+import os
 import zlib
 from collections import Counter
 from functools import lru_cache
 
 from raylm.config import CorpusConfig
 from raylm.corpus.columns import begins_with_text
-from raylm.corpus.file_part import BYTE_ORDER_MARKS, BadDocument, FilePart, decompressed
-from raylm.corpus.formats import texts, whole_file
-from raylm.corpus.sources import Source, find, suffix
+from raylm.corpus.file_part import BYTE_ORDER_MARKS, BadDocument, FilePart, decompressed, lfs_pointer
+from raylm.corpus.formats import DATA_SETS, texts, whole_file
+from raylm.corpus.sources import File, Source, find, suffix
 from raylm.errors import DataError
 
 FIRST_FILES = 100  # files of a source that are opened before anything starts: well below a second
@@ -86,6 +87,8 @@ def readable(sources: list[Source], corpus: CorpusConfig, key: str = "corpus.pat
         checked.append(source)
         for file in source.files[:FIRST_FILES]:
             part = whole_file(file, 0, source)
+            if part.format not in DATA_SETS and corpus.on_bad_row == "error" and (pointer := _pointer(file)):
+                raise pointer.error(file)
             if part.format in ("text", "python", "hub") and not part.compression:
                 continue
             problem = _problem(part, corpus)
@@ -115,7 +118,11 @@ def _readable(key: str, source: Source, corpus: CorpusConfig) -> Source:
     kinds = Counter(source.left_out)
     parts = []
     for part in (whole_file(file, 0, source) for file in source.files):
-        if part.format == "text" and not _is_text(part, corpus.encoding):
+        if part.format not in DATA_SETS and (pointer := _pointer(part.file)):
+            if corpus.on_bad_row == "error":  # its text would be missing
+                raise pointer.error(part.file)
+            kinds["git-lfs pointers"] += 1
+        elif part.format == "text" and not _is_text(part, corpus.encoding):
             kinds[suffix(part.file.path)] += 1
         else:
             parts.append(part)
@@ -166,6 +173,12 @@ def _problem(part: FilePart, corpus: CorpusConfig) -> BadDocument | DataError | 
     except DataError as error:
         return error
     return first if isinstance(first, BadDocument) else None
+
+
+@lru_cache(maxsize=100_000)
+def _pointer(file: File) -> BadDocument | None:
+    """The fault of a local file that is a git-lfs pointer; None of any other."""
+    return lfs_pointer(file) if "://" not in file.path and os.access(file.path, os.R_OK) else None
 
 
 @lru_cache(maxsize=100_000)

@@ -47,6 +47,9 @@ BINARY = frozenset(
 )
 """Suffixes of files that hold no plain text, even if they start like text, as some .pdf and .pkl do."""
 
+UNFINISHED = frozenset(".aria2 .crdownload .download .incomplete .lock .part .partial .swp .temp .tmp".split())
+"""Suffixes of files that a download or an editor has not finished, and of lock files."""
+
 
 class File(NamedTuple):
     path: str
@@ -99,7 +102,7 @@ def find(key: str, path: str, split: SplitName = "train", name: str | None = Non
     elif path.startswith(HUB):
         found = [_data_set(key, path)]
     elif "://" in path:
-        found, is_found = _remote_files(key, path)
+        found, is_found = _remote_files(key, path, left_out)
     elif os.path.isdir(path) and is_saved(path):
         found = [_saved(key, path)]
     elif os.path.isfile(path):
@@ -111,6 +114,7 @@ def find(key: str, path: str, split: SplitName = "train", name: str | None = Non
     if is_found:
         start = len(re.split(r"[*?\[{]", path)[0].rstrip("/"))
         found = list(_text_by_name(found, start, left_out))
+    left_out = +left_out
     if not found and not left_out:
         what = "no files in it" if os.path.isdir(path) else "no such file, directory or glob"
         raise DataError(f"{key}: {path}: {what}", key)
@@ -122,7 +126,7 @@ def _text_by_name(found: list[File], start: int, left_out: Counter[str]) -> Iter
     for file in found:
         if OF_RUNS.search(file.path, start):
             left_out["of runs and tracking"] += 1
-        elif os.path.splitext(file.path)[1].lower() in BINARY:
+        elif os.path.splitext(file.path)[1].lower() in BINARY | UNFINISHED:
             left_out[suffix(file.path)] += 1
         else:
             yield file
@@ -170,9 +174,15 @@ def _walk(directory: str, left_out: Counter[str]) -> Iterator[str]:
             directories.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        directories[:] = [name for name in directories if name not in NOT_TEXT and not name.startswith(".")]
+        left_out["hidden directories"] += sum(map(_is_hidden, directories))
+        left_out["hidden files"] += sum(map(_is_hidden, files))
+        directories[:] = [name for name in directories if name not in NOT_TEXT and not _is_hidden(name)]
         directories.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))  # links last
-        yield from (os.path.join(parent, name) for name in files if not name.startswith("."))
+        yield from (os.path.join(parent, name) for name in files if not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _glob(pattern: str, left_out: Counter[str]) -> Iterator[str]:
@@ -223,7 +233,7 @@ def _python_files(key: str, path: str) -> list[str]:
 # Remote --------------------------------------------------------------------------------------------------------------
 
 
-def _remote_files(key: str, uri: str) -> tuple[list[File], bool]:
+def _remote_files(key: str, uri: str, left_out: Counter[str]) -> tuple[list[File], bool]:
     """The files of a URI, and whether they were found in a directory or by a glob."""
     from pyarrow.fs import FileSelector, FileType
 
@@ -234,7 +244,9 @@ def _remote_files(key: str, uri: str) -> tuple[list[File], bool]:
             found = [info]
         elif info.type == FileType.Directory:
             found = system.get_file_info(FileSelector(path, recursive=True))
-            found = [file for file in found if "/." not in file.path[len(path) :]]
+            hidden = {file.path for file in found if "/." in file.path[len(path) :] and file.type == FileType.File}
+            left_out["hidden files"] += len(hidden)
+            found = [file for file in found if file.path not in hidden]
         else:
             found = [file for each in _alternatives(path) for file in _remote_glob(system, each)]
     except (OSError, ImportError, ValueError) as error:
