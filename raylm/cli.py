@@ -25,7 +25,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from raylm import config as experiments
-from raylm import console
+from raylm import console, timeline
 from raylm.errors import ConfigError, Interrupted, RaylmError
 from raylm.redaction import redacted
 
@@ -56,6 +56,13 @@ Resume = Annotated[
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything and print the plan; start no Ray, write nothing.")
+]
+Timeline = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write what each process does when as a Chrome trace, for ui.perfetto.dev or chrome://tracing.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout; all else on stderr.")]
 
@@ -149,8 +156,10 @@ def add(app: typer.Typer, verb: Callable[..., CommandResult | None], name: str |
 
     @functools.wraps(verb)
     def command(*args: Any, **kwargs: Any) -> CommandResult | None:
+        file = kwargs.get("timeline")
         try:
-            return verb(*args, **kwargs)
+            with timeline.recorded(file) if file is not None else contextlib.nullcontext():
+                return verb(*args, **kwargs)
         except KeyboardInterrupt as interrupt:  # typer would only keep an exit code
             raise _Stopped(str(interrupt)) from interrupt
 

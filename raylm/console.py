@@ -22,6 +22,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from raylm import timeline
+
 # Without emoji, or ":100:" of file.yaml:100:3 becomes a picture; as plain text in a notebook, where rich would make a
 # paragraph of each line.
 screen = Console(stderr=True, highlight=False, emoji=False, force_jupyter=False)
@@ -163,6 +165,13 @@ def task(description: str, unit: str = "") -> Iterator[Advance]:
     Yields what is to be called whenever there is news.
     """
     started = time.monotonic()
+    with timeline.phase(description), _progress(description, unit) as advance:
+        yield advance
+    logger.info(f"{description}: {time.monotonic() - started:.1f} s")
+
+
+@contextlib.contextmanager
+def _progress(description: str, unit: str) -> Iterator[Advance]:
     if screen.is_terminal:
         columns = (
             TextColumn("{task.description}"),
@@ -183,7 +192,7 @@ def task(description: str, unit: str = "") -> Iterator[Advance]:
             yield show
     else:
         logger.info(f"{description} …")
-        last = started
+        last = started = time.monotonic()
 
         def advance(done: float, total: float | None, note: str = "") -> None:
             nonlocal last
@@ -194,7 +203,6 @@ def task(description: str, unit: str = "") -> Iterator[Advance]:
                 logger.info(f"{description} … {_amount(done, total, unit)}{left}")
 
         yield advance
-    logger.info(f"{description}: {time.monotonic() - started:.1f} s")
 
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -223,12 +231,13 @@ def sparkline(values: Sequence[float], width: int) -> str:
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Say what takes some seconds: a line that goes away on a terminal."""
-    if screen.is_terminal:
-        with screen.status(what):
+    with timeline.phase(what):
+        if screen.is_terminal:
+            with screen.status(what):
+                yield
+        else:
+            logger.info(f"{what} …")
             yield
-    else:
-        logger.info(f"{what} …")
-        yield
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ def prepare(
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
     verify: Verify = False,
+    timeline: cli.Timeline = None,
     json: cli.Json = False,
 ) -> cli.CommandResult:
     """Turn the corpus into a token store, once for all runs that share corpus and tokenizer."""

@@ -15,6 +15,7 @@ def train(
     resume: cli.Resume = "auto",
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
+    timeline: cli.Timeline = None,
     json: cli.Json = False,
 ) -> cli.CommandResult:
     """Train one language model on the corpus; the tokens are prepared first, unless they exist already."""

@@ -22,6 +22,7 @@ def tune(
     strict: Strict = False,
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
+    timeline: cli.Timeline = None,
     json: cli.Json = False,
 ) -> cli.CommandResult:
     """Sweep settings of an experiment and rank the trials by perplexity on the same validation tokens.

@@ -20,7 +20,7 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raylm import console, scratch
+from raylm import console, scratch, timeline
 from raylm.cluster import output
 from raylm.cluster.address import Address, address_of, has_token, is_local, reachable_address
 from raylm.cluster.capacity import Resources, amount_of, capacity, cpus_here, resources, this_machine
@@ -86,6 +86,8 @@ def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = 
                 logger.info(named.removeprefix("; "))
             raise
         finally:
+            if timeline.is_recorded():
+                timeline.add(ray.timeline())
             # Ray ends the process (exit 1, "the core worker has already been shutdown") if a thread, such as the one
             # that imports MLflow, frees objects of Ray Data while Ray shuts down.
             gc.collect()
@@ -128,7 +130,8 @@ def start_ray_early() -> None:
 
     def start() -> None:
         try:
-            _start("local")
+            with timeline.phase("Starting Ray"):
+                _start("local")
             starting.set_result(None)
         except Exception as error:
             starting.set_exception(error)

@@ -25,7 +25,7 @@ from typing import Any
 
 from ray import cloudpickle
 
-from raylm import console
+from raylm import console, timeline
 from raylm.errors import RaylmError, TrainingError, WorkerFailed
 
 WORKER_ENVIRONMENT = {
@@ -187,9 +187,10 @@ class _WorkerPipe:
 def serve() -> None:
     """The main function of the process: executes one call."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager also sends it to the command
+    timeline.start("worker")
     wire = _WorkerPipe(Connection(int(sys.argv[1])))
     threading.Thread(target=wire.listen, daemon=True).start()
-    with console.importing():
+    with timeline.phase("import what a training needs"), console.importing():
         importlib.import_module(sys.argv[2])
     try:
         function, task = pickle.loads(wire.calls.get())  # from the command, which started this process

@@ -16,7 +16,7 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from raylm import budget, checkpoint, scratch, storage, summary, tokens
+from raylm import budget, checkpoint, scratch, storage, summary, timeline, tokens
 from raylm.cluster import Resources
 from raylm.config import Experiment, dump, get, override
 from raylm.errors import ConfigError, RaylmError, StorageUnavailable, TrainingError
@@ -38,8 +38,10 @@ def run_trial(
     """
     trial_id = tune.get_context().get_trial_id()
     kind = "failure"
+    timeline.start("trials")
     try:
-        problem = _problem(trial_id, settings, template, resources, repeat_of.get(trial_id))
+        with timeline.phase(trial_id):
+            problem = _problem(trial_id, settings, template, resources, repeat_of.get(trial_id))
     except RaylmError as error:  # of its journal, or of the token store that all trials share
         kind, problem = "outage", error
     if problem is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from raylm import storage
+from raylm import storage, timeline
 from raylm.config import TrackingConfig
 from raylm.errors import StorageUnavailable
 from raylm.tracking import comparison, journal, models, system, uploader
@@ -100,6 +100,7 @@ class Run:
         """Log one point of each metric. A step's first value stays. The journal keeps infinities, MLflow does not."""
         if not self.directory:
             return
+        timeline.mark(f"step {step}: {', '.join(values)}")
         with self._unwritable_warned():
             journal.metric_writer(self.directory).add(values, step)
 

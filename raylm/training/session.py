@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from raylm import timeline
 from raylm.budget import Budget
 from raylm.checkpoint import CheckpointManager
 from raylm.config import EvalConfig, Experiment, ModelConfig, TokenizerConfig
@@ -101,6 +102,7 @@ class TrainTask:
 
     def say(self, message: str) -> None:
         """Show a message to the user."""
+        timeline.mark(message)
         if self.channel is not None:
             self.channel.say(f"{self.name}: {message}" if self.name else message)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from raylm import checkpoint, model, objective, perplexity, probe, scratch, storage, tokens
+from raylm import checkpoint, model, objective, perplexity, probe, scratch, storage, timeline, tokens
 from raylm.config import Experiment
 from raylm.training.session import CollectiveError, Outcome, ScoreTask, TrainTask
 
@@ -16,13 +16,17 @@ def train_loop_per_worker(task: TrainTask) -> Outcome:
     from raylm.training import trainer  # 4 s, which a process that only starts workers does not need
 
     session = task.session()
+    timeline.start(f"worker {session.rank}")
     cpus = task.experiment.cluster.cpus_per_worker
     assert cpus != "auto", "it is decided when a run starts (runs.ActiveRun.settled)"
     model.set_up_torch(cpus)
     # One directory a rank: ranks on a node must not share files.
     with scratch.directory(f"rank{session.rank}") as directory:
         try:
-            return trainer.build(task, session, Path(directory)).run()
+            with timeline.phase("build the Trainer"):
+                built = trainer.build(task, session, Path(directory))
+            with timeline.phase("train"):
+                return built.run()
         except CollectiveError as agreed:
             return Outcome({}, 0, error=agreed.args[0])
         finally:
