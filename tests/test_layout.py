@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PARTS = """
-    errors redaction config scratch timeline console cluster storage hub corpus tokenizer tokens blocks examples model
-    objective probe scorer perplexity statistics document_scores checkpoint runs tracking budget cost summary export
-    training generation sweep derived plan results estimate cleaning pipeline api diagnosis views cli
+    errors redaction config scratch timeline console local_worker cluster storage hub corpus tokenizer tokens blocks
+    examples model objective probe scorer perplexity statistics document_scores checkpoint runs tracking budget cost
+    summary export training generation sweep derived plan results estimate cleaning pipeline api diagnosis views cli
 """.split()
 VERBS = "init prepare train tune evaluate generate inspect push sync ls clean report compare submit doctor".split()
 ORDER = [*PARTS, *VERBS, "__main__"]
@@ -27,7 +27,7 @@ HOMES = {  # the pattern of a dotted name -> the modules that may use it
     "ruamel": {"config"},
 }
 
-LIGHT = {"errors", "redaction", "config", "timeline", "console", "cli", *VERBS}
+LIGHT = {"errors", "redaction", "config", "timeline", "console", "local_worker", "cli", *VERBS}
 """What a verb may import at its top: `--help` runs it."""
 
 HEAVY = {

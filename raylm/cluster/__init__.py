@@ -1,15 +1,13 @@
 """Ray: a connection, the resources of a run, and the communication of a command with its workers.
 
-address        the cluster that a command uses, whether it answers, and its token
+address        whether the cluster that a command uses answers, and its token
 output         Ray's own output, in a file instead of on the terminal
 capacity       the resources of a cluster, with autoscaling, and of a run
 connection     a connection to Ray, on this machine alone or to a cluster; and its nodes
-local_worker   a process of this machine for the one worker of a run, which needs no Ray
 progress       the progress of the workers, their messages, and requests to stop
 submission     a command as a job of a cluster, by its dashboard
 """
 
-from raylm.cluster.address import Address, address_of, is_local
 from raylm.cluster.capacity import Resources, amount_of, cpus_here, resources, this_machine
 from raylm.cluster.connection import (
     DRIVER_ENVIRONMENT,
@@ -21,7 +19,6 @@ from raylm.cluster.connection import (
     single_worker_resources,
     start_ray_early,
 )
-from raylm.cluster.local_worker import LESS_MEMORY, MAY_PASS, WORKER_ENVIRONMENT, local_worker, start_worker_early
 from raylm.cluster.progress import (
     ProgressChannel,
     handle_signals,
@@ -29,6 +26,8 @@ from raylm.cluster.progress import (
     progress_channel,
     stop_signal,
 )
+from raylm.config import Address, address_of, is_local
+from raylm.local_worker import LESS_MEMORY, MAY_PASS, WORKER_ENVIRONMENT, local_worker, start_worker_early
 
 __all__ = [
     "DRIVER_ENVIRONMENT",

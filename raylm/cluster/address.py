@@ -1,4 +1,4 @@
-"""The cluster that a command uses, whether it can be reached, and its token."""
+"""Whether the cluster that a command uses can be reached, and its token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from concurrent.futures import Future
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from ray._private import services
@@ -16,7 +15,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
 
-from raylm.config import ClusterConfig
+from raylm.config.address import Address
 from raylm.errors import ConfigError
 
 ANSWER_SECONDS = 5.0
@@ -32,30 +31,6 @@ HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 
 
 SETTINGS = 4
 """The type of an HTTP/2 server's first frame, its fourth byte."""
-
-
-class Address(NamedTuple):
-    """A cluster's address as given, and the setting or variable that gave it."""
-
-    value: str
-    setting: str
-
-    def __str__(self) -> str:
-        return f"{self.setting}={self.value}"
-
-
-def address_of(section: ClusterConfig) -> Address | None:
-    """The cluster that a command uses; None if it starts Ray on this machine."""
-    named = (("cluster.address", section.address), ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS")))
-    for setting, value in named:
-        if value:
-            return None if value == "local" else Address(value, setting)
-    return None
-
-
-def is_local(section: ClusterConfig) -> bool:
-    """Whether a command starts Ray on this machine."""
-    return address_of(section) is None
 
 
 # Whether it can be reached --------------------------------------------------------------------------------------------

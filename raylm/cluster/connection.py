@@ -22,11 +22,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylm import console, scratch, timeline
 from raylm.cluster import output
-from raylm.cluster.address import Address, address_of, has_token, is_local, reachable_address
+from raylm.cluster.address import has_token, reachable_address
 from raylm.cluster.capacity import Resources, amount_of, capacity, cpus_here, resources, this_machine
-from raylm.cluster.local_worker import WORKER_ENVIRONMENT
-from raylm.config import ClusterConfig
+from raylm.config import Address, ClusterConfig, address_of, is_local
 from raylm.errors import ConfigError, RaylmError, TrainingError
+from raylm.local_worker import WORKER_ENVIRONMENT
 from raylm.redaction import redacted
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,10 @@ setting_errors   what is wrong with a setting, where it is written, and the way 
 space            tune.space: samplers of settings, and whole spaces to choose from
 names            what other tools call a setting
 files            load, override, save
+address          the cluster that a command uses
 """
 
+from raylm.config.address import Address, address_of, is_local
 from raylm.config.files import (
     BUILT_IN,
     absolute,
@@ -55,6 +57,7 @@ __all__ = [
     "SAMPLERS",
     "SEEDS",
     "WHOLE_SPLIT",
+    "Address",
     "BlocksConfig",
     "ClusterConfig",
     "CorpusConfig",
@@ -72,11 +75,13 @@ __all__ = [
     "TrainedTokenizer",
     "TuneConfig",
     "absolute",
+    "address_of",
     "as_settings",
     "corners",
     "dump",
     "from_environment",
     "get",
+    "is_local",
     "is_sampler",
     "load",
     "load_part",

@@ -76,6 +76,12 @@ class SingleProcess:
     rank = 0
     world_size = 1
 
+    def report(self, metrics: dict[str, Any]) -> None:
+        pass
+
+    def lost_nodes(self) -> list[str]:
+        return []
+
 
 @dataclass(frozen=True)
 class TrainTask:

@@ -1,8 +1,8 @@
 """A process on this machine for the only worker of a run, without Ray.
 
-It starts before the command knows its task, and imports what a training needs meanwhile. The first step comes 10 to
-12 s after the start of the command; as a task of Ray, started as early, it took 14 to 17 s (benchmarks/start.py). The
-process always ends with the command.
+It starts before the command knows its task, and before the command itself imports Ray, PyTorch and transformers. It
+imports what a training needs meanwhile; nothing of Ray, with which the first step would come 1.5 s later
+(benchmarks/start.py). The process always ends with the command.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from ray import cloudpickle
-
 from raylm import console, timeline
+from raylm.config import ClusterConfig, is_local
 from raylm.errors import RaylmError, TrainingError, WorkerFailed
 
 WORKER_ENVIRONMENT = {
@@ -127,6 +126,8 @@ class LocalWorker:
         self._log.close()
 
     def _send(self, what: Any) -> None:
+        from ray import cloudpickle  # which the command has loaded by now
+
         with contextlib.suppress(ConnectionError):  # `call` finds out how it died
             self._connection.send_bytes(cloudpickle.dumps(what))
 
@@ -204,9 +205,15 @@ def serve() -> None:
     wire.send(*answer)
 
 
+def is_alone(section: ClusterConfig) -> bool:
+    """Whether a run has one worker, on this machine."""
+    return section.most_workers == 1 and is_local(section)
+
+
 def start_worker_early(load: str = TRAINER) -> None:
-    """Start the process of the next `local_worker`, which imports a module meanwhile."""
-    _started.append(LocalWorker(load))
+    """Start the process of the next `local_worker`, unless it has started; it imports a module meanwhile."""
+    if not _started:
+        _started.append(LocalWorker(load))
 
 
 @contextlib.contextmanager
