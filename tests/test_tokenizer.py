@@ -11,12 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from raylm import tokenizer
 from raylm.config import ModelConfig, TokenizerConfig, TrainedTokenizer
 from raylm.errors import ConfigError, DataError
-from raylm.tokenizer import encoders
+from raylm.tokenizer import encoders, training
 
 TEXTS = ["def hello(name):\n    return f'hello {name}'\n", "for name in names:\n    hello(name)\n"] * 20
 
@@ -330,6 +330,66 @@ def test_other_kinds_of_tokenizers(tmp_path, kind, special):
     assert loaded.unk_token_id in loaded("\u2603", add_special_tokens=False).input_ids
     again = tokenizer.train(iter(TEXTS), section)
     assert again.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
+
+
+def dna(num_chars, seed=0):
+    return "".join(random.Random(seed).choices("ACGT", k=num_chars))
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "wordpiece", "unigram"])
+def test_text_without_white_space_has_pre_tokens_of_a_limited_length(tmp_path, monkeypatch, caplog, kind):
+    """It is said, and transformers alone and both encoders keep to it."""
+    monkeypatch.setattr(training, "LONG_CHARS", 5000)
+    texts = [dna(20_000), "naïve text of 東京, as ever\n\n" * 9]
+    with caplog.at_level("INFO", logger="raylm"):
+        made = tokenizer.train(texts, TrainedTokenizer(kind=kind, vocab_size=600))
+    assert "words of up to 20,000 characters; the tokenizer cuts text without white space every 64" in caplog.text
+    made.save_pretrained(tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    pre_tokenizer = plain.backend_tokenizer.pre_tokenizer
+    for text in (*texts, " " * 500, "\n" * 500, "東" * 500):
+        longest = max((len(piece) for piece, _ in pre_tokenizer.pre_tokenize_str(text)), default=0)
+        assert longest <= 3 * 64, "in bytes"
+        ids = plain(text, add_special_tokens=False)["input_ids"]
+        for name in ENCODERS if kind == "byte_bpe" else ["tokenizers"]:
+            assert tokenizer.Encoder(str(tmp_path), name)([text])[0].tolist() == ids
+    pieces = pre_tokenizer.pre_tokenize_str(texts[0])
+    assert len(pieces) >= 20_000 // 64
+    assert made.unk_token_id is None or made.unk_token_id not in plain(texts[0])["input_ids"]
+
+
+def test_a_few_long_words_change_nothing(caplog):
+    """A tokenizer of ordinary text is the one that it was: its file is in golden/manifest.json."""
+    with caplog.at_level("INFO", logger="raylm"):
+        made = tokenizer.train([*TEXTS, "=" * 1000, dna(1000)], TrainedTokenizer(vocab_size=300))
+    assert caplog.text == ""
+    assert type(made.backend_tokenizer.pre_tokenizer).__name__ == "ByteLevel"
+
+
+def test_text_in_which_no_word_is_repeated_is_sampled(monkeypatch, caplog):
+    monkeypatch.setitem(training.DIFFERENT_CHARS, "unigram", 20_000)
+    section = TrainedTokenizer(kind="unigram", vocab_size=300)
+    with caplog.at_level("INFO", logger="raylm"):
+        made = tokenizer.train([dna(50_000, seed) for seed in range(2)], section)
+    assert "trained on 20% of the sample" in caplog.text
+    same = tokenizer.train([dna(50_000, seed)[:10_000] for seed in range(2)], section)
+    assert made.backend_tokenizer.to_str() == same.backend_tokenizer.to_str()
+    caplog.clear()
+    tokenizer.train(["every word of it again and again " * 1000], section)
+    assert caplog.text == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "num_chars"), [("byte_bpe", 2_000_000), ("unigram", 300_000)])
+def test_training_on_text_without_white_space_ends(kind, num_chars):
+    """Without a limit the smaller of them takes hours. An own process can be killed, whatever the library waits for."""
+    program = (
+        "import random; from raylm import tokenizer; from raylm.config import TrainedTokenizer; "
+        f"text = ''.join(random.Random(0).choices('ACGT', k={num_chars})); "
+        f"print(len(tokenizer.train([text], TrainedTokenizer(kind={kind!r}))))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=True)
+    assert int(done.stdout) == 8192
 
 
 def test_an_end_of_text_token_can_be_named(trained):
