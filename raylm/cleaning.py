@@ -6,6 +6,7 @@ Nothing of a run is removed that has not finished: it may be running, or resume.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -76,10 +77,21 @@ def leftovers(place: str, *, stores: bool = False) -> list[Leftover]:
 
 
 def remove(found: Sequence[Leftover]) -> int:
-    """Remove them; bytes that are free again."""
+    """Remove them; bytes that are free again, without those of files that a token store left behind shares."""
+    free = 0
     for leftover in found:
+        free += leftover.num_bytes - _shared_bytes(leftover.path)
         storage.remove(leftover.path)
-    return sum(leftover.num_bytes for leftover in found)
+    return free
+
+
+def _shared_bytes(path: str) -> int:
+    """Bytes of the files below a local directory that are also elsewhere, as hard links."""
+    if storage.is_remote(path):
+        return 0
+    files = (os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
+    found = [os.lstat(file) for file in files if os.path.lexists(file)]
+    return sum(status.st_size for status in found if status.st_nlink > 1)
 
 
 def _leftover(path: str, what: str) -> Leftover:

@@ -12,6 +12,7 @@ Each of the two is the same, whatever the other one is. The ledger counts all th
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +41,11 @@ class Shard(NamedTuple):
     num_bits: int = 0
     """Number of documents that `keep` covers; with corpus.max_documents no document after them is read."""
 
+    @property
+    def sources(self) -> list[int]:
+        """The indices of its sources, in the order of its parts."""
+        return list(dict.fromkeys(part.source for part in self.parts))
+
 
 class Document(NamedTuple):
     """A document; with corpus.split_by: passage a held-out passage, or the text between two of them."""
@@ -63,23 +69,40 @@ def nothing_left(ledger: Mapping[str, int]) -> DataError:
 
 
 def shards(sources: list[Source]) -> list[Shard]:
-    """The work of each task, in the order of the sources: a function of the files alone, not of the cluster."""
+    """The work of each task, in the order of the sources: a function of the files alone, not of the cluster.
+
+    A file that is added or removed changes the shards next to it alone, because names and sizes of files decide where a
+    shard ends: so a corpus that has grown shares its other shards with what it was.
+    """
     # Without corpus.test_paths, so that the shards of the other splits are the same with it.
-    total = sum(source.num_bytes for source in sources if source.split != "test")
-    # 8 MB keep a laptop's cores busy on 30 MB of text. Each shard is a memory map, so there are at most some thousand.
-    most = min(max(8_000_000, total // 2048), 256_000_000)
+    most = _most_bytes(sum(source.num_bytes for source in sources if source.split != "test"))
     made: list[Shard] = []
     parts: list[FilePart] = []
     size = 0
+    is_last = False
     for index, source in enumerate(sources):
         for file in source.files:
             for part, num_bytes in split(whole_file(file, index, source), most):
-                if parts and (size + num_bytes > most or part.split != parts[-1].split):
+                if parts and (is_last or size + num_bytes > most or part.split != parts[-1].split):
                     made.append(Shard(tuple(parts), size))
                     parts, size = [], 0
                 parts.append(part)
                 size += num_bytes
+                is_last = _is_last(part, num_bytes, most)
     return [*made, Shard(tuple(parts), size)]
+
+
+def _most_bytes(total: int) -> int:
+    """Of a shard, on disk, by those of the corpus: one of six sizes, so that it stays the same while a corpus grows."""
+    # 8 MB keep a laptop's cores busy on 30 MB of text. Each shard is a memory map, so there are at most some thousand.
+    sizes = [8_000_000 * 2**power for power in range(6)]
+    return next((size for size in sizes if size * 2048 >= total), sizes[-1])
+
+
+def _is_last(part: FilePart, num_bytes: int, most: int) -> bool:
+    """Whether a shard ends with this part, by a hash of its name: on average once in `most` bytes."""
+    name = f"{os.path.basename(part.file.path)} {part.file.size} {part.start}"
+    return content_hash(name.encode(errors="surrogateescape")) * most < 2**64 * num_bytes
 
 
 # Documents -----------------------------------------------------------------------------------------------------------

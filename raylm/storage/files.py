@@ -134,6 +134,38 @@ def _upload(file: Path, path: str) -> Stored:
     return Stored(size, digest.hexdigest())
 
 
+def share(source: str, path: str, scratch: str) -> None:
+    """Make an existing file also one at `path`, in the same storage: a hard link, or a copy where there are none; on
+    remote storage a copy that the server makes. FileNotFoundError if the source has been removed; NotImplementedError
+    if the server copies nothing.
+    """
+    partial = f"{scratch}/.{uuid.uuid4().hex}.partial"
+
+    def act() -> None:
+        for file in (partial, path):
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+        try:
+            os.link(source, partial)
+        except FileNotFoundError:
+            raise
+        except OSError:  # of this file system, or it has as many links as it can have
+            _upload(Path(source), partial)
+        os.replace(partial, path)
+
+    def act_remote() -> None:
+        system, inner = file_system(path)
+        theirs = file_system(source)[1]
+        if system.type_name in OBJECT_STORES:
+            system.copy_file(theirs, inner)
+            return
+        for file in (partial, path):
+            system.create_dir(file_system(file)[1].rpartition("/")[0], recursive=True)
+        system.copy_file(theirs, file_system(partial)[1])
+        system.move(file_system(partial)[1], inner)
+
+    retried(path, act_remote if is_remote(path) else act)
+
+
 def download(path: str, file: Path) -> None:
     """Copy a file to a local one."""
 

@@ -24,7 +24,8 @@ _last_failure = -PAUSE_SECONDS
 
 
 def retried(path: str, act: Callable[[], Result]) -> Result:
-    """The result of an access to a path. FileNotFoundError and NotADirectoryError are raised as they are.
+    """The result of an access to a path. FileNotFoundError, NotADirectoryError and NotImplementedError are raised as
+    they are.
 
     StorageUnavailable if every retry fails, StorageError if none would help.
     """
@@ -33,7 +34,7 @@ def retried(path: str, act: Callable[[], Result]) -> Result:
     for wait in (*waits, None):
         try:
             result = act()
-        except (RaylmError, FileNotFoundError, NotADirectoryError, ImportError, ValueError):
+        except (RaylmError, FileNotFoundError, NotADirectoryError, NotImplementedError, ImportError, ValueError):
             raise
         except (PermissionError, IsADirectoryError, FileExistsError) as error:
             raise StorageError(f"{path} cannot be reached: {reason(error)}", path) from error

@@ -10,7 +10,7 @@ A tokenizer is one of transformers, with an end-of-text token that follows every
 
 from raylm.tokenizer.encoders import BATCH, LONG, Encoder, choose_encoder, encoder, id_type, unknown_id
 from raylm.tokenizer.frame import Frame, for_export, frame
-from raylm.tokenizer.loading import choose, fingerprint, load, load_section, same
+from raylm.tokenizer.loading import choose, fingerprint, load, load_section, rules, same
 from raylm.tokenizer.training import train
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "id_type",
     "load",
     "load_section",
+    "rules",
     "same",
     "train",
     "unknown_id",

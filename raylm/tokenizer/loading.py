@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterable
@@ -168,6 +169,15 @@ def load(
 def same(path: str, other: str) -> bool:
     """Whether two tokenizers give the same ids."""
     return load(path).backend_tokenizer.to_str() == load(other).backend_tokenizer.to_str()
+
+
+def rules(path: str) -> str:
+    """All that the ids of a text depend on, and the spelling of the special tokens; the same for equal tokenizers."""
+    tokenizer = load(path)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # written in Python
+        return json.dumps(fingerprint(TokenizerConfig(path=path)), sort_keys=True)
+    return json.dumps([backend.to_str(), sorted(tokenizer.all_special_tokens)])
 
 
 def fingerprint(section: TokenizerConfig) -> dict[str, str]:

@@ -3,6 +3,7 @@
     store      read a store: documents as views of the memory map; verify it
     source_split   the documents of one source of a split
     shard      write one shard, in one task
+    reuse      shards that another store has already
     write      write a store: its fingerprint, a task for each shard, the manifest last
 
     <storage>/tokens/<fingerprint>/
@@ -11,6 +12,7 @@
         train/shard-00000.arrow        Arrow IPC, uncompressed, one row a document:
         validation/shard-00000.arrow       tokens: list<uint16 or uint32>, num_bytes, doc_id, source
         test/shard-00000.arrow         if the corpus has a test split
+        shards.json                    what each shard was made of, and its counts: other stores may share its files
         rejected.jsonl                 documents that could not be read, if any were skipped
         progress/shard-00000.json      while it is written: the finished shards, after which a killed run resumes
 

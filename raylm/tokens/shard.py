@@ -22,8 +22,12 @@ MOST_REJECTED = 100
 """Documents of a shard that rejected.jsonl names; all are counted."""
 
 
-def write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, encoder: str) -> dict[str, Any]:
-    """Tokenize and write one shard. Returns its ledger, rejected documents, and the files of each split."""
+def write_shard(path: str, index: int, shard: Shard, key: str, corpus: CorpusConfig, encoder: str) -> dict[str, Any]:
+    """Tokenize and write one shard. Returns its key, ledger, rejected documents, and the files of each split.
+
+    Sources are numbered in the order of the shard's own, `shard.sources`, so that stores of other sources can share it.
+    """
+    number = {source: at for at, source in enumerate(shard.sources)}
     encode = tokenizers.encoder(local_tokenizer(path), encoder)
     files = {name: _Files(path, f"{name}/shard-{index:05}", encode) for name in corpus.splits}
     ledger: Ledger = Ledger()
@@ -37,17 +41,18 @@ def write_shard(path: str, index: int, shard: Shard, corpus: CorpusConfig, encod
         if spelled := encode.special_tokens_in(document.text):
             ledger["spell a special token"] += 1
             ledger["special tokens as text"] += spelled
-        files[document.split].append(document)
-    written: dict[str, Any] = {"ledger": dict(ledger), "rejected": rejected}
+        files[document.split].append(document._replace(source=number[document.source]))
+    written: dict[str, Any] = {"key": key, "ledger": dict(ledger), "rejected": rejected}
     written |= {name: each.finish() for name, each in files.items()}
     write(path, f"progress/{facts_name(index)}", json.dumps(written).encode())
     return written
 
 
-def finished(path: str, index: int) -> dict[str, Any] | None:
+def finished(path: str, index: int, key: str) -> dict[str, Any] | None:
     """The result of `write_shard`; None if the shard is not written yet."""
     content = read(f"{path}/progress/{facts_name(index)}")
-    return json.loads(content) if content else None
+    written = json.loads(content) if content else {}
+    return written if written.get("key") == key else None
 
 
 def facts_name(index: int) -> str:

@@ -52,6 +52,8 @@ class Split:
         self.sources = sources
         """For each path of corpus.paths, corpus.validation_paths and corpus.test_paths its name, or itself."""
         self._files = [shard["file"] for shard in shards]
+        self._numbers = [shard.get("source_numbers") for shard in shards]
+        """Of each shard the index in `sources` of its own sources; None if that is their number in the shard."""
         self._first = [0, *accumulate(shard["documents"] for shard in shards)]
         self.shards = [(shard["documents"], shard["tokens"]) for shard in shards]
         """(documents, tokens) of each shard."""
@@ -84,7 +86,8 @@ class Split:
     def document_source(self, index: int) -> str:
         """The name of the source that the document is from, or its path without one."""
         shard, row = self._locate(index)
-        return self.sources[self._batch(shard)["source"][row].as_py()]
+        number, numbers = self._batch(shard)["source"][row].as_py(), self._numbers[shard]
+        return self.sources[number if numbers is None else numbers[number]]
 
     def document_sources(self, shard: int) -> np.ndarray:
         """For each document of a shard the number of its path among `sources`."""

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from raylm.corpus import Ledger, Shard, Source, documents, hashes, left_out, not
 from raylm.corpus.sources import HUB
 from raylm.errors import RaylmError, StorageUnavailable, first_of
 from raylm.storage import names, read, remove
+from raylm.tokens import reuse
 from raylm.tokens.shard import facts_name, finished, write_shard
 from raylm.tokens.store import (
     COUNTED,
     FORMAT,
+    SPLITS,
     Encoded,
     Store,
     changed_inputs,
@@ -46,6 +49,9 @@ SAMPLE_BYTES = 2000
 
 CHECKED_BYTES = 500_000
 """Of text on which a fast encoder must agree with the tokenizer: well below a second."""
+
+SHARING_THREADS = 8
+"""Shards that are shared with other stores at a time: each is a request to the storage, or the checksum of a file."""
 
 TASK_CPUS = 1.0
 """CPUs that a task for a shard reserves."""
@@ -102,8 +108,13 @@ def prepare(
         remove(f"{path}/progress")
         if any(fault.startswith("tokenizer/") for fault in faults):
             remove(f"{path}/tokenizer")
-    elif known := changes(storage, corpus, tokenizer, sources):
-        logger.info(f"{known}; a new store is written")
+    elif older := _older_store(storage, corpus, tokenizer, sources):
+        logger.info(f"{_changed(older, sources)}; a new store is written")
+        if tokenizer.train is not None:
+            logger.info(
+                "tokenizer.train: a new tokenizer is trained on the changed text, so all of it is tokenized again; "
+                f"with tokenizer.path={older.path}/tokenizer instead, only what is new is tokenized"
+            )
     if others := left_out(sources):
         logger.info(f"corpus.paths: left out, because they are no text to train on: {others}")
     settings = _settings(corpus, tokenizer)
@@ -134,7 +145,9 @@ def _write_store(
     encoder = tokenizers.choose_encoder(local_tokenizer(path), _sample(to_read, corpus, CHECKED_BYTES))
     if encoder["differs"]:
         logger.warning("%s; encoding with %s instead, many times slower", encoder["differs"], encoder["name"])
-    written = _write_shards(path, to_read, corpus, encoder["name"], progress)
+    written = _write_shards(path, to_read, corpus, encoder, progress)
+    write(path, reuse.SHARDS, json.dumps(written).encode())
+    written = [_of_all_sources(result, shard) for result, shard in zip(written, to_read, strict=True)]
     splits: dict[str, Any] = {name: _split(written, name) for name in corpus.splits}
     ledger = sum((Ledger(shard["ledger"]) for shard in written), Ledger())
     for source in sources:
@@ -163,14 +176,38 @@ def _write_store(
 
 def changes(storage: str, corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: list[Source]) -> str:
     """If a store of the same settings has other files, which store and which files; else empty."""
+    older = _older_store(storage, corpus, tokenizer, sources)
+    return _changed(older, sources) if older else ""
+
+
+def _changed(older: Store, sources: list[Source]) -> str:
+    found = changed_inputs(older, sources)
+    return f"the corpus has changed since store {os.path.basename(older.path)}: {first_of(found, 5)}"
+
+
+def _older_store(storage: str, corpus: CorpusConfig, tokenizer: TokenizerConfig, sources: list[Source]) -> Store | None:
+    """A store of the same settings and other files: of the same paths, else of others with a file in common."""
     settings = _settings(corpus, tokenizer)
+    files = {file.path for source in sources for file in source.files}
+    related: Store | None = None
     for name in names(f"{storage.rstrip('/')}/tokens"):
         path = f"{storage.rstrip('/')}/tokens/{name}"
         manifest = json.loads(read(f"{path}/manifest.json") or b"{}")
         if manifest.get("settings") == settings:
-            found = changed_inputs(Store(path, manifest), sources)
-            return f"the corpus has changed since store {name}: {first_of(found, 5)}"
-    return ""
+            return Store(path, manifest)
+        if _but_paths(manifest.get("settings")) == _but_paths(settings) and not files.isdisjoint(
+            file[0] for source in manifest["sources"] for file in source["files"]
+        ):
+            related = Store(path, manifest)
+    return related
+
+
+def _but_paths(settings: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Settings of a store without the paths of its corpus."""
+    if settings is None:
+        return None
+    others = {name: value for name, value in settings["corpus"].items() if not name.endswith("paths")}
+    return {**settings, "corpus": others}
 
 
 # Tokenizer -----------------------------------------------------------------------------------------------------------
@@ -247,17 +284,37 @@ def _tokenizer_facts(path: str) -> dict[str, Any]:
 
 
 def _write_shards(
-    path: str, plan: list[Shard], corpus: CorpusConfig, encoder: str, progress: Progress
+    path: str, plan: list[Shard], corpus: CorpusConfig, encoder: dict[str, Any], progress: Progress
 ) -> list[dict[str, Any]]:
-    """Write every missing shard. Returns the result of `write_shard` for each."""
+    """Write every missing shard, or take it from another store. Returns the result of `write_shard` for each."""
+    common = reuse.made_of(corpus, local_tokenizer(path), encoder)
+    keys = [reuse.key(common, shard) for shard in plan]
     total = sum(shard.num_bytes for shard in plan)
     done_before = set(names(f"{path}/progress"))
-    found = {index: finished(path, index) if facts_name(index) in done_before else None for index in range(len(plan))}
+    found = {
+        index: finished(path, index, key) if facts_name(index) in done_before else None
+        for index, key in enumerate(keys)
+    }
     done = sum(shard.num_bytes for index, shard in enumerate(plan) if found[index])
     progress(done, total)
+    missing = [index for index in found if not found[index]]
+    others = reuse.OtherStores(path) if missing else None
+    if others is not None:
+        with ThreadPoolExecutor(SHARING_THREADS) as pool:
+            taken = pool.map(lambda index: others.take(index, keys[index]), missing)
+            for index, result in zip(missing, taken, strict=True):
+                found[index] = result
+                done += plan[index].num_bytes if result else 0
+                progress(done, total)
+        if count := sum(found[index] is not None for index in missing):
+            logger.info(
+                f"{count:,} of {len(plan):,} shards were made of the same files and settings for another token store "
+                "and are shared with it; only the others are tokenized"
+            )
 
     def tokenize(index: int, shard: Shard) -> dict[str, Any]:
-        return finished(path, index) or write_shard(path, index, shard, corpus, encoder)
+        key = keys[index]
+        return finished(path, index, key) or write_shard(path, index, shard, key, corpus, encoder["name"])
 
     missing = [index for index in found if not found[index]]
     tasks = _each(tokenize, ((index, plan[index]) for index in missing))
@@ -266,6 +323,19 @@ def _write_shards(
         done += plan[index].num_bytes
         progress(done, total)
     return [shard for shard in found.values() if shard is not None]
+
+
+def _of_all_sources(written: dict[str, Any], shard: Shard) -> dict[str, Any]:
+    """The result of `write_shard`, with the numbers that the corpus gives its sources."""
+    result = dict(written)
+    for name in SPLITS:
+        if name in result:
+            result[name] = [
+                {**file, "sources": {str(shard.sources[int(at)]): counts for at, counts in file["sources"].items()}}
+                | ({} if shard.sources == list(range(len(shard.sources))) else {"source_numbers": shard.sources})
+                for file in result[name]
+            ]
+    return result
 
 
 def _split(written: list[dict[str, Any]], name: str) -> dict[str, Any]:
