@@ -91,7 +91,8 @@ class Split:
 
     def document_sources(self, shard: int) -> np.ndarray:
         """For each document of a shard the number of its path among `sources`."""
-        return self._batch(shard)["source"].to_numpy()
+        found, numbers = self._batch(shard)["source"].to_numpy(), self._numbers[shard]
+        return found if numbers is None else np.array(numbers)[found]
 
     def arrays(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all documents of the shard, offset of each document and of the end)."""
