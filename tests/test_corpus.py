@@ -958,6 +958,19 @@ def test_a_data_set_of_the_hub_is_many_documents_and_not_loaded(hub, monkeypatch
     assert (found.units, found.unit_bytes, found.complete) == (0, 0, False)
 
 
+def test_a_small_fraction_of_a_large_corpus_stays_if_it_is_enough_documents(tmp_path, monkeypatch):
+    """Only its beginning is looked at; `raylm init` had 0.0001 of 3 GB in the file, and the sweep held out 0.017."""
+    monkeypatch.setattr(split, "MOST_UNITS", 200)
+    rows = "".join(json.dumps({"text": f"{number} {prose(1, seed=number % 50)}"}) + "\n" for number in range(6000))
+    (tmp_path / "a.jsonl").write_text(rows)
+    corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl", validation_fraction=0.02)
+    found = held(corpus)
+    assert (found.validation_fraction, found.complete) == (0.02, False)
+    assert len(validation(corpus, found)) > 60
+    raised = held(corpus.model_copy(update={"validation_fraction": 0.005}))
+    assert raised.validation_fraction > 0.1, "30 of the 200 that were seen"
+
+
 def test_the_look_at_a_corpus_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(split, "MOST_BYTES", 100_000)
     for number in range(60):

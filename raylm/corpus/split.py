@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -57,6 +58,7 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
 
     - This is certain if all units were seen, or 5 x ENOUGH_UNITS of them, because their hashes are known. (It is only
     likely if corpus.max_documents leaves out documents of a corpus that was not seen whole.)
+    - If not all were seen, and the fraction of as many as the files' sizes promise is twice ENOUGH_UNITS, it stays.
     - It holds on average if fewer were seen: then the documents are long, 64 MB of them fewer than 150.
     - A corpus of a single unit is not split: its fraction stays.
 
@@ -74,25 +76,32 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
     look = _look(plan, corpus)
     if look.complete and selected(corpus):
         look = _look(select(plan, lambda shards: (hashes(shard, corpus) for shard in shards), corpus), corpus)
-    complete = look.complete and len(local) == len(sources)
+    is_local = len(local) == len(sources)
+    complete = look.complete and is_local
     num_documents = min(len(look.documents) + look.unread, corpus.max_documents or 2**63)
-    if len(local) < len(sources):
+    if not is_local:
         num_documents = max(num_documents, FEW_DOCUMENTS)
     split_by = corpus.split_by or ("passage" if num_documents < FEW_DOCUMENTS else "document")
     units = sorted(look.passages if split_by == "passage" else look.documents)
-    if len(units) > 1 and (complete or len(units) >= 5 * ENOUGH_UNITS):
+    promised = len(units) * on_disk / look.ledger["bytes"] if is_local and look.ledger["bytes"] else 0.0
+    promised = min(promised, corpus.max_documents or math.inf)
+    if not complete and fraction * promised >= 2 * ENOUGH_UNITS:
+        at_least = fraction
+    elif len(units) > 1 and (complete or len(units) >= 5 * ENOUGH_UNITS):
         highest = units[max(1, min(ENOUGH_UNITS, len(units) // 5)) - 1]
         # In millionths, for people; one more, because the hash must be below it.
-        fraction = max(fraction, (highest * 10**6 // 2**64 + 1) / 10**6)
-    elif not complete and len(local) == len(sources):
-        at_least = num_documents if split_by == "document" else MOST_BYTES // (4 * MOST_CHARS)
-        fraction = max(fraction, max(1, min(ENOUGH_UNITS, at_least // 5)) / at_least)
+        at_least = (highest * 10**6 // 2**64 + 1) / 10**6
+    elif not complete and is_local:
+        fewest = num_documents if split_by == "document" else MOST_BYTES // (4 * MOST_CHARS)
+        at_least = max(1, min(ENOUGH_UNITS, fewest // 5)) / fewest
+    else:
+        at_least = fraction
     num_bytes = seen = look.ledger["kept bytes"]
     if not complete and look.ledger["bytes"]:
         num_bytes = round(on_disk * num_bytes / look.ledger["bytes"])
     return Holdout(
         split_by,
-        min(fraction, 1 - 1e-6),
+        min(max(fraction, at_least), 1 - 1e-6),
         num_documents,
         len(units),
         complete,

@@ -19,8 +19,9 @@ from raylm.config import Experiment
 from raylm.errors import TrainingError
 from raylm.training.worker_errors import cause
 
-CLEARING_SECONDS = 60.0
-"""How long the workers of a failed attempt may take to end: longer than Ray takes to declare a node dead."""
+CLEARING_SECONDS = 300.0
+"""How long the workers of a failed attempt may take to end: longer than Ray takes to declare a node dead. One
+that imports PyTorch hears of its end only afterwards; with ten processes for each CPU that took more than a minute."""
 
 WAIT_SECONDS = 6 * 3600
 """How long a rank may wait for another one, unless train.arguments.ddp_timeout is set. In torch's own 30 minutes a rank
