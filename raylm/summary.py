@@ -32,8 +32,8 @@ LOGGED = (
 sweep have the swept settings too."""
 
 
-def start(experiment: Experiment, directory: str, name: str, verb: str) -> Run:
-    """Start the MLflow run of a run's directory, or resume the one that it has."""
+def start(experiment: Experiment, directory: str, name: str, verb: str, *, waits: bool = True) -> Run:
+    """Start the MLflow run of a run's directory, or resume the one that it has; `waits` as in tracking.start."""
     return tracking.start(
         experiment.tracking,
         experiment=experiment.name,
@@ -41,6 +41,7 @@ def start(experiment: Experiment, directory: str, name: str, verb: str) -> Run:
         tags={"raylm.command": verb},
         directory=directory,
         metric=f"best/eval_{experiment.measure}",
+        waits=waits,
     )
 
 

@@ -464,6 +464,14 @@ def test_a_signal_tells_the_workers_to_stop_and_a_second_ctrl_c_ends_the_command
     assert cluster.stop_signal() is None
 
 
+def test_workers_are_asked_to_stop_for_a_reason_of_the_command():
+    with cluster.progress_channel(print, print, print, lambda: True) as channel:
+        deadline = time.monotonic() + 20
+        while not channel.is_stopping():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def test_a_signal_takes_effect_after_work_that_finished_in_spite_of_it():
     """As a training whose workers were asked in their last step."""
     said, heard = [], []

@@ -37,8 +37,8 @@ NOWHERE = TrackingConfig(uri=None)
 LOSSES = {step: 5 - step / 10 for step in range(1, 9)}
 
 
-def start(section, directory, name="one", tags=None):
-    return tracking.start(section, experiment="words", name=name, tags=tags or {}, directory=directory)
+def start(section, directory, name="one", tags=None, **options):
+    return tracking.start(section, experiment="words", name=name, tags=tags or {}, directory=directory, **options)
 
 
 def stored(uri, run, key="train/loss"):
@@ -438,6 +438,24 @@ def test_opening_mlflow_is_said_once_in_a_command(section, tmp_path, caplog):
         for name in ("abandoned", "run"):
             start(section, tmp_path / name)
     assert [message for message in caplog.messages if "MLflow" in message] == [f"Opening MLflow at {section.uri} …"]
+
+
+def test_mlflow_is_opened_beside_the_work_of_a_command(section, tmp_path):
+    run = start(section, tmp_path / "run", waits=False)
+    assert (tmp_path / "run" / "tracking.jsonl").exists()
+    tracking.wait_until_open(run)
+    assert tracking.problem_of(run) is None
+    assert MlflowClient(section.uri).get_run(run.run_id).info.run_name == "one"
+
+
+def test_what_is_wrong_with_mlflow_is_raised_to_whoever_waits_until_it_is_open(section, tmp_path):
+    client = MlflowClient(section.uri)
+    client.delete_experiment(client.create_experiment("words"))
+    run = start(section, tmp_path / "run", waits=False)
+    with pytest.raises(ConfigError, match="its experiment words is deleted"):
+        tracking.wait_until_open(run)
+    assert isinstance(tracking.problem_of(run), ConfigError), "which stops a training"
+    tracking.wait_for_upload(run)  # which does not wait
 
 
 def test_a_parameter_that_is_long_or_has_parts_is_whole_in_an_artifact(section, tmp_path):

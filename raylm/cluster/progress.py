@@ -95,11 +95,12 @@ def progress_channel(
     show: Callable[[float], None],
     say: Callable[[str], None],
     report: Callable[[dict[str, float]], None] = lambda _: None,
+    stops: Callable[[], bool] = lambda: False,
 ) -> Iterator[ProgressChannel | SharedProgressChannel]:
     """A channel, shared if Ray is connected, and read about twice a second.
 
     The newest progress is shown, and messages and figures are passed on. Once this process is asked to stop
-    (`handle_signals`), so are the workers.
+    (`handle_signals`) or `stops`, so are the workers.
     """
     channel = SharedProgressChannel() if ray.is_initialized() else ProgressChannel()
     ended = threading.Event()
@@ -115,7 +116,7 @@ def progress_channel(
 
     def watch() -> None:
         while not ended.wait(0.5):
-            if stop_signal() is not None:
+            if stop_signal() is not None or stops():
                 channel.stop()  # each time: it may have been restarted
             forward()
 

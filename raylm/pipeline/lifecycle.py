@@ -22,7 +22,8 @@ def started(
 ) -> Iterator[tuple[ActiveRun, Run]]:
     """Start or resume a run's directory and its MLflow run, which ends with the block: finished, failed or killed.
 
-    `fingerprint`: that of its token store. The runs in MLflow of abandoned directories end too.
+    `fingerprint`: that of its token store. The runs in MLflow of abandoned directories end too. MLflow is opened beside
+    what is done inside, which calls tracking.wait_until_open.
     """
     storage.check(experiment.storage)
     derived.keep()
@@ -32,7 +33,7 @@ def started(
         abandoned = summary.start(experiment, directory, os.path.basename(directory), verb)
         _end_trials(abandoned)
         abandoned.finish_if_running("KILLED")
-    tracked = summary.start(experiment, active.directory, active.name, verb)
+    tracked = summary.start(experiment, active.directory, active.name, verb, waits=False)
     status: tracking.Status = "FAILED"
     try:
         with active.logged():

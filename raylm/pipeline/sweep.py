@@ -21,6 +21,7 @@ from raylm import (
     summary,
     tokenizer,
     tokens,
+    tracking,
     training,
 )
 from raylm import plan as plans
@@ -253,6 +254,7 @@ def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
         untrained = score_untrained(prepared, parent, active, resources)
         with_store = dataclasses.replace(plan.plan, prepared=prepared, budget=prepared.budget)
         estimate.say(dataclasses.replace(plan, plan=with_store).estimate)
+        tracking.wait_until_open(parent)
         rows = run_trials(prepared, sets, parent, active, resources)
         best = ranking.export_best_trial(prepared, parent, resources, rows)
     if best is None:

@@ -21,6 +21,7 @@ from raylm import (
     runs,
     summary,
     tokens,
+    tracking,
 )
 from raylm.config import WHOLE_SPLIT, dump
 from raylm.document_scores import DocumentScores
@@ -177,9 +178,12 @@ def _train(
         view = TrainingProgress(advance, budget.tokens, experiment.measure)
         with (
             cluster.handle_signals(logger.info),
-            cluster.progress_channel(view.show, logger.info, view.report) as channel,
+            cluster.progress_channel(
+                view.show, logger.info, view.report, lambda: tracking.problem_of(tracked) is not None
+            ) as channel,
         ):
             outcome = launch.fit(dataclasses.replace(task, channel=channel), resources)
+            tracking.wait_until_open(tracked)
             if outcome.stopped or cluster.stop_signal() is not None:  # also after its last check
                 raise cluster.interruption(active.directory, f"stopped after step {outcome.step:,}, which is saved")
     best = dict(outcome.best)

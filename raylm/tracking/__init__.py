@@ -16,7 +16,17 @@ run          a run: what is logged to it, its trials, its status
 command      what commands do: start runs, find them, wait for uploads, name the page to open
 """
 
-from raylm.tracking.command import check_uri, find_runs, how_to_open, newest, problem, start, wait_for_upload
+from raylm.tracking.command import (
+    check_uri,
+    find_runs,
+    how_to_open,
+    newest,
+    problem,
+    problem_of,
+    start,
+    wait_for_upload,
+    wait_until_open,
+)
 from raylm.tracking.comparison import LINK as COMPARISON
 from raylm.tracking.failures import display_uri
 from raylm.tracking.run import COMMIT_TAG, PARAMETERS_TAG, TOKENS_TAG, Run, Status
@@ -34,6 +44,8 @@ __all__ = [
     "how_to_open",
     "newest",
     "problem",
+    "problem_of",
     "start",
     "wait_for_upload",
+    "wait_until_open",
 ]

@@ -10,12 +10,14 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from raylm import console, storage
+from raylm import console, storage, timeline
 from raylm.config import TrackingConfig
 from raylm.errors import ConfigError, StorageError
 from raylm.tracking import comparison, journal, uploader
@@ -40,24 +42,65 @@ def start(
     tags: Mapping[str, Any],
     directory: str | Path,
     metric: str = "best/eval_perplexity",
+    waits: bool = True,
 ) -> Run:
     """Start the run that has its journal in `directory`: a new one called `name`, or the existing one, which resumes.
 
     It belongs to the section's MLflow experiment, by default `experiment`. MLflow's page of a new experiment compares
     the runs by `metric`. If a server does not answer within seconds there is a warning, and the run starts without it;
     a tracking.uri that can never work is a ConfigError.
+
+    With waits=False MLflow, which takes 2 to 20 s, is opened beside the work of the caller: `problem_of` is then that
+    ConfigError, and the caller calls `wait_until_open`.
     """
     experiment = section.experiment or experiment
     if section.uri is not None:
         check_uri(section.uri)
         storage.check_stays("tracking.uri", display_uri(section.uri))
-    is_connected = section.uri is not None and _connect(section.uri, experiment, metric)
     run = Run(storage.absolute(directory), section.uri)
+    opens_beside = not waits and section.uri is not None and section.uri.startswith(("sqlite:", "http://", "https://"))
+    if opens_beside:
+        _check_file(run)
+    is_connected = section.uri is not None and not opens_beside and _connect(section.uri, experiment, metric)
     all_tags = {**_origin(tags.get(COMMAND_TAG)), **{key: str(value) for key, value in tags.items()}}
     start_run(run, experiment=experiment, metric=metric, name=name, tags=all_tags, is_child=False)
+    if opens_beside:
+        _open_beside(run, experiment, metric)
     if is_connected:
         run.upload(uploader.TIMEOUT_SECONDS)
     return run
+
+
+_opening: dict[str, Future[None]] = {}
+"""Directory of a run -> MLflow being opened for it by `start`."""
+
+
+def _open_beside(run: Run, experiment: str, metric: str) -> None:
+    """Have a thread open MLflow and create the run there."""
+    opening = _opening[run.directory] = Future()
+
+    def work() -> None:
+        try:
+            with timeline.phase("Opening MLflow"):
+                if _connect(str(run.uri), experiment, metric, is_shown=False):
+                    run.upload(uploader.TIMEOUT_SECONDS)
+            opening.set_result(None)
+        except Exception as error:
+            opening.set_exception(error)
+
+    threading.Thread(target=work, name="raylm-open", daemon=True).start()
+
+
+def problem_of(run: Run) -> BaseException | None:
+    """Why MLflow could not be opened for a run, as far as it is known; None if there is no reason."""
+    opening = _opening.get(run.directory)
+    return opening.exception() if opening is not None and opening.done() else None
+
+
+def wait_until_open(run: Run) -> None:
+    """Wait until MLflow is open, or does not answer in time; ConfigError if it never will."""
+    if run.directory in _opening:
+        _opening[run.directory].result()
 
 
 def check_uri(uri: str) -> None:
@@ -69,7 +112,7 @@ def check_uri(uri: str) -> None:
 
 def wait_for_upload(run: Run) -> None:
     """Wait at the end of a command while the upload makes progress; else warn with the command that completes it."""
-    if run.uri is None:
+    if run.uri is None or problem_of(run) is not None:
         return
     deadline = time.monotonic() + UPLOAD_SECONDS
     before = math.inf
@@ -150,11 +193,19 @@ def _ray_job() -> str | None:
     return job_config.get("metadata", {}).get("job_submission_id")
 
 
-def _connect(uri: str, experiment: str, metric: str) -> bool:
+def _check_file(run: Run) -> None:
+    """ConfigError if MLflow is a file that cannot be opened."""
+    try:
+        uploader.get(str(run.uri)).server.check_file()
+    except Unusable as error:
+        raise _unusable(str(run.uri), str(error)) from error
+
+
+def _connect(uri: str, experiment: str, metric: str, *, is_shown: bool = True) -> bool:
     uploads = uploader.get(uri)
     # MLflow creates a database in 4 s, on a busy machine in 20 s.
     timeout_seconds = 60.0 if uri.startswith("sqlite") else uploader.TIMEOUT_SECONDS
-    is_slow = not uploads.has_answered
+    is_slow = is_shown and not uploads.has_answered
     try:
         with console.waiting(f"Opening MLflow at {display_uri(uri)}") if is_slow else contextlib.nullcontext():
             return uploads.connect(experiment, metric, timeout_seconds)

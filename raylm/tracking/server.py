@@ -40,9 +40,6 @@ class Server:
             logging.getLogger(name).setLevel(level)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        with console.importing():
-            import mlflow  # noqa: F401 - 2 s, here and not in a thread beside the imports of the training
-
         self.uri = uri
         self._client: Any = None
         self._experiment_ids: dict[str, str] = {}
@@ -52,7 +49,8 @@ class Server:
     def client(self) -> Any:
         """An MlflowClient."""
         if self._client is None:
-            from mlflow import MlflowClient
+            with console.importing():
+                from mlflow import MlflowClient  # 2 s, in the thread that uploads
 
             self._client = MlflowClient(tracking_uri=self.uri)
         return self._client
