@@ -237,6 +237,12 @@ FAULTS = {
     "corpus: {paths: 5}": "1:10 corpus.paths: must be text, a list of texts or a mapping of names to them, got 5",
     "corpus: {paths: [a, 5]}": "1:10 corpus.paths: must be text, a list of texts or a mapping of names to them, got "
     "['a', 5]",
+    "corpus: {tokens: ids, min_chars: 5}": "1:23 corpus.min_chars: is for text and cannot be given with corpus.tokens; "
+    "leave it out",
+    "corpus: {tokens: ids, split_by: passage}": "1:23 corpus.split_by: must be document with corpus.tokens, "
+    "got passage: token ids are not cut",
+    "corpus: {tokens: ids}\ntokenizer: {train: {}}": "2:13 tokenizer.train: cannot be given with corpus.tokens: the "
+    "ids are of the tokenizer that made them; give its directory or Hub id as tokenizer.path",
     "cluster: {use_gpu: 1}": "1:11 cluster.use_gpu: must be true or false, got 1",
     "name: a/b": "1:1 name: must be letters, digits, dashes, dots and underscores, with a letter or digit first; got "
     "'a/b'; try a-b",

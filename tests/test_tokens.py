@@ -15,9 +15,11 @@ from conftest import one_by_one
 
 from raylm import config, storage, tokens
 from raylm import corpus as corpora
+from raylm import tokenizer as tokenizers
 from raylm.blocks import Packed
 from raylm.config import BlocksConfig, CorpusConfig, TokenizerConfig, TrainedTokenizer
 from raylm.errors import DataError, StorageError, StorageUnavailable
+from raylm.tokens import store as store_module
 from raylm.tokens import write
 
 TOKENIZER = TokenizerConfig(train=TrainedTokenizer(vocab_size=300))
@@ -634,3 +636,97 @@ def test_data_sets_reach_the_store_through_ray(tmp_path, source):
     store, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
     expected = [row["text"] for row in rows][5 if source == "hub" else 0 :]
     assert [store.tokenizer.decode(ids) for ids in store.train] == expected
+
+
+# Token ids that are there already ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_ids(tmp_path, monkeypatch):
+    """(texts, their ids, a tokenizer): the ids as rows of a .jsonl, a .parquet and a .csv file."""
+    monkeypatch.setattr(write, "_each", one_by_one)
+    texts = [f"naïve text {number} of 東京 " * (number + 1) for number in range(12)]
+    made = tokenizers.train(texts, TrainedTokenizer(vocab_size=300, special_tokens=["</s>", "<s>"]))
+    made.save_pretrained(tmp_path / "tokenizer")
+    ids = [made(text, add_special_tokens=False)["input_ids"] for text in texts]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"x": {"input_ids": row}}) + "\n" for row in ids[:4]))
+    pa.parquet.write_table(pa.table({"x": [{"input_ids": row} for row in ids[4:8]]}), tmp_path / "b.parquet")
+    rows = "\n".join(" ".join(map(str, row)) for row in ids[8:])
+    (tmp_path / "c.csv").write_text(f"x.input_ids\n{rows}\n")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts, ids, TokenizerConfig(path=f"{tmp_path}/tokenizer")
+
+
+def test_a_column_of_token_ids_gives_the_store_of_its_text(of_ids, tmp_path):
+    _, ids, section = of_ids
+    options = {"tokens": "x.input_ids", "validation_fraction": 0}
+    corpus = CorpusConfig(paths=[f"{tmp_path}/{name}" for name in ("a.jsonl", "b.parquet", "c.csv")], **options)
+    store, _ = prepare(corpus, section, storage=str(tmp_path))
+    assert [document.tolist() for document in store.train] == ids
+    of_text, _ = prepare(
+        CorpusConfig(paths=f"{tmp_path}/texts.jsonl", validation_fraction=0), section, storage=str(tmp_path)
+    )
+    for what in (store.train.document_bytes, store.train.document_id):
+        assert [what(index) for index in range(12)] == [
+            getattr(of_text.train, what.__name__)(index) for index in range(12)
+        ]
+    assert store.manifest["ledger"] == of_text.manifest["ledger"]
+    assert store.manifest["tokenizer"]["encoder"]["name"] == "corpus.tokens"
+
+
+def test_special_tokens_around_token_ids_are_removed_and_counted(of_ids, tmp_path, caplog):
+    texts, ids, section = of_ids
+    eos = [0]
+    rows = [[*eos, *ids[0], *eos], [*ids[1], *eos, *eos], ids[2], [*ids[3], *eos, *ids[4]], [*eos, *eos], []]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    corpus = CorpusConfig(paths=f"{tmp_path}/rows.jsonl", tokens="input_ids", validation_fraction=0)
+    with caplog.at_level("INFO", logger="raylm"):
+        store, _ = prepare(corpus, section, storage=str(tmp_path))
+    assert [document.tolist() for document in store.train] == [*ids[:3], rows[3]]
+    num_bytes = sum(len(text.encode()) for text in [*texts[:5], "</s>"])
+    assert store.manifest["ledger"] == {
+        "documents": 6, "kept": 4, "empty": 2, "bytes": num_bytes, "kept bytes": num_bytes, "special tokens inside": 1,
+        "removed: </s> in front": 2, "removed: </s> at the end": 2,
+    }  # fmt: skip
+    assert "of 6 documents 2 had </s> in front, 2 had </s> at the end" in caplog.text
+    assert "1 special tokens are inside documents" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ([5, 99_999], "token id 99,999 is not in the vocabulary of the tokenizer that made the ids"),
+        ([5, -1], r"row 2: corpus\.tokens: column 'input_ids' must hold a list of token ids, got \[5, -1\]"),
+        (["5"], "must hold a list of token ids"),
+        ([True], "must hold a list of token ids"),
+        ("some text", "must hold a list of token ids"),
+    ],
+)
+def test_a_row_that_holds_no_token_ids_is_named(of_ids, tmp_path, row, says):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input_ids": each}) + "\n" for each in ([7, 8], row)))
+    corpus = CorpusConfig(paths=f"{tmp_path}/rows.jsonl", tokens="input_ids", validation_fraction=0)
+    with pytest.raises(DataError, match=rf"rows\.jsonl: .*{says}.*on_bad_row=skip"):
+        prepare(corpus, of_ids[2], storage=str(tmp_path))
+    store, _ = prepare(corpus.model_copy(update={"on_bad_row": "skip"}), of_ids[2], storage=str(tmp_path))
+    assert store.manifest["ledger"]["bad rows"] == 1
+    assert [document.tolist() for document in store.train] == [[7, 8]]
+
+
+def test_a_corpus_without_the_column_of_token_ids_names_the_setting(of_ids, tmp_path):
+    corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl", tokens="ids")
+    with pytest.raises(DataError, match=r"corpus\.tokens: no column 'ids'; columns: x") as caught:
+        corpora.list_sources(corpus)
+    assert caught.value.where == "corpus.tokens"
+
+
+def test_a_large_vocabulary_that_does_not_know_the_text_is_warned_of(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "_each", one_by_one)
+    monkeypatch.setattr(store_module, "LARGE_VOCABULARY", 250)
+    made, _ = prepare(corpus, TOKENIZER, storage=str(tmp_path))
+    assert tokens.warnings(made) == []
+    for path in (tmp_path / "corpus").iterdir():
+        path.write_text("".join(random.Random(path.name).choices("αβγδεζηθικλμνξοπ", k=300)))
+    section = TokenizerConfig(path=f"{made.path}/tokenizer")
+    store, _ = prepare(corpus, section, storage=str(tmp_path))
+    (warning,) = tokens.warnings(store)
+    assert "a token is 1.00 bytes of text on average, which is little for a vocabulary of" in warning

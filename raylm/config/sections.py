@@ -179,6 +179,10 @@ class CorpusConfig(Section):
     """Column that holds the text, as a dotted path (answers.text), or a template of several columns: "Question:
     {question}\\nAnswer: {answers.text}". A template whose columns all belong to one list of objects, "{messages.role}:
     {messages.content}", is filled in for each object."""
+    tokens: str | None = None
+    """Column that holds token ids instead of text, made by the tokenizer of tokenizer.path or model.path; a dotted path
+    may lead to it. Special tokens in front of a document and at its end are removed, because tokenizer.prefix puts them
+    there. Evaluation sets and prompts are text."""
     join: Escaped = " "
     """Separator between the texts of a column that holds a list of texts."""
     separator: Escaped | None = None
@@ -630,6 +634,21 @@ class Experiment(Section):
             raise ValueError(
                 "corpus.test_fraction must leave text to train on: less than 1 - corpus.validation_fraction = "
                 f"{1 - section.validation_fraction:.6g}, got {section.test_fraction:g}"
+            )
+        if section.tokens is not None:
+            self._tokens_agree()
+
+    def _tokens_agree(self) -> None:
+        """Refuse settings that need text together with a column of token ids."""
+        for name in ("keep_any", "keep_matching", "min_chars", "max_chars"):
+            if getattr(self.corpus, name):
+                raise ValueError(f"corpus.{name} is for text and cannot be given with corpus.tokens; leave it out")
+        if self.corpus.split_by == "passage":
+            raise ValueError("corpus.split_by must be document with corpus.tokens, got passage: token ids are not cut")
+        if self.tokenizer.train is not None:
+            raise ValueError(
+                "tokenizer.train cannot be given with corpus.tokens: the ids are of the tokenizer that made them; give "
+                "its directory or Hub id as tokenizer.path"
             )
 
     def _mixture_agrees(self) -> None:

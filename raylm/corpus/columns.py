@@ -8,6 +8,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import string
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ HEAD_BYTES = 1 << 18
 
 class Columns:
     """corpus.text -> the text of a row: a column, a dotted path into one, or a template of them in braces."""
+
+    key = "corpus.text"
+    """The setting that names them."""
 
     def __init__(self, corpus: CorpusConfig):
         self.join = corpus.join
@@ -92,9 +96,9 @@ class Columns:
         if isinstance(value, list):
             return [self._inside(item, key, name, row) for item in value]
         if not isinstance(value, dict):
-            raise LookupError(f"corpus.text: there is no {key} of {name} in {_shown(value)}")
+            raise LookupError(f"{self.key}: there is no {key} of {name} in {_shown(value)}")
         if key not in value:
-            raise KeyError(missing(name if value is row else f"{key} in {name}", list(value)))
+            raise KeyError(missing(self.key, name if value is row else f"{key} in {name}", list(value)))
         return value[key]
 
     def top(self, names: list[str], where: str) -> list[str]:
@@ -102,7 +106,7 @@ class Columns:
         needed = [name if name in names else name.split(".")[0] for name in self.names]
         for name in needed:
             if name not in names:
-                raise DataError(f"{where}: {missing(name, names)}", "corpus.text")
+                raise DataError(f"{where}: {missing(self.key, name, names)}", self.key)
         return list(dict.fromkeys(needed))
 
 
@@ -121,7 +125,29 @@ class _WholeRow(Columns):
         return names
 
 
+class _TokenIds(Columns):
+    """corpus.tokens -> the token ids of a row, in decimal with spaces between."""
+
+    key = "corpus.tokens"
+
+    def __init__(self, corpus: CorpusConfig):
+        assert corpus.tokens is not None
+        self.names = [corpus.tokens]
+
+    def text(self, row: dict[str, Any]) -> str:
+        return self._value(row, self.names[0])
+
+    def _texts(self, value: Any, name: str) -> Any:
+        if isinstance(value, str) and re.fullmatch(r"[\d\s]*", value):  # as a .csv has them
+            return " ".join(value.split())
+        if not isinstance(value, (list, tuple)) or not all(type(id) is int and id >= 0 for id in value):
+            raise LookupError(f"corpus.tokens: column {name!r} must hold a list of token ids, got {_shown(value)}")
+        return " ".join(map(str, value))
+
+
 def columns_of(corpus: CorpusConfig) -> Columns:
+    if corpus.tokens is not None:
+        return _TokenIds(corpus)
     return _WholeRow() if corpus.text == WHOLE_ROW else Columns(corpus)
 
 
@@ -129,10 +155,10 @@ MOST_NAMED = 20
 """Columns that an error names: an object of records has one for each of them."""
 
 
-def missing(name: str, names: list[str]) -> str:
+def missing(key: str, name: str, names: list[str]) -> str:
     hint = did_you_mean(name, names)
     shown = first_of([_short(each) for each in names], MOST_NAMED)
-    return f"corpus.text: no column {name!r}; columns: {shown}" + (f"; {hint}" if hint else "")
+    return f"{key}: no column {name!r}; columns: {shown}" + (f"; {hint}" if hint else "")
 
 
 def _shown(value: Any) -> str:

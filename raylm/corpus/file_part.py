@@ -48,7 +48,8 @@ class BadDocument(NamedTuple):
         way_out = "; corpus.on_bad_row=skip leaves such documents out and counts them" if self.may_skip else ""
         if "UTF-8" in self.what:
             way_out = f"; corpus.encoding=cp1252, for example, reads text of another encoding{way_out}"
-        return DataError(f"{self.of(file)}{way_out}", file.path if self.may_skip else "corpus.text")
+        setting = self.what.partition(":")[0]  # that names the column which the file lacks
+        return DataError(f"{self.of(file)}{way_out}", file.path if self.may_skip else setting)
 
 
 Texts = Iterator[str | BadDocument]

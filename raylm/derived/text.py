@@ -33,7 +33,7 @@ def columns(experiment: Experiment, sources: list[Source]) -> Derived:
     """The experiment with corpus.text of a table, if there is neither a config file nor that setting."""
     from raylm import corpus
 
-    if not experiment.sizes_follow_text or "text" in experiment.corpus.model_fields_set:
+    if not experiment.sizes_follow_text or {"text", "tokens"} & experiment.corpus.model_fields_set:
         return Derived(experiment, {})
     found = corpus.guess_columns(sources, experiment.corpus)
     if found is None:
@@ -59,7 +59,8 @@ def with_split(experiment: Experiment, sources: list[Source]) -> tuple[Derived, 
 
     section = experiment.corpus
     # It is the same with and without a test split.
-    given = section.model_dump(mode="json", exclude={"test_paths", "test_fraction"})
+    unused = {"tokens"} if section.tokens is None else set()
+    given = section.model_dump(mode="json", exclude={"test_paths", "test_fraction", *unused})
     path = decisions.path(experiment, "split", given, "json")
     decided = decisions.find(path)
     if decided is not None:
@@ -102,7 +103,8 @@ def with_tokenizer(experiment: Experiment, sources: list[Source]) -> tuple[Deriv
         experiment = override(experiment, {"corpus.validation_fraction": held.validation_fraction})
         reasons["corpus.validation_fraction"] = f"{console.format_size(enough)}, which is scored in seconds"
     section, objective = experiment.tokenizer, experiment.objective
-    if section.path is not None or (section.train is None and experiment.model.path is not None):
+    is_given = section.path is not None or given.tokens is not None
+    if is_given or (section.train is None and experiment.model.path is not None):
         return Derived(experiment, reasons), held
     needs = {"masked": ("<mask>",), "fill_in_middle": objective.sentinels}.get(objective.kind, ())
     trained = {"vocab_size": vocabulary(size(held)), "special_tokens": ["<|endoftext|>", *needs]}

@@ -8,7 +8,17 @@ A tokenizer is one of transformers, with an end-of-text token that follows every
     encoders     documents -> ids of their text alone
 """
 
-from raylm.tokenizer.encoders import BATCH, LONG, Encoder, choose_encoder, encoder, id_type, unknown_id
+from raylm.tokenizer.encoders import (
+    BATCH,
+    LONG,
+    Encoder,
+    GivenIds,
+    choose_encoder,
+    encoder,
+    given_ids,
+    id_type,
+    unknown_id,
+)
 from raylm.tokenizer.frame import Frame, for_export, frame
 from raylm.tokenizer.loading import choose, fingerprint, load, load_section, rules, same
 from raylm.tokenizer.training import train
@@ -18,12 +28,14 @@ __all__ = [
     "LONG",
     "Encoder",
     "Frame",
+    "GivenIds",
     "choose",
     "choose_encoder",
     "encoder",
     "fingerprint",
     "for_export",
     "frame",
+    "given_ids",
     "id_type",
     "load",
     "load_section",

@@ -72,6 +72,57 @@ class Encoder:
         return len(self._special.findall(text)) if self._special is not None else 0
 
 
+GIVEN = "corpus.tokens"
+"""The name of the encoder of documents that are token ids already."""
+
+
+class GivenIds:
+    """Documents of token ids, in decimal with spaces between -> these ids, with the interface of an Encoder."""
+
+    def __init__(self, directory: str):
+        self._tokenizer = load(directory)
+        vocabulary = self._tokenizer.get_vocab()
+        self._dtype = id_type(vocabulary)
+        self._highest = max(vocabulary.values())
+        self.unknown_id = unknown_id(self._tokenizer)
+        names = ("bos", "cls", "eos", "sep", "pad")
+        self._around = {id for name in names if (id := getattr(self._tokenizer, f"{name}_token_id")) is not None}
+
+    def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = [self._parsed(text) for text in texts]
+        return np.concatenate(ids).astype(self._dtype), np.array([len(part) for part in ids], np.int64)
+
+    def special_tokens_in(self, text: str) -> int:
+        """None: ids are not searched for what they spell."""
+        return 0
+
+    def outside(self, text: str) -> int | None:
+        """The first id that the vocabulary does not have."""
+        ids = self._parsed(text)
+        too_high = np.flatnonzero(ids > self._highest)
+        return int(ids[too_high[0]]) if len(too_high) else None
+
+    def without_frame(self, text: str) -> tuple[str, list[str], list[str], int]:
+        """(the document without special tokens around it, those in front, those at the end, number of others in it)."""
+        ids = self._parsed(text).tolist()
+        start, stop = 0, len(ids)
+        while start < stop and ids[start] in self._around:
+            start += 1
+        while start < stop and ids[stop - 1] in self._around:
+            stop -= 1
+        names = self._tokenizer.convert_ids_to_tokens
+        inside = sum(id in self._around for id in ids[start:stop])
+        return " ".join(map(str, ids[start:stop])), names(ids[:start]), names(ids[stop:]), inside
+
+    def decode(self, text: str) -> str:
+        """The text that the ids are of."""
+        ids = self._parsed(text).tolist()
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _parsed(self, text: str) -> np.ndarray:
+        return np.array(text.split(), np.int64)
+
+
 def _cannot_spell(text: str, why: str) -> DataError:
     return DataError(
         f"tokenizer: its vocabulary cannot spell the document that starts with {text[:60]!r}: {why}; give a tokenizer "
@@ -318,11 +369,19 @@ class _Fast:
 
 
 @lru_cache(maxsize=2)  # a Ray worker process runs many tasks with one tokenizer
-def encoder(directory: str, name: str) -> Encoder:
-    """The encoder "fastokens" or "tokenizers" of the tokenizer in a directory."""
+def encoder(directory: str, name: str) -> Encoder | GivenIds:
+    """The encoder "fastokens" or "tokenizers" of the tokenizer in a directory, or that of GIVEN ids."""
+    if name == GIVEN:
+        return GivenIds(directory)
     # A task has one CPU. Both libraries read this when they encode their first batch in a process.
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
     return Encoder(directory, name)
+
+
+def given_ids() -> dict[str, Any]:
+    """What `choose_encoder` returns, of documents that are token ids already."""
+    checked = {"differs": None, "checked_documents": 0, "checked_bytes": 0}
+    return {"name": GIVEN, "version": metadata.version("tokenizers"), **checked}
 
 
 def choose_encoder(directory: str, texts: Iterable[str]) -> dict[str, Any]:

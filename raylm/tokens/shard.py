@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig
-from raylm.corpus import BadDocument, Document, File, Ledger, Shard, documents
+from raylm.corpus import BadDocument, Document, File, Ledger, Shard, content_hash, documents
 from raylm.storage import read
 from raylm.tokens.store import checksum, local_tokenizer, write
 
@@ -38,6 +39,11 @@ def write_shard(path: str, index: int, shard: Shard, key: str, corpus: CorpusCon
             rejected.append({"file": file.path, "place": fault.place, "fault": fault.what})
 
     for document in documents(shard, corpus, ledger, reject):
+        if isinstance(encode, tokenizers.GivenIds):
+            text = _checked(document, shard, encode, ledger, reject if corpus.on_bad_row == "skip" else None)
+            if text is None:
+                continue
+            document = text
         if spelled := encode.special_tokens_in(document.text):
             ledger["spell a special token"] += 1
             ledger["special tokens as text"] += spelled
@@ -46,6 +52,45 @@ def write_shard(path: str, index: int, shard: Shard, key: str, corpus: CorpusCon
     written |= {name: each.finish() for name, each in files.items()}
     write(path, f"progress/{facts_name(index)}", json.dumps(written).encode())
     return written
+
+
+FRAMES = "removed: "
+"""How the counts of special tokens around documents of ids start in the ledger."""
+
+
+def _checked(
+    document: Document,
+    shard: Shard,
+    given: tokenizers.GivenIds,
+    ledger: Ledger,
+    reject: Callable[[File, BadDocument], None] | None,
+) -> Document | None:
+    """A document of token ids without special tokens around it, with the bytes and hash of its text.
+
+    None if it has no others, or if it is rejected because an id is not in the vocabulary; a DataError without `reject`.
+    """
+    ledger.subtract({"bytes": document.num_bytes, "kept bytes": document.num_bytes})  # of decimal numbers
+    file = next(part.file for part in shard.parts if part.source == document.source)
+    if (id := given.outside(document.text)) is not None:
+        fault = BadDocument("", f"token id {id:,} is not in the vocabulary of the tokenizer that made the ids")
+        if reject is None:
+            raise fault.error(file)
+        reject(file, fault)
+        ledger.subtract(["kept"])
+        ledger["bad rows"] += 1
+        return None
+    text, before, after, inside = given.without_frame(document.text)
+    ledger.update({f"{FRAMES}{token} in front": 1 for token in set(before)})
+    ledger.update({f"{FRAMES}{token} at the end": 1 for token in set(after)})
+    if not text:
+        ledger.subtract(["kept"])
+        ledger["empty"] += 1
+        return None
+    if inside:
+        ledger["special tokens inside"] += inside
+    encoded = given.decode(text).encode(errors="replace")
+    ledger.update({"bytes": len(encoded), "kept bytes": len(encoded)})
+    return document._replace(text=text, num_bytes=len(encoded), hash=content_hash(encoded))
 
 
 def finished(path: str, index: int, key: str) -> dict[str, Any] | None:
@@ -62,7 +107,7 @@ def facts_name(index: int) -> str:
 class _Files:
     """The documents of one split in one shard, written to files of about MOST_TOKENS."""
 
-    def __init__(self, path: str, stem: str, encode: tokenizers.Encoder):
+    def __init__(self, path: str, stem: str, encode: tokenizers.Encoder | tokenizers.GivenIds):
         self._path, self._stem, self._encode = path, stem, encode
         self._rows = _Rows(encode)
         self._written: list[dict[str, Any]] = []
@@ -88,7 +133,7 @@ class _Files:
 class _Rows:
     """The documents of one file: token ids in one buffer, and a row of facts for each."""
 
-    def __init__(self, encode: tokenizers.Encoder):
+    def __init__(self, encode: tokenizers.Encoder | tokenizers.GivenIds):
         self._encode = encode
         self._waiting: list[str] = []
         self._characters = 0

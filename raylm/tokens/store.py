@@ -44,6 +44,11 @@ MOST_UNKNOWN = 0.01
 """The part of a split's tokens that may be unknown without a warning."""
 
 
+LARGE_VOCABULARY = 8_000
+FEWEST_BYTES_PER_TOKEN = 1.5
+"""Below it a large vocabulary was not made for the text. English has 4 to 5 bytes a token, source code 3."""
+
+
 class Split:
     """The documents of a split: a sequence of 1-D arrays of token ids, views of the memory map."""
 
@@ -244,7 +249,7 @@ def incomparable(unknown_tokens: int, tokens: int) -> str | None:
 
 
 def warnings(store: Store) -> list[str]:
-    """A warning for each split with too many unknown tokens."""
+    """A warning for each split with too many unknown tokens, and for text that the tokenizer cuts too small."""
     found = []
     for name, split in store.splits.items():
         if split.unknown_tokens > MOST_UNKNOWN * split.num_tokens:
@@ -255,6 +260,14 @@ def warnings(store: Store) -> list[str]:
                 "scores over them look better than they are; give a tokenizer that can spell the text, such as "
                 "tokenizer.train={kind: byte_bpe}"
             )
+    num_tokens = sum(split.num_tokens for split in store.splits.values())
+    num_bytes = sum(split.num_bytes for split in store.splits.values())
+    if store.vocab_size >= LARGE_VOCABULARY and 0 < num_bytes < FEWEST_BYTES_PER_TOKEN * num_tokens:
+        found.append(
+            f"tokenizer: a token is {num_bytes / num_tokens:.2f} bytes of text on average, which is little for a "
+            f"vocabulary of {store.vocab_size:,}: it does not know this kind of text; give a tokenizer that does, or "
+            "tokenizer.train for one of the text itself"
+        )
     return found
 
 

@@ -24,7 +24,7 @@ from raylm.corpus.sources import HUB
 from raylm.errors import RaylmError, StorageUnavailable, first_of
 from raylm.storage import names, read, remove
 from raylm.tokens import reuse
-from raylm.tokens.shard import facts_name, finished, write_shard
+from raylm.tokens.shard import FRAMES, facts_name, finished, write_shard
 from raylm.tokens.store import (
     COUNTED,
     FORMAT,
@@ -78,6 +78,8 @@ def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any
     # The tokenizer's files identify it, wherever they are and whatever revision was asked for.
     elsewhere = {"path", "revision"} if version and tokenizer.gguf_file is None else set()
     unused = {"test_paths", "test_fraction"} if "test" not in corpus.splits else set()
+    if corpus.tokens is None:
+        unused.add("tokens")
     return {
         "corpus": {**corpus.model_dump(mode="json", exclude=unused), "split_by": corpus.split_by or "document"},
         "tokenizer": tokenizer.model_dump(mode="json", exclude={"prefix", *elsewhere}),
@@ -142,7 +144,10 @@ def _write_store(
 
         to_read = select(to_read, hashes_of, corpus)
     _write_tokenizer(path, section, to_read, corpus)
-    encoder = tokenizers.choose_encoder(local_tokenizer(path), _sample(to_read, corpus, CHECKED_BYTES))
+    if corpus.tokens is None:
+        encoder = tokenizers.choose_encoder(local_tokenizer(path), _sample(to_read, corpus, CHECKED_BYTES))
+    else:
+        encoder = tokenizers.given_ids()
     if encoder["differs"]:
         logger.warning("%s; encoding with %s instead, many times slower", encoder["differs"], encoder["name"])
     written = _write_shards(path, to_read, corpus, encoder, progress)
@@ -154,6 +159,16 @@ def _write_store(
         ledger.update({f"left out: {kind}": count for kind, count in source.left_out.items()})
     if not splits["train"]["documents"]:
         raise nothing_left(ledger)
+    if frames := {what.removeprefix(FRAMES): count for what, count in ledger.items() if what.startswith(FRAMES)}:
+        counts = ", ".join(f"{count:,} had {what}" for what, count in frames.items())
+        logger.info(
+            f"corpus.tokens: of {ledger['documents']:,} documents {counts}: removed, because raylm puts them there"
+        )
+    if inside := ledger["special tokens inside"]:
+        logger.warning(
+            f"corpus.tokens: {inside:,} special tokens are inside documents, as if each row were several documents; "
+            "they are trained on and scored like text"
+        )
     rejected = [fault for shard in written for fault in shard["rejected"]]
     if rejected:
         write(path, "rejected.jsonl", "".join(json.dumps(fault) + "\n" for fault in rejected).encode())
@@ -266,6 +281,8 @@ def bytes_per_token(sources: list[Source], corpus: CorpusConfig, section: Tokeni
     texts = list(_sample(shards(local), corpus, most))
     if not texts:
         return math.inf
+    if corpus.tokens is not None:  # then the bytes are those of the ids in decimal
+        return sum(map(len, texts)) / sum(len(text.split()) for text in texts)
     made = tokenizers.load_section(section) if section.train is None else tokenizers.train(texts, section.train)
     num_tokens = sum(map(len, made(texts, add_special_tokens=False)["input_ids"]))
     return sum(len(text.encode()) for text in texts) / max(1, num_tokens)
