@@ -74,7 +74,8 @@ def _model_config(experiment: Experiment, store: Store) -> PreTrainedConfig:
 
 def log_comparison(run: Run, experiment: Experiment, swept: Sequence[str]) -> None:
     """Log that MLflow's page of a sweep compares the trials by the score that ranks them and the swept settings."""
-    name = experiment.measure if experiment.tune.metric == "perplexity" else experiment.tune.metric
+    ranked_by = experiment.tune.ranked_by
+    name = experiment.measure if ranked_by == "perplexity" else ranked_by
     run.log_comparison(score=f"best/eval_{name}", history=f"eval/{name}", settings=swept)
     run.describe(f"[Compare the trials]({tracking.COMPARISON})")
 
@@ -120,4 +121,5 @@ def log_test(run: Run, metrics: Mapping[str, float]) -> None:
 
 def best_metrics(measure: str, best: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of the best evaluation, by which runs are compared."""
-    return {f"best/eval_{measure}": best["perplexity"], "best/eval_bits_per_byte": best["bits_per_byte"]}
+    names = {"perplexity": measure, "bits_per_byte": "bits_per_byte", "weighted_nll": "weighted_nll"}
+    return {f"best/eval_{name}": best[key] for key, name in names.items() if best.get(key) is not None}

@@ -124,7 +124,8 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
     """The ranked trials of a sweep that has ended, and what to do next."""
     measure, best = label(result.measure), result.best
     model = str(best.checkpoint)
-    ranking = measure if experiment.tune.metric == "perplexity" else "bits per byte"
+    ranked_by = experiment.tune.ranked_by
+    ranking = measure if ranked_by == "perplexity" else label(ranked_by)
     notes = [f"ranked by {ranking} on {result.scored_on}", *filter(None, [result.significance])]
     notes += [result.repeats.sentence] if result.repeats is not None else []
     notes += [result.incomparable] if result.incomparable is not None else []

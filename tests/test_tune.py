@@ -704,23 +704,44 @@ def test_a_sweep_over_a_mixture_of_sources_has_one_store_and_scores_each_source(
             "corpus.paths": {"words": [words], "code": [f"{tmp_path}/code.txt"]},
             "blocks.mixture": {"words": 1.0, "code": 1.0},
             "tune.space": {"blocks.mixture.words": {"grid": [0.25, 3]}},
+            "tune.metric": {"words": 1.0, "code": 3.0},
             "tune.scheduler": "none",
         },
     )
-    rows, _, parent = run(experiment)
-    assert {row["settings"]["blocks.mixture.words"]: row["status"] for row in rows} == {
-        0.25: "completed",
-        3: "completed",
-    }
+    rows, best, parent = run(experiment)
+    assert [row["status"] for row in rows] == ["completed", "completed"]
     assert len(list((tmp_path / "tokens").iterdir())) == 1
     scores = {}
     for row in rows:
         history = parent.trial(row["trial_id"]).metric_history()
         last = {name: points[-1][1] for name, points in history.items() if name.startswith("validation/")}
         assert set(last) == {f"validation/{s}/{m}" for s in ("words", "code") for m in ("perplexity", "bits_per_byte")}
+        assert min(last["validation/words/perplexity"], last["validation/code/perplexity"]) < row["perplexity"]
+        weighted = [
+            (math.log(words) + 3 * math.log(code)) / 4
+            for (_, words), (_, code) in zip(
+                *(history[f"validation/{source}/perplexity"] for source in ("words", "code")), strict=True
+            )
+        ]
+        assert row["weighted_nll"] == pytest.approx(min(weighted)) == history["best/eval_weighted_nll"][-1][1]
+        assert [value for _, value in history["eval/weighted_nll"]] == pytest.approx(weighted)
         scores[row["settings"]["blocks.mixture.words"]] = last
-        whole = history["eval/perplexity"][-1][1]
-        assert min(last["validation/words/perplexity"], last["validation/code/perplexity"]) < whole
     few, many = scores[0.25], scores[3]
     assert few["validation/code/perplexity"] < many["validation/code/perplexity"]
     assert few["validation/words/perplexity"] > many["validation/words/perplexity"]
+    assert best["weighted_nll"] == min(row["weighted_nll"] for row in rows)
+    table = trial_table.columns([TrialRow.from_record(row) for row in rows], "perplexity")
+    assert table["weighted_nll"].cells[0] == f"{best['weighted_nll']:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"tune.metric": {"books": 1.0}}, "neither names any; got books"),
+        ({"eval.paths": {"some": ["a"]}, "tune.metric": {"books": 1.0}}, "of sets of eval.paths: some; got books"),
+        ({"eval.paths": {"some": ["a"]}, "tune.metric": {"some": 1.0}, "tune.repeats": 2}, "tune.repeats: must be 1"),
+    ],
+)
+def test_weights_of_what_is_not_scored_are_refused(tiny, settings, told):
+    with pytest.raises(ConfigError, match=told):
+        override(tiny(), settings)

@@ -552,8 +552,10 @@ class TuneConfig(Section):
     the tree-structured Parzen estimator (Bergstra et al. 2011); needs optuna."""
     scheduler: Annotated[SchedulerConfig, BeforeValidator(_kind)] = SchedulerConfig()
     """Trial scheduler: none, asha, median, hyperband or pbt, or a mapping with its settings."""
-    metric: Literal["perplexity", "bits_per_byte"] = "perplexity"
-    """Score by which trials are ranked and stopped; smaller is better. Use bits_per_byte if tokenizers differ."""
+    metric: Literal["perplexity", "bits_per_byte"] | dict[str, Annotated[float, Field(gt=0)]] = "perplexity"
+    """Score by which trials are ranked and stopped; smaller is better. Use bits_per_byte if tokenizers differ. Or the
+    weights of sources that corpus.paths names and of sets of eval.paths, {books: 1, general: 0.5}: the weighted mean of
+    their negative log-likelihoods in nats a token, by which the best checkpoint of a trial is chosen, too."""
     against: Literal["parameters", "seconds"] | None = None
     """searcher optuna: second objective to minimize, the size of the model or the seconds of training; the results mark
     the Pareto-optimal trials."""
@@ -565,6 +567,16 @@ class TuneConfig(Section):
     settings stay."""
     max_concurrent_trials: Annotated[Count, Field(ge=1)] | None = None
     """Maximum number of concurrent trials. Default: as many as the cluster's resources allow."""
+
+    @property
+    def ranked_by(self) -> Literal["perplexity", "bits_per_byte", "weighted_nll"]:
+        """The name of the score by which trials are ranked."""
+        return "weighted_nll" if isinstance(self.metric, Mapping) else self.metric
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The weights of sources and sets in `metric`; empty without them."""
+        return self.metric if isinstance(self.metric, Mapping) else {}
 
 
 class Experiment(Section):
@@ -696,6 +708,8 @@ class Experiment(Section):
                 f"tune.against must be parameters with tune.scheduler={tune.scheduler.kind}, got seconds: trials "
                 "that are stopped early are the quickest"
             )
+        if tune.weights:
+            self._weights_agree()
         if tune.repeats > 1:
             self._repeats_agree()
         if tune.scheduler.ties == "promote" and tune.scheduler.kind != "asha":
@@ -718,6 +732,20 @@ class Experiment(Section):
         for point in tune.points:
             if unknown := [key for key in point if key not in tune.space]:
                 raise ValueError(f"tune.points must have keys of tune.space, got {unknown[0]}")
+
+    def _weights_agree(self) -> None:
+        tune, known = self.tune, (*self.corpus.source_names, *self.eval.sets)
+        if unknown := [name for name in tune.weights if name not in known]:
+            raise ValueError(
+                "tune.metric must have names of sources of corpus.paths or of sets of eval.paths"
+                f"{': ' + ', '.join(known) if known else ', and neither names any'}; got {unknown[0]}"
+            )
+        for key, value, default in (("repeats", tune.repeats, 1), ("scheduler.ties", tune.scheduler.ties, "drop")):
+            if value != default:
+                raise ValueError(
+                    f"tune.{key} must be {default} with weights in tune.metric, got {value}: documents and runs are "
+                    "compared by perplexity or bits per byte alone"
+                )
 
     def _repeats_agree(self) -> None:
         tune = self.tune

@@ -26,14 +26,13 @@ def ranked(record: SweepRecord, experiment: Experiment, store: Store) -> list[di
     """A row for each trial, the best first, with its standing; with tune.against also whether it is on the Pareto
     front."""
     section, directory = experiment.tune, record.directory
-    trials = by_rank(record.trials.values(), section.metric)
+    trials = by_rank(record.trials.values(), section.ranked_by)
     rows = [_row(directory, trial) for trial in trials]
     if section.against is not None:
         evaluated = [trial for trial in trials if trial.results and trial.failure is None]
         mark_pareto(rows, section.against, {trial.trial_id: values(experiment, store, trial) for trial in evaluated})
-    standings = significance.standings(
-        directory, [trial for trial in trials if trial.score(section.metric) is not None]
-    )
+    scored = [trial for trial in trials if trial.score(section.ranked_by) is not None]
+    standings = significance.standings(directory, scored) if not section.weights else {}
     return [{**row, "standing": standings.get(row["trial_id"])} for row in rows]
 
 
@@ -44,6 +43,7 @@ def _row(directory: str, trial: Trial) -> dict[str, Any]:
         "status": trial.status if trial.is_over else "stopped early",  # with the whole sweep
         "perplexity": last.get("best_perplexity"),
         "bits_per_byte": last.get("best_bits_per_byte"),
+        "weighted_nll": last.get("best_weighted_nll"),
         "tokens": trial.tokens,
         "best_tokens": trial.best_tokens,
         "last_perplexity": last.get("perplexity"),
@@ -59,7 +59,7 @@ def _row(directory: str, trial: Trial) -> dict[str, Any]:
 def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
     """The values that a searcher minimizes: the score, and tune.against."""
     section = experiment.tune
-    score = trial.results[-1][f"best_{section.metric}"]
+    score = trial.results[-1][f"best_{section.ranked_by}"]
     if section.against is None:
         return [score]
     if section.against == "seconds":

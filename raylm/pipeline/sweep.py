@@ -309,8 +309,8 @@ def run_trials(
         finished = sum(trial.is_over for trial in record.trials.values())
         left = len(record.trials) - finished
         logger.info(f"{active.directory}: resuming: {console.counted(finished, 'trial')} finished, {left} in progress")
-    section, metric = experiment.tune, f"best_{experiment.tune.metric}"
-    measure = experiment.measure if section.metric == "perplexity" else section.metric
+    section, metric = experiment.tune, f"best_{experiment.tune.ranked_by}"
+    measure = experiment.measure if section.ranked_by == "perplexity" else section.ranked_by
     swept = sweeps.keys(section.space)
     parameters = summary.parameters(experiment, store)
     parent.log_parameters({key: value for key, value in parameters.items() if key not in swept})
@@ -367,7 +367,7 @@ def run_trials(
         if record.repeated is None and limits.stop_all():
             logger.info("tune.stop has ended the sweep before its repeats")
         elif record.repeated is None:
-            repeats.choose(record, section.metric)
+            repeats.choose(record, section.ranked_by)
         if record.repeated:
             sweeps.repeats.add(record, experiment.train, section.repeats)
             run_all(sweeps.repeats.NoSearcher(), sweeps.repeats.scheduler(record, planned, stopping))

@@ -119,6 +119,7 @@ class SweepResults:
             **self.scores(trial),
             tokens=trial.tokens,
             settings=trial.settings,
+            weighted_nll=trial.results[-1].get("best_weighted_nll") if trial.results else None,
             best_tokens=trial.best_tokens,
             last_perplexity=trial.results[-1].get("perplexity") if trial.results else None,
             weighed={name: record[name] for name in WEIGHED if name in record and "pareto" in record},
@@ -165,7 +166,7 @@ def read(directory: str) -> SweepResults:
     elif not is_locked(directory):
         states: dict[bool, Status] = {True: "interrupted", False: "not started"}
         trials = [trial if trial.is_over else replace(trial, status=states[trial.attempts > 0]) for trial in trials]
-    metric = experiment.tune.metric
+    metric = experiment.tune.ranked_by
     data = SweepData(
         trials,
         budget_tokens=max([int(state.tags.get(tracking.TOKENS_TAG, 1)), *(trial.tokens for trial in trials)]),

@@ -37,6 +37,8 @@ class TrialRow:
     """Training tokens."""
     settings: Mapping[str, Any]
     """Swept dotted key -> value."""
+    weighted_nll: float | None = None
+    """The score that ranks the trials, if tune.metric has weights."""
     best_tokens: int | None = None
     """Training tokens at the best score."""
     last_perplexity: float | None = None
@@ -77,6 +79,7 @@ class TrialRow:
             "status": self.status,
             measure: self.perplexity,
             "bits_per_byte": self.bits_per_byte,
+            **({} if self.weighted_nll is None else {"weighted_nll": self.weighted_nll}),
             "parameters": self.parameters,
             "seconds": self.seconds,
             **self.weighed,
@@ -116,8 +119,8 @@ class Column:
 
 
 def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None = None) -> dict[str, Column]:
-    """Name -> column: rank, trial_id, repeat_of, perplexity, bits_per_byte, `WEIGHED`, tokens, status, pareto, and each
-    swept key.
+    """Name -> column: rank, trial_id, repeat_of, weighted_nll, perplexity, bits_per_byte, `WEIGHED`, tokens, status,
+    pareto, and each swept key.
 
     `score` is the heading of perplexity. `settings` are the swept keys in their order, by default that of the rows.
     """
@@ -127,6 +130,7 @@ def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None
         "rank": Column("", [str(rank) for rank in range(1, len(rows) + 1)]),
         "trial_id": Column("trial", [row.trial_id for row in rows], justify="left"),
         **_repeat_of(rows),
+        **_weighted_nll(rows),
         "perplexity": Column(score, [format_score(row.perplexity) for row in rows]),
         "bits_per_byte": Column("bits/byte", [format_score(row.bits_per_byte) for row in rows]),
         **{name: Column(name, [_count(row.weighed.get(name)) for row in rows]) for name in weighed},
@@ -138,6 +142,13 @@ def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None
     for key in swept:
         table[key] = Column(short_name(key), [format_number(row.settings.get(key, "-")) for row in rows])
     return table
+
+
+def _weighted_nll(rows: Sequence[TrialRow]) -> dict[str, Column]:
+    """The column of the score by weights, if the trials are ranked by it."""
+    if all(row.weighted_nll is None for row in rows):
+        return {}
+    return {"weighted_nll": Column("weighted nll", [format_score(row.weighted_nll) for row in rows])}
 
 
 def _repeat_of(rows: Sequence[TrialRow]) -> dict[str, Column]:

@@ -27,8 +27,8 @@ from raylm.sweep.record import Event, SweepRecord, Unsaved
 from raylm.sweep.space import Space, domains
 
 KEPT = (
-    "step", "tokens", "perplexity", "bits_per_byte", "best_perplexity", "best_bits_per_byte", "best_step",
-    "best_checkpoint", "budget_tokens", "seconds",
+    "step", "tokens", "perplexity", "bits_per_byte", "weighted_nll", "best_perplexity", "best_bits_per_byte",
+    "best_weighted_nll", "best_step", "best_checkpoint", "budget_tokens", "seconds",
 )  # fmt: skip
 """The metrics of a result that are recorded."""
 

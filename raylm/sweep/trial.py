@@ -24,7 +24,7 @@ from raylm.sweep.record import SweepRecord
 from raylm.sweep.space import keys
 from raylm.training import TrainTask, launch
 
-WORST = dict.fromkeys(("perplexity", "bits_per_byte", "best_perplexity", "best_bits_per_byte"), math.inf)
+WORST = {f"{of}{name}": math.inf for of in ("", "best_") for name in ("perplexity", "bits_per_byte", "weighted_nll")}
 
 
 def run_trial(

@@ -43,6 +43,9 @@ from raylm.training.sharding import ShardingTrainer
 PROGRESS_SECONDS = 10.0
 """Between two messages about the progress of an evaluation."""
 
+EVALUATED = ("perplexity", "bits_per_byte", "weighted_nll")
+"""The scores of an evaluation; weighted_nll if tune.metric has weights."""
+
 STOP_CHECK_SECONDS = 1.0
 """Between two checks whether the training was asked to stop."""
 
@@ -186,11 +189,12 @@ class _Trainer(ShardingTrainer):
         self.started_at -= progress["seconds"]
         self.best = record["best"]
         if self.best and self.best["step"] != step and self._is_lost(self.best["step"]):
-            here = {name: record[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
+            here = {name: record[name] for name in (*EVALUATED, "step", "tokens") if name in record}
             self.best = here if here["perplexity"] is not None else {}
         self.train_dataset.first = step * self.task.budget.examples
         if record["perplexity"] is not None:  # Ray may not have received it before the failure
-            self.latest = self._evaluation(step, record["perplexity"], record["bits_per_byte"])
+            scores = record["perplexity"], record["bits_per_byte"], record.get("weighted_nll")
+            self.latest = self._evaluation(step, *scores)
             self.session.report(self._metrics())
         message = f"resuming from step {step:,} of {self.task.budget.steps:,}"
         if progress["world_size"] != self.session.world_size:
@@ -286,21 +290,25 @@ class _Trainer(ShardingTrainer):
         score = Score.of(rows)
         if not math.isfinite(score.perplexity):
             raise CollectiveError(self.gradients.diverged(f"perplexity is {score.perplexity} at step {step}"))
-        self.latest = self._evaluation(step, score.perplexity, score.bits_per_byte)
-        is_best = not self.best or score.perplexity < self.best["perplexity"]
+        by_source = self._by_source(rows)
+        self.latest = self._evaluation(step, score.perplexity, score.bits_per_byte, self._weighted(by_source | sets))
+        ranked_by = "weighted_nll" if self.latest.get("weighted_nll") is not None else "perplexity"
+        is_best = not self.best or self.latest[ranked_by] < self.best[ranked_by]
         if is_best:
-            self.better = {name: self.latest[name] for name in ("step", "tokens", "perplexity", "bits_per_byte")}
+            self.better = {name: self.latest[name] for name in (*EVALUATED, "step", "tokens") if name in self.latest}
         self.worse_in_a_row = 0 if is_best else self.worse_in_a_row + 1
         if self.session.rank == 0:
             name = self.task.experiment.measure
             scores = DocumentScores.of(rows, self.store.validation)
             self._keep_scores(step, scores)
             values = {f"eval/{what}": value for what, value in score.figures(name).items()}
+            if "weighted_nll" in self.latest:
+                values["eval/weighted_nll"] = self.latest["weighted_nll"]
             ends = document_scores.intervals(scores, name)
             values |= {f"eval/{end}": value for end, value in ends.items() if value is not None}
             if self.task.name:  # trials are compared by their best score, in MLflow while they run
                 values |= summary.best_metrics(name, self.latest if is_best else self.best)
-            for each, found in self._by_source(rows).items():
+            for each, found in by_source.items():
                 values |= {f"validation/{each}/{what}": value for what, value in found.figures(name).items()}
             for each, found in sets.items():
                 values |= {f"eval/{each}/{what}": value for what, value in found.figures(name).items()}
@@ -323,6 +331,19 @@ class _Trainer(ShardingTrainer):
         labels = np.array(split.sources)[paths]
         scores = {name: Score.of(rows[labels == name]) for name in names}
         return {name: score for name, score in scores.items() if score.tokens}
+
+    def _weighted(self, scores: Mapping[str, Score]) -> float | None:
+        """The weighted mean of the nll per token of sources and sets, by tune.metric; None without weights."""
+        weights = self.task.experiment.tune.weights
+        if not weights:
+            return None
+        missing = [name for name in weights if name not in scores]
+        if missing:
+            raise CollectiveError(
+                ConfigError(f"tune.metric.{missing[0]}: no scored document is of {missing[0]}", "tune.metric")
+            )
+        total = sum(weight * scores[name].nll / scores[name].tokens for name, weight in weights.items())
+        return total / sum(weights.values())
 
     def _keep_scores(self, step: int, scores: DocumentScores) -> None:
         """Keep the score of each document. Without it no difference to another trial is tested; training continues."""
@@ -360,19 +381,22 @@ class _Trainer(ShardingTrainer):
         patience = self.task.experiment.train.patience
         return patience is not None and self.worse_in_a_row >= patience
 
-    def _evaluation(self, step: int, perplexity: float, bits_per_byte: float) -> dict[str, Any]:
+    def _evaluation(
+        self, step: int, perplexity: float, bits_per_byte: float, weighted_nll: float | None
+    ) -> dict[str, Any]:
         return {
             "step": step,
             "tokens": step * self.task.budget.batch_tokens,
             "perplexity": perplexity,
             "bits_per_byte": bits_per_byte,
+            **({} if weighted_nll is None else {"weighted_nll": weighted_nll}),
             "budget_tokens": self.task.budget.tokens,
             "seconds": time.monotonic() - self.started_at,
         }
 
     def _metrics(self) -> dict[str, Any]:
         """The report to Ray: the latest evaluation, and the best one with its checkpoint."""
-        bests = {f"best_{name}": self.best[name] for name in ("perplexity", "bits_per_byte", "step")}
+        bests = {f"best_{name}": self.best[name] for name in (*EVALUATED, "step") if name in self.best}
         return {**self.latest, **bests, "best_checkpoint": self.task.checkpoints.path(self.best["step"])}
 
     @property
@@ -469,6 +493,7 @@ class _Trainer(ShardingTrainer):
             "tokens": step * self.task.budget.batch_tokens,
             "perplexity": evaluated.get("perplexity"),
             "bits_per_byte": evaluated.get("bits_per_byte"),
+            **({"weighted_nll": evaluated["weighted_nll"]} if "weighted_nll" in evaluated else {}),
             "scored_on": summary.scored(self.task.experiment, self.store)["scored_on"],
             "scored_in": self.task.experiment.eval.precision,
             "best": best,
