@@ -6,14 +6,15 @@ tokens at a time (train.micro_batch_tokens).
     datasets   a Dataset of ready blocks, written and memory-mapped by `datasets`, rows by shuffled indices as NumPy
     raylm      blocks.Stream over the token store: blocks cut out of the documents when they are read
 
-In turn, five times each; the fastest turn counts. Also one example by itself: what it costs to go on in the middle.
+In turn, five times each. Also one example by itself: what it costs to go on in the middle.
 """
 
+import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 
-import numpy as np
+import turns
 from datasets import Dataset, disable_progress_bars, load_from_disk
 
 from raylm import blocks, cluster, config
@@ -25,13 +26,17 @@ MICRO_BATCH_TOKENS = 8192
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as home:
         settings = ["name=reading", f"storage={home}", "tokenizer.train={vocab_size: 8192}"]
         experiment = config.load(None, settings)
         with cluster.connect(experiment.cluster):
             store, _ = stores.prepare(plans.resolve_tokens(experiment))
-        for size in (32, 64, 128, 256):
+        for size in args.blocks:
             section = experiment.blocks.model_copy(update={"block_size": size})
             cut = blocks.build(store.train, section, store.frame("auto"))
             stream = blocks.Stream(cut, seed=0, length=EXAMPLES)
@@ -45,17 +50,14 @@ def main() -> None:
                 "datasets": lambda batch, rows=rows, order=order: rows.__getitems__([order[k] for k in batch]),
                 "raylm": stream.rows,
             }
-            found = dict.fromkeys(ways, np.inf)
-            for _ in range(5):
-                for name, read in ways.items():
-                    found[name] = min(found[name], seconds(read, batches) / EXAMPLES)
+            rates = {
+                name: lambda read=read, size=size, batches=batches: EXAMPLES * size / seconds(read, batches) / 1e6
+                for name, read in ways.items()
+            }
+            found = turns.in_turn(rates, 5)
             one = min(seconds(stream.__getitem__, range(first, first + 100)) / 100 for first in range(0, 10_000, 100))
-            rates = ", ".join(f"{name} {size / spent / 1e6:5.1f}" for name, spent in found.items())
-            print(
-                f"block {size:>3}: {rates} million tokens/s, {found['datasets'] / found['raylm']:.1f} times; "
-                f"one example {one * 1e6:.1f} us",
-                flush=True,
-            )
+            print(f"block {size}, one example by itself {one * 1e6:.1f} us", flush=True)
+            turns.show(found, "Mtokens/s", "datasets", args.json)
 
 
 def seconds(read: Callable, each: Iterable) -> float:

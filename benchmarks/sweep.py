@@ -23,13 +23,17 @@ with other rungs too: after 2 and 6 of 16, one of three, in 162.6 s; after 2 and
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import turns
 
 ROWS = {
     "plain": [],
@@ -46,6 +50,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=196_608)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--plain", type=json.loads)
     parser.add_argument("--home", type=Path)
     args = parser.parse_args()
@@ -55,11 +61,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         points = prepare(args, home)
-        seconds = {}
-        for name in args.rows.split(","):
-            seconds[name], told = plain(args, home, points) if name == "plain" else raylm(args, home, name)
-            part = seconds[name] / seconds[next(iter(seconds))]
-            print(f"{name:<24} {seconds[name]:7.1f} s  {part:5.2f}   {told}", flush=True)
+        names = args.rows.split(",")
+        ways = {name: functools.partial(timed, args, home, name, points) for name in names}
+        turns.show(turns.in_turn(ways, args.repeat), "s", names[0], args.json)
+
+
+def timed(args: argparse.Namespace, home: Path, name: str, points: list[dict]) -> float:
+    """Seconds of all trials of a row."""
+    seconds, told = plain(args, home, points) if name == "plain" else raylm(args, home, name)
+    print(f"{name:<24} {seconds:7.1f} s   {told}", flush=True)
+    return seconds
 
 
 def settings(args: argparse.Namespace, home: Path, place: str) -> list[str]:
@@ -173,6 +184,7 @@ def plain_trial(args: argparse.Namespace) -> None:
 
 def raylm(args: argparse.Namespace, home: Path, name: str) -> tuple[float, str]:
     place = name.replace(" ", "")
+    shutil.rmtree(home / place, ignore_errors=True)  # an earlier turn, whose tokens would be ready
     command = [sys.executable, "-m", "raylm.tune", "--json", *settings(args, home, place), *ROWS[name]]
     began = time.monotonic()
     run = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TERM": "dumb"})

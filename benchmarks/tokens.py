@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import turns
 from ray.cluster_utils import Cluster
 
 from raylm import cluster, tokenizer, tokens
@@ -41,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--nodes", type=int, help="compare 1 to so many nodes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -57,21 +59,17 @@ def main() -> None:
             return
         with cluster.connect(ClusterConfig()):
             prepare(one, section, root / "warm-up")  # starts Ray's workers, which import what they need once
-            for turn in range(arguments.turns):
-                plain = encode(texts, root / "tokenizer")
-                fast, _ = prepare(every, section, root / f"fast{turn}")
+
+            def slow() -> float:
                 with mock.patch.object(encoders, "_Fast", side_effect=ValueError("a tokenizer it does not know")):
-                    slow, _ = prepare(one, section, root / f"slow{turn}")
-                print(
-                    json.dumps(
-                        {
-                            "plain_mtokens_per_second": round(plain, 2),
-                            "slow": round(slow / plain, 2),
-                            "fast": round(fast / plain, 1),
-                        }
-                    ),
-                    flush=True,
-                )
+                    return prepare(one, section, root / "slow")[0]
+
+            ways = {
+                "plain": lambda: encode(texts, root / "tokenizer"),
+                "slow": slow,
+                "fast": lambda: prepare(every, section, root / "fast")[0],
+            }
+            turns.show(turns.in_turn(ways, arguments.turns), "Mtokens/s", "plain", arguments.json)
 
 
 def copy_library(target: Path, copies: int) -> None:

@@ -6,24 +6,11 @@
 Each row is a process of its own, the rows in turn, all of it `--repeat` times; tokens a second are of the median step
 after the first tenth. `environment` rows have raylm's settings of glibc's allocator (cluster.WORKER_ENVIRONMENT).
 
-2026-11-23, 2 cores with AVX2 and no bfloat16, `--steps 50 --repeat 3`: medians, lowest and highest. The machine's speed
-changes by a fifth from minute to minute; the rows go in turn.
+raylm x 2 workers stands beside "bare loop x 2 processes", DDP by itself. Figures: docs/performance.md.
 
-    bare loop                 2,354 tokens/s   2,185 to 2,700
-    Trainer                   2,370            2,052 to 2,417
-    raylm                     2,821            2,573 to 3,059    1.19 of the Trainer
-    Trainer + environment     3,010            2,538 to 3,233
-
-Two workers of one core each beside one of two, in a run of its own: `--steps 40 --repeat 2 --rows "bare loop +
-environment,bare loop x 2 processes,raylm,raylm x 2 workers"`
-
-    bare loop + environment   2,457 tokens/s   2,434 to 2,480
-    bare loop x 2 processes   2,467            2,421 to 2,513    1.00 of one process: DDP by itself
-    raylm                     2,340            2,313 to 2,366
-    raylm x 2 workers         2,178            2,111 to 2,245    0.93 of one worker
-
-Two processes that never wait for each other have 1.18 here; gloo takes that back, at this batch. Beside a worker group
-Ray has processes of its own, 6 % of the CPU, and two workers on two cores leave them none.
+Two processes that never wait for each other have 1.18 of one of two threads; gloo takes that back, at this batch.
+Beside a worker group Ray has processes of its own, 6 % of the CPU, and two workers on two cores leave them none. A
+single worker has none beside it, as in `raylm train`, which stops Ray before its training if it needed it at all.
 
 Not measured again with this one: `raylm + precision auto`, 1.19 of the Trainer when raylm itself was 1.13.
 """
@@ -31,6 +18,8 @@ Not measured again with this one: `raylm + precision auto`, 1.19 of the Trainer 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import itertools
 import json
 import os
@@ -41,9 +30,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import turns
+
 ROWS = {
     "bare loop": ("bare", "float32", False),
     "bare loop + environment": ("bare", "float32", True),
+    "bare loop + fused AdamW": ("fused", "float32", True),  # the Trainer's optimizer, and the environment
     "Trainer": ("trainer", "float32", False),
     "Trainer + environment": ("trainer", "float32", True),
     "raylm": ("raylm", "float32", True),
@@ -60,33 +52,33 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8192)
     usual = ",".join(name for name in ROWS if " x 2 " not in name)  # for which a GPU is too few
     parser.add_argument("--rows", default=usual, help="by their names")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--row")
     parser.add_argument("--home", type=Path)
     args = parser.parse_args()
     if args.row:
         print(json.dumps(measured(args)))
         return
-    from raylm.cluster import WORKER_ENVIRONMENT
-
     with tempfile.TemporaryDirectory() as home:
         prepare(args, home)
-        rates: dict[str, list[float]] = {name: [] for name in args.rows.split(",")}
-        for _ in range(args.repeat):
-            for name in rates:
-                *_, with_environment = ROWS[name]
-                environment = {**os.environ, **(WORKER_ENVIRONMENT if with_environment else {})}
-                command = [sys.executable, __file__, *sys.argv[1:], "--row", name, "--home", home]
-                run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-                if run.returncode:
-                    raise SystemExit(f"{name}: {run.stderr[-3000:]}")
-                result = json.loads(run.stdout.splitlines()[-1])
-                rates[name].append(result["tokens_per_second"])
-                print(f"{name:<26} {result['tokens_per_second']:>10,.0f} tokens/s   {result['told']}", flush=True)
-    plain = statistics.median(next(iter(rates.values())) if "Trainer" not in rates else rates["Trainer"])
-    print(f"\n{'':<26} {'tokens/s':>10} {'of Trainer':>11}   lowest to highest")
-    for name, found in rates.items():
-        middle = statistics.median(found)
-        print(f"{name:<26} {middle:>10,.0f} {middle / plain:>10.2f}x   {min(found):,.0f} to {max(found):,.0f}")
+        ways = {name: functools.partial(measured_apart, args, name, home) for name in args.rows.split(",")}
+        rates = turns.in_turn(ways, args.repeat)
+    turns.show(rates, "tokens/s", "Trainer" if "Trainer" in rates else next(iter(rates)), args.json)
+
+
+def measured_apart(args: argparse.Namespace, name: str, home: str) -> float:
+    """Tokens a second of a row, in a process of its own."""
+    from raylm.cluster import WORKER_ENVIRONMENT
+
+    *_, with_environment = ROWS[name]
+    environment = {**os.environ, **(WORKER_ENVIRONMENT if with_environment else {})}
+    command = [sys.executable, __file__, *sys.argv[1:], "--row", name, "--home", home]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"{name}: {run.stderr[-3000:]}")
+    result = json.loads(run.stdout.splitlines()[-1])
+    print(f"{name:<26} {result['tokens_per_second']:>10,.0f} tokens/s   {result['told']}", flush=True)
+    return result["tokens_per_second"]
 
 
 def experiment(args: argparse.Namespace, home: str | Path, precision: str = "float32", workers: int = 1):
@@ -132,7 +124,9 @@ def prepare(args: argparse.Namespace, home: str) -> None:
 
 def measured(args: argparse.Namespace) -> dict:
     kind, precision, _ = ROWS[args.row]
-    times, losses = {"bare": bare, "twice": bare_twice, "trainer": trainer, "raylm": raylm_run}[kind](args, precision)
+    times, losses = {"bare": bare, "fused": fused, "twice": bare_twice, "trainer": trainer, "raylm": raylm_run}[kind](
+        args, precision
+    )
     each = [after - before for before, after in itertools.pairwise(times)]
     rate = args.batch * args.block / statistics.median(each[len(each) // 10 :])
     return {"tokens_per_second": rate, "told": f"loss {losses:.4f}"}
@@ -156,7 +150,13 @@ def blocks_of(args: argparse.Namespace):
     return [stream[number] for number in range(len(stream))], network.to(device).train(), device
 
 
-def bare(args: argparse.Namespace, precision: str, rank: int = 0, world: int = 1) -> tuple[list[float], float]:
+def fused(args: argparse.Namespace, precision: str) -> tuple[list[float], float]:
+    return bare(args, precision, is_fused=True)
+
+
+def bare(
+    args: argparse.Namespace, precision: str, rank: int = 0, world: int = 1, is_fused: bool = False
+) -> tuple[list[float], float]:
     import numpy as np
     import torch
 
@@ -164,7 +164,7 @@ def bare(args: argparse.Namespace, precision: str, rank: int = 0, world: int = 1
     if world > 1:
         torch.set_num_threads(len(os.sched_getaffinity(0)) // world)
         network = torch.nn.parallel.DistributedDataParallel(network)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-4, weight_decay=0.01, fused=is_fused or None)
     times, loss = [], torch.zeros(())
     for step in range(args.steps):
         mine = rows[step * args.batch + rank : (step + 1) * args.batch : world]
@@ -268,13 +268,14 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
 
             trainer._Reporting.on_step_end = on_step_end
 
-    with cluster.connect(made.cluster) as resources:
-        store, _ = stores.prepare(plans.resolve_tokens(made))
-        begun = runs.start_or_resume(made, "train", store.fingerprint, "never")
-        run = tracking.start(made.tracking, experiment="speed", name=begun.name, tags={}, directory=begun.directory)
-        launch.fit(
-            training.TrainTask(made, store.path, budget.for_store(made, store), run, begun.directory, Timed), resources
-        )
+    tokens = plans.resolve_tokens(made)
+    resources = cluster.single_worker_resources(made.cluster)
+    with contextlib.nullcontext(resources) if resources else cluster.connect(made.cluster) as resources:
+        store, _ = stores.open_or_prepare(tokens)
+        started = runs.start_or_resume(made, "train", store.fingerprint, "never")
+        run = tracking.start(made.tracking, experiment="speed", name=started.name, tags={}, directory=started.directory)
+        task = training.TrainTask(made, store.path, budget.for_store(made, store), run, started.directory, Timed)
+        launch.fit(task, resources)
     return json.loads(file.read_text()), run.metric_history()["train/loss"][-1][1]
 
 
