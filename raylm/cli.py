@@ -19,15 +19,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
 
-from raylm import config as experiments
 from raylm import console, timeline
 from raylm.errors import ConfigError, Interrupted, RaylmError
 from raylm.redaction import redacted
+
+if TYPE_CHECKING:
+    from raylm.config import Experiment
 
 Settings = Annotated[
     list[str] | None,
@@ -91,11 +93,13 @@ def experiment(
     settings: list[str] | None,
     print_config: bool = False,
     derives: Literal["text", "training"] | None = None,
-) -> experiments.Experiment:
+) -> Experiment:
     """The experiment of the command line. With `print_config` the command prints it and ends.
 
     Without a config file it is printed with the sizes that are derived from its text, as far as `derives` says.
     """
+    from raylm import config as experiments  # 0.2 s, which --help does not need
+
     loaded = experiments.load(config, settings or [])
     if print_config:
         if derives is not None and loaded.sizes_follow_text:
@@ -253,7 +257,9 @@ def _usage(error: Any) -> str:
     if not hasattr(error, "possibilities") or not any(parameter.name == "settings" for parameter in parameters):
         return error.format_message()
     known = [name for parameter in parameters for name in parameter.opts]
-    settings = experiments.as_settings(sys.argv[1:], known)
+    from raylm.config import as_settings
+
+    settings = as_settings(sys.argv[1:], known)
     how = f": {settings}" if settings else ", other fields of TrainingArguments as train.arguments.name=value"
     return f"{error.format_message()}; settings are given as section.key=value{how}"
 

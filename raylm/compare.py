@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from raylm import cli
-from raylm.config import DEFAULT_STORAGE
+from raylm import DEFAULT_STORAGE, cli
 from raylm.errors import ConfigError
 
 

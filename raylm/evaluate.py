@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from raylm import cli
-from raylm.config import parse_setting
 
 Text = Annotated[
     list[str] | None, typer.Option("--text", help="Score these files, directories or globs. May be repeated.")
@@ -34,6 +33,7 @@ def evaluate(
     The number depends on the model and the text alone, not on batch size, workers or training block size.
     """
     from raylm import checkpoint, views
+    from raylm.config import parse_setting
     from raylm.pipeline import evaluation
 
     given = dict(map(parse_setting, settings or []))

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from raylm import cli
-from raylm import config as experiments
 from raylm.errors import ConfigError
 
 Arguments = Annotated[
@@ -48,6 +47,8 @@ def init(
     given = [] if named else [f"name={name}"]
     if base is not None:
         given.append(f"model.path={base}")
+    from raylm import config as experiments
+
     layer = dict(map(experiments.parse_setting, [*given, *settings]))
     layer["corpus.paths"] = paths
     experiment = experiments.load(None, layer)
@@ -66,6 +67,8 @@ def init(
 
 def _is_setting(argument: str) -> bool:
     """Whether it is section.key=value; a file of such a name is given as ./name."""
+    from raylm import config as experiments
+
     key, equals, _ = argument.partition("=")
     return bool(equals) and key.split(".")[0] in experiments.Experiment.model_fields
 

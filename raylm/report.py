@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raylm import cli, console
-from raylm.config import DEFAULT_STORAGE
+from raylm import DEFAULT_STORAGE, cli, console
 
 if TYPE_CHECKING:
     from raylm.results.sweep import SweepResults

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from raylm import cli, local_worker
+from raylm import cli
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,8 @@ def train(
 ) -> cli.CommandResult:
     """Train one language model on the corpus; the tokens are prepared first, unless they exist already."""
     experiment = cli.experiment(config, settings, print_config, "training")
+    from raylm import local_worker
+
     if not dry_run and not experiment.sizes_follow_text and local_worker.is_alone(experiment.cluster):
         local_worker.start_worker_early()  # beside the imports of this process
     from raylm import estimate, plan, views

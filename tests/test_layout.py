@@ -27,7 +27,7 @@ HOMES = {  # the pattern of a dotted name -> the modules that may use it
     "ruamel": {"config"},
 }
 
-LIGHT = {"errors", "redaction", "config", "timeline", "console", "local_worker", "cli", *VERBS}
+LIGHT = {"errors", "redaction", "timeline", "console", "cli", *VERBS}
 """What a verb may import at its top: `--help` runs it."""
 
 HEAVY = {

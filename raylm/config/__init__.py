@@ -26,7 +26,6 @@ from raylm.config.files import (
 )
 from raylm.config.names import OWNED, as_settings
 from raylm.config.sections import (
-    DEFAULT_STORAGE,
     MUTABLE,
     SEEDS,
     WHOLE_SPLIT,
@@ -51,7 +50,6 @@ from raylm.config.space import SAMPLERS, corners, is_sampler, spaces
 
 __all__ = [
     "BUILT_IN",
-    "DEFAULT_STORAGE",
     "MUTABLE",
     "OWNED",
     "SAMPLERS",

@@ -25,7 +25,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from ruamel.yaml.scalarint import ScalarInt
 
-from raylm.config.sections import DEFAULT_STORAGE, Experiment, Section, TrackingConfig
+from raylm import DEFAULT_STORAGE
+from raylm.config.sections import Experiment, Section, TrackingConfig
 from raylm.config.setting_errors import config_error, exclusive_faults, faults_of, section_of, show
 from raylm.config.space import corners, entry_fault, sampler_fault
 from raylm.errors import ConfigError, first_line

@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from raylm import DEFAULT_STORAGE
 from raylm.errors import ConfigError
 
 
@@ -400,9 +401,6 @@ class TrainConfig(Section):
     def seed_of_data(self) -> int:
         return self.seed if self.data_seed is None else self.data_seed
 
-
-DEFAULT_STORAGE = "runs"
-"""Also where a run is searched for by its name."""
 
 WHOLE_SPLIT = "the whole validation split"
 """The documents that are scored unless eval.max_tokens limits them."""

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from raylm import runs, storage, tracking
-from raylm.config import DEFAULT_STORAGE
+from raylm import DEFAULT_STORAGE, runs, storage, tracking
 from raylm.console import command
 from raylm.errors import StorageError, first_of
 from raylm.sweep.record import EVENTS, SweepRecord
