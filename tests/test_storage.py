@@ -1,8 +1,10 @@
 """Object storage: all that a command keeps, on a real S3 server on loopback; and what becomes of it when that fails."""
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import re
 import shutil
 import socket
@@ -360,6 +362,35 @@ def test_an_export_that_is_cut_off_leaves_no_model(place, server, trained_direct
     for again in (target, f"{place}/first"):
         export.export(trained_directory, again)
         checkpoint.locate(again)
+
+
+def test_a_file_is_shared_by_the_server_alone(place, server):
+    storage.write(f"{place}/a/one", b"content")
+    server.requests.clear()
+    storage.share(f"{place}/a/one", f"{place}/b/two", scratch=f"{place}/progress")
+    assert server.read("one") == 0
+    assert storage.read(f"{place}/b/two") == b"content"
+    assert storage.names(place) == ["a", "b"]
+    with pytest.raises(FileNotFoundError):
+        storage.share(f"{place}/a/none", f"{place}/b/three", scratch=f"{place}/progress")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_local_file_is_shared_by_a_link_or_copied_where_there_are_none(tmp_path, monkeypatch, links):
+    def refuse(*paths):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    place = str(tmp_path)
+    storage.write(f"{place}/a/one", b"content")
+    for _ in range(2):  # also in the place of itself
+        storage.share(f"{place}/a/one", f"{place}/b/two", scratch=f"{place}/progress")
+        assert storage.read(f"{place}/b/two") == b"content"
+        assert os.path.samefile(f"{place}/a/one", f"{place}/b/two") == links
+    assert storage.names(f"{place}/progress") == []
+    with pytest.raises(FileNotFoundError):
+        storage.share(f"{place}/a/none", f"{place}/b/three", scratch=f"{place}/progress")
 
 
 def test_a_token_store_is_copied_once_a_node(place, server, tiny, monkeypatch):

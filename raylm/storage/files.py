@@ -151,10 +151,14 @@ def share(source: str, path: str, scratch: str) -> None:
         except OSError:  # of this file system, or it has as many links as it can have
             _upload(Path(source), partial)
         os.replace(partial, path)
+        with contextlib.suppress(FileNotFoundError):  # it is still there if both were links of one file
+            os.remove(partial)
 
     def act_remote() -> None:
         system, inner = file_system(path)
         theirs = file_system(source)[1]
+        if system.get_file_info(theirs).size is None:
+            raise FileNotFoundError(source)
         if system.type_name in OBJECT_STORES:
             system.copy_file(theirs, inner)
             return
