@@ -33,6 +33,7 @@ from raylm.corpus import (
     kept_fraction,
     left_out,
     list_sources,
+    minhash,
     passages,
     select,
     shards,
@@ -668,6 +669,78 @@ def test_of_duplicates_in_both_splits_the_one_for_validation_is_kept(tmp_path):
         ("b", "validation"),
         ("c", "validation"),
     ]
+
+
+WORDS = [f"{first}{second}" for first in ("ba", "ro", "ti", "ne", "lu") for second in ("mak", "dir", "sen", "tov")]
+
+
+def variants(seed, count=1, changed=1, num_words=200):
+    """A text, and others in which some words are changed."""
+    words = random.Random(seed).choices(WORDS, k=num_words)
+    found = [" ".join(words)]
+    for number in range(1, count):
+        other = list(words)
+        for at in random.Random(seed + number).sample(range(num_words), changed):
+            other[at] = f"another{number}"
+        found.append(" ".join(other))
+    return found
+
+
+def test_near_duplicates_share_a_band_and_other_texts_do_not():
+    texts = [text for seed in range(0, 2000, 10) for text in variants(seed, count=3)]
+    groups = minhash.components(np.stack([minhash.bands(text) for text in texts]))
+    expected = np.repeat(np.arange(200), 3)
+    assert len({*zip(groups.tolist(), expected.tolist(), strict=True)}) == len({*groups.tolist()}) == 200
+    short = [f"Chapter {number} of the book" for number in range(50)] + ["", "x", "東京" * 9]
+    assert len({*minhash.components(np.stack([minhash.bands(text) for text in short])).tolist()}) == 53
+    assert (minhash.bands("One  Two\nthree four five six") == minhash.bands("one two three FOUR five six")).all()
+    assert len(minhash.components(np.empty((0, minhash.BANDS), np.uint64))) == 0
+
+
+def test_the_similarity_of_near_duplicates():
+    """The part of the pairs that are found, by the Jaccard similarity of their stretches of 24 bytes."""
+    found = {}
+    for changed in (2, 10, 60):
+        pairs = [variants(seed, count=2, changed=changed) for seed in range(0, 1000, 10)]
+        found[changed] = np.mean([(minhash.bands(one) == minhash.bands(two)).any() for one, two in pairs])
+    assert found[2] > 0.95
+    assert found[60] == 0
+    assert found[2] >= found[10] >= found[60]
+
+
+def test_near_duplicates_are_dropped_from_training_and_counted(tmp_path, monkeypatch):
+    """The first of a group is kept, and one that is held out before those to train on."""
+    groups = [variants(seed, count=3) for seed in range(0, 300, 10)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for group in groups for text in group))
+    corpus = CorpusConfig(paths=f"{tmp_path}/a.jsonl", deduplicate="near", validation_fraction=0.2)
+
+    def selected_of(corpus, ledger):
+        plan = shards(list_sources(corpus))
+        chosen = select(plan, lambda some: (hashes(shard, corpus) for shard in some), corpus, ledger)
+        return [document for shard in chosen for document in documents(shard, corpus, ledger)]
+
+    ledger = Ledger()
+    found = selected_of(corpus, ledger)
+    assert [document.text for document in found] == [group[0] for group in groups]
+    assert (ledger["filtered: duplicates"], ledger["duplicates: near"]) == (60, 60)
+    # Without it most groups would be trained on and scored.
+    before = [{document.split for document in read(corpus) if document.text in group} for group in groups]
+    assert ledger["duplicates: of another split"] >= sum(len(splits) > 1 for splits in before) > 5
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": groups[7][2]}) + "\n")
+    held = corpus.model_copy(update={"validation_paths": (f"{tmp_path}/held.jsonl",)})
+    ledger = Ledger()
+    found = selected_of(held, ledger)
+    assert [document.text for document in found if document.split == "validation"] == [groups[7][2]]
+    assert len(found) == 30
+    assert not {groups[7][0], groups[7][1]} & {document.text for document in found}
+    assert ledger["duplicates: of another split"] == 3
+    exact = selected_of(corpus.model_copy(update={"deduplicate": "exact"}), Ledger())
+    assert len(exact) == 90
+
+
+def test_true_means_exact_duplicates():
+    assert CorpusConfig(deduplicate=True) == CorpusConfig(deduplicate="exact")
+    assert CorpusConfig(deduplicate=False).deduplicate is False
 
 
 @pytest.mark.parametrize("settings", [{"deduplicate": True}, {"max_documents": 4}, {"max_documents": 50}])

@@ -83,6 +83,17 @@ def test_a_grown_corpus_tokenizes_only_what_is_new(tmp_path, section, in_process
     assert len(shared) > num_shards // 2, "hard links take no room"
 
 
+def test_through_ray(tmp_path, section, ray_cluster, monkeypatch, caplog):
+    monkeypatch.setattr(reader, "_most_bytes", lambda total: 1000)
+    corpus = corpus_of(tmp_path / "corpus", count=12)
+    prepare(corpus, section, tmp_path / "runs")
+    (tmp_path / "corpus" / "zzz.txt").write_text(text("new"))
+    with caplog.at_level("INFO", logger="raylm"):
+        grown = prepare(corpus, section, tmp_path / "runs")
+    assert "shards were made of the same files and settings for another token store" in caplog.text
+    assert contents(grown.path) == contents(prepare(corpus, section, tmp_path / "alone").path)
+
+
 CHANGES = st.lists(
     st.tuples(st.sampled_from(["add", "remove", "change", "again", "source"]), st.integers(0, 39)), max_size=6
 )
@@ -92,6 +103,7 @@ OPTIONS = st.sampled_from(
         {"split_by": "passage"},
         {"deduplicate": True},
         {"deduplicate": True, "split_by": "passage"},
+        {"deduplicate": "near"},
         {"max_documents": 25},
         {"test_fraction": 0.1},
     ]

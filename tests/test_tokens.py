@@ -638,6 +638,28 @@ def test_data_sets_reach_the_store_through_ray(tmp_path, source):
     assert [store.tokenizer.decode(ids) for ids in store.train] == expected
 
 
+def test_duplicates_of_each_split_are_counted(corpus, tmp_path, monkeypatch):
+    """Those that are trained on and scored are warned of; without them nothing is."""
+    monkeypatch.setattr(write, "_each", one_by_one)
+    for name, text in {"40": "again", "41": "again", "42": "again", "43": "seen", "44": "once"}.items():
+        (tmp_path / "corpus" / f"{name}.txt").write_text(text)
+    (tmp_path / "held").mkdir()
+    for name, text in {"a": "seen", "b": "not seen", "c": "not seen"}.items():
+        (tmp_path / "held" / f"{name}.txt").write_text(text)
+    held = corpus.model_copy(update={"validation_paths": (f"{tmp_path}/held",)})
+    store, _ = prepare(held, TOKENIZER, storage=str(tmp_path))
+    counted = {what: count for what, count in store.manifest["ledger"].items() if "duplicates" in what}
+    assert counted == {
+        "duplicates: in train": 2, "duplicates: in validation": 1, "duplicates: trained on and in validation": 1,
+    }  # fmt: skip
+    (warning,) = tokens.warnings(store)
+    assert "1 of the 3 documents of the validation split are documents of the training split, too" in warning
+    store, _ = prepare(held.model_copy(update={"deduplicate": "exact"}), TOKENIZER, storage=str(tmp_path))
+    counted = {what: count for what, count in store.manifest["ledger"].items() if "duplicates" in what}
+    assert counted == {"filtered: duplicates": 4, "duplicates: of another split": 1}
+    assert tokens.warnings(store) == []
+
+
 # Token ids that are there already ------------------------------------------------------------------------------------
 
 

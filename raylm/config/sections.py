@@ -110,6 +110,10 @@ def _template(value: str) -> str:
     return value
 
 
+def _exact(value: Any) -> Any:
+    return "exact" if value is True else value
+
+
 def _range(value: Any) -> Any:
     """A number, or (fewest, most)."""
     if not isinstance(value, (list, tuple)):
@@ -213,8 +217,10 @@ class CorpusConfig(Section):
     """Keep only documents of at least this many characters."""
     max_chars: Annotated[Count, Field(ge=1)] | None = None
     """Keep only documents of at most this many characters."""
-    deduplicate: bool = False
-    """Keep only the first of several documents with exactly the same text. The corpus is read twice."""
+    deduplicate: Annotated[Literal[False, "exact", "near"], BeforeValidator(_exact)] = False
+    """Keep only the first of several documents that are the same. exact (or true): the same text. near: also texts that
+    share about three quarters of their words in order, found by MinHash. No duplicate of held-out text is trained on.
+    The corpus is read twice."""
     max_documents: Annotated[Count, Field(ge=1)] | None = None
     """Keep at most this many documents: the first of each source in turn, then the second of each, and so on."""
     on_bad_row: Literal["error", "skip"] = "error"

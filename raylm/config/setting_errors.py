@@ -63,7 +63,7 @@ def _fault(details: Any) -> tuple[str, str]:
         "greater_than_equal": f"at least {context.get('ge')}",
         "greater_than": f"more than {context.get('gt')}",
         "less_than": f"less than {context.get('lt')}",
-        "literal_error": f"one of {context.get('expected')}",
+        "literal_error": f"one of {context.get('expected')}".replace("False", "false"),
     }.get(kind)
     if accepted is None:
         return key, f"{details['msg']}, got {show(value)}"

@@ -8,6 +8,7 @@
     listing      corpus.paths -> the files that can be read, and counts of other files
     passages     a document -> passages
     reader       shards of files -> documents: hashed, filtered, counted, of the train or the validation split
+    minhash      documents that are nearly the same
     selection    of duplicates and under corpus.max_documents, which documents to keep
     profile      what a corpus looks like: columns of the text, lengths, duplicates, scripts
     split        how to split a corpus: by documents or passages, and how much of it to hold out

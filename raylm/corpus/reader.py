@@ -118,8 +118,7 @@ def documents(
 
     With corpus.split_by: passage each document of corpus.paths is cut into parts; joined in order they are its text.
     """
-    validation_below = 0.0 if corpus.validation_paths else corpus.validation_fraction * 2**64
-    test_from = (1.0 if corpus.test_paths else 1 - corpus.test_fraction) * 2**64
+    validation_below, test_from = held_out(corpus)
 
     def split_of(digest: int) -> SplitName:
         return "validation" if digest < validation_below else "test" if digest >= test_from else "train"
@@ -132,6 +131,13 @@ def documents(
             digest = content_hash(encoded)
             split = split_of(digest) if part.split == "train" else part.split
             yield Document(text, len(encoded), digest, part.source, split)
+
+
+def held_out(corpus: CorpusConfig) -> tuple[float, float]:
+    """(below which hash a unit of corpus.paths is in the validation split, from which on it is in the test split)."""
+    validation_below = 0.0 if corpus.validation_paths else corpus.validation_fraction * 2**64
+    test_from = (1.0 if corpus.test_paths else 1 - corpus.test_fraction) * 2**64
+    return validation_below, test_from
 
 
 def _split(text: str, source: int, split_of: Callable[[int], SplitName], ledger: Ledger) -> Iterator[Document]:

@@ -44,6 +44,9 @@ MOST_UNKNOWN = 0.01
 """The part of a split's tokens that may be unknown without a warning."""
 
 
+SEEN_IN_TRAINING = "duplicates: trained on and in "
+"""The ledger's count of documents of the training split that are in another split, too: this, and its name."""
+
 LARGE_VOCABULARY = 8_000
 FEWEST_BYTES_PER_TOKEN = 1.5
 """Below it a large vocabulary was not made for the text. English has 4 to 5 bytes a token, source code 3."""
@@ -260,6 +263,12 @@ def warnings(store: Store) -> list[str]:
                 "scores over them look better than they are; give a tokenizer that can spell the text, such as "
                 "tokenizer.train={kind: byte_bpe}"
             )
+    for name, split in store.splits.items():
+        if seen := store.manifest["ledger"].get(f"{SEEN_IN_TRAINING}{name}"):
+            found.append(
+                f"corpus: {seen:,} of the {len(split):,} documents of the {name} split are documents of the training "
+                "split, too, so scores look better than they are; corpus.deduplicate=exact keeps them out of training"
+            )
     num_tokens = sum(split.num_tokens for split in store.splits.values())
     num_bytes = sum(split.num_bytes for split in store.splits.values())
     if store.vocab_size >= LARGE_VOCABULARY and 0 < num_bytes < FEWEST_BYTES_PER_TOKEN * num_tokens:
@@ -441,6 +450,14 @@ def write(store: str, name: str, content: Any) -> None:
     except FileNotFoundError:
         if not os.path.exists(path):  # else another writer has finished the store, with the same file
             raise
+
+
+def document_ids(path: str) -> np.ndarray:
+    """The hash of each document of a shard's file, without reading its tokens."""
+    with storage.reading(path) if is_remote(path) else pa.memory_map(path) as stream:
+        schema = pa.ipc.open_file(stream).schema
+        options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index("doc_id")])
+        return pa.ipc.open_file(stream, options=options).get_batch(0)["doc_id"].to_numpy().copy()
 
 
 def checksum(content: Any) -> str:

@@ -11,10 +11,13 @@ import pickle
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from raylm import console
 from raylm import tokenizer as tokenizers
@@ -28,12 +31,14 @@ from raylm.tokens.shard import FRAMES, facts_name, finished, write_shard
 from raylm.tokens.store import (
     COUNTED,
     FORMAT,
+    SEEN_IN_TRAINING,
     SPLITS,
     Encoded,
     Store,
     changed_inputs,
     checksum,
     damage,
+    document_ids,
     is_store,
     local_tokenizer,
     open_store,
@@ -81,7 +86,11 @@ def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any
     if corpus.tokens is None:
         unused.add("tokens")
     return {
-        "corpus": {**corpus.model_dump(mode="json", exclude=unused), "split_by": corpus.split_by or "document"},
+        "corpus": {
+            **corpus.model_dump(mode="json", exclude=unused),
+            "split_by": corpus.split_by or "document",
+            "deduplicate": True if corpus.deduplicate == "exact" else corpus.deduplicate,  # as it was called at first
+        },
         "tokenizer": tokenizer.model_dump(mode="json", exclude={"prefix", *elsewhere}),
         "tokenizer_version": version,
     }
@@ -137,12 +146,13 @@ def _write_store(
     path: str, corpus: CorpusConfig, section: TokenizerConfig, sources: list[Source], progress: Progress
 ) -> dict[str, Any]:
     to_read = shards(sources)
+    duplicates: Ledger = Ledger()
     if selected(corpus):
 
         def hashes_of(some: list[Shard]) -> Iterator[bytes]:
             return _each(lambda index, shard: hashes(shard, corpus), enumerate(some))
 
-        to_read = select(to_read, hashes_of, corpus)
+        to_read = select(to_read, hashes_of, corpus, duplicates)
     _write_tokenizer(path, section, to_read, corpus)
     if corpus.tokens is None:
         encoder = tokenizers.choose_encoder(local_tokenizer(path), _sample(to_read, corpus, CHECKED_BYTES))
@@ -154,7 +164,8 @@ def _write_store(
     write(path, reuse.SHARDS, json.dumps(written).encode())
     written = [_of_all_sources(result, shard) for result, shard in zip(written, to_read, strict=True)]
     splits: dict[str, Any] = {name: _split(written, name) for name in corpus.splits}
-    ledger = sum((Ledger(shard["ledger"]) for shard in written), Ledger())
+    ledger = sum((Ledger(shard["ledger"]) for shard in written), Ledger()) + duplicates
+    ledger.update(_repeated(path, splits))
     for source in sources:
         ledger.update({f"left out: {kind}": count for kind, count in source.left_out.items()})
     if not splits["train"]["documents"]:
@@ -360,6 +371,24 @@ def _split(written: list[dict[str, Any]], name: str) -> dict[str, Any]:
     found = [file for shard in written for file in shard[name]]
     sums = {what: sum(shard[what] for shard in found) for what in COUNTED}
     return {**sums, "shards": [{key: value for key, value in shard.items() if key != "sources"} for shard in found]}
+
+
+def _repeated(path: str, splits: dict[str, Any]) -> Counter[str]:
+    """The documents of each split that repeat an earlier one exactly, and those held out that are also trained on."""
+    files = [(name, shard["file"]) for name in splits for shard in splits[name]["shards"]]
+    with ThreadPoolExecutor(SHARING_THREADS) as pool:
+        found = list(pool.map(lambda file: document_ids(f"{path}/{file[1]}"), files))
+    unique = {}
+    repeated: Counter[str] = Counter()
+    for name in splits:
+        ids = [each for (split, _), each in zip(files, found, strict=True) if split == name]
+        unique[name] = np.unique(np.concatenate([*ids, np.empty(0, np.uint64)]))
+        repeated[f"duplicates: in {name}"] = sum(map(len, ids)) - len(unique[name])
+    for name in splits:
+        if name != "train":
+            shared = np.intersect1d(unique[name], unique["train"], assume_unique=True)
+            repeated[f"{SEEN_IN_TRAINING}{name}"] = len(shared)
+    return +repeated
 
 
 def _of_source(written: list[dict[str, Any]], index: int, splits: Iterable[str]) -> dict[str, int]:
