@@ -249,7 +249,9 @@ FAULTS = {
     "'a/b'; try a-b",
     "name: _é ö_": "1:1 name: must be letters, digits, dashes, dots and underscores, with a letter or digit first; got "
     "'_é ö_'; try e-o",
-    "tune: {metric: loss}": "1:8 tune.metric: must be one of 'perplexity' or 'bits_per_byte', got 'loss'",
+    "tune: {metric: loss}": "1:8 tune.metric: must be perplexity, bits_per_byte or weights of sources and sets, "
+    "{a: 1, b: 2}; got 'loss'",
+    "tune: {metric: {a: 0}}": "1:8 tune.metric: must have a weight above 0 for a, got 0",
     "tune: {space: {train.learning_rate: [1e-4, 1e-2]}}": "1:16 tune.space.train.learning_rate: must be a sampler, "
     "got [0.0001, 0.01]; {choice: [a, b]} draws one of these values, {uniform: [low, high]} or {loguniform: [low, "
     "high]} any between",

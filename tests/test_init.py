@@ -63,7 +63,7 @@ def test_duplicates_are_told_and_kept(command, texts):
     assert command("init", "harbour.csv", cwd=texts).returncode == 0
     text = (texts / "harbour.yaml").read_text()
     assert settings_of(texts / "harbour.yaml")["corpus.deduplicate"] is False
-    assert "60% of 200 documents repeat another exactly; true drops them" in text
+    assert "60% of 200 documents repeat another exactly; exact drops them" in text
 
 
 def test_what_is_typed_stands_in_the_file(command, texts):

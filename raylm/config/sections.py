@@ -75,6 +75,20 @@ def _named_paths(value: Any) -> Any:
     return tuple(_listed(value))
 
 
+def _metric(value: Any) -> Any:
+    """A score or a mapping of weights; checked here so that an error names all that is accepted."""
+    if isinstance(value, Mapping):
+        for name, weight in value.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+                raise ValueError(f"must have a weight above 0 for {name}, got {weight!r}")
+        return {name: float(weight) for name, weight in value.items()}
+    if value not in ("perplexity", "bits_per_byte"):
+        raise ValueError(
+            f"must be perplexity, bits_per_byte or weights of sources and sets, {{a: 1, b: 2}}; got {value!r}"
+        )
+    return value
+
+
 def _are_texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
 
@@ -556,7 +570,9 @@ class TuneConfig(Section):
     the tree-structured Parzen estimator (Bergstra et al. 2011); needs optuna."""
     scheduler: Annotated[SchedulerConfig, BeforeValidator(_kind)] = SchedulerConfig()
     """Trial scheduler: none, asha, median, hyperband or pbt, or a mapping with its settings."""
-    metric: Literal["perplexity", "bits_per_byte"] | dict[str, Annotated[float, Field(gt=0)]] = "perplexity"
+    metric: Annotated[Literal["perplexity", "bits_per_byte"] | dict[str, float], BeforeValidator(_metric)] = (
+        "perplexity"
+    )
     """Score by which trials are ranked and stopped; smaller is better. Use bits_per_byte if tokenizers differ. Or the
     weights of sources that corpus.paths names and of sets of eval.paths, {books: 1, general: 0.5}: the weighted mean of
     their negative log-likelihoods in nats a token, by which the best checkpoint of a trial is chosen, too."""

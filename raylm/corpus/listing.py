@@ -38,7 +38,7 @@ def find_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source
     sources = [find(key, path, name=name) for name, path in corpus.entries]
     sources += [find("corpus.validation_paths", path, "validation") for path in corpus.validation_paths]
     tests = [find("corpus.test_paths", path, "test") for path in corpus.test_paths]
-    _check_unseen(tests, sources, may_share=corpus.deduplicate)
+    _check_unseen(tests, sources, may_share=bool(corpus.deduplicate))
     return sources + tests
 
 
@@ -53,7 +53,7 @@ def _check_unseen(tests: list[Source], others: list[Source], *, may_share: bool)
         left = keys.keys() - set(shared)
         if not any(file.path in left for source in others if source.split == "train" for file in source.files):
             raise DataError(
-                "corpus.test_paths: it has every file of corpus.paths, too, and with corpus.deduplicate=true such "
+                "corpus.test_paths: it has every file of corpus.paths, too, and with corpus.deduplicate such "
                 "files are kept for the test alone: none is left to train on; give other files",
                 "corpus.test_paths",
             )
@@ -61,7 +61,7 @@ def _check_unseen(tests: list[Source], others: list[Source], *, may_share: bool)
         several = f" and {len(shared) - 1:,} more are" if len(shared) > 1 else " is"
         raise DataError(
             f"corpus.test_paths: {shared[0]}{several} in {keys[shared[0]]}, too, but nothing may be learned from or "
-            "chosen by test text; give other files, or corpus.deduplicate=true, which keeps each document in one split",
+            "chosen by it; give other files, or corpus.deduplicate=exact, which keeps each document in one split",
             "corpus.test_paths",
         )
 

@@ -60,7 +60,7 @@ def propose(experiment: Experiment, given: Mapping[str, Any]) -> Proposal:
     if profile.duplicates >= DUPLICATES and not experiment.corpus.deduplicate:
         derived["corpus.deduplicate"] = False
         reasons["corpus.deduplicate"] = (
-            f"{profile.duplicates:.0%} of {profile.seen:,} documents repeat another exactly; true drops them"
+            f"{profile.duplicates:.0%} of {profile.seen:,} documents repeat another exactly; exact drops them"
         )
     paths = ", ".join(experiment.corpus.labels)
     head = f"An experiment for {paths}, by raylm init; raylm tune --config THIS_FILE runs it."

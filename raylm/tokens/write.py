@@ -86,11 +86,7 @@ def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any
     if corpus.tokens is None:
         unused.add("tokens")
     return {
-        "corpus": {
-            **corpus.model_dump(mode="json", exclude=unused),
-            "split_by": corpus.split_by or "document",
-            "deduplicate": True if corpus.deduplicate == "exact" else corpus.deduplicate,  # as it was called at first
-        },
+        "corpus": {**corpus.model_dump(mode="json", exclude=unused), "split_by": corpus.split_by or "document"},
         "tokenizer": tokenizer.model_dump(mode="json", exclude={"prefix", *elsewhere}),
         "tokenizer_version": version,
     }
