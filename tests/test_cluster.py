@@ -415,7 +415,7 @@ from raylm.cluster import connection
 from raylm.config import ClusterConfig
 connection.WORKER_SECONDS = 3
 init = ray.init
-ray.init = lambda runtime_env, **more: init(runtime_env={**runtime_env, "py_executable": "no-such-python"}, **more)
+ray.init = lambda **more: init(**{**more, "runtime_env": {"py_executable": "no-such-python"}})
 with connection.connect(ClusterConfig()):
     time.sleep(6)
 """
@@ -509,6 +509,12 @@ def test_a_shared_channel_whose_process_is_killed_restarts_and_forwards_the_stop
         while not seen and time.monotonic() < deadline:
             time.sleep(0.1)
     assert seen[0] == 7.0
+
+
+def test_the_controller_of_a_worker_group_needs_no_pytorch():
+    """It unpickles the settings of the process group: PyTorch would take 2 s, in which the workers wait."""
+    program = "import raylm.cluster.process_group, sys; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "False"
 
 
 def test_a_training_succeeds_without_its_progress_channel(ray_cluster):

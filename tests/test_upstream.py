@@ -39,6 +39,7 @@ SIGNATURES = {
     "ray._private.services.resolve_ip_for_localhost": "(host)",
     "ray._private.node.Node.get_logs_dir_path": "(self)",
     "ray._private.state.GlobalState._connect_and_get_accessor": "(self)",
+    "ray._private.utils.get_dashboard_dependency_error": "()",
     "ray._private.utils.get_entrypoint_name": "()",
     "ray._private.utils.set_sigterm_handler": "(sigterm_handler)",
     "ray._private.worker.print_to_stdstream": "(data, ignore_prefix)",
@@ -72,6 +73,13 @@ SIGNATURES = {
     "ray.core.generated.gcs_pb2.PlacementGroupTableData.FromString": None,
     "ray.train.ControllerError": "(controller_failure)",
     "ray.train.WorkerGroupError": "(error_message, worker_failures)",
+    "ray.train._internal.utils.get_address_and_port": "()",
+    "ray.train.torch.config.TorchConfigContextManager": None,
+    "ray.train.torch.config._set_torch_distributed_env_vars": "()",
+    "ray.train.torch.config._setup_torch_process_group": (
+        "(backend, world_rank, world_size, init_method, timeout_s=1800)"
+    ),
+    "ray.train.torch.config._shutdown_torch": "(destroy_process_group=False)",
     "ray.train.v2._internal.exceptions.WorkerGroupStartupFailedError": None,
     "ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError": "(num_workers)",
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "(message, failure)",
@@ -107,6 +115,7 @@ SIGNATURES = {
 REBOUND = {
     "ray._private.ray_constants.ENABLE_RAY_CLUSTER": ["ray._private.services"],
     "ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV": ["ray._private.worker"],
+    "ray._private.utils.get_dashboard_dependency_error": ["ray._private.services"],
     "ray._private.utils.get_entrypoint_name": ["ray._private.worker"],
     "ray._private.utils.set_sigterm_handler": ["ray._private.worker"],
     "ray._private.worker.print_to_stdstream": ["ray._private.worker"],

@@ -3,6 +3,7 @@
 address        whether the cluster that a command uses answers, and its token
 output         Ray's own output, in a file instead of on the terminal
 capacity       the resources of a cluster, with autoscaling, and of a run
+process_group  torch.distributed among the workers of Ray Train
 connection     a connection to Ray, on this machine alone or to a cluster; and its nodes
 progress       the progress of the workers, their messages, and requests to stop
 submission     a command as a job of a cluster, by its dashboard

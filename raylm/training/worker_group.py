@@ -40,13 +40,15 @@ def run(
     It carries its own arguments, because train_loop_config is unpickled by Ray's controller too: 4 s of imports.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # 0.8 s, and a lone worker trains without
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from raylm.cluster.process_group import ProcessGroupConfig
 
     _free_leftover_resources()  # of a trial's process that was killed
     with _ray_state() as kept:
         trainer = TorchTrainer(
             function,
-            torch_config=TorchConfig(timeout_s=experiment.train.arguments.get("ddp_timeout", WAIT_SECONDS)),
+            torch_config=ProcessGroupConfig(experiment.train.arguments.get("ddp_timeout", WAIT_SECONDS)),
             scaling_config=ScalingConfig(
                 num_workers=resources.num_workers
                 if resources.num_workers == resources.most_workers
