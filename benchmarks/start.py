@@ -1,35 +1,36 @@
 """Command to first optimizer step, with prepared tokens: raylm train beside a script that imports and runs the Trainer.
 
-    python benchmarks/start.py
+    python benchmarks/start.py [--timeline DIRECTORY]
 
-From the start of the process to the time that the first step's loss is logged; the two in turn, `--repeat` times.
-
-2026-11-23, 2 cores, five times each: the script 6.9 s (5.5 to 7.5), raylm 10.8 s (10.1 to 12.2). With the worker as a
-task of Ray it was 15.8 s the same day, beside a script of 6.1 s: Ray is up after 5 s and has a worker after 7, which
-imports then.
+From the start of the process to the time that the first step's loss is logged: with one worker beside the script, with
+two beside the script under torchrun, each pair in turn, `--repeat` times after one of each that is not counted. Then
+`raylm --help` and `raylm train --dry-run`, from start to end. With --timeline a Chrome trace of one run with each
+number of workers is written, for ui.perfetto.dev.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 SIZES = ["train.max_tokens=2560", "train.batch_tokens=512", "train.eval_every_tokens=2560", "eval.max_tokens=1000"]
 
 SCRIPT = """
-import time
+import os, time
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 class Told(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
-        if state.global_step == 1:
+        if state.global_step == 1 and os.environ.get("RANK", "0") == "0":
             print(time.time())
 
 sizes = dict(vocab_size=2048, n_positions=64, n_layer=2, n_head=4, n_embd=128)
@@ -46,33 +47,81 @@ Trainer(
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeat", type=int, default=4)
+    parser.add_argument("--timeline", type=Path, help="a directory for Chrome traces")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
-        raylm(home)  # which prepares the tokens
-        seconds: dict[str, list[float]] = {"Trainer": [], "raylm": []}
-        for _ in range(args.repeat):
-            seconds["Trainer"].append(script(home))
-            seconds["raylm"].append(raylm(home))
-        for name, found in seconds.items():
-            print(f"{name:<8} {statistics.median(found):5.1f} s   {min(found):.1f} to {max(found):.1f}")
+        (home / "script.py").write_text(SCRIPT % home)
+        raylm(home, 1)  # which prepares the tokens
+        rows = {
+            "one worker": (lambda: script(home, 1), lambda: raylm(home, 1)),
+            "two workers": (lambda: script(home, 2), lambda: raylm(home, 2)),
+        }
+        for name, pair in rows.items():
+            compare(name, *pair, repeat=args.repeat)
+        show("raylm --help", [whole(["raylm", "--help"]) for _ in range(args.repeat + 1)][1:])
+        dry = ["raylm.train", "--dry-run", *settings(home, 1)]
+        show("raylm train --dry-run", [whole(dry) for _ in range(args.repeat + 1)][1:])
+        imports = [sys.executable, "-c", "import torch; from transformers import Trainer, GPT2LMHeadModel"]
+        show("import of the Trainer", [took(imports) for _ in range(args.repeat + 1)][1:])
+        if args.timeline is not None:
+            args.timeline.mkdir(exist_ok=True)
+            for workers in (1, 2):
+                raylm(home, workers, "--timeline", str(args.timeline / f"{workers}.json"))
 
 
-def script(home: Path) -> float:
+def compare(name: str, plain: Callable[[], float], raylm: Callable[[], float], *, repeat: int) -> None:
+    """Measure a script and raylm in turn, and print both and their ratio; the first of each does not count."""
+    pairs = [(plain(), raylm()) for _ in range(repeat + 1)][1:]
+    show(f"script, {name}", [script for script, _ in pairs])
+    show(f"raylm, {name}", [tool for _, tool in pairs])
+    ratios = [tool / script for script, tool in pairs]
+    print(f"{'ratio':<24} {statistics.median(ratios):5.2f}     {min(ratios):.2f} to {max(ratios):.2f}", flush=True)
+
+
+def show(name: str, seconds: list[float]) -> None:
+    print(f"{name:<24} {statistics.median(seconds):5.2f} s   {min(seconds):.2f} to {max(seconds):.2f}", flush=True)
+
+
+def script(home: Path, workers: int) -> float:
+    """Seconds until the first step of the Trainer by itself."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers > 1 else []
     began = time.time()
-    done = subprocess.run([sys.executable, "-c", SCRIPT % home], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(home / "script.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"} if workers > 1 else None,  # which torchrun sets with a warning
+    )
     return float(done.stdout.split()[0]) - began
 
 
-def raylm(home: Path) -> float:
+def settings(home: Path, workers: int) -> list[str]:
+    places = [f"storage={home}/runs", f"tracking.uri=sqlite:///{home}/mlflow.db", "name=start"]
+    return [*places, f"cluster.num_workers={workers}", *SIZES]
+
+
+def raylm(home: Path, workers: int, *options: str) -> float:
+    """Seconds until the first step of raylm train."""
     began = time.time()
-    settings = [f"storage={home}/runs", f"tracking.uri=sqlite:///{home}/mlflow.db", "name=start", *SIZES]
-    command = [sys.executable, "-m", "raylm.train", "--json", "--resume", "never", *settings]
+    command = [sys.executable, "-m", "raylm.train", "--json", "--resume", "never", *options, *settings(home, workers)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     run = json.loads(done.stdout)["run"]
     lines = (home / "runs" / "start" / run / "metrics.jsonl").read_text().splitlines()
     points = [json.loads(line) for line in lines]
     return min(point["time"] for point in points if "train/loss" in point.get("metrics", {})) / 1000 - began
+
+
+def whole(command: list[str]) -> float:
+    """Seconds that a command takes."""
+    return took([sys.executable, "-m", *command])
+
+
+def took(command: list[str]) -> float:
+    began = time.monotonic()
+    subprocess.run(command, capture_output=True, check=True)
+    return time.monotonic() - began
 
 
 if __name__ == "__main__":
