@@ -142,6 +142,7 @@ def test_a_masked_model_fills_its_masks(masked_directory):
         (["cluster.num_workers=2"], {"prompt": ["a"]}, "cluster.num_workers excludes --prompt"),
         (["corpus.paths=x"], {}, "corpus.paths needs --output"),
         (["corpus.paths=x", "corpus.validation_fraction=0.5"], {}, "nothing is held out"),
+        (["corpus.paths=x", "corpus.tokens=ids"], {}, "corpus.tokens: generate continues text"),
         ([], {"prompt": ["a"], "output": "x.jsonl"}, "--output .*x.jsonl needs corpus.paths"),
         (["corpus.paths=x"], {"output": "x.txt"}, "--output must be a file .*.jsonl or .parquet, got .*x.txt"),
         (["corpus.paths=x"], {"output": "there.jsonl"}, "there.jsonl exists already; give another, or --overwrite"),

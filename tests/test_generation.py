@@ -15,10 +15,11 @@ from transformers import (
 
 from raylm import generation
 from raylm.checkpoint import TrainedModel
-from raylm.config import TrainedTokenizer
+from raylm.config import CorpusConfig, TrainedTokenizer
 from raylm.corpus import Document
 from raylm.errors import ConfigError, DataError, StorageError
 from raylm.generation.documents import _Worker
+from raylm.generation.plan import Sections, _documents
 from raylm.generation.text_generator import _Draw, _Row
 
 CONTEXT = 24
@@ -287,3 +288,12 @@ def test_a_worker_answers_in_the_order_of_its_batch_and_hands_on_what_the_user_c
     worker = _Worker(lambda: generation.load("/nowhere", None, 0, False, 1, None))
     gone = pickle.loads(worker(row)["texts"])
     assert isinstance(gone, StorageError)
+
+
+@pytest.mark.parametrize(("deduplicate", "number"), [(False, 3), ("exact", 3), ("near", 2)])
+def test_of_near_duplicates_the_first_is_continued(tmp_path, deduplicate, number):
+    text = " ".join(f"word{index}" for index in range(200))
+    for name, content in {"a": text, "b": "something else", "c": f"{text} more"}.items():
+        (tmp_path / f"{name}.txt").write_text(content)
+    corpus = CorpusConfig(paths=f"{tmp_path}/*.txt", deduplicate=deduplicate, validation_fraction=0)
+    assert _documents(tmp_path / "out.jsonl", Sections(corpus=corpus), mask="").number == number

@@ -31,7 +31,7 @@ from raylm.corpus.reader import (
     nothing_left,
     shards,
 )
-from raylm.corpus.selection import SEEN, hashes, select, selected
+from raylm.corpus.selection import SEEN, hashes, records, select, selected
 from raylm.corpus.sources import File, Source
 from raylm.corpus.split import ENOUGH_UNITS, Holdout, holdout
 
@@ -60,6 +60,7 @@ __all__ = [
     "nothing_left",
     "profile",
     "readable",
+    "records",
     "select",
     "selected",
     "shards",

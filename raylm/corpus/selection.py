@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -34,10 +34,15 @@ def seen_type(corpus: CorpusConfig) -> np.dtype:
 def hashes(shard: Shard, corpus: CorpusConfig) -> bytes:
     """The record of each of a shard's documents that pass the filters: 10 bytes, or 122 if near duplicates count."""
     documents = kept(shard, corpus, Ledger())
+    return records(((content_hash(encoded), part.source, text) for part, text, encoded in documents), corpus)
+
+
+def records(documents: Iterable[tuple[int, int, str]], corpus: CorpusConfig) -> bytes:
+    """The record of each document, given as (hash, source, text), for `select`."""
     if corpus.deduplicate == "near":
-        near = [(content_hash(encoded), part.source, minhash.bands(text)) for part, text, encoded in documents]
+        near = [(digest, source, minhash.bands(text)) for digest, source, text in documents]
         return np.array(near, SEEN_NEAR).tobytes()
-    return np.array([(content_hash(encoded), part.source) for part, _, encoded in documents], SEEN).tobytes()
+    return np.array([(digest, source) for digest, source, _ in documents], SEEN).tobytes()
 
 
 def select(

@@ -132,6 +132,8 @@ def _parsed(settings: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
             )
         if name.startswith(("corpus.validation_", "corpus.test_", "corpus.split_by")):
             raise ConfigError(f"{name}: generate continues every document; nothing is held out", name)
+        if name == "corpus.tokens":
+            raise ConfigError(f"{name}: generate continues text; give its column as corpus.text", name)
     return given, dotted
 
 
@@ -217,16 +219,17 @@ def _documents(output: Path, sections: Sections, mask: str) -> Documents:
     ledger: Ledger = Ledger()
     with console.task("Reading", "documents") as advance:
 
-        def hashes(shards: list[Shard]) -> Iterator[bytes]:
-            for shard in shards:
-                seen = []
-                for document in corpus.documents(shard, section, ledger):
-                    seen.append((document.hash, document.source))
-                    ledger["with mask"] += mask in document.text
-                advance(ledger["kept"], None)
-                yield np.array(seen, corpus.SEEN).tobytes()
+        def read(shard: Shard) -> Iterator[tuple[int, int, str]]:
+            for document in corpus.documents(shard, section, ledger):
+                ledger["with mask"] += mask in document.text
+                yield document.hash, document.source, document.text
 
-        shards = corpus.select(corpus.shards(sources), hashes, section)
+        def records(shards: list[Shard]) -> Iterator[bytes]:
+            for shard in shards:
+                yield corpus.records(read(shard), section)
+                advance(ledger["kept"], None)
+
+        shards = corpus.select(corpus.shards(sources), records, section)
     has_mask = ledger.pop("with mask", 0)
     number = sum(int(np.unpackbits(np.frombuffer(shard.keep or b"", np.uint8)).sum()) for shard in shards)
     if not number:
