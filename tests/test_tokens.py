@@ -638,9 +638,11 @@ def test_data_sets_reach_the_store_through_ray(tmp_path, source):
     assert [store.tokenizer.decode(ids) for ids in store.train] == expected
 
 
-def test_duplicates_of_each_split_are_counted(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("hashes_at_once", [10_000_000, 5])
+def test_duplicates_of_each_split_are_counted(corpus, tmp_path, monkeypatch, hashes_at_once):
     """Those that are trained on and scored are warned of; without them nothing is."""
     monkeypatch.setattr(write, "_each", one_by_one)
+    monkeypatch.setattr(write, "HASHES_AT_ONCE", hashes_at_once)
     for name, text in {"40": "again", "41": "again", "42": "again", "43": "seen", "44": "once"}.items():
         (tmp_path / "corpus" / f"{name}.txt").write_text(text)
     (tmp_path / "held").mkdir()

@@ -25,9 +25,10 @@ LONG_CHARS = 250_000
 """Characters in different words longer than MOST_CHARS from which on pre-tokens are limited. 31 MB of the standard
 library have 15,000, and their tokenizer stays what it was."""
 
-DIFFERENT_CHARS = {"byte_bpe": 30_000_000, "wordpiece": 30_000_000, "unigram": 2_000_000}
+DIFFERENT_CHARS = {"byte_bpe": 20_000_000, "wordpiece": 20_000_000, "unigram": 1_000_000}
 """Characters in all different words, from which on a tokenizer is trained on less text, if they are more than
-MOST_DIFFERENT of it. Training a unigram takes 50 us and 200 bytes for each of them, a byte-level BPE 2.5 us and 80."""
+MOST_DIFFERENT of it. A byte-level BPE takes 2.8 us and 115 bytes for each of them, a unigram about 70 us and 200
+bytes."""
 
 MOST_DIFFERENT = 0.25
 """The part of a text's characters that are in different words: 0.05 of the standard library, 1 of DNA and base64."""

@@ -55,6 +55,9 @@ SAMPLE_BYTES = 2000
 CHECKED_BYTES = 500_000
 """Of text on which a fast encoder must agree with the tokenizer: well below a second."""
 
+HASHES_AT_ONCE = 10_000_000
+"""Hashes of documents, 8 bytes each, that are in memory while duplicates are counted."""
+
 SHARING_THREADS = 8
 """Shards that are shared with other stores at a time: each is a request to the storage, or the checksum of a file."""
 
@@ -372,19 +375,25 @@ def _split(written: list[dict[str, Any]], name: str) -> dict[str, Any]:
 def _repeated(path: str, splits: dict[str, Any]) -> Counter[str]:
     """The documents of each split that repeat an earlier one exactly, and those held out that are also trained on."""
     files = [(name, shard["file"]) for name in splits for shard in splits[name]["shards"]]
-    with ThreadPoolExecutor(SHARING_THREADS) as pool:
-        found = list(pool.map(lambda file: document_ids(f"{path}/{file[1]}"), files))
-    unique = {}
+    passes = -(-sum(split["documents"] for split in splits.values()) // HASHES_AT_ONCE)
     repeated: Counter[str] = Counter()
-    for name in splits:
-        ids = [each for (split, _), each in zip(files, found, strict=True) if split == name]
-        unique[name] = np.unique(np.concatenate([*ids, np.empty(0, np.uint64)]))
-        repeated[f"duplicates: in {name}"] = sum(map(len, ids)) - len(unique[name])
-    for name in splits:
-        if name != "train":
+    for number in range(passes):
+
+        def ids(file: tuple[str, str], number: int = number) -> np.ndarray:
+            found = document_ids(f"{path}/{file[1]}")
+            return found[found % np.uint64(passes) == number] if passes > 1 else found
+
+        with ThreadPoolExecutor(SHARING_THREADS) as pool:
+            found = list(pool.map(ids, files))
+        unique = {}
+        for name in splits:
+            of_split = [each for (split, _), each in zip(files, found, strict=True) if split == name]
+            unique[name] = np.unique(np.concatenate([*of_split, np.empty(0, np.uint64)]))
+            repeated[f"duplicates: in {name}"] += sum(map(len, of_split)) - len(unique[name])
+        for name in set(splits) - {"train"}:
             shared = np.intersect1d(unique[name], unique["train"], assume_unique=True)
-            repeated[f"{SEEN_IN_TRAINING}{name}"] = len(shared)
-    return +repeated
+            repeated[f"{SEEN_IN_TRAINING}{name}"] += len(shared)
+    return Counter({what: repeated[what] for what in sorted(repeated) if repeated[what]})
 
 
 def _of_source(written: list[dict[str, Any]], index: int, splits: Iterable[str]) -> dict[str, int]:
