@@ -190,6 +190,7 @@ PUBLIC = {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"}
 # Hooks ---------------------------------------------------------------------------------------------------------------
 
 TRAINER = "transformers.Trainer"
+SETUP = "ray.train.v2._internal.callbacks.backend_setup.BackendSetupCallback"
 CONTROLLER = "ray.tune.execution.tune_controller.TuneController"
 HOOKS = {
     TRAINER: {
@@ -221,6 +222,15 @@ HOOKS = {
     "transformers.generation.streamers.BaseStreamer": {
         "end": ("(self)", "transformers.generation.utils"),
         "put": ("(self, value)", "transformers.generation.utils"),
+    },
+    "ray.train.backend.Backend": {
+        "on_shutdown": ("(self, worker_group, backend_config)", f"{SETUP}.before_execution_group_shutdown"),
+        "on_start": ("(self, worker_group, backend_config)", f"{SETUP}.after_execution_group_start"),
+        "share_cuda_visible_devices": (None, "ray.train.v2._internal.callbacks.accelerators"),
+    },
+    "ray.train.backend.BackendConfig": {
+        "backend_cls": (None, f"{SETUP}.__init__"),
+        "train_func_context": (None, "ray.train.v2.api.data_parallel_trainer.DataParallelTrainer"),
     },
     "ray.tune.Callback": {
         "on_step_end": ("(self, iteration, trials, **info)", f"{CONTROLLER}.step"),
