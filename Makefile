@@ -1,13 +1,14 @@
 # make demo     installs raylm in .venv, then runs the main job: python -m raylm.tune
 # make test     installs what the tests need too, then runs every test but the slow ones; make test-all: those too
 # make lint     ruff and mypy
+# make bench    measures raylm beside other ways to do the same, under 30 minutes, and writes docs/performance.md
 # make setup    .venv with all of it; repeated only when pyproject.toml or constraints.txt change
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-all lint
+.PHONY: setup demo test test-all lint bench
 
 PYTHON ?= python3
 # By its path, so that a virtual environment that happens to be active makes no difference.
@@ -29,6 +30,9 @@ lint: setup
 	@$(VENV) -m ruff check .
 	@$(VENV) -m ruff format --check .
 	@$(VENV) -m mypy
+
+bench: setup
+	@$(VENV) benchmarks/bench.py
 
 # Everything that builds a package is installed first, in the versions of constraints.txt, because some dependencies of
 # the tests come as source only (rouge_score, sqlitedict, word2number) and a build in isolation ignores constraints.
