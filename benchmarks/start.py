@@ -11,15 +11,16 @@ number of workers is written, for ui.perfetto.dev.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+
+import turns
 
 SIZES = ["train.max_tokens=2560", "train.batch_tokens=512", "train.eval_every_tokens=2560", "eval.max_tokens=1000"]
 
@@ -51,36 +52,27 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
-        (home / "script.py").write_text(SCRIPT % home)
-        raylm(home, 1)  # which prepares the tokens
-        rows = {
-            "one worker": (lambda: script(home, 1), lambda: raylm(home, 1)),
-            "two workers": (lambda: script(home, 2), lambda: raylm(home, 2)),
-        }
-        for name, pair in rows.items():
-            compare(name, *pair, repeat=args.repeat)
-        show("raylm --help", [whole(["raylm", "--help"]) for _ in range(args.repeat + 1)][1:])
-        dry = ["raylm.train", "--dry-run", *settings(home, 1)]
-        show("raylm train --dry-run", [whole(dry) for _ in range(args.repeat + 1)][1:])
+        for workers in (1, 2):
+            turns.show(first_step(home, workers, args.repeat), f"s, {workers} worker{'s' * (workers > 1)}", "script")
         imports = [sys.executable, "-c", "import torch; from transformers import Trainer, GPT2LMHeadModel"]
-        show("import of the Trainer", [took(imports) for _ in range(args.repeat + 1)][1:])
+        whole = {
+            "raylm --help": [sys.executable, "-m", "raylm", "--help"],
+            "raylm train --dry-run": [sys.executable, "-m", "raylm.train", "--dry-run", *settings(home, 1)],
+            "import of the Trainer": imports,
+        }
+        ways = {name: functools.partial(took, command) for name, command in whole.items()}
+        turns.show(turns.in_turn(ways, args.repeat, warm_up=1), "s", "import of the Trainer")
         if args.timeline is not None:
             args.timeline.mkdir(exist_ok=True)
             for workers in (1, 2):
                 raylm(home, workers, "--timeline", str(args.timeline / f"{workers}.json"))
 
 
-def compare(name: str, plain: Callable[[], float], raylm: Callable[[], float], *, repeat: int) -> None:
-    """Measure a script and raylm in turn, and print both and their ratio; the first of each does not count."""
-    pairs = [(plain(), raylm()) for _ in range(repeat + 1)][1:]
-    show(f"script, {name}", [script for script, _ in pairs])
-    show(f"raylm, {name}", [tool for _, tool in pairs])
-    ratios = [tool / script for script, tool in pairs]
-    print(f"{'ratio':<24} {statistics.median(ratios):5.2f}     {min(ratios):.2f} to {max(ratios):.2f}", flush=True)
-
-
-def show(name: str, seconds: list[float]) -> None:
-    print(f"{name:<24} {statistics.median(seconds):5.2f} s   {min(seconds):.2f} to {max(seconds):.2f}", flush=True)
+def first_step(home: Path, workers: int, repeat: int) -> dict[str, list[float]]:
+    """Seconds to the first step of the script and of raylm in turn, after one of each that does not count."""
+    (home / "script.py").write_text(SCRIPT % home)
+    ways = {"script": lambda: script(home, workers), "raylm": lambda: raylm(home, workers)}
+    return turns.in_turn(ways, repeat, warm_up=1)  # the first raylm prepares the tokens
 
 
 def script(home: Path, workers: int) -> float:
@@ -113,12 +105,8 @@ def raylm(home: Path, workers: int, *options: str) -> float:
     return min(point["time"] for point in points if "train/loss" in point.get("metrics", {})) / 1000 - began
 
 
-def whole(command: list[str]) -> float:
-    """Seconds that a command takes."""
-    return took([sys.executable, "-m", *command])
-
-
 def took(command: list[str]) -> float:
+    """Seconds that a command takes."""
     began = time.monotonic()
     subprocess.run(command, capture_output=True, check=True)
     return time.monotonic() - began

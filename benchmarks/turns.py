@@ -8,13 +8,13 @@ import statistics
 from collections.abc import Callable, Mapping
 
 
-def in_turn(ways: Mapping[str, Callable[[], float]], repeat: int) -> dict[str, list[float]]:
-    """What each measures, `repeat` times one after the other."""
+def in_turn(ways: Mapping[str, Callable[[], float]], repeat: int, warm_up: int = 0) -> dict[str, list[float]]:
+    """What each measures, `repeat` times one after the other, after `warm_up` times that do not count."""
     found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeat):
+    for _ in range(warm_up + repeat):
         for name, measure in ways.items():
             found[name].append(measure())
-    return found
+    return {name: values[warm_up:] for name, values in found.items()}
 
 
 def ratios(found: Mapping[str, list[float]], name: str, beside: str) -> list[float]:
