@@ -238,6 +238,8 @@ FAULTS = {
     "corpus: {paths: [a, 5]}": "1:10 corpus.paths: must be text, a list of texts or a mapping of names to them, got "
     "['a', 5]",
     "corpus: {deduplicate: maybe}": "1:10 corpus.deduplicate: must be one of false, 'exact' or 'near', got 'maybe'",
+    "corpus: {tokens: ids}": "1:10 corpus.tokens: must come with tokenizer.path, the directory or Hub id of the "
+    "tokenizer that made them",
     "corpus: {tokens: ids, min_chars: 5}": "1:23 corpus.min_chars: is for text and cannot be given with corpus.tokens; "
     "leave it out",
     "corpus: {tokens: ids, split_by: passage}": "1:23 corpus.split_by: must be document with corpus.tokens, "

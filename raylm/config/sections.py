@@ -682,6 +682,10 @@ class Experiment(Section):
                 "tokenizer.train cannot be given with corpus.tokens: the ids are of the tokenizer that made them; give "
                 "its directory or Hub id as tokenizer.path"
             )
+        if self.tokenizer.path is None and self.model.path is None:
+            raise ValueError(
+                "corpus.tokens must come with tokenizer.path, the directory or Hub id of the tokenizer that made them"
+            )
 
     def _mixture_agrees(self) -> None:
         weights, names = self.blocks.mixture, self.corpus.source_names
