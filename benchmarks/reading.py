@@ -4,7 +4,7 @@ The built-in corpus in blocks of 32 to 256 tokens, one process, as torch's DataL
 tokens at a time (train.micro_batch_tokens).
 
     datasets   a Dataset of ready blocks, written and memory-mapped by `datasets`, rows by shuffled indices as NumPy
-    raylm      blocks.Stream over the token store: blocks cut out of the documents when they are read
+    raylm      examples.Stream over the token store: blocks cut out of the documents when they are read
 
 In turn, five times each. Also one example by itself: what it costs to go on in the middle.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 import turns
 from datasets import Dataset, disable_progress_bars, load_from_disk
 
-from raylm import blocks, cluster, config
+from raylm import blocks, cluster, config, examples
 from raylm import plan as plans
 from raylm.pipeline import stores
 
@@ -39,7 +39,7 @@ def main() -> None:
         for size in args.blocks:
             section = experiment.blocks.model_copy(update={"block_size": size})
             cut = blocks.build(store.train, section, store.frame("auto"))
-            stream = blocks.Stream(cut, seed=0, length=EXAMPLES)
+            stream = examples.Stream(cut, seed=0, length=EXAMPLES)
             Dataset.from_dict({"input_ids": [cut[index] for index in range(len(cut))]}).save_to_disk(f"{home}/{size}")
             rows = load_from_disk(f"{home}/{size}").with_format("numpy")
             order = [stream.index(k) for k in range(EXAMPLES)]

@@ -55,14 +55,14 @@ def simulate(directory: Path, tokens: int) -> int:
 
 
 def measure(directory: str) -> None:
-    from raylm import blocks, tokens
+    from raylm import blocks, examples, tokens
     from raylm.config import BlocksConfig
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
     store = tokens.open_store(directory)
     cut = blocks.build(store.train, BlocksConfig(block_size=1024), store.frame("auto"))
-    stream = blocks.Stream(cut, seed=0, length=2 * len(cut))
+    stream = examples.Stream(cut, seed=0, length=2 * len(cut))
     opened = time.perf_counter()
     stream.index(len(cut))
     first = time.perf_counter()

@@ -103,21 +103,16 @@ def alternate(args: argparse.Namespace, measured_steps: int) -> tuple[dict[str, 
             stop(step)
             start("raylm", step)
 
-    class Alone(training.SingleProcess):
-        def report(self, metrics: dict[str, Any]) -> None:
-            """Nobody asks."""
-
-        def lost_nodes(self) -> list[str]:
-            return []
-
     made = loops.experiment(args, args.home)
     store, _ = stores.open_or_prepare(plans.resolve_tokens(made))
     started = runs.start_or_resume(made, "train", store.fingerprint, "never")
     run = tracking.start(made.tracking, experiment="step", name=started.name, tags={}, directory=started.directory)
-    task = training.TrainTask(made, store.path, budget.for_store(made, store), run, started.directory, Alone)
+    task = training.TrainTask(
+        made, store.path, budget.for_store(made, store), run, started.directory, training.SingleProcess
+    )
     trainer._Reporting = Alternating
     with tempfile.TemporaryDirectory() as directory:
-        trainer.build(task, Alone(), Path(directory)).run()
+        trainer.build(task, training.SingleProcess(), Path(directory)).run()
     if found := running.pop("profile", None):  # the last step's, with the final evaluation and checkpoint
         found.__exit__(None, None, None)
     count = min(map(len, seconds.values()))

@@ -136,7 +136,7 @@ def blocks_of(args: argparse.Namespace):
     """The store's examples in raylm's order of training, as rows of token ids; and the model of a run."""
     import torch
 
-    from raylm import blocks, model, tokens
+    from raylm import blocks, examples, model, tokens
     from raylm import plan as plans
     from raylm.pipeline import stores
 
@@ -144,7 +144,7 @@ def blocks_of(args: argparse.Namespace):
     store, _ = stores.open_or_prepare(plans.resolve_tokens(made))
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     cut = blocks.build(tokens.open_store(store.path).train, made.blocks, store.frame("auto"))
-    stream = blocks.Stream(cut, seed=0, length=args.steps * args.batch)
+    stream = examples.Stream(cut, seed=0, length=args.steps * args.batch)
     network = model.build(made.model, store.tokenizer, block_size=args.block, seed=0, masked=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [stream[number] for number in range(len(stream))], network.to(device).train(), device

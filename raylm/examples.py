@@ -40,7 +40,8 @@ class Examples(Protocol):
 
 
 def of_sources(split: Split, section: BlocksConfig, frame: Frame) -> dict[str, Blocks]:
-    """The blocks of each source that blocks.mixture gives a weight; those of the whole split, as "", without one.
+    """The blocks of each source that blocks.mixture gives a weight; without a mixture those of the whole split, under
+    the key "".
 
     DataError if a source has no block.
     """
@@ -68,9 +69,9 @@ def build(split: Split, section: BlocksConfig, frame: Frame, *, seed: int, lengt
 
 
 def shares(section: BlocksConfig) -> dict[str, float]:
-    """The share of each source in the training examples; that of the whole split, as "", without a mixture."""
+    """The share of each source of a mixture in the training examples."""
     total = sum(section.mixture.values())
-    return {name: weight / total for name, weight in section.mixture.items() if weight} or {"": 1.0}
+    return {name: weight / total for name, weight in section.mixture.items() if weight}
 
 
 class Stream:
@@ -104,6 +105,7 @@ class Stream:
     def index(self, k: int) -> int:
         """The block that is example k."""
         epoch, position = divmod(k, len(self.blocks))
+        # Without the number of the first source, so that a run without a mixture keeps the order that it had.
         key = (self.seed, epoch, self.number) if self.number else (self.seed, epoch)
         return permuted(position, len(self.blocks), key)
 

@@ -245,6 +245,8 @@ def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:
     kept = {
         key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{free}.") for free in may_change)
     }
+    if experiment.tune.weights:  # they choose the best checkpoint of a training
+        kept["tune.metric"] = dict(experiment.tune.weights)
     return {**kept, "tokenizer.prefix": experiment.tokenizer.prefix, "tokens": store}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import json
+import logging
 import os
 import threading
 import time
@@ -23,8 +24,12 @@ from typing import Any
 
 from raylm.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 VARIABLE = "RAYLM_TIMELINE"
 """The environment variable with the directory."""
+
+_writing = threading.Lock()
 
 SHORTEST_IMPORT_SECONDS = 0.02
 """Shorter imports are left out: a training imports some 6,000 modules."""
@@ -46,8 +51,20 @@ def recorded(file: Path) -> Iterator[None]:
             yield
         finally:
             del os.environ[VARIABLE]
-            events = [json.loads(line) for path in Path(directory).iterdir() for line in path.read_text().splitlines()]
-            file.write_text(json.dumps({"traceEvents": events}) + "\n", encoding="utf-8")
+            try:
+                file.write_text(json.dumps({"traceEvents": _events(Path(directory))}) + "\n", encoding="utf-8")
+            except OSError as error:  # the result of the command is worth more
+                logger.warning(f"--timeline {file}: cannot be written: {error.strerror}")
+
+
+def _events(directory: Path) -> list[dict[str, Any]]:
+    """The events of all processes, without a line that a killed one has left half written."""
+    found = []
+    for path in directory.iterdir():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
 
 
 def is_recorded() -> bool:
@@ -97,6 +114,7 @@ def _add(name: str, kind: str, **more: Any) -> None:
 def _write(events: list[dict[str, Any]]) -> None:
     lines = "".join(f"{json.dumps(event)}\n" for event in events)
     with (
+        _writing,
         contextlib.suppress(OSError, KeyError),  # a directory of another machine, or the command has just ended
         open(f"{os.environ[VARIABLE]}/{os.getpid()}.jsonl", "a", encoding="utf-8") as file,
     ):

@@ -27,7 +27,10 @@ def test_the_main_job_twice(tmp_path):
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     assert len(runs) == 1 + len(first["trials"])
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert len({frozenset(run.data.params) for run in runs}) == 1
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    (parent,) = [run for run in runs if run not in children]
+    (of_trials,) = {frozenset(run.data.params) for run in children}
+    assert of_trials - set(parent.data.params) == set(first["best"]["settings"])
     assert all(math.isfinite(value) for run in runs for value in run.data.metrics.values())
     second = tune(tmp_path, "tune.num_samples=1", "train.max_tokens=40_000")
     assert (first["tokens_reused"], second["tokens_reused"]) == (False, True)

@@ -16,7 +16,7 @@ from transformers import (
 from raylm import generation
 from raylm.checkpoint import TrainedModel
 from raylm.config import CorpusConfig, TrainedTokenizer
-from raylm.corpus import Document
+from raylm.corpus import Document, File
 from raylm.errors import ConfigError, DataError, StorageError
 from raylm.generation.documents import _Worker
 from raylm.generation.plan import Sections, _documents
@@ -277,7 +277,10 @@ def hash_of(text):
 
 
 def test_a_worker_answers_in_the_order_of_its_batch_and_hands_on_what_the_user_can_mend(directory):
-    batch = [Document(text, len(text), hash_of(text), source, False) for source, text in enumerate(["def ", "x"])]
+    batch = [
+        Document(text, len(text), hash_of(text), source, "train", File("a.txt", 0, ""))
+        for source, text in enumerate(["def ", "x"])
+    ]
     row = {"batch": pickle.dumps(batch)}
     answers = pickle.loads(_Worker(lambda: text_generator(directory))(row)["texts"])
     assert [(answer.prompt, answer.source, answer.hash) for answer in answers] == [

@@ -18,10 +18,10 @@ from raylm.training import launch
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
 
-def noting(what, marks: Path):
+def noting(what, marks: Path, base=training.RayTrainSession):
     """A session whose workers each leave `what(trainer)` of their last forward pass in a file."""
 
-    class Noting(training.RayTrainSession):
+    class Noting(base):
         def __init__(self):
             super().__init__()
             from raylm.training import trainer
@@ -176,7 +176,7 @@ def mixed_precision(trainer):
 @pytest.mark.slow
 def test_half_precision(tiny, train_run, tmp_path):
     experiment = tiny("train.max_tokens=512", "train.precision=bfloat16")
-    outcome, job = train_run(experiment, noting(mixed_precision, tmp_path))
+    outcome, job = train_run(experiment, noting(mixed_precision, tmp_path, training.SingleProcess))
     assert json.loads((tmp_path / "0").read_text()) == "bf16"
     assert outcome.best["perplexity"] == pytest.approx(scored(job, outcome, experiment), rel=1e-6)
 
@@ -199,7 +199,7 @@ def test_scores_are_in_their_own_precision_whatever_that_of_the_training(tiny, t
 def test_a_compiled_model_trains_as_one_that_is_not(tiny, train_run, tmp_path):
     experiment = tiny("train.max_tokens=512")
     compiled = override(experiment, {"train.arguments.torch_compile": True})
-    outcome, job = train_run(compiled, noting(compiled_graphs, tmp_path))
+    outcome, job = train_run(compiled, noting(compiled_graphs, tmp_path, training.SingleProcess))
     plain, _ = train_run(experiment)
     assert json.loads((tmp_path / "0").read_text()) > 0
     assert outcome.best["perplexity"] == pytest.approx(plain.best["perplexity"], rel=0.05)  # dropout differs

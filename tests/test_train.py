@@ -59,7 +59,7 @@ def test_data_seed_orders_the_examples_and_seed_makes_the_weights(one_worker, tm
         seeded = override(experiment, {f"train.{name}": seed for name, seed in seeds.items()})
         task = training.TrainTask(seeded, store.path, budget.for_store(seeded, store), run, str(tmp_path))
         made = trainer.build(task, Here(), tmp_path)
-        order = [made.train_dataset.stream.index(number) for number in range(len(made.train_dataset))]
+        order = [made.train_dataset.examples.index(number) for number in range(len(made.train_dataset))]
         return made.model.transformer.wte.weight.detach().clone(), order, made.data_collator.seed
 
     weights, order, random = built(seed=1)

@@ -204,10 +204,10 @@ def test_models_with_other_tokenizers_differ_in_bits_per_byte(two):
 
 
 @pytest.mark.slow
-def test_two_trainings_differ_by_the_text_of_their_store(ray_cluster, tiny):
+def test_two_trainings_differ_by_the_text_of_their_store(ray_cluster, tiny, tmp_path):
     directories = []
     for rate in ("2e-2", "1e-3"):
-        experiment = tiny(f"train.learning_rate={rate}", "eval.max_tokens=400")
+        experiment = tiny(f"storage={tmp_path}", f"train.learning_rate={rate}", "eval.max_tokens=400")
         directories.append(f"{experiment.storage}/tiny/{api.train(experiment).run}")
     record = compare(directories, where=True, where_keyword=["cat"]).record["where"]
     assert record["notes"] == []

@@ -87,7 +87,8 @@ def connect(section: ClusterConfig, *, trials: int = 1, decided: float | None = 
             raise
         finally:
             if timeline.is_recorded():
-                timeline.add(ray.timeline())
+                with contextlib.suppress(Exception):  # Ray may be what failed
+                    timeline.add(ray.timeline())
             # Ray ends the process (exit 1, "the core worker has already been shutdown") if a thread, such as the one
             # that imports MLflow, frees objects of Ray Data while Ray shuts down.
             gc.collect()

@@ -78,6 +78,8 @@ def _named_paths(value: Any) -> Any:
 def _metric(value: Any) -> Any:
     """A score or a mapping of weights; checked here so that an error names all that is accepted."""
     if isinstance(value, Mapping):
+        if not value:
+            raise ValueError("must have a weight for at least one source or set, got {}")
         for name, weight in value.items():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
                 raise ValueError(f"must have a weight above 0 for {name}, got {weight!r}")
@@ -758,7 +760,16 @@ class Experiment(Section):
                 raise ValueError(f"tune.points must have keys of tune.space, got {unknown[0]}")
 
     def _weights_agree(self) -> None:
-        tune, known = self.tune, (*self.corpus.source_names, *self.eval.sets)
+        tune, sources, sets = self.tune, self.corpus.source_names, tuple(self.eval.sets)
+        known = (*sources, *sets)
+        for name in tune.weights:
+            if name in sources and name in sets:
+                raise ValueError(f"tune.metric must name one thing by {name}: it is a source and a set of eval.paths")
+            if name in sources and self.corpus.validation_paths:
+                raise ValueError(
+                    f"tune.metric must have sets of eval.paths with corpus.validation_paths, got source {name}: "
+                    "validation text of its own has no names"
+                )
         if unknown := [name for name in tune.weights if name not in known]:
             raise ValueError(
                 "tune.metric must have names of sources of corpus.paths or of sets of eval.paths"

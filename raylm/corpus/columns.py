@@ -139,8 +139,8 @@ class _TokenIds(Columns):
 
     def _texts(self, value: Any, name: str) -> Any:
         if isinstance(value, str) and re.fullmatch(r"[\d\s]*", value):  # as a .csv has them
-            return " ".join(value.split())
-        if not isinstance(value, (list, tuple)) or not all(type(id) is int and id >= 0 for id in value):
+            value = [int(id) for id in value.split()]
+        if not isinstance(value, (list, tuple)) or not all(type(id) is int and 0 <= id < 2**32 for id in value):
             raise LookupError(f"corpus.tokens: column {name!r} must hold a list of token ids, got {_shown(value)}")
         return " ".join(map(str, value))
 

@@ -57,6 +57,7 @@ class Document(NamedTuple):
     """64 bits of blake2b of the text: the same text has the same hash everywhere."""
     source: int
     split: SplitName
+    file: File
 
 
 def nothing_left(ledger: Mapping[str, int]) -> DataError:
@@ -126,11 +127,11 @@ def documents(
     by_passage = corpus.split_by == "passage" and (validation_below or test_from < 2**64)
     for part, text, encoded in kept(shard, corpus, ledger, reject):
         if by_passage and part.split == "train":
-            yield from _split(text, part.source, split_of, ledger)
+            yield from _split(text, part, split_of, ledger)
         else:
             digest = content_hash(encoded)
             split = split_of(digest) if part.split == "train" else part.split
-            yield Document(text, len(encoded), digest, part.source, split)
+            yield Document(text, len(encoded), digest, part.source, split, part.file)
 
 
 def held_out(corpus: CorpusConfig) -> tuple[float, float]:
@@ -140,7 +141,7 @@ def held_out(corpus: CorpusConfig) -> tuple[float, float]:
     return validation_below, test_from
 
 
-def _split(text: str, source: int, split_of: Callable[[int], SplitName], ledger: Ledger) -> Iterator[Document]:
+def _split(text: str, part: FilePart, split_of: Callable[[int], SplitName], ledger: Ledger) -> Iterator[Document]:
     """Each held-out passage as a document of its own, the text between two of them as a training document.
 
     Training passages are joined, so that the model sees long stretches of text, with an end-of-text token only where a
@@ -150,7 +151,7 @@ def _split(text: str, source: int, split_of: Callable[[int], SplitName], ledger:
 
     def document(text: str, split: SplitName) -> Document:
         encoded = text.encode()
-        return Document(text, len(encoded), content_hash(encoded), source, split)
+        return Document(text, len(encoded), content_hash(encoded), part.source, split, part.file)
 
     training: list[str] = []
     for passage in passages(text):

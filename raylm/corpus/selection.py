@@ -148,8 +148,8 @@ def _groups(seen: np.ndarray, corpus: CorpusConfig) -> np.ndarray:
 def _duplicates(
     seen: np.ndarray, groups: np.ndarray, split: np.ndarray, keep: np.ndarray, corpus: CorpusConfig
 ) -> Counter[str]:
-    """How many documents are left out as duplicates that are near ones, and of how many the kept one is in another
-    split: those would have been in training and in a score."""
+    """Counts of the documents left out as duplicates: those that are only nearly the same as the kept one, and those
+    whose kept one is in another split, so that without corpus.deduplicate one text would be trained on and scored."""
     left_out = np.flatnonzero(~keep & np.isin(groups, groups[keep]))
     if not len(left_out):
         return Counter()

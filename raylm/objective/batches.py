@@ -83,13 +83,13 @@ def check_settings(
 
 
 class NumberedExamples(Dataset):
-    """A Stream whose examples have their number, starting with number `first`."""
+    """The training examples with their numbers, starting with number `first`."""
 
-    def __init__(self, stream: Examples, first: int = 0):
-        self.stream, self.first = stream, first
+    def __init__(self, examples: Examples, first: int = 0):
+        self.examples, self.first = examples, first
 
     def __len__(self) -> int:
-        return len(self.stream)
+        return len(self.examples)
 
     def __getitem__(self, k: int) -> Example:
         return self.__getitems__([k])[0]
@@ -97,7 +97,7 @@ class NumberedExamples(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         """A micro-batch: what torch's DataLoader asks for in the place of one example after another."""
         numbers = [(self.first + k) % len(self) for k in indices]  # one batch is read ahead and not used
-        return list(zip(numbers, self.stream.rows(numbers), strict=True))
+        return list(zip(numbers, self.examples.rows(numbers), strict=True))
 
 
 class Collator:

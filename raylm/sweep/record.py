@@ -85,8 +85,8 @@ class Trial:
 def by_rank(trials: Collection[Trial], metric: str) -> list[Trial]:
     """Trials in the order of a sweep's table. The one with the best score is first.
 
-    Then come those that trained to their own end, by score, and those that were stopped before: who got further is
-    higher, because the scheduler has compared them at equal tokens. Trials without a score are last.
+    Then come those that trained to their own end, by score, and those that were stopped before: those that got further
+    are higher, because the scheduler has compared them at equal tokens. Trials without a score are last.
     """
     best = min((score for trial in trials if (score := trial.score(metric)) is not None), default=math.nan)
 

@@ -172,12 +172,13 @@ def same(path: str, other: str) -> bool:
 
 
 def rules(path: str) -> str:
-    """All that the ids of a text depend on, and the spelling of the special tokens; the same for equal tokenizers."""
+    """All that the ids of a text depend on, and which special tokens there are; the same for equal tokenizers."""
     tokenizer = load(path)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # written in Python
         return json.dumps(fingerprint(TokenizerConfig(path=path)), sort_keys=True)
-    return json.dumps([backend.to_str(), sorted(tokenizer.all_special_tokens)])
+    names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return json.dumps([backend.to_str(), sorted(tokenizer.all_special_tokens), names], sort_keys=True)
 
 
 def fingerprint(section: TokenizerConfig) -> dict[str, str]:

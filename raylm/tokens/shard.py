@@ -40,7 +40,7 @@ def write_shard(path: str, index: int, shard: Shard, key: str, corpus: CorpusCon
 
     for document in documents(shard, corpus, ledger, reject):
         if isinstance(encode, tokenizers.GivenIds):
-            text = _checked(document, shard, encode, ledger, reject if corpus.on_bad_row == "skip" else None)
+            text = _checked(document, encode, ledger, reject if corpus.on_bad_row == "skip" else None)
             if text is None:
                 continue
             document = text
@@ -60,7 +60,6 @@ FRAMES = "removed: "
 
 def _checked(
     document: Document,
-    shard: Shard,
     given: tokenizers.GivenIds,
     ledger: Ledger,
     reject: Callable[[File, BadDocument], None] | None,
@@ -70,12 +69,11 @@ def _checked(
     None if it has no others, or if it is rejected because an id is not in the vocabulary; a DataError without `reject`.
     """
     ledger.subtract({"bytes": document.num_bytes, "kept bytes": document.num_bytes})  # of decimal numbers
-    file = next(part.file for part in shard.parts if part.source == document.source)
     if (id := given.outside(document.text)) is not None:
         fault = BadDocument("", f"token id {id:,} is not in the vocabulary of the tokenizer that made the ids")
         if reject is None:
-            raise fault.error(file)
-        reject(file, fault)
+            raise fault.error(document.file)
+        reject(document.file, fault)
         ledger.subtract(["kept"])
         ledger["bad rows"] += 1
         return None

@@ -22,7 +22,7 @@ class SourceSplit:
         self._runs = [
             (shard, int(first), int(last))
             for shard in range(len(split.shards))
-            for first, last in _runs(np.isin(split.document_sources(shard), _numbers(split, source)))
+            for first, last in _runs(split.is_of(source, shard))
         ]
         """(shard, first row, row after the last one)"""
         self._arrays: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -59,10 +59,6 @@ class SourceSplit:
 
     def __reduce__(self) -> tuple:
         return SourceSplit, (self.split, self.source)
-
-
-def _numbers(split: Split, source: str) -> list[int]:
-    return [number for number, label in enumerate(split.sources) if label == source]
 
 
 def _runs(mask: np.ndarray) -> np.ndarray:

@@ -97,10 +97,14 @@ class Split:
         number, numbers = self._batch(shard)["source"][row].as_py(), self._numbers[shard]
         return self.sources[number if numbers is None else numbers[number]]
 
-    def document_sources(self, shard: int) -> np.ndarray:
-        """For each document of a shard the number of its path among `sources`."""
-        found, numbers = self._batch(shard)["source"].to_numpy(), self._numbers[shard]
-        return found if numbers is None else np.array(numbers)[found]
+    def is_of(self, source: str, shard: int | None = None) -> np.ndarray:
+        """For each document of the split, or of one shard, whether it is from the source of this name."""
+        if shard is None:
+            every = [self.is_of(source, each) for each in range(len(self.shards))]
+            return np.concatenate([np.zeros(0, bool), *every])
+        numbers = self._numbers[shard] or range(len(self.sources))
+        own = [at for at, number in enumerate(numbers) if self.sources[number] == source]
+        return np.isin(self._batch(shard)["source"].to_numpy(), own)
 
     def arrays(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all documents of the shard, offset of each document and of the end)."""
@@ -454,10 +458,14 @@ def write(store: str, name: str, content: Any) -> None:
 
 def document_ids(path: str) -> np.ndarray:
     """The hash of each document of a shard's file, without reading its tokens."""
-    with storage.reading(path) if is_remote(path) else pa.memory_map(path) as stream:
-        schema = pa.ipc.open_file(stream).schema
-        options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index("doc_id")])
-        return pa.ipc.open_file(stream, options=options).get_batch(0)["doc_id"].to_numpy().copy()
+
+    def act() -> np.ndarray:
+        with storage.reading(path) if is_remote(path) else pa.memory_map(path) as stream:
+            schema = pa.ipc.open_file(stream).schema
+            options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index("doc_id")])
+            return pa.ipc.open_file(stream, options=options).get_batch(0)["doc_id"].to_numpy().copy()
+
+    return storage.retried(path, act)
 
 
 def checksum(content: Any) -> str:

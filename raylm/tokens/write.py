@@ -385,14 +385,14 @@ def _repeated(path: str, splits: dict[str, Any]) -> Counter[str]:
 
         with ThreadPoolExecutor(SHARING_THREADS) as pool:
             found = list(pool.map(ids, files))
-        unique = {}
+        hashes = {}
         for name in splits:
             of_split = [each for (split, _), each in zip(files, found, strict=True) if split == name]
-            unique[name] = np.unique(np.concatenate([*of_split, np.empty(0, np.uint64)]))
-            repeated[f"duplicates: in {name}"] += sum(map(len, of_split)) - len(unique[name])
-        for name in set(splits) - {"train"}:
-            shared = np.intersect1d(unique[name], unique["train"], assume_unique=True)
-            repeated[f"{SEEN_IN_TRAINING}{name}"] += len(shared)
+            hashes[name] = np.concatenate([np.empty(0, np.uint64), *of_split])
+        for name, own in hashes.items():
+            repeated[f"duplicates: in {name}"] += len(own) - len(np.unique(own))
+            if name != "train":
+                repeated[f"{SEEN_IN_TRAINING}{name}"] += int(np.isin(own, hashes["train"]).sum())
     return Counter({what: repeated[what] for what in sorted(repeated) if repeated[what]})
 
 

@@ -58,6 +58,7 @@ def start(
         check_uri(section.uri)
         storage.check_stays("tracking.uri", display_uri(section.uri))
     run = Run(storage.absolute(directory), section.uri)
+    _opening.pop(run.directory, None)  # of an earlier start in this process
     opens_beside = not waits and section.uri is not None and section.uri.startswith(("sqlite:", "http://", "https://"))
     if opens_beside:
         _check_file(run)

@@ -99,7 +99,8 @@ def _in_local_mode(task: TrainTask) -> Outcome:
 def _in_process(task: TrainTask) -> Outcome:
     """Train in another process of this machine."""
     with cluster.local_worker() as process:
-        return process.call(training.train_loop_per_worker, dataclasses.replace(task, session=training.SingleProcess))
+        alone = dataclasses.replace(task, session=task.session or training.SingleProcess)
+        return process.call(training.train_loop_per_worker, alone)
 
 
 def with_smaller_batches(task: TrainTask, train: Callable[[], Outcome]) -> Outcome:

@@ -94,7 +94,8 @@ class TrainTask:
     run: Run
     directory: str
     """The directory of the run."""
-    session: type[Session] = RayTrainSession
+    session: type[Session] | None = None
+    """Default: SingleProcess in a process of the command's own, else RayTrainSession."""
     channel: Any = None
     """A progress channel of the package cluster, or None."""
     sets: Mapping[str, str] = field(default_factory=dict)

@@ -237,7 +237,7 @@ class _Trainer(ShardingTrainer):
     # Examples
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # a Stream is in training order already
+        return SequentialSampler(self.train_dataset)  # examples are in training order already
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         samples = super().get_batch_samples(*args, **kwargs)
@@ -291,7 +291,10 @@ class _Trainer(ShardingTrainer):
         if not math.isfinite(score.perplexity):
             raise CollectiveError(self.gradients.diverged(f"perplexity is {score.perplexity} at step {step}"))
         by_source = self._by_source(rows)
-        self.latest = self._evaluation(step, score.perplexity, score.bits_per_byte, self._weighted(by_source | sets))
+        weighted = self._weighted(by_source | sets)
+        if weighted is not None and not math.isfinite(weighted):
+            raise CollectiveError(self.gradients.diverged(f"weighted_nll is {weighted} at step {step}"))
+        self.latest = self._evaluation(step, score.perplexity, score.bits_per_byte, weighted)
         ranked_by = "weighted_nll" if self.latest.get("weighted_nll") is not None else "perplexity"
         is_best = not self.best or self.latest[ranked_by] < self.best[ranked_by]
         if is_best:
@@ -327,9 +330,7 @@ class _Trainer(ShardingTrainer):
         split, names = self.store.validation, self.task.experiment.corpus.source_names
         if not names:
             return {}
-        paths = np.concatenate([split.document_sources(shard) for shard in range(len(split.shards))])[: len(rows)]
-        labels = np.array(split.sources)[paths]
-        scores = {name: Score.of(rows[labels == name]) for name in names}
+        scores = {name: Score.of(rows[split.is_of(name)[: len(rows)]]) for name in names}
         return {name: score for name, score in scores.items() if score.tokens}
 
     def _weighted(self, scores: Mapping[str, Score]) -> float | None:
@@ -339,9 +340,10 @@ class _Trainer(ShardingTrainer):
             return None
         missing = [name for name in weights if name not in scores]
         if missing:
-            raise CollectiveError(
-                ConfigError(f"tune.metric.{missing[0]}: no scored document is of {missing[0]}", "tune.metric")
-            )
+            limit = self.task.experiment.eval.max_tokens
+            way_out = "leave it out" if limit is None else f"raise eval.max_tokens, now {limit:,}, or leave it out"
+            fault = f"tune.metric.{missing[0]}: no scored document is of {missing[0]}; {way_out}"
+            raise CollectiveError(ConfigError(fault, "tune.metric"))
         total = sum(weight * scores[name].nll / scores[name].tokens for name, weight in weights.items())
         return total / sum(weights.values())
 

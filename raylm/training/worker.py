@@ -8,14 +8,14 @@ import numpy as np
 
 from raylm import checkpoint, model, objective, perplexity, probe, scratch, storage, timeline, tokens
 from raylm.config import Experiment
-from raylm.training.session import CollectiveError, Outcome, ScoreTask, TrainTask
+from raylm.training.session import CollectiveError, Outcome, RayTrainSession, ScoreTask, TrainTask
 
 
 def train_loop_per_worker(task: TrainTask) -> Outcome:
     """Train one model to the end of its budget, from its newest checkpoint if it has one."""
     from raylm.training import trainer  # 4 s, which a process that only starts workers does not need
 
-    session = task.session()
+    session = (task.session or RayTrainSession)()
     timeline.start(f"worker {session.rank}")
     cpus = task.experiment.cluster.cpus_per_worker
     assert cpus != "auto", "it is decided when a run starts (runs.ActiveRun.settled)"
