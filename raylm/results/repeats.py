@@ -74,8 +74,7 @@ class Repeats:
         if ties:
             least = max(each.least_percent or 0.0 for each in ties)
             names = " and ".join(short_id(each.trial_id) for each in ties)
-            shown = f"{least:,.0f}" if least >= 10 else f"{least:.2g}"
-            parts.append(f"as good as those of {names}, as far as these runs tell: only {shown} % or more would show")
+            parts.append(f"as good as those of {names}, as far as these runs tell: {_least(least)}")
         failed = sum(each.failed for each in self.settings)
         without = f"; {failed} repeat{'s have' if failed > 1 else ' has'} no score" if failed else ""
         return f"{over} {', and '.join(parts)}{without}"
@@ -141,6 +140,13 @@ def compare(rows: Sequence[TrialRow], *, has_patience: bool) -> Repeats | None:
             )
         )
     return Repeats(found)
+
+
+def _least(percent: float) -> str:
+    """The smallest difference in perplexity that would show."""
+    if percent >= 100:  # of two runs each, Student's t has one degree of freedom
+        return "only more than twice the perplexity would show, and more tune.repeats tell more"
+    return f"only {f'{percent:.0f}' if percent >= 10 else f'{percent:.2g}'} % or more would show"
 
 
 def _figures(difference: statistics.Difference) -> dict[str, float]:
