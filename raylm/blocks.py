@@ -28,17 +28,6 @@ from raylm.tokenizer import Frame
 from raylm.tokens import SourceSplit, Split
 
 
-def cut(values: np.ndarray, offsets: np.ndarray, start: int, stop: int, frame: Frame) -> np.ndarray:
-    """Positions start:stop of the documents joined with their frames, int64.
-
-    `values` are the concatenated ids of all documents. Document j is values[offsets[j]:offsets[j + 1]]; its frame
-    starts at offsets[j] + j * frame.in_stream of the joined stream.
-    """
-    rows = _Rows(1, stop - start, values.dtype, frame)
-    rows.append_stream(values.data, offsets.data, start, stop)
-    return rows.finish()[0]
-
-
 class _Rows:
     """The rows of a batch, copied one after another into one buffer of the store's own type.
 
@@ -56,7 +45,11 @@ class _Rows:
         self._prefixes: list[int] = []
 
     def append_stream(self, values: memoryview, offsets: memoryview, start: int, stop: int) -> None:
-        """Positions start:stop of the joined stream of a shard."""
+        """Positions start:stop of the documents of a shard, joined with their frames.
+
+        `values` are the concatenated ids of all documents. Document j is values[offsets[j]:offsets[j + 1]]; its frame
+        starts at offsets[j] + j * frame.in_stream of the joined stream.
+        """
         around = self._frame.in_stream
         document = bisect.bisect_right(range(len(offsets)), start, key=lambda j: offsets[j] + j * around) - 1
         while start < stop:

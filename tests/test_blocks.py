@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from raylm.blocks import Packed, batch, build, cut
+from raylm.blocks import Packed, _Rows, batch, build
 from raylm.config import BlocksConfig
 from raylm.examples import Stream
 from raylm.tokenizer import Frame
@@ -66,7 +66,9 @@ def test_every_window_of_the_joined_stream(frame):
     values, offsets = Documents(documents).arrays(0)
     for start in range(len(joined)):
         for stop in range(start + 1, min(start + 20, len(joined)) + 1):
-            assert cut(values, offsets, start, stop, frame).tolist() == joined[start:stop]
+            rows = _Rows(1, stop - start, values.dtype, frame)
+            rows.append_stream(values.data, offsets.data, start, stop)
+            assert rows.finish().tolist() == [joined[start:stop]]
 
 
 @pytest.mark.parametrize("shards", [[DOCUMENTS], [DOCUMENTS[:1], DOCUMENTS[1:]], [[d] for d in DOCUMENTS]])

@@ -64,7 +64,7 @@ def mentioned(tree: ast.AST) -> list[str]:
 
 
 def inner(name: str) -> str | None:
-    """blocks of raylm.blocks.cut; None of any other name."""
+    """blocks of raylm.blocks.batch; None of any other name."""
     parts = name.split(".")
     return parts[1] if parts[0] == "raylm" and len(parts) > 1 else None
 

@@ -85,10 +85,10 @@ def _join(address: str, port: int, rank: int, world_size: int, config: ProcessGr
         _setup_torch_process_group(config.backend, rank, world_size, "env://", config.timeout_s)
 
 
-def _leave(is_initialized: bool) -> None:
+def _leave(destroys_group: bool) -> None:
     from ray.train.torch.config import _shutdown_torch
 
-    _shutdown_torch(destroy_process_group=is_initialized)
+    _shutdown_torch(destroy_process_group=destroys_group)
 
 
 @contextlib.contextmanager

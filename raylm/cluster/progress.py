@@ -100,7 +100,7 @@ def progress_channel(
     """A channel, shared if Ray is connected, and read about twice a second.
 
     The newest progress is shown, and messages and figures are passed on. Once this process is asked to stop
-    (`handle_signals`) or `stops`, so are the workers.
+    (`handle_signals`) or `stops()` is true, the workers are asked to stop.
     """
     channel = SharedProgressChannel() if ray.is_initialized() else ProgressChannel()
     ended = threading.Event()

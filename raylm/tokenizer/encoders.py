@@ -93,7 +93,7 @@ class GivenIds:
         return np.concatenate(ids).astype(self._dtype), np.array([len(part) for part in ids], np.int64)
 
     def special_tokens_in(self, text: str) -> int:
-        """None: ids are not searched for what they spell."""
+        """0: ids are not searched for what they spell."""
         return 0
 
     def outside(self, text: str) -> int | None:

@@ -34,7 +34,10 @@ Result = dict[str, Any]
 
 
 def made_of(corpus: CorpusConfig, tokenizer: str, encoder: dict[str, Any]) -> str:
-    """What all shards of a store are made of, but their documents. `tokenizer`: its local directory."""
+    """A checksum of all that decides the content of a store's shards, except which documents they have.
+
+    `tokenizer`: its local directory.
+    """
     settings = corpus.model_dump(mode="json", exclude=OF_OTHER_DOCUMENTS)
     settings |= {
         "split_by": corpus.split_by or "document",
