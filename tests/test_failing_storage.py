@@ -196,7 +196,7 @@ class OneByOne(Played):
 
 
 def fit(job, resources=None, callbacks=()):
-    session = job.session if job.session is not training.RayTrainSession else Here
+    session = job.session or Here
     return launch.with_smaller_batches(
         job, lambda: training.train_loop_per_worker(dataclasses.replace(job, session=session))
     )

@@ -38,10 +38,10 @@ def left(directory, step):
     return {name: manifest["files"][name]["sha256"] for name in names}
 
 
-def patched(patch):
+def patched(patch, base=training.RayTrainSession):
     """A session in whose process `patch(trainer class, rank)` is called before anything else."""
 
-    class Patched(training.RayTrainSession):
+    class Patched(base):
         def __init__(self):
             super().__init__()
             from raylm.training import trainer
@@ -67,7 +67,7 @@ def with_patch(train_run, monkeypatch):
     return run
 
 
-def dying(places: list[tuple[int, int]], marks: Path):
+def dying(places: list[tuple[int, int]], marks: Path, base=training.RayTrainSession):
     """A session whose workers die, each once, at (rank, step): in the middle of that optimizer step."""
 
     def patch(trainer, rank):
@@ -83,7 +83,7 @@ def dying(places: list[tuple[int, int]], marks: Path):
 
         trainer.training_step = training_step
 
-    return patched(patch)
+    return patched(patch, base)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_the_only_worker_of_this_machine_begins_again_where_it_was_killed(tiny, 
     alone = tiny("train.max_tokens=3072", "train.micro_batch_tokens=64", "cluster.max_failures=1")
     untouched, said = train_run(alone), []
     with cluster.progress_channel(lambda value: None, said.append) as channel:
-        outcome, job = train_run(alone, dying([(0, 5)], tmp_path), channel)
+        outcome, job = train_run(alone, dying([(0, 5)], tmp_path, training.SingleProcess), channel)
     ends_as(untouched, outcome, job)
     assert [line.split(",")[0] for line in said] == ["worker 0 was killed", "resuming from step 4 of 12"]
     assert said[0].endswith("; starting again, attempt 2 of at most 2")
@@ -134,7 +134,9 @@ def test_the_only_worker_of_this_machine_begins_again_where_it_was_killed(tiny, 
         r"^worker 0 was killed, most likely because the machine ran out of memory; lower .* \(tried once: cluster.max_"
     )
     with pytest.raises(TrainingError, match=once):
-        train_run(override(alone, {"cluster.max_failures": 0}), dying([(0, 0)], tmp_path / "again"))
+        train_run(
+            override(alone, {"cluster.max_failures": 0}), dying([(0, 0)], tmp_path / "again", training.SingleProcess)
+        )
 
 
 def test_a_training_that_was_asked_to_stop_starts_no_worker_again_for_it(tiny, train_run, tmp_path):
@@ -146,7 +148,7 @@ def test_a_training_that_was_asked_to_stop_starts_no_worker_again_for_it(tiny, t
 
     channel = Stopped()
     alone = tiny("train.max_tokens=3072", "train.micro_batch_tokens=64", "cluster.max_failures=1")
-    outcome, _ = train_run(alone, dying([(0, 5)], tmp_path), channel)
+    outcome, _ = train_run(alone, dying([(0, 5)], tmp_path, training.SingleProcess), channel)
     assert (outcome.step, outcome.stopped) == (4, True)
     assert channel.read()[1] == [], "nobody has started again"
 
@@ -768,7 +770,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tiny, train_r
         checkpoint.CheckpointManager.upload = upload
 
     with pytest.raises(StorageError, match=r"step_00000004/\S+: no room for [\d,]+ bytes, [\d,]+ are free") as full:
-        train_run(tiny(), patched(patch))
+        train_run(tiny(), patched(patch, training.SingleProcess))
     series = checkpoint.CheckpointManager(str(Path(full.value.where).parents[1]))
     assert series.steps() == [2], "what was half written is gone"
     assert series.damage(2) is None

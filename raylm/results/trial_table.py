@@ -37,8 +37,6 @@ class TrialRow:
     """Training tokens."""
     settings: Mapping[str, Any]
     """Swept dotted key -> value."""
-    weighted_nll: float | None = None
-    """The score that ranks the trials, if tune.metric has weights."""
     best_tokens: int | None = None
     """Training tokens at the best score."""
     last_perplexity: float | None = None
@@ -64,6 +62,8 @@ class TrialRow:
     """The seeds of a repeat by their dotted keys."""
     standing: Standing | None = None
     """The interval of the score, and whether it is worse than the best; None without document scores."""
+    weighted_nll: float | None = None
+    """The score that ranks the trials, if tune.metric has weights."""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TrialRow:
