@@ -70,7 +70,7 @@ def left(job: training.TrainTask, step: int) -> dict[str, str]:
 
 
 def patched(patch: Any) -> type:
-    class Patched(training.RayTrainSession):
+    class Patched(training.SingleProcess):
         def __init__(self) -> None:
             super().__init__()
             from raylm.training import trainer
@@ -146,7 +146,7 @@ def main() -> None:
             fit(job_of(home, patched(poisoned), "train.arguments.logging_steps=20"), resources)
         except Diverged as error:
             print("poisoned at step 37:", error, flush=True)
-        whole, other, cut = (job_of(home, training.RayTrainSession) for _ in range(3))
+        whole, other, cut = (job_of(home, training.SingleProcess) for _ in range(3))
         fit(whole, resources)
         fit(other, resources)
         print("the same command twice, the same bytes:", left(whole, 100) == left(other, 100), flush=True)

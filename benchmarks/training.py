@@ -252,7 +252,7 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
     made = experiment(args, args.home, precision, workers=2 if "2 workers" in args.row else 1)
     file = Path(args.home) / "times.json"
 
-    class Timed(training.RayTrainSession):
+    class Timed(training.RayTrainSession if made.cluster.most_workers > 1 else training.SingleProcess):
         def __init__(self) -> None:
             super().__init__()
             from raylm.training import trainer
