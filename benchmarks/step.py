@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    from raylm.cluster import WORKER_ENVIRONMENT
+    from raylm.local_worker import WORKER_ENVIRONMENT
 
     if not WORKER_ENVIRONMENT.items() <= os.environ.items():  # glibc reads its part when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **WORKER_ENVIRONMENT})

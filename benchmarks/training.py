@@ -4,7 +4,7 @@
     python benchmarks/training.py --layers 12 --width 768 --block 1024 --batch 32 --steps 60      # on a GPU
 
 Each row is a process of its own, the rows in turn, all of it `--repeat` times; tokens a second are of the median step
-after the first tenth. `environment` rows have raylm's settings of glibc's allocator (cluster.WORKER_ENVIRONMENT).
+after the first tenth. `environment` rows have raylm's settings of glibc's allocator (local_worker.WORKER_ENVIRONMENT).
 
 raylm x 2 workers stands beside "bare loop x 2 processes", DDP by itself. Figures: docs/performance.md.
 
@@ -68,7 +68,7 @@ def main() -> None:
 
 def measured_apart(args: argparse.Namespace, name: str, home: str) -> float:
     """Tokens a second of a row, in a process of its own."""
-    from raylm.cluster import WORKER_ENVIRONMENT
+    from raylm.local_worker import WORKER_ENVIRONMENT
 
     *_, with_environment = ROWS[name]
     environment = {**os.environ, **(WORKER_ENVIRONMENT if with_environment else {})}

@@ -124,7 +124,7 @@ def run(verb: Callable[..., CommandResult | None] | typer.Typer, name: str | Non
     _keep_stderr()
     console.show_messages()
     _quiet_libraries()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see cluster.WORKER_ENVIRONMENT
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see local_worker.WORKER_ENVIRONMENT
     with _stdout_for_result(as_json) as stdout:
         exit_code = _run(app, name, as_json, stdout)
         stdout.flush()

@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import Requirement
 
 from raylm import cluster, console, storage, tracking
-from raylm.config import Experiment
+from raylm.config import Experiment, address_of, is_local
 from raylm.errors import RaylmError
 
 
@@ -130,7 +130,7 @@ def token(fix: bool) -> Iterator[Finding]:
 def ray_cluster(experiment: Experiment) -> Iterator[Finding]:
     """The cluster that the experiment names, and the resources of a worker."""
     section = experiment.cluster
-    address = cluster.address_of(section)
+    address = address_of(section)
     if address is None:
         resources = cluster.planned_resources(section)
         assert resources is not None
@@ -172,7 +172,7 @@ def tracking_of(experiment: Experiment) -> Iterator[Finding]:
         problem = tracking.problem(uri)
         way_out = "runs continue without it; raylm sync uploads later" if problem else ""
         yield Finding("mlflow", "bad" if problem else "good", problem or shown, way_out)
-    elif uri.startswith("sqlite") and not cluster.is_local(experiment.cluster):
+    elif uri.startswith("sqlite") and not is_local(experiment.cluster):
         yield Finding("mlflow", "bad", f"{shown} is a file of one machine", "set tracking.uri to a server")
     else:
         yield Finding("mlflow", "good", shown)

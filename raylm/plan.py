@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from raylm import cluster, console, corpus, derived, runs, storage, tokenizer, tokens, tracking
-from raylm.cluster import Address, Resources
-from raylm.config import CorpusConfig, Experiment, TokenizerConfig
+from raylm.cluster import Resources
+from raylm.config import Address, CorpusConfig, Experiment, TokenizerConfig, address_of
 from raylm.corpus import Source
 from raylm.derived import Derived
 from raylm.errors import StorageError
+from raylm.local_worker import is_alone, start_worker_early
 
 if TYPE_CHECKING:  # a wrong setting is reported before torch and transformers are imported
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
@@ -187,11 +188,11 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
     planned = resolve_tokens(experiment, with_sizes=True)
     experiment, store = planned.experiment, planned.store
     sets = evaluation_sets(experiment)
-    resources, address = cluster.planned_resources(experiment.cluster), cluster.address_of(experiment.cluster)
-    is_alone = starts == "train" and cluster.single_worker_resources(experiment.cluster) is not None
-    if is_alone:
-        cluster.start_worker_early()
-    if starts and resources is not None and not (is_alone and tokens.is_store(store)):
+    resources, address = cluster.planned_resources(experiment.cluster), address_of(experiment.cluster)
+    alone = starts == "train" and is_alone(experiment.cluster)
+    if alone:
+        start_worker_early()
+    if starts and resources is not None and not (alone and tokens.is_store(store)):
         cluster.start_ray_early()
     with console.loading():  # after the quick checks
         from raylm import budget, model, objective, perplexity, training

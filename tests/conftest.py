@@ -62,6 +62,7 @@ def ray_cluster():
     import ray
 
     from raylm import cluster
+    from raylm.local_worker import WORKER_ENVIRONMENT
 
     os.environ.update(cluster.DRIVER_ENVIRONMENT)
     ray.init(
@@ -69,7 +70,7 @@ def ray_cluster():
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"env_vars": cluster.WORKER_ENVIRONMENT},
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
     yield cluster.resources(config.ClusterConfig(), ray.cluster_resources())
     ray.shutdown()

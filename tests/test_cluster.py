@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from raylm import cluster, config
+from raylm import cluster, config, local_worker
 from raylm.cluster.address import reachable_address
-from raylm.config import ClusterConfig
+from raylm.config import ClusterConfig, address_of, is_local
 from raylm.errors import ConfigError, TrainingError
 
 
@@ -191,13 +191,13 @@ def test_a_worker_trains_on_one_gpu():
 
 def test_a_submitted_job_uses_the_cluster_it_is_in(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert cluster.is_local(ClusterConfig())
-    assert not cluster.is_local(ClusterConfig(address="10.0.0.1:6379"))
+    assert is_local(ClusterConfig())
+    assert not is_local(ClusterConfig(address="10.0.0.1:6379"))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert not cluster.is_local(ClusterConfig())
-    assert cluster.is_local(ClusterConfig(address="local"))
+    assert not is_local(ClusterConfig())
+    assert is_local(ClusterConfig(address="local"))
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    assert cluster.is_local(ClusterConfig())
+    assert is_local(ClusterConfig())
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def quick(monkeypatch):
 
 def refused(value, problem):
     with pytest.raises(ConfigError, match=f"^cluster.address={value}: {problem}") as error:
-        reachable_address(cluster.address_of(ClusterConfig(address=value)))
+        reachable_address(address_of(ClusterConfig(address=value)))
     assert error.value.where == "cluster.address"
 
 
@@ -554,15 +554,15 @@ def working(work):
 
 
 def called(what, channel=None):
-    with cluster.local_worker("wave") as process:
+    with local_worker.local_worker("wave") as process:
         return process.call(working, Work(what, channel))
 
 
 def test_a_process_of_this_machine_does_one_thing_on_one_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    cluster.start_worker_early("wave")
+    local_worker.start_worker_early("wave")
     gpu, kept, process = called("look")
-    assert (gpu, kept) == ("2", cluster.WORKER_ENVIRONMENT["MALLOC_TOP_PAD_"])
+    assert (gpu, kept) == ("2", local_worker.WORKER_ENVIRONMENT["MALLOC_TOP_PAD_"])
     assert not psutil.pid_exists(process)
     channel = cluster.ProgressChannel()
     channel.say = lambda message: channel.stop()
@@ -582,12 +582,11 @@ def test_a_process_of_this_machine_does_one_thing_on_one_gpu(monkeypatch, tmp_pa
 ORPHAN = """
 from pathlib import Path
 import os, signal, sys, threading, time
-from raylm import cluster
-from raylm.config import ClusterConfig
+from raylm import local_worker
 sys.path.insert(0, sys.argv[1])
 import test_cluster
 
-with cluster.local_worker("wave") as process:
+with local_worker.local_worker("wave") as process:
     print(process._process.pid, flush=True)
     threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
     process.call(test_cluster.working, test_cluster.Work("sleep"))

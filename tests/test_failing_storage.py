@@ -21,6 +21,7 @@ from played import Played, ray_trial
 from ray.tune.experiment import Trial as RayTrial
 
 from raylm import cluster, config, prepare, storage, sweep, tokens, train, training, tune
+from raylm import plan as plans
 from raylm.errors import RaylmError
 from raylm.pipeline import sweep as sweeping
 from raylm.sweep import trial as trials
@@ -220,8 +221,8 @@ def place(tmp_path_factory):
         patch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("tmp")))
         patch.setattr(journal, "REWRITE_SECONDS", 1e6)
         patch.setattr(journal, "atexit", SimpleNamespace(register=farewells.append))
-        for name in ("start_worker_early", "start_ray_early"):
-            patch.setattr(cluster, name, lambda *_, **__: None)
+        patch.setattr(plans, "start_worker_early", lambda: None)
+        patch.setattr(cluster, "start_ray_early", lambda: None)
         patch.setattr(cluster, "connect", lambda *_, **__: contextlib.nullcontext(resources))
         patch.setattr(cluster, "other_nodes", dict)
         patch.setattr(cluster, "progress_channel", lambda *_: contextlib.nullcontext(channel))

@@ -233,7 +233,7 @@ def test_an_import_from_below_is_found(module, source, fault):
         ("training", "from raylm import blocks, checkpoint\nfrom raylm.tracking import Run"),
         ("tune", "from raylm.train import train\nfrom raylm import training"),
         ("tune", "from raylm.tune import main"),
-        ("config", "from raylm.config.sections import Experiment"),
+        ("config", "from raylm.config.experiment import Experiment"),
         ("blocks", "import training\nfrom other.training import TrainTask\nfrom raylm import __version__"),
     ],
 )

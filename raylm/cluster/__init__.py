@@ -17,7 +17,6 @@ from raylm.cluster.connection import (
     on_nodes,
     other_nodes,
     planned_resources,
-    single_worker_resources,
     start_ray_early,
 )
 from raylm.cluster.progress import (
@@ -27,34 +26,23 @@ from raylm.cluster.progress import (
     progress_channel,
     stop_signal,
 )
-from raylm.config import Address, address_of, is_local
-from raylm.local_worker import LESS_MEMORY, MAY_PASS, WORKER_ENVIRONMENT, local_worker, start_worker_early
 
 __all__ = [
     "DRIVER_ENVIRONMENT",
-    "LESS_MEMORY",
-    "MAY_PASS",
-    "WORKER_ENVIRONMENT",
-    "Address",
     "ProgressChannel",
     "Resources",
-    "address_of",
     "amount_of",
     "check_reachable",
     "connect",
     "cpus_here",
     "handle_signals",
     "interruption",
-    "is_local",
-    "local_worker",
     "on_nodes",
     "other_nodes",
     "planned_resources",
     "progress_channel",
     "resources",
-    "single_worker_resources",
     "start_ray_early",
-    "start_worker_early",
     "stop_signal",
     "this_machine",
 ]

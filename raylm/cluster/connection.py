@@ -47,12 +47,6 @@ def planned_resources(section: ClusterConfig, *, trials: int = 1, decided: float
     return resources(section, this_machine(), trials=trials, decided=decided) if is_local(section) else None
 
 
-def single_worker_resources(section: ClusterConfig, *, decided: float | None = None) -> Resources | None:
-    """The resources of a run with one worker on this machine, which needs no Ray; None for any other run."""
-    found = planned_resources(section, decided=decided)
-    return found if found is not None and found.most_workers == 1 else None
-
-
 def check_reachable(section: ClusterConfig) -> None:
     """ConfigError if `connect` would not reach the cluster. Loads and starts nothing."""
     elsewhere = address_of(section)

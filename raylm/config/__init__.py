@@ -1,6 +1,8 @@
 """One YAML file = one experiment = one frozen tree of sections.
 
 sections         every setting: type, default, unit, effect
+values           types of values: what is accepted, what is said of anything else
+experiment       the sections together, and the rules between settings of different sections
 setting_errors   what is wrong with a setting, where it is written, and the way out
 space            tune.space: samplers of settings, and whole spaces to choose from
 names            what other tools call a setting
@@ -9,6 +11,7 @@ address          the cluster that a command uses
 """
 
 from raylm.config.address import Address, address_of, is_local
+from raylm.config.experiment import MUTABLE, SEEDS, Experiment
 from raylm.config.files import (
     BUILT_IN,
     absolute,
@@ -26,14 +29,11 @@ from raylm.config.files import (
 )
 from raylm.config.names import OWNED, as_settings
 from raylm.config.sections import (
-    MUTABLE,
-    SEEDS,
     WHOLE_SPLIT,
     BlocksConfig,
     ClusterConfig,
     CorpusConfig,
     EvalConfig,
-    Experiment,
     ModelConfig,
     ObjectiveConfig,
     SchedulerConfig,

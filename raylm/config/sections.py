@@ -5,169 +5,31 @@ A section is named like the module that reads it. This file knows nothing of YAM
 
 from __future__ import annotations
 
-import math
-import re
-import string
-import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    Strict,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
-from raylm import DEFAULT_STORAGE
+from raylm.config.values import (
+    AmountOrAuto,
+    ClassNames,
+    Column,
+    Count,
+    Duplicates,
+    Encoding,
+    Escaped,
+    Metric,
+    NamedPaths,
+    OtherResources,
+    RegisteredName,
+    RegularExpression,
+    Strings,
+    Workers,
+)
 from raylm.errors import ConfigError
 
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _listed(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
-def _class_names(values: tuple[str, ...]) -> tuple[str, ...]:
-    for value in values:
-        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-            raise ValueError(f"must be package.module:Class, got {value}")
-    return values
-
-
-def _name(value: str) -> str:
-    if re.fullmatch(NAME, value):
-        return value
-    plain = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode()
-    near = re.sub(r"[^A-Za-z0-9._]+", "-", plain).strip("-._")
-    raise ValueError(
-        f"must be letters, digits, dashes, dots and underscores, with a letter or digit first; got {value!r}"
-        + (f"; try {near}" if near else "")
-    )
-
-
-def _registered_name(value: str) -> str:
-    if not value or re.search(r"[/:'\"]", value):
-        raise ValueError(f"must be a name without slashes, colons and quotes, got {value!r}")
-    return value
-
-
-def _named_paths(value: Any) -> Any:
-    """Paths, or a mapping of the user's own names to paths; checked here so that an error names the setting."""
-    if isinstance(value, Mapping):
-        for name, paths in value.items():
-            if not isinstance(name, str) or not re.fullmatch(NAME, name):
-                raise ValueError(f"must have names of letters, digits, dots, dashes, underscores; got {name!r}")
-            if not _listed(paths) or not _are_texts(_listed(paths)):
-                raise ValueError(f"must have text or a list of texts for {name}, got {paths!r}")
-        return {name: tuple(_listed(paths)) for name, paths in value.items()}
-    if not _are_texts(_listed(value)):
-        raise ValueError(f"must be text, a list of texts or a mapping of names to them, got {value!r}")
-    return tuple(_listed(value))
-
-
-def _metric(value: Any) -> Any:
-    """A score or a mapping of weights; checked here so that an error names all that is accepted."""
-    if isinstance(value, Mapping):
-        if not value:
-            raise ValueError("must have a weight for at least one source or set, got {}")
-        for name, weight in value.items():
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-                raise ValueError(f"must have a weight above 0 for {name}, got {weight!r}")
-        return {name: float(weight) for name, weight in value.items()}
-    if value not in ("perplexity", "bits_per_byte"):
-        raise ValueError(
-            f"must be perplexity, bits_per_byte or weights of sources and sets, {{a: 1, b: 2}}; got {value!r}"
-        )
-    return value
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
-
-
-def _regular_expression(value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"must be a regular expression, got {value!r}: {error}") from None
-    return value
-
-
-def _unescaped(value: str) -> str:
-    r"""Text in which \n, \r, \t and \f stand for the characters, even where YAML or a shell did not replace them."""
-    return re.sub(r"\\([nrtf])", lambda match: {"n": "\n", "r": "\r", "t": "\t", "f": "\f"}[match[1]], value)
-
-
-def _encoding(value: str) -> str:
-    try:
-        "".encode(value)
-    except LookupError:
-        raise ValueError(f"must be an encoding that Python knows, such as cp1252 or utf-16; got {value!r}") from None
-    return value
-
-
-def _template(value: str) -> str:
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(value) if name is not None]
-    except ValueError as error:
-        raise ValueError(f"must be a column or a template of columns in braces, got {value!r}: {error}") from None
-    if "" in names:
-        raise ValueError(f"must name the column between its braces, got {value!r}")
-    return value
-
-
-def _exact(value: Any) -> Any:
-    return "exact" if value is True else value
-
-
-def _range(value: Any) -> Any:
-    """A number, or (fewest, most)."""
-    if not isinstance(value, (list, tuple)):
-        return _whole(value)
-    pair = tuple(_whole(each) for each in value)
-    if len(pair) != 2 or not all(isinstance(each, int) and not isinstance(each, bool) for each in pair):
-        raise ValueError(f"must be a number of workers or [fewest, most], got {list(value)}")
-    if not 1 <= pair[0] <= pair[1]:
-        raise ValueError(f"must be [fewest, most] with 1 <= fewest <= most, got {list(value)}")
-    return pair
-
-
-def _amount_or_auto(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf):
-        return value
-    raise ValueError(f"must be auto or a number more than 0, got {value!r}")
-
-
-def _other_kinds(value: Mapping[str, float]) -> Mapping[str, float]:
-    for kind in {"CPU", "GPU"} & value.keys():
-        raise ValueError(f"must not have {kind}: that is cluster.{kind.lower()}s_per_worker")
-    return value
-
-
-Workers = Annotated[int, Field(ge=1)] | tuple[int, int]
-MUTABLE = (
-    "train.learning_rate", "train.weight_decay", "train.warmup_steps", "train.arguments.adam_beta1",
-    "train.arguments.adam_beta2", "train.arguments.adam_epsilon", "train.arguments.max_grad_norm",
-    "train.arguments.label_smoothing_factor", "train.arguments.neftune_noise_alpha",
-)  # fmt: skip
-"""Settings that may change while a trial trains, because its weights and its optimizer's state remain valid."""
 SplitName = Literal["train", "validation", "test"]
-SEEDS = ("train.seed", "train.data_seed")
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-Count = Annotated[int, BeforeValidator(_whole)]  # 1e6 is a float in YAML and a fine number of tokens
-Escaped = Annotated[str, AfterValidator(_unescaped)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(_listed), Strict(False)]
 
 
 class Section(BaseModel):
@@ -192,11 +54,11 @@ class Section(BaseModel):
 
 
 class CorpusConfig(Section):
-    paths: Annotated[tuple[str, ...] | dict[str, tuple[str, ...]], BeforeValidator(_named_paths)] = ()
+    paths: NamedPaths = ()
     """Sources of text: files, directories, globs, s3:// and other URIs; hub://ID?split=train[:5000] (also &config=,
     &revision=, &streaming=true); python://stdlib and python://PACKAGE for source code. Or several named sources:
     {books: a/*.txt, code: [b, c]}, which are scored one by one and mixed by blocks.mixture."""
-    text: Annotated[Escaped, AfterValidator(_template)] = "text"
+    text: Column = "text"
     """Column that holds the text, as a dotted path (answers.text), or a template of several columns: "Question:
     {question}\\nAnswer: {answers.text}". A template whose columns all belong to one list of objects, "{messages.role}:
     {messages.content}", is filled in for each object."""
@@ -209,7 +71,7 @@ class CorpusConfig(Section):
     separator: Escaped | None = None
     """End of a document in plain text files: with \\n every line is a document, with \\n\\n every paragraph. Default:
     each file is one document."""
-    encoding: Annotated[str, AfterValidator(_encoding)] = "utf-8"
+    encoding: Encoding = "utf-8"
     """Encoding of plain text and CSV files, by its name in Python: cp1252, gb18030, utf-16. A byte order mark in a file
     takes precedence."""
     validation_paths: Strings = ()
@@ -227,13 +89,13 @@ class CorpusConfig(Section):
     Default: passage if there are fewer than 50 documents."""
     keep_any: Strings = ()
     """Keep only documents that contain at least one of these strings; empty keeps all."""
-    keep_matching: Annotated[str, AfterValidator(_regular_expression)] | None = None
+    keep_matching: RegularExpression | None = None
     """Keep only documents in which this regular expression is found."""
     min_chars: Annotated[Count, Field(ge=1)] | None = None
     """Keep only documents of at least this many characters."""
     max_chars: Annotated[Count, Field(ge=1)] | None = None
     """Keep only documents of at most this many characters."""
-    deduplicate: Annotated[Literal[False, "exact", "near"], BeforeValidator(_exact)] = False
+    deduplicate: Duplicates = False
     """Keep only the first of several documents that are the same. exact (or true): the same text. near: also texts that
     share about three quarters of their words in order, found by MinHash. No duplicate of held-out text is trained on.
     The corpus is read twice."""
@@ -413,7 +275,7 @@ class TrainConfig(Section):
     precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Mixed-precision dtype for training; weights keep model.dtype, and scores are computed in eval.precision. auto:
     bfloat16 if the hardware supports it, with TF32 for the rest on GPUs; else float32."""
-    callbacks: Annotated[Strings, AfterValidator(_class_names)] = ()
+    callbacks: ClassNames = ()
     """Classes of transformers.TrainerCallback to add to the Trainer, as package.module:Class; every worker creates one
     of each without arguments."""
     arguments: dict[str, Any] = {}
@@ -429,7 +291,7 @@ WHOLE_SPLIT = "the whole validation split"
 
 
 class EvalConfig(Section):
-    paths: Annotated[tuple[str, ...] | dict[str, tuple[str, ...]], BeforeValidator(_named_paths)] = ()
+    paths: NamedPaths = ()
     """Other text to score, given like corpus.paths and read like it (corpus.text, .join, .separator), or several named
     sets: {books: a/*.txt, code: [b, c]}. Every evaluation scores it in addition to the validation split, by which
     trials are ranked; `raylm evaluate` scores it instead of that split."""
@@ -480,20 +342,20 @@ class ClusterConfig(Section):
     address: str | None = None
     """Address of a Ray cluster. Default: RAY_ADDRESS if set (as in a submitted job), else this machine, where Ray
     starts if there is text to prepare or there are several workers or trials."""
-    num_workers: Annotated[Workers, BeforeValidator(_range)] = 1
+    num_workers: Workers = 1
     """Number of processes that train one model together. [1, 4]: as many as the cluster has room for, between one and
     four, which may change during training; the examples of a step stay the same."""
     max_failures: Annotated[Count, Field(ge=0)] = 3
     """Number of times that a run resumes from its last checkpoint after a worker dies. Drained nodes do not count."""
     use_gpu: bool | None = None
     """Whether workers use GPUs. Default: true if the cluster has any."""
-    cpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_amount_or_auto)] = "auto"
+    cpus_per_worker: AmountOrAuto = "auto"
     """CPUs reserved for each worker, and its number of torch threads. auto: the CPUs of the cluster divided by the
     number of concurrent workers, or by the number of GPUs if workers use them. Decided when a run or sweep starts, and
     kept when it resumes, because with another number of threads sums differ in their last bits."""
     gpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     """GPUs reserved for each worker if workers use GPUs; a fraction lets trials share one."""
-    resources_per_worker: Annotated[Mapping[str, Annotated[float, Field(gt=0)]], AfterValidator(_other_kinds)] = {}
+    resources_per_worker: OtherResources = {}
     """Other resources reserved for each worker, by their names in Ray: {memory: 16e9} in bytes, custom resources."""
     accelerator_type: str | None = None
     """Accelerator that the nodes of workers must have, by its name in Ray: A10G, H100, ..."""
@@ -517,7 +379,7 @@ class TrackingConfig(Section):
     """Name of the MLflow experiment. Default: `name`."""
     log_model: bool = False
     """Whether to log the best model in MLflow, where mlflow.transformers.load_model("runs:/RUN/model") loads it."""
-    register_as: Annotated[str, AfterValidator(_registered_name)] | None = None
+    register_as: RegisteredName | None = None
     """Name under which the best model is logged and registered, as the newest version with the alias champion."""
 
 
@@ -540,7 +402,7 @@ class SchedulerConfig(Section):
     """pbt: training tokens between comparisons of the trials. Default: an eighth of the budget."""
 
 
-def _kind(value: Any) -> Any:
+def _with_kind(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -570,11 +432,9 @@ class TuneConfig(Section):
     searcher: Literal["random", "optuna"] = "random"
     """How settings are drawn. random: at random, with every point of a grid. optuna: near the best results so far, by
     the tree-structured Parzen estimator (Bergstra et al. 2011); needs optuna."""
-    scheduler: Annotated[SchedulerConfig, BeforeValidator(_kind)] = SchedulerConfig()
+    scheduler: Annotated[SchedulerConfig, BeforeValidator(_with_kind)] = SchedulerConfig()
     """Trial scheduler: none, asha, median, hyperband or pbt, or a mapping with its settings."""
-    metric: Annotated[Literal["perplexity", "bits_per_byte"] | dict[str, float], BeforeValidator(_metric)] = (
-        "perplexity"
-    )
+    metric: Metric = "perplexity"
     """Score by which trials are ranked and stopped; smaller is better. Use bits_per_byte if tokenizers differ. Or the
     weights of sources that corpus.paths names and of sets of eval.paths, {books: 1, general: 0.5}: the weighted mean of
     their negative log-likelihoods in nats a token, by which the best checkpoint of a trial is chosen, too."""
@@ -599,200 +459,3 @@ class TuneConfig(Section):
     def weights(self) -> Mapping[str, float]:
         """The weights of sources and sets in `metric`; empty without them."""
         return self.metric if isinstance(self.metric, Mapping) else {}
-
-
-class Experiment(Section):
-    name: Annotated[str, AfterValidator(_name)] = "experiment"
-    """Name of the runs' directory and the MLflow experiment: letters, digits, dots, dashes, underscores."""
-    storage: str = DEFAULT_STORAGE
-    """Location of token stores, runs and checkpoints: a directory that every node sees, or a location in object storage
-    such as s3://bucket/runs, with the credentials of the environment."""
-    corpus: CorpusConfig = CorpusConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    blocks: BlocksConfig = BlocksConfig()
-    model: ModelConfig = ModelConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    tune: TuneConfig = TuneConfig()
-
-    _sizes_follow_text: bool = PrivateAttr(False)
-
-    @property
-    def sizes_follow_text(self) -> bool:
-        """Whether there is text but no config file, so that sizes that are not given are derived from it; see
-        `derived`."""
-        return self._sizes_follow_text
-
-    @property
-    def measure(self) -> str:
-        """The name of the score: perplexity, masked_perplexity or pseudo_perplexity."""
-        return self.eval.measure(masked=self.objective.is_masked)
-
-    @model_validator(mode="after")
-    def _sections_agree(self, info: ValidationInfo) -> Experiment:
-        """Refuse settings of different sections that exclude each other; each message starts with a dotted key."""
-        self._sizes_follow_text = (info.context or {}).get("sizes_follow_text", False)
-        if not self._sizes_follow_text or "batch_tokens" in self.train.model_fields_set:  # else it is to be derived
-            self._batch_agrees()
-        self._corpus_agrees()
-        self._mixture_agrees()
-        self._tokenizer_agrees()
-        self._sweep_agrees()
-        return self
-
-    def _batch_agrees(self) -> None:
-        fewest, most = self.cluster.fewest_workers, self.cluster.most_workers
-        step = self.blocks.block_size * math.lcm(*range(fewest, most + 1))
-        workers = f"{most}" if fewest == most else f"each of {fewest} to {most}"
-        smallest = f"blocks.block_size x cluster.num_workers = {self.blocks.block_size} x {workers}"
-        batch, budget = self.train.batch_tokens, self.train.max_tokens
-        if batch % step:
-            nearest = max(1, round(batch / step)) * step
-            raise ValueError(f"train.batch_tokens must be a multiple of {smallest}, got {batch}; nearest: {nearest}")
-        if budget is not None and budget < batch:
-            way_out = f"lower train.batch_tokens too, to a multiple of {step}"
-            if budget < step:
-                way_out = f"raise it to that, or lower blocks.block_size too: a step has at least {smallest} tokens"
-            raise ValueError(
-                f"train.max_tokens must be at least one optimizer step, train.batch_tokens = {batch}, got {budget}; "
-                f"{way_out}"
-            )
-
-    def _corpus_agrees(self) -> None:
-        section = self.corpus
-        held_out = section.validation_fraction + section.test_fraction
-        if held_out >= 1 and not section.validation_paths and not section.test_paths:
-            raise ValueError(
-                "corpus.test_fraction must leave text to train on: less than 1 - corpus.validation_fraction = "
-                f"{1 - section.validation_fraction:.6g}, got {section.test_fraction:g}"
-            )
-        if section.tokens is not None:
-            self._tokens_agree()
-
-    def _tokens_agree(self) -> None:
-        """Refuse settings that need text together with a column of token ids."""
-        for name in ("keep_any", "keep_matching", "min_chars", "max_chars"):
-            if getattr(self.corpus, name):
-                raise ValueError(f"corpus.{name} is for text and cannot be given with corpus.tokens; leave it out")
-        if self.corpus.split_by == "passage":
-            raise ValueError("corpus.split_by must be document with corpus.tokens, got passage: token ids are not cut")
-        if self.tokenizer.train is not None:
-            raise ValueError(
-                "tokenizer.train cannot be given with corpus.tokens: the ids are of the tokenizer that made them; give "
-                "its directory or Hub id as tokenizer.path"
-            )
-        if self.tokenizer.path is None and self.model.path is None:
-            raise ValueError(
-                "corpus.tokens must come with tokenizer.path, the directory or Hub id of the tokenizer that made them"
-            )
-
-    def _mixture_agrees(self) -> None:
-        weights, names = self.blocks.mixture, self.corpus.source_names
-        if not weights:
-            return
-        if not names:
-            raise ValueError(
-                "blocks.mixture must be left out unless corpus.paths names its sources, as in {books: a/*.txt, code: b}"
-            )
-        unlike = [name for name in (*weights, *names) if name not in weights or name not in names]
-        if unlike:
-            fault = "has no weight" if unlike[0] in names else "is no source"
-            raise ValueError(
-                "blocks.mixture must have a weight for each source that corpus.paths names, "
-                f"{', '.join(names)}; {unlike[0]} {fault}"
-            )
-        if not any(weights.values()):
-            raise ValueError("blocks.mixture must have a weight above 0")
-
-    def _tokenizer_agrees(self) -> None:
-        """Refuse settings of a tokenizer that is loaded together with those of one that is trained."""
-        section = self.tokenizer
-        for name in ("revision", "gguf_file", "eos_token"):
-            if section.train is not None and getattr(section, name) is not None:
-                way_out = {"eos_token": "name it first in tokenizer.train.special_tokens instead"}
-                raise ValueError(
-                    f"tokenizer.{name} is for a tokenizer that is loaded and cannot be given with tokenizer.train, got "
-                    f"{getattr(section, name)}; {way_out.get(name, 'leave it out')}"
-                )
-
-    def _sweep_agrees(self) -> None:
-        tune = self.tune
-        kinds = {kind for sampler in tune.space.values() for kind in sampler}
-        if tune.searcher == "optuna" and "grid" in kinds:
-            raise ValueError("tune.searcher must be random for a space with a grid, got optuna; make the grid a choice")
-        if tune.searcher == "optuna" and tune.scheduler.kind == "pbt":
-            raise ValueError(
-                "tune.searcher must be random with tune.scheduler=pbt, got optuna: a population searches itself"
-            )
-        if tune.against is not None and tune.searcher != "optuna":
-            raise ValueError(f"tune.against needs tune.searcher=optuna, got {tune.searcher}")
-        if tune.against == "seconds" and tune.scheduler.kind != "none":
-            raise ValueError(
-                f"tune.against must be parameters with tune.scheduler={tune.scheduler.kind}, got seconds: trials "
-                "that are stopped early are the quickest"
-            )
-        if tune.weights:
-            self._weights_agree()
-        if tune.repeats > 1:
-            self._repeats_agree()
-        if tune.scheduler.ties == "promote" and tune.scheduler.kind != "asha":
-            raise ValueError(
-                f"tune.scheduler.ties must be drop with tune.scheduler={tune.scheduler.kind}, got promote: only asha "
-                "promotes trials at rungs"
-            )
-        if tune.scheduler.kind == "pbt" and tune.space:
-            changed = [key for key in tune.space if key in MUTABLE]
-            if not changed:
-                raise ValueError(
-                    f"tune.space must have one of {', '.join(MUTABLE)} with tune.scheduler=pbt, which changes settings "
-                    f"while a trial runs; got {', '.join(tune.space)}"
-                )
-            if grids := [key for key in changed if "grid" in tune.space[key]]:
-                raise ValueError(
-                    f"tune.space.{grids[0]} must be drawn with tune.scheduler=pbt, which changes it while trials run; "
-                    "got a grid; make it a choice"
-                )
-        for point in tune.points:
-            if unknown := [key for key in point if key not in tune.space]:
-                raise ValueError(f"tune.points must have keys of tune.space, got {unknown[0]}")
-
-    def _weights_agree(self) -> None:
-        tune, sources, sets = self.tune, self.corpus.source_names, tuple(self.eval.sets)
-        known = (*sources, *sets)
-        for name in tune.weights:
-            if name in sources and name in sets:
-                raise ValueError(f"tune.metric must name one thing by {name}: it is a source and a set of eval.paths")
-            if name in sources and self.corpus.validation_paths:
-                raise ValueError(
-                    f"tune.metric must have sets of eval.paths with corpus.validation_paths, got source {name}: "
-                    "validation text of its own has no names"
-                )
-        if unknown := [name for name in tune.weights if name not in known]:
-            raise ValueError(
-                "tune.metric must have names of sources of corpus.paths or of sets of eval.paths"
-                f"{': ' + ', '.join(known) if known else ', and neither names any'}; got {unknown[0]}"
-            )
-        for key, value, default in (("repeats", tune.repeats, 1), ("scheduler.ties", tune.scheduler.ties, "drop")):
-            if value != default:
-                raise ValueError(
-                    f"tune.{key} must be {default} with weights in tune.metric, got {value}: documents and runs are "
-                    "compared by perplexity or bits per byte alone"
-                )
-
-    def _repeats_agree(self) -> None:
-        tune = self.tune
-        inner = (mapping for sampler in tune.space.values() for values in sampler.values() for mapping in values)
-        swept = {*tune.space, *(key for mapping in inner if isinstance(mapping, Mapping) for key in mapping)}
-        if seeds := sorted(swept & {*SEEDS}):
-            raise ValueError(
-                f"tune.repeats must be 1 with {seeds[0]} in tune.space, got {tune.repeats}: repeats have seeds of "
-                f"their own; leave {seeds[0]} out of tune.space"
-            )
-        if tune.scheduler.kind == "pbt":
-            raise ValueError(
-                f"tune.repeats must be 1 with tune.scheduler=pbt, got {tune.repeats}: the settings of a population "
-                "change during training, so that no other run can have them; take another scheduler"
-            )

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from raylm.config.sections import Experiment, Section
+from raylm.config.experiment import Experiment
+from raylm.config.sections import Section
 from raylm.errors import ConfigError, did_you_mean
 
 

@@ -175,7 +175,7 @@ def _row_text(columns: Columns, row: Any, place: str) -> str | BadDocument:
     try:
         return columns.text(row)
     except LookupError as error:
-        return BadDocument(place, error.args[0], may_skip=not isinstance(error, KeyError))
+        return BadDocument(place, error.args[0], columns.key if isinstance(error, KeyError) else None)
 
 
 def read_jsonl(part: FilePart, corpus: CorpusConfig) -> Texts:
@@ -187,13 +187,13 @@ def read_jsonl(part: FilePart, corpus: CorpusConfig) -> Texts:
 
             start = len(codecs.BOM_UTF8) if not offset and line.startswith(codecs.BOM_UTF8) else 0
             fault: tuple[int | None, str]
-            may_skip = True
+            setting: str | None = None
             try:
                 text = _row_text(columns, json.loads(line[start:].decode()), "")
                 if isinstance(text, str):
                     yield text
                     continue
-                fault, may_skip = (None, text.what), text.may_skip
+                fault, setting = (None, text.what), text.setting
             except UnicodeDecodeError as error:
                 fault = error.start, "invalid UTF-8"
             except json.JSONDecodeError as error:
@@ -202,7 +202,7 @@ def read_jsonl(part: FilePart, corpus: CorpusConfig) -> Texts:
                 fault = None, "not JSON: nested too deep"
             at, what = fault
             place = f"row {number + 1 + _lines_before(part)}"
-            yield BadDocument(place if at is None else f"{place}, byte {offset + start + at}", what, may_skip)
+            yield BadDocument(place if at is None else f"{place}, byte {offset + start + at}", what, setting)
 
 
 def _lines_before(part: FilePart) -> int:

@@ -38,18 +38,17 @@ class BadDocument(NamedTuple):
     place: str
     """Its place in the file, such as "row 2, byte 24"; empty for the file itself."""
     what: str
-    may_skip: bool = True
-    """Whether other documents of the file may be good; not if the file lacks the column."""
+    setting: str | None = None
+    """The setting that names a column which the file lacks, so that no other document of it is good."""
 
     def of(self, file: File) -> str:
         return ": ".join(part for part in (file.path, self.place, self.what) if part)
 
     def error(self, file: File) -> DataError:
-        way_out = "; corpus.on_bad_row=skip leaves such documents out and counts them" if self.may_skip else ""
+        way_out = "" if self.setting else "; corpus.on_bad_row=skip leaves such documents out and counts them"
         if "UTF-8" in self.what:
             way_out = f"; corpus.encoding=cp1252, for example, reads text of another encoding{way_out}"
-        setting = self.what.partition(":")[0]  # that names the column which the file lacks
-        return DataError(f"{self.of(file)}{way_out}", file.path if self.may_skip else setting)
+        return DataError(f"{self.of(file)}{way_out}", self.setting or file.path)
 
 
 Texts = Iterator[str | BadDocument]

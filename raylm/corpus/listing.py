@@ -156,7 +156,8 @@ def _useless(parts: list[FilePart], corpus: CorpusConfig) -> set[FilePart]:
 
 
 def _is_no_column(problem: BadDocument | DataError) -> bool:
-    return problem.where in ("corpus.text", "corpus.tokens") if isinstance(problem, DataError) else not problem.may_skip
+    setting = problem.where if isinstance(problem, DataError) else problem.setting
+    return setting in ("corpus.text", "corpus.tokens")
 
 
 @lru_cache(maxsize=100_000)  # a command asks several times, and some .json files must be read whole

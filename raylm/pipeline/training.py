@@ -26,6 +26,7 @@ from raylm import (
 from raylm.config import WHOLE_SPLIT, dump
 from raylm.document_scores import DocumentScores
 from raylm.errors import Diverged, OutOfMemory
+from raylm.local_worker import is_alone
 from raylm.perplexity import Score
 from raylm.pipeline import lifecycle, stores
 from raylm.plan import Plan, Prepared
@@ -136,9 +137,9 @@ def _run(plan: Plan, active: ActiveRun, tracked: Run) -> TrainResult:
     section = plan.experiment.cluster
     with contextlib.ExitStack() as connection:
         decided = active.decided.get("cluster.cpus_per_worker")
-        alone = cluster.single_worker_resources(section, decided=decided)
-        if alone is not None and stores.exist(plan):
-            resources = alone
+        alone = is_alone(section)
+        if alone and stores.exist(plan):
+            resources = cluster.resources(section, cluster.this_machine(), decided=decided)
         else:
             resources = connection.enter_context(cluster.connect(section, decided=decided))
             stores.check_nodes(plan.experiment)
@@ -147,7 +148,7 @@ def _run(plan: Plan, active: ActiveRun, tracked: Run) -> TrainResult:
             logger.warning(warning)
         sets = stores.prepare_evaluation_sets(plan, prepared.store)
         estimate.say(estimate.training(dataclasses.replace(plan, prepared=prepared), prepared.budget))
-        if alone is not None:
+        if alone:
             connection.close()  # the worker gets the whole machine
         return _train(prepared, sets, active, tracked, resources)
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -76,6 +76,21 @@ GIVEN = "corpus.tokens"
 """The name of the encoder of documents that are token ids already."""
 
 
+class GivenDocument(NamedTuple):
+    """A document of token ids without the special tokens around it."""
+
+    ids: str
+    """In decimal, with spaces between."""
+    text: str
+    """The text that the ids are of."""
+    before: list[str]
+    """The special tokens that were in front of it."""
+    after: list[str]
+    """Those that were at its end."""
+    inside: int
+    """Number of special tokens inside it."""
+
+
 class GivenIds:
     """Documents of token ids, in decimal with spaces between -> these ids, with the interface of an Encoder."""
 
@@ -96,28 +111,21 @@ class GivenIds:
         """0: ids are not searched for what they spell."""
         return 0
 
-    def outside(self, text: str) -> int | None:
-        """The first id that the vocabulary does not have."""
-        ids = self._parsed(text)
-        too_high = np.flatnonzero(ids > self._highest)
-        return int(ids[too_high[0]]) if len(too_high) else None
-
-    def without_frame(self, text: str) -> tuple[str, list[str], list[str], int]:
-        """(the document without special tokens around it, those in front, those at the end, number of others in it)."""
+    def without_frame(self, text: str) -> GivenDocument:
+        """A document without the special tokens around it; OverflowError of an id that the vocabulary does not have."""
         ids = self._parsed(text).tolist()
+        for id in ids:
+            if id > self._highest:
+                raise OverflowError(f"token id {id:,} is not in the vocabulary of the tokenizer that made the ids")
         start, stop = 0, len(ids)
         while start < stop and ids[start] in self._around:
             start += 1
         while start < stop and ids[stop - 1] in self._around:
             stop -= 1
-        names = self._tokenizer.convert_ids_to_tokens
-        inside = sum(id in self._around for id in ids[start:stop])
-        return " ".join(map(str, ids[start:stop])), names(ids[:start]), names(ids[stop:]), inside
-
-    def decode(self, text: str) -> str:
-        """The text that the ids are of."""
-        ids = self._parsed(text).tolist()
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        names, kept = self._tokenizer.convert_ids_to_tokens, ids[start:stop]
+        spelled = self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        inside = sum(id in self._around for id in kept)
+        return GivenDocument(" ".join(map(str, kept)), spelled, names(ids[:start]), names(ids[stop:]), inside)
 
     def _parsed(self, text: str) -> np.ndarray:
         return np.array(text.split(), np.int64)

@@ -69,26 +69,27 @@ def _checked(
     None if it has no others, or if it is rejected because an id is not in the vocabulary; a DataError without `reject`.
     """
     ledger.subtract({"bytes": document.num_bytes, "kept bytes": document.num_bytes})  # of decimal numbers
-    if (id := given.outside(document.text)) is not None:
-        fault = BadDocument("", f"token id {id:,} is not in the vocabulary of the tokenizer that made the ids")
+    try:
+        found = given.without_frame(document.text)
+    except OverflowError as error:
+        fault = BadDocument("", str(error))
         if reject is None:
-            raise fault.error(document.file)
+            raise fault.error(document.file) from None
         reject(document.file, fault)
         ledger.subtract(["kept"])
         ledger["bad rows"] += 1
         return None
-    text, before, after, inside = given.without_frame(document.text)
-    ledger.update({f"{FRAMES}{token} in front": 1 for token in set(before)})
-    ledger.update({f"{FRAMES}{token} at the end": 1 for token in set(after)})
-    if not text:
+    ledger.update({f"{FRAMES}{token} in front": 1 for token in set(found.before)})
+    ledger.update({f"{FRAMES}{token} at the end": 1 for token in set(found.after)})
+    if not found.ids:
         ledger.subtract(["kept"])
         ledger["empty"] += 1
         return None
-    if inside:
-        ledger["special tokens inside"] += inside
-    encoded = given.decode(text).encode(errors="replace")
+    if found.inside:
+        ledger["special tokens inside"] += found.inside
+    encoded = found.text.encode(errors="replace")
     ledger.update({"bytes": len(encoded), "kept bytes": len(encoded)})
-    return document._replace(text=text, num_bytes=len(encoded), hash=content_hash(encoded))
+    return document._replace(text=found.ids, num_bytes=len(encoded), hash=content_hash(encoded))
 
 
 def finished(path: str, index: int, key: str) -> dict[str, Any] | None:

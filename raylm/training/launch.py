@@ -17,8 +17,9 @@ import numpy as np
 
 from raylm import cluster, training
 from raylm.cluster import Resources
-from raylm.config import Experiment, ModelConfig, TokenizerConfig
+from raylm.config import Experiment, ModelConfig, TokenizerConfig, is_local
 from raylm.errors import OutOfMemory, WorkerFailed
+from raylm.local_worker import is_alone, local_worker
 from raylm.perplexity import Documents
 from raylm.tokens import Store
 from raylm.training import Outcome, ScoreTask, TrainTask, worker_group
@@ -33,7 +34,7 @@ def fit(task: TrainTask, resources: Resources, callbacks: Sequence[Any] = ()) ->
     """Train until the end of the budget or a stop."""
 
     def attempt() -> Outcome:
-        if cluster.single_worker_resources(task.experiment.cluster) and not callbacks:
+        if is_alone(task.experiment.cluster) and not callbacks:
             return with_smaller_batches(task, lambda: _in_process(task))
         while True:
             outcome = with_smaller_batches(task, lambda: _in_group(task, resources, callbacks))
@@ -98,7 +99,7 @@ def _in_local_mode(task: TrainTask) -> Outcome:
 
 def _in_process(task: TrainTask) -> Outcome:
     """Train in another process of this machine."""
-    with cluster.local_worker() as process:
+    with local_worker() as process:
         alone = dataclasses.replace(task, session=task.session or training.SingleProcess)
         return process.call(training.train_loop_per_worker, alone)
 
@@ -187,7 +188,7 @@ def _scored(
     progress: Callable[[float, float | None], None] | None,
 ) -> np.ndarray:
     """What score_loop_per_worker gives, in this process where there is no need for others."""
-    if resources is None or (resources.num_workers == 1 and cluster.is_local(experiment.cluster)):
+    if resources is None or (resources.num_workers == 1 and is_local(experiment.cluster)):
         alone = dataclasses.replace(task, cpus=cluster.cpus_here(), session=training.SingleProcess, progress=progress)
         return training.score_loop_per_worker(alone)
     score = functools.partial(training.score_loop_per_worker, task)

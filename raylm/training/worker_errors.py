@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import ray
 
-from raylm import cluster, console
+from raylm import console
 from raylm.errors import RaylmError, TrainingError, WorkerFailed
+from raylm.local_worker import LESS_MEMORY, MAY_PASS
 
 
 class UncountedFailure(Exception):
@@ -34,7 +35,7 @@ def cause(error: Exception, where: str) -> Exception:
             node = re.findall(r"[\d.]+GB used / [\d.]+GB limit", str(seen))
             return WorkerFailed(
                 f"{_named(rank)} was killed, because its node ran out of memory ({', '.join([*held[:1], *node])}); "
-                f"{cluster.LESS_MEMORY}",
+                f"{LESS_MEMORY}",
                 where=where,
             )
     for rank, seen in every:
@@ -42,7 +43,7 @@ def cause(error: Exception, where: str) -> Exception:
             return death
     rank, cause = next(iter(failures.items()))
     last = str(cause).strip().split("\n")[-1]
-    may_pass = all(any(isinstance(seen, cluster.MAY_PASS) for seen in _unwrapped(each)) for each in failures.values())
+    may_pass = all(any(isinstance(seen, MAY_PASS) for seen in _unwrapped(each)) for each in failures.values())
     kind = WorkerFailed if may_pass else TrainingError
     return kind(f"{_named(rank)} failed: {type(cause).__name__}: {last}", where=where)
 
@@ -79,7 +80,7 @@ _DEATHS = (
     ray.exceptions.ObjectLostError,  # with the process that held it
 )
 
-_FOR_MEMORY = f"if memory ran out, {cluster.LESS_MEMORY}"
+_FOR_MEMORY = f"if memory ran out, {LESS_MEMORY}"
 
 
 def _named(rank: int | None) -> str:

@@ -1,0 +1,229 @@
+"""An experiment: its sections, and the rules between settings of different sections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from pydantic import PrivateAttr, ValidationInfo, model_validator
+
+from raylm import DEFAULT_STORAGE
+from raylm.config.sections import (
+    BlocksConfig,
+    ClusterConfig,
+    CorpusConfig,
+    EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    Section,
+    TokenizerConfig,
+    TrackingConfig,
+    TrainConfig,
+    TuneConfig,
+)
+from raylm.config.values import Name
+
+MUTABLE = (
+    "train.learning_rate", "train.weight_decay", "train.warmup_steps", "train.arguments.adam_beta1",
+    "train.arguments.adam_beta2", "train.arguments.adam_epsilon", "train.arguments.max_grad_norm",
+    "train.arguments.label_smoothing_factor", "train.arguments.neftune_noise_alpha",
+)  # fmt: skip
+"""Settings that may change while a trial trains, because its weights and its optimizer's state remain valid."""
+SEEDS = ("train.seed", "train.data_seed")
+
+
+class Experiment(Section):
+    name: Name = "experiment"
+    """Name of the runs' directory and the MLflow experiment: letters, digits, dots, dashes, underscores."""
+    storage: str = DEFAULT_STORAGE
+    """Location of token stores, runs and checkpoints: a directory that every node sees, or a location in object storage
+    such as s3://bucket/runs, with the credentials of the environment."""
+    corpus: CorpusConfig = CorpusConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    blocks: BlocksConfig = BlocksConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    tune: TuneConfig = TuneConfig()
+
+    _sizes_follow_text: bool = PrivateAttr(False)
+
+    @property
+    def sizes_follow_text(self) -> bool:
+        """Whether there is text but no config file, so that sizes that are not given are derived from it; see
+        `derived`."""
+        return self._sizes_follow_text
+
+    @property
+    def measure(self) -> str:
+        """The name of the score: perplexity, masked_perplexity or pseudo_perplexity."""
+        return self.eval.measure(masked=self.objective.is_masked)
+
+    @model_validator(mode="after")
+    def _sections_agree(self, info: ValidationInfo) -> Experiment:
+        """Refuse settings of different sections that exclude each other; each message starts with a dotted key."""
+        self._sizes_follow_text = (info.context or {}).get("sizes_follow_text", False)
+        if not self._sizes_follow_text or "batch_tokens" in self.train.model_fields_set:  # else it is to be derived
+            self._batch_agrees()
+        self._corpus_agrees()
+        self._mixture_agrees()
+        self._tokenizer_agrees()
+        self._sweep_agrees()
+        return self
+
+    def _batch_agrees(self) -> None:
+        fewest, most = self.cluster.fewest_workers, self.cluster.most_workers
+        step = self.blocks.block_size * math.lcm(*range(fewest, most + 1))
+        workers = f"{most}" if fewest == most else f"each of {fewest} to {most}"
+        smallest = f"blocks.block_size x cluster.num_workers = {self.blocks.block_size} x {workers}"
+        batch, budget = self.train.batch_tokens, self.train.max_tokens
+        if batch % step:
+            nearest = max(1, round(batch / step)) * step
+            raise ValueError(f"train.batch_tokens must be a multiple of {smallest}, got {batch}; nearest: {nearest}")
+        if budget is not None and budget < batch:
+            way_out = f"lower train.batch_tokens too, to a multiple of {step}"
+            if budget < step:
+                way_out = f"raise it to that, or lower blocks.block_size too: a step has at least {smallest} tokens"
+            raise ValueError(
+                f"train.max_tokens must be at least one optimizer step, train.batch_tokens = {batch}, got {budget}; "
+                f"{way_out}"
+            )
+
+    def _corpus_agrees(self) -> None:
+        section = self.corpus
+        held_out = section.validation_fraction + section.test_fraction
+        if held_out >= 1 and not section.validation_paths and not section.test_paths:
+            raise ValueError(
+                "corpus.test_fraction must leave text to train on: less than 1 - corpus.validation_fraction = "
+                f"{1 - section.validation_fraction:.6g}, got {section.test_fraction:g}"
+            )
+        if section.tokens is not None:
+            self._tokens_agree()
+
+    def _tokens_agree(self) -> None:
+        """Refuse settings that need text together with a column of token ids."""
+        for name in ("keep_any", "keep_matching", "min_chars", "max_chars"):
+            if getattr(self.corpus, name):
+                raise ValueError(f"corpus.{name} is for text and cannot be given with corpus.tokens; leave it out")
+        if self.corpus.split_by == "passage":
+            raise ValueError("corpus.split_by must be document with corpus.tokens, got passage: token ids are not cut")
+        if self.tokenizer.train is not None:
+            raise ValueError(
+                "tokenizer.train cannot be given with corpus.tokens: the ids are of the tokenizer that made them; give "
+                "its directory or Hub id as tokenizer.path"
+            )
+        if self.tokenizer.path is None and self.model.path is None:
+            raise ValueError(
+                "corpus.tokens must come with tokenizer.path, the directory or Hub id of the tokenizer that made them"
+            )
+
+    def _mixture_agrees(self) -> None:
+        weights, names = self.blocks.mixture, self.corpus.source_names
+        if not weights:
+            return
+        if not names:
+            raise ValueError(
+                "blocks.mixture must be left out unless corpus.paths names its sources, as in {books: a/*.txt, code: b}"
+            )
+        unlike = [name for name in (*weights, *names) if name not in weights or name not in names]
+        if unlike:
+            fault = "has no weight" if unlike[0] in names else "is no source"
+            raise ValueError(
+                "blocks.mixture must have a weight for each source that corpus.paths names, "
+                f"{', '.join(names)}; {unlike[0]} {fault}"
+            )
+        if not any(weights.values()):
+            raise ValueError("blocks.mixture must have a weight above 0")
+
+    def _tokenizer_agrees(self) -> None:
+        """Refuse settings of a tokenizer that is loaded together with those of one that is trained."""
+        section = self.tokenizer
+        for name in ("revision", "gguf_file", "eos_token"):
+            if section.train is not None and getattr(section, name) is not None:
+                way_out = {"eos_token": "name it first in tokenizer.train.special_tokens instead"}
+                raise ValueError(
+                    f"tokenizer.{name} is for a tokenizer that is loaded and cannot be given with tokenizer.train, got "
+                    f"{getattr(section, name)}; {way_out.get(name, 'leave it out')}"
+                )
+
+    def _sweep_agrees(self) -> None:
+        tune = self.tune
+        kinds = {kind for sampler in tune.space.values() for kind in sampler}
+        if tune.searcher == "optuna" and "grid" in kinds:
+            raise ValueError("tune.searcher must be random for a space with a grid, got optuna; make the grid a choice")
+        if tune.searcher == "optuna" and tune.scheduler.kind == "pbt":
+            raise ValueError(
+                "tune.searcher must be random with tune.scheduler=pbt, got optuna: a population searches itself"
+            )
+        if tune.against is not None and tune.searcher != "optuna":
+            raise ValueError(f"tune.against needs tune.searcher=optuna, got {tune.searcher}")
+        if tune.against == "seconds" and tune.scheduler.kind != "none":
+            raise ValueError(
+                f"tune.against must be parameters with tune.scheduler={tune.scheduler.kind}, got seconds: trials "
+                "that are stopped early are the quickest"
+            )
+        if tune.weights:
+            self._weights_agree()
+        if tune.repeats > 1:
+            self._repeats_agree()
+        if tune.scheduler.ties == "promote" and tune.scheduler.kind != "asha":
+            raise ValueError(
+                f"tune.scheduler.ties must be drop with tune.scheduler={tune.scheduler.kind}, got promote: only asha "
+                "promotes trials at rungs"
+            )
+        if tune.scheduler.kind == "pbt" and tune.space:
+            changed = [key for key in tune.space if key in MUTABLE]
+            if not changed:
+                raise ValueError(
+                    f"tune.space must have one of {', '.join(MUTABLE)} with tune.scheduler=pbt, which changes settings "
+                    f"while a trial runs; got {', '.join(tune.space)}"
+                )
+            if grids := [key for key in changed if "grid" in tune.space[key]]:
+                raise ValueError(
+                    f"tune.space.{grids[0]} must be drawn with tune.scheduler=pbt, which changes it while trials run; "
+                    "got a grid; make it a choice"
+                )
+        for point in tune.points:
+            if unknown := [key for key in point if key not in tune.space]:
+                raise ValueError(f"tune.points must have keys of tune.space, got {unknown[0]}")
+
+    def _weights_agree(self) -> None:
+        tune, sources, sets = self.tune, self.corpus.source_names, tuple(self.eval.sets)
+        known = (*sources, *sets)
+        for name in tune.weights:
+            if name in sources and name in sets:
+                raise ValueError(f"tune.metric must name one thing by {name}: it is a source and a set of eval.paths")
+            if name in sources and self.corpus.validation_paths:
+                raise ValueError(
+                    f"tune.metric must have sets of eval.paths with corpus.validation_paths, got source {name}: "
+                    "validation text of its own has no names"
+                )
+        if unknown := [name for name in tune.weights if name not in known]:
+            raise ValueError(
+                "tune.metric must have names of sources of corpus.paths or of sets of eval.paths"
+                f"{': ' + ', '.join(known) if known else ', and neither names any'}; got {unknown[0]}"
+            )
+        for key, value, default in (("repeats", tune.repeats, 1), ("scheduler.ties", tune.scheduler.ties, "drop")):
+            if value != default:
+                raise ValueError(
+                    f"tune.{key} must be {default} with weights in tune.metric, got {value}: documents and runs are "
+                    "compared by perplexity or bits per byte alone"
+                )
+
+    def _repeats_agree(self) -> None:
+        tune = self.tune
+        inner = (mapping for sampler in tune.space.values() for values in sampler.values() for mapping in values)
+        swept = {*tune.space, *(key for mapping in inner if isinstance(mapping, Mapping) for key in mapping)}
+        if seeds := sorted(swept & {*SEEDS}):
+            raise ValueError(
+                f"tune.repeats must be 1 with {seeds[0]} in tune.space, got {tune.repeats}: repeats have seeds of "
+                f"their own; leave {seeds[0]} out of tune.space"
+            )
+        if tune.scheduler.kind == "pbt":
+            raise ValueError(
+                f"tune.repeats must be 1 with tune.scheduler=pbt, got {tune.repeats}: the settings of a population "
+                "change during training, so that no other run can have them; take another scheduler"
+            )
