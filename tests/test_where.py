@@ -151,7 +151,7 @@ def test_positions_are_compared_only_in_contexts_of_one_length(two):
 
 def test_what_is_gone_is_said_and_the_rest_is_shown(two):
     directory, files = two
-    record = compare(files, where=True, where_keyword=["zebra"]).record["where"]
+    record = compare(files, where=True, where_keyword=["cat", "zebra"]).record["where"]
     assert record["notes"] == ["zebra: not in the text"]
     network = GPT2LMHeadModel.from_pretrained(directory / "a")
     network.lm_head.weight.data *= 2

@@ -13,6 +13,7 @@ import numpy as np
 from raylm import checkpoint, config, console, storage, tokenizer, tokens
 from raylm.document_scores import DocumentScores, hash_of
 from raylm.errors import ConfigError, RaylmError
+from raylm.objective import Keywords
 from raylm.perplexity import BANDS, BYTES, KEYWORD_NLL, KEYWORD_TOKENS, NLL
 from raylm.pipeline import evaluation
 from raylm.results import where
@@ -164,6 +165,7 @@ def _scored_again(
         assert run.scores is not None
         if not math.isclose(rows[-1][:, NLL].sum(), run.scores.nll.sum(), rel_tol=OTHER_SCORES):
             return {}, [f"{what}: not shown: {run.model} gives other scores than were kept"]
+    assert not isinstance(text, str)
     base, own = rows
     parts, notes = {}, []
     if np.array_equal(own[:, BANDS + 1 :: 2], base[:, BANDS + 1 :: 2]):
@@ -176,8 +178,13 @@ def _scored_again(
         # Summed over the bands, because a masked model's nll of a document is an estimate for all of its tokens.
         nll = difference[:, BANDS::2].sum(axis=1) - difference[:, KEYWORD_NLL]
         parts["keyword"] = [*inside, Part.of("all else", nll, own[:, BANDS + 1 :: 2].sum(axis=1) - size)]
-        notes += [] if size.any() else [f"{' or '.join(keywords)}: not in the text"]
+        notes += [f"{word}: not in the text" for word in keywords if not _has(text, word)]
     return parts, notes
+
+
+def _has(text: _Text, word: str) -> bool:
+    keyword = Keywords([word], text.tokenizer)
+    return any(keyword.occurrences(text[index]) for index in range(len(text)))
 
 
 def _rows(run: ComparedRun, text: _Text, keywords: Sequence[str]) -> np.ndarray:
