@@ -16,7 +16,7 @@ documents before it, and copied from the memory map.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
@@ -42,6 +42,8 @@ class _Rows:
         self._into = self._tokens.reshape(-1).data
         self._filled = 0
         self._ends: list[int] = []
+        self._lasts: list[int] = []
+        """What the last token of the document before each end has in the place of its id."""
         self._prefixes: list[int] = []
 
     def append_stream(self, values: memoryview, offsets: memoryview, start: int, stop: int) -> None:
@@ -78,6 +80,7 @@ class _Rows:
             at, start = at + last - start, last
         if start == size and start < stop:
             self._ends.append(at)
+            self._lasts.append(values[first + size - 1] if size else 0)
             at, start = at + 1, start + 1
         self._filled = at
         return start
@@ -90,6 +93,21 @@ class _Rows:
         if self._frame.prefix is not None:
             made.put(self._prefixes, self._frame.prefix)
         return made
+
+    def finish_answers(self) -> np.ndarray:
+        """bool of shape (rows, row size), for values that tell whether a token is of an answer.
+
+        The end of a document is of its answer if its last token is.
+        """
+        assert self._filled == self._tokens.size
+        made = self._tokens.astype(bool)
+        made.put(self._ends, self._lasts)
+        made.put(self._prefixes, False)
+        return made
+
+
+Arrays = Callable[[int], tuple[np.ndarray, np.ndarray]]
+"""A shard -> a value for each token of its documents, and the offset of each document and of the end."""
 
 
 IGNORED = -100
@@ -108,6 +126,9 @@ class Blocks(Protocol):
     def __getitem__(self, index: int) -> np.ndarray: ...
     def rows(self, indices: Sequence[int]) -> Sequence[np.ndarray]:
         """Several examples, in half the time that one after another takes."""
+
+    def answers(self, indices: Sequence[int]) -> Sequence[np.ndarray] | None:
+        """Whether each token of these examples is learned, bool; None in a store without prompts, where all are."""
 
 
 def build(split: Split | SourceSplit, section: BlocksConfig, frame: Frame) -> Blocks:
@@ -137,7 +158,13 @@ class Packed:
         return self.rows([index])[0]
 
     def rows(self, indices: Sequence[int]) -> np.ndarray:
-        made = _Rows(len(indices), self.block_size, self.split.arrays(0)[0].dtype, self.frame)
+        return self._filled(indices, self.split.arrays).finish()
+
+    def answers(self, indices: Sequence[int]) -> np.ndarray | None:
+        return self._filled(indices, self.split.answer_arrays).finish_answers() if self.split.has_prompts else None
+
+    def _filled(self, indices: Sequence[int], arrays: Arrays) -> _Rows:
+        made = _Rows(len(indices), self.block_size, arrays(0)[0].dtype, self.frame)
         for index in indices:
             if not 0 <= index < len(self):
                 raise IndexError(index)
@@ -145,10 +172,10 @@ class Packed:
             shard = bisect.bisect_right(self._first, start) - 1
             while start < stop:
                 begin, end = self._first[shard], min(stop, self._first[shard + 1])
-                values, offsets = self.split.arrays(shard)
+                values, offsets = arrays(shard)
                 made.append_stream(values.data, offsets.data, start - begin, end - begin)
                 start, shard = end, shard + 1
-        return made.finish()
+        return made
 
 
 class Chunked:
@@ -174,7 +201,13 @@ class Chunked:
         return self.rows([index])[0]
 
     def rows(self, indices: Sequence[int]) -> np.ndarray:
-        made = _Rows(len(indices), self.block_size, self.split.arrays(0)[0].dtype, self.frame)
+        return self._filled(indices, self.split.arrays).finish()
+
+    def answers(self, indices: Sequence[int]) -> np.ndarray | None:
+        return self._filled(indices, self.split.answer_arrays).finish_answers() if self.split.has_prompts else None
+
+    def _filled(self, indices: Sequence[int], arrays: Arrays) -> _Rows:
+        made = _Rows(len(indices), self.block_size, arrays(0)[0].dtype, self.frame)
         for index in indices:
             if not 0 <= index < len(self):
                 raise IndexError(index)
@@ -182,9 +215,9 @@ class Chunked:
             number, blocks = index - self._first[shard], self._blocks[shard].data
             document = bisect.bisect_right(blocks, number)
             start = (number - (blocks[document - 1] if document else 0)) * self.block_size
-            values, offsets = self.split.arrays(shard)
+            values, offsets = arrays(shard)
             made.append_document(values.data, offsets.data, document, start, start + self.block_size)
-        return made.finish()
+        return made
 
 
 class Padded:
@@ -209,13 +242,46 @@ class Padded:
     def rows(self, indices: Sequence[int]) -> list[np.ndarray]:
         return [self[index] for index in indices]
 
+    def answers(self, indices: Sequence[int]) -> list[np.ndarray] | None:
+        if not self.split.has_prompts:
+            return None
+        before = np.zeros(int(self.frame.prefix is not None), bool)
+        found = []
+        for index in indices:
+            marks = self.split.answers(index)
+            assert marks is not None
+            end = marks[-1:] if len(marks) else np.zeros(1, bool)
+            found.append(np.concatenate([before, marks, end])[: self.block_size])
+        return found
 
-def batch(rows: Sequence[np.ndarray], section: BlocksConfig, frame: Frame) -> dict[str, np.ndarray]:
+
+def warnings(split: Split, section: BlocksConfig, frame: Frame) -> Iterator[str]:
+    """A warning if answers start so late that no block has them together with the beginning of their prompt."""
+    late = 0
+    for shard in range(len(split.shards) if split.has_prompts else 0):
+        marks, offsets = split.answer_arrays(shard)
+        answers = np.append(np.flatnonzero(marks), len(marks))
+        first = answers[np.searchsorted(answers, offsets[:-1])] - offsets[:-1]
+        late += int((first + (frame.prefix is not None) >= section.block_size).sum())
+    if late:
+        what = "are not learned" if section.packing == "padded" else "are learned without the beginning of their prompt"
+        yield (
+            f"blocks.block_size: {late:,} of {len(split):,} training documents have a prompt of {section.block_size} "
+            f"tokens or more, so that their answers {what}; raise it"
+        )
+
+
+def batch(
+    rows: Sequence[np.ndarray],
+    section: BlocksConfig,
+    frame: Frame,
+    answers: Sequence[np.ndarray] = (),
+) -> dict[str, np.ndarray]:
     """Rows as a model takes them, each int64 of shape (len(rows), longest row):
 
     input_ids        shorter rows are filled with end-of-text tokens
     labels           the same ids, and IGNORED for tokens without prediction: padding, a token with nothing before it, a
-                     prefix, and without a prefix the first token of a document
+                     prefix, without a prefix the first token of a document, and all that is not of the `answers`
     attention_mask   if padded: 0 for padding
     position_ids     if documents are isolated: they restart at 0 with each frame, which limits attention. There is no
     attention mask then, and the model must be called with use_cache=False: with a mask or a cache
@@ -241,5 +307,8 @@ def batch(rows: Sequence[np.ndarray], section: BlocksConfig, frame: Frame) -> di
     elif section.isolate_documents:
         columns = np.arange(longest)
         made["position_ids"] = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
-    made["labels"] = np.where(real & ~unpredicted, input_ids, IGNORED)
+    predicted = real & ~unpredicted
+    for number, marks in enumerate(answers):
+        predicted[number, : len(marks)] &= marks
+    made["labels"] = np.where(predicted, input_ids, IGNORED)
     return made

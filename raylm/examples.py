@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -37,6 +37,9 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
     def rows(self, numbers: Sequence[int]) -> Sequence[np.ndarray]:
         """The examples of these numbers, read together: int64 of shape (block_size,), or shorter where padded."""
+
+    def answers(self, numbers: Sequence[int]) -> Sequence[np.ndarray] | None:
+        """Whether each of their tokens is learned, bool; None in a store without prompts, where all are."""
 
 
 def of_sources(split: Split, section: BlocksConfig, frame: Frame) -> dict[str, Blocks]:
@@ -102,6 +105,9 @@ class Stream:
     def rows(self, numbers: Sequence[int]) -> Sequence[np.ndarray]:
         return self.blocks.rows([self.index(k) for k in numbers])
 
+    def answers(self, numbers: Sequence[int]) -> Sequence[np.ndarray] | None:
+        return self.blocks.answers([self.index(k) for k in numbers])
+
     def index(self, k: int) -> int:
         """The block that is example k."""
         epoch, position = divmod(k, len(self.blocks))
@@ -150,12 +156,19 @@ class Mixture:
         return self.rows([k])[0]
 
     def rows(self, numbers: Sequence[int]) -> list[np.ndarray]:
+        return self._of_sources(numbers, Stream.rows)
+
+    def answers(self, numbers: Sequence[int]) -> list[np.ndarray] | None:
+        has_prompts = self.streams[0].blocks.split.has_prompts
+        return self._of_sources(numbers, Stream.answers) if has_prompts else None
+
+    def _of_sources(self, numbers: Sequence[int], read: Callable[[Stream, Sequence[int]], Any]) -> list[np.ndarray]:
         places = [self.place(k) for k in numbers]
-        rows: dict[int, np.ndarray] = {}
+        found: dict[int, np.ndarray] = {}
         for source in {source for source, _ in places}:
             own = [at for at, (each, _) in enumerate(places) if each == source]
-            rows |= zip(own, self.streams[source].rows([places[at][1] for at in own]), strict=True)
-        return [rows[at] for at in range(len(places))]
+            found |= zip(own, read(self.streams[source], [places[at][1] for at in own]), strict=True)
+        return [found[at] for at in range(len(places))]
 
     def place(self, k: int) -> tuple[int, int]:
         """The source of example k, and which of the examples of that source it is."""

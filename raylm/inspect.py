@@ -27,7 +27,7 @@ def inspect(
 ) -> cli.CommandResult:
     """Show the data as the model will see it: documents, their tokens, blocks, a batch, lengths, the ledger."""
     experiment = cli.experiment(config, settings, print_config, "text")
-    from raylm import plan, tokens, views
+    from raylm import plan, views
     from raylm.pipeline import stores
     from raylm.results import inspection
 
@@ -35,7 +35,7 @@ def inspect(
     if dry_run:
         return cli.CommandResult(*views.tokens_plan(resolved))
     store, _ = stores.open_or_prepare(resolved)
-    for warning in tokens.warnings(store):
+    for warning in stores.warnings(resolved, store):
         logger.warning(warning)
     record = inspection.inspect(resolved.experiment, store, examples)
     view = inspection.view(record)

@@ -49,6 +49,8 @@ class Documents(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> np.ndarray: ...
     def document_bytes(self, index: int) -> int: ...
+    def answers(self, index: int) -> np.ndarray | None:
+        """Whether each token is scored, bool; None: all are. The bytes are those of these tokens' text."""
 
 
 @dataclass(frozen=True)
@@ -214,17 +216,20 @@ def score_documents(
     rows = torch.zeros((count, BANDS + 2 * len(positions)), dtype=torch.float64)
     share = torch.ones(count, dtype=torch.float64)
     """Fraction of each document's tokens that are scored, from which its nll is estimated."""
-    total, done = sum(len(documents[index]) for index in chosen), 0.0
+    total, done = sum(int(_counting(documents, index).sum()) for index in chosen), 0.0
 
     def read() -> Iterator[Part]:
         for index in chosen:
             ids = documents[index]
             marks = keywords.marked(ids) if keywords is not None else np.zeros(len(ids), bool)
             if masked is None:
-                scored = np.arange(0 if frame.prefix is not None else min(1, len(ids)), len(ids))
+                counts = _counting(documents, index)
+                scored = np.flatnonzero(counts)
+                if frame.prefix is None:
+                    scored = scored[scored > 0]
                 rows[index, 1] = len(scored)
-                rows[index, 2] = documents.document_bytes(index) * len(scored) / max(1, len(ids))
-                yield from _windows_of(index, ids, marks, frame, context, stride or context)
+                rows[index, 2] = documents.document_bytes(index) * len(scored) / max(1, counts.sum())
+                yield from _windows_of(index, ids, marks, counts, frame, context, stride or context)
             else:
                 scored = masked.chosen(ids)
                 rows[index, 1] = len(ids)
@@ -312,14 +317,23 @@ class Part(NamedTuple):
     """Which of these tokens are part of a keyword."""
 
 
+def _counting(documents: Documents, index: int) -> np.ndarray:
+    """Whether each token of a document is scored, bool."""
+    answers = documents.answers(index)
+    return np.ones(len(documents[index]), bool) if answers is None else answers
+
+
 def _windows_of(
-    index: int, document: np.ndarray, marks: np.ndarray, frame: Frame, context: int, stride: int
+    index: int, document: np.ndarray, marks: np.ndarray, counts: np.ndarray, frame: Frame, context: int, stride: int
 ) -> Iterator[Part]:
     ids = frame.around(document)[:-1]
-    marks = marks[len(document) - len(ids) + 1 :]
+    after = len(document) - len(ids) + 1  # the output at 0 predicts this token of the document
+    marks, counts = marks[after:], counts[after:]
     for start, end, scored in windows(len(ids) - 1, context, stride):
         places = np.arange(end - scored, end)
-        yield Part(index, ids[start:end], places - start, ids[places + 1], marks[places])
+        places = places[counts[places]]
+        if len(places):
+            yield Part(index, ids[start:end], places - start, ids[places + 1], marks[places])
 
 
 def _masked_windows_of(

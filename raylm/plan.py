@@ -139,7 +139,7 @@ class Plan:
 
     def with_store(self, store: Store) -> Prepared:
         """What follows from the token store of this plan."""
-        from raylm import budget, cost, objective, summary
+        from raylm import blocks, budget, cost, objective, summary
 
         experiment = cost.with_eval_limit(self.experiment, store)
         planned = budget.for_store(experiment, store)
@@ -155,6 +155,7 @@ class Plan:
             (
                 *objective.warnings(experiment.objective, store),
                 *tokens.warnings(store),
+                *blocks.warnings(store.train, experiment.blocks, store.frame(experiment.tokenizer.prefix)),
                 *planned.warnings(experiment.train),
             ),
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from raylm import model, perplexity, tracking
 from raylm.budget import Budget
 from raylm.config import WHOLE_SPLIT, Experiment, get
-from raylm.tokens import COUNTED, Store, incomparable
+from raylm.tokens import Store, incomparable
 from raylm.tracking import PARAMETERS_TAG, TOKENS_TAG, Run
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def scored(experiment: Experiment, store: Store) -> dict[str, Any]:
     return {
         "scored_on": WHOLE_SPLIT if documents == len(split) else experiment.eval.scored_on,
         "scored_documents": documents,
-        "scored_tokens": sum(len(split[index]) for index in range(documents)),
+        "scored_tokens": split.scored_tokens(documents),
     }
 
 
@@ -103,7 +103,7 @@ def log_data(run: Run, experiment: Experiment, store: Store) -> None:
         run.set_tags({"raylm.incomparable": why})
     contexts = {"train": "training"}  # as MLflow calls it
     for split in store.splits:
-        profile = {what: store.manifest[split][what] for what in COUNTED}
+        profile = store.counts(split)
         name, context = f"{experiment.name} {split}", contexts.get(split, split)
         run.log_dataset(name, digest=store.fingerprint, source=store.path, profile=profile, context=context)
 

@@ -37,6 +37,9 @@ class Documents(list):
     def document_bytes(self, index):
         return len(self[index])
 
+    def answers(self, index):
+        return None
+
 
 @pytest.mark.parametrize("every", [None, False, True])
 @pytest.mark.parametrize("stride", [None, 3])

@@ -29,6 +29,7 @@ from raylm import plan as plans
 from raylm.config import BlocksConfig, ObjectiveConfig, TrainedTokenizer
 from raylm.errors import ConfigError
 from raylm.objective import IGNORED, keywords, loss
+from raylm.objective.batches import Example
 from raylm.training.trainer import _Trainer
 
 SPECIAL = ("<|endoftext|>", "<mask>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>")
@@ -66,7 +67,7 @@ def ids(tokens, text):
 
 
 def test_the_first_token_of_a_block_is_not_predicted(byte):
-    batch = batches(byte)([(0, np.array([5, 6, 7])), (1, np.array([8, 9, 10]))])
+    batch = batches(byte)([Example(0, np.array([5, 6, 7])), Example(1, np.array([8, 9, 10]))])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 10]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, 10]]
 
@@ -101,6 +102,9 @@ class Rows(list):
 
     def rows(self, numbers):
         return [self[number] for number in numbers]
+
+    def answers(self, numbers):
+        return None
 
 
 class Shards:
@@ -143,7 +147,7 @@ def test_a_keyword_that_the_corpus_does_not_have_is_warned_of(byte):
 
 
 def test_weights_are_of_the_row_and_items_of_the_batch(byte):
-    rows = [(0, ids(byte, "plt plt")), (1, ids(byte, "abcd"))]  # 1 prediction, 3 predictions
+    rows = [Example(0, ids(byte, "plt plt")), Example(1, ids(byte, "abcd"))]  # 1 prediction, 3 predictions
     weighted = batches(byte, kind="keyword_weighted", keywords="plt", alpha=0.5)
     batch = weighted(rows)
     assert batch["weights"].tolist() == [1.5, 0.5]
@@ -155,16 +159,16 @@ def test_weights_are_of_the_row_and_items_of_the_batch(byte):
 
 
 def test_masked_tokens_are_drawn_by_seed_and_number_alone(byte):
-    rows = [(number, np.random.default_rng(number).integers(10, 200, 12 - number)) for number in range(4)]
+    rows = [Example(number, np.random.default_rng(number).integers(10, 200, 12 - number)) for number in range(4)]
     masked = batches(byte, kind="masked", probability=0.5)
     whole = masked(rows)
-    for number, row in rows:
-        alone = masked([(number, row)])
+    for number, row, _ in rows:
+        alone = masked([Example(number, row)])
         assert whole["input_ids"][number, : len(row)].tolist() == alone["input_ids"][0].tolist()
         assert whole["labels"][number, : len(row)].tolist() == alone["labels"][0].tolist()
     other = batches(byte, kind="masked", probability=0.5, seed=1)(rows)
     assert whole["labels"].tolist() != other["labels"].tolist()
-    assert masked([(9, rows[0][1])])["labels"].tolist() != whole["labels"][:1].tolist(), "anew each epoch"
+    assert masked([Example(9, rows[0][1])])["labels"].tolist() != whole["labels"][:1].tolist(), "anew each epoch"
 
 
 def test_of_the_masked_tokens_eight_in_ten_are_hidden(byte):
@@ -182,7 +186,9 @@ def test_of_the_masked_tokens_eight_in_ten_are_hidden(byte):
 
 
 def test_padding_is_never_masked(byte):
-    batch = batches(byte, kind="masked", probability=0.9)([(0, np.arange(10, 22)), (1, np.arange(10, 12))])
+    batch = batches(byte, kind="masked", probability=0.9)(
+        [Example(0, np.arange(10, 22)), Example(1, np.arange(10, 12))]
+    )
     assert (batch["labels"][1, 2:] == IGNORED).all()
     assert batch["attention_mask"][1].tolist() == [1, 1] + [0] * 10
 
@@ -301,7 +307,7 @@ def test_loss_and_gradient_equal_those_of_plain_logits(kind, weighted, byte):
     fields = {"granite": {"logits_scaling": 7.0}, "gemma2": {"final_logit_softcapping": 0.01}}.get(kind, {})
     model = network(kind, **fields)
     settings = {"kind": "masked", "probability": 0.5} if kind == "bert" else {}
-    rows = [(k, np.random.default_rng(k).integers(10, 265, 16 - k)) for k in range(4)]
+    rows = [Example(k, np.random.default_rng(k).integers(10, 265, 16 - k)) for k in range(4)]
     batch = batches(byte, **settings)(rows)
     if weighted:
         batch["weights"] = torch.tensor([1.0, 3.0, 0.5, 2.0])
@@ -333,7 +339,7 @@ def test_logits_of_a_batch_are_never_held(byte, monkeypatch):
     """No tensor of as many numbers as the logits is kept for backward."""
     model = network("gpt2", vocab_size=2000)
     objective.attach(model, shifted=True)
-    batch = batches(byte)([(k, np.random.default_rng(k).integers(10, 265, 16)) for k in range(8)])
+    batch = batches(byte)([Example(k, np.random.default_rng(k).integers(10, 265, 16)) for k in range(8)])
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: (sizes.append(saved.numel()), saved)[1], lambda x: x):
         model(**batch)["loss"].backward()
@@ -341,7 +347,7 @@ def test_logits_of_a_batch_are_never_held(byte, monkeypatch):
 
 
 def test_in_bfloat16_the_sum_keeps_its_digits(byte):
-    batch = batches(byte)([(k, np.random.default_rng(k).integers(10, 265, 16)) for k in range(8)])
+    batch = batches(byte)([Example(k, np.random.default_rng(k).integers(10, 265, 16)) for k in range(8)])
     exact = network("gpt2")
     objective.attach(exact, shifted=True)
     expected = exact(**batch)["loss"].item()
@@ -369,7 +375,7 @@ def test_the_balance_of_experts_is_learned_and_not_scored(byte):
     config = MixtralConfig(**sizes, num_key_value_heads=1, output_router_logits=True, router_aux_loss_coef=0.5)
     torch.manual_seed(0)
     model = MixtralForCausalLM(config)
-    batch = batches(byte)([(k, np.random.default_rng(k).integers(10, 265, 16)) for k in range(4)])
+    batch = batches(byte)([Example(k, np.random.default_rng(k).integers(10, 265, 16)) for k in range(4)])
     theirs = model(input_ids=batch["input_ids"], labels=batch["input_ids"])
     plain = theirs.loss - 0.5 * theirs.aux_loss
     assert theirs.aux_loss > 1
@@ -383,7 +389,7 @@ def test_the_balance_of_experts_is_learned_and_not_scored(byte):
 
 
 def test_the_first_pass_has_gradients_under_autocast_too(byte):
-    batch = batches(byte)([(0, np.random.default_rng(0).integers(10, 265, 16))])
+    batch = batches(byte)([Example(0, np.random.default_rng(0).integers(10, 265, 16))])
     model = network("llama")
     objective.attach(model, shifted=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -402,16 +408,16 @@ def test_without_labels_the_model_is_as_it_was():
 
 
 def test_not_normalized_it_is_the_formula_of_the_course(byte):
-    rows = [(0, ids(byte, "plt.fit(plt)")), (1, ids(byte, "def abcd(ef)"))]
-    length = min(len(row) for _, row in rows)
-    rows = [(number, row[:length]) for number, row in rows]
+    rows = [Example(0, ids(byte, "plt.fit(plt)")), Example(1, ids(byte, "def abcd(ef)"))]
+    length = min(len(row) for _, row, _ in rows)
+    rows = [Example(number, row[:length]) for number, row, _ in rows]
     course = batches(byte, kind="keyword_weighted", keywords=["plt"], alpha=0.7, normalize=False)
     model = network()
     batch = course(rows)
     logits = model(batch["input_ids"]).logits
     per_token = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none")
     per_row = per_token.view(2, -1).mean(dim=1)
-    counts = torch.tensor([float(course.keywords.occurrences(row)) for _, row in rows])
+    counts = torch.tensor([float(course.keywords.occurrences(row)) for _, row, _ in rows])
     assert counts[0] > 0
     expected = (per_row * 0.7 * (1.0 + counts)).mean().item()
     objective.attach(model, shifted=True)

@@ -22,6 +22,9 @@ class Documents(list):
     def document_bytes(self, index):
         return 3 * len(self[index])
 
+    def answers(self, index):
+        return None
+
 
 class EveryThird:
     """Keywords, as far as scoring looks at them: the tokens that 3 divides."""

@@ -100,6 +100,8 @@ class Experiment(Section):
                 "corpus.test_fraction must leave text to train on: less than 1 - corpus.validation_fraction = "
                 f"{1 - section.validation_fraction:.6g}, got {section.test_fraction:g}"
             )
+        if section.has_prompts:
+            self._prompts_agree()
         if section.tokens is not None:
             self._tokens_agree()
 
@@ -118,6 +120,25 @@ class Experiment(Section):
         if self.tokenizer.path is None and self.model.path is None:
             raise ValueError(
                 "corpus.tokens must come with tokenizer.path, the directory or Hub id of the tokenizer that made them"
+            )
+
+    def _prompts_agree(self) -> None:
+        """Refuse settings that do not go together with documents of which a part alone is learned."""
+        section = self.corpus
+        name = "corpus.prompt" if section.prompt is not None else "corpus.messages"
+        for other in ("messages", "tokens") if section.prompt is not None else ("tokens",):
+            if getattr(section, other) is not None:
+                raise ValueError(f"{name} cannot be given with corpus.{other}; leave one of them out")
+        if section.split_by == "passage":
+            raise ValueError(f"corpus.split_by must be document with {name}, got passage: an answer needs its prompt")
+        if self.objective.kind not in ("causal", "keyword_weighted"):
+            raise ValueError(
+                f"objective.kind must be causal or keyword_weighted with {name}, got {self.objective.kind}"
+            )
+        if section.messages is not None and self.tokenizer.train is not None:
+            raise ValueError(
+                "tokenizer.train cannot be given with corpus.messages: a trained tokenizer has no chat template; give "
+                "the directory or Hub id of one that has as tokenizer.path"
             )
 
     def _mixture_agrees(self) -> None:

@@ -62,6 +62,14 @@ class CorpusConfig(Section):
     """Column that holds the text, as a dotted path (answers.text), or a template of several columns: "Question:
     {question}\\nAnswer: {answers.text}". A template whose columns all belong to one list of objects, "{messages.role}:
     {messages.content}", is filled in for each object."""
+    prompt: Column | None = None
+    """Column or template of what stands before the text and is not learned, "Question: {question}\\nAnswer: ": the loss
+    and all scores are of the tokens of `text` alone. Spaces at the end of the prompt are the beginning of the answer,
+    because tokens contain the space before a word."""
+    messages: str | None = None
+    """Column that holds conversations, lists of {role, content}, instead of text; a dotted path may lead to it. They
+    are written by the tokenizer's chat template, and the loss and all scores are of what the assistant says alone, with
+    the token that ends it."""
     tokens: str | None = None
     """Column that holds token ids instead of text, made by the tokenizer of tokenizer.path or model.path; a dotted path
     may lead to it. Special tokens in front of a document and at its end are removed, because tokenizer.prefix puts them
@@ -121,6 +129,11 @@ class CorpusConfig(Section):
     def source_names(self) -> tuple[str, ...]:
         """The names in `paths`; empty if it has none."""
         return tuple(self.paths) if isinstance(self.paths, Mapping) else ()
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether only a part of each document is learned and scored."""
+        return self.prompt is not None or self.messages is not None
 
     @property
     def splits(self) -> tuple[SplitName, ...]:

@@ -35,24 +35,25 @@ class Columns:
     key = "corpus.text"
     """The setting that names them."""
 
-    def __init__(self, corpus: CorpusConfig):
-        self.join = corpus.join
-        if "{" in corpus.text:
-            self.parts = [(before, name) for before, name, _, _ in string.Formatter().parse(corpus.text)]
+    def __init__(self, template: str, join: str):
+        self.join = join
+        if "{" in template:
+            self.parts = [(before, name) for before, name, _, _ in string.Formatter().parse(template)]
         else:
-            self.parts = [("", corpus.text)]
+            self.parts = [("", template)]
         self.names = list(dict.fromkeys(name for _, name in self.parts if name is not None))
         self.together = self._of_one_list()
 
     def text(self, row: dict[str, Any]) -> str:
-        """The row's text; LookupError naming the column that has no text, KeyError if there is no such column."""
+        """The row's text; LookupError naming the column that has no text; KeyError, with the setting that names it as
+        its second argument, if there is no such column."""
         values = {name: self._value(row, name) for name in self.names}
         lists = [name for name in self.together if not isinstance(values[name], str)]
         if not lists:
             return self._filled(values)
         if len({*self.names} - {*lists}) or len({len(values[name]) for name in lists}) > 1:
             raise LookupError(
-                f"corpus.text: {' and '.join(f'{{{name}}}' for name in lists)} are lists, and go together only in a "
+                f"{self.key}: {' and '.join(f'{{{name}}}' for name in lists)} are lists, and go together only in a "
                 "template of nothing else, with as many items in each; name one of them, or take the others out"
             )
         items = zip(*(values[name] for name in lists), strict=True)
@@ -86,11 +87,11 @@ class Columns:
             try:
                 return value.decode()
             except UnicodeDecodeError:
-                raise LookupError(f"corpus.text: column {name!r} holds bytes that are not UTF-8") from None
+                raise LookupError(f"{self.key}: column {name!r} holds bytes that are not UTF-8") from None
         if isinstance(value, (list, tuple)):
             with contextlib.suppress(LookupError):
                 return [self._texts(item, name) for item in value]
-        raise LookupError(f"corpus.text: column {name!r} must hold text, got {_shown(value)}")
+        raise LookupError(f"{self.key}: column {name!r} must hold text, got {_shown(value)}")
 
     def _inside(self, value: Any, key: str, name: str, row: dict[str, Any]) -> Any:
         if isinstance(value, list):
@@ -98,7 +99,7 @@ class Columns:
         if not isinstance(value, dict):
             raise LookupError(f"{self.key}: there is no {key} of {name} in {_shown(value)}")
         if key not in value:
-            raise KeyError(missing(self.key, name if value is row else f"{key} in {name}", list(value)))
+            raise KeyError(missing(self.key, name if value is row else f"{key} in {name}", list(value)), self.key)
         return value[key]
 
     def top(self, names: list[str], where: str) -> list[str]:
@@ -145,10 +146,81 @@ class _TokenIds(Columns):
         return " ".join(map(str, value))
 
 
+class Answered(str):
+    """A prompt and its answer as one text, of which the answer alone is learned and scored."""
+
+    answer_at: int
+    """Characters of the prompt."""
+
+    @classmethod
+    def of(cls, prompt: str, answer: str) -> Answered:
+        asked = prompt.rstrip(" ")  # tokens contain the space before a word
+        text = cls(prompt + answer)
+        text.answer_at = len(asked)
+        return text
+
+    @property
+    def prompt(self) -> str:
+        return self[: self.answer_at]
+
+    @property
+    def answer(self) -> str:
+        return self[self.answer_at :]
+
+
+class _Answers(Columns):
+    """corpus.prompt and corpus.text -> prompt and answer."""
+
+    def __init__(self, corpus: CorpusConfig):
+        assert corpus.prompt is not None
+        self._prompt, self._answer = Columns(corpus.prompt, corpus.join), Columns(corpus.text, corpus.join)
+        self._prompt.key = "corpus.prompt"
+        self.names = [*self._prompt.names, *self._answer.names]
+
+    def text(self, row: dict[str, Any]) -> str:
+        return Answered.of(self._prompt.text(row), self._answer.text(row))
+
+    def top(self, names: list[str], where: str) -> list[str]:
+        return list(dict.fromkeys([*self._prompt.top(names, where), *self._answer.top(names, where)]))
+
+
+class _Messages(Columns):
+    """corpus.messages -> the messages of a row, as JSON."""
+
+    key = "corpus.messages"
+
+    def __init__(self, corpus: CorpusConfig):
+        assert corpus.messages is not None
+        self.names = [corpus.messages]
+
+    def text(self, row: dict[str, Any]) -> str:
+        return self._value(row, self.names[0])
+
+    def _texts(self, value: Any, name: str) -> Any:
+        if isinstance(value, str):  # as a .csv has them
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
+        if not isinstance(value, (list, tuple)) or not all(map(_is_message, value)):
+            raise LookupError(
+                f"{self.key}: column {name!r} must hold a list of messages {{role: user, content: text}}, got "
+                f"{_shown(value)}"
+            )
+        said = [{key: part for key, part in message.items() if part is not None} for message in value]
+        return json.dumps(said, ensure_ascii=False)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
 def columns_of(corpus: CorpusConfig) -> Columns:
     if corpus.tokens is not None:
         return _TokenIds(corpus)
-    return _WholeRow() if corpus.text == WHOLE_ROW else Columns(corpus)
+    if corpus.messages is not None:
+        return _Messages(corpus)
+    if corpus.prompt is not None:
+        return _Answers(corpus)
+    return _WholeRow() if corpus.text == WHOLE_ROW else Columns(corpus.text, corpus.join)
 
 
 MOST_NAMED = 20
@@ -175,7 +247,7 @@ def _row_text(columns: Columns, row: Any, place: str) -> str | BadDocument:
     try:
         return columns.text(row)
     except LookupError as error:
-        return BadDocument(place, error.args[0], columns.key if isinstance(error, KeyError) else None)
+        return BadDocument(place, error.args[0], error.args[1] if isinstance(error, KeyError) else None)
 
 
 def read_jsonl(part: FilePart, corpus: CorpusConfig) -> Texts:

@@ -144,9 +144,10 @@ def texts(part: FilePart, corpus: CorpusConfig) -> Texts:
         if part.format not in DATA_SETS and (pointer := lfs_pointer(file)):
             yield pointer
             return
-        if corpus.tokens is not None and not FORMATS[part.format].has_columns:
-            yield BadDocument("", "plain text, but corpus.tokens needs a column, as .jsonl and .parquet have")
-            return
+        for name in ("tokens", "messages", "prompt"):
+            if getattr(corpus, name) is not None and not FORMATS[part.format].has_columns:
+                yield BadDocument("", f"plain text, but corpus.{name} needs columns, as .jsonl and .parquet have")
+                return
         yield from FORMATS[part.format].read(part, corpus)
     except UnicodeDecodeError as error:
         encoding = corpus.encoding if error.encoding == "charmap" else error.encoding

@@ -157,12 +157,16 @@ def _useless(parts: list[FilePart], corpus: CorpusConfig) -> set[FilePart]:
 
 def _is_no_column(problem: BadDocument | DataError) -> bool:
     setting = problem.where if isinstance(problem, DataError) else problem.setting
-    return setting in ("corpus.text", "corpus.tokens")
+    return setting in ("corpus.text", "corpus.prompt", "corpus.messages", "corpus.tokens")
+
+
+def _problem(part: FilePart, corpus: CorpusConfig) -> BadDocument | DataError | None:
+    """The fault of a file or its first document; None if there is none."""
+    return _problem_of(part, corpus.model_copy(update={"paths": ()}))  # a mapping of named sources has no hash
 
 
 @lru_cache(maxsize=100_000)  # a command asks several times, and some .json files must be read whole
-def _problem(part: FilePart, corpus: CorpusConfig) -> BadDocument | DataError | None:
-    """The fault of a file or its first document; None if there is none."""
+def _problem_of(part: FilePart, corpus: CorpusConfig) -> BadDocument | DataError | None:
     if part.format == "json":
         with contextlib.suppress(
             EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError

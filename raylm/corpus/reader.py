@@ -15,12 +15,13 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from raylm.config import CorpusConfig, SplitName
+from raylm.corpus.columns import Answered
 from raylm.corpus.file_part import BadDocument, FilePart
 from raylm.corpus.formats import split, texts, whole_file
 from raylm.corpus.passages import passages
@@ -52,12 +53,25 @@ class Document(NamedTuple):
 
     text: str
     num_bytes: int
-    """UTF-8 bytes of the text."""
+    """UTF-8 bytes of the text, or of its answers."""
     hash: int
     """64 bits of blake2b of the text: the same text has the same hash everywhere."""
     source: int
     split: SplitName
     file: File
+    answers: tuple[tuple[int, int], ...] | None = None
+    """(first character, one after the last) of each part of the text that is learned and scored; None: all of it."""
+
+    @property
+    def prompt(self) -> str:
+        """What stands before the first answer; without answers all of the text."""
+        return self.text[: self.answers[0][0]] if self.answers else self.text
+
+    def with_answers(self, answers: Sequence[tuple[int, int]]) -> Document:
+        """The document, of which these parts alone count: their bytes, and a hash that tells it from the whole text."""
+        own = [self.text[first:last].encode() for first, last in answers]
+        digest = content_hash(b"\0".join([self.text.encode(), *own]))
+        return self._replace(num_bytes=sum(map(len, own)), hash=digest, answers=tuple(answers))
 
 
 def nothing_left(ledger: Mapping[str, int]) -> DataError:
@@ -128,10 +142,13 @@ def documents(
     for part, text, encoded in kept(shard, corpus, ledger, reject):
         if by_passage and part.split == "train":
             yield from _split(text, part, split_of, ledger)
-        else:
-            digest = content_hash(encoded)
-            split = split_of(digest) if part.split == "train" else part.split
-            yield Document(text, len(encoded), digest, part.source, split, part.file)
+            continue
+        digest = content_hash(encoded)
+        split = split_of(digest) if part.split == "train" else part.split
+        document = Document(text, len(encoded), digest, part.source, split, part.file)
+        if isinstance(text, Answered):
+            document = document.with_answers(((text.answer_at, len(text)),))
+        yield document
 
 
 def held_out(corpus: CorpusConfig) -> tuple[float, float]:
@@ -200,7 +217,7 @@ def kept(
             try:
                 encoded = text.encode()
             except UnicodeEncodeError:  # JSON can escape half of a surrogate pair, which is not a character
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                text = _repaired(text)
                 encoded = text.encode()
                 ledger["repaired: lone surrogates"] += 1
             ledger["documents"] += 1
@@ -217,6 +234,13 @@ def kept(
             yield part, text, encoded
 
 
+def _repaired(text: str) -> str:
+    """Text with a replacement character for each half of a surrogate pair."""
+    if isinstance(text, Answered):
+        return Answered.of(_repaired(text.prompt), _repaired(text.answer))
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def content_hash(encoded: bytes) -> int:
     """64 bits of blake2b."""
     return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big")
@@ -229,6 +253,8 @@ def _filters(corpus: CorpusConfig) -> Callable[[str], str | None]:
     def left_out(text: str) -> str | None:
         if not text or text.isspace():
             return "empty"
+        if isinstance(text, Answered) and not text.answer.strip():
+            return "empty completion"
         if corpus.min_chars is not None and len(text) < corpus.min_chars:
             return "filtered: min_chars"
         if corpus.max_chars is not None and len(text) > corpus.max_chars:

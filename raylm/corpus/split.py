@@ -81,7 +81,7 @@ def holdout(sources: list[Source], corpus: CorpusConfig) -> Holdout:
     num_documents = min(len(look.documents) + look.unread, corpus.max_documents or 2**63)
     if not is_local:
         num_documents = max(num_documents, FEW_DOCUMENTS)
-    by_passage = num_documents < FEW_DOCUMENTS and corpus.tokens is None
+    by_passage = num_documents < FEW_DOCUMENTS and corpus.tokens is None and not corpus.has_prompts
     split_by = corpus.split_by or ("passage" if by_passage else "document")
     units = sorted(look.passages if split_by == "passage" else look.documents)
     promised = len(units) * on_disk / look.ledger["bytes"] if is_local and look.ledger["bytes"] else 0.0

@@ -50,14 +50,14 @@ class _Worker:
         batch = pickle.loads(row["batch"])
         # A user's error is returned as a value, because Ray would wrap it in a traceback.
         try:
-            texts = self._generator.texts([document.text for document in batch])
+            texts = self._generator.texts([document.prompt for document in batch])
         except RaylmError as error:
             return {"texts": pickle.dumps(error)}
         except torch.OutOfMemoryError as error:
             problem = f"--batch-size is more than the GPU's memory holds: {first_line(error)}"
             return {"texts": pickle.dumps(ConfigError(problem, "--batch-size"))}
         each = zip(batch, texts, strict=True)
-        generated = [GeneratedText(document.text, *text, document.hash, document.source) for document, text in each]
+        generated = [GeneratedText(document.prompt, *text, document.hash, document.source) for document, text in each]
         return {"texts": pickle.dumps(generated)}
 
 

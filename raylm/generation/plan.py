@@ -132,7 +132,7 @@ def _parsed(settings: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
             )
         if name.startswith(("corpus.validation_", "corpus.test_", "corpus.split_by")):
             raise ConfigError(f"{name}: generate continues every document; nothing is held out", name)
-        if name == "corpus.tokens":
+        if name in ("corpus.tokens", "corpus.messages"):
             raise ConfigError(f"{name}: generate continues text; give its column as corpus.text", name)
     return given, dotted
 
@@ -221,7 +221,7 @@ def _documents(output: Path, sections: Sections, mask: str) -> Documents:
 
         def read(shard: Shard) -> Iterator[tuple[int, int, str]]:
             for document in corpus.documents(shard, section, ledger):
-                ledger["with mask"] += mask in document.text
+                ledger["with mask"] += mask in document.prompt
                 yield document.hash, document.source, document.text
 
         def records(shards: list[Shard]) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ Random choices for an example depend on the seed of data and its number alone, n
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +29,13 @@ from raylm.tokenizer import Frame
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Example = tuple[int, np.ndarray]
-"""An example's number in the order of training, and its token ids."""
+
+class Example(NamedTuple):
+    number: int
+    """Its place in the order of training."""
+    ids: np.ndarray
+    answers: np.ndarray | None = None
+    """Whether each token is learned, bool; None: all are."""
 
 
 def build(
@@ -97,7 +102,10 @@ class NumberedExamples(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         """A micro-batch: what torch's DataLoader asks for in the place of one example after another."""
         numbers = [(self.first + k) % len(self) for k in indices]  # one batch is read ahead and not used
-        return list(zip(numbers, self.examples.rows(numbers), strict=True))
+        rows, answers = self.examples.rows(numbers), self.examples.answers(numbers)
+        if answers is None:
+            return list(map(Example, numbers, rows))
+        return list(map(Example, numbers, rows, answers))
 
 
 class Collator:
@@ -125,7 +133,8 @@ class Collator:
         return {name: torch.from_numpy(values) for name, values in made.items()}
 
     def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        return blocks.batch([row for _, row in examples], self.cut, self.frame)
+        answers = [example.answers for example in examples if example.answers is not None]
+        return blocks.batch([example.ids for example in examples], self.cut, self.frame, answers)
 
     def items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """This batch's share of the divisor of the global batch's loss."""
@@ -154,7 +163,7 @@ class KeywordWeightedCollator(CausalCollator):
 
     def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         made = super().arrays(examples)
-        rows = [self.section.alpha * (1 + self.keywords.occurrences(row)) for _, row in examples]
+        rows = [self.section.alpha * (1 + self.keywords.occurrences(example.ids)) for example in examples]
         weights = np.array(rows, np.float32)
         if not self.section.normalize:
             weights /= np.maximum((made["labels"] != IGNORED).sum(axis=1), 1)
@@ -183,7 +192,7 @@ class MaskedCollator(Collator):
     def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         made = super().arrays(examples)
         made["labels"] = np.full_like(made["input_ids"], IGNORED)
-        for place, (number, row) in enumerate(examples):
+        for place, (number, row, _) in enumerate(examples):
             shown, labels = self.masked(number, row)
             made["input_ids"][place, : len(row)] = shown
             made["labels"][place, : len(row)] = labels
@@ -210,7 +219,7 @@ class FillInMiddleCollator(CausalCollator):
         self.sentinel_ids = [self.tokenizer.convert_tokens_to_ids(token) for token in self.section.sentinels]
 
     def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        return super().arrays([(number, self.transformed(number, row)) for number, row in examples])
+        return super().arrays([Example(number, self.transformed(number, row)) for number, row, _ in examples])
 
     def transformed(self, number: int, row: np.ndarray) -> np.ndarray:
         random = self.random(number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from raylm import budget, cluster, console, derived, storage, tokens
+from raylm import blocks, budget, cluster, console, derived, storage, tokens
 from raylm.config import Experiment
 from raylm.errors import ConfigError, DataError, StorageError, first_line
 from raylm.plan import EvaluationSet, Plan, TokensPlan, load_tokenizer
@@ -130,7 +130,7 @@ def verify(plan: TokensPlan) -> int:
 
 def record(store: Store) -> dict[str, Any]:
     """A token store for --json: the counts of its splits and its ledger."""
-    splits = {name: {what: store.manifest[name][what] for what in tokens.COUNTED} for name in store.splits}
+    splits = {name: store.counts(name) for name in store.splits}
     return {"store": store.path, "fingerprint": store.fingerprint, **splits, "ledger": store.manifest["ledger"]}
 
 
@@ -141,3 +141,4 @@ def warnings(plan: TokensPlan, store: Store) -> Iterator[str]:
     if store.test is not None and not store.test.num_tokens:
         yield budget.no_test(plan.experiment).message
     yield from tokens.warnings(store)
+    yield from blocks.warnings(store.train, plan.experiment.blocks, store.frame(plan.experiment.tokenizer.prefix))

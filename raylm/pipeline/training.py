@@ -287,7 +287,7 @@ def _score_test(
     if not math.isfinite(found.perplexity):
         logger.warning(f"{checkpoint}: the likelihood of the test split is not a finite number")
         return None
-    num_tokens = sum(len(split[index]) for index in range(len(rows)))
+    num_tokens = split.scored_tokens(len(rows))
     score = TestScore.of(found, validation, measure=experiment.measure, num_tokens=num_tokens, corpus=experiment.corpus)
     test_split.write(*_run_and_step(checkpoint), score, found.documents)
     return score

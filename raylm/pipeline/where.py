@@ -95,6 +95,9 @@ class _Text:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.documents[self.numbers[index]]
 
+    def answers(self, index: int) -> np.ndarray | None:
+        return self.documents.answers(self.numbers[index])
+
     def document_bytes(self, index: int) -> int:
         return self.documents.document_bytes(self.numbers[index])
 

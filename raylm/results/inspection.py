@@ -37,7 +37,8 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
     frame = store.frame(experiment.tokenizer.prefix)
     cut = blocks.build(store.train, section, frame)
     rows = [cut[index] for index in range(min(max(examples, 2), len(cut)))]
-    batch = blocks.batch(rows, section, frame) if rows else {}
+    answers = cut.answers(range(len(rows)))
+    batch = blocks.batch(rows, section, frame, () if answers is None else answers) if rows else {}
     manifest = store.manifest
     return {
         "store": store.path,
@@ -45,7 +46,7 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
         "sources": store.sources,
         "ledger": manifest["ledger"],
         "kept_percent": 100 * corpus.kept_fraction(manifest["ledger"]),
-        "splits": {name: {what: manifest[name][what] for what in tokens.COUNTED} for name in store.splits},
+        "splits": {name: store.counts(name) for name in store.splits},
         "tokenizer": {key: manifest["tokenizer"][key] for key in ("vocab_size", "eos_token", "encoder")},
         "frame": {
             name: None if token is None else {"token": store.tokenizer.convert_ids_to_tokens(token), "id": token}
@@ -57,6 +58,7 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
                 "bytes": store.train.document_bytes(index),
                 "tokens": len(store.train[index]),
                 "pieces": pieces(store, store.train[index]),
+                **_of_answers(store.train.answers(index)),
             }
             for index in range(min(examples, len(store.train)))
         ],
@@ -67,8 +69,13 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
             "train": len(cut),
             "dropped_tokens": cut.dropped_tokens,
             "examples": [
-                {"tokens": len(row), "documents_end": int((row == frame.end).sum()), "pieces": pieces(store, row)}
-                for row in rows[:examples]
+                {
+                    "tokens": len(row),
+                    "documents_end": int((row == frame.end).sum()),
+                    "pieces": pieces(store, row),
+                    **_of_answers(None if answers is None else answers[number]),
+                }
+                for number, row in enumerate(rows[:examples])
             ],
         },
         "batch": {
@@ -98,6 +105,11 @@ def pieces(store: Store, ids: Any) -> list[str]:
     return [store.tokenizer.decode([token]) for token in ids[:SHOWN_TOKENS].tolist()]
 
 
+def _of_answers(marks: np.ndarray | None) -> dict[str, list[bool]]:
+    """Which of the first tokens are of an answer; nothing without prompts."""
+    return {} if marks is None else {"of_answers": marks[:SHOWN_TOKENS].tolist()}
+
+
 # On a terminal and in HTML -------------------------------------------------------------------------------------------
 
 
@@ -106,6 +118,7 @@ def view(record: dict[str, Any]) -> RenderableType:
     tokenizer, frame, cut = record["tokenizer"], record["frame"], record["blocks"]
     special = {part["token"] for part in frame.values() if part is not None}
     counted = corpus.counted_as(record["ledger"])
+    has_prompts = tokens.ANSWERS in record["splits"]["train"]
     parts: list[RenderableType] = [
         Text(f"store {record['store']}"),
         _heading("Sources"),
@@ -117,12 +130,13 @@ def view(record: dict[str, Any]) -> RenderableType:
         *([Text(counted)] if counted else []),
         _heading(f"Tokens: vocabulary of {tokenizer['vocab_size']:,}; {_frame(frame)}"),
         Text(f"ids by {tokenizer['encoder']['name']} {tokenizer['encoder']['version']}"),
+        *([Text("only answers are learned and scored; they are green", "green")] if has_prompts else []),
         _heading("Lengths of training documents"),
         _histogram(record["lengths"]),
     ]
     for number, document in enumerate(record["documents"]):
         parts.append(_heading(f"Document {number}: {document['bytes']:,} bytes, {document['tokens']:,} tokens"))
-        parts.append(_tokens(document["pieces"], document["tokens"], special))
+        parts.append(_tokens(document, special))
     parts.append(
         _heading(
             f"Blocks: {cut['packing']}, {cut['train']:,} of {cut['block_size']:,} tokens, "
@@ -133,7 +147,7 @@ def view(record: dict[str, Any]) -> RenderableType:
         parts.append(
             _heading(f"Block {number}: {block['tokens']:,} tokens, {block['documents_end']} documents end in it")
         )
-        parts.append(_tokens(block["pieces"], block["tokens"], special))
+        parts.append(_tokens(block, special))
     not_predicted = Text(f"labels that are not predicted: {record['not_predicted']:,}")
     return Group(*parts, _heading("Batch"), _batch(record["batch"]), not_predicted)
 
@@ -181,11 +195,13 @@ def _frame(frame: dict[str, Any]) -> str:
     return f"{prefix} in front of a document, {frame['end']['token']!r} behind it"
 
 
-def _tokens(pieces: list[str], num_tokens: int, special: Collection[str]) -> Text:
-    """Tokens with a bar between them, line ends and tabs made visible, special tokens highlighted."""
+def _tokens(shown: dict[str, Any], special: Collection[str]) -> Text:
+    """Tokens with a bar between them, line ends and tabs made visible, special tokens and answers highlighted."""
     text = Text()
-    for piece in pieces:
-        style = "bold white on red" if piece in special else ""
+    pieces, num_tokens = shown["pieces"], shown["tokens"]
+    answers = shown.get("of_answers", [False] * len(pieces))
+    for piece, is_answer in zip(pieces, answers, strict=True):
+        style = "bold white on red" if piece in special else "bold green" if is_answer else ""
         text.append(piece.replace("\n", "⏎\n").replace("\t", "⇥   "), style)
         text.append("|", "dim")
     if num_tokens > len(pieces):

@@ -10,6 +10,7 @@ from rich.table import Table
 from raylm.console import format_estimate, format_number, label
 from raylm.results import trial_table
 from raylm.results.trial_table import TrialRow
+from raylm.tokens import ANSWERS
 
 
 def side_by_side(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Table:
@@ -33,10 +34,14 @@ def numbers(*headings: str) -> Table:
 
 def splits(counts: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row for each split of a token store."""
-    table = numbers("split", "documents", "tokens", "bytes", "bytes/token", "unknown tokens")
+    answers = [ANSWERS] if any(ANSWERS in split for split in counts.values()) else []
+    table = numbers(
+        "split", "documents", "tokens", *(["of answers"] if answers else []), "bytes", "bytes/token", "unknown tokens"
+    )
     for name, split in counts.items():
-        ratio = f"{split['bytes'] / split['tokens']:.2f}" if split["tokens"] else "-"
-        cells = [f"{split[count]:,}" for count in ("documents", "tokens", "bytes")]
+        scored = split.get(ANSWERS, split["tokens"])
+        ratio = f"{split['bytes'] / scored:.2f}" if scored else "-"
+        cells = [f"{split.get(count, 0):,}" for count in ("documents", "tokens", *answers, "bytes")]
         table.add_row(name, *cells, ratio, f"{split['unknown_tokens']:,}")
     return table
 

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from raylm.errors import DataError
+from raylm.tokenizer.chat import Conversations
 from raylm.tokenizer.loading import load, spelled
 
 if TYPE_CHECKING:
@@ -53,11 +54,7 @@ class Encoder:
 
         DataError if the vocabulary cannot spell one of them.
         """
-        lacking = self._ids.lacking
-        if lacking is not None:
-            for text in texts:
-                if (what := lacking(text)) is not None:
-                    raise _cannot_spell(text, f"it has no {what}")
+        self.check(texts)
         try:
             return self._ids(texts)
         except Exception as error:
@@ -67,9 +64,64 @@ class Encoder:
                 self([text])
             raise _cannot_spell(texts[0], str(error)) from None
 
+    def check(self, texts: list[str]) -> None:
+        """DataError if the vocabulary lacks a character of a text."""
+        if self._ids.lacking is not None:
+            for text in texts:
+                if (what := self._ids.lacking(text)) is not None:
+                    raise _cannot_spell(text, f"it has no {what}")
+
     def special_tokens_in(self, text: str) -> int:
         """How often a text spells a special token."""
         return len(self._special.findall(text)) if self._special is not None else 0
+
+
+class AnswerEncoder:
+    """Documents -> token ids, and which of them are of an answer: those that have a character of it.
+
+    `with_special`: what spells a special token in a text is one, as in the text of a chat template.
+    """
+
+    def __init__(self, directory: str, with_special: bool):
+        from tokenizers import Tokenizer
+
+        backend = load(directory).backend_tokenizer
+        content = json.loads(backend.to_str())
+        content["post_processor"] = None  # GPT-2's leaves the space before a word out of the word's characters
+        self._plain = Encoder(directory, "tokenizers")
+        self.unknown_id = self._plain.unknown_id
+        self._backend = Tokenizer.from_str(json.dumps(content))
+        if with_special:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        else:
+            self._backend = _plain(self._backend)
+        self._dtype = id_type(backend.get_vocab())
+        self.conversations = Conversations(load(directory), directory) if with_special else None
+        """Writes the documents of corpus.messages."""
+
+    def __call__(
+        self, texts: list[str], answers: Sequence[Sequence[tuple[int, int]]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids of all texts, concatenated; number of ids of each text; uint8, whether each id is of an answer)."""
+        self._plain.check(texts)
+        found = self._backend.encode_batch(texts, add_special_tokens=False)
+        ids = [np.array(each.ids, self._dtype) for each in found]
+        marks = [_inside(each.offsets, spans) for each, spans in zip(found, answers, strict=True)]
+        return np.concatenate(ids), np.array([len(part) for part in ids], np.int64), np.concatenate(marks)
+
+    def special_tokens_in(self, text: str) -> int:
+        """How often a text spells a special token without being one."""
+        return 0 if self.conversations else self._plain.special_tokens_in(text)
+
+
+def _inside(offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Whether each token, of these characters, has a character of one of the spans."""
+    places = np.array(offsets, np.int64).reshape(-1, 2)
+    marks = np.zeros(len(places), np.uint8)
+    for first, last in spans:
+        marks[(places[:, 0] < last) & (places[:, 1] > first)] = 1
+    return marks
 
 
 GIVEN = "corpus.tokens"
@@ -376,6 +428,12 @@ class _Fast:
         return np.frombuffer(ids, np.uint32).astype(self._dtype, copy=False), lengths
 
 
+@lru_cache(maxsize=2)
+def answer_encoder(directory: str, with_special: bool) -> AnswerEncoder:
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # as for encoder
+    return AnswerEncoder(directory, with_special)
+
+
 @lru_cache(maxsize=2)  # a Ray worker process runs many tasks with one tokenizer
 def encoder(directory: str, name: str) -> Encoder | GivenIds:
     """The encoder "fastokens" or "tokenizers" of the tokenizer in a directory, or that of GIVEN ids."""
@@ -386,10 +444,10 @@ def encoder(directory: str, name: str) -> Encoder | GivenIds:
     return Encoder(directory, name)
 
 
-def given_ids() -> dict[str, Any]:
-    """What `choose_encoder` returns, of documents that are token ids already."""
+def the_only(name: str) -> dict[str, Any]:
+    """What `choose_encoder` returns where there is no choice: "tokenizers", or GIVEN for documents of token ids."""
     checked = {"differs": None, "checked_documents": 0, "checked_bytes": 0}
-    return {"name": GIVEN, "version": metadata.version("tokenizers"), **checked}
+    return {"name": name, "version": metadata.version("tokenizers"), **checked}
 
 
 def choose_encoder(directory: str, texts: Iterable[str]) -> dict[str, Any]:
@@ -397,8 +455,7 @@ def choose_encoder(directory: str, texts: Iterable[str]) -> dict[str, Any]:
 
     {name, version, checked_documents, checked_bytes, differs: None or how the fast one differs}
     """
-    choice: dict[str, Any] = {"name": "tokenizers", "version": metadata.version("tokenizers"), "differs": None}
-    choice |= {"checked_documents": 0, "checked_bytes": 0}
+    choice = the_only("tokenizers")
     if importlib.util.find_spec("fastokens") is None:
         return choice
     slow = Encoder(directory, "tokenizers")

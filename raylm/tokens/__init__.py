@@ -12,6 +12,7 @@
         train/shard-00000.arrow        Arrow IPC, uncompressed, one row a document:
         validation/shard-00000.arrow       tokens: list<uint16 or uint32>, num_bytes, doc_id, source
         test/shard-00000.arrow         if the corpus has a test split
+                                       with prompts also answers: list<uint8>, whether each token is of an answer
         shards.json                    what each shard was made of, and its counts: other stores may share its files
         rejected.jsonl                 documents that could not be read, if any were skipped
         progress/shard-00000.json      while it is written: the finished shards, after which a killed run resumes
@@ -23,7 +24,7 @@ on the files alone. Two writers of one store write the same files.
 
 from raylm.tokens.source_split import SourceSplit
 from raylm.tokens.store import (
-    COUNTED,
+    ANSWERS,
     Encoded,
     Split,
     Store,
@@ -42,7 +43,7 @@ from raylm.tokens.store import (
 from raylm.tokens.write import bytes_per_token, changes, encode_files, fingerprint, prepare, set_up_ray_data, store_path
 
 __all__ = [
-    "COUNTED",
+    "ANSWERS",
     "Encoded",
     "SourceSplit",
     "Split",

@@ -38,7 +38,8 @@ def made_of(corpus: CorpusConfig, tokenizer: str, encoder: dict[str, Any]) -> st
 
     `tokenizer`: its local directory.
     """
-    settings = corpus.model_dump(mode="json", exclude=OF_OTHER_DOCUMENTS)
+    unused = {name for name in ("prompt", "messages") if getattr(corpus, name) is None}
+    settings = corpus.model_dump(mode="json", exclude=OF_OTHER_DOCUMENTS | unused)
     settings |= {
         "split_by": corpus.split_by or "document",
         "splits": corpus.splits,
@@ -47,6 +48,8 @@ def made_of(corpus: CorpusConfig, tokenizer: str, encoder: dict[str, Any]) -> st
         "max_documents": corpus.max_documents is not None,
     }
     rules = tokenizers.rules(tokenizer)
+    if corpus.messages is not None:
+        rules += tokenizers.template_of(tokenizers.load(tokenizer), tokenizer)
     return checksum(json.dumps([FORMAT, settings, rules, encoder["name"], encoder["version"]]).encode())
 
 

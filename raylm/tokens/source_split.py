@@ -19,6 +19,7 @@ class SourceSplit:
 
     def __init__(self, split: Split, source: str):
         self.split, self.source = split, source
+        self.has_prompts = split.has_prompts
         self._runs = [
             (shard, int(first), int(last))
             for shard in range(len(split.shards))
@@ -36,12 +37,15 @@ class SourceSplit:
         return self._first[-1]
 
     def __getitem__(self, index: int) -> np.ndarray:
+        run, row = self._locate(index)
+        values, offsets = self.arrays(run)
+        return values[offsets[row] : offsets[row + 1]]
+
+    def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         run = bisect.bisect_right(self._first, index) - 1
-        values, offsets = self.arrays(run)
-        row = index - self._first[run]
-        return values[offsets[row] : offsets[row + 1]]
+        return run, index - self._first[run]
 
     def arrays(self, run: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all documents of a run, offset of each document and of the end)."""
@@ -51,6 +55,20 @@ class SourceSplit:
             begin = offsets[first]
             self._arrays[run] = values[begin : offsets[last]], offsets[first : last + 1] - begin
         return self._arrays[run]
+
+    def answers(self, index: int) -> np.ndarray | None:
+        """Whether each token of a document is of an answer, bool; None without prompts."""
+        if not self.has_prompts:
+            return None
+        run, row = self._locate(index)
+        values, offsets = self.answer_arrays(run)
+        return values[offsets[row] : offsets[row + 1]].astype(bool)
+
+    def answer_arrays(self, run: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `arrays`, with uint8 in the place of each id: whether it is of an answer. Only with prompts."""
+        shard, first, last = self._runs[run]
+        values, offsets = self.split.answer_arrays(shard)
+        return values[offsets[first] : offsets[last]], self.arrays(run)[1]
 
     def lengths(self) -> Iterator[np.ndarray]:
         """Tokens of each document, run by run."""

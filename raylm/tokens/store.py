@@ -40,6 +40,9 @@ SPLITS = ("train", "validation", "test")
 COUNTED = ("documents", "tokens", "bytes", "unknown_tokens")
 """The counts in the manifest, of each split and each of its shards."""
 
+ANSWERS = "answer_tokens"
+"""The count of a corpus with prompts besides."""
+
 MOST_UNKNOWN = 0.01
 """The part of a split's tokens that may be unknown without a warning."""
 
@@ -68,6 +71,10 @@ class Split:
         self.num_tokens: int = sum(shard["tokens"] for shard in shards)
         self.num_bytes: int = sum(shard["bytes"] for shard in shards)
         """UTF-8 bytes of the text."""
+        self.has_prompts = any(ANSWERS in shard for shard in shards)
+        """Whether only the answers of documents are learned and scored."""
+        self.answer_tokens: int = sum(shard.get(ANSWERS, shard["tokens"]) for shard in shards)
+        """Tokens that are learned and scored: those of answers in a store with prompts, else all."""
         self.unknown_tokens: int = sum(shard["unknown_tokens"] for shard in shards)
         """Tokens in place of text that the vocabulary cannot spell; that text is lost."""
         self._batches: dict[int, pa.RecordBatch] = {}
@@ -81,8 +88,21 @@ class Split:
         values, offsets = self.arrays(shard)
         return values[offsets[row] : offsets[row + 1]]
 
+    def answers(self, index: int) -> np.ndarray | None:
+        """Whether each token of a document is of an answer, bool; None without prompts."""
+        if not self.has_prompts:
+            return None
+        shard, row = self._locate(index)
+        values, offsets = self.answer_arrays(shard)
+        return values[offsets[row] : offsets[row + 1]].astype(bool)
+
+    def scored_tokens(self, documents: int) -> int:
+        """Tokens of the first documents that are scored: those of answers with prompts, else all."""
+        marks = [self.answers(index) for index in range(documents)]
+        return sum(len(self[index]) if each is None else int(each.sum()) for index, each in enumerate(marks))
+
     def document_bytes(self, index: int) -> int:
-        """UTF-8 bytes of the document's text."""
+        """UTF-8 bytes of the document's text, or of its answers."""
         shard, row = self._locate(index)
         return self._batch(shard)["num_bytes"][row].as_py()
 
@@ -112,6 +132,10 @@ class Split:
             tokens = self._batch(shard)["tokens"]
             self._arrays[shard] = tokens.values.to_numpy(), tokens.offsets.to_numpy()
         return self._arrays[shard]
+
+    def answer_arrays(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `arrays`, with uint8 in the place of each id: whether it is of an answer. Only with prompts."""
+        return self._batch(shard)["answers"].values.to_numpy(), self.arrays(shard)[1]
 
     def lengths(self) -> Iterator[np.ndarray]:
         """Tokens of each document, shard by shard."""
@@ -163,6 +187,11 @@ class Store:
         ]
         return f"Store({self.path}: {', '.join(counts)})"
 
+    def counts(self, split: str) -> dict[str, int]:
+        """documents, tokens, bytes and unknown_tokens of a split; with prompts also answer_tokens, and the bytes of
+        answers alone."""
+        return {what: self.manifest[split][what] for what in (*COUNTED, ANSWERS) if what in self.manifest[split]}
+
     @property
     def sources(self) -> list[dict[str, Any]]:
         """name, documents, tokens and bytes of each source in all splits; paths of one name are one source."""
@@ -195,10 +224,12 @@ class Encoded:
     """Documents in memory with the interface of a split, for text that is scored once."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[np.ndarray, int, int, str]] = []
+        self._rows: list[tuple[np.ndarray, int, int, str, np.ndarray | None]] = []
 
-    def append(self, ids: np.ndarray, num_bytes: int, document_id: int, source: str) -> None:
-        self._rows.append((ids, num_bytes, document_id, source))
+    def append(
+        self, ids: np.ndarray, num_bytes: int, document_id: int, source: str, answers: np.ndarray | None = None
+    ) -> None:
+        self._rows.append((ids, num_bytes, document_id, source, answers))
 
     def extend(self, other: Encoded) -> None:
         self._rows += other._rows
@@ -217,6 +248,9 @@ class Encoded:
 
     def document_source(self, index: int) -> str:
         return self._rows[index][3]
+
+    def answers(self, index: int) -> np.ndarray | None:
+        return self._rows[index][4]
 
 
 def open_store(path: str | os.PathLike) -> Store:

@@ -27,8 +27,9 @@ from raylm.corpus.sources import HUB
 from raylm.errors import RaylmError, StorageUnavailable, first_of
 from raylm.storage import names, read, remove
 from raylm.tokens import reuse
-from raylm.tokens.shard import FRAMES, facts_name, finished, write_shard
+from raylm.tokens.shard import FRAMES, encoded, encoder_of, facts_name, finished, ready, write_shard
 from raylm.tokens.store import (
+    ANSWERS,
     COUNTED,
     FORMAT,
     SEEN_IN_TRAINING,
@@ -86,12 +87,16 @@ def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any
     # The tokenizer's files identify it, wherever they are and whatever revision was asked for.
     elsewhere = {"path", "revision"} if version and tokenizer.gguf_file is None else set()
     unused = {"test_paths", "test_fraction"} if "test" not in corpus.splits else set()
-    if corpus.tokens is None:
-        unused.add("tokens")
+    unused |= {name for name in ("tokens", "prompt", "messages") if getattr(corpus, name) is None}
+    template = {}
+    if corpus.messages is not None:
+        made = tokenizers.load_section(tokenizer)
+        template = {"chat_template": checksum(tokenizers.template_of(made, str(tokenizer.path)).encode())}
     return {
         "corpus": {**corpus.model_dump(mode="json", exclude=unused), "split_by": corpus.split_by or "document"},
         "tokenizer": tokenizer.model_dump(mode="json", exclude={"prefix", *elsewhere}),
         "tokenizer_version": version,
+        **template,
     }
 
 
@@ -153,10 +158,12 @@ def _write_store(
 
         to_read = select(to_read, hashes_of, corpus, duplicates)
     _write_tokenizer(path, section, to_read, corpus)
-    if corpus.tokens is None:
-        encoder = tokenizers.choose_encoder(local_tokenizer(path), _sample(to_read, corpus, CHECKED_BYTES))
+    if corpus.tokens is not None:
+        encoder = tokenizers.the_only(tokenizers.GIVEN)
+    elif corpus.has_prompts:  # of which token is of which character, the fast one says nothing
+        encoder = tokenizers.the_only("tokenizers")
     else:
-        encoder = tokenizers.given_ids()
+        encoder = tokenizers.choose_encoder(local_tokenizer(path), _sample(to_read, corpus, CHECKED_BYTES))
     if encoder["differs"]:
         logger.warning("%s; encoding with %s instead, many times slower", encoder["differs"], encoder["name"])
     written = _write_shards(path, to_read, corpus, encoder, progress)
@@ -368,7 +375,8 @@ def _of_all_sources(written: dict[str, Any], shard: Shard) -> dict[str, Any]:
 def _split(written: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """A split of the manifest: its sums and shards."""
     found = [file for shard in written for file in shard[name]]
-    sums = {what: sum(shard[what] for shard in found) for what in COUNTED}
+    counted = [what for what in (*COUNTED, ANSWERS) if what in COUNTED or any(what in shard for shard in found)]
+    sums = {what: sum(shard[what] for shard in found) for what in counted}
     return {**sums, "shards": [{key: value for key, value in shard.items() if key != "sources"} for shard in found]}
 
 
@@ -408,13 +416,14 @@ def _of_source(written: list[dict[str, Any]], index: int, splits: Iterable[str])
 
 def encode_files(corpus: CorpusConfig, sources: list[Source], tokenizer: str) -> Encoded:
     """The documents of a corpus, encoded with the tokenizer of a directory, in this process."""
-    encode = tokenizers.encoder(tokenizer, "tokenizers")
-    encoded = Encoded()
+    encode = encoder_of(corpus, tokenizer, "tokenizers")
+    found = Encoded()
     for shard in shards(sources):
-        for document in documents(shard, corpus, Ledger()):
-            ids, _ = encode([document.text])
-            encoded.append(ids, document.num_bytes, document.hash, corpus.labels[document.source])
-    return encoded
+        for document in ready(shard, corpus, encode, Ledger()):
+            ids, _, *answers = encoded(encode, [document])
+            marks = answers[0].astype(bool) if answers else None
+            found.append(ids, document.num_bytes, document.hash, corpus.labels[document.source], marks)
+    return found
 
 
 # Ray Data ------------------------------------------------------------------------------------------------------------

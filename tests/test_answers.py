@@ -1,0 +1,470 @@
+"""Documents of which a part alone, the answers, is learned and scored."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import decoders as decoding
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from raylm import blocks, config, corpus, examples, objective, perplexity, tokens
+from raylm.blocks import IGNORED
+from raylm.config import BlocksConfig, CorpusConfig, ObjectiveConfig, TokenizerConfig
+from raylm.errors import ConfigError, DataError
+from raylm.tokenizer import Conversations, Frame, Refused, Unanswered
+
+# Chat templates, written after those of the models, without what no test needs.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content | trim + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}"
+    "{{ message.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}"
+)
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+TWICE = "{% for message in messages %}{{ message.role + ': ' + message.content + message.content }}{% endfor %}"
+
+
+def bytes_tokenizer(template=None, special=(), bos=None, eos="<|end|>"):
+    """A tokenizer whose tokens are the bytes of UTF-8, with a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: id for id, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoding.ByteLevel()
+    names = [*dict.fromkeys([*special, *([bos] if bos else []), eos])]
+    backend.add_special_tokens([AddedToken(name, special=True) for name in names])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, bos_token=bos)
+    made.chat_template = template
+    return made
+
+
+FAMILIES = {
+    "ChatML": (CHATML, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
+    "Llama 3": (LLAMA, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin|>", "<|end|>"),
+    "Gemma": (GEMMA, ["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
+    "Mistral": (MISTRAL, ["[INST]", "[/INST]"], "<s>", "</s>"),
+    "marked": (MARKED, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
+}
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello, naïve one"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Bye"},
+]
+
+
+def conversations(family):
+    return Conversations(bytes_tokenizer(*FAMILIES[family]), "here")
+
+
+# Conversations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "first", "last"),
+    [
+        ("ChatML", "Hello, naïve one<|im_end|>", "Bye"),  # the token at the end is put there by raylm
+        ("Llama 3", "Hello, naïve one<|eot_id|>", "Bye<|eot_id|>"),
+        ("Gemma", "Hello, naïve one<end_of_turn>", "Bye<end_of_turn>"),
+        ("Mistral", " Hello, naïve one</s>", " Bye"),
+        ("marked", "Hello, naïve one<|im_end|>", "Bye"),
+    ],
+)
+def test_the_answers_of_a_conversation_are_found_in_the_text_of_its_template(family, first, last):
+    text, spans = conversations(family).text(json.dumps(CHAT))
+    found = [text[a:b] for a, b in spans]
+    assert [part.lstrip() for part in found] == [first.lstrip(), last.lstrip()]
+    tokenizer = bytes_tokenizer(*FAMILIES[family])
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert text in whole
+    assert whole.replace(text, "").strip() in ("", "<|begin|>", "<bos>", "<s></s>", "<|im_end|>"), (
+        "only the frame is gone"
+    )
+    assert not tokenizer.bos_token or tokenizer.bos_token not in text
+
+
+def test_a_conversation_that_ends_with_a_question_has_no_answer_at_its_end():
+    text, spans = conversations("ChatML").text(json.dumps(CHAT[:3]))
+    assert [text[a:b] for a, b in spans] == ["Hello, naïve one<|im_end|>"]
+    assert text.endswith("Bye")
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        (CHAT[:1], "without an assistant turn"),
+        ([CHAT[0], {"role": "assistant", "content": " \n"}], "empty completion"),
+        ([{"role": "user", "content": "what is <|im_end|>?"}, CHAT[1]], "a message spells a special token"),
+    ],
+)
+def test_a_conversation_of_which_nothing_can_be_learned_is_told_by_its_reason(messages, why):
+    with pytest.raises(Unanswered, match=f"^{why}$"):
+        conversations("ChatML").text(json.dumps(messages))
+
+
+def test_a_template_is_refused_by_name_if_its_answers_cannot_be_told():
+    twice = Conversations(bytes_tokenizer(TWICE), "some/model")
+    with pytest.raises(ConfigError, match=r"corpus\.messages: where the chat template of some/model puts the answers"):
+        twice.text(json.dumps(CHAT))
+    called = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": []}, {"role": "assistant", "content": "so"}]
+    with pytest.raises(ConfigError, match="a message has tool_calls; mark them in it"):
+        conversations("ChatML").text(json.dumps(called))
+    with pytest.raises(Refused, match="the chat template refuses it: roles must alternate"):
+        conversations("Gemma").text(json.dumps([CHAT[0], CHAT[0], CHAT[1]]))
+    with pytest.raises(ConfigError, match=r"corpus\.messages needs a tokenizer with a chat template"):
+        Conversations(bytes_tokenizer(), "here")
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"question": "Where?", "answer": "There"},
+    {"question": "Who, naïve one?", "answer": "Me, naïve"},
+    {"question": "What?", "answer": " \n"},
+]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+def read(section):
+    ledger = corpus.Ledger()
+    (shard,) = corpus.shards(corpus.list_sources(section))
+    return list(corpus.documents(shard, section, ledger)), ledger
+
+
+def test_a_prompt_stands_before_the_answer_and_a_space_between_them_is_of_the_answer(rows):
+    found, ledger = read(CorpusConfig(paths=str(rows), prompt="Q: {question}\nA: ", text="answer"))
+    assert [document.text for document in found] == ["Q: Where?\nA: There", "Q: Who, naïve one?\nA: Me, naïve"]
+    assert [document.prompt for document in found] == ["Q: Where?\nA:", "Q: Who, naïve one?\nA:"]
+    assert [document.num_bytes for document in found] == [len(b" There"), len(" Me, naïve".encode())]
+    assert ledger["empty completion"] == 1
+    assert ledger["kept"] == 2
+    plain, _ = read(CorpusConfig(paths=str(rows), text="Q: {question}\nA: {answer}", max_documents=None))
+    assert plain[0].text == found[0].text
+    assert plain[0].hash != found[0].hash, "another document is scored"
+    assert plain[0].split == found[0].split
+
+
+@pytest.mark.parametrize(
+    ("settings", "where", "message"),
+    [
+        ({"prompt": "{quest}", "text": "answer"}, "corpus.prompt", "corpus.prompt: no column 'quest'; .*question"),
+        ({"prompt": "question", "text": "text"}, "corpus.text", "corpus.text: no column 'text'"),
+        ({"messages": "answer"}, None, r"corpus.messages: column 'answer' must hold a list of messages \{role: user"),
+    ],
+)
+def test_a_column_that_is_missing_or_wrong_is_told_with_its_setting(rows, settings, where, message):
+    with pytest.raises(DataError, match=message) as error:
+        read(CorpusConfig(paths=str(rows), **settings))
+    assert error.value.where == (where or str(rows))
+
+
+def test_plain_text_has_no_prompts(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=r"plain text, but corpus\.prompt needs columns"):
+        read(CorpusConfig(paths=str(tmp_path / "a.txt"), prompt="question"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["corpus.prompt=a", "corpus.messages=b"], "corpus.prompt: cannot be given with corpus.messages"),
+        (
+            ["corpus.messages=b", "corpus.tokens=c"],
+            "corpus.messages: cannot be given with corpus.tokens",
+        ),
+        (["corpus.prompt=a", "corpus.split_by=passage"], "corpus.split_by: must be document with corpus.prompt"),
+        (["corpus.prompt=a", "objective.kind=masked"], "objective.kind: must be causal or keyword_weighted"),
+        (["corpus.messages=b"], "tokenizer.train: cannot be given with corpus.messages"),
+    ],
+)
+def test_settings_that_do_not_go_with_answers_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        config.load(None, given)
+
+
+# Tokens --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    def save(*how):
+        directory = tmp_path_factory.mktemp("tokenizer")
+        bytes_tokenizer(*how).save_pretrained(directory)
+        return str(directory)
+
+    return save
+
+
+def prepared(section, tokenizer, storage):
+    sources = corpus.list_sources(section)
+    return tokens.prepare(section, TokenizerConfig(path=tokenizer), storage=str(storage), sources=sources)[0]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_store_keeps_which_tokens_are_of_answers(rows, saved, tmp_path):
+    section = CorpusConfig(paths=str(rows), prompt="Q: {question}\nA: ", text="answer", validation_fraction=0)
+    store = prepared(section, saved(), tmp_path / "runs")
+    assert [store.train.answers(0).sum(), store.train.answers(1).sum()] == [6, 11], "ï is two bytes, so two tokens"
+    for index, answer in enumerate([" There", " Me, naïve"]):
+        own = store.train[index][store.train.answers(index)]
+        assert store.tokenizer.decode(own) == answer
+        assert store.train.document_bytes(index) == len(answer.encode())
+    size = sum(len(f"Q: {row['question']}\nA: {row['answer']}".encode()) for row in ROWS[:2])
+    assert store.counts("train") == {
+        "documents": 2, "tokens": size, "bytes": 17, "unknown_tokens": 0, "answer_tokens": 17,
+    }  # fmt: skip
+    assert store.train.scored_tokens(1) == 6
+    encoded = tokens.encode_files(section, corpus.list_sources(section), saved())
+    assert [encoded.answers(index).tolist() for index in range(2)] == [
+        store.train.answers(index).tolist() for index in range(2)
+    ]
+    whole = prepared(
+        CorpusConfig(paths=str(rows), text="Q: {question}\nA: {answer}", validation_fraction=0),
+        saved(),
+        tmp_path / "runs",
+    )
+    assert whole.train.answers(0) is None
+    assert np.array_equal(whole.train[0], store.train[0])
+    assert len(whole.train) == 3, "the third row has no answer"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_conversation_has_the_ids_of_its_template_without_a_second_begin_of_text(family, saved, tmp_path):
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": CHAT}) + "\n" + json.dumps({"messages": CHAT[:1]}) + "\n")
+    section = CorpusConfig(paths=str(file), messages="messages", validation_fraction=0)
+    store = prepared(section, saved(*FAMILIES[family]), tmp_path / "runs")
+    assert store.manifest["ledger"]["without an assistant turn"] == 1
+    assert len(store.train) == 1
+    frame = store.frame("auto")
+    own = store.tokenizer.apply_chat_template(CHAT, return_dict=False)
+    ours = store.train[0].tolist()
+    begin = own[0] == store.tokenizer.bos_token_id
+    assert own[begin : begin + len(ours)] == ours
+    newline = store.tokenizer("\n")["input_ids"][0]
+    rest = [id for id in own[begin + len(ours) :] if id != newline]
+    assert rest in ([], [frame.end])
+    said = store.tokenizer.decode(store.train[0][store.train.answers(0)])
+    assert said.replace("<|im_end|>", "").replace("<|eot_id|>", "").replace("<end_of_turn>", "").replace(
+        "</s>", ""
+    ) in (
+        "Hello, naïve oneBye",
+        " Hello, naïve one Bye",
+    )
+
+
+# Blocks --------------------------------------------------------------------------------------------------------------
+
+
+class Documents:
+    """What blocks ask of a Split with prompts, over shards of documents, each a list of (id, is of an answer)."""
+
+    has_prompts = True
+
+    def __init__(self, *shards):
+        self._shards = shards
+        self.shards = [(len(shard), sum(map(len, shard))) for shard in shards]
+        self.num_tokens = sum(size for _, size in self.shards)
+
+    def __len__(self):
+        return sum(map(len, self._shards))
+
+    def _arrays(self, shard, which, kind):
+        documents = self._shards[shard]
+        offsets = np.cumsum([0, *map(len, documents)]).astype(np.int32)
+        return np.array([pair[which] for document in documents for pair in document], kind), offsets
+
+    def arrays(self, shard):
+        return self._arrays(shard, 0, np.uint16)
+
+    def answer_arrays(self, shard):
+        return self._arrays(shard, 1, np.uint8)
+
+    def lengths(self):
+        return (np.diff(self.arrays(shard)[1]) for shard in range(len(self._shards)))
+
+    def _document(self, index):
+        return [document for shard in self._shards for document in shard][index]
+
+    def __getitem__(self, index):
+        return np.array([id for id, _ in self._document(index)], np.uint16)
+
+    def answers(self, index):
+        return np.array([bool(mark) for _, mark in self._document(index)])
+
+
+DOCUMENTS = st.lists(
+    st.lists(
+        st.lists(st.tuples(st.integers(5, 99), st.integers(0, 1)), min_size=1, max_size=12), min_size=1, max_size=5
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    DOCUMENTS,
+    st.sampled_from([Frame(0, 0), Frame(None, 0), Frame(100, 0)]),
+    st.sampled_from(["packed", "chunked", "padded"]),
+    st.integers(2, 9),
+    st.booleans(),
+)
+def test_labels_are_those_of_all_tokens_where_they_are_of_an_answer(shards, frame, packing, size, isolated):
+    """By a stream of (id, is of an answer) that is joined and cut by hand."""
+    section = BlocksConfig(block_size=size, packing=packing, isolate_documents=isolated and packing == "packed")
+    made = blocks.build(Documents(*shards), section, frame)
+    framed = []
+    for document in (document for shard in shards for document in shard):
+        end = [(frame.end, document[-1][1])]
+        framed.append([*([] if frame.prefix is None else [(frame.prefix, 0)]), *document, *end])
+    if packing == "padded":
+        cut = [document[:size] for document in framed]
+    elif packing == "chunked":
+        cut = [document[at : at + size] for document in framed for at in range(0, len(document) - size + 1, size)]
+    else:
+        joined = [
+            pair for document in framed for pair in (document if frame.in_stream == 2 else document[-len(document) :])
+        ]
+        if frame.prefix == frame.end:  # the end of one is the prefix of the next
+            joined = [pair for document in framed for pair in document[1:]]
+        cut = [joined[at : at + size] for at in range(0, len(joined) - size + 1, size)]
+    assert len(made) == len(cut)
+    if not cut:
+        return
+    rows, marks = made.rows(range(len(cut))), made.answers(range(len(cut)))
+    assert [row.tolist() for row in rows] == [[id for id, _ in row] for row in cut]
+    assert [row.tolist() for row in marks] == [[bool(mark) for _, mark in row] for row in cut]
+    every, some = blocks.batch(rows, section, frame), blocks.batch(rows, section, frame, marks)
+    for name in every.keys() - {"labels"}:
+        assert np.array_equal(every[name], some[name])
+    for number, mark in enumerate(marks):
+        expected = np.where(mark, every["labels"][number, : len(mark)], IGNORED)
+        assert some["labels"][number, : len(mark)].tolist() == expected.tolist()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_sources_of_a_mixture_keep_their_answers(tmp_path, saved):
+    for name in ("a", "b"):
+        lines = ({"question": f"{name} {number}?", "answer": str(number) * 3} for number in range(60))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths = {name: (str(tmp_path / f"{name}.jsonl"),) for name in ("a", "b")}
+    section = CorpusConfig(paths=paths, prompt="{question}", text="answer", validation_fraction=0)
+    store = prepared(section, saved(), tmp_path / "runs")
+    cut = BlocksConfig(block_size=32, packing="padded", mixture={"a": 2, "b": 1})
+    mixed = examples.build(store.train, cut, store.frame("auto"), seed=0, length=30)
+    numbered = objective.NumberedExamples(mixed)
+    found = numbered.__getitems__(range(30))
+    told = [store.tokenizer.decode(example.ids[example.answers][:-1]) for example in found]
+    asked = [store.tokenizer.decode(example.ids[~example.answers][1:]) for example in found]
+    assert all(answer == question[2:-1] * 3 for question, answer in zip(asked, told, strict=True))
+    assert sum(question.startswith("a") for question in asked) == 20
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_prompts_that_are_longer_than_a_block_are_counted(rows, saved, tmp_path):
+    section = CorpusConfig(paths=str(rows), prompt="Q: {question}\nA:", text="answer", validation_fraction=0)
+    store = prepared(section, saved(), tmp_path / "runs")
+    frame = store.frame("auto")
+    longest = len("Q: Who, naïve one?\nA:".encode()) + 1
+    for size, late in ((13, 2), (14, 1), (longest, 1), (longest + 1, 0)):
+        for packing, what in (("padded", "are not learned"), ("packed", "learned without the beginning")):
+            found = list(blocks.warnings(store.train, BlocksConfig(block_size=size, packing=packing), frame))
+            assert [f"blocks.block_size: {late} of 2 " in each and what in each for each in found] == [True] * (
+                late > 0
+            )
+
+
+# The loss and the score ----------------------------------------------------------------------------------------------
+
+
+def small_model(vocab_size):
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab_size, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+    ).eval()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("context", [64, 12])
+def test_the_perplexity_of_answers_is_that_of_their_tokens_alone(rows, saved, tmp_path, context):
+    """Against each answer by itself: the model reads prompt and answer in one piece, and transformers' own loss counts
+    the tokens of the answer. In windows that are shorter than a document only the sum over all is compared."""
+    section = CorpusConfig(paths=str(rows), prompt="Q: {question}\nA: ", text="answer", validation_fraction=0)
+    store = prepared(section, saved(), tmp_path / "runs")
+    frame, model = store.frame("auto"), small_model(store.vocab_size)
+    score = perplexity.score(model, store.train, frame=frame, context=context, stride=1)
+    nll, count, size = 0.0, 0, 0
+    for row in ROWS[:2]:
+        prompt = [frame.prefix, *store.tokenizer(f"Q: {row['question']}\nA:")["input_ids"]]
+        answer = store.tokenizer(f" {row['answer']}")["input_ids"]
+        for number, token in enumerate(answer):
+            read = [*prompt, *answer[:number]][-context:]
+            logits = model(torch.tensor([read])).logits[0, -1]
+            nll += F.cross_entropy(logits, torch.tensor(token)).item()
+        count, size = count + len(answer), size + len(f" {row['answer']}".encode())
+    assert (score.tokens, score.bytes) == (count, size)
+    assert score.nll == pytest.approx(nll, rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(nll / count), rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(nll / math.log(2) / size, rel=1e-5)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_loss_counts_answers_and_the_end_of_text_behind_them_alone(rows, saved, tmp_path):
+    section = CorpusConfig(paths=str(rows), prompt="Q: {question}\nA: ", text="answer", validation_fraction=0)
+    store = prepared(section, saved(), tmp_path / "runs")
+    cut, frame = BlocksConfig(block_size=64, packing="padded"), store.frame("auto")
+    numbered = objective.NumberedExamples(examples.build(store.train, cut, frame, seed=0, length=2))
+    collator = objective.build(ObjectiveConfig(), cut, store.tokenizer, frame, 0)
+    batch = collator(numbered.__getitems__([0, 1]))
+    assert collator.items(batch) == 6 + 1 + 11 + 1
+    learned = sorted(store.tokenizer.decode(row[row != IGNORED]) for row in batch["labels"])
+    assert learned == [" Me, naïve<|end|>", " There<|end|>"]
+    model = small_model(store.vocab_size)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    objective.attach(model, shifted=True)
+    assert model(**batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_generation_continues_the_prompts(rows):
+    from raylm.generation import plan
+
+    (document, _), _ = read(CorpusConfig(paths=str(rows), prompt="Q: {question}\nA: ", text="answer"))
+    assert document.prompt == "Q: Where?\nA:"
+    with pytest.raises(ConfigError, match=r"corpus\.messages: generate continues text"):
+        plan._parsed(["corpus.messages=messages"])
