@@ -94,21 +94,26 @@ class _Rows:
             made.put(self._prefixes, self._frame.prefix)
         return made
 
-    def finish_answers(self) -> np.ndarray:
-        """bool of shape (rows, row size), for values that tell whether a token is of an answer.
+    def finish_marks(self) -> np.ndarray:
+        """uint8 of shape (rows, row size), for values that tell whether a token is of an answer.
 
         The end of a document is of its answer if its last token is.
         """
         assert self._filled == self._tokens.size
-        made = self._tokens.astype(bool)
-        made.put(self._ends, self._lasts)
-        made.put(self._prefixes, False)
-        return made
+        self._tokens.put(self._ends, np.array(self._lasts, np.uint8) | END)
+        self._tokens.put(self._prefixes, 0)
+        return self._tokens
 
 
 Arrays = Callable[[int], tuple[np.ndarray, np.ndarray]]
 """A shard -> a value for each token of its documents, and the offset of each document and of the end."""
 
+
+ANSWER = 1
+"""The mark of a token that is learned."""
+
+END = 2
+"""The mark of the token after a document: chat templates have the same token inside of documents, too."""
 
 IGNORED = -100
 """The label of a token that is not predicted, as in torch's cross entropy."""
@@ -127,8 +132,8 @@ class Blocks(Protocol):
     def rows(self, indices: Sequence[int]) -> Sequence[np.ndarray]:
         """Several examples, in half the time that one after another takes."""
 
-    def answers(self, indices: Sequence[int]) -> Sequence[np.ndarray] | None:
-        """Whether each token of these examples is learned, bool; None in a store without prompts, where all are."""
+    def marks(self, indices: Sequence[int]) -> Sequence[np.ndarray] | None:
+        """For each token of these examples ANSWER, END, both or neither, uint8; None in a store without prompts."""
 
 
 def build(split: Split | SourceSplit, section: BlocksConfig, frame: Frame) -> Blocks:
@@ -160,8 +165,8 @@ class Packed:
     def rows(self, indices: Sequence[int]) -> np.ndarray:
         return self._filled(indices, self.split.arrays).finish()
 
-    def answers(self, indices: Sequence[int]) -> np.ndarray | None:
-        return self._filled(indices, self.split.answer_arrays).finish_answers() if self.split.has_prompts else None
+    def marks(self, indices: Sequence[int]) -> np.ndarray | None:
+        return self._filled(indices, self.split.answer_arrays).finish_marks() if self.split.has_prompts else None
 
     def _filled(self, indices: Sequence[int], arrays: Arrays) -> _Rows:
         made = _Rows(len(indices), self.block_size, arrays(0)[0].dtype, self.frame)
@@ -203,8 +208,8 @@ class Chunked:
     def rows(self, indices: Sequence[int]) -> np.ndarray:
         return self._filled(indices, self.split.arrays).finish()
 
-    def answers(self, indices: Sequence[int]) -> np.ndarray | None:
-        return self._filled(indices, self.split.answer_arrays).finish_answers() if self.split.has_prompts else None
+    def marks(self, indices: Sequence[int]) -> np.ndarray | None:
+        return self._filled(indices, self.split.answer_arrays).finish_marks() if self.split.has_prompts else None
 
     def _filled(self, indices: Sequence[int], arrays: Arrays) -> _Rows:
         made = _Rows(len(indices), self.block_size, arrays(0)[0].dtype, self.frame)
@@ -242,16 +247,16 @@ class Padded:
     def rows(self, indices: Sequence[int]) -> list[np.ndarray]:
         return [self[index] for index in indices]
 
-    def answers(self, indices: Sequence[int]) -> list[np.ndarray] | None:
+    def marks(self, indices: Sequence[int]) -> list[np.ndarray] | None:
         if not self.split.has_prompts:
             return None
-        before = np.zeros(int(self.frame.prefix is not None), bool)
+        before = np.zeros(int(self.frame.prefix is not None), np.uint8)
         found = []
         for index in indices:
-            marks = self.split.answers(index)
-            assert marks is not None
-            end = marks[-1:] if len(marks) else np.zeros(1, bool)
-            found.append(np.concatenate([before, marks, end])[: self.block_size])
+            answers = self.split.answers(index)
+            assert answers is not None
+            end = np.array([END | (answers[-1] if len(answers) else 0)], np.uint8)
+            found.append(np.concatenate([before, answers, end])[: self.block_size])
         return found
 
 
@@ -275,13 +280,13 @@ def batch(
     rows: Sequence[np.ndarray],
     section: BlocksConfig,
     frame: Frame,
-    answers: Sequence[np.ndarray] = (),
+    marks: Sequence[np.ndarray] = (),
 ) -> dict[str, np.ndarray]:
     """Rows as a model takes them, each int64 of shape (len(rows), longest row):
 
     input_ids        shorter rows are filled with end-of-text tokens
     labels           the same ids, and IGNORED for tokens without prediction: padding, a token with nothing before it, a
-                     prefix, without a prefix the first token of a document, and all that is not of the `answers`
+                     prefix, without a prefix the first token of a document, and with `marks` all without ANSWER
     attention_mask   if padded: 0 for padding
     position_ids     if documents are isolated: they restart at 0 with each frame, which limits attention. There is no
     attention mask then, and the model must be called with use_cache=False: with a mask or a cache
@@ -293,11 +298,16 @@ def batch(
     for number, row in enumerate(rows):
         input_ids[number, : len(row)] = row
         real[number, : len(row)] = True
+    ends = input_ids == frame.end
+    answers = np.ones_like(real)
+    for number, row in enumerate(marks):
+        ends[number, : len(row)] = row & END
+        answers[number, : len(row)] = row & ANSWER
     begins = np.zeros_like(real)  # a frame
     if frame.prefix is None:
-        begins[:, 1:] = input_ids[:, :-1] == frame.end
+        begins[:, 1:] = ends[:, :-1]
     else:
-        begins |= input_ids == frame.prefix
+        begins |= ends if frame.prefix == frame.end else input_ids == frame.prefix
     # An end-of-text token that is also the next prefix is predicted, by the last token of the document before it.
     unpredicted = np.zeros_like(real) if frame.prefix == frame.end else begins.copy()
     begins[:, 0] = unpredicted[:, 0] = True
@@ -307,8 +317,5 @@ def batch(
     elif section.isolate_documents:
         columns = np.arange(longest)
         made["position_ids"] = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
-    predicted = real & ~unpredicted
-    for number, marks in enumerate(answers):
-        predicted[number, : len(marks)] &= marks
-    made["labels"] = np.where(predicted, input_ids, IGNORED)
+    made["labels"] = np.where(real & ~unpredicted & answers, input_ids, IGNORED)
     return made

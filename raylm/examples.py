@@ -38,8 +38,8 @@ class Examples(Protocol):
     def rows(self, numbers: Sequence[int]) -> Sequence[np.ndarray]:
         """The examples of these numbers, read together: int64 of shape (block_size,), or shorter where padded."""
 
-    def answers(self, numbers: Sequence[int]) -> Sequence[np.ndarray] | None:
-        """Whether each of their tokens is learned, bool; None in a store without prompts, where all are."""
+    def marks(self, numbers: Sequence[int]) -> Sequence[np.ndarray] | None:
+        """blocks.ANSWER and END for each of their tokens, uint8; None in a store without prompts."""
 
 
 def of_sources(split: Split, section: BlocksConfig, frame: Frame) -> dict[str, Blocks]:
@@ -105,8 +105,8 @@ class Stream:
     def rows(self, numbers: Sequence[int]) -> Sequence[np.ndarray]:
         return self.blocks.rows([self.index(k) for k in numbers])
 
-    def answers(self, numbers: Sequence[int]) -> Sequence[np.ndarray] | None:
-        return self.blocks.answers([self.index(k) for k in numbers])
+    def marks(self, numbers: Sequence[int]) -> Sequence[np.ndarray] | None:
+        return self.blocks.marks([self.index(k) for k in numbers])
 
     def index(self, k: int) -> int:
         """The block that is example k."""
@@ -158,9 +158,9 @@ class Mixture:
     def rows(self, numbers: Sequence[int]) -> list[np.ndarray]:
         return self._of_sources(numbers, Stream.rows)
 
-    def answers(self, numbers: Sequence[int]) -> list[np.ndarray] | None:
+    def marks(self, numbers: Sequence[int]) -> list[np.ndarray] | None:
         has_prompts = self.streams[0].blocks.split.has_prompts
-        return self._of_sources(numbers, Stream.answers) if has_prompts else None
+        return self._of_sources(numbers, Stream.marks) if has_prompts else None
 
     def _of_sources(self, numbers: Sequence[int], read: Callable[[Stream, Sequence[int]], Any]) -> list[np.ndarray]:
         places = [self.place(k) for k in numbers]

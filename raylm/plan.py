@@ -260,7 +260,8 @@ def derive(experiment: Experiment, *, with_sizes: bool, anew: bool = False) -> t
         experiment, others = derived.training(experiment, sources, anew=anew)
     else:
         experiment, others = derived.text(experiment, sources)
-    return Derived(experiment, {**reasons, **others}), sources
+    experiment, begins = derived.prefix(experiment)
+    return Derived(experiment, {**reasons, **others, **begins}), sources
 
 
 def evaluation_sets(experiment: Experiment) -> dict[str, EvaluationSet]:
@@ -273,4 +274,7 @@ def evaluation_set(paths: Sequence[str], like: CorpusConfig, key: str) -> Evalua
     """The text of paths that the setting `key` gave, read like the corpus, but without filters and split."""
     reading = {name: getattr(like, name) for name in ("text", "join", "separator", "encoding", "on_bad_row")}
     section = CorpusConfig(paths=tuple(paths), validation_fraction=0, **reading)
-    return EvaluationSet(key, section, corpus.list_sources(section, key))
+    found = corpus.find_sources(section, key)
+    if corpus.have_columns(found):  # of plain text, as of a general set, all is scored
+        section = section.model_copy(update={"prompt": like.prompt, "messages": like.messages})
+    return EvaluationSet(key, section, corpus.readable(found, section, key))

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as decoding
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from raylm import blocks, config, corpus, examples, objective, perplexity, tokens
+from raylm import api, blocks, config, corpus, examples, objective, perplexity, tokens
 from raylm.blocks import IGNORED
 from raylm.config import BlocksConfig, CorpusConfig, ObjectiveConfig, TokenizerConfig
 from raylm.errors import ConfigError, DataError
@@ -49,7 +50,7 @@ MARKED = (
 TWICE = "{% for message in messages %}{{ message.role + ': ' + message.content + message.content }}{% endfor %}"
 
 
-def bytes_tokenizer(template=None, special=(), bos=None, eos="<|end|>"):
+def bytes_tokenizer(template=None, special=(), bos=None, eos="<|end|>", adds_begin=False):
     """A tokenizer whose tokens are the bytes of UTF-8, with a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: id for id, letter in enumerate(alphabet)}, []))
@@ -57,6 +58,9 @@ def bytes_tokenizer(template=None, special=(), bos=None, eos="<|end|>"):
     backend.decoder = decoding.ByteLevel()
     names = [*dict.fromkeys([*special, *([bos] if bos else []), eos])]
     backend.add_special_tokens([AddedToken(name, special=True) for name in names])
+    if adds_begin:
+        around = {"single": [bos, "$A"], "special_tokens": [(bos, backend.token_to_id(bos))]}
+        backend.post_processor = TemplateProcessing(**around)
     made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, bos_token=bos)
     made.chat_template = template
     return made
@@ -64,9 +68,10 @@ def bytes_tokenizer(template=None, special=(), bos=None, eos="<|end|>"):
 
 FAMILIES = {
     "ChatML": (CHATML, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
-    "Llama 3": (LLAMA, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin|>", "<|end|>"),
-    "Gemma": (GEMMA, ["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
-    "Mistral": (MISTRAL, ["[INST]", "[/INST]"], "<s>", "</s>"),
+    "Llama 3": (LLAMA, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin|>", "<|end|>", True),
+    "Gemma": (GEMMA, ["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>", True),
+    "Mistral": (MISTRAL, ["[INST]", "[/INST]"], "<s>", "</s>", True),
+    "SmolLM2": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_start|>", "<|im_end|>"),
     "marked": (MARKED, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
 }
 CHAT = [
@@ -91,6 +96,7 @@ def conversations(family):
         ("Llama 3", "Hello, naïve one<|eot_id|>", "Bye<|eot_id|>"),
         ("Gemma", "Hello, naïve one<end_of_turn>", "Bye<end_of_turn>"),
         ("Mistral", " Hello, naïve one</s>", " Bye"),
+        ("SmolLM2", "Hello, naïve one<|im_end|>", "Bye"),
         ("marked", "Hello, naïve one<|im_end|>", "Bye"),
     ],
 )
@@ -104,7 +110,7 @@ def test_the_answers_of_a_conversation_are_found_in_the_text_of_its_template(fam
     assert whole.replace(text, "").strip() in ("", "<|begin|>", "<bos>", "<s></s>", "<|im_end|>"), (
         "only the frame is gone"
     )
-    assert not tokenizer.bos_token or tokenizer.bos_token not in text
+    assert text.startswith("<|im_start|>user") == ("<|im_start|>" in whole)
 
 
 def test_a_conversation_that_ends_with_a_question_has_no_answer_at_its_end():
@@ -268,11 +274,12 @@ def test_a_conversation_has_the_ids_of_its_template_without_a_second_begin_of_te
     assert store.manifest["ledger"]["without an assistant turn"] == 1
     assert len(store.train) == 1
     frame = store.frame("auto")
+    assert (frame.prefix == store.tokenizer.bos_token_id) == (FAMILIES[family][4:] == (True,))
     own = store.tokenizer.apply_chat_template(CHAT, return_dict=False)
     ours = store.train[0].tolist()
-    begin = own[0] == store.tokenizer.bos_token_id
+    begin = FAMILIES[family][4:] == (True,)
     assert own[begin : begin + len(ours)] == ours
-    newline = store.tokenizer("\n")["input_ids"][0]
+    (newline,) = store.tokenizer("\n", add_special_tokens=False)["input_ids"]
     rest = [id for id in own[begin + len(ours) :] if id != newline]
     assert rest in ([], [frame.end])
     said = store.tokenizer.decode(store.train[0][store.train.answers(0)])
@@ -363,14 +370,14 @@ def test_labels_are_those_of_all_tokens_where_they_are_of_an_answer(shards, fram
     assert len(made) == len(cut)
     if not cut:
         return
-    rows, marks = made.rows(range(len(cut))), made.answers(range(len(cut)))
+    rows, marks = made.rows(range(len(cut))), made.marks(range(len(cut)))
     assert [row.tolist() for row in rows] == [[id for id, _ in row] for row in cut]
-    assert [row.tolist() for row in marks] == [[bool(mark) for _, mark in row] for row in cut]
+    assert [(row & blocks.ANSWER).tolist() for row in marks] == [[mark for _, mark in row] for row in cut]
     every, some = blocks.batch(rows, section, frame), blocks.batch(rows, section, frame, marks)
     for name in every.keys() - {"labels"}:
         assert np.array_equal(every[name], some[name])
     for number, mark in enumerate(marks):
-        expected = np.where(mark, every["labels"][number, : len(mark)], IGNORED)
+        expected = np.where(mark & blocks.ANSWER, every["labels"][number, : len(mark)], IGNORED)
         assert some["labels"][number, : len(mark)].tolist() == expected.tolist()
 
 
@@ -386,8 +393,8 @@ def test_the_sources_of_a_mixture_keep_their_answers(tmp_path, saved):
     mixed = examples.build(store.train, cut, store.frame("auto"), seed=0, length=30)
     numbered = objective.NumberedExamples(mixed)
     found = numbered.__getitems__(range(30))
-    told = [store.tokenizer.decode(example.ids[example.answers][:-1]) for example in found]
-    asked = [store.tokenizer.decode(example.ids[~example.answers][1:]) for example in found]
+    told = [store.tokenizer.decode(example.ids[example.marks == blocks.ANSWER]) for example in found]
+    asked = [store.tokenizer.decode(example.ids[example.marks == 0][1:]) for example in found]
     assert all(answer == question[2:-1] * 3 for question, answer in zip(asked, told, strict=True))
     assert sum(question.startswith("a") for question in asked) == 20
 
@@ -459,6 +466,55 @@ def test_the_loss_counts_answers_and_the_end_of_text_behind_them_alone(rows, sav
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     objective.attach(model, shifted=True)
     assert model(**batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_documents_are_isolated_at_their_ends_and_not_at_the_ends_of_turns():
+    """A turn of ChatML ends with the token that ends a document."""
+    turns = [[(7, 0), (0, 0), (8, 1), (9, 1)], [(5, 0), (0, 0), (6, 1)]]
+    for frame in (Frame(0, 0), Frame(None, 0)):
+        section = BlocksConfig(block_size=9, isolate_documents=True)
+        made = blocks.build(Documents(turns), section, frame)
+        batch = blocks.batch(made.rows([0]), section, frame, made.marks([0]))
+        assert batch["input_ids"].tolist() == [[7, 0, 8, 9, 0, 5, 0, 6, 0]]
+        expected = [0, 1, 2, 3, 0, 1, 2, 3, 0] if frame.prefix == 0 else [0, 1, 2, 3, 4, 0, 1, 2, 3]
+        assert batch["position_ids"].tolist() == [expected]
+        assert batch["labels"].tolist() == [[IGNORED, IGNORED, 8, 9, 0, IGNORED, IGNORED, 6, 0]]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "messages"])
+def test_a_training_on_answers_is_scored_on_answers(ray_cluster, kind, saved, tmp_path):
+    """From rows to the score of the export, which another command computes again; general text is scored whole."""
+    chats = (
+        [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"It is {n % 7}."}] for n in range(400)
+    )
+    lines = ({"question": chat[0]["content"], "answer": chat[1]["content"], "messages": chat} for chat in chats)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "general.txt").write_text("all of this is scored\n" * 5)
+    own = {"prompt": {"prompt": "{question}\n", "text": "answer"}, "messages": {"messages": "messages"}}
+    experiment = api.load(
+        {
+            "storage": f"{tmp_path}/runs",
+            "corpus": {"paths": f"{tmp_path}/rows.jsonl", **own[kind]},
+            "tokenizer": {"path": saved(*FAMILIES["ChatML"])},
+            "model": {"config": {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 64}},
+            "blocks": {"block_size": 64, "isolate_documents": True},
+            "train": {"max_tokens": 20_480, "batch_tokens": 512, "learning_rate": 1e-2},
+            "eval": {"paths": {"general": f"{tmp_path}/general.txt"}},
+            "tracking": {"uri": None},
+        }
+    )
+    result = api.train(experiment)
+    # Of an answer only the number is news.
+    assert result.untrained_score > 100
+    assert result.score < 2
+    store = api.open_store(api.prepare(experiment).path)
+    assert result.prefix == (None if kind == "messages" else "<|im_end|>")
+    score = api.evaluate(result.checkpoint, **{"eval.paths": []})
+    assert score.perplexity == pytest.approx(result.score, rel=1e-6)
+    assert score.score.tokens == store.validation.answer_tokens == len(store.validation) * len("It is 1.")
+    general = api.evaluate(result.checkpoint)
+    unscored = 1 if kind == "messages" else 0  # without a prefix nothing predicts the first token
+    assert general.score.tokens == 5 * len("all of this is scored\n") - unscored
 
 
 def test_generation_continues_the_prompts(rows):

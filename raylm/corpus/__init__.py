@@ -18,7 +18,7 @@ processes or their order.
 """
 
 from raylm.corpus.file_part import BadDocument
-from raylm.corpus.listing import find_sources, left_out, list_sources, readable
+from raylm.corpus.listing import find_sources, have_columns, left_out, list_sources, readable
 from raylm.corpus.profile import Profile, TextColumns, guess_columns, profile
 from raylm.corpus.reader import (
     Document,
@@ -53,6 +53,7 @@ __all__ = [
     "find_sources",
     "guess_columns",
     "hashes",
+    "have_columns",
     "holdout",
     "kept_fraction",
     "left_out",

@@ -14,7 +14,7 @@ from functools import lru_cache
 from raylm.config import CorpusConfig
 from raylm.corpus.columns import begins_with_text
 from raylm.corpus.file_part import BYTE_ORDER_MARKS, BadDocument, FilePart, decompressed, lfs_pointer
-from raylm.corpus.formats import DATA_SETS, texts, whole_file
+from raylm.corpus.formats import DATA_SETS, FORMATS, format_of, texts, whole_file
 from raylm.corpus.sources import File, Source, find, suffix
 from raylm.errors import DataError
 
@@ -102,6 +102,11 @@ def readable(sources: list[Source], corpus: CorpusConfig, key: str = "corpus.pat
 def list_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source]:
     """The files of every source that can be read: `find_sources`, then `readable`."""
     return readable(find_sources(corpus, key), corpus, key)
+
+
+def have_columns(sources: list[Source]) -> bool:
+    """Whether a file of the sources has rows with columns."""
+    return any(FORMATS[format_of(file.path, source.path)[0]].has_columns for source in sources for file in source.files)
 
 
 def left_out(sources: list[Source]) -> str:

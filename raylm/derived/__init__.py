@@ -4,14 +4,14 @@
     without --config    columns of the text, vocabulary, model, block size, batch, budget, evaluations, what is swept
 
 decisions   where decisions lie, so that the same command finds them again
-text        what follows from the text alone: columns, split, tokenizer
+text        what follows from the text alone: columns, split, tokenizer, prefix
 sizes       what follows from text and machine: model, batch, budget, evaluations, sweep
 speed       how fast this machine trains a model; measured
 """
 
 from raylm.derived.decisions import keep
 from raylm.derived.sizes import BYTES_PER_TOKEN, OVERHEAD, START_SECONDS, SWEEP_SECONDS, shown, training
-from raylm.derived.text import Derived, columns, text
+from raylm.derived.text import Derived, columns, prefix, text
 
 __all__ = [
     "BYTES_PER_TOKEN",
@@ -21,6 +21,7 @@ __all__ = [
     "Derived",
     "columns",
     "keep",
+    "prefix",
     "shown",
     "text",
     "training",

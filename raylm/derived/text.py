@@ -33,7 +33,8 @@ def columns(experiment: Experiment, sources: list[Source]) -> Derived:
     """The experiment with corpus.text of a table, if there is neither a config file nor that setting."""
     from raylm import corpus
 
-    if not experiment.sizes_follow_text or {"text", "tokens"} & experiment.corpus.model_fields_set:
+    given = {"text", "tokens", "prompt", "messages"} & experiment.corpus.model_fields_set
+    if given or not experiment.sizes_follow_text:
         return Derived(experiment, {})
     found = corpus.guess_columns(sources, experiment.corpus)
     if found is None:
@@ -51,6 +52,21 @@ def text(experiment: Experiment, sources: list[Source]) -> Derived:
     Reads some of the text, unless it was decided before.
     """
     return (with_tokenizer if experiment.sizes_follow_text else with_split)(experiment, sources)[0]
+
+
+def prefix(experiment: Experiment) -> Derived:
+    """The experiment with its prefix decided for conversations: they begin as a chat will, which the chat template and
+    a tokenizer with a begin-of-text token of its own say."""
+    from raylm import tokenizer as tokenizers
+
+    section = experiment.tokenizer
+    if experiment.corpus.messages is None or section.prefix != "auto":
+        return Derived(experiment, {})
+    chosen = tokenizers.choose(section, experiment.model)
+    if tokenizers.adds_begin(tokenizers.load_section(chosen)):
+        return Derived(experiment, {})
+    why = "conversations begin as the chat template begins them"
+    return Derived(override(experiment, {"tokenizer.prefix": "none"}), {"tokenizer.prefix": why})
 
 
 def with_split(experiment: Experiment, sources: list[Source]) -> tuple[Derived, Holdout]:

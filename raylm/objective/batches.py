@@ -34,8 +34,8 @@ class Example(NamedTuple):
     number: int
     """Its place in the order of training."""
     ids: np.ndarray
-    answers: np.ndarray | None = None
-    """Whether each token is learned, bool; None: all are."""
+    marks: np.ndarray | None = None
+    """blocks.ANSWER and END for each token, uint8; None without prompts."""
 
 
 def build(
@@ -102,10 +102,8 @@ class NumberedExamples(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         """A micro-batch: what torch's DataLoader asks for in the place of one example after another."""
         numbers = [(self.first + k) % len(self) for k in indices]  # one batch is read ahead and not used
-        rows, answers = self.examples.rows(numbers), self.examples.answers(numbers)
-        if answers is None:
-            return list(map(Example, numbers, rows))
-        return list(map(Example, numbers, rows, answers))
+        rows, marks = self.examples.rows(numbers), self.examples.marks(numbers)
+        return list(map(Example, numbers, rows) if marks is None else map(Example, numbers, rows, marks))
 
 
 class Collator:
@@ -133,8 +131,8 @@ class Collator:
         return {name: torch.from_numpy(values) for name, values in made.items()}
 
     def arrays(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        answers = [example.answers for example in examples if example.answers is not None]
-        return blocks.batch([example.ids for example in examples], self.cut, self.frame, answers)
+        marks = [example.marks for example in examples if example.marks is not None]
+        return blocks.batch([example.ids for example in examples], self.cut, self.frame, marks)
 
     def items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """This batch's share of the divisor of the global batch's loss."""

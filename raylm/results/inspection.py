@@ -37,8 +37,8 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
     frame = store.frame(experiment.tokenizer.prefix)
     cut = blocks.build(store.train, section, frame)
     rows = [cut[index] for index in range(min(max(examples, 2), len(cut)))]
-    answers = cut.answers(range(len(rows)))
-    batch = blocks.batch(rows, section, frame, () if answers is None else answers) if rows else {}
+    marks = cut.marks(range(len(rows)))
+    batch = blocks.batch(rows, section, frame, () if marks is None else marks) if rows else {}
     manifest = store.manifest
     return {
         "store": store.path,
@@ -73,7 +73,7 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
                     "tokens": len(row),
                     "documents_end": int((row == frame.end).sum()),
                     "pieces": pieces(store, row),
-                    **_of_answers(None if answers is None else answers[number]),
+                    **_of_answers(None if marks is None else marks[number] & blocks.ANSWER),
                 }
                 for number, row in enumerate(rows[:examples])
             ],
@@ -105,9 +105,9 @@ def pieces(store: Store, ids: Any) -> list[str]:
     return [store.tokenizer.decode([token]) for token in ids[:SHOWN_TOKENS].tolist()]
 
 
-def _of_answers(marks: np.ndarray | None) -> dict[str, list[bool]]:
+def _of_answers(answers: np.ndarray | None) -> dict[str, list[bool]]:
     """Which of the first tokens are of an answer; nothing without prompts."""
-    return {} if marks is None else {"of_answers": marks[:SHOWN_TOKENS].tolist()}
+    return {} if answers is None else {"of_answers": answers[:SHOWN_TOKENS].astype(bool).tolist()}
 
 
 # On a terminal and in HTML -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ A tokenizer is one of transformers, with an end-of-text token that follows every
     encoders     documents -> ids of their text alone
 """
 
-from raylm.tokenizer.chat import Conversations, Refused, Unanswered, template_of
+from raylm.tokenizer.chat import Conversations, Refused, Unanswered, adds_begin, template_of
 from raylm.tokenizer.encoders import (
     BATCH,
     GIVEN,
@@ -39,6 +39,7 @@ __all__ = [
     "GivenIds",
     "Refused",
     "Unanswered",
+    "adds_begin",
     "answer_encoder",
     "choose",
     "choose_encoder",

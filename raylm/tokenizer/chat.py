@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from raylm.errors import ConfigError
+from raylm.tokenizer.frame import frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,12 +49,19 @@ def template_of(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
         ) from None
 
 
+def adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts its begin-of-text token in front of a text, as Llama's does. That of SmolLM2 is the
+    beginning of a turn, which its chat template writes."""
+    return tokenizer.bos_token_id is not None and frame(tokenizer).prefix == tokenizer.bos_token_id
+
+
 class Conversations:
     """Conversations of a tokenizer with a chat template -> text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, path: str):
         self._tokenizer, self._path = tokenizer, path
         self._template = template_of(tokenizer, path)
+        self._begin = tokenizer.bos_token if adds_begin(tokenizer) else None
         self._is_marked = re.search(r"\{%-?\s*generation\s*-?%\}", self._template) is not None
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
@@ -123,8 +131,8 @@ class Conversations:
 
     def _without_frame(self, text: str, answers: Spans) -> tuple[str, Spans]:
         first, last = 0, len(text)
-        if (begin := self._tokenizer.bos_token) and text.startswith(begin):
-            first = len(begin)
+        if self._begin is not None and text.startswith(self._begin):
+            first = len(self._begin)
         last = len(text.rstrip())
         if (end := self._tokenizer.eos_token) and text.endswith(end, first, last):
             last -= len(end)
