@@ -1,10 +1,11 @@
 """How fast training examples are read in random order: `python benchmarks/reading.py`, a minute on 2 cores.
 
-The built-in corpus in blocks of 32 to 256 tokens, one process, as torch's DataLoader reads them: a micro-batch of 8,192
+The source code of Python and of NumPy in blocks of 32 to 256 tokens, one process, as torch's DataLoader reads them: a micro-batch of 8,192
 tokens at a time (train.micro_batch_tokens).
 
     datasets   a Dataset of ready blocks, written and memory-mapped by `datasets`, rows by shuffled indices as NumPy
     raylm      examples.Stream over the token store: blocks cut out of the documents when they are read
+    mixture    examples.Mixture of the two sources of the corpus, three parts of the smaller to one of the other
 
 In turn, five times each. Also one example by itself: what it costs to go on in the middle.
 """
@@ -32,7 +33,8 @@ def main() -> None:
     args = parser.parse_args()
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as home:
-        settings = ["name=reading", f"storage={home}", "tokenizer.train={vocab_size: 8192}"]
+        paths = "corpus.paths={stdlib: python://stdlib, numpy: python://numpy}"
+        settings = ["name=reading", f"storage={home}", "tokenizer.train={vocab_size: 8192}", paths]
         experiment = config.load(None, settings)
         with cluster.connect(experiment.cluster):
             store, _ = stores.prepare(plans.resolve_tokens(experiment))
@@ -40,6 +42,8 @@ def main() -> None:
             section = experiment.blocks.model_copy(update={"block_size": size})
             cut = blocks.build(store.train, section, store.frame("auto"))
             stream = examples.Stream(cut, seed=0, length=EXAMPLES)
+            shares = section.model_copy(update={"mixture": {"stdlib": 1.0, "numpy": 3.0}})
+            mixture = examples.build(store.train, shares, store.frame("auto"), seed=0, length=EXAMPLES)
             Dataset.from_dict({"input_ids": [cut[index] for index in range(len(cut))]}).save_to_disk(f"{home}/{size}")
             rows = load_from_disk(f"{home}/{size}").with_format("numpy")
             order = [stream.index(k) for k in range(EXAMPLES)]
@@ -49,6 +53,7 @@ def main() -> None:
             ways = {
                 "datasets": lambda batch, rows=rows, order=order: rows.__getitems__([order[k] for k in batch]),
                 "raylm": stream.rows,
+                "mixture": mixture.rows,
             }
             rates = {
                 name: lambda read=read, size=size, batches=batches: EXAMPLES * size / seconds(read, batches) / 1e6

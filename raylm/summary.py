@@ -9,7 +9,7 @@ from raylm import model, perplexity, tracking
 from raylm.budget import Budget
 from raylm.config import WHOLE_SPLIT, Experiment, get
 from raylm.tokens import Store, incomparable
-from raylm.tracking import PARAMETERS_TAG, TOKENS_TAG, Run
+from raylm.tracking import PARAMETERS_TAG, PASSES_TAG, TOKENS_TAG, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -60,12 +60,14 @@ def parameters(experiment: Experiment, store: Store) -> dict[str, Any]:
 
 
 def log_size(run: Run, experiment: Experiment, store: Store, budget: Budget) -> None:
-    """Log what follows from the settings: the model's parameters, and the training tokens and steps of the budget.
+    """Log what follows from the settings: the model's parameters, the training tokens and steps of the budget, and of a
+    mixture how often each source is repeated.
 
     As tags, because MLflow compares runs by the parameters that differ, and these are to be the settings.
     """
     parameters = model.num_parameters(_model_config(experiment, store), masked=experiment.objective.is_masked)
-    run.set_tags({PARAMETERS_TAG: parameters, TOKENS_TAG: budget.tokens, "raylm.steps": budget.steps})
+    passes = {f"{PASSES_TAG}{name}": f"{number:.3g}" for name, number in budget.passes_over.items()}
+    run.set_tags({PARAMETERS_TAG: parameters, TOKENS_TAG: budget.tokens, "raylm.steps": budget.steps, **passes})
 
 
 def _model_config(experiment: Experiment, store: Store) -> PreTrainedConfig:

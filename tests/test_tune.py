@@ -23,7 +23,8 @@ from raylm.errors import ConfigError, Interrupted
 from raylm.perplexity import Score
 from raylm.pipeline import ranking, stores
 from raylm.pipeline import sweep as sweeping
-from raylm.results import trial_table
+from raylm.results import html, trial_table
+from raylm.results.sweep import read, sources
 from raylm.results.trial_table import TrialRow
 from raylm.tracking import journal
 from raylm.training import launch
@@ -732,6 +733,16 @@ def test_a_sweep_over_a_mixture_of_sources_has_one_store_and_scores_each_source(
     assert best["weighted_nll"] == min(row["weighted_nll"] for row in rows)
     table = trial_table.columns([TrialRow.from_record(row) for row in rows], "perplexity")
     assert table["weighted_nll"].cells[0] == f"{best['weighted_nll']:.2f}"
+    found = sources(read(parent.directory))
+    passes = {row["settings"]["blocks.mixture.words"]: found[row["trial_id"]]["words"][1] for row in rows}
+    assert float(passes[3]) / float(passes[0.25]) == pytest.approx((3 / 4) / (0.25 / 1.25), rel=0.01)
+    page = Path(html.build(parent.directory)).read_text()
+    for trial_id, parts in found.items():
+        assert set(parts) == {"words", "code"}
+        best_of = min(value for _, value in parent.trial(trial_id).metric_history()["validation/code/perplexity"])
+        assert parts["code"][0] >= best_of
+        assert f"<td class=number>{parts['code'][0]:.2f}</td>" in page
+    assert "<th class=number>passes over words</th>" in page
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from raylm import console, storage, tokens, tracking
 from raylm import sweep as sweeps
 from raylm.redaction import redacted
 from raylm.results import figures, several, trial_table
-from raylm.results.sweep import EXPERIMENT, SweepResults, read, repeat_command, scored_on_with_size
+from raylm.results.sweep import EXPERIMENT, SweepResults, read, repeat_command, scored_on_with_size, sources
 from raylm.sweep.record import Status
 
 
@@ -87,6 +87,7 @@ def page(results: SweepResults, built: Sequence[figures.Figure | figures.Omitted
         f"{FOLLOW if script else ''}</p>",
         _trials(results),
         f"<p class=caption>{OF_A_POPULATION}</p>" if is_population else "",
+        _sources(results),
         "<h2>The sweep</h2>",
         _facts(_about(results)),
     ]
@@ -190,6 +191,28 @@ def _trials(results: SweepResults) -> str:
             f'<tr class=more><td></td><td colspan="{len(cells) + 1}"><div>{failure}{command}</div></td></tr>',
         ]
     return f"<div class=wide><table class=trials>{''.join(lines)}</table></div>"
+
+
+def _sources(results: SweepResults) -> str:
+    """The score of each trial on each source and evaluation set; empty if there is one text without a name."""
+    found = sources(results)
+    if not found:
+        return ""
+    names = list(next(iter(found.values())))
+    repeated = [name for name in names if any(parts[name][1] is not None for parts in found.values())]
+    rows = [
+        [
+            trial_table.short_id(trial_id),
+            *(trial_table.format_score(parts[name][0]) for name in names),
+            *(parts[name][1] or "-" for name in repeated),
+        ]
+        for trial_id, parts in found.items()
+    ]
+    caption = f"{console.label(results.measure)} of the best evaluation of each trial, by source and evaluation set"
+    if repeated:
+        caption += "; and how often the training repeats each source of the mixture"
+    headings = ["trial", *names, *(f"passes over {name}" for name in repeated)]
+    return f"<h2>By source</h2><p class=caption>{escape(caption)}.</p>{_table(headings, rows, left=1)}"
 
 
 def _about(results: SweepResults) -> dict[str, Any]:

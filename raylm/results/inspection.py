@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from raylm import blocks, console, corpus, tokens
+from raylm import blocks, budget, console, corpus, tokens
 from raylm.config import Experiment
 from raylm.results import tables
 from raylm.tokens import Split, Store
@@ -40,6 +40,8 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
     marks = cut.marks(range(len(rows)))
     batch = blocks.batch(rows, section, frame, () if marks is None else marks) if rows else {}
     manifest = store.manifest
+    is_mixed = section.mixture and len(store.validation)
+    passes = budget.for_store(experiment, store).passes_over if is_mixed else None
     return {
         "store": store.path,
         "fingerprint": store.fingerprint,
@@ -68,6 +70,7 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
             "isolate_documents": section.isolate_documents,
             "train": len(cut),
             "dropped_tokens": cut.dropped_tokens,
+            **({"passes_over": passes} if passes else {}),
             "examples": [
                 {
                     "tokens": len(row),
@@ -143,6 +146,9 @@ def view(record: dict[str, Any]) -> RenderableType:
             f"{cut['dropped_tokens']:,} tokens dropped"
         )
     )
+    if passes := cut.get("passes_over"):
+        listed = ", ".join(f"{name} {number:.2g} times" for name, number in passes.items())
+        parts.append(Text(f"of the mixture the training reads {listed}"))
     for number, block in enumerate(cut["examples"]):
         parts.append(
             _heading(f"Block {number}: {block['tokens']:,} tokens, {block['documents_end']} documents end in it")

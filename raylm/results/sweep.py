@@ -152,6 +152,23 @@ def measured(directory: str, trial: Trial) -> dict[str, Any]:
     }
 
 
+def sources(results: SweepResults) -> dict[str, dict[str, tuple[float | None, str | None]]]:
+    """Trial id -> name of a source or evaluation set -> (its score in the trial's best evaluation, and how often the
+    training repeats it as a source of a mixture; None where unknown)."""
+    sections, found = results.experiment, {}
+    parts = {name: f"validation/{name}/{results.measure}" for name in sections.corpus.source_names}
+    parts |= {name: f"eval/{name}/{results.measure}" for name in sections.eval.sets}
+    for trial in results.data.ranked if parts else ():
+        run = tracking.Run(f"{results.directory}/{trial.trial_id}")
+        history, tags = run.metric_history(), run.tags()
+        best = trial.results[-1]["best_step"] if trial.results else -1
+        found[trial.trial_id] = {
+            name: (dict(history.get(metric, ())).get(best), tags.get(f"{tracking.PASSES_TAG}{name}"))
+            for name, metric in parts.items()
+        }
+    return found
+
+
 def read(directory: str) -> SweepResults:
     """The sweep in a directory; StorageError if the directory is not a sweep."""
     if not runs.is_sweep(directory):

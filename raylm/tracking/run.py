@@ -27,6 +27,8 @@ TRIAL_TAG, ATTEMPTS_TAG, JOB_TAG = "raylm.trial", "raylm.attempts", "raylm.ray_j
 SOURCE_TAG, COMMIT_TAG = "mlflow.source.name", "mlflow.source.git.commit"  # MLflow's own
 PARAMETERS_TAG, TOKENS_TAG = "raylm.model_parameters", "raylm.tokens"
 """The size of the model, and the training tokens of the budget."""
+PASSES_TAG = "raylm.passes."
+"""How often a training repeats a source of a mixture; the name of the source stands behind it."""
 DESCRIPTION_TAG = "mlflow.note.content"  # MLflow's own
 
 MAX_PARAMETER_LENGTH = 6000  # characters that MLflow takes
