@@ -153,6 +153,8 @@ def proposal(found: Proposal, file: Path) -> str:
     documents = f"{profile.seen:,} looked at, median {profile.median_chars:,} characters"
     if profile.duplicates:
         documents += f"; {profile.duplicates:.1%} repeat another exactly"
+    if profile.near_duplicates > profile.duplicates:
+        documents += f"; {profile.near_duplicates:.1%} repeat another at least nearly"
     train, tune, why = experiment.train, experiment.tune, found.reasons
 
     def explained(what: str, *keys: str) -> str:

@@ -194,6 +194,20 @@ def test_a_column_that_is_missing_or_wrong_is_told_with_its_setting(rows, settin
     assert error.value.where == (where or str(rows))
 
 
+def test_messages_are_read_as_data_sets_have_them(tmp_path):
+    shared = [{"from": "human", "value": "Hi", "weight": None}, {"from": "gpt", "value": "Hello", "weight": 1}]
+    file = tmp_path / "chats.jsonl"
+    rows = [CHAT[:2], shared, json.dumps(CHAT[:2]), [], [{"role": "user"}], ["Hi"]]
+    file.write_text("".join(json.dumps({"a": {"chat": row}}) + "\n" for row in rows))
+    found, ledger = read(CorpusConfig(paths=str(file), messages="a.chat", on_bad_row="skip"))
+    assert [json.loads(document.text) for document in found] == [
+        CHAT[:2],
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": 1}],
+        CHAT[:2],
+    ]
+    assert ledger["bad rows"] == 3
+
+
 def test_plain_text_has_no_prompts(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match=r"plain text, but corpus\.prompt needs columns"):

@@ -86,8 +86,19 @@ def test_a_profile_counts_lengths_duplicates_and_scripts(tmp_path):
     corpus = CorpusConfig(paths=str(tmp_path))
     found = profile(list_sources(corpus), corpus)
     assert (found.formats, found.seen, found.median_chars) == ({"text": 8}, 8, 5)
-    assert found.duplicates == 3 / 8
+    assert found.duplicates == found.near_duplicates == 3 / 8
     assert found.scripts == {"LATIN": 24 / 36, "CYRILLIC": 12 / 36}
+
+
+def test_a_profile_tells_near_duplicates_from_exact_ones(tmp_path):
+    words = [f"word{number * number % 97}" for number in range(120)]
+    for number in range(6):
+        own = [*words, f"and{number}"] if number < 4 else [f"{word}{number}" for word in words]
+        (tmp_path / f"{number}.txt").write_text(" ".join(own))
+    (tmp_path / "again.txt").write_text((tmp_path / "5.txt").read_text())
+    corpus = CorpusConfig(paths=str(tmp_path))
+    found = profile(list_sources(corpus), corpus)
+    assert (found.duplicates, found.near_duplicates) == pytest.approx((1 / 7, 4 / 7))
 
 
 def test_a_profile_of_many_documents_looks_at_all_parts_of_them(tmp_path):

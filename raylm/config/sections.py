@@ -67,9 +67,9 @@ class CorpusConfig(Section):
     and all scores are of the tokens of `text` alone. Spaces at the end of the prompt are the beginning of the answer,
     because tokens contain the space before a word."""
     messages: str | None = None
-    """Column that holds conversations, lists of {role, content}, instead of text; a dotted path may lead to it. They
-    are written by the tokenizer's chat template, and the loss and all scores are of what the assistant says alone, with
-    the token that ends it."""
+    """Column that holds conversations, lists of {role, content} or {from, value}, instead of text; a dotted path may
+    lead to it. The tokenizer's chat template writes them, and the loss and all scores are of what the assistant says
+    alone, with the token that ends it."""
     tokens: str | None = None
     """Column that holds token ids instead of text, made by the tokenizer of tokenizer.path or model.path; a dotted path
     may lead to it. Special tokens in front of a document and at its end are removed, because tokenizer.prefix puts them

@@ -200,17 +200,28 @@ class _Messages(Columns):
         if isinstance(value, str):  # as a .csv has them
             with contextlib.suppress(ValueError):
                 value = json.loads(value)
-        if not isinstance(value, (list, tuple)) or not all(map(_is_message, value)):
+        messages = [_message(each) for each in value] if isinstance(value, (list, tuple)) else []
+        if not messages or None in messages:
             raise LookupError(
                 f"{self.key}: column {name!r} must hold a list of messages {{role: user, content: text}}, got "
                 f"{_shown(value)}"
             )
-        said = [{key: part for key, part in message.items() if part is not None} for message in value]
-        return json.dumps(said, ensure_ascii=False)
+        return json.dumps(messages, ensure_ascii=False)
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+SHARE_GPT = {"human": "user", "gpt": "assistant"}
+"""Names of roles in the data sets of ShareGPT, whose messages are {from: human, value: text}."""
+
+
+def _message(value: Any) -> dict[str, Any] | None:
+    """A message {role, content} without empty fields; None if it is none."""
+    if not isinstance(value, dict):
+        return None
+    message = {key: part for key, part in value.items() if part is not None}
+    if message.keys() >= {"from", "value"}:
+        role = message.pop("from")
+        message = {"role": SHARE_GPT.get(role, role), "content": message.pop("value"), **message}
+    return message if all(isinstance(message.get(key), str) for key in ("role", "content")) else None
 
 
 def columns_of(corpus: CorpusConfig) -> Columns:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from raylm.config import CorpusConfig
+from raylm.corpus import minhash
 from raylm.corpus.columns import WHOLE_ROW
 from raylm.corpus.formats import FORMATS, format_of, texts, whole_file
 from raylm.corpus.reader import Ledger, content_hash, kept, shards
@@ -94,12 +97,18 @@ def _text_of(rows: list[dict[str, Any]], default: str) -> TextColumns | None:
         for fields in CONVERSATIONS:
             if all(_has_messages(value, fields) for value in of):
                 who, says = (f"{{{name}.{field}}}" for field in fields)
-                return TextColumns(f"{who}: {says}", "\n", f"the messages of {name}, a chat")
+                return TextColumns(
+                    f"{who}: {says}",
+                    "\n",
+                    f"the messages of {name}, a chat; corpus.messages={name} learns answers alone",
+                )
     strings = {name.lower(): name for name, of in simple.items() if all(isinstance(value, str) for value in of)}
     for names in PAIRS:
         if all(name in strings for name in names):
             template = "\n".join(f"{{{strings[name]}}}" for name in names)
-            return TextColumns(template, " ", "prompts and their answers")
+            return TextColumns(
+                template, " ", "prompts and their answers; corpus.prompt takes what is not to be learned"
+            )
     prose = {name: of for name, of in simple.items() if _are_prose(of)}
     if not prose:
         return None
@@ -147,6 +156,8 @@ class Profile:
     """Length of a document."""
     duplicates: float
     """Fraction of the seen documents that repeat an earlier one exactly."""
+    near_duplicates: float
+    """Fraction of them that repeat an earlier one exactly or nearly, by MinHash."""
     scripts: dict[str, float]
     """Script, such as LATIN or CJK -> fraction of the letters; those of at least 1 %."""
 
@@ -165,6 +176,7 @@ def profile(sources: list[Source], corpus: CorpusConfig) -> Profile:
     lenient = corpus.model_copy(update={"on_bad_row": "skip"})
     lengths: list[int] = []
     hashes: set[int] = set()
+    signatures: list[np.ndarray] = []
     letters: Counter[str] = Counter()
     num_bytes = 0
     for shard in parts:
@@ -172,6 +184,7 @@ def profile(sources: list[Source], corpus: CorpusConfig) -> Profile:
             num_bytes += len(encoded)
             lengths.append(len(text))
             hashes.add(content_hash(encoded))
+            signatures.append(minhash.bands(text))
             letters.update(_script(letter) for letter in text[:CHARS] if letter.isalpha())
         if num_bytes > MOST_BYTES:
             break
@@ -181,6 +194,7 @@ def profile(sources: list[Source], corpus: CorpusConfig) -> Profile:
         seen=len(lengths),
         median_chars=round(statistics.median(lengths)) if lengths else 0,
         duplicates=1 - len(hashes) / len(lengths) if lengths else 0.0,
+        near_duplicates=1 - len(np.unique(minhash.components(np.array(signatures)))) / len(lengths) if lengths else 0.0,
         scripts={name: count / total for name, count in letters.most_common() if count >= 0.01 * total},
     )
 

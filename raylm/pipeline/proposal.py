@@ -38,7 +38,7 @@ class Proposal:
 
 
 DUPLICATES = 0.01
-"""Fraction of duplicates from which on the file shows how to drop them."""
+"""Fraction of duplicates, or of more near ones, from which on the file shows how to drop them."""
 
 
 def propose(experiment: Experiment, given: Mapping[str, Any]) -> Proposal:
@@ -57,11 +57,17 @@ def propose(experiment: Experiment, given: Mapping[str, Any]) -> Proposal:
         for name, value in (values.items() if isinstance(values, dict) else ())
         if section != "tracking"  # it belongs to a machine, like storage
     }
-    if profile.duplicates >= DUPLICATES and not experiment.corpus.deduplicate:
-        derived["corpus.deduplicate"] = False
-        reasons["corpus.deduplicate"] = (
-            f"{profile.duplicates:.0%} of {profile.seen:,} documents repeat another exactly; exact drops them"
+    told = [
+        f"{part:.0%} of {profile.seen:,} documents repeat another {how}; {way} drops them"
+        for part, how, way, others in (
+            (profile.duplicates, "exactly", "exact", 0.0),
+            (profile.near_duplicates, "at least nearly", "near", profile.duplicates),
         )
+        if part >= others + DUPLICATES
+    ]
+    if told and not experiment.corpus.deduplicate:
+        derived["corpus.deduplicate"] = False
+        reasons["corpus.deduplicate"] = "; ".join(told)
     paths = ", ".join(experiment.corpus.labels)
     head = f"An experiment for {paths}, by raylm init; raylm tune --config THIS_FILE runs it."
     typed = {key: value for key, value in given.items() if key not in derived or key == "corpus.paths"}
