@@ -9,10 +9,11 @@ import torch
 from ray import cloudpickle
 from transformers import AutoModelForCausalLM
 
-from raylm import checkpoint, cluster, perplexity, tokens, training
+from raylm import api, checkpoint, cluster, perplexity, tokens, training
 from raylm import plan as plans
 from raylm.config import override
 from raylm.errors import ConfigError, StorageError
+from raylm.pipeline import training as pipeline_training
 from raylm.training import launch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
@@ -198,12 +199,30 @@ def test_scores_are_in_their_own_precision_whatever_that_of_the_training(tiny, t
 @pytest.mark.timeout(900)  # the compiler's, mostly
 def test_a_compiled_model_trains_as_one_that_is_not(tiny, train_run, tmp_path):
     experiment = tiny("train.max_tokens=512")
-    compiled = override(experiment, {"train.arguments.torch_compile": True})
+    compiled = override(experiment, {"train.compile": "on"})
     outcome, job = train_run(compiled, noting(compiled_graphs, tmp_path, training.SingleProcess))
     plain, _ = train_run(experiment)
     assert json.loads((tmp_path / "0").read_text()) > 0
     assert outcome.best["perplexity"] == pytest.approx(plain.best["perplexity"], rel=0.05)  # dropout differs
     AutoModelForCausalLM.from_pretrained(job.checkpoints.path(outcome.best["step"]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_long_training_is_compiled_and_stays_so_when_it_resumes(tiny, tmp_path, monkeypatch):
+    """`raylm train` twice: how long the first takes is not known, how long the second takes is."""
+    experiment = tiny("train.compile=auto", f"storage={tmp_path}", "tracking.uri=null", "train.max_tokens=5120")
+
+    def decided(result):
+        found = json.loads((Path(result.checkpoint).parent / "decided.json").read_text())
+        return found["train.compile"]
+
+    first = api.train(experiment)
+    assert decided(first) == "off"
+    monkeypatch.setattr(pipeline_training, "COMPILE_SECONDS", 0.0)
+    second = api.train(experiment, resume="never")
+    assert decided(second) == "on"
+    assert second.score == pytest.approx(first.score, rel=0.05)  # dropout differs
 
 
 def compiled_graphs(trainer):

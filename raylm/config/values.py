@@ -127,6 +127,10 @@ def _range(value: Any) -> Any:
     return pair
 
 
+def _switch(value: Any) -> Any:
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 def _amount_or_auto(value: Any) -> Any:
     if value == "auto" or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf):
         return value
@@ -151,6 +155,7 @@ Encoding = Annotated[str, AfterValidator(_encoding)]
 RegularExpression = Annotated[str, AfterValidator(_regular_expression)]
 Duplicates = Annotated[Literal[False, "exact", "near"], BeforeValidator(_exact)]
 Workers = Annotated[Annotated[int, Field(ge=1)] | tuple[int, int], BeforeValidator(_range)]
+Switch = Annotated[Literal["off", "on", "auto"], BeforeValidator(_switch)]
 AmountOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_amount_or_auto)]
 OtherResources = Annotated[Mapping[str, Annotated[float, Field(gt=0)]], AfterValidator(_other_kinds)]
 Metric = Annotated[Literal["perplexity", "bits_per_byte"] | dict[str, float], BeforeValidator(_metric)]

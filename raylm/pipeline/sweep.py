@@ -281,13 +281,19 @@ def score_untrained(
     before = {name: dict(history.get(key, ())) for name, key in names.items()}
     if all(0 in values for values in before.values()):
         return {name: values[0] for name, values in before.items()}
-    experiment = active.settled(prepared.experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
+    experiment = _settled(prepared, active, resources)
     with console.task("Scoring the model before training", "tokens") as advance:
         score = Score.of(launch.score_untrained(prepared.store, experiment, resources, advance))
     if not math.isfinite(score.perplexity):
         return None
     parent.log_metrics({f"eval/{what}": value for what, value in score.figures(measure).items()}, 0)
     return {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte}
+
+
+def _settled(prepared: Prepared, active: ActiveRun, resources: Resources) -> Experiment:
+    """The experiment with what is auto decided."""
+    decided = {"cluster.cpus_per_worker": resources.cpus_per_worker, "train.compile": "off"}
+    return active.settled(prepared.experiment, decided)
 
 
 def run_trials(
@@ -303,7 +309,7 @@ def run_trials(
         return cluster.stop_signal() is not None or record.outage is not None
 
     store, planned = prepared.store, prepared.budget
-    experiment = active.settled(prepared.experiment, {"cluster.cpus_per_worker": resources.cpus_per_worker})
+    experiment = _settled(prepared, active, resources)
     record = sweeps.SweepRecord(active.directory)
     if record.trials:
         finished = sum(trial.is_over for trial in record.trials.values())

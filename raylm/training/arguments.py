@@ -177,6 +177,7 @@ def build(experiment: Experiment, budget: Budget, scratch: str) -> TrainingArgum
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "use_cpu": not on_gpu,
+        "torch_compile": section.compile == "on",
         "dataloader_pin_memory": on_gpu,
         "accelerator_config": {"non_blocking": on_gpu},
         "ddp_find_unused_parameters": False,
