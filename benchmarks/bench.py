@@ -93,11 +93,12 @@ ROWS = [
             f"reading, block {size}",
             "raylm",
             "datasets",
-            functools.partial(benchmark, "reading.py", "--blocks", str(size)),
+            functools.partial(once, "reading.py", "--blocks", str(size)),
             *million(5),
         )
         for size in (32, 64, 256)
     ),
+    Row("a mixture, block 256", "mixture", "raylm", lambda: once("reading.py", "--blocks", "256"), *more(0.8)),
     Row("prepare, Hugging Face's encoder", "slow", "plain", lambda: once(*TOKENS), *more(2)),
     Row("prepare, fastokens", "fast", "plain", lambda: once(*TOKENS), *more(2)),
     Row("sweep of 4 trials", "raylm", "plain", lambda: once(*SWEEP), *less(0.4)),

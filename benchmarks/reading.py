@@ -1,7 +1,7 @@
 """How fast training examples are read in random order: `python benchmarks/reading.py`, a minute on 2 cores.
 
-The source code of Python and of NumPy in blocks of 32 to 256 tokens, one process, as torch's DataLoader reads them: a micro-batch of 8,192
-tokens at a time (train.micro_batch_tokens).
+The source code of Python and of NumPy in blocks of 32 to 256 tokens, one process, as torch's DataLoader reads them: a
+micro-batch of 8,192 tokens at a time (train.micro_batch_tokens).
 
     datasets   a Dataset of ready blocks, written and memory-mapped by `datasets`, rows by shuffled indices as NumPy
     raylm      examples.Stream over the token store: blocks cut out of the documents when they are read
