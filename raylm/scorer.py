@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,6 +159,8 @@ def _float32_weights(network: torch.nn.Module) -> Iterator[None]:
 
     Sharded weights are not copied; loop.sharding gathers them in float32.
     """
+    from torch.distributed.tensor import DTensor  # 0.4 s, which no command needs that only plans
+
     copies: dict[int, torch.Tensor] = {}  # tied weights are one tensor
     replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from raylm import config, plan
@@ -21,3 +24,10 @@ def test_a_dry_run_tells_of_an_mlflow_that_does_not_answer(tmp_path):
     (warning,) = places(storage=str(tmp_path), tracking={"uri": "http://127.0.0.1:9"})
     assert "http://127.0.0.1:9" in warning
     assert warning.endswith("a run would keep its metrics until raylm sync uploads them")
+
+
+def test_a_plan_begins_without_torch_and_transformers():
+    """A wrong setting is told before they are imported, and the only worker of a run imports them meanwhile."""
+    program = "import raylm.plan, raylm.train, sys; print({'torch', 'transformers'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -90,6 +90,9 @@ SIGNATURES = {
     "transformers.Trainer._load_rng_state": "(self, checkpoint)",
     "transformers.Trainer.get_optimizer_cls_and_kwargs": "(args, model=None)",
     "transformers.models.auto.configuration_auto.CONFIG_MAPPING": None,
+    "transformers.utils.chat_template_utils.render_jinja_template": "(conversations, tools=None, documents=None, "
+    "chat_template=None, return_assistant_tokens_mask=False, continue_final_message=False, "
+    "add_generation_prompt=False, **kwargs)",
     # torch
     "torch.cpu.get_capabilities": "()",
     "torch.distributed.fsdp.FSDPModule._get_fsdp_state": "(self)",

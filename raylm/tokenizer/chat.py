@@ -15,8 +15,6 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from raylm.errors import ConfigError
 from raylm.tokenizer.frame import frame
 
@@ -91,6 +89,8 @@ class Conversations:
 
     def _rendered(self, messages: list[dict[str, Any]], marks: bool = False) -> tuple[str, list[Any]]:
         """(text, what the template marks as generated)"""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
             texts, marked = render_jinja_template(
                 [messages],

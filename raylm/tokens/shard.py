@@ -13,7 +13,7 @@ from raylm import tokenizer as tokenizers
 from raylm.config import CorpusConfig
 from raylm.corpus import BadDocument, Document, File, Ledger, Shard, content_hash, documents
 from raylm.storage import read
-from raylm.tokens.store import ANSWERS, checksum, local_tokenizer, write
+from raylm.tokens.store import ANSWERS, as_numpy, checksum, local_tokenizer, write
 
 AnyEncoder = tokenizers.Encoder | tokenizers.GivenIds | tokenizers.AnswerEncoder
 
@@ -232,8 +232,8 @@ def _write_rows(path: str, file: str, batch: pa.RecordBatch) -> dict[str, Any]:
         writer.write_batch(batch)
     content = sink.getvalue()
     write(path, file, content)
-    source, lengths = batch["source"].to_numpy(), np.diff(batch["tokens"].offsets.to_numpy())
-    num_bytes = batch["num_bytes"].to_numpy()
+    source, lengths = as_numpy(batch["source"]), np.diff(as_numpy(batch["tokens"].offsets))
+    num_bytes = as_numpy(batch["num_bytes"])
     sources = {
         str(index): {
             "documents": int((source == index).sum()),
@@ -252,5 +252,5 @@ def _write_rows(path: str, file: str, batch: pa.RecordBatch) -> dict[str, Any]:
         "sources": sources,
     }
     if "answers" in batch.schema.names:
-        entry[ANSWERS] = int(batch["answers"].values.to_numpy().sum())
+        entry[ANSWERS] = int(as_numpy(batch["answers"].values).sum())
     return entry
