@@ -245,6 +245,7 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
 
     from raylm import budget, cluster, runs, tracking, training
     from raylm import plan as plans
+    from raylm.local_worker import is_alone
     from raylm.pipeline import stores
     from raylm.training import launch
 
@@ -269,7 +270,7 @@ def raylm_run(args: argparse.Namespace, precision: str) -> tuple[list[float], fl
             trainer._Reporting.on_step_end = on_step_end
 
     tokens = plans.resolve_tokens(made)
-    resources = cluster.single_worker_resources(made.cluster)
+    resources = cluster.planned_resources(made.cluster) if is_alone(made.cluster) else None
     with contextlib.nullcontext(resources) if resources else cluster.connect(made.cluster) as resources:
         store, _ = stores.open_or_prepare(tokens)
         started = runs.start_or_resume(made, "train", store.fingerprint, "never")
