@@ -1,7 +1,7 @@
 # make demo     installs raylm in .venv, then runs the main job: python -m raylm.tune
 # make test     installs what the tests need too, then runs every test but the slow ones; make test-all: those too
 # make lint     ruff and mypy
-# make bench    measures raylm beside other ways to do the same, under 30 minutes, and writes docs/performance.md
+# make bench    measures raylm beside other ways to do the same, half an hour, and writes docs/performance.md
 # make setup    .venv with all of it; repeated only when pyproject.toml or constraints.txt change
 
 SHELL := bash

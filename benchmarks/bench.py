@@ -1,4 +1,4 @@
-"""All rows of docs/performance.md: `make bench`, under 30 minutes on 2 cores that do nothing else.
+"""All rows of docs/performance.md: `make bench`, half an hour on 2 cores that do nothing else.
 
 Runs the benchmarks one after another and prints one table: what raylm takes, what stands beside it, and the ratio of
 the two in each turn, its median, lowest and highest. Then puts the tables, with machine and date, between the markers

@@ -304,10 +304,12 @@ def batch(
         ends[number, : len(row)] = row & END
         answers[number, : len(row)] = row & ANSWER
     begins = np.zeros_like(real)  # a frame
-    if frame.prefix is None:
+    if frame.prefix == frame.end:
+        begins |= ends
+    elif frame.prefix is None or len(marks):
         begins[:, 1:] = ends[:, :-1]
     else:
-        begins |= ends if frame.prefix == frame.end else input_ids == frame.prefix
+        begins |= input_ids == frame.prefix
     # An end-of-text token that is also the next prefix is predicted, by the last token of the document before it.
     unpredicted = np.zeros_like(real) if frame.prefix == frame.end else begins.copy()
     begins[:, 0] = unpredicted[:, 0] = True

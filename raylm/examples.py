@@ -124,10 +124,8 @@ class _Window(NamedTuple):
     """Examples of each source before the window."""
     counts: np.ndarray
     """Examples of each source in it."""
-    sources: np.ndarray
-    """The source of each example."""
-    ranks: np.ndarray
-    """How many examples of the same source are before it in the window."""
+    places: list[tuple[int, int]]
+    """The source of each example, and which of the examples of that source it is."""
 
 
 class Mixture:
@@ -145,7 +143,7 @@ class Mixture:
         self.length = length
         self._ends = WINDOW * np.cumsum(weights) / sum(weights)
         self._ends[-1] = WINDOW
-        self._window = _Window(-1, *4 * (np.empty(0, np.int64),))
+        self._window = _Window(-1, np.empty(0, np.int64), np.empty(0, np.int64), [])
 
     def __len__(self) -> int:
         return self.length
@@ -164,20 +162,18 @@ class Mixture:
 
     def _of_sources(self, numbers: Sequence[int], read: Callable[[Stream, Sequence[int]], Any]) -> list[np.ndarray]:
         places = [self.place(k) for k in numbers]
-        found: dict[int, np.ndarray] = {}
-        for source in {source for source, _ in places}:
-            own = [at for at, (each, _) in enumerate(places) if each == source]
-            found |= zip(own, read(self.streams[source], [places[at][1] for at in own]), strict=True)
-        return [found[at] for at in range(len(places))]
+        wanted: list[list[int]] = [[] for _ in self.streams]
+        for source, number in places:
+            wanted[source].append(number)
+        rows = [iter(read(stream, own) if own else ()) for stream, own in zip(self.streams, wanted, strict=True)]
+        return [next(rows[source]) for source, _ in places]
 
     def place(self, k: int) -> tuple[int, int]:
         """The source of example k, and which of the examples of that source it is."""
         number, at = divmod(k, WINDOW)
         if number != self._window.number:
             self._window = self._window_of(number)
-        window = self._window
-        source = int(window.sources[at])
-        return source, int(window.before[source] + window.ranks[at])
+        return self._window.places[at]
 
     def _window_of(self, number: int) -> _Window:
         last = self._window
@@ -187,7 +183,10 @@ class Mixture:
         of = np.repeat(np.arange(len(counts)), counts)
         ranks = np.concatenate([np.arange(count) for count in counts])
         order = np.argsort((ranks + 0.5) / counts[of], kind="stable")
-        return _Window(number, before, counts, of[order], ranks[order])
+        sources = of[order]
+        return _Window(
+            number, before, counts, list(zip(sources.tolist(), (before[sources] + ranks[order]).tolist(), strict=True))
+        )
 
     def _before(self, number: int) -> np.ndarray:
         total = np.zeros(len(self.streams), np.int64)

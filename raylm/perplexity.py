@@ -216,7 +216,7 @@ def score_documents(
     rows = torch.zeros((count, BANDS + 2 * len(positions)), dtype=torch.float64)
     share = torch.ones(count, dtype=torch.float64)
     """Fraction of each document's tokens that are scored, from which its nll is estimated."""
-    total, done = sum(int(_counting(documents, index).sum()) for index in chosen), 0.0
+    total, done = sum(_count(documents, index) for index in chosen), 0.0
 
     def read() -> Iterator[Part]:
         for index in chosen:
@@ -315,6 +315,12 @@ class Part(NamedTuple):
     """The tokens to predict."""
     marks: np.ndarray
     """Which of these tokens are part of a keyword."""
+
+
+def _count(documents: Documents, index: int) -> int:
+    """Number of tokens of a document that are scored."""
+    answers = documents.answers(index)
+    return len(documents[index]) if answers is None else int(answers.sum())
 
 
 def _counting(documents: Documents, index: int) -> np.ndarray:

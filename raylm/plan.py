@@ -163,7 +163,7 @@ class Plan:
 
 def _size_of_test(prepared: Prepared | None) -> dict[str, int]:
     test = prepared.store.test if prepared is not None else None
-    return {} if test is None else {"test_documents": len(test), "test_tokens": test.num_tokens}
+    return {} if test is None else {"test_documents": len(test), "test_tokens": test.answer_tokens}
 
 
 def resolve_tokens(experiment: Experiment, *, with_sizes: bool = False) -> TokensPlan:
@@ -275,6 +275,7 @@ def evaluation_set(paths: Sequence[str], like: CorpusConfig, key: str) -> Evalua
     reading = {name: getattr(like, name) for name in ("text", "join", "separator", "encoding", "on_bad_row")}
     section = CorpusConfig(paths=tuple(paths), validation_fraction=0, **reading)
     found = corpus.find_sources(section, key)
-    if corpus.have_columns(found):  # of plain text, as of a general set, all is scored
-        section = section.model_copy(update={"prompt": like.prompt, "messages": like.messages})
+    with_prompts = section.model_copy(update={"prompt": like.prompt, "messages": like.messages})
+    if like.has_prompts and corpus.have_columns(found, with_prompts):  # of other text, a general set, all is scored
+        section = with_prompts
     return EvaluationSet(key, section, corpus.readable(found, section, key))

@@ -35,6 +35,7 @@ from typing import IO, Any, Literal
 from raylm import storage
 from raylm.checkpoint import CheckpointManager
 from raylm.config import Experiment, dump, get, override
+from raylm.console import format_number
 from raylm.errors import ConfigError, StorageError, StorageUnavailable
 from raylm.redaction import redacted
 
@@ -92,8 +93,8 @@ class ActiveRun:
         for key in values.keys() & before.keys():
             if values[key] != before[key]:
                 logger.info(
-                    f"{key}={before[key]:g}, as when the run started, does not fit here: {values[key]:g} instead, and "
-                    "results may differ in their last bits"
+                    f"{key}={format_number(before[key])}, as when the run started, does not fit here: "
+                    f"{format_number(values[key])} instead, and results may differ in their last bits"
                 )
         if new := {key: value for key, value in values.items() if key not in before}:
             with storage.reached(self.directory):

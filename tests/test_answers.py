@@ -15,6 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from raylm import api, blocks, config, corpus, examples, objective, perplexity, tokens
+from raylm import plan as plans
+from raylm import tokenizer as tokenizers
 from raylm.blocks import IGNORED
 from raylm.config import BlocksConfig, CorpusConfig, ObjectiveConfig, TokenizerConfig
 from raylm.errors import ConfigError, DataError
@@ -41,6 +43,11 @@ MISTRAL = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA_2 = (
+    "{% for message in messages %}{% if message.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + message.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message.content + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
@@ -71,6 +78,7 @@ FAMILIES = {
     "Llama 3": (LLAMA, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin|>", "<|end|>", True),
     "Gemma": (GEMMA, ["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>", True),
     "Mistral": (MISTRAL, ["[INST]", "[/INST]"], "<s>", "</s>", True),
+    "Llama 2": (LLAMA_2, [], "<s>", "</s>", True),
     "SmolLM2": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_start|>", "<|im_end|>"),
     "marked": (MARKED, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
 }
@@ -96,14 +104,17 @@ def conversations(family):
         ("Llama 3", "Hello, naïve one<|eot_id|>", "Bye<|eot_id|>"),
         ("Gemma", "Hello, naïve one<end_of_turn>", "Bye<end_of_turn>"),
         ("Mistral", " Hello, naïve one</s>", " Bye"),
+        ("Llama 2", " Hello, naïve one </s>", " Bye "),
         ("SmolLM2", "Hello, naïve one<|im_end|>", "Bye"),
         ("marked", "Hello, naïve one<|im_end|>", "Bye"),
     ],
 )
 def test_the_answers_of_a_conversation_are_found_in_the_text_of_its_template(family, first, last):
-    text, spans = conversations(family).text(json.dumps(CHAT))
+    text, spans, num_bytes = conversations(family).text(json.dumps(CHAT))
     found = [text[a:b] for a, b in spans]
     assert [part.lstrip() for part in found] == [first.lstrip(), last.lstrip()]
+    said = len("Hello, naïve oneBye".encode())
+    assert said <= num_bytes <= said + first.count(" ") + last.count(" "), "with spaces, without special tokens"
     tokenizer = bytes_tokenizer(*FAMILIES[family])
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert text in whole
@@ -114,7 +125,7 @@ def test_the_answers_of_a_conversation_are_found_in_the_text_of_its_template(fam
 
 
 def test_a_conversation_that_ends_with_a_question_has_no_answer_at_its_end():
-    text, spans = conversations("ChatML").text(json.dumps(CHAT[:3]))
+    text, spans, _ = conversations("ChatML").text(json.dumps(CHAT[:3]))
     assert [text[a:b] for a, b in spans] == ["Hello, naïve one<|im_end|>"]
     assert text.endswith("Bye")
 
@@ -133,16 +144,30 @@ def test_a_conversation_of_which_nothing_can_be_learned_is_told_by_its_reason(me
 
 
 def test_a_template_is_refused_by_name_if_its_answers_cannot_be_told():
-    twice = Conversations(bytes_tokenizer(TWICE), "some/model")
-    with pytest.raises(ConfigError, match=r"corpus\.messages: where the chat template of some/model puts the answers"):
+    twice = Conversations(bytes_tokenizer(TWICE), "here")
+    with pytest.raises(ConfigError, match=r"corpus\.messages: where the tokenizer's chat template puts the answers"):
         twice.text(json.dumps(CHAT))
-    called = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": []}, {"role": "assistant", "content": "so"}]
-    with pytest.raises(ConfigError, match="a message has tool_calls; mark them in it"):
-        conversations("ChatML").text(json.dumps(called))
-    with pytest.raises(Refused, match="the chat template refuses it: roles must alternate"):
+    called = [CHAT[0], {"role": "assistant", "content": "so", "tool_calls": [], "weight": 1}]
+    with pytest.raises(Refused, match=r'begins with "Hi": it writes tool_calls of an answer, too, and does not mark'):
+        Conversations(bytes_tokenizer(CHATML + "{% if messages[0].tool_calls %}{% endif %}"), "here").text(
+            json.dumps(called)
+        )
+    assert conversations("ChatML").text(json.dumps(called)).answers, "the template does not look at the other fields"
+    with pytest.raises(Refused, match='cannot write the conversation that begins with "Hi": roles must alternate'):
         conversations("Gemma").text(json.dumps([CHAT[0], CHAT[0], CHAT[1]]))
     with pytest.raises(ConfigError, match=r"corpus\.messages needs a tokenizer with a chat template"):
         Conversations(bytes_tokenizer(), "here")
+
+
+def test_the_text_of_a_conversation_does_not_depend_on_the_day():
+    dated = Conversations(bytes_tokenizer("{{ 'Today is ' + strftime_now('%d %b %Y') + '. ' }}" + CHATML), "here")
+    assert dated.text(json.dumps(CHAT)).text.startswith("Today is 26 Jul 2024. <|im_start|>user")
+
+
+def test_a_tokenizer_with_several_templates_and_no_default_says_so():
+    several = bytes_tokenizer({"tool_use": CHATML, "rag": CHATML})
+    with pytest.raises(ConfigError, match="no default specified"):
+        Conversations(several, "here")
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -224,12 +249,41 @@ def test_plain_text_has_no_prompts(tmp_path):
         ),
         (["corpus.prompt=a", "corpus.split_by=passage"], "corpus.split_by: must be document with corpus.prompt"),
         (["corpus.prompt=a", "objective.kind=masked"], "objective.kind: must be causal or keyword_weighted"),
-        (["corpus.messages=b"], "tokenizer.train: cannot be given with corpus.messages"),
+        (
+            ["corpus.messages=b", "corpus.keep_any=[]", "corpus.max_chars=null"],
+            "corpus.messages: must come with tokenizer",
+        ),
+        (
+            ["corpus.messages=b", "corpus.keep_any=[a]"],
+            "corpus.keep_any: is for text and cannot be given with corpus.mess",
+        ),
     ],
 )
 def test_settings_that_do_not_go_with_answers_are_refused(given, message):
     with pytest.raises(ConfigError, match=message):
         config.load(None, given)
+
+
+def test_an_evaluation_set_without_the_columns_is_scored_whole(rows, tmp_path):
+    general = tmp_path / "general"
+    general.mkdir()
+    (general / "a.txt").write_text("plain text")
+    (general / "settings.json").write_text('{"a": 1}')
+    (tmp_path / "general.jsonl").write_text('{"text": "a row"}\n')
+    like = CorpusConfig(paths="x", prompt="{question}", text="answer")
+    assert plans.evaluation_set([str(rows)], like, "eval.paths").corpus.prompt == "{question}"
+    plain = CorpusConfig(paths="x", messages="messages")
+    for paths, text in (([str(general)], "plain text"), ([str(tmp_path / "general.jsonl")], "a row")):
+        found = plans.evaluation_set(paths, plain, "eval.paths").corpus
+        assert found.messages is None
+        assert [document.text for document in read(found)[0]] == [text]
+
+
+def test_tables_without_the_column_of_messages_are_not_passed_over_for_a_readme(tmp_path):
+    (tmp_path / "README.md").write_text("about the data")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    with pytest.raises(DataError, match="corpus.messages: no column 'mesages'; .*did you mean messages"):
+        corpus.list_sources(CorpusConfig(paths=str(tmp_path), messages="mesages"))
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------
@@ -296,13 +350,43 @@ def test_a_conversation_has_the_ids_of_its_template_without_a_second_begin_of_te
     (newline,) = store.tokenizer("\n", add_special_tokens=False)["input_ids"]
     rest = [id for id in own[begin + len(ours) :] if id != newline]
     assert rest in ([], [frame.end])
-    said = store.tokenizer.decode(store.train[0][store.train.answers(0)])
-    assert said.replace("<|im_end|>", "").replace("<|eot_id|>", "").replace("<end_of_turn>", "").replace(
-        "</s>", ""
-    ) in (
-        "Hello, naïve oneBye",
-        " Hello, naïve one Bye",
-    )
+    said = store.tokenizer.decode(store.train[0][store.train.answers(0)], skip_special_tokens=True)
+    assert said.replace(" ", "") == "Hello,naïveoneBye"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_stores_of_two_chat_templates_share_no_shards_and_name_the_same_documents(saved, tmp_path):
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": CHAT}) + "\n")
+    section = CorpusConfig(paths=str(file), messages="messages", validation_fraction=0)
+    stores = [prepared(section, saved(*FAMILIES[family]), tmp_path / "runs") for family in ("ChatML", "Gemma")]
+    other = saved(CHATML.replace("message.role", "message.role + '!'"), *FAMILIES["ChatML"][1:])
+    stores.append(prepared(section, other, tmp_path / "runs"))
+    assert len({store.path for store in stores}) == 3
+    assert len({store.train[0].tobytes() for store in stores}) == 3
+    assert len({store.train.document_id(0) for store in stores}) == 1
+    assert {store.train.document_bytes(0) for store in stores} == {len("Hello, naïve oneBye".encode())}
+
+
+def test_a_tokenizer_that_does_not_tell_characters_is_refused(tmp_path):
+    from transformers import CTRLTokenizer
+
+    (tmp_path / "vocab.json").write_text('{"a</w>": 0, "<unk>": 1, "b</w>": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    made = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), eos_token="<unk>")
+    made.save_pretrained(tmp_path / "made")
+    with pytest.raises(DataError, match="its tokenizer is written in Python"):
+        tokenizers.answer_encoder(str(tmp_path / "made"), with_conversations=False)
+
+
+def test_what_a_vocabulary_cannot_spell_is_an_error_with_prompts_too(tmp_path):
+    backend = Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="<none>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(tmp_path)
+    encode = tokenizers.answer_encoder(str(tmp_path), with_conversations=False)
+    assert encode(["a a"], [[(1, 3)]])[2].tolist() == [0, 1]
+    with pytest.raises(DataError, match="its vocabulary cannot spell the document that starts with 'a b'"):
+        encode(["a", "a b"], [[], []])
 
 
 # Blocks --------------------------------------------------------------------------------------------------------------
@@ -485,6 +569,12 @@ def test_the_loss_counts_answers_and_the_end_of_text_behind_them_alone(rows, sav
 def test_documents_are_isolated_at_their_ends_and_not_at_the_ends_of_turns():
     """A turn of ChatML ends with the token that ends a document."""
     turns = [[(7, 0), (0, 0), (8, 1), (9, 1)], [(5, 0), (0, 0), (6, 1)]]
+    begun = [[(1, 0), *turns[0], (1, 0), (4, 1)]]  # Llama 2's template begins every turn with the prefix
+    section = BlocksConfig(block_size=9, isolate_documents=True)
+    made = blocks.build(Documents([begun[0], turns[1]]), section, Frame(1, 3))
+    batch = blocks.batch(made.rows([0]), section, Frame(1, 3), made.marks([0]))
+    assert batch["input_ids"].tolist() == [[1, 1, 7, 0, 8, 9, 1, 4, 3]]
+    assert batch["position_ids"].tolist() == [[*range(9)]]
     for frame in (Frame(0, 0), Frame(None, 0)):
         section = BlocksConfig(block_size=9, isolate_documents=True)
         made = blocks.build(Documents(turns), section, frame)
@@ -523,8 +613,9 @@ def test_a_training_on_answers_is_scored_on_answers(ray_cluster, kind, saved, tm
     assert result.score < 2
     store = api.open_store(api.prepare(experiment).path)
     assert result.prefix == (None if kind == "messages" else "<|im_end|>")
-    score = api.evaluate(result.checkpoint, **{"eval.paths": []})
-    assert score.perplexity == pytest.approx(result.score, rel=1e-6)
+    for prefix in (experiment.tokenizer.prefix, "auto"):
+        score = api.evaluate(result.checkpoint, **{"eval.paths": [], "tokenizer.prefix": prefix})
+        assert score.perplexity == pytest.approx(result.score, rel=1e-6)
     assert score.score.tokens == store.validation.answer_tokens == len(store.validation) * len("It is 1.")
     general = api.evaluate(result.checkpoint)
     unscored = 1 if kind == "messages" else 0  # without a prefix nothing predicts the first token

@@ -160,7 +160,7 @@ against: seconds, searcher: optuna
     tune.against: must be parameters with tune.scheduler=asha, got seconds
 scheduler: pbt, space: {blocks.block_size: {choice: [64]}}
     tune.space: must have one of train.learning_rate
-scheduler: pbt, space: {train.arguments.optim: {choice: [sgd]}}
+scheduler: pbt, space: {train.optimizer: {choice: [sgd]}}
     tune.space: must have one of train.learning_rate
 scheduler: pbt, space: {train.weight_decay: {uniform: [0, 1]}, train.learning_rate: {grid: [1e-4, 1e-3]}}
     tune.space.train.learning_rate: must be drawn with tune.scheduler=pbt
@@ -704,7 +704,7 @@ def test_a_population_stays_inside_the_ranges_of_its_space():
         "train.arguments.adam_beta2": {"uniform": [0.9, 0.999]},
         "train.arguments.max_grad_norm": {"randint": [1, 4]},
         "train.arguments.adam_beta1": {"choice": [0.8, 0.9, 0.95]},
-        "train.arguments.optim": {"choice": ["adamw_torch", "sgd"]},
+        "train.optimizer": {"choice": ["adamw_torch", "sgd"]},
     }
     section = TuneConfig(scheduler="pbt", space=space)
     population = sweep.scheduler(section, BUDGET, "best_perplexity")
@@ -725,7 +725,7 @@ def test_a_population_stays_inside_the_ranges_of_its_space():
             assert len(values) > 2, "and it moves"
     assert {round(found["train.weight_decay"] * 10, 9) for found in seen} <= {*range(6)}
     assert {found["train.arguments.max_grad_norm"] for found in seen} == {1, 2, 3}
-    assert len({found["train.arguments.optim"] for found in seen}) == 1, "the optimizer's state would not fit"
+    assert len({found["train.optimizer"] for found in seen}) == 1, "the optimizer's state would not fit"
 
 
 def test_what_is_not_a_number_ranks_last():

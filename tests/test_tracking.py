@@ -333,6 +333,25 @@ def test_a_run_that_rewinds_makes_its_points_again(tmp_path):
     assert lines == [*first, '{"rewind": 3}', *first[3:], '{"rewind": 5}', *first[5:]], "with their old times"
 
 
+def test_a_run_that_rewinds_keeps_what_its_machine_did(tmp_path):
+    """It is not the same again, and MLflow would have two points of a step."""
+    run = start(NOWHERE, tmp_path / "run")
+    run.log_metrics({"train/loss": 1.0, "system/cpu_utilization_percentage": 50.0}, 2)
+    as_in_a_new_process(run)
+    run.rewind(1)
+    run.log_metrics({"train/loss": 1.0, "system/cpu_utilization_percentage": 70.0}, 2)
+    as_in_a_new_process(run)
+    run.rewind(1)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["metrics"] for line in lines if "metrics" in line] == [
+        {"train/loss": 1.0, "system/cpu_utilization_percentage": 50.0},
+        {"train/loss": 1.0},
+    ]
+    assert run.metric_history() == {}
+    run.rewind(1)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == len(lines), "nothing is left to rewind"
+
+
 def test_a_run_whose_directory_was_removed_begins_anew(tmp_path):
     for _ in range(2):
         run = start(NOWHERE, tmp_path / "run")

@@ -30,6 +30,8 @@ MUTABLE = (
 )  # fmt: skip
 """Settings that may change while a trial trains, because its weights and its optimizer's state remain valid."""
 SEEDS = ("train.seed", "train.data_seed")
+FILTERS = ("keep_any", "keep_matching", "min_chars", "max_chars")
+"""Settings of corpus that look at the characters of a text."""
 
 
 class Experiment(Section):
@@ -107,7 +109,7 @@ class Experiment(Section):
 
     def _tokens_agree(self) -> None:
         """Refuse settings that need text together with a column of token ids."""
-        for name in ("keep_any", "keep_matching", "min_chars", "max_chars"):
+        for name in FILTERS:
             if getattr(self.corpus, name):
                 raise ValueError(f"corpus.{name} is for text and cannot be given with corpus.tokens; leave it out")
         if self.corpus.split_by == "passage":
@@ -135,10 +137,15 @@ class Experiment(Section):
             raise ValueError(
                 f"objective.kind must be causal or keyword_weighted with {name}, got {self.objective.kind}"
             )
-        if section.messages is not None and self.tokenizer.train is not None:
+        if section.messages is None:
+            return
+        for other in FILTERS:
+            if getattr(section, other):
+                raise ValueError(f"corpus.{other} is for text and cannot be given with corpus.messages; leave it out")
+        if self.tokenizer.train is not None or (self.tokenizer.path is None and self.model.path is None):
             raise ValueError(
-                "tokenizer.train cannot be given with corpus.messages: a trained tokenizer has no chat template; give "
-                "the directory or Hub id of one that has as tokenizer.path"
+                "corpus.messages must come with tokenizer.path, the directory or Hub id of a tokenizer with a chat "
+                "template, or with the model.path of one; a tokenizer that is trained has none"
             )
 
     def _mixture_agrees(self) -> None:

@@ -18,6 +18,7 @@ OWNED = {
     "fp16": "train.precision",
     "tf32": "train.precision",
     "torch_compile": "train.compile",
+    "optim": "train.optimizer",
     "max_steps": "train.max_tokens",
     "num_train_epochs": "train.num_epochs",
     "per_device_train_batch_size": "train.batch_tokens and train.micro_batch_tokens",

@@ -70,7 +70,7 @@ class CorpusConfig(Section):
     messages: str | None = None
     """Column that holds conversations, lists of {role, content} or {from, value}, instead of text; a dotted path may
     lead to it. The tokenizer's chat template writes them, and the loss and all scores are of what the assistant says
-    alone, with the token that ends it."""
+    alone, with the token that ends it unless that is the end of the document, which is learned and never scored."""
     tokens: str | None = None
     """Column that holds token ids instead of text, made by the tokenizer of tokenizer.path or model.path; a dotted path
     may lead to it. Special tokens in front of a document and at its end are removed, because tokenizer.prefix puts them
@@ -130,6 +130,12 @@ class CorpusConfig(Section):
     def source_names(self) -> tuple[str, ...]:
         """The names in `paths`; empty if it has none."""
         return tuple(self.paths) if isinstance(self.paths, Mapping) else ()
+
+    @property
+    def not_given(self) -> set[str]:
+        """The settings for rows that hold something else than text, if they are not given: a corpus of text does not
+        depend on them."""
+        return {name for name in ("tokens", "prompt", "messages") if getattr(self, name) is None}
 
     @property
     def has_prompts(self) -> bool:
@@ -259,7 +265,11 @@ class TrainConfig(Section):
     warmup_steps: Annotated[float, Field(ge=0)] = 0.05
     """Optimizer steps of linear warmup; a value below 1 is a fraction of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Weight decay of AdamW; not applied to biases and norms."""
+    """Weight decay of the optimizer; not applied to biases and norms."""
+    optimizer: str = "adamw"
+    """Optimizer: adamw, muon, or another by its name in transformers, such as adafactor or sgd. muon: Muon for the
+    matrices of the layers, with updates of the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that the same
+    learning rates serve; AdamW for embeddings, head, biases and norms."""
     lr_scheduler_type: str = "cosine"
     """Learning rate schedule after warmup, by its name in transformers: linear, cosine, constant_with_warmup, ... Its
     arguments are train.arguments.lr_scheduler_kwargs. Without them, warmup_stable_decay decays over a tenth of the
@@ -310,9 +320,10 @@ WHOLE_SPLIT = "the whole validation split"
 
 class EvalConfig(Section):
     paths: NamedPaths = ()
-    """Other text to score, given like corpus.paths and read like it (corpus.text, .join, .separator), or several named
-    sets: {books: a/*.txt, code: [b, c]}. Every evaluation scores it in addition to the validation split, by which
-    trials are ranked; `raylm evaluate` scores it instead of that split."""
+    """Other text to score, given like corpus.paths and read like it (corpus.text, .join, .separator; .prompt or
+    .messages if it has their columns), or several named sets: {books: a/*.txt, code: [b, c]}. Every evaluation scores
+    it in addition to the validation split, by which trials are ranked; `raylm evaluate` scores it instead of that
+    split."""
     stride: Annotated[Count, Field(ge=1)] | None = None
     """New tokens scored in each window. Default: all, so that windows do not overlap."""
     context: Annotated[Count, Field(ge=1)] | None = None

@@ -12,9 +12,9 @@ from collections import Counter
 from functools import lru_cache
 
 from raylm.config import CorpusConfig
-from raylm.corpus.columns import begins_with_text
+from raylm.corpus.columns import begins_with_text, columns_of
 from raylm.corpus.file_part import BYTE_ORDER_MARKS, BadDocument, FilePart, decompressed, lfs_pointer
-from raylm.corpus.formats import DATA_SETS, FORMATS, format_of, texts, whole_file
+from raylm.corpus.formats import DATA_SETS, FORMATS, texts, whole_file
 from raylm.corpus.sources import File, Source, find, suffix
 from raylm.errors import DataError
 
@@ -104,9 +104,10 @@ def list_sources(corpus: CorpusConfig, key: str = "corpus.paths") -> list[Source
     return readable(find_sources(corpus, key), corpus, key)
 
 
-def have_columns(sources: list[Source]) -> bool:
-    """Whether a file of the sources has rows with columns."""
-    return any(FORMATS[format_of(file.path, source.path)[0]].has_columns for source in sources for file in source.files)
+def have_columns(sources: list[Source], corpus: CorpusConfig) -> bool:
+    """Whether a file of the sources has rows with the columns that a corpus names."""
+    parts = (whole_file(file, 0, source) for source in sources for file in source.files)
+    return any(FORMATS[part.format].has_columns and _problem(part, corpus) is None for part in parts)
 
 
 def left_out(sources: list[Source]) -> str:
@@ -132,7 +133,7 @@ def _readable(key: str, source: Source, corpus: CorpusConfig) -> Source:
         else:
             parts.append(part)
     useless = _useless(parts, corpus)
-    kinds.update(f"{suffix(part.file.path)} without corpus.text" for part in useless)
+    kinds.update(f"{suffix(part.file.path)} without {columns_of(corpus).key}" for part in useless)
     files = tuple(part.file for part in parts if part not in useless)
     if not files:
         raise DataError(
@@ -153,7 +154,8 @@ def _useless(parts: list[FilePart], corpus: CorpusConfig) -> set[FilePart]:
     tables = [part for part in parts if part.format != "text"]
     problems = {part: problem for part in tables if (problem := _problem(part, corpus))}
     has_rows = len(problems) < len(tables)
-    has_text = len(tables) < len(parts) and corpus.text == CorpusConfig.model_fields["text"].default
+    is_asked = corpus.has_prompts or corpus.tokens or corpus.text != CorpusConfig.model_fields["text"].default
+    has_text = len(tables) < len(parts) and not is_asked
     if not has_rows and not has_text:
         return set()
     # A torn .parquet is a loss; a .json that is not JSON is the settings of some program.

@@ -42,6 +42,10 @@ PAIRS = (
 DOCUMENTS = 2_000
 MOST_BYTES = 8_000_000
 CHARS = 2_000
+"""Of a document whose script is looked at."""
+
+MOST_CHARS = 100_000
+"""Of a document that is compared with others."""
 """Characters of a document whose letters are counted."""
 
 
@@ -184,7 +188,7 @@ def profile(sources: list[Source], corpus: CorpusConfig) -> Profile:
             num_bytes += len(encoded)
             lengths.append(len(text))
             hashes.add(content_hash(encoded))
-            signatures.append(minhash.bands(text))
+            signatures.append(minhash.bands(text[:MOST_CHARS]))
             letters.update(_script(letter) for letter in text[:CHARS] if letter.isalpha())
         if num_bytes > MOST_BYTES:
             break

@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +55,8 @@ class Document(NamedTuple):
     num_bytes: int
     """UTF-8 bytes of the text, or of its answers."""
     hash: int
-    """64 bits of blake2b of the text: the same text has the same hash everywhere."""
+    """64 bits of blake2b of the text, with prompts of text and answer, of a conversation of its messages: the same
+    everywhere, and with every tokenizer."""
     source: int
     split: SplitName
     file: File
@@ -66,12 +67,6 @@ class Document(NamedTuple):
     def prompt(self) -> str:
         """What stands before the first answer; without answers all of the text."""
         return self.text[: self.answers[0][0]] if self.answers else self.text
-
-    def with_answers(self, answers: Sequence[tuple[int, int]]) -> Document:
-        """The document, of which these parts alone count: their bytes, and a hash that tells it from the whole text."""
-        own = [self.text[first:last].encode() for first, last in answers]
-        digest = content_hash(b"\0".join([self.text.encode(), *own]))
-        return self._replace(num_bytes=sum(map(len, own)), hash=digest, answers=tuple(answers))
 
 
 def nothing_left(ledger: Mapping[str, int]) -> DataError:
@@ -145,10 +140,13 @@ def documents(
             continue
         digest = content_hash(encoded)
         split = split_of(digest) if part.split == "train" else part.split
-        document = Document(text, len(encoded), digest, part.source, split, part.file)
         if isinstance(text, Answered):
-            document = document.with_answers(((text.answer_at, len(text)),))
-        yield document
+            own = text.answer.encode()
+            digest = content_hash(encoded + b"\0" + own)  # another document than the text as a whole
+            answers = ((text.answer_at, len(text)),)
+            yield Document(text, len(own), digest, part.source, split, part.file, answers)
+        else:
+            yield Document(text, len(encoded), digest, part.source, split, part.file)
 
 
 def held_out(corpus: CorpusConfig) -> tuple[float, float]:

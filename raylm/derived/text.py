@@ -63,7 +63,8 @@ def prefix(experiment: Experiment) -> Derived:
     if experiment.corpus.messages is None or section.prefix != "auto":
         return Derived(experiment, {})
     chosen = tokenizers.choose(section, experiment.model)
-    if tokenizers.adds_begin(tokenizers.load_section(chosen)):
+    key = "tokenizer.path" if section.path else "model.path"
+    if tokenizers.adds_begin(tokenizers.load_section(chosen, key)):
         return Derived(experiment, {})
     why = "conversations begin as the chat template begins them"
     return Derived(override(experiment, {"tokenizer.prefix": "none"}), {"tokenizer.prefix": why})
@@ -75,8 +76,7 @@ def with_split(experiment: Experiment, sources: list[Source]) -> tuple[Derived, 
 
     section = experiment.corpus
     # It is the same with and without a test split.
-    unused = {"tokens"} if section.tokens is None else set()
-    given = section.model_dump(mode="json", exclude={"test_paths", "test_fraction", *unused})
+    given = section.model_dump(mode="json", exclude={"test_paths", "test_fraction"} | section.not_given)
     path = decisions.path(experiment, "split", given, "json")
     decided = decisions.find(path)
     if decided is not None:

@@ -16,6 +16,7 @@ from raylm import (
     checkpoint,
     cluster,
     console,
+    derived,
     document_scores,
     objective,
     perplexity,
@@ -73,6 +74,7 @@ def resolve(model: str, directory: Path, experiment: Experiment, text: Sequence[
     """The plan of an evaluation on `text` (paths), else on the sets of eval.paths, else on the validation split that
     the model was trained with. The text is read and encoded."""
     _check_settings(experiment, directory, model)
+    experiment = derived.prefix(experiment).experiment
     resources = cluster.planned_resources(experiment.cluster)
     configuration = models.pretrained_configuration(experiment.model)
     perplexity.context_of(experiment.eval, models.context(configuration), experiment.blocks.block_size)
@@ -122,10 +124,10 @@ class Evaluation:
         self.rows = rows
         """The result of perplexity.score_documents: float64 of shape (documents, 5)."""
         self.unknown_tokens = [
-            0 if plan.unknown_id is None else int((plan.documents[number] == plan.unknown_id).sum())
+            0 if plan.unknown_id is None else _unknown(plan.documents, number, plan.unknown_id)
             for number in range(len(plan.documents))
         ]
-        """Number of unknown tokens in each document."""
+        """Number of unknown tokens among those of each document that are scored."""
 
     @property
     def score(self) -> Score:
@@ -213,7 +215,7 @@ class Evaluation:
 
     def documents(self) -> Iterator[dict[str, Any]]:
         """The score of each document, with all that `raylm compare` needs to pair it with that of another model. Its id
-        is the 16 digits that `b2sum -l 64` prints for its text."""
+        is the 16 digits that `b2sum -l 64` prints for its text, unless only its answers are scored."""
         plan = self.plan
         model = plan.model if storage.is_remote(plan.model) else str(plan.directory)
         for name, numbers in plan.sets.items():
@@ -233,6 +235,11 @@ class Evaluation:
 
     def __repr__(self) -> str:
         return f"Evaluation({self.plan.model!r}: {self.plan.measure} {self.perplexity:.4g})"
+
+
+def _unknown(documents: Encoded | Split, number: int, unknown_id: int) -> int:
+    found, answers = documents[number] == unknown_id, documents.answers(number)
+    return int((found if answers is None else found & answers).sum())
 
 
 def _finite(value: float) -> float | None:

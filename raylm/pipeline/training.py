@@ -147,7 +147,9 @@ def _run(plan: Plan, active: ActiveRun, tracked: Run) -> TrainResult:
         for warning in prepared.warnings:
             logger.warning(warning)
         sets = stores.prepare_evaluation_sets(plan, prepared.store)
-        expected = estimate.training(dataclasses.replace(plan, prepared=prepared), prepared.budget)
+        is_asked = plan.experiment.train.compile == "auto" and "train.compile" not in active.decided
+        whole = dataclasses.replace(plan, prepared=prepared)
+        expected = estimate.training(whole, prepared.budget, measures=is_asked)
         estimate.say(expected)
         if alone:
             connection.close()  # the worker gets the whole machine
@@ -160,8 +162,8 @@ def _run(plan: Plan, active: ActiveRun, tracked: Run) -> TrainResult:
 
 
 COMPILE_SECONDS = 300.0
-"""From which length of a training on torch.compile pays: on two CPUs it saved a tenth of each step of GPT-2 of 4 x 256
-and took 19 s, which is even after 3 minutes. Not measured on a GPU."""
+"""A training that takes at least so long is worth compiling: on two CPUs torch.compile saved a tenth of each step of
+GPT-2 of 4 x 256 and took 19 s, which is even after 3 minutes. Not measured on a GPU."""
 
 
 def _compile(expected_seconds: float | None) -> str:

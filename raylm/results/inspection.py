@@ -13,6 +13,7 @@ from rich.text import Text
 
 from raylm import blocks, budget, console, corpus, tokens
 from raylm.config import Experiment
+from raylm.errors import DataError
 from raylm.results import tables
 from raylm.tokens import Split, Store
 
@@ -40,8 +41,7 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
     marks = cut.marks(range(len(rows)))
     batch = blocks.batch(rows, section, frame, () if marks is None else marks) if rows else {}
     manifest = store.manifest
-    is_mixed = section.mixture and len(store.validation)
-    passes = budget.for_store(experiment, store).passes_over if is_mixed else None
+    passes = _passes(experiment, store) if section.mixture else {}
     return {
         "store": store.path,
         "fingerprint": store.fingerprint,
@@ -74,7 +74,9 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
             "examples": [
                 {
                     "tokens": len(row),
-                    "documents_end": int((row == frame.end).sum()),
+                    "documents_end": np.count_nonzero(
+                        row == frame.end if marks is None else marks[number] & blocks.END
+                    ),
                     "pieces": pieces(store, row),
                     **_of_answers(None if marks is None else marks[number] & blocks.ANSWER),
                 }
@@ -87,6 +89,14 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
         },
         "not_predicted": int((batch["labels"] == blocks.IGNORED).sum()) if batch else 0,
     }
+
+
+def _passes(experiment: Experiment, store: Store) -> dict[str, float]:
+    """How often the training reads each source of a mixture; empty if it cannot be trained."""
+    try:
+        return budget.for_store(experiment, store).passes_over
+    except DataError:
+        return {}
 
 
 def lengths(split: Split) -> list[dict[str, int]]:

@@ -156,8 +156,10 @@ def sources(results: SweepResults) -> dict[str, dict[str, tuple[float | None, st
     """Trial id -> name of a source or evaluation set -> (its score in the trial's best evaluation, and how often the
     training repeats it as a source of a mixture; None where unknown)."""
     sections, found = results.experiment, {}
-    parts = {name: f"validation/{name}/{results.measure}" for name in sections.corpus.source_names}
-    parts |= {name: f"eval/{name}/{results.measure}" for name in sections.eval.sets}
+    named = () if sections.corpus.validation_paths else sections.corpus.source_names
+    parts = {name: f"validation/{name}/{results.measure}" for name in named}
+    for name in sections.eval.sets:
+        parts[name if name not in named else f"{name} (evaluation set)"] = f"eval/{name}/{results.measure}"
     for trial in results.data.ranked if parts else ():
         run = tracking.Run(f"{results.directory}/{trial.trial_id}")
         history, tags = run.metric_history(), run.tags()

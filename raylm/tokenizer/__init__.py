@@ -9,7 +9,7 @@ A tokenizer is one of transformers, with an end-of-text token that follows every
     encoders     documents -> ids of their text alone
 """
 
-from raylm.tokenizer.chat import Conversations, Refused, Unanswered, adds_begin, template_of
+from raylm.tokenizer.chat import Conversations, Refused, Unanswered, template_of
 from raylm.tokenizer.encoders import (
     BATCH,
     GIVEN,
@@ -24,7 +24,7 @@ from raylm.tokenizer.encoders import (
     the_only,
     unknown_id,
 )
-from raylm.tokenizer.frame import Frame, for_export, frame
+from raylm.tokenizer.frame import Frame, adds_begin, for_export, frame
 from raylm.tokenizer.loading import choose, fingerprint, load, load_section, rules, same
 from raylm.tokenizer.training import train
 

@@ -13,15 +13,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from raylm.errors import ConfigError
-from raylm.tokenizer.frame import frame
+from raylm.errors import ConfigError, first_line
+from raylm.tokenizer.frame import adds_begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KEY = "corpus.messages"
+
+DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+"""The day that a template is told, Llama 3.1's own default: by the calendar's, tokens would depend on when they were
+made."""
 
 Spans = list[tuple[int, int]]
 """(first character, one after the last)"""
@@ -35,41 +39,48 @@ class Refused(Exception):
     """Why the template cannot write a conversation."""
 
 
+class Chat(NamedTuple):
+    """A conversation as text, without the begin-of-text token in front and the end-of-text token behind, which raylm
+    puts there itself."""
+
+    text: str
+    answers: Spans
+    num_bytes: int
+    """UTF-8 bytes of the answers, without special tokens."""
+
+
 def template_of(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
     """The chat template of the tokenizer from `path`; ConfigError if it has none."""
     try:
         return tokenizer.get_chat_template()
-    except ValueError:
+    except ValueError as error:
+        why = f"that of {path} has no chat template" if not tokenizer.chat_template else first_line(error)
         raise ConfigError(
-            f"{KEY} needs a tokenizer with a chat template, which {path} has not; give one that has as tokenizer.path, "
-            "or write the messages as text with corpus.text, such as '{messages.role}: {messages.content}'",
+            f"{KEY} needs a tokenizer with a chat template, but {why}; give one that has as tokenizer.path, or write "
+            "the messages as text with corpus.text, such as '{messages.role}: {messages.content}'",
             KEY,
         ) from None
-
-
-def adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer puts its begin-of-text token in front of a text, as Llama's does. That of SmolLM2 is the
-    beginning of a turn, which its chat template writes."""
-    return tokenizer.bos_token_id is not None and frame(tokenizer).prefix == tokenizer.bos_token_id
 
 
 class Conversations:
     """Conversations of a tokenizer with a chat template -> text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, path: str):
-        self._tokenizer, self._path = tokenizer, path
+        self._tokenizer = tokenizer
         self._template = template_of(tokenizer, path)
-        self._begin = tokenizer.bos_token if adds_begin(tokenizer) else None
+        self.begin = tokenizer.bos_token if adds_begin(tokenizer) else ""
+        """What the template writes in front of a conversation and raylm puts there itself."""
         self._is_marked = re.search(r"\{%-?\s*generation\s*-?%\}", self._template) is not None
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)))
+        self._end = re.compile(rf"\s*(?:{self._special.pattern})")
 
-    def text(self, content: str) -> tuple[str, Spans]:
-        """(text, answers) of messages as JSON: without the begin-of-text token in front and the end-of-text token
-        behind, which raylm puts there itself.
+    def text(self, content: str) -> Chat:
+        """The text of messages as JSON.
 
-        Unanswered if the assistant says nothing, or if a message spells a special token, which would become one.
+        Unanswered if the assistant says nothing, or if a message spells a special token, which would become one;
+        Refused if the template cannot write them.
         """
         messages: list[dict[str, Any]] = json.loads(content)
         said = [message["content"] for message in messages if message["role"] == "assistant"]
@@ -85,7 +96,9 @@ class Conversations:
         else:
             text, _ = self._rendered(messages)
             answers = list(self._found(text, messages))
-        return self._without_frame(text, answers)
+        text, answers = self._without_frame(text, answers)
+        num_bytes = sum(len(self._special.sub("", text[first:last]).encode()) for first, last in answers)
+        return Chat(text, answers, num_bytes)
 
     def _rendered(self, messages: list[dict[str, Any]], marks: bool = False) -> tuple[str, list[Any]]:
         """(text, what the template marks as generated)"""
@@ -94,12 +107,12 @@ class Conversations:
         try:
             texts, marked = render_jinja_template(
                 [messages],
-                chat_template=self._template,
+                chat_template=DATE + self._template,
                 return_assistant_tokens_mask=marks,
                 **self._tokenizer.special_tokens_map,
             )
         except Exception as error:  # any, of the template's own code
-            raise Refused(f"the chat template refuses it: {error}") from None
+            raise _refused(messages, str(error)) from None
         return texts[0], marked[0] if marks else []
 
     def _found(self, text: str, messages: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
@@ -107,34 +120,38 @@ class Conversations:
         shown = [dict(message) for message in messages]
         places = [message for message in shown if message["role"] == "assistant"]
         for number, message in enumerate(places):
-            if set(message) != {"role", "content"}:
-                raise self._unmarked(f"a message has {', '.join(sorted(set(message) - {'role', 'content'}))}")
+            if more := [key for key in message if key not in ("role", "content") and key in self._template]:
+                raise _refused(messages, f"it writes {', '.join(more)} of an answer, too, and does not mark answers")
             message["content"] = f"\ue000{number}\ue001"
         around = re.split("\ue000\\d+\ue001", self._rendered(shown)[0])
         if len(around) != len(places) + 1 or not text.startswith(around[0]) or not text.endswith(around[-1]):
-            raise self._unmarked("its text depends on what the assistant says")
+            raise _unmarked()
         first = len(around[0])
         for number, after in enumerate(around[1:], 1):
             last = len(text) - len(after) if number == len(places) else text.find(after, first)
             if last < first:
-                raise self._unmarked("its text depends on what the assistant says")
-            end = self._special.match(text, last)
+                raise _unmarked()
+            end = self._end.match(text, last)
             yield first, end.end() if end else last
             first = last + len(after)
 
-    def _unmarked(self, why: str) -> ConfigError:
-        return ConfigError(
-            f"{KEY}: where the chat template of {self._path} puts the answers cannot be told: {why}; mark them in it, "
-            " {% generation %} ... {% endgeneration %}",
-            KEY,
-        )
-
     def _without_frame(self, text: str, answers: Spans) -> tuple[str, Spans]:
-        first, last = 0, len(text)
-        if self._begin is not None and text.startswith(self._begin):
-            first = len(self._begin)
+        first = len(self.begin) if text.startswith(self.begin) else 0
         last = len(text.rstrip())
         if (end := self._tokenizer.eos_token) and text.endswith(end, first, last):
             last -= len(end)
         inside = [(max(a, first) - first, min(b, last) - first) for a, b in answers]
         return text[first:last], [(a, b) for a, b in inside if a < b]
+
+
+def _refused(messages: list[dict[str, Any]], why: str) -> Refused:
+    begins = json.dumps(messages[0]["content"][:40], ensure_ascii=False)
+    return Refused(f"the tokenizer's chat template cannot write the conversation that begins with {begins}: {why}")
+
+
+def _unmarked() -> ConfigError:
+    return ConfigError(
+        f"{KEY}: where the tokenizer's chat template puts the answers cannot be told, because it writes them changed "
+        "or twice; mark them in it: {% generation %} ... {% endgeneration %}",
+        KEY,
+    )

@@ -54,22 +54,23 @@ class Encoder:
 
         DataError if the vocabulary cannot spell one of them.
         """
-        self.check(texts)
+        return self.checked(self._ids, texts)
+
+    def checked(self, encode: Callable[[list[str]], Any], texts: list[str]) -> Any:
+        """encode(texts); DataError naming a text that the vocabulary cannot spell."""
+        lacking = self._ids.lacking
+        if lacking is not None:
+            for text in texts:
+                if (what := lacking(text)) is not None:
+                    raise _cannot_spell(text, f"it has no {what}")
         try:
-            return self._ids(texts)
+            return encode(texts)
         except Exception as error:
             if type(error) is not Exception:  # tokenizers raises this class itself
                 raise
             for text in texts if len(texts) > 1 else ():
-                self([text])
+                self.checked(encode, [text])
             raise _cannot_spell(texts[0], str(error)) from None
-
-    def check(self, texts: list[str]) -> None:
-        """DataError if the vocabulary lacks a character of a text."""
-        if self._ids.lacking is not None:
-            for text in texts:
-                if (what := self._ids.lacking(text)) is not None:
-                    raise _cannot_spell(text, f"it has no {what}")
 
     def special_tokens_in(self, text: str) -> int:
         """How often a text spells a special token."""
@@ -79,36 +80,53 @@ class Encoder:
 class AnswerEncoder:
     """Documents -> token ids, and which of them are of an answer: those that have a character of it.
 
-    `with_special`: what spells a special token in a text is one, as in the text of a chat template.
+    `with_conversations`: the documents are conversations, in whose text the chat template has put special tokens.
     """
 
-    def __init__(self, directory: str, with_special: bool):
+    def __init__(self, directory: str, with_conversations: bool):
         from tokenizers import Tokenizer
 
-        backend = load(directory).backend_tokenizer
-        content = json.loads(backend.to_str())
+        tokenizer = load(directory)
+        own = getattr(tokenizer, "backend_tokenizer", None)
+        if own is None:
+            raise DataError(
+                "tokenizer.path: its tokenizer is written in Python and does not tell the characters of a token, which "
+                "corpus.prompt and corpus.messages need; give one with a tokenizer.json",
+                "tokenizer.path",
+            )
+        content = json.loads(own.to_str())
         content["post_processor"] = None  # GPT-2's leaves the space before a word out of the word's characters
-        self._plain = Encoder(directory, "tokenizers")
-        self.unknown_id = self._plain.unknown_id
         self._backend = Tokenizer.from_str(json.dumps(content))
-        if with_special:
-            self._backend.no_truncation()
-            self._backend.no_padding()
-        else:
-            self._backend = _plain(self._backend)
-        self._dtype = id_type(backend.get_vocab())
-        self.conversations = Conversations(load(directory), directory) if with_special else None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._plain = Encoder(directory, "tokenizers")
+        self._dtype = id_type(own.get_vocab())
+        self.unknown_id = self._plain.unknown_id
+        self.conversations = Conversations(tokenizer, directory) if with_conversations else None
         """Writes the documents of corpus.messages."""
+        if not with_conversations:
+            self._backend = _plain(self._backend)
 
     def __call__(
         self, texts: list[str], answers: Sequence[Sequence[tuple[int, int]]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids of all texts, concatenated; number of ids of each text; uint8, whether each id is of an answer)."""
-        self._plain.check(texts)
-        found = self._backend.encode_batch(texts, add_special_tokens=False)
-        ids = [np.array(each.ids, self._dtype) for each in found]
-        marks = [_inside(each.offsets, spans) for each, spans in zip(found, answers, strict=True)]
+        """(ids of all texts, concatenated; number of ids of each text; uint8, whether each id is of an answer).
+
+        DataError if the vocabulary cannot spell one of them.
+        """
+        # A conversation is encoded behind its begin-of-text token, on which the first word may depend.
+        begin = self.conversations.begin if self.conversations else ""
+        skip = 1 if begin else 0
+        found = self._plain.checked(lambda some: self._encoded([begin + text for text in some]), texts)
+        ids = [np.array(each.ids[skip:], self._dtype) for each in found]
+        marks = [
+            _inside(each.offsets[skip:], [(first + len(begin), last + len(begin)) for first, last in spans])
+            for each, spans in zip(found, answers, strict=True)
+        ]
         return np.concatenate(ids), np.array([len(part) for part in ids], np.int64), np.concatenate(marks)
+
+    def _encoded(self, texts: list[str]) -> list[Any]:
+        return self._backend.encode_batch(texts, add_special_tokens=False)
 
     def special_tokens_in(self, text: str) -> int:
         """How often a text spells a special token without being one."""
@@ -165,10 +183,10 @@ class GivenIds:
 
     def without_frame(self, text: str) -> GivenDocument:
         """A document without the special tokens around it; OverflowError of an id that the vocabulary does not have."""
-        ids = self._parsed(text).tolist()
-        for id in ids:
-            if id > self._highest:
-                raise OverflowError(f"token id {id:,} is not in the vocabulary of the tokenizer that made the ids")
+        found = self._parsed(text)
+        if len(wrong := found[found > self._highest]):
+            raise OverflowError(f"token id {wrong[0]:,} is not in the vocabulary of the tokenizer that made the ids")
+        ids = found.tolist()
         start, stop = 0, len(ids)
         while start < stop and ids[start] in self._around:
             start += 1
@@ -429,9 +447,9 @@ class _Fast:
 
 
 @lru_cache(maxsize=2)
-def answer_encoder(directory: str, with_special: bool) -> AnswerEncoder:
+def answer_encoder(directory: str, with_conversations: bool) -> AnswerEncoder:
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # as for encoder
-    return AnswerEncoder(directory, with_special)
+    return AnswerEncoder(directory, with_conversations)
 
 
 @lru_cache(maxsize=2)  # a Ray worker process runs many tasks with one tokenizer

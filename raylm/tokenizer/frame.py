@@ -88,6 +88,12 @@ def for_export(tokenizer: PreTrainedTokenizerBase, prefix: str, context: int | N
     return made
 
 
+def adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer itself puts its begin-of-text token in front of a text, as Llama's does. That of SmolLM2 is
+    the beginning of a turn, which its chat template writes."""
+    return tokenizer.bos_token_id is not None and _template(tokenizer)[0][-1:] == [tokenizer.bos_token_id]
+
+
 def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The tokens that the tokenizer itself puts before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]

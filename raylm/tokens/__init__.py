@@ -11,8 +11,8 @@
         tokenizer/                     save_pretrained
         train/shard-00000.arrow        Arrow IPC, uncompressed, one row a document:
         validation/shard-00000.arrow       tokens: list<uint16 or uint32>, num_bytes, doc_id, source
-        test/shard-00000.arrow         if the corpus has a test split
-                                       with prompts also answers: list<uint8>, whether each token is of an answer
+        test/shard-00000.arrow             with prompts also answers: list<uint8>, whether each token is of one;
+                                       test/ only if the corpus has a test split
         shards.json                    what each shard was made of, and its counts: other stores may share its files
         rejected.jsonl                 documents that could not be read, if any were skipped
         progress/shard-00000.json      while it is written: the finished shards, after which a killed run resumes

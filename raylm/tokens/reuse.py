@@ -38,8 +38,7 @@ def made_of(corpus: CorpusConfig, tokenizer: str, encoder: dict[str, Any]) -> st
 
     `tokenizer`: its local directory.
     """
-    unused = {name for name in ("prompt", "messages") if getattr(corpus, name) is None}
-    settings = corpus.model_dump(mode="json", exclude=OF_OTHER_DOCUMENTS | unused)
+    settings = corpus.model_dump(mode="json", exclude=OF_OTHER_DOCUMENTS | corpus.not_given)
     settings |= {
         "split_by": corpus.split_by or "document",
         "splits": corpus.splits,

@@ -55,7 +55,7 @@ def encoder_of(corpus: CorpusConfig, directory: str, name: str) -> AnyEncoder:
     """The encoder of this name for the documents of a corpus, with the tokenizer of a directory."""
     if not corpus.has_prompts:
         return tokenizers.encoder(directory, name)
-    return tokenizers.answer_encoder(directory, with_special=corpus.messages is not None)
+    return tokenizers.answer_encoder(directory, with_conversations=corpus.messages is not None)
 
 
 def ready(
@@ -89,16 +89,16 @@ def _written(
     """A conversation as text; None if nothing can be learned from it."""
     ledger.subtract({"bytes": document.num_bytes, "kept bytes": document.num_bytes})  # of JSON
     try:
-        text, answers = conversations.text(document.text)
+        chat = conversations.text(document.text)
     except tokenizers.Unanswered as why:
         ledger.subtract(["kept"])
         ledger[str(why)] += 1
         return None
     except tokenizers.Refused as why:
         return BadDocument("", str(why))
-    size = len(text.encode())
+    size = len(chat.text.encode())
     ledger.update({"bytes": size, "kept bytes": size})
-    return document._replace(text=text).with_answers(answers)
+    return document._replace(text=chat.text, num_bytes=chat.num_bytes, answers=tuple(chat.answers))
 
 
 FRAMES = "removed: "

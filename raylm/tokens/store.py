@@ -70,7 +70,7 @@ class Split:
         """(documents, tokens) of each shard."""
         self.num_tokens: int = sum(shard["tokens"] for shard in shards)
         self.num_bytes: int = sum(shard["bytes"] for shard in shards)
-        """UTF-8 bytes of the text."""
+        """UTF-8 bytes of the text, or of its answers."""
         self.has_prompts = any(ANSWERS in shard for shard in shards)
         """Whether only the answers of documents are learned and scored."""
         self.answer_tokens: int = sum(shard.get(ANSWERS, shard["tokens"]) for shard in shards)
@@ -307,7 +307,7 @@ def warnings(store: Store) -> list[str]:
                 f"corpus: {seen:,} of the {len(split):,} documents of the {name} split are documents of the training "
                 "split, too, so scores look better than they are; corpus.deduplicate=exact keeps them out of training"
             )
-    num_tokens = sum(split.num_tokens for split in store.splits.values())
+    num_tokens = sum(split.answer_tokens for split in store.splits.values())
     num_bytes = sum(split.num_bytes for split in store.splits.values())
     if store.vocab_size >= LARGE_VOCABULARY and 0 < num_bytes < FEWEST_BYTES_PER_TOKEN * num_tokens:
         found.append(
@@ -491,7 +491,7 @@ def write(store: str, name: str, content: Any) -> None:
 
 
 def document_ids(path: str) -> np.ndarray:
-    """The hash of each document of a shard's file, without reading its tokens."""
+    """The hash of each document of a shard's file, which was just written, without reading its tokens."""
 
     def act() -> np.ndarray:
         with storage.reading(path) if is_remote(path) else pa.memory_map(path) as stream:
@@ -499,7 +499,12 @@ def document_ids(path: str) -> np.ndarray:
             options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index("doc_id")])
             return as_numpy(pa.ipc.open_file(stream, options=options).get_batch(0)["doc_id"]).copy()
 
-    return storage.retried(path, act)
+    try:
+        return storage.retried(path, act)
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise StorageUnavailable(
+            f"{path} was written and cannot be read: {first_line(error)}; run the same command again", path
+        ) from None
 
 
 def as_numpy(array: pa.Array) -> np.ndarray:

@@ -14,6 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,22 @@ def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> dict[str, Any
     # The tokenizer's files identify it, wherever they are and whatever revision was asked for.
     elsewhere = {"path", "revision"} if version and tokenizer.gguf_file is None else set()
     unused = {"test_paths", "test_fraction"} if "test" not in corpus.splits else set()
-    unused |= {name for name in ("tokens", "prompt", "messages") if getattr(corpus, name) is None}
-    template = {}
-    if corpus.messages is not None:
-        made = tokenizers.load_section(tokenizer)
-        template = {"chat_template": checksum(tokenizers.template_of(made, str(tokenizer.path)).encode())}
+    template = {"chat_template": _chat_template(tokenizer)} if corpus.messages is not None else {}
     return {
-        "corpus": {**corpus.model_dump(mode="json", exclude=unused), "split_by": corpus.split_by or "document"},
+        "corpus": {
+            **corpus.model_dump(mode="json", exclude=unused | corpus.not_given),
+            "split_by": corpus.split_by or "document",
+        },
         "tokenizer": tokenizer.model_dump(mode="json", exclude={"prefix", *elsewhere}),
         "tokenizer_version": version,
         **template,
     }
+
+
+@lru_cache(maxsize=8)  # a command asks several times
+def _chat_template(section: TokenizerConfig) -> str:
+    """A checksum of the chat template of a tokenizer to load."""
+    return checksum(tokenizers.template_of(tokenizers.load_section(section), str(section.path)).encode())
 
 
 # The store -----------------------------------------------------------------------------------------------------------
@@ -268,7 +274,8 @@ def _write_tokenizer(path: str, section: TokenizerConfig, plan: list[Shard], cor
         return
     with tempfile.TemporaryDirectory() as directory:
         made.save_pretrained(directory)
-        for file in sorted(Path(directory).iterdir(), key=lambda file: file.name == "tokenizer_config.json"):
+        files = [file for file in Path(directory).iterdir() if file.is_file()]  # not additional chat templates
+        for file in sorted(files, key=lambda file: file.name == "tokenizer_config.json"):
             write(path, f"tokenizer/{file.name}", file.read_bytes())
 
 
@@ -285,8 +292,9 @@ def _sample(plan: list[Shard], corpus: CorpusConfig, most: int) -> Iterator[str]
             if left <= 0:
                 break
             if document.split == "train":
-                yield document.text if document.num_bytes <= most else document.text[: max(1, int(left))]
-                left -= document.num_bytes
+                size = len(document.text.encode())
+                yield document.text if size <= most else document.text[: max(1, int(left))]
+                left -= size
 
 
 def bytes_per_token(sources: list[Source], corpus: CorpusConfig, section: TokenizerConfig, most: int) -> float:
@@ -308,7 +316,7 @@ def bytes_per_token(sources: list[Source], corpus: CorpusConfig, section: Tokeni
 def _tokenizer_facts(path: str) -> dict[str, Any]:
     directory = local_tokenizer(path)
     made = tokenizers.load(directory)
-    files = {file.name: checksum(file.read_bytes()) for file in sorted(Path(directory).iterdir())}
+    files = {file.name: checksum(file.read_bytes()) for file in sorted(Path(directory).iterdir()) if file.is_file()}
     prefixes = ("auto", "eos", "none", *(["bos"] if made.bos_token_id is not None else []))
     frames = {prefix: tokenizers.frame(made, prefix) for prefix in prefixes}
     return {"vocab_size": len(made), "eos_token": made.eos_token, "frames": frames, "files": files}

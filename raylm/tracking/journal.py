@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raylm import storage
+from raylm.tracking import system
 
 RUN_FILE, METRICS_FILE, OFFSETS_FILE = "tracking.jsonl", "metrics.jsonl", "mlflow.json"
 
@@ -277,10 +278,15 @@ def apply_metrics(records: Iterable[Mapping[str, Any]], points: dict[MetricKey, 
     """
     for record in records:
         if "rewind" in record:
-            for key in [key for key in points if key[1] > record["rewind"]]:
+            for key in _to_rewind(points, record["rewind"]):
                 del points[key]
         for name, value in record.get("metrics", {}).items():
             points.setdefault((name, record["step"]), (float(value), record["time"]))
+
+
+def _to_rewind(points: Iterable[MetricKey], step: int) -> list[MetricKey]:
+    """The points after a step that will be made again. System metrics, which would not be the same again, stay."""
+    return [key for key in points if key[1] > step and not key[0].startswith(system.PREFIX)]
 
 
 class MetricWriter:
@@ -313,7 +319,7 @@ class MetricWriter:
         """Remove the points after a step."""
         self._lines.flush()
         self._read_new()
-        if any(key[1] > step for key in self._points):
+        if _to_rewind(self._points, step):
             record = {"rewind": step}
             self._apply([record])
             self._lines.append(record, durable=True)

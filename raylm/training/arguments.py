@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
 from raylm import scorer
@@ -61,7 +62,7 @@ def check_settings(section: TrainConfig, *, with_lora: bool = False) -> None:
             f"{key} needs deepspeed, which is not installed: pip install deepspeed, or set train.arguments.fsdp=true",
             where=key,
         )
-    kind = {"lr_scheduler_type": section.lr_scheduler_type}
+    kind = {"lr_scheduler_type": section.lr_scheduler_type, **_optimizer(section)}
     with tempfile.TemporaryDirectory() as directory:
         try:
             made = TrainingArguments(output_dir=directory, use_cpu=True, **kind, **section.arguments)
@@ -72,8 +73,14 @@ def check_settings(section: TrainConfig, *, with_lora: bool = False) -> None:
     if not isinstance(made.ddp_timeout, int) or made.ddp_timeout < 1:
         key = "train.arguments.ddp_timeout"
         raise ConfigError(f"{key} must be a whole number of seconds, at least 1, got {made.ddp_timeout!r}", where=key)
-    if "optim" in section.arguments:
+    if "optim" in kind:
         _check_optimizer(made)
+    if section.optimizer == "muon" and (made.fsdp or made.deepspeed):
+        raise ConfigError(
+            "train.optimizer must be another one with train.arguments.fsdp or .deepspeed, got muon, which needs whole "
+            "matrices",
+            where="train.optimizer",
+        )
     if made.fsdp and with_lora:
         raise ConfigError("model.lora cannot be combined with train.arguments.fsdp; leave one out", where="model.lora")
     if made.deepspeed and made.hf_deepspeed_config.is_zero3():
@@ -118,11 +125,26 @@ def _check_loading(made: TrainingArguments) -> None:
             raise ConfigError(f"{key}: {problem}; leave it out", where=key)
 
 
+def _optimizer(section: TrainConfig) -> dict[str, str]:
+    """train.optimizer as an argument of the Trainer; empty for AdamW, its default, and Muon, which is raylm's."""
+    if section.optimizer in ("adamw", "muon"):
+        return {}
+    known = [name.value for name in OptimizerNames]
+    if section.optimizer not in known:
+        guess = did_you_mean(section.optimizer, ["muon", *known])
+        raise ConfigError(
+            "train.optimizer must be adamw, muon or the name of an optimizer of transformers, such as adafactor, got "
+            f"{section.optimizer!r}{f'; {guess}' if guess else ''}",
+            where="train.optimizer",
+        )
+    return {"optim": section.optimizer}
+
+
 def _check_optimizer(made: TrainingArguments) -> None:
     """ConfigError if the optimizer does not do here, or cannot be had: one of a package that is not installed."""
     from transformers import Trainer  # 2 s, which the usual optimizer does not need
 
-    key, name, problem = "train.arguments.optim", made.optim.value, ""
+    key, name, problem = "train.optimizer", made.optim.value, ""
     if name.startswith("schedule_free"):
         problem = (
             "the weights that it trains are not those to score and keep, and a run that resumes would start its "
@@ -181,6 +203,7 @@ def build(experiment: Experiment, budget: Budget, scratch: str) -> TrainingArgum
         "dataloader_pin_memory": on_gpu,
         "accelerator_config": {"non_blocking": on_gpu},
         "ddp_find_unused_parameters": False,
+        **_optimizer(section),
         **precision(section, on_gpu),
     }
     made = TrainingArguments(**{**ours, **section.arguments})

@@ -34,7 +34,7 @@ from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError, RaylmError, StorageError
 from raylm.perplexity import Documents, Score
 from raylm.tokenizer import Frame
-from raylm.training import arguments
+from raylm.training import arguments, muon
 from raylm.training.checkpoint_writer import PROGRESS, CheckpointWriter
 from raylm.training.guards import GradientGuard, MemoryGuard
 from raylm.training.session import CollectiveError, Outcome, Session, TrainTask, gathered
@@ -79,11 +79,13 @@ def build(task: TrainTask, session: Session, scratch: Path) -> _Trainer:
         seed=experiment.train.seed_of_data,
         length=budget.steps * budget.examples,
     )
+    chosen = muon.optimizer_of(network, args) if experiment.train.optimizer == "muon" else None
     trainer = _Trainer(
         task,
         session,
         store,
         model=network,
+        optimizer_cls_and_kwargs=chosen,
         args=args,
         train_dataset=objective.NumberedExamples(ordered),
         data_collator=batches,
