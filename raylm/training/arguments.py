@@ -131,7 +131,7 @@ def _optimizer(section: TrainConfig) -> dict[str, str]:
         return {}
     known = [name.value for name in OptimizerNames]
     if section.optimizer not in known:
-        guess = did_you_mean(section.optimizer, ["muon", *known])
+        guess = did_you_mean(section.optimizer, ["adamw", "muon", *known])
         raise ConfigError(
             "train.optimizer must be adamw, muon or the name of an optimizer of transformers, such as adafactor, got "
             f"{section.optimizer!r}{f'; {guess}' if guess else ''}",
@@ -148,12 +148,12 @@ def _check_optimizer(made: TrainingArguments) -> None:
     if name.startswith("schedule_free"):
         problem = (
             "the weights that it trains are not those to score and keep, and a run that resumes would start its "
-            "average again; take adamw_torch with train.lr_scheduler_type=constant_with_warmup"
+            "average again; take adamw with train.lr_scheduler_type=constant_with_warmup"
         )
     elif name in ("lomo", "adalomo") or name.endswith("_layerwise"):
         problem = (
             "it changes the weights in every backward pass, so once a micro-batch, not once a step of "
-            "train.batch_tokens; take adamw_torch or adafactor"
+            "train.batch_tokens; take adamw or adafactor"
         )
     else:
         try:
