@@ -222,6 +222,7 @@ HOOKS = {
         "on_step_end": ("(self, args, state, control, **kwargs)", f"{TRAINER}._run_epoch"),
         "on_train_begin": ("(self, args, state, control, **kwargs)", f"{TRAINER}._inner_training_loop"),
     },
+    "torch.optim.Optimizer": {"step": ("(self, closure=None)", f"{TRAINER}._run_epoch")},
     "transformers.generation.streamers.BaseStreamer": {
         "end": ("(self)", "transformers.generation.utils"),
         "put": ("(self, value)", "transformers.generation.utils"),

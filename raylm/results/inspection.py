@@ -15,6 +15,7 @@ from raylm import blocks, budget, console, corpus, tokens
 from raylm.config import Experiment
 from raylm.errors import DataError
 from raylm.results import tables
+from raylm.tokenizer import Frame
 from raylm.tokens import Split, Store
 
 SHOWN_TOKENS = 160
@@ -74,9 +75,7 @@ def inspect(experiment: Experiment, store: Store, examples: int) -> dict[str, An
             "examples": [
                 {
                     "tokens": len(row),
-                    "documents_end": np.count_nonzero(
-                        row == frame.end if marks is None else marks[number] & blocks.END
-                    ),
+                    "documents_end": int(np.count_nonzero(_ends(row, None if marks is None else marks[number], frame))),
                     "pieces": pieces(store, row),
                     **_of_answers(None if marks is None else marks[number] & blocks.ANSWER),
                 }
@@ -116,6 +115,11 @@ def lengths(split: Split) -> list[dict[str, int]]:
 def pieces(store: Store, ids: Any) -> list[str]:
     """The text of each of the first tokens; one that is part of a character is shown as �."""
     return [store.tokenizer.decode([token]) for token in ids[:SHOWN_TOKENS].tolist()]
+
+
+def _ends(row: np.ndarray, marks: np.ndarray | None, frame: Frame) -> np.ndarray:
+    """Which tokens of a block are the end of a document."""
+    return row == frame.end if marks is None else marks & blocks.END
 
 
 def _of_answers(answers: np.ndarray | None) -> dict[str, list[bool]]:
