@@ -68,10 +68,13 @@ def format_number(value: Any) -> str:
 
 
 def format_estimate(value: float, low: float | None, high: float | None) -> str:
-    """A number with its interval and no more digits than it has, two of the half width: 53.2 [47.7, 59.7]."""
+    """A number with its interval and no more digits than it has, two of the half width: 53.2 [47.7, 59.7].
+
+    Two of the number itself if that is smaller, as a perplexity may be far below the upper end: 300 [0, 172,000].
+    """
     if low is None or high is None or not low < high:
         return format_number(value)
-    decimals = decimals_of_interval(low, high)
+    decimals = decimals_of_interval(low, min(high, low + 2 * value) if low >= 0 < value else high)
     shown, *ends = (f"{round(each, decimals):,.{max(0, decimals)}f}" for each in (value, low, high))
     return f"{shown} [{', '.join(ends)}]"
 

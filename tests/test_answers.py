@@ -222,13 +222,15 @@ def test_a_column_that_is_missing_or_wrong_is_told_with_its_setting(rows, settin
 def test_messages_are_read_as_data_sets_have_them(tmp_path):
     shared = [{"from": "human", "value": "Hi", "weight": None}, {"from": "gpt", "value": "Hello", "weight": 1}]
     file = tmp_path / "chats.jsonl"
-    rows = [CHAT[:2], shared, json.dumps(CHAT[:2]), [], [{"role": "user"}], ["Hi"]]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]
+    rows = [CHAT[:2], shared, json.dumps(CHAT[:2]), parts, [], [{"role": "user"}], ["Hi"]]
     file.write_text("".join(json.dumps({"a": {"chat": row}}) + "\n" for row in rows))
     found, ledger = read(CorpusConfig(paths=str(file), messages="a.chat", on_bad_row="skip"))
     assert [json.loads(document.text) for document in found] == [
         CHAT[:2],
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": 1}],
         CHAT[:2],
+        CHAT[:1],
     ]
     assert ledger["bad rows"] == 3
 
@@ -340,6 +342,7 @@ def test_a_conversation_has_the_ids_of_its_template_without_a_second_begin_of_te
     section = CorpusConfig(paths=str(file), messages="messages", validation_fraction=0)
     store = prepared(section, saved(*FAMILIES[family]), tmp_path / "runs")
     assert store.manifest["ledger"]["without an assistant turn"] == 1
+    assert "corpus: 1 document left out: without an assistant turn" in tokens.warnings(store)
     assert len(store.train) == 1
     frame = store.frame("auto")
     assert (frame.prefix == store.tokenizer.bos_token_id) == (FAMILIES[family][4:] == (True,))

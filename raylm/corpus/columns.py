@@ -221,7 +221,14 @@ def _message(value: Any) -> dict[str, Any] | None:
     if message.keys() >= {"from", "value"}:
         role = message.pop("from")
         message = {"role": SHARE_GPT.get(role, role), "content": message.pop("value"), **message}
+    if isinstance(parts := message.get("content"), list) and all(_is_text(part) for part in parts):
+        message["content"] = "".join(part["text"] for part in parts)
     return message if all(isinstance(message.get(key), str) for key in ("role", "content")) else None
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part of a message's content is {type: text, text: ...}."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def columns_of(corpus: CorpusConfig) -> Columns:

@@ -110,9 +110,10 @@ def _text_of(rows: list[dict[str, Any]], default: str) -> TextColumns | None:
     for names in PAIRS:
         if all(name in strings for name in names):
             template = "\n".join(f"{{{strings[name]}}}" for name in names)
-            return TextColumns(
-                template, " ", "prompts and their answers; corpus.prompt takes what is not to be learned"
-            )
+            *asked, answer = (f"{{{strings[name]}}}" for name in names)
+            prompt = json.dumps("\n".join(asked) + "\n")
+            why = f"prompts and their answers; prompt: {prompt} with text: '{answer}' learns the answers alone"
+            return TextColumns(template, " ", why)
     prose = {name: of for name, of in simple.items() if _are_prose(of)}
     if not prose:
         return None

@@ -133,7 +133,8 @@ def _parsed(settings: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
         if name.startswith(("corpus.validation_", "corpus.test_", "corpus.split_by")):
             raise ConfigError(f"{name}: generate continues every document; nothing is held out", name)
         if name in ("corpus.tokens", "corpus.messages"):
-            raise ConfigError(f"{name}: generate continues text; give its column as corpus.text", name)
+            way_out = "give its column as corpus.text, or what a chat template writes as --prompt"
+            raise ConfigError(f"{name}: generate continues text; {way_out}", name)
     return given, dotted
 
 

@@ -147,12 +147,17 @@ def view(record: dict[str, Any]) -> RenderableType:
         *([Text(counted)] if counted else []),
         _heading(f"Tokens: vocabulary of {tokenizer['vocab_size']:,}; {_frame(frame)}"),
         Text(f"ids by {tokenizer['encoder']['name']} {tokenizer['encoder']['version']}"),
-        *([Text("only answers are learned and scored; they are green", "green")] if has_prompts else []),
+        *(
+            [Text("only answers are learned and scored; they are green, between « and »", "green")]
+            if has_prompts
+            else []
+        ),
         _heading("Lengths of training documents"),
         _histogram(record["lengths"]),
     ]
     for number, document in enumerate(record["documents"]):
-        parts.append(_heading(f"Document {number}: {document['bytes']:,} bytes, {document['tokens']:,} tokens"))
+        size = f"{document['bytes']:,} bytes{' of answers' * has_prompts}, {document['tokens']:,} tokens"
+        parts.append(_heading(f"Document {number}: {size}"))
         parts.append(_tokens(document, special))
     parts.append(
         _heading(
@@ -220,10 +225,14 @@ def _tokens(shown: dict[str, Any], special: Collection[str]) -> Text:
     text = Text()
     pieces, num_tokens = shown["pieces"], shown["tokens"]
     answers = shown.get("of_answers", [False] * len(pieces))
-    for piece, is_answer in zip(pieces, answers, strict=True):
+    for piece, is_answer, was_answer in zip(pieces, answers, [False, *answers[:-1]], strict=True):
+        if is_answer != was_answer:
+            text.append("«" if is_answer else "»", "dim")
         style = "bold white on red" if piece in special else "bold green" if is_answer else ""
         text.append(piece.replace("\n", "⏎\n").replace("\t", "⇥   "), style)
         text.append("|", "dim")
+    if answers and answers[-1]:
+        text.append("»", "dim")
     if num_tokens > len(pieces):
         text.append(f" … and {num_tokens - len(pieces):,} more", "dim")
     return text

@@ -36,7 +36,12 @@ def splits(counts: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row for each split of a token store."""
     answers = [ANSWERS] if any(ANSWERS in split for split in counts.values()) else []
     table = numbers(
-        "split", "documents", "tokens", *(["of answers"] if answers else []), "bytes", "bytes/token", "unknown tokens"
+        "split",
+        "documents",
+        "tokens",
+        *(["of answers", "bytes of answers"] if answers else ["bytes"]),
+        "bytes/token",
+        "unknown tokens",
     )
     for name, split in counts.items():
         scored = split.get(ANSWERS, split["tokens"])

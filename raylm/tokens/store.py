@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from raylm import storage
+from raylm import console, storage
 from raylm import tokenizer as tokenizers
 from raylm.config import TokenizerConfig
 from raylm.corpus import File, Source
@@ -49,6 +49,9 @@ MOST_UNKNOWN = 0.01
 
 SEEN_IN_TRAINING = "duplicates: trained on and in "
 """The ledger's count of documents of the training split that are in another split, too: this, and its name."""
+
+UNANSWERED = ("empty completion", "without an assistant turn", "a message spells a special token")
+"""The ledger's reasons to leave out a row of which nothing can be learned."""
 
 LARGE_VOCABULARY = 8_000
 FEWEST_BYTES_PER_TOKEN = 1.5
@@ -307,6 +310,9 @@ def warnings(store: Store) -> list[str]:
                 f"corpus: {seen:,} of the {len(split):,} documents of the {name} split are documents of the training "
                 "split, too, so scores look better than they are; corpus.deduplicate=exact keeps them out of training"
             )
+    for reason in UNANSWERED:
+        if count := store.manifest["ledger"].get(reason):
+            found.append(f"corpus: {console.counted(count, 'document')} left out: {reason}")
     num_tokens = sum(split.answer_tokens for split in store.splits.values())
     num_bytes = sum(split.num_bytes for split in store.splits.values())
     if store.vocab_size >= LARGE_VOCABULARY and 0 < num_bytes < FEWEST_BYTES_PER_TOKEN * num_tokens:
