@@ -82,3 +82,4 @@ def test_the_sentence_names_ties_and_what_could_not_be_told():
     assert "on these 38 passages, paired" in sentence({"trial_0": best, "trial_1": tie}, 38, "passage")
     few = Standing(None, None, as_good_as_best=None)
     assert "4 documents are too few to tell" in sentence({"trial_0": few, "trial_1": few}, 4)
+    assert "not tested with weights" in sentence({"trial_0": best, "trial_1": None}, 38, is_weighted=True)

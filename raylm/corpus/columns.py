@@ -218,8 +218,8 @@ def _message(value: Any) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         return None
     message = {key: part for key, part in value.items() if part is not None}
-    if message.keys() >= {"from", "value"}:
-        role = message.pop("from")
+    if isinstance(role := message.get("from"), str) and "value" in message:
+        del message["from"]
         message = {"role": SHARE_GPT.get(role, role), "content": message.pop("value"), **message}
     if isinstance(parts := message.get("content"), list) and all(_is_text(part) for part in parts):
         message["content"] = "".join(part["text"] for part in parts)

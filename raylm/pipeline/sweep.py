@@ -411,6 +411,7 @@ def _result(
             {row["trial_id"]: row["standing"] for row in rows},
             prepared.scored["scored_documents"],
             scored_unit(experiment),
+            is_weighted=bool(experiment.tune.weights),
         ),
         test=best["test"],
         repeats=ranking.repeats_of(experiment, rows),

@@ -129,12 +129,16 @@ def _deepest(one: _Evaluations, other: _Evaluations) -> int | None:
     return None
 
 
-def sentence(standings: Mapping[str, Standing | None], documents: int, unit: str = "document") -> str | None:
+def sentence(
+    standings: Mapping[str, Standing | None], documents: int, unit: str = "document", *, is_weighted: bool = False
+) -> str | None:
     """The standings in a sentence; None if the scores of single documents are unknown.
 
-    `standings`: by trial id, the best trial first; `documents`: how many were scored; `unit`: what
-    people call one of them.
+    `standings`: by trial id, the best trial first; `documents`: how many were scored; `unit`: what people call one of
+    them; `is_weighted`: tune.metric has weights.
     """
+    if is_weighted and len(standings) > 1:
+        return "whether the best trial is better than the others is not tested with weights in tune.metric"
     others = {name: standing for name, standing in list(standings.items())[1:] if standing is not None}
     judged = {name: standing for name, standing in others.items() if standing.as_good_as_best is not None}
     if others and documents < statistics.FEWEST_DOCUMENTS:
