@@ -1025,7 +1025,7 @@ def test_a_data_set_of_the_hub_is_many_documents_and_not_loaded(hub, monkeypatch
     corpus = CorpusConfig(paths=hub, deduplicate=True)
     sources = list_sources(corpus)
     monkeypatch.setattr(datasets, "load_dataset", None)
-    formats.columns.data_set_rows.cache_clear()
+    formats.rows.data_set_rows.cache_clear()
     found = holdout(sources, corpus)
     assert (found.split_by, found.validation_fraction, found.documents) == ("document", 0.05, 50)
     assert (found.units, found.unit_bytes, found.complete) == (0, 0, False)

@@ -3,7 +3,8 @@
     sources      corpus.paths -> the files behind them, with size and version; no Ray
     file_part    a file, or a part of one, as bytes: compressed or not
     text         plain text, lines or parts between separators, and source code -> texts
-    columns      rows with columns -> texts: JSON, CSV, Parquet, Arrow, data sets
+    columns      what of a row is its text: corpus.text, prompt, messages or tokens -> text
+    rows         files of rows with columns -> texts: JSON, CSV, Parquet, Arrow, data sets
     formats      each format of files: its suffixes, how it is read, where it can be cut
     listing      corpus.paths -> the files that can be read, and counts of other files
     passages     a document -> passages

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from raylm.config import CorpusConfig
-from raylm.corpus import columns, text
+from raylm.corpus import rows, text
 from raylm.corpus.file_part import BadDocument, FilePart, Texts, lfs_pointer, opened
 from raylm.corpus.sources import COMPRESSIONS, HUB, PYTHON, File, Source
 from raylm.errors import DataError
@@ -35,8 +35,8 @@ class Format:
 
     @property
     def has_columns(self) -> bool:
-        """Whether a file is rows with columns: its reader is one of columns.py."""
-        return self.read.__module__ == columns.__name__
+        """Whether a file is rows with columns: its reader is one of rows.py."""
+        return self.read.__module__ == rows.__name__
 
 
 def _ranges(whole: FilePart, length: int, num_bytes: int, most: int) -> Iterator[tuple[FilePart, int]]:
@@ -65,31 +65,31 @@ def _arrow_rows(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
     if "://" in whole.file.path:
         return iter([(whole, whole.file.size)])
     with pyarrow.memory_map(whole.file.path) as source:
-        rows = sum(batch.num_rows for batch in columns.ArrowBatches(source))
-    return _ranges(whole, rows, whole.file.size, most)
+        num_rows = sum(batch.num_rows for batch in rows.ArrowBatches(source))
+    return _ranges(whole, num_rows, whole.file.size, most)
 
 
 def _data_set_rows(whole: FilePart, most: int) -> Iterator[tuple[FilePart, int]]:
-    rows = columns.data_set_rows(whole.file)
-    if hasattr(rows, "select"):
-        size = sum(os.path.getsize(part["filename"]) for part in rows.cache_files)
-        yield from _ranges(whole, len(rows), size, most)
+    found = rows.data_set_rows(whole.file)
+    if hasattr(found, "select"):
+        size = sum(os.path.getsize(part["filename"]) for part in found.cache_files)
+        yield from _ranges(whole, len(found), size, most)
     else:
-        for shard in range(rows.num_shards):
-            yield whole._replace(start=shard, stop=shard + 1), whole.file.size // rows.num_shards
+        for shard in range(found.num_shards):
+            yield whole._replace(start=shard, stop=shard + 1), whole.file.size // found.num_shards
 
 
 FORMATS = {
     "text": Format(text.read_text),  # any other suffix
     "python": Format(text.read_python),
-    "jsonl": Format(columns.read_jsonl, (".jsonl", ".ndjson"), split=_bytes),
-    "json": Format(columns.read_json, (".json",)),
-    "csv": Format(columns.read_csv, (".csv",)),
-    "tsv": Format(columns.read_csv, (".tsv",)),
-    "parquet": Format(columns.read_parquet, (".parquet",), magic=b"PAR1", split=_row_groups),
-    "arrow": Format(columns.read_arrow, (".arrow", ".feather", ".ipc"), split=_arrow_rows),
-    "saved": Format(columns.read_data_set, split=_data_set_rows),
-    "hub": Format(columns.read_data_set, split=_data_set_rows),
+    "jsonl": Format(rows.read_jsonl, (".jsonl", ".ndjson"), split=_bytes),
+    "json": Format(rows.read_json, (".json",)),
+    "csv": Format(rows.read_csv, (".csv",)),
+    "tsv": Format(rows.read_csv, (".tsv",)),
+    "parquet": Format(rows.read_parquet, (".parquet",), magic=b"PAR1", split=_row_groups),
+    "arrow": Format(rows.read_arrow, (".arrow", ".feather", ".ipc"), split=_arrow_rows),
+    "saved": Format(rows.read_data_set, split=_data_set_rows),
+    "hub": Format(rows.read_data_set, split=_data_set_rows),
 }
 """A new format needs a line here and a reader."""
 

@@ -12,9 +12,10 @@ from collections import Counter
 from functools import lru_cache
 
 from raylm.config import CorpusConfig
-from raylm.corpus.columns import begins_with_text, columns_of
+from raylm.corpus.columns import columns_of
 from raylm.corpus.file_part import BYTE_ORDER_MARKS, BadDocument, FilePart, decompressed, lfs_pointer
 from raylm.corpus.formats import DATA_SETS, FORMATS, texts, whole_file
+from raylm.corpus.rows import begins_with_text
 from raylm.corpus.sources import File, Source, find, suffix
 from raylm.errors import DataError
 
