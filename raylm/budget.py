@@ -46,6 +46,8 @@ class Budget:
     """Steps between evaluations; there is one at the last step as well."""
     save_every: int
     """Steps between checkpoints, beside those of the best evaluations and the last step."""
+    decay_steps: int = 0
+    """Steps at the end in which the learning rate of warmup_stable_decay decays; 0 for other schedules."""
 
     epoch_tokens: int | None = None
     """Tokens of one pass over the training split, once that is known."""
@@ -125,6 +127,7 @@ def compute(section: TrainConfig, *, block_size: int, num_workers: int, epoch_ex
         epoch_tokens=epoch_examples * block_size if epoch_examples is not None else None,
         eval_every=eval_every,
         save_every=in_steps(section.save_every_tokens) if section.save_every_tokens else eval_every,
+        decay_steps=section.decay_steps(steps),
     )
     return budget.shared_by(num_workers, section.micro_batch_tokens)
 

@@ -35,7 +35,7 @@ def lost_checkpoints(sweep: str) -> list[Leftover]:
     if best is None:
         return []
     trials = [name for name in storage.names(sweep) if name.startswith("trial_") and name != best]
-    places = [f"{sweep}/{trial}/checkpoints" for trial in trials]
+    places = [f"{sweep}/{trial}/{of}" for trial in trials for of in ("checkpoints", "cooldowns")]
     return [_leftover(place, "checkpoints of a trial that lost") for place in places if storage.names(place)]
 
 

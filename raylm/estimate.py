@@ -131,7 +131,7 @@ def _with_disk(plan: Plan, trials: int, seconds: float | None, source: str) -> E
     experiment = plan.experiment
     model_bytes = plan.num_parameters * {"float32": 4, "bfloat16": 2}[experiment.model.dtype]
     checkpoint = model_bytes * (OF_A_CHECKPOINT if experiment.model.lora is None else 1)
-    kept = experiment.train.keep_checkpoints + 1  # and the best one
+    kept = experiment.train.keep_checkpoints + 1  # and the best one, which may be that of a cooldown
     if plan.budget is not None:
         kept = min(kept, 1 + plan.budget.steps // min(plan.budget.eval_every, plan.budget.save_every))
     store = 0

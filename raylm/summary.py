@@ -123,5 +123,14 @@ def log_test(run: Run, metrics: Mapping[str, float]) -> None:
 
 def best_metrics(measure: str, best: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of the best evaluation, by which runs are compared."""
+    return _scores("best", measure, best)
+
+
+def cooldown_metrics(measure: str, score: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a cooldown's evaluation."""
+    return _scores("cooldown", measure, score)
+
+
+def _scores(of: str, measure: str, score: Mapping[str, Any]) -> dict[str, float]:
     names = {"perplexity": measure, "bits_per_byte": "bits_per_byte", "weighted_nll": "weighted_nll"}
-    return {f"best/eval_{name}": best[key] for key, name in names.items() if best.get(key) is not None}
+    return {f"{of}/eval_{name}": score[key] for key, name in names.items() if score.get(key) is not None}

@@ -14,12 +14,13 @@ from raylm.checkpoint.directory import (
     read_experiment,
     read_record,
 )
-from raylm.checkpoint.manager import CheckpointManager
+from raylm.checkpoint.manager import CheckpointManager, cooldown_directory
 
 __all__ = [
     "OF_TRAINING",
     "CheckpointManager",
     "TrainedModel",
+    "cooldown_directory",
     "describe",
     "experiment_file",
     "load",

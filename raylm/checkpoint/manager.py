@@ -25,6 +25,11 @@ STEP = re.compile(r"step_(\d{8,})")
 """The name of a checkpoint; a copy such as step_00000040.bak is not one."""
 
 
+def cooldown_directory(trial: str, step: int) -> str:
+    """The directory of the cooldown that begins at a checkpoint of a trial."""
+    return f"{trial}/cooldowns/step_{step:08d}"
+
+
 @dataclass(frozen=True)
 class CheckpointManager:
     """The checkpoints in `directory`, local or remote, by step."""

@@ -9,6 +9,7 @@ from pydantic import PrivateAttr, ValidationInfo, model_validator
 
 from raylm import DEFAULT_STORAGE
 from raylm.config.sections import (
+    STABLE,
     BlocksConfig,
     ClusterConfig,
     CorpusConfig,
@@ -202,6 +203,8 @@ class Experiment(Section):
                 f"tune.scheduler.ties must be drop with tune.scheduler={tune.scheduler.kind}, got promote: only asha "
                 "promotes trials at rungs"
             )
+        if tune.scheduler.cooldown is not None:
+            self._cooldown_agrees()
         if tune.scheduler.kind == "pbt" and tune.space:
             changed = [key for key in tune.space if key in MUTABLE]
             if not changed:
@@ -217,6 +220,17 @@ class Experiment(Section):
         for point in tune.points:
             if unknown := [key for key in point if key not in tune.space]:
                 raise ValueError(f"tune.points must have keys of tune.space, got {unknown[0]}")
+
+    def _cooldown_agrees(self) -> None:
+        kind, schedule = self.tune.scheduler.kind, self.train.lr_scheduler_type
+        if kind != "asha":
+            raise ValueError(f"tune.scheduler.cooldown is for asha and cannot be given with {kind}; leave it out")
+        if schedule != STABLE or "train.lr_scheduler_type" in self.tune.space:
+            got = schedule if schedule != STABLE else "it in tune.space"
+            raise ValueError(
+                f"train.lr_scheduler_type must be {STABLE} with tune.scheduler.cooldown, got {got}: with another one "
+                "the learning rate has decayed at a rung already"
+            )
 
     def _weights_agree(self) -> None:
         tune, sources, sets = self.tune, self.corpus.source_names, tuple(self.eval.sets)

@@ -258,6 +258,10 @@ class ObjectiveConfig(Section):
         return self.kind == "masked"
 
 
+STABLE = "warmup_stable_decay"
+"""The learning rate schedule that stays at its peak until it decays at the end."""
+
+
 class TrainConfig(Section):
     exclusive: ClassVar = ("max_tokens", "num_epochs")
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
@@ -272,8 +276,9 @@ class TrainConfig(Section):
     learning rates serve; AdamW for embeddings, head, biases and norms."""
     lr_scheduler_type: str = "cosine"
     """Learning rate schedule after warmup, by its name in transformers: linear, cosine, constant_with_warmup, ... Its
-    arguments are train.arguments.lr_scheduler_kwargs. Without them, warmup_stable_decay decays over a tenth of the
-    steps, and cosine_with_min_lr and cosine_warmup_with_min_lr decay to a tenth of the rate."""
+    arguments are train.arguments.lr_scheduler_kwargs. Without them, warmup_stable_decay decays over the last tenth of
+    the steps, by one minus the square root, and cosine_with_min_lr and cosine_warmup_with_min_lr decay to a tenth of
+    the rate."""
     batch_tokens: Annotated[Count, Field(ge=2)] = 32768
     """Tokens of one optimizer step over all workers; a multiple of block_size x num_workers."""
     micro_batch_tokens: Annotated[Count, Field(ge=1)] = 8192
@@ -312,6 +317,14 @@ class TrainConfig(Section):
     @property
     def seed_of_data(self) -> int:
         return self.seed if self.data_seed is None else self.data_seed
+
+    def decay_steps(self, steps: int) -> int:
+        """Of so many steps those at the end in which the learning rate of warmup_stable_decay decays; 0 for other
+        schedules."""
+        if self.lr_scheduler_type != STABLE:
+            return 0
+        given = (self.arguments.get("lr_scheduler_kwargs") or {}).get("num_decay_steps")
+        return given if isinstance(given, int) else max(1, steps // 10)
 
 
 WHOLE_SPLIT = "the whole validation split"
@@ -427,6 +440,11 @@ class SchedulerConfig(Section):
     """asha: what becomes of a trial that is not among the best at a rung, but whose documents show no difference to the
     last one that is. drop: it stays paused. promote: it resumes while there is room: a place that no trial among the
     best and no new trial takes. Of fewer than six documents nothing is known, and it stays paused."""
+    cooldown: Annotated[float, Field(gt=0, le=1)] | None = None
+    """asha: length of a cooldown at each rung, as a fraction of the tokens so far, such as 0.1. A branch of the trial,
+    whose learning rate decays to zero, is scored in place of the trial itself, whose rate is still at its peak; a trial
+    that is promoted goes on from before the branch (Hägele et al. 2024, arXiv:2405.18392). Needs
+    train.lr_scheduler_type=warmup_stable_decay. Default: trials are compared as they are."""
     every_tokens: Annotated[Count, Field(ge=1)] | None = None
     """pbt: training tokens between comparisons of the trials. Default: an eighth of the budget."""
 

@@ -127,11 +127,12 @@ def of_sweep(directory: str, trial_id: str | None) -> ComparedRun:
     else:
         raise StorageError(f"{directory}: {trial_id or 'the sweep'} has no score yet", directory)
     is_rescored = trial_id is None and scored_on == WHOLE_SPLIT and results.experiment.eval.max_tokens is not None
-    kept = (directory, "whole") if is_rescored else (f"{directory}/{trial.trial_id}", trial.results[-1]["best_step"])
+    training, step = trial.best_place(trial.results[-1])
+    scores_of = (directory, "whole") if is_rescored else (f"{directory}/{training}", step)
     return ComparedRun(
         name=f"{results.name}/{trial.trial_id}",
         measure=results.measure,
-        scores=document_scores.read(*kept),
+        scores=document_scores.read(*scores_of),
         model=f"{directory}/model" if trial_id is None and results.result else trial.results[-1].get("best_checkpoint"),
         experiment=config.override(results.experiment, {**trial.settings, "tune.space": {}, "tune.points": []}),
         **scores,

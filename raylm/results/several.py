@@ -75,10 +75,11 @@ class SeveralSweeps:
             own = {key: fixed[key] for key in swept if key in fixed}
             for trial, score in results.data.at(self.equal_tokens, self._metric):
                 *_, last = (result for result in trial.results if result["tokens"] <= self.equal_tokens)
+                training, step = trial.best_place(last)
                 scored = replace(
                     run.scored,
                     name=f"{trial.trial_id} of {results.name}",
-                    scores=document_scores.read(f"{results.directory}/{trial.trial_id}", last["best_step"]),
+                    scores=document_scores.read(f"{results.directory}/{training}", step),
                 )
                 ranked.append(RankedTrial(results.name, trial, score, scored, {**own, **trial.settings}))
         return sorted(ranked, key=lambda each: each.score)

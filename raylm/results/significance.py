@@ -11,6 +11,7 @@ import numpy as np
 
 from raylm import document_scores, statistics
 from raylm.document_scores import DocumentScores
+from raylm.sweep.record import Place, evaluated_in
 
 if TYPE_CHECKING:
     from raylm.sweep import Trial
@@ -56,7 +57,7 @@ def standings(directory: str, trials: Sequence[Trial]) -> dict[str, Standing]:
     """
     if not trials:
         return {}
-    kept = {trial.trial_id: _Evaluations(f"{directory}/{trial.trial_id}", trial) for trial in trials}
+    kept = {trial.trial_id: _Evaluations(directory, trial) for trial in trials}
     best, *others = kept.values()
     standings = {best.trial_id: Standing(**best.intervals(), as_good_as_best=True)}
     differences = _differences(best, others)
@@ -99,30 +100,32 @@ class _Evaluations:
     """The document scores of a trial's evaluations, read on demand."""
 
     def __init__(self, directory: str, trial: Trial):
-        self.directory, self.trial_id = directory, trial.trial_id
-        self.steps = {result["tokens"]: result["step"] for result in trial.results}
-        self.best_step = trial.results[-1]["best_step"] if trial.results else None
-        self._read: dict[int, DocumentScores | None] = {}
+        self.directory, self.trial_id = directory, trial.trial_id  # the directory is the sweep's
+        evaluations = [*trial.results, *trial.cooldowns]  # at a rung the cooldown is what trials are compared by
+        self.places = {result["tokens"]: evaluated_in(trial.trial_id, result) for result in evaluations}
+        self.best_place = trial.best_place(trial.results[-1]) if trial.results else None
+        self._read: dict[Place, DocumentScores | None] = {}
 
     def at(self, tokens: int) -> DocumentScores | None:
         """The scores after so many training tokens; None without an evaluation then, or if its scores were not kept."""
-        return self._of(self.steps[tokens]) if tokens in self.steps else None
+        return self._of(self.places[tokens]) if tokens in self.places else None
 
     def intervals(self) -> dict[str, Any]:
         """The ends of the 95 % intervals of the best evaluation, by the names of a Standing."""
-        scores = self._of(self.best_step) if self.best_step is not None else None
+        scores = self._of(self.best_place) if self.best_place is not None else None
         found = document_scores.intervals(scores, "perplexity")
         return {name.removeprefix("perplexity_"): end for name, end in found.items()}
 
-    def _of(self, step: int) -> DocumentScores | None:
-        if step not in self._read:
-            self._read[step] = document_scores.read(self.directory, step)
-        return self._read[step]
+    def _of(self, place: Place) -> DocumentScores | None:
+        if place not in self._read:
+            training, step = place
+            self._read[place] = document_scores.read(f"{self.directory}/{training}", step)
+        return self._read[place]
 
 
 def _deepest(one: _Evaluations, other: _Evaluations) -> int | None:
     """The training tokens of the deepest evaluation at which both have scores of the same documents."""
-    for tokens in sorted(one.steps.keys() & other.steps.keys(), reverse=True):
+    for tokens in sorted(one.places.keys() & other.places.keys(), reverse=True):
         mine, its = one.at(tokens), other.at(tokens)
         if mine is not None and its is not None and mine.documents == its.documents:
             return tokens

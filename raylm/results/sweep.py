@@ -161,9 +161,9 @@ def sources(results: SweepResults) -> dict[str, dict[str, tuple[float | None, st
     for name in sections.eval.sets:
         parts[name if name not in named else f"{name} (evaluation set)"] = f"eval/{name}/{results.measure}"
     for trial in results.data.ranked if parts else ():
-        run = tracking.Run(f"{results.directory}/{trial.trial_id}")
-        history, tags = run.metric_history(), run.tags()
-        best = trial.results[-1]["best_step"] if trial.results else -1
+        training, best = trial.best_place(trial.results[-1]) if trial.results else (trial.trial_id, -1)
+        history = tracking.Run(f"{results.directory}/{training}").metric_history()
+        tags = tracking.Run(f"{results.directory}/{trial.trial_id}").tags()
         found[trial.trial_id] = {
             name: (dict(history.get(metric, ())).get(best), tags.get(f"{tracking.PASSES_TAG}{name}"))
             for name, metric in parts.items()

@@ -13,6 +13,7 @@ bad they are.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ray.tune.experiment import Trial as RayTrial
@@ -21,17 +22,23 @@ from ray.tune.schedulers import FIFOScheduler
 from raylm import document_scores, statistics
 from raylm.budget import Budget
 from raylm.document_scores import DocumentScores
+from raylm.sweep.record import Place, evaluated_in
 
 
-def rungs(budget: Budget, grace_tokens: int, eta: float) -> list[int]:
+def rungs(budget: Budget, grace_tokens: int, eta: float, cooldown: float | None = None) -> list[int]:
     """Training tokens at which trials pause: grace_tokens, eta times as many, and so on, each in whole saves.
 
     A trial resumes from the save at its rung, so no step is trained twice. No rung is less than one save before the
-    end, because a pause there would save almost nothing.
+    end, because a pause there would save almost nothing. With `cooldown`, tune.scheduler.cooldown, none is in the decay
+    at the end of the training, nor so late that its cooldown would end later.
     """
     between = budget.save_every * budget.batch_tokens
+    last: float = budget.tokens - between
+    if cooldown is not None:
+        stable = (budget.steps - budget.decay_steps) * budget.batch_tokens
+        last = min(last, stable, budget.tokens / (1 + cooldown))
     found, rung = [], max(1, round(grace_tokens / between)) * between
-    while rung <= budget.tokens - between:
+    while rung <= last:
         found.append(rung)
         rung = max(rung + between, round(rung * eta / between) * between)
     return found
@@ -46,17 +53,15 @@ class Ties:
 
     def __init__(self, directory: str):
         self.directory = directory
-        self._known: dict[tuple[str, int, str, int], bool] = {}
+        self._known: dict[tuple[Place, Place], bool] = {}
 
-    def __call__(self, trial_id: str, step: int, other_id: str, other_step: int) -> bool:
-        """Whether the documents do not show that the trial is worse at this step than the other one; False if their
-        scores were not kept or they are too few to tell."""
-        key = (trial_id, step, other_id, other_step)
-        if key not in self._known:
-            own = document_scores.read(f"{self.directory}/{trial_id}", step)
-            other = document_scores.read(f"{self.directory}/{other_id}", other_step)
-            self._known[key] = own is not None and other is not None and self._is_not_worse(own, other)
-        return self._known[key]
+    def __call__(self, one: Place, other: Place) -> bool:
+        """Whether the documents do not show that the trial of one evaluation is worse than that of the other; False if
+        their scores were not kept or they are too few to tell."""
+        if (one, other) not in self._known:
+            scores, others = (document_scores.read(f"{self.directory}/{place}", step) for place, step in (one, other))
+            self._known[one, other] = scores is not None and others is not None and self._is_not_worse(scores, others)
+        return self._known[one, other]
 
     def _is_not_worse(self, own: DocumentScores, other: DocumentScores) -> bool:
         if own.documents != other.documents:
@@ -76,18 +81,22 @@ class Asha(FIFOScheduler):
     With `ties`, a paused trial that is not worse than the last of the best of its rung, or than the best if n is less
     than eta, resumes while there is room: when a place is free, no trial can be promoted by its rank and no new one is
     left to start. At most, all trials are then trained with the whole budget.
+
+    With `cooldown`, trials are compared by the reports of their cooldowns; see training.cooldown.
     """
 
-    def __init__(self, rungs: list[int], eta: float, metric: str, ties: Ties | None = None):
+    def __init__(
+        self, rungs: list[int], eta: float, metric: str, ties: Ties | None = None, cooldown: float | None = None
+    ):
         super().__init__()
-        self.rungs, self.eta, self.ties = rungs, eta, ties
+        self.rungs, self.eta, self.ties, self.cooldown = rungs, eta, ties, cooldown
         self._metric = metric
         self.scores: list[dict[str, float]] = [{} for _ in rungs]
         """For each rung: trial id -> score of each trial that has reached it. Lower is better."""
         self.waiting: dict[str, int] = {}
         """Paused trial -> the number of its rung."""
-        self.steps: list[dict[str, int]] = [{} for _ in rungs]
-        """For each rung: trial id -> the step after which it was evaluated there."""
+        self.places: list[dict[str, Place]] = [{} for _ in rungs]
+        """For each rung: trial id -> its evaluation there."""
         self.has_one = False
         """Whether a trial has completed."""
 
@@ -104,16 +113,34 @@ class Asha(FIFOScheduler):
         total = before = 0
         for tokens, count in self.stages(trials, budget_tokens):
             total += count * (tokens - before)
+            if self.cooldown is not None and tokens in self.rungs:
+                total += count * round(tokens * self.cooldown)
             before = tokens
         return total
 
+    def cooldowns(self, budget: Budget) -> dict[int, int]:
+        """The step of a trial at each rung, and the number of steps of its cooldown there; empty without `cooldown`.
+
+        `budget` is the trial's, whose steps may have other sizes than those of the sweep.
+        """
+        if self.cooldown is None:
+            return {}
+        steps = [math.ceil(rung / budget.batch_tokens) for rung in self.rungs]
+        return {step: max(1, round(step * self.cooldown)) for step in steps}
+
+    def compares(self, result: Mapping[str, Any]) -> bool:
+        """Whether trials are compared by a result at a rung: if they have cooldowns, by these alone."""
+        return self.cooldown is None or "cooldown_step" in result
+
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        if not self.compares(result):
+            return self.CONTINUE
         score = result[self._metric]
         reached = [number for number, rung in enumerate(self.rungs) if rung <= result["tokens"]]
         new = [number for number in reached if trial.trial_id not in self.scores[number]]
         for number in new:
             self.scores[number][trial.trial_id] = math.inf if math.isnan(score) else score
-            self.steps[number][trial.trial_id] = result.get("step", 0)
+            self.places[number][trial.trial_id] = evaluated_in(trial.trial_id, result)
         if not new or result["tokens"] >= result["budget_tokens"]:
             return self.CONTINUE
         self.waiting[trial.trial_id] = new[-1]
@@ -157,12 +184,12 @@ class Asha(FIFOScheduler):
         if self.ties is None:
             return None
         for number in reversed(range(len(self.rungs))):
-            scores, steps = self.scores[number], self.steps[number]
+            scores, places = self.scores[number], self.places[number]
             ranked = sorted(scores, key=scores.__getitem__)
             among = math.floor(len(scores) / self.eta)
             for name in ranked[among:]:
                 last = ranked[max(0, among - 1)]
-                if self.waiting.get(name) == number and self.ties(name, steps[name], last, steps[last]):
+                if self.waiting.get(name) == number and self.ties(places[name], places[last]):
                     return name
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,16 +44,16 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         match event:
             case {"added": trial_id, "settings": settings}:
                 self.points.add(trial_id, settings)
-            case {"result": trial_id, "tokens": tokens}:
-                self._tell_at_rung(trial_id, tokens)
+            case {"result": trial_id} | {"cooled": trial_id}:
+                self._tell_at_rung(trial_id, event)
             case {"finished": trial_id}:
                 self._tell_in_the_end(trial_id)
 
-    def _tell_at_rung(self, trial_id: str, tokens: int) -> None:
+    def _tell_at_rung(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Report the score at the first rung, the only one that all trials have: most stay paused there to the end."""
-        if tokens >= self.scheduler.first_rung:
+        if self.scheduler.is_at_rung(result):
             results = self.record.trials[trial_id].results
-            self._tell(trial_id, [result for result in results if result["tokens"] <= tokens])
+            self._tell(trial_id, [each for each in results if each["tokens"] <= result["tokens"]])
 
     def _tell_in_the_end(self, trial_id: str) -> None:
         trial = self.record.trials[trial_id]
@@ -129,7 +129,7 @@ class TrialQueue(Unsaved, SearchAlgorithm):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if not self.record.trials[trial_id].is_over and "tokens" in result:
-            self._tell_at_rung(trial_id, result["tokens"])
+            self._tell_at_rung(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if self.record.trials[trial_id].is_over:

@@ -3,6 +3,7 @@
     <sweep>/events.jsonl  {"added": "trial_00003", "settings": {"train.learning_rate": 0.003}}
                           {"started": "trial_00003"}                     a process trains it, once per attempt
                           {"result": "trial_00003", "tokens": 81920, "perplexity": 130.5, ...}       an evaluation
+                          {"cooled": "trial_00003", "tokens": 81920, "perplexity": 121.3, ...}       a cooldown there
                           {"promoted": "trial_00003"}                    it was paused at a rung, and resumes
                           {"changed": "trial_00003", "settings": {...}, "donor": "trial_00001", "tokens": 81920}
                           {"finished": "trial_00003", "status": "stopped early", "failure": null, "dropped": true}
@@ -22,7 +23,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raylm import storage
+from raylm import checkpoint, storage
 from raylm.errors import StorageUnavailable
 from raylm.tracking import journal
 
@@ -37,6 +38,16 @@ Status = Literal["running", "interrupted", "not started", "completed", "stopped 
 Event = dict[str, Any]
 
 
+Place = tuple[str, int]
+"""Where an evaluation is: the directory of its training, below the sweep's, and the step."""
+
+
+def evaluated_in(trial_id: str, result: Mapping[str, Any]) -> Place:
+    """Where the evaluation of a result is."""
+    begins = result.get("cooldown_step")
+    return trial_id if begins is None else checkpoint.cooldown_directory(trial_id, begins), result.get("step", 0)
+
+
 @dataclass
 class Trial:
     """A trial, as the events so far describe it."""
@@ -45,7 +56,10 @@ class Trial:
     settings: dict[str, Any]
     """Swept dotted key -> value."""
     results: list[dict[str, Any]] = field(default_factory=list)
-    """One per evaluation, in order: step, tokens, perplexity, bits_per_byte, best_perplexity, seconds, ..."""
+    """One per evaluation, in order: step, tokens, perplexity, bits_per_byte, best_perplexity, seconds, ... Best is the
+    best so far, of cooldowns too."""
+    cooldowns: list[dict[str, Any]] = field(default_factory=list)
+    """The results of its cooldowns, in order: tokens are those of the trial where it begins, step is its last."""
     status: Status = "running"
     dropped: bool = False
     """Whether the scheduler stopped it; a training may also stop early by itself, with train.patience."""
@@ -73,13 +87,31 @@ class Trial:
     @property
     def best_tokens(self) -> int | None:
         """Tokens that it had been trained on at its best score."""
-        best = self.results[-1].get("best_step") if self.results else None
-        return next((result["tokens"] for result in self.results if result["step"] == best), None)
+        last = self.results[-1] if self.results else {}
+        if (begins := last.get("best_cooldown")) is not None:
+            cooled = (each for each in self.cooldowns if each["cooldown_step"] == begins)
+            return next((each["tokens"] + each["cooldown_tokens"] for each in cooled), None)
+        return next((result["tokens"] for result in self.results if result["step"] == last.get("best_step")), None)
 
     @property
     def tokens(self) -> int:
-        """Tokens that it was trained on, up to its last evaluation."""
+        """Tokens that it was trained on, up to its last evaluation, without its cooldowns."""
         return self.results[-1]["tokens"] if self.results else 0
+
+    @property
+    def cooldown_tokens(self) -> int:
+        """Tokens that its cooldowns were trained on."""
+        return sum(each["cooldown_tokens"] for each in self.cooldowns)
+
+    def has(self, result: Mapping[str, Any]) -> bool:
+        """Whether this result, or a later one, is known. A trial that resumes reports again."""
+        if (begins := result.get("cooldown_step")) is not None:
+            return any(each["cooldown_step"] >= begins for each in self.cooldowns)
+        return result["tokens"] <= self.tokens
+
+    def best_place(self, result: Mapping[str, Any]) -> Place:
+        """Where the evaluation is that was the best at one of its results."""
+        return evaluated_in(self.trial_id, {"step": result["best_step"], "cooldown_step": result.get("best_cooldown")})
 
 
 def by_rank(trials: Collection[Trial], metric: str) -> list[Trial]:
@@ -153,6 +185,10 @@ class SweepRecord:
     def result(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
         self._add({"result": trial_id, **metrics})
 
+    def cool(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        """Record the result of a cooldown."""
+        self._add({"cooled": trial_id, **metrics})
+
     def promote(self, trial_id: str) -> None:
         self._add({"promoted": trial_id})
 
@@ -202,6 +238,11 @@ class SweepRecord:
                 self.trials[trial_id].attempts += 1
             case {"result": trial_id, **metrics}:
                 self.trials[trial_id].results.append(metrics)
+            case {"cooled": trial_id, **metrics}:
+                trial = self.trials[trial_id]
+                trial.cooldowns.append(metrics)
+                if trial.results:  # what is the best of a trial changes by its cooldown
+                    trial.results[-1] |= {name: metrics[name] for name in metrics if name.startswith("best_")}
             case {"changed": trial_id, "settings": settings, "tokens": tokens}:
                 trial = self.trials[trial_id]
                 trial.settings = settings

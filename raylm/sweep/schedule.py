@@ -28,7 +28,8 @@ from raylm.sweep.space import Space, domains
 
 KEPT = (
     "step", "tokens", "perplexity", "bits_per_byte", "weighted_nll", "best_perplexity", "best_bits_per_byte",
-    "best_weighted_nll", "best_step", "best_checkpoint", "budget_tokens", "seconds",
+    "best_weighted_nll", "best_step", "best_checkpoint", "best_cooldown", "budget_tokens", "seconds", "cooldown_step",
+    "cooldown_tokens",
 )  # fmt: skip
 """The metrics of a result that are recorded."""
 
@@ -50,7 +51,7 @@ def scheduler(section: TuneConfig, budget: Budget, metric: str, directory: str =
             grace_tokens = chosen.grace_tokens or budget.tokens // 8
             eta = chosen.reduction_factor
             ties = Ties(directory) if chosen.ties == "promote" else None
-            return Asha(rungs(budget, grace_tokens, eta), eta, metric, ties)
+            return Asha(rungs(budget, grace_tokens, eta, chosen.cooldown), eta, metric, ties, chosen.cooldown)
         case "median":
             # Never pause a trial to wait for others to compare it with: starting it again costs more than that saves.
             return MedianStoppingRule(grace_period=whole(chosen.grace_tokens), min_time_slice=math.inf, **common)
@@ -133,9 +134,10 @@ class RecordedScheduler(Unsaved, TrialScheduler):
             self.inner.on_trial_remove(tune_controller, trial)
             return self.CONTINUE
         # Tune repeats the last result when a trial ends, and a trial that resumes repeats those after its checkpoint.
-        if known.is_over or "tokens" not in result or result["tokens"] <= known.tokens:
+        if known.is_over or "tokens" not in result or known.has(result):
             return self.PAUSE if self.waits(trial.trial_id) else self.CONTINUE
-        self.record.result(trial.trial_id, {key: result[key] for key in KEPT if key in result})
+        record = self.record.cool if "cooldown_step" in result else self.record.result
+        record(trial.trial_id, {key: result[key] for key in KEPT if key in result})
         if self.is_population:
             return self._in_population(tune_controller, trial, result)
         return self._decided(tune_controller, trial, result)
@@ -204,10 +206,10 @@ class RecordedScheduler(Unsaved, TrialScheduler):
         """Whether a paused trial is to be promoted before a new one starts."""
         return self.asha is not None and self.asha.next_up() is not None
 
-    @property
-    def first_rung(self) -> float:
-        """Tokens of the first rung, at which all trials are compared; infinite without rungs."""
-        return self.asha.rungs[0] if self.asha is not None and self.asha.rungs else math.inf
+    def is_at_rung(self, result: Mapping[str, Any]) -> bool:
+        """Whether a trial is compared with all others by this result, or was before."""
+        asha = self.asha
+        return asha is not None and bool(asha.rungs) and result["tokens"] >= asha.rungs[0] and asha.compares(result)
 
     # A population
 
@@ -245,7 +247,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
             case {"added": trial_id}:
                 self.added.add(trial_id)
                 self.inner.on_trial_add(past, trials[trial_id])
-            case {"result": trial_id, **result}:
+            case {"result": trial_id, **result} | {"cooled": trial_id, **result}:
                 trial = trials[trial_id]
                 trial.set_status(RayTrial.RUNNING)
                 trial.update_last_result(result)
@@ -314,7 +316,8 @@ class SweepStopper(Unsaved, Stopper):
                 passed = 0.0
             if self.record.seconds + passed >= section.seconds:
                 return True
-        if section.tokens is not None and sum(trial.tokens for trial in trials) >= section.tokens:
+        trained = sum(trial.tokens + trial.cooldown_tokens for trial in trials)
+        if section.tokens is not None and trained >= section.tokens:
             return True
         best = min((trial.results[-1][self.metric] for trial in trials if trial.results), default=math.inf)
         return section.perplexity is not None and best <= section.perplexity

@@ -20,6 +20,8 @@ from raylm import budget, checkpoint, scratch, storage, summary, timeline, token
 from raylm.cluster import Resources
 from raylm.config import Experiment, dump, get, override
 from raylm.errors import ConfigError, RaylmError, StorageUnavailable, TrainingError
+from raylm.sweep import schedule
+from raylm.sweep.asha import Asha
 from raylm.sweep.record import SweepRecord
 from raylm.sweep.space import keys
 from raylm.training import TrainTask, launch
@@ -60,6 +62,7 @@ def _problem(
     store = tokens.open_store(template.store)
     # The parameters are the sweep's, except for the swept ones, because MLflow compares runs by what differs.
     run.log_parameters({**summary.parameters(template.experiment, store), **_swept(template.experiment, settings)})
+    scheduler = schedule.scheduler(template.experiment.tune, template.budget, "best_perplexity")
     try:
         experiment = override(template.experiment, {**settings, "tune.space": {}, "tune.points": []})
         planned = budget.for_store(experiment, store)
@@ -67,7 +70,13 @@ def _problem(
         run.log_text(dump(experiment), "experiment.yaml")
         summary.log_data(run, experiment, store)
         task = dataclasses.replace(
-            template, experiment=experiment, budget=planned, run=run, directory=directory, name=trial_id
+            template,
+            experiment=experiment,
+            budget=planned,
+            run=run,
+            directory=directory,
+            name=trial_id,
+            cooldowns=scheduler.cooldowns(planned) if isinstance(scheduler, Asha) and repeat_of is None else {},
         )
         if template.experiment.tune.scheduler.kind == "pbt":
             _settle(SweepRecord(template.directory).changes(trial_id), template, task)

@@ -97,7 +97,7 @@ def _check_schedule(made: TrainingArguments) -> None:
     """ConfigError if the schedule does not take the arguments that it will get."""
     weights = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=made.learning_rate)
     try:
-        get_scheduler(made.lr_scheduler_type, weights, 0, STEPS, _schedule_arguments(made, STEPS))
+        get_scheduler(made.lr_scheduler_type, weights, 0, STEPS, _schedule_arguments(made, STEPS // 10))
     except (TypeError, ValueError) as error:
         key = "train.arguments.lr_scheduler_kwargs"
         raise ConfigError(
@@ -166,11 +166,12 @@ def _check_optimizer(made: TrainingArguments) -> None:
         raise ConfigError(f"{key}={name}: {problem}", where=key)
 
 
-def _schedule_arguments(made: TrainingArguments, steps: int) -> dict[str, Any]:
+def _schedule_arguments(made: TrainingArguments, decay_steps: int) -> dict[str, Any]:
     """The arguments of the schedule's own, with what transformers leaves to the user where it is not given."""
     given = made.lr_scheduler_kwargs or {}
     if made.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-        return {"num_decay_steps": max(1, steps // 10), **given}
+        # This shape ends lower than a line or a cosine (Hägele et al. 2024, arXiv:2405.18392).
+        return {"num_decay_steps": decay_steps, "decay_type": "1-sqrt", **given}
     if made.lr_scheduler_type in WITH_MINIMUM and "min_lr" not in given:
         return {"min_lr_rate": 0.1, **given}
     return given
@@ -209,7 +210,7 @@ def build(experiment: Experiment, budget: Budget, scratch: str) -> TrainingArgum
     made = TrainingArguments(**{**ours, **section.arguments})
     if on_gpu:  # both ways: a trial's process may have trained another one before
         scorer.set_tf32(section.precision != "float32" and is_torch_tf32_available())
-    made.lr_scheduler_kwargs = _schedule_arguments(made, budget.steps)
+    made.lr_scheduler_kwargs = _schedule_arguments(made, budget.decay_steps)
     return made
 
 

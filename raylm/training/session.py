@@ -66,6 +66,18 @@ def gathered(session: Session, value: Any) -> list[Any]:
     return found
 
 
+EVALUATED = ("perplexity", "bits_per_byte", "weighted_nll")
+"""The scores of an evaluation; weighted_nll if tune.metric has weights."""
+
+
+def better(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Of the best_ metrics of two reports those with the better score; either may be empty."""
+    if not one or not other:
+        return one or other
+    ranked_by = "best_weighted_nll" if "best_weighted_nll" in one else "best_perplexity"
+    return one if one[ranked_by] < other[ranked_by] else other
+
+
 class CollectiveError(Exception):
     """An error that every rank raises at the same step, so that none waits for another."""
 
@@ -106,6 +118,14 @@ class TrainTask:
     """Whether the model is scored before its first step, too."""
     name: str = ""
     """The prefix of messages, if several trainings run at a time."""
+    until: int | None = None
+    """The step after which it stops. Default: the last of the budget."""
+    cooldowns: Mapping[int, int] = field(default_factory=dict)
+    """The steps after which a cooldown begins, and the number of its steps; see the module cooldown."""
+    best_cooldown: dict[str, Any] = field(default_factory=dict)
+    """The best_ metrics of the best cooldown so far; empty without one."""
+    trunk: tuple[str, int] | None = None
+    """Of a cooldown: the directory and the step of the training at whose checkpoint it begins."""
 
     def say(self, message: str) -> None:
         """Show a message to the user."""
@@ -125,7 +145,18 @@ class TrainTask:
     @property
     def micro_batch_file(self) -> str:
         """The file with the micro-batch tokens of the next start, written after memory ran out."""
-        return f"{self.directory}/micro_batch_tokens"
+        directory, _ = self.trunk or (self.directory, 0)
+        return f"{directory}/micro_batch_tokens"
+
+    @property
+    def last_step(self) -> int:
+        """The step after which it stops."""
+        return self.budget.steps if self.until is None else self.until
+
+    def bests(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The best_ metrics of a report: of `own`, the best evaluation of this training, or of a better cooldown."""
+        found = {f"best_{name}": own[name] for name in (*EVALUATED, "step") if name in own}
+        return better(self.best_cooldown, {**found, "best_checkpoint": self.checkpoints.path(own["step"])})
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from raylm import (
     tokens,
 )
 from raylm import tokenizer as tokenizers
+from raylm.checkpoint import CheckpointManager
 from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError, RaylmError, StorageError
 from raylm.perplexity import Documents, Score
@@ -37,14 +38,11 @@ from raylm.tokenizer import Frame
 from raylm.training import arguments, muon
 from raylm.training.checkpoint_writer import PROGRESS, CheckpointWriter
 from raylm.training.guards import GradientGuard, MemoryGuard
-from raylm.training.session import CollectiveError, Outcome, Session, TrainTask, gathered
+from raylm.training.session import EVALUATED, CollectiveError, Outcome, Session, TrainTask, gathered
 from raylm.training.sharding import ShardingTrainer
 
 PROGRESS_SECONDS = 10.0
 """Between two messages about the progress of an evaluation."""
-
-EVALUATED = ("perplexity", "bits_per_byte", "weighted_nll")
-"""The scores of an evaluation; weighted_nll if tune.metric has weights."""
 
 STOP_CHECK_SECONDS = 1.0
 """Between two checks whether the training was asked to stop."""
@@ -155,6 +153,9 @@ class _Trainer(ShardingTrainer):
         step, skipped = self._on_rank_0(checkpoints.newest)
         for damage in skipped:
             self.say(f"skipping {damage}")
+        if step is None and self.task.trunk is not None:
+            trunk, step = self.task.trunk
+            checkpoints = CheckpointManager(f"{trunk}/checkpoints")
         if step is not None:
             self.resumed = checkpoints.fetch(step, Path(self.args.output_dir))
             self._restore(self.resumed, step)
@@ -162,7 +163,7 @@ class _Trainer(ShardingTrainer):
             self.task.run.rewind(self.start_step)
             if self.is_unscored:
                 self._score_resumed()
-        if self.start_step < self.task.budget.steps and not self._is_patience_over() and not self.stopped:
+        if self.start_step < self.task.last_step and not self._is_patience_over() and not self.stopped:
             self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
         step = self.state.global_step or self.start_step
         return Outcome(self.best, step, last=self.latest, stopped=self.stopped, lost_nodes=self.lost_nodes)
@@ -189,7 +190,8 @@ class _Trainer(ShardingTrainer):
         self.worse_in_a_row = progress["worse_in_a_row"]
         self.is_unscored = progress.get("is_unscored", False)
         self.started_at -= progress["seconds"]
-        self.best = record["best"]
+        is_branch = self.task.trunk is not None and step == self.task.trunk[1]
+        self.best = record["best"] if not is_branch else {}
         if self.best and self.best["step"] != step and self._is_lost(self.best["step"]):
             here = {name: record[name] for name in (*EVALUATED, "step", "tokens") if name in record}
             self.best = here if here["perplexity"] is not None else {}
@@ -197,7 +199,8 @@ class _Trainer(ShardingTrainer):
         if record["perplexity"] is not None:  # Ray may not have received it before the failure
             scores = record["perplexity"], record["bits_per_byte"], record.get("weighted_nll")
             self.latest = self._evaluation(step, *scores)
-            self.session.report(self._metrics())
+            if not is_branch:
+                self.session.report(self._metrics())
         message = f"resuming from step {step:,} of {self.task.budget.steps:,}"
         if progress["world_size"] != self.session.world_size:
             now = console.counted(self.session.world_size, "worker")
@@ -205,7 +208,8 @@ class _Trainer(ShardingTrainer):
                 f" with {now} instead of {progress['world_size']}: the same examples in the same steps, but not the "
                 "same bits"
             )
-        self.say(message)
+        if step not in self.task.cooldowns and not is_branch:  # else this is what every rung does
+            self.say(message)
 
     def _is_lost(self, step: int) -> bool:
         """Whether the checkpoint of the best evaluation is damaged; says so."""
@@ -278,7 +282,7 @@ class _Trainer(ShardingTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation split and the evaluation sets; decide whether to save a checkpoint."""
-        step, budget = self.state.global_step, self.task.budget
+        step, task = self.state.global_step, self.task
         self.control.should_evaluate = False  # or the end of the data would evaluate the last step again
         self.is_unscored = False
         try:
@@ -312,7 +316,8 @@ class _Trainer(ShardingTrainer):
             ends = document_scores.intervals(scores, name)
             values |= {f"eval/{end}": value for end, value in ends.items() if value is not None}
             if self.task.name:  # trials are compared by their best score, in MLflow while they run
-                values |= summary.best_metrics(name, self.latest if is_best else self.best)
+                best = self.task.bests(self.latest if is_best else self.best)
+                values |= summary.best_metrics(name, {key.removeprefix("best_"): best[key] for key in best})
             for each, found in by_source.items():
                 values |= {f"validation/{each}/{what}": value for what, value in found.figures(name).items()}
             for each, found in sets.items():
@@ -321,8 +326,8 @@ class _Trainer(ShardingTrainer):
             self.task.report({"tokens": self.latest["tokens"], "perplexity": score.perplexity})
         if self._is_patience_over():
             self.control.should_training_stop = True
-        is_last = step == budget.steps or self.control.should_training_stop
-        self.control.should_save = is_best or is_last or self.stopped or step % budget.save_every == 0
+        is_last = step == task.last_step or self.control.should_training_stop
+        self.control.should_save = is_best or is_last or self.stopped or step % task.budget.save_every == 0
         if not self.control.should_save:
             self.session.report(self._metrics())
         return {"eval_perplexity": score.perplexity}
@@ -400,8 +405,7 @@ class _Trainer(ShardingTrainer):
 
     def _metrics(self) -> dict[str, Any]:
         """The report to Ray: the latest evaluation, and the best one with its checkpoint."""
-        bests = {f"best_{name}": self.best[name] for name in (*EVALUATED, "step") if name in self.best}
-        return {**self.latest, **bests, "best_checkpoint": self.task.checkpoints.path(self.best["step"])}
+        return {**self.latest, **self.task.bests(self.best)}
 
     @property
     def masked(self) -> perplexity.MaskedTokens | None:
@@ -483,7 +487,7 @@ class _Trainer(ShardingTrainer):
         local = Path(self.args.output_dir) / f"checkpoint-{step}"
         best, self.better = self.better or self.best, None
         self.writer.describe(local, *self._records(step, best, gathered(self.session, self._tr_loss.item())))
-        is_last_chance = self.stopped or step == self.task.budget.steps or self._is_patience_over()
+        is_last_chance = self.stopped or step == self.task.last_step or self._is_patience_over()
         if self.writer.commit(step, local, best=best.get("step"), is_last_chance=is_last_chance):
             self.best = best
         if self.latest.get("step") == step and self.best:
@@ -577,13 +581,15 @@ class _Reporting(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, step = self.trainer, state.global_step
         budget = trainer.task.budget
-        is_last = step == budget.steps
+        is_last = step == trainer.task.last_step
         control.should_evaluate = is_last or step % budget.eval_every == 0 or step % budget.save_every == 0
         control.should_log = control.should_log or is_last
         if step >= trainer.next_check and not is_last:
             trainer.check_stop()
         if trainer.stopped:
-            control.should_save = control.should_training_stop = True
+            control.should_save = True
+        if trainer.stopped or is_last:
+            control.should_training_stop = True
         if control.should_evaluate or control.should_log or control.should_save:
             trainer.gradients.check()
 

@@ -8,12 +8,12 @@ import numpy as np
 
 from raylm import checkpoint, model, objective, perplexity, probe, scratch, storage, timeline, tokens
 from raylm.config import Experiment
-from raylm.training.session import CollectiveError, Outcome, RayTrainSession, ScoreTask, TrainTask
+from raylm.training.session import CollectiveError, Outcome, RayTrainSession, ScoreTask, Session, TrainTask
 
 
 def train_loop_per_worker(task: TrainTask) -> Outcome:
     """Train one model to the end of its budget, from its newest checkpoint if it has one."""
-    from raylm.training import trainer  # 4 s, which a process that only starts workers does not need
+    from raylm.training import cooldown, trainer  # 4 s, which a process that only starts workers does not need
 
     session = (task.session or RayTrainSession)()
     timeline.start(f"worker {session.rank}")
@@ -22,11 +22,15 @@ def train_loop_per_worker(task: TrainTask) -> Outcome:
     model.set_up_torch(cpus)
     # One directory a rank: ranks on a node must not share files.
     with scratch.directory(f"rank{session.rank}") as directory:
-        try:
+
+        def train_to_end(task: TrainTask, session: Session) -> Outcome:
             with timeline.phase("build the Trainer"):
                 built = trainer.build(task, session, Path(directory))
             with timeline.phase("train"):
                 return built.run()
+
+        try:
+            return cooldown.train(task, session, train_to_end)
         except CollectiveError as agreed:
             return Outcome({}, 0, error=agreed.args[0])
         finally:
