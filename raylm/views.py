@@ -116,6 +116,7 @@ def sweep_plan(planned: SweepPlan) -> str:
         **{f"  {key}": shown(sampler) for key, sampler in section.space.items()},
         "scheduler": section.scheduler.kind,
         "tokens of all trials": f"at most {planned.most_tokens:,}" if planned.most_tokens else None,
+        "  of cooldowns": f"at most {planned.most_cooldown_tokens:,}" if planned.most_cooldown_tokens else None,
     }
     return f"{plan(planned.plan, planned.estimate)}\n{key_values(lines)}"
 

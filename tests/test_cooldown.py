@@ -1,14 +1,21 @@
 """Cooldowns in sweeps on real Tune: a trial is compared as if it ended at its rung, and goes on as if it had not."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from conftest import Here
 from test_tune import promoted, run
 
-from raylm import checkpoint, document_scores, tracking
+from raylm import checkpoint, document_scores, storage, tracking, training
 from raylm import sweep as sweeps
-from raylm.config import override
+from raylm.budget import Budget
+from raylm.checkpoint import CheckpointManager
+from raylm.config import TuneConfig, override
+from raylm.errors import ConfigError
+from raylm.sweep.asha import rungs
 
 RATES = [2e-2, 1e-2, 1e-6]
 
@@ -107,3 +114,125 @@ def test_mlflow_has_the_score_of_a_cooldown(sweep):
     history = tracking.Run(f"{parent.directory}/{rows[1]['trial_id']}").metric_history()
     assert history["cooldown/eval_perplexity"] == [(4, rows[1]["perplexity"])]
     assert history["best/eval_perplexity"][-1] == (6, rows[1]["perplexity"])
+
+
+class Killed(BaseException):
+    """What a process does not survive."""
+
+
+class Reporting(Here):
+    """A session that keeps the score of each report."""
+
+    reports: ClassVar[dict] = {}
+
+    def report(self, metrics):
+        scores = metrics["perplexity"], metrics["best_perplexity"]
+        self.reports[metrics["tokens"], metrics.get("cooldown_step")] = scores
+
+
+def trained(job, place):
+    """The reports of a trial with cooldowns in this directory, which may have begun before."""
+    Reporting.reports = reports = {}
+    cooldowns = {4: 2, 8: 4}
+    task = dataclasses.replace(
+        job, directory=str(place), run=tracking.Run(), session=Reporting, cooldowns=cooldowns, name="trial"
+    )
+    training.train_loop_per_worker(task)
+    return reports
+
+
+def test_a_trial_killed_before_and_after_every_save_has_the_same_cooldowns(train_run, tiny, tmp_path, monkeypatch):
+    settings = ("train.max_tokens=4096", "train.lr_scheduler_type=warmup_stable_decay", "train.save_every_tokens=1024")
+    _, job = train_run(tiny(*settings, "name=killed"))
+    untouched = trained(job, tmp_path / "untouched")
+    assert [cooldown for _, cooldown in untouched if cooldown] == [4, 8]
+    survived = {}
+    for what in ((CheckpointManager, "commit"), (storage, "write")):
+        whole = getattr(*what)
+
+        def deadly(*arguments, whole=whole):
+            told = str(arguments[:2])
+            for when in ("before", "after"):
+                if when == "after":
+                    whole(*arguments)
+                if (when, told) not in survived and ("result.json" in told or "CheckpointManager" in told):
+                    survived[when, told] = True
+                    raise Killed
+
+        monkeypatch.setattr(*what, deadly)
+    reports, deaths = {}, 0
+    while True:
+        try:
+            reports |= trained(job, tmp_path / "killed")
+            break
+        except Killed:
+            reports |= Reporting.reports
+            deaths += 1
+    assert deaths == len(survived) >= 2 * (8 + 2 + 2)
+    assert reports == untouched
+    kept = [path.relative_to(tmp_path / "untouched") for path in (tmp_path / "untouched").rglob("model.safetensors")]
+    assert Path("checkpoints/step_00000016/model.safetensors") in kept
+    for path in kept:
+        assert (tmp_path / "killed" / path).read_bytes() == (tmp_path / "untouched" / path).read_bytes(), path
+
+
+BUDGET = Budget(90, 64, 1, 1, 1, eval_every=10, save_every=10, decay_steps=9)
+
+
+def test_no_cooldown_begins_in_the_decay_or_ends_after_it():
+    assert rungs(BUDGET, 64 * 10, 2.0) == [640, 1280, 2560, 5120]
+    assert rungs(BUDGET, 64 * 10, 2.0, 0.1) == [640, 1280, 2560, 5120], "80 of 90 steps, and 8 of a cooldown"
+    assert rungs(BUDGET, 64 * 10, 2.0, 0.2) == [640, 1280, 2560]
+    assert rungs(dataclasses.replace(BUDGET, decay_steps=20), 640, 2.0, 0.1) == [640, 1280, 2560]
+    scheduler = sweeps.scheduler(
+        TuneConfig(scheduler={"kind": "asha", "grace_tokens": 640, "cooldown": 0.1}), BUDGET, "best_perplexity"
+    )
+    assert scheduler.cooldowns(BUDGET) == {10: 1, 20: 2, 40: 4, 80: 8}
+    smaller = dataclasses.replace(BUDGET, steps=180, batch_tokens=32)
+    assert scheduler.cooldowns(smaller) == {20: 2, 40: 4, 80: 8, 160: 16}, "the same tokens in smaller steps"
+    assert scheduler.expected_tokens(4, 90 * 64) == 4 * 640 + 2 * 640 + 1280 + 2560 + 640 + 4 * 64 + 2 * 128 + 256 + 512
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({}, "train.lr_scheduler_type must be warmup_stable_decay with tune.scheduler.cooldown, got cosine: with"),
+        (
+            {"tune.scheduler.kind": "median"},
+            "tune.scheduler.cooldown is for asha and cannot be given with median",
+        ),
+        ({"tune.scheduler.cooldown": 0}, "tune.scheduler.cooldown: must be above 0, got 0"),
+        ({"tune.scheduler.cooldown": 1.5}, "tune.scheduler.cooldown: must be at most 1, got 1.5"),
+        (
+            {"tune.space": {"train.lr_scheduler_type": {"choice": ["linear", "warmup_stable_decay"]}}},
+            "train.lr_scheduler_type must be warmup_stable_decay with tune.scheduler.cooldown, got it in tune.space",
+        ),
+    ],
+)
+def test_what_a_cooldown_does_not_go_with_is_refused(tiny, settings, problem):
+    experiment = tiny()
+    with pytest.raises(ConfigError) as refused:
+        override(experiment, {"tune.scheduler": {"kind": "asha", "cooldown": 0.1}, **settings})
+    assert problem in refused.value.message
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trials_of_two_workers_cool_down(ray_cluster, tiny):
+    sizes = ("train.max_tokens=8192", "train.eval_every_tokens=2048", "cluster.num_workers=2", "name=cooled-groups")
+    scheduler = {"kind": "asha", "grace_tokens": 2048, "reduction_factor": 2.0, "cooldown": 0.5}
+    rates = {"train.learning_rate": {"grid": [2e-2, 1e-6]}}
+    rows, _, parent = run(cooled(tiny(*sizes), **{"tune.space": rates, "tune.scheduler": scheduler}))
+    assert [(row["trial_id"], row["status"], row["tokens"]) for row in rows] == [
+        ("trial_00000", "completed", 8192), ("trial_00001", "stopped early", 2048)
+    ]  # fmt: skip
+    trials = sweeps.read(parent.directory)
+    assert [each["cooldown_step"] for each in trials["trial_00000"].cooldowns] == [8, 16]
+    alone = {
+        "tune.space": {"train.learning_rate": {"grid": [2e-2]}},
+        "tune.scheduler": "none",
+        "name": "uncooled-groups",
+    }
+    _, _, untouched = run(override(cooled(tiny(*sizes)), alone))
+    ours, theirs = (f"{each.directory}/trial_00000/checkpoints/step_00000032" for each in (parent, untouched))
+    assert weights(ours) == weights(theirs)

@@ -71,18 +71,31 @@ class SweepPlan:
 
     @property
     def most_tokens(self) -> int | None:
-        """Training tokens of all trials, if none is stopped early; None if the budget is not known yet."""
-        return (self.trials + self.repeats[1]) * self.plan.budget.tokens if self.plan.budget else None
+        """Training tokens of all trials and their cooldowns, if none is stopped early; None if the budget is not known
+        yet."""
+        if self.plan.budget is None:
+            return None
+        return (self.trials + self.repeats[1]) * self.plan.budget.tokens + self.most_cooldown_tokens
+
+    @functools.cached_property
+    def most_cooldown_tokens(self) -> int:
+        """Training tokens of the cooldowns of all trials, if none is stopped early."""
+        return self.trials * sum(self._asha.cooldown_tokens) if self._asha is not None else 0
+
+    @functools.cached_property
+    def _asha(self) -> Asha | None:
+        if self.plan.budget is None:
+            return None
+        scheduler = sweeps.scheduler(self.experiment.tune, self.plan.budget, "best_perplexity")
+        return scheduler if isinstance(scheduler, Asha) else None
 
     @functools.cached_property
     def estimate(self) -> Estimate:
         """The disk space and time that it will take; measured, if no finished sweep tells."""
         tokens_of_all = self.most_tokens
-        if self.plan.budget is not None:
-            scheduler = sweeps.scheduler(self.experiment.tune, self.plan.budget, "best_perplexity")
-            if isinstance(scheduler, Asha):
-                tokens_of_all = scheduler.expected_tokens(self.trials, self.plan.budget.tokens)
-                tokens_of_all += self.repeats[1] * self.plan.budget.tokens
+        if self.plan.budget is not None and self._asha is not None:
+            tokens_of_all = self._asha.expected_tokens(self.trials, self.plan.budget.tokens)
+            tokens_of_all += self.repeats[1] * self.plan.budget.tokens
         return estimate.sweep(self.plan, self.trials + self.repeats[1], tokens_of_all)
 
     def record(self) -> dict[str, Any]:

@@ -64,6 +64,8 @@ class TrialRow:
     """The interval of the score, and whether it is worse than the best; None without document scores."""
     weighted_nll: float | None = None
     """The score that ranks the trials, if tune.metric has weights."""
+    cooldown_tokens: int = 0
+    """Tokens that its cooldowns were trained on, in addition to `tokens`."""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TrialRow:
@@ -85,6 +87,7 @@ class TrialRow:
             **self.weighed,
             **({} if self.pareto is None else {"pareto": self.pareto}),
             "tokens": self.tokens,
+            **({"cooldown_tokens": self.cooldown_tokens} if self.cooldown_tokens else {}),
             "best_tokens": self.best_tokens,
             "last_perplexity": self.last_perplexity,
             "settings": self.settings,

@@ -111,12 +111,16 @@ class Asha(FIFOScheduler):
     def expected_tokens(self, trials: int, budget_tokens: int) -> int:
         """Training tokens of all trials together, according to `stages`."""
         total = before = 0
-        for tokens, count in self.stages(trials, budget_tokens):
-            total += count * (tokens - before)
-            if self.cooldown is not None and tokens in self.rungs:
-                total += count * round(tokens * self.cooldown)
+        cooldowns = [*self.cooldown_tokens, 0]  # none at the end
+        for (tokens, count), cooldown in zip(self.stages(trials, budget_tokens), cooldowns, strict=True):
+            total += count * (tokens - before + cooldown)
             before = tokens
         return total
+
+    @property
+    def cooldown_tokens(self) -> list[int]:
+        """Training tokens of the cooldown at each rung; 0 without cooldowns."""
+        return [round(rung * (self.cooldown or 0)) for rung in self.rungs]
 
     def cooldowns(self, budget: Budget) -> dict[int, int]:
         """The step of a trial at each rung, and the number of steps of its cooldown there; empty without `cooldown`.

@@ -99,6 +99,13 @@ class Trial:
         return self.results[-1]["tokens"] if self.results else 0
 
     @property
+    def last_perplexity(self) -> float | None:
+        """The perplexity of its last evaluation; that of the cooldown there, if it has one."""
+        if self.cooldowns and self.cooldowns[-1]["tokens"] == self.tokens:
+            return self.cooldowns[-1]["perplexity"]
+        return self.results[-1].get("perplexity") if self.results else None
+
+    @property
     def cooldown_tokens(self) -> int:
         """Tokens that its cooldowns were trained on."""
         return sum(each["cooldown_tokens"] for each in self.cooldowns)

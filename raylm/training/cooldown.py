@@ -25,6 +25,7 @@ from typing import Any
 
 from raylm import checkpoint, storage, summary, tracking
 from raylm.config import override
+from raylm.tracking.run import start_run
 from raylm.training.session import EVALUATED, Outcome, Session, TrainTask, better, gathered
 
 RESULT = "result.json"
@@ -42,6 +43,8 @@ def train(task: TrainTask, session: Session, train_to_end: Callable[[TrainTask, 
             trunk = train_to_end(dataclasses.replace(task, until=step), session)
             if trunk.stopped or trunk.step < step:  # train.patience may have ended it
                 return trunk
+            if session.rank == 0 and branch.run.directory:
+                start_run(branch.run, name=f"cooldown at step {step}", tags={}, uploads=False)
             outcome = train_to_end(branch, _Silent(session))
             if outcome.stopped:
                 return outcome
@@ -83,7 +86,7 @@ def _branch(task: TrainTask, step: int) -> TrainTask:
         task,
         experiment=override(task.experiment, shorter),
         budget=dataclasses.replace(task.budget, steps=ends, decay_steps=steps, eval_every=ends, save_every=ends),
-        run=tracking.Run(place),
+        run=tracking.Run(place) if task.run.directory else task.run,  # MLflow has the trial's alone
         directory=place,
         trunk=(task.directory, step),
         cooldowns={},
