@@ -64,6 +64,7 @@ def _fault(details: Any) -> tuple[str, str]:
         "greater_than_equal": f"at least {context.get('ge')}",
         "greater_than": f"more than {context.get('gt')}",
         "less_than": f"less than {context.get('lt')}",
+        "less_than_equal": f"at most {context.get('le')}",
         "literal_error": f"one of {context.get('expected')}".replace("False", "false"),
     }.get(kind)
     if accepted is None:
