@@ -198,6 +198,23 @@ def test_a_row_says_what_its_trial_cost(running):
     assert "1 trial_00000 32.00 2.00 1,024 256 2 70,000 0.001 64 completed; repeat it" in running.text
 
 
+def test_what_settings_mean_and_what_trials_cost(tmp_path):
+    directory = write_sweep(tmp_path, "tune-20260110-000000-0000", trials=[TRIALS[0], TRIALS[3]])
+    assert "What the settings mean" not in shown(directory).text, "of a sweep of an older version"
+    child = tracking.Run(f"{directory}/trial_00000")
+    child.log_parameters(
+        {"tokens_per_parameter": "0.01463", "weight_decay_timescale": "25", "training_flops": "4.1e+08"}
+    )
+    child.log_metrics({"cost/evaluation_seconds": 0.5, "cost/peak_memory_bytes": 3e8}, 2)
+    child.log_metrics({"cost/evaluation_seconds": 0.75, "cost/peak_memory_bytes": 4e8}, 4)
+    assert (
+        "trial tokens/parameter weight-decay timescale training FLOPs seconds of evaluations peak memory "
+        "00000 0.01463 25 4.1e+08 2 0.75 400.0 MB 00001 - - - 1 - -"
+    ) in shown(directory).text
+    best = sweeps.read(directory).trials[0].record("perplexity")
+    assert (best["training_flops"], best["saving_seconds"], best["peak_memory_bytes"]) == (4.1e8, None, 4e8)
+
+
 def test_what_people_wrote_is_shown_and_nothing_else(running):
     assert running.text.count(EVIL) == 2, "in the facts and in the row of the trial that failed"
     assert running.images == []

@@ -6,6 +6,7 @@ session             what a worker is given to do; its rank, and how it reports
 sharding            the Trainer with DDP, FSDP or DeepSpeed; which of them allow what
 muon                Muon for the matrices of the layers, AdamW for the rest
 guards              what ends a training before it spoils its weights: no memory, gradients that are not finite
+costs               what a training costs beside its steps: seconds of evaluations and saving, memory
 checkpoint_writer   one checkpoint, uploaded by all ranks and committed by the first; older ones removed
 trainer             the Trainer of a worker: evaluations, training metrics, checkpoints, the order of examples
 worker              one worker's training or scoring: threads, devices, errors
