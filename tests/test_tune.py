@@ -23,7 +23,7 @@ from raylm.errors import ConfigError, Interrupted
 from raylm.perplexity import Score
 from raylm.pipeline import ranking, stores
 from raylm.pipeline import sweep as sweeping
-from raylm.results import html, trial_table
+from raylm.results import choices, html, trial_table
 from raylm.results.sweep import read, sources
 from raylm.results.trial_table import TrialRow
 from raylm.tracking import MEANING, journal
@@ -134,6 +134,24 @@ def test_the_trials_differ_in_mlflow_in_nothing_but_the_swept_settings(sweep):
     assert description.startswith(f"[Compare the trials]({parent.path})")
     assert f"**Best: {best['trial_id']}, perplexity {best['perplexity']:.2f}**" in description
     assert [line.split(" | ")[1] for line in description.splitlines() if line.startswith("| 1")] == [best["trial_id"]]
+
+
+def test_the_best_trial_of_each_optimizer_is_on_the_page_of_the_sweep(ray_cluster, tiny, tmp_path):
+    space = {"train.optimizer": {"grid": ["adamw", "muon"]}, "train.learning_rate": {"grid": [1e-2, 2e-2]}}
+    experiment = override(
+        tiny(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"), {"tune.space": space, "tune.scheduler": "none"}
+    )
+    rows, _, parent = run(experiment)
+    (found,) = choices.of([TrialRow.from_record(row) for row in rows])
+    assert [each.trials for each in found.values] == [2, 2]
+    assert [each.best.perplexity for each in found.values] == sorted(each.best.perplexity for each in found.values)
+    (sentence,) = found.sentences
+    assert "muon" in sentence
+    assert "adamw" in sentence
+    description = MlflowClient(parent.uri).get_run(parent.run_id).data.tags["mlflow.note.content"]
+    assert "**By optimizer**" in description
+    assert sentence in description
+    assert "By optimizer" in Path(html.build(parent.directory)).read_text()
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from typing import Any, get_args
 from raylm import console, storage, tokens, tracking
 from raylm import sweep as sweeps
 from raylm.redaction import redacted
-from raylm.results import figures, several, trial_table
+from raylm.results import choices, figures, several, trial_table
+from raylm.results.choices import Choice
 from raylm.results.sweep import EXPERIMENT, SweepResults, read, repeat_command, scored_on_with_size, sources
 from raylm.results.trial_table import TrialRow
 from raylm.sweep.record import Status
@@ -92,6 +93,7 @@ def page(results: SweepResults, built: Sequence[figures.Figure | figures.Omitted
         f"{FOLLOW if script else ''}</p>",
         _trials(results),
         f"<p class=caption>{OF_A_POPULATION}</p>" if is_population else "",
+        *[_choice(results, each) for each in choices.of(results.trials)],
         _sources(results),
         _meaning(results),
         "<h2>The sweep</h2>",
@@ -197,6 +199,16 @@ def _trials(results: SweepResults) -> str:
             f'<tr class=more><td></td><td colspan="{len(cells) + 1}"><div>{failure}{command}</div></td></tr>',
         ]
     return f"<div class=wide><table class=trials>{''.join(lines)}</table></div>"
+
+
+def _choice(results: SweepResults, choice: Choice) -> str:
+    """The best trial of each value of a setting."""
+    caption = f"The best trial of each {choice.name}, with its own best settings."
+    return (
+        f"<h2>{escape(choice.title)}</h2><p class=caption>{escape(caption)}</p>"
+        f"{_table(*choice.cells(console.label(results.measure)), slice(1, -1))}"
+        f"{''.join(f'<p>{escape(sentence)}</p>' for sentence in choice.sentences)}"
+    )
 
 
 def _meaning(results: SweepResults) -> str:
