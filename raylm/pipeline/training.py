@@ -105,7 +105,7 @@ class TrainResult:
     """Seconds of its evaluations."""
     saving_seconds: float | None = None
     """Seconds of saving its checkpoints."""
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: float | None = None
     """The most memory at a time: of tensors on a GPU, else of the process; of several workers that with the most."""
     test: TestScore | None = None
     """The score of the best model on the test split; None if the corpus has none."""

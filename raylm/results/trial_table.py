@@ -66,7 +66,7 @@ class TrialRow:
     """Seconds of its evaluations."""
     saving_seconds: float | None = None
     """Seconds of saving its checkpoints."""
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: float | None = None
     """The most memory at a time: of tensors on a GPU, else of the process; of several workers that with the most."""
     checkpoint: str | None = None
     """Its best checkpoint; None while the sweep has not finished."""
