@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,7 +45,8 @@ class Costs:
     def peak_memory_bytes(self) -> int | None:
         """The most memory at a time since the training started: on a GPU that of tensors, on a CPU that of the process,
         with what it already had. None if the system does not tell it."""
-        return max(self.earlier_peak, _peak(self.device)) if self.knows_peak else None
+        peak = _peak(self.device) if self.knows_peak else None
+        return None if peak is None else max(self.earlier_peak, peak)
 
     def record(self) -> dict[str, Any]:
         """What a resumed training adds its costs to."""
@@ -74,9 +76,9 @@ def _reset_peak(device: torch.device) -> bool:
     return True
 
 
-def _peak(device: torch.device) -> int:
-    """The peak since it was reset, in bytes."""
+def _peak(device: torch.device) -> int | None:
+    """The peak since it was reset, in bytes; None of a kernel that does not tell it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
-    return 1024 * int(line.split()[1])
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+    return None if found is None else 1024 * int(found[1])
