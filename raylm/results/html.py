@@ -222,7 +222,9 @@ def _meaning(results: SweepResults) -> str:
         value = getattr(row, name)
         if value is None:
             return "-"
-        return console.format_size(value) if name.endswith("_bytes") else f"{value:.4g}"
+        if name == "training_flops":
+            return f"{value:.3g}"
+        return console.format_size(value) if name == "peak_memory_bytes" else console.format_number(value)
 
     lines = [[trial_table.short_id(row.trial_id), *(cell(row, name) for name in known)] for row in rows]
     headings = ["trial", *(MEANING_HEADINGS[name] for name in known)]

@@ -173,7 +173,7 @@ def _meaning(rows: Sequence[TrialRow], swept: Collection[str]) -> dict[str, Colu
         shown["weight_decay_timescale"] = "decay timescale"
     values = {name: [getattr(row, name) for row in rows] for name in shown}
     return {
-        name: Column(heading, ["-" if value is None else f"{value:.3g}" for value in values[name]])
+        name: Column(heading, ["-" if value is None else format_number(value) for value in values[name]])
         for name, heading in shown.items()
     }
 
