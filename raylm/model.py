@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
@@ -145,21 +145,66 @@ def untrained(found: PreTrainedConfig, *, masked: bool = False, dtype: torch.dty
     return _auto_class(masked).from_config(found, dtype=dtype)
 
 
-def num_parameters(found: PreTrainedConfig, *, masked: bool = False, embeddings: bool = True) -> int:
-    """Parameters of a model of this configuration, tied ones once, with or without its embeddings; counted without
-    allocating them."""
+class Parameters(NamedTuple):
+    """The parameters of a model, tied ones once."""
+
+    all: int
+    without_embeddings: int
+    """As Kaplan et al. 2020 (arXiv:2001.08361) count: without the embeddings of tokens and positions, and without an
+    output head of its own, if the model has one."""
+    output_head: int
+    """The weights of the output head, also if they are those of the embedding."""
+
+    @property
+    def multiplied(self) -> int:
+        """The parameters that are multiplied for each token. An embedding is looked up, but for one that is the head,
+        too."""
+        return self.without_embeddings + self.output_head
+
+
+def parameters(found: PreTrainedConfig, *, masked: bool = False) -> Parameters:
+    """The parameters of a model of this configuration, counted without allocating them."""
     try:
         with torch.device("meta"):
             # Code that came with the model runs only if it was trusted when the configuration was made.
             trusted = type(found).__module__.startswith("transformers_modules")
-            return (
-                _auto_class(masked)
-                .from_config(found, trust_remote_code=trusted)
-                .num_parameters(exclude_embeddings=not embeddings)
-            )
+            network = _auto_class(masked).from_config(found, trust_remote_code=trusted)
     except (ImportError, ValueError) as error:
         key = "model.attn_implementation" if str(found._attn_implementation) in str(error) else "model"
         raise ConfigError(f"{key}: {first_line(error)}", where=key) from None
+    embeddings = [module for module in network.modules() if isinstance(module, torch.nn.Embedding)]
+    head = network.get_output_embeddings()
+    left_out = {weight for module in [*embeddings, *filter(None, [head])] for weight in module.parameters()}
+    total = sum(weight.numel() for weight in network.parameters())
+    of_head = 0 if head is None else sum(weight.numel() for weight in head.parameters())
+    return Parameters(total, total - sum(weight.numel() for weight in left_out), of_head)
+
+
+def num_parameters(found: PreTrainedConfig, *, masked: bool = False, embeddings: bool = True) -> int:
+    """All parameters of a model of this configuration, or those without the embeddings."""
+    counts = parameters(found, masked=masked)
+    return counts.all if embeddings else counts.without_embeddings
+
+
+def flops_per_token(found: PreTrainedConfig, counts: Parameters, *, block_size: int, only_updates: bool = False) -> int:
+    """Floating-point operations of a training for each token, by the formula of PaLM (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B): 6 for each parameter that is multiplied, and 12 for each layer, each dimension of its
+    heads and each token of a block, for the attention.
+
+    With `only_updates`, of LoRA, no gradient of the other weights is computed: 4 for each parameter. It is an upper
+    bound where a token attends only to some others (a causal mask is not deducted, as usual) or goes only to some of
+    the experts. Recurrent layers have their parameters alone.
+    """
+    text = found.get_text_config()  # of a model that reads pictures, too
+
+    def number(name: str) -> int:
+        value = getattr(text, name, None)
+        return value if isinstance(value, int) else 0
+
+    heads = number("num_attention_heads")
+    width = heads * number("head_dim") or (number("hidden_size") if heads else 0)
+    attention = 12 * number("num_hidden_layers") * width * block_size
+    return (4 if only_updates else 6) * counts.multiplied + attention
 
 
 def context(found: PreTrainedConfig) -> int | None:

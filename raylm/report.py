@@ -41,7 +41,7 @@ def report(
 
 def _of_one(results: SweepResults) -> cli.CommandResult:
     from raylm import storage, tracking
-    from raylm.results import html, trial_table
+    from raylm.results import choices, html, tables, trial_table
     from raylm.results import sweep as sweeps
 
     page = html.write(results)
@@ -58,7 +58,9 @@ def _of_one(results: SweepResults) -> cli.CommandResult:
     untrained = results.result.get("untrained")
     if untrained is not None:
         untrained = {**untrained, "perplexity": untrained[results.measure]}
-    table = trial_table.RankedTable(results.trials, console.label(results.measure), untrained)
+    rows, score = results.trials, console.label(results.measure)
+    table = trial_table.RankedTable(rows, score, untrained)
+    found = [part for choice in choices.of(rows) for part in ("", *tables.choice(choice, score))]
     text = sweeps.scored_on_with_size(results.experiment, results.state.parameters)
     notes = [f"ranked by {results.data.score_name} on {text}", *filter(None, [results.result.get("significance")])]
     notes += [results.result["repeats"]["sentence"]] if "repeats" in results.result else []
@@ -66,7 +68,7 @@ def _of_one(results: SweepResults) -> cli.CommandResult:
     run = tracking.Run(results.directory, results.state.uri)
     opened = tracking.how_to_open(run.uri, run.path, "compare trials") if run.path else {}
     paths = console.key_values({"report": page, "pictures": ", ".join(pictures), **opened})
-    return cli.CommandResult(record, (table, *notes, *failures, "", paths))
+    return cli.CommandResult(record, (table, *notes, *failures, *found, "", paths))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylm import model, perplexity, tracking
 from raylm.budget import Budget
-from raylm.config import WHOLE_SPLIT, Experiment, get
+from raylm.config import WHOLE_SPLIT, Experiment, TrainConfig, get
 from raylm.tokens import Store, incomparable
 from raylm.tracking import PARAMETERS_TAG, PASSES_TAG, TOKENS_TAG, Run
 
@@ -60,14 +60,50 @@ def parameters(experiment: Experiment, store: Store) -> dict[str, Any]:
 
 
 def log_size(run: Run, experiment: Experiment, store: Store, budget: Budget) -> None:
-    """Log what follows from the settings: the model's parameters, the training tokens and steps of the budget, and of a
-    mixture how often each source is repeated.
+    """Log what follows from the settings: the model's parameters, the training tokens and steps of the budget, of a
+    mixture how often each source is repeated, and what the settings mean.
 
-    As tags, because MLflow compares runs by the parameters that differ, and these are to be the settings.
+    Counts are tags, because MLflow compares runs by the parameters that differ. What settings mean is to be compared.
     """
-    parameters = model.num_parameters(_model_config(experiment, store), masked=experiment.objective.is_masked)
+    counts = model.parameters(_model_config(experiment, store), masked=experiment.objective.is_masked)
     passes = {f"{PASSES_TAG}{name}": f"{number:.3g}" for name, number in budget.passes_over.items()}
-    run.set_tags({PARAMETERS_TAG: parameters, TOKENS_TAG: budget.tokens, "raylm.steps": budget.steps, **passes})
+    run.set_tags({PARAMETERS_TAG: counts.all, TOKENS_TAG: budget.tokens, "raylm.steps": budget.steps, **passes})
+    run.log_parameters({name: f"{value:.4g}" for name, value in _meaning(experiment, store, budget, counts).items()})
+
+
+def _meaning(experiment: Experiment, store: Store, budget: Budget, counts: model.Parameters) -> dict[str, float]:
+    """What the settings of a run mean, by figures that compare with those of runs of other sizes (tracking.MEANING).
+
+    Training tokens of the budget for each parameter, of all and of those outside embeddings and head; the
+    floating-point operations of the budget; and the timescale of weight decay, if there is some and the optimizer
+    decouples it from the gradient, as AdamW and Muon do.
+    """
+    section = experiment.train
+    a_token = model.flops_per_token(
+        _model_config(experiment, store),
+        counts,
+        block_size=experiment.blocks.block_size,
+        only_updates=experiment.model.lora is not None,
+    )
+    found = {
+        "tokens_per_parameter": budget.tokens / counts.all,
+        "tokens_per_parameter_without_embeddings": budget.tokens / counts.without_embeddings,
+        "training_flops": float(a_token * budget.tokens),
+    }
+    if section.weight_decay and (section.optimizer == "muon" or "adamw" in section.optimizer):
+        found["weight_decay_timescale"] = timescale(section, budget)
+    return found
+
+
+def timescale(section: TrainConfig, budget: Budget) -> float:
+    """The timescale of weight decay, B / (eta lambda D): tokens of a batch over peak learning rate, weight decay and
+    tokens of the budget.
+
+    The weights of AdamW and Muon are a moving average of their updates over about this fraction of the run (Wang and
+    Aitchison 2024, arXiv:2405.13698, with a run of one epoch). Far above 1 weight decay does nothing; the best value
+    falls with the tokens for each parameter (Bergsma et al. 2025, arXiv:2505.13738).
+    """
+    return section.batch_tokens / (section.learning_rate * section.weight_decay * budget.tokens)
 
 
 def _model_config(experiment: Experiment, store: Store) -> PreTrainedConfig:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from raylm import cleaning, corpus, derived, runs, statistics, tokens, tracking
 from raylm.config import Experiment, TrackingConfig, from_environment
 from raylm.console import command, counted, format_estimate, format_size, key_values, label
+from raylm.results import choices, tables, trial_table
 from raylm.results import runs as listing
-from raylm.results import tables, trial_table
 
 if TYPE_CHECKING:
     from raylm.estimate import Estimate
@@ -144,7 +144,9 @@ def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:
             **tracking.how_to_open(experiment.tracking.uri, result.mlflow_path, "compare trials"),
         }
     )
-    return trial_table.RankedTable(result.trials, measure, result.untrained), "\n".join(notes), "", next_steps
+    found = [part for choice in choices.of(result.trials) for part in ("", *tables.choice(choice, measure))]
+    table = trial_table.RankedTable(result.trials, measure, result.untrained)
+    return table, "\n".join(notes), *found, "", next_steps
 
 
 def proposal(found: Proposal, file: Path) -> str:

@@ -5,12 +5,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    MambaConfig,
     RobertaConfig,
     TrainingArguments,
     XLNetConfig,
@@ -25,6 +28,14 @@ from raylm.errors import ConfigError, RaylmError
 from raylm.training.trainer import _Trainer
 
 SMALL = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8}
+LLAMA = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+}
 
 
 def configuration(block_size=16, vocab_size=30, **fields):
@@ -197,6 +208,37 @@ def test_a_pretrained_model_keeps_its_weights(tmp_path, tokenizer):
 def test_parameters_are_counted_without_making_them():
     found = configuration()
     assert model.num_parameters(found) == GPT2LMHeadModel(found).num_parameters()
+
+
+def test_parameters_without_embeddings_are_those_of_the_layers():
+    """GPT-2 as published: 124M, of which 85M are in 12 layers of 12 x 768^2 and biases and norms."""
+    tied = model.parameters(GPT2Config())
+    assert tied == (124_439_808, 124_439_808 - (50_257 + 1024) * 768, 50_257 * 768)
+    assert tied.multiplied == tied.all - 1024 * 768, "the embedding of tokens is the head, too"
+    untied = model.parameters(LlamaConfig(**LLAMA, tie_word_embeddings=False))
+    both = model.parameters(LlamaConfig(**LLAMA, tie_word_embeddings=True))
+    assert untied.without_embeddings == both.without_embeddings == both.all - 100 * 64
+    assert untied.all - both.all == untied.output_head == 100 * 64
+    assert untied.multiplied == both.multiplied
+
+
+def test_floating_point_operations_are_those_that_torch_counts():
+    gpt2 = GPT2Config(vocab_size=100, n_layer=2, n_embd=64, n_head=4, bos_token_id=0, eos_token_id=0)
+    for found in (gpt2, LlamaConfig(**LLAMA)):
+        found._attn_implementation = "eager"  # torch counts no fused attention of a CPU
+        network = model.untrained(found)
+        tokens = torch.arange(32)[None]
+        with FlopCounterMode(display=False) as counter:
+            network(tokens, labels=tokens).loss.backward()
+        counts = model.parameters(found)
+        assert 32 * model.flops_per_token(found, counts, block_size=32) == pytest.approx(
+            counter.get_total_flops(), rel=0.02
+        )
+        of_updates = model.flops_per_token(found, counts, block_size=32, only_updates=True)
+        assert of_updates == model.flops_per_token(found, counts, block_size=32) - 2 * counts.multiplied
+    recurrent = MambaConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2)
+    counts = model.parameters(recurrent)
+    assert model.flops_per_token(recurrent, counts, block_size=32) == 6 * counts.multiplied
 
 
 def test_positions_and_vocabulary_of_another_models_configuration_follow_too(tmp_path):

@@ -18,7 +18,7 @@ from raylm.results import figures, html, trial_table
 from raylm.results import sweep as sweeps
 from raylm.sweep import SweepRecord
 
-RATE, SIZE = "train.learning_rate", "blocks.block_size"
+RATE, SIZE, OPTIMIZER = "train.learning_rate", "blocks.block_size", "train.optimizer"
 BUDGET = 1024
 EVIL = "</script><script>alert(1)</script> & <img src=http://evil.example/x.png>"
 """In what a user or a failure says."""
@@ -196,6 +196,39 @@ def test_a_row_says_what_its_trial_cost(running):
     headings = "trial perplexity bits/byte tokens best at seconds parameters learning_rate block_size"
     assert headings in running.text
     assert "1 trial_00000 32.00 2.00 1,024 256 2 70,000 0.001 64 completed; repeat it" in running.text
+
+
+def test_what_settings_mean_and_what_trials_cost(tmp_path):
+    directory = write_sweep(tmp_path, "tune-20260110-000000-0000", trials=[TRIALS[0], TRIALS[3]])
+    assert "What the settings mean" not in shown(directory).text, "of a sweep of an older version"
+    child = tracking.Run(f"{directory}/trial_00000")
+    child.log_parameters(
+        {"tokens_per_parameter": "0.01463", "weight_decay_timescale": "25", "training_flops": "4.1e+08"}
+    )
+    child.log_metrics({"cost/evaluation_seconds": 0.5, "cost/peak_memory_bytes": 3e8}, 2)
+    child.log_metrics({"cost/evaluation_seconds": 0.75, "cost/peak_memory_bytes": 4e8}, 4)
+    assert (
+        "trial tokens/parameter weight-decay timescale training FLOPs seconds of evaluations peak memory "
+        "00000 0.01463 25 4.1e+08 2 0.75 400.0 MB 00001 - - - 1 - -"
+    ) in shown(directory).text
+    best = sweeps.read(directory).trials[0].record("perplexity")
+    assert (best["training_flops"], best["saving_seconds"], best["peak_memory_bytes"]) == (4.1e8, None, 4e8)
+
+
+def test_the_best_trial_of_each_optimizer(tmp_path):
+    trials = [
+        ({OPTIMIZER: optimizer, RATE: rate}, [(256, 60.0), (1024, perplexity)], "completed", None)
+        for optimizer, rate, perplexity in [("adamw", 1e-3, 40.0), ("muon", 1e-3, 44.0), ("muon", 1e-2, 38.0)]
+    ]
+    tie = {"as_good_as_best": True, "p": 0.4, "least_percent": 9.0, "compared_at_tokens": 1024}
+    result = {"trials": [{"trial_id": "trial_00000", **tie}]}
+    page = shown(write_sweep(tmp_path, "tune-20260111-000000-0000", trials=trials, result_json=result))
+    assert (
+        "By optimizer The best trial of each optimizer, with its own best settings. "
+        "optimizer trials best trial perplexity bits/byte tokens its other settings "
+        "muon 2 00002 38.00 2.38 1,024 learning_rate 0.01 adamw 1 00000 40.00 2.50 1,024 learning_rate 0.001 "
+        "adamw is as good as muon, each at its best settings (p = 0.4, paired by document at 1,024 tokens)"
+    ) in page.text
 
 
 def test_what_people_wrote_is_shown_and_nothing_else(running):

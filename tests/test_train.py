@@ -178,6 +178,18 @@ def test_an_evaluation_is_broken_off_and_made_when_the_run_resumes(train_run, ti
     assert job.checkpoints.damage(ended.best["step"]) is None
 
 
+@pytest.mark.slow
+def test_two_workers_make_the_evaluation_that_was_broken_off(train_run, tiny):
+    experiment = tiny("cluster.num_workers=2", "eval.batch_tokens=64", "name=broken-off")
+    reference, _ = train_run(experiment)
+    stopped, job = train_run(experiment, channel=StopsWhenAsked(2))  # the first time is after the first step
+    assert (stopped.step, stopped.stopped) == (2, True)
+    assert "eval/perplexity" not in job.run.metric_history()
+    ended = train_run.go_on(job, experiment)
+    assert {**ended.best, "seconds": None} == {**reference.best, "seconds": None}
+    assert [step for step, _ in job.run.metric_history()["eval/perplexity"]] == [2, 4, 6, 8, 10]
+
+
 def test_divergence_is_an_error_that_names_step_and_setting(train_run, tiny):
     experiment = tiny("train.learning_rate=1e30", "train.warmup_steps=0", "train.arguments.max_grad_norm=1e30")
     with pytest.raises(Diverged, match=r"diverged: .* at step \d+; lower train.learning_rate=1e\+30"):

@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 
 from raylm.results.trial_table import RankedTable, TrialRow, columns, narrow_headings, overfitting
+from raylm.tracking import COSTS, MEANING
 
 RATE = "train.learning_rate"
 
@@ -35,6 +36,25 @@ def test_settings_stand_in_the_order_that_is_asked_for():
     assert list(columns([], "perplexity"))[-1] == "status"
 
 
+def test_what_settings_mean_is_shown_where_it_helps_to_choose():
+    """In other sweeps it is the same for all, or follows from the learning rate alone."""
+
+    def shown(*settings):
+        settings = dict.fromkeys(settings, 1)
+        rows = [
+            TrialRow(
+                "a", "completed", 2.0, 1.0, 8, settings, tokens_per_parameter=per, weight_decay_timescale=timescale
+            )
+            for per, timescale in ((20.4, 0.25), (10.0, None))
+        ]
+        found = columns(rows, "perplexity")
+        return {name: found[name].cells for name in MEANING if name in found}
+
+    assert shown(RATE, "blocks.block_size") == {}
+    assert shown("model.path") == shown("train.max_tokens") == {"tokens_per_parameter": ["20.4", "10"]}
+    assert shown(RATE, "train.weight_decay") == {"weight_decay_timescale": ["0.25", "-"]}
+
+
 def test_a_score_that_is_not_finite_is_a_dash():
     (row,) = [TrialRow("trial_00000", "running", math.inf, math.nan, 8, {})]
     assert [columns([row], "perplexity")[name].cells for name in ("perplexity", "bits_per_byte")] == [["-"], ["-"]]
@@ -62,7 +82,8 @@ def test_a_row_is_read_from_the_record_of_a_result_and_written_under_the_name_of
     row = TrialRow.from_record({**record, "checkpoint": "/there", "best_step": 1})
     assert row.weighed == {"seconds": 7}
     others = {"repeat": None, "parameters": None, "checkpoint": "/there", "best_step": 1, "mlflow_run_id": None}
-    assert row.record("perplexity") == {**record, **others}
+    unknown = dict.fromkeys((*MEANING, *COSTS))
+    assert row.record("perplexity") == {**record, **others, **unknown}
     assert list(row.record("pseudo_perplexity"))[2] == "pseudo_perplexity"
 
 

@@ -23,10 +23,10 @@ from raylm.errors import ConfigError, Interrupted
 from raylm.perplexity import Score
 from raylm.pipeline import ranking, stores
 from raylm.pipeline import sweep as sweeping
-from raylm.results import html, trial_table
+from raylm.results import choices, html, trial_table
 from raylm.results.sweep import read, sources
 from raylm.results.trial_table import TrialRow
-from raylm.tracking import journal
+from raylm.tracking import MEANING, journal
 from raylm.training import launch
 
 SPACE = {
@@ -107,15 +107,23 @@ def test_mlflow_has_a_parent_and_a_closed_child_for_every_trial(sweep):
 
 
 def test_the_trials_differ_in_mlflow_in_nothing_but_the_swept_settings(sweep):
-    experiment, _, best, parent = sweep
+    experiment, rows, best, parent = sweep
     client = MlflowClient(parent.uri)
     children = [client.get_run(run.info.run_id).data for run in children_of(parent)]
     differing = {key for run in children for key, value in run.params.items() if value != children[0].params[key]}
-    assert differing == set(experiment.tune.space)
+    # And in what they mean: a model has a position for each token of a block.
+    assert differing == {*experiment.tune.space, *MEANING} - {"tokens_per_parameter_without_embeddings"}
     for run in children:
         sizes = {name: run.tags[f"raylm.{name}"] for name in ("model_parameters", "tokens", "steps")}
         assert all(int(size) > 0 for size in sizes.values())
         assert not sizes.keys() & run.params.keys()
+        rate, meaning = float(run.params["train.learning_rate"]), {name: float(run.params[name]) for name in MEANING}
+        assert meaning["weight_decay_timescale"] == pytest.approx(256 / (rate * 0.01 * 2560), rel=1e-3)
+        assert meaning["tokens_per_parameter"] == pytest.approx(2560 / int(sizes["model_parameters"]), rel=1e-3)
+        (row,) = [row for row in rows if row["trial_id"] == run.tags["raylm.trial"]]
+        assert {name: row[name] for name in MEANING} == meaning
+        assert row["evaluation_seconds"] == run.metrics["cost/evaluation_seconds"] > 0
+        assert row["saving_seconds"] == run.metrics["cost/saving_seconds"] > 0
     found = client.get_run(parent.run_id).data
     assert found.tags["raylm.best.trial"] == best["trial_id"]
     assert float(found.tags["raylm.best.perplexity"]) == best["perplexity"]
@@ -126,6 +134,24 @@ def test_the_trials_differ_in_mlflow_in_nothing_but_the_swept_settings(sweep):
     assert description.startswith(f"[Compare the trials]({parent.path})")
     assert f"**Best: {best['trial_id']}, perplexity {best['perplexity']:.2f}**" in description
     assert [line.split(" | ")[1] for line in description.splitlines() if line.startswith("| 1")] == [best["trial_id"]]
+
+
+def test_the_best_trial_of_each_optimizer_is_on_the_page_of_the_sweep(ray_cluster, tiny, tmp_path):
+    space = {"train.optimizer": {"grid": ["adamw", "muon"]}, "train.learning_rate": {"grid": [1e-2, 2e-2]}}
+    experiment = override(
+        tiny(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"), {"tune.space": space, "tune.scheduler": "none"}
+    )
+    rows, _, parent = run(experiment)
+    (found,) = choices.of([TrialRow.from_record(row) for row in rows])
+    assert [each.trials for each in found.values] == [2, 2]
+    assert [each.best.perplexity for each in found.values] == sorted(each.best.perplexity for each in found.values)
+    (sentence,) = found.sentences
+    assert "muon" in sentence
+    assert "adamw" in sentence
+    description = MlflowClient(parent.uri).get_run(parent.run_id).data.tags["mlflow.note.content"]
+    assert "**By optimizer**" in description
+    assert sentence in description
+    assert "By optimizer" in Path(html.build(parent.directory)).read_text()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from raylm import console, model, summary, tracking
 from raylm.config import Experiment, override
 from raylm.pipeline.training import export_best
-from raylm.results import repeats, significance, tables
+from raylm.results import choices, repeats, significance, tables
 from raylm.results.repeats import RepeatedSettings, Repeats
 from raylm.results.sweep import measured, repeat_command
 from raylm.results.trial_table import TrialRow
@@ -147,8 +147,10 @@ def best_tags(best: Mapping[str, Any], children: Mapping[str, Run]) -> dict[str,
 
 def description(rows: list[dict[str, Any]], best: Mapping[str, Any], score: str, *sentences: str) -> str:
     """The Markdown of a sweep's page in MLflow: a link to the comparison, then the best trial, then sentences, then the
-    ranked trials, because MLflow shows the first lines."""
+    best trial of each optimizer and the like, then the ranked trials, because MLflow shows the first lines."""
     settings = ", ".join(f"`{key}={console.format_number(value)}`" for key, value in best["settings"].items())
-    ranked = tables.ranked_markdown([TrialRow.from_record(row) for row in rows], score)
+    found = [TrialRow.from_record(row) for row in rows]
+    by_choice = [tables.choice_markdown(choice, score) for choice in choices.of(found)]
+    ranked = tables.ranked_markdown(found, score)
     best_of = f"**Best: {best['trial_id']}, {score} {best['perplexity']:.2f}** of {best['scored_on']}, with {settings}"
-    return "\n\n".join([f"[Compare the trials]({tracking.COMPARISON})", best_of, *sentences, ranked]) + "\n"
+    return "\n\n".join([f"[Compare the trials]({tracking.COMPARISON})", best_of, *sentences, *by_choice, ranked]) + "\n"

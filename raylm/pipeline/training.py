@@ -92,6 +92,21 @@ class TrainResult:
     tokens_per_second: int | None
     """Median speed between two logged steps, as in `raylm compare`; None without two steps."""
     mlflow_run_id: str | None
+    tokens_per_parameter: float | None = None
+    """The budget in tokens for each parameter of the model."""
+    tokens_per_parameter_without_embeddings: float | None = None
+    """For each parameter outside of embeddings and output head."""
+    weight_decay_timescale: float | None = None
+    """Tokens of a batch / (learning rate x weight decay x budget in tokens): the fraction of the run over which weights
+    average their updates; None without weight decay, or with optimizers other than AdamW and Muon."""
+    training_flops: float | None = None
+    """Floating-point operations of the budget."""
+    evaluation_seconds: float | None = None
+    """Seconds of its evaluations."""
+    saving_seconds: float | None = None
+    """Seconds of saving its checkpoints."""
+    peak_memory_bytes: float | None = None
+    """The most memory at a time: of tensors on a GPU, else of the process; of several workers that with the most."""
     test: TestScore | None = None
     """The score of the best model on the test split; None if the corpus has none."""
     mlflow_path: str | None = None
@@ -245,6 +260,7 @@ def _train(
         resumed_from=active.step,
         tokens_per_second=pace(active.directory)["tokens_per_second"],
         mlflow_run_id=tracked.run_id,
+        **tracked.figures(),
         test=exported.test,
         mlflow_path=tracked.path,
     )

@@ -4,6 +4,7 @@ figures      the figures of a sweep
 trial_table  the ranked table of a sweep's trials: rows, columns, cells
 significance   which trials are as good as the best one
 test_split     the best model's score on the test split, and whether the one on the validation split is too good
+choices      the best trial of each optimizer, or of another setting that is chosen by name
 repeats      which settings are better, by runs with other seeds
 runs         a run or sweep, found by its directory or name
 differences  which of several models is better, and whether that is real

@@ -12,8 +12,10 @@ from typing import Any, get_args
 from raylm import console, storage, tokens, tracking
 from raylm import sweep as sweeps
 from raylm.redaction import redacted
-from raylm.results import figures, several, trial_table
+from raylm.results import choices, figures, several, trial_table
+from raylm.results.choices import Choice
 from raylm.results.sweep import EXPERIMENT, SweepResults, read, repeat_command, scored_on_with_size, sources
+from raylm.results.trial_table import TrialRow
 from raylm.sweep.record import Status
 
 
@@ -46,11 +48,14 @@ def write_several(compared: several.SeveralSweeps) -> str:
         f"<h1>{' and '.join(names)}</h1>",
         f"<div class=answer>{''.join(f'<p>{escape(each)}</p>' for each in answers)}</div>{warnings}",
         "<h2>What changed</h2>",
-        _table(["", *names], [[name, *map(_cell, values)] for name, values in compared.changes().items()], left=1),
+        _table(["", *names], [[name, *map(_cell, values)] for name, values in compared.changes().items()]),
     ]
     if compared.trials:
         headings, rows = several.cells(compared)
-        parts += [f"<h2>Trials at {compared.equal_tokens:,} training tokens</h2>", _table(headings, rows, left=3)]
+        parts += [
+            f"<h2>Trials at {compared.equal_tokens:,} training tokens</h2>",
+            _table(headings, rows, slice(3, None)),
+        ]
     body = HTML.format(title=" and ".join(names), style=STYLE, body="\n".join(parts), scripts="")
     with storage.reached(directory):
         storage.write(path, body.encode(errors="backslashreplace"))
@@ -61,12 +66,13 @@ def _cell(value: Any) -> str:
     return "-" if value is None else console.format_number(value)
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A table whose first `left` columns are text and whose others are numbers."""
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: slice = slice(1, None)) -> str:
+    """A table of text, some of whose columns are `numbers`."""
+    are_numbers = range(len(headings))[numbers]
 
     def line(tag: str, cells: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{' class=number' * (at >= left)}>{escape(cell)}</{tag}>" for at, cell in enumerate(cells)
+            f"<{tag}{' class=number' * (at in are_numbers)}>{escape(cell)}</{tag}>" for at, cell in enumerate(cells)
         )
 
     lines = [line("th", headings), *(line("td", row) for row in rows)]
@@ -87,7 +93,9 @@ def page(results: SweepResults, built: Sequence[figures.Figure | figures.Omitted
         f"{FOLLOW if script else ''}</p>",
         _trials(results),
         f"<p class=caption>{OF_A_POPULATION}</p>" if is_population else "",
+        *[_choice(results, each) for each in choices.of(results.trials)],
         _sources(results),
+        _meaning(results),
         "<h2>The sweep</h2>",
         _facts(_about(results)),
     ]
@@ -145,7 +153,7 @@ def _about_settings(results: SweepResults) -> str:
         cells = [_cell(each["runs"]), *scores, _cell(each["nats_per_token"]), console.format_p(each["p"])]
         rows.append([trial_table.short_id(each["trial_id"]), settings, *cells])
     headings = ["trial", "its settings", "repeats", f"mean {score}", "95 % from", "to", "nats a token more", "p"]
-    return f"<p>{escape(found['sentence'])}</p>{_table(headings, rows, left=2)}"
+    return f"<p>{escape(found['sentence'])}</p>{_table(headings, rows, slice(2, None))}"
 
 
 def _section(figure: figures.Figure | figures.Omitted, images: Mapping[str, bytes], interactive: bool) -> str:
@@ -193,6 +201,40 @@ def _trials(results: SweepResults) -> str:
     return f"<div class=wide><table class=trials>{''.join(lines)}</table></div>"
 
 
+def _choice(results: SweepResults, choice: Choice) -> str:
+    """The best trial of each value of a setting."""
+    caption = f"The best trial of each {choice.name}, with its own best settings."
+    return (
+        f"<h2>{escape(choice.title)}</h2><p class=caption>{escape(caption)}</p>"
+        f"{_table(*choice.cells(console.label(results.measure)), slice(1, -1))}"
+        f"{''.join(f'<p>{escape(sentence)}</p>' for sentence in choice.sentences)}"
+    )
+
+
+def _meaning(results: SweepResults) -> str:
+    """What the settings of each trial mean, and what it cost; empty if nothing is known of it."""
+    rows = results.trials
+    known = [name for name in MEANING_HEADINGS if any(getattr(row, name) is not None for row in rows)]
+    if known in ([], ["seconds"]):
+        return ""
+
+    def cell(row: TrialRow, name: str) -> str:
+        value = getattr(row, name)
+        if value is None:
+            return "-"
+        if name == "training_flops":
+            return f"{value:.3g}"
+        return console.format_size(value) if name == "peak_memory_bytes" else console.format_number(value)
+
+    lines = [[trial_table.short_id(row.trial_id), *(cell(row, name) for name in known)] for row in rows]
+    headings = ["trial", *(MEANING_HEADINGS[name] for name in known)]
+    caption = " ".join(text for name, text in MEANING_CAPTIONS.items() if name in known)
+    return (
+        f"<h2>What the settings mean, and what the trials cost</h2><p class=caption>{escape(caption)}</p>"
+        f"{_table(headings, lines)}"
+    )
+
+
 def _sources(results: SweepResults) -> str:
     """The score of each trial on each source and evaluation set; empty if there is one text without a name."""
     found = sources(results)
@@ -212,7 +254,7 @@ def _sources(results: SweepResults) -> str:
     if repeated:
         caption += "; and how often the training repeats each source of the mixture"
     headings = ["trial", *names, *(f"passes over {name}" for name in repeated)]
-    return f"<h2>By source</h2><p class=caption>{escape(caption)}.</p>{_table(headings, rows, left=1)}"
+    return f"<h2>By source</h2><p class=caption>{escape(caption)}.</p>{_table(headings, rows)}"
 
 
 def _about(results: SweepResults) -> dict[str, Any]:
@@ -260,6 +302,24 @@ def _json(value: Any) -> str:
 
 
 FOLLOW = "A click on a row, a line or a bar follows that trial through the figures."
+MEANING_HEADINGS = {
+    "tokens_per_parameter": "tokens/parameter",
+    "tokens_per_parameter_without_embeddings": "without embeddings",
+    "weight_decay_timescale": "weight-decay timescale",
+    "training_flops": "training FLOPs",
+    "seconds": "seconds",
+    "evaluation_seconds": "of evaluations",
+    "saving_seconds": "of saving",
+    "peak_memory_bytes": "peak memory",
+}
+MEANING_CAPTIONS = {
+    "tokens_per_parameter": "Tokens per parameter: of the budget, for each parameter of the model, and for each "
+    "outside of embeddings and output head.",
+    "weight_decay_timescale": "Weight-decay timescale: batch / (learning rate x weight decay x budget), the fraction "
+    "of the run over which weights average their updates; far above 1 weight decay does nothing.",
+    "training_flops": "Training FLOPs: of the budget, 6 for each token and parameter, and those of attention.",
+    "peak_memory_bytes": "Peak memory: on a GPU of tensors, else of the process.",
+}
 OF_A_POPULATION = (
     "The settings of a population change during training. The commands train with the last settings from the start, "
     "which is not the same."

@@ -143,13 +143,16 @@ def repeat_command(directory: str, trial: Trial) -> str:
 
 
 def measured(directory: str, trial: Trial) -> dict[str, Any]:
-    """parameters, seconds and best_step of a sweep's trial; None where unknown."""
-    size = tracking.Run(f"{directory}/{trial.trial_id}").tags().get(tracking.PARAMETERS_TAG)
+    """parameters, seconds and best_step of a sweep's trial, what its settings mean and what it cost; None where
+    unknown."""
+    run = tracking.Run(f"{directory}/{trial.trial_id}")
+    size = run.tags().get(tracking.PARAMETERS_TAG)
     last = trial.results[-1] if trial.results else {}
     return {
         "parameters": None if size is None else int(size),
         "seconds": last.get("seconds"),
         "best_step": last.get("best_step"),
+        **run.figures(),
     }
 
 

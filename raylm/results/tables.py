@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from raylm.console import format_estimate, format_number, label
 from raylm.results import trial_table
+from raylm.results.choices import Choice
 from raylm.results.trial_table import TrialRow
 from raylm.tokens import ANSWERS
 
@@ -30,6 +32,17 @@ def numbers(*headings: str) -> Table:
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left")
     return table
+
+
+def choice(found: Choice, score: str) -> tuple[Table | str, ...]:
+    """A row for each value of a setting, with its best trial; and a sentence for each but the best."""
+    headings, rows = found.cells(score)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if 0 < number < len(headings) - 1 else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table, *found.sentences
 
 
 def splits(counts: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -59,12 +72,26 @@ def ranked_markdown(rows: Sequence[TrialRow], score: str) -> str:
     """The best of the ranked trials as a Markdown table with the name and settings of each."""
     columns = trial_table.columns(rows[:MARKDOWN_ROWS], score)
     shown = [column for name, column in columns.items() if name != "status"]
-    lines = [[column.heading for column in shown], ["---:" if column.justify == "right" else "---" for column in shown]]
-    rows_of_cells = zip(*(column.cells for column in shown), strict=True)
-    lines += [[cell.replace("|", "\\|") for cell in cells] for cells in rows_of_cells]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = _markdown(
+        [column.heading for column in shown],
+        [column.justify == "right" for column in shown],
+        list(zip(*(column.cells for column in shown), strict=True)),
+    )
     left_out = len(rows) - MARKDOWN_ROWS
     return f"{table}\n\nand {left_out} more trials" if left_out > 0 else table
+
+
+def choice_markdown(found: Choice, score: str) -> str:
+    """`choice` as Markdown, with its sentences."""
+    headings, rows = found.cells(score)
+    table = _markdown(headings, [0 < number < len(headings) - 1 for number in range(len(headings))], rows)
+    return "\n\n".join([f"**{found.title}**", table, *found.sentences])
+
+
+def _markdown(headings: Sequence[str], are_numbers: Sequence[bool], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---:" if is_number else "---" for is_number in are_numbers]]
+    lines += [[cell.replace("|", "\\|") for cell in cells] for cells in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def evaluations(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from rich.text import Text
 from raylm.console import format_number
 from raylm.results.figures import short_name
 from raylm.results.significance import Standing
+from raylm.tracking import COSTS, MEANING
 
 WEIGHED = ("parameters", "seconds")
 """What tune.against can weigh scores against."""
@@ -52,6 +53,21 @@ class TrialRow:
     """The size of its model."""
     seconds: float | None = None
     """Run time up to its last evaluation."""
+    tokens_per_parameter: float | None = None
+    """The budget in tokens for each parameter of the model."""
+    tokens_per_parameter_without_embeddings: float | None = None
+    """For each parameter outside of embeddings and output head."""
+    weight_decay_timescale: float | None = None
+    """Tokens of a batch / (learning rate x weight decay x budget in tokens): the fraction of the run over which weights
+    average their updates; None without weight decay, or with optimizers other than AdamW and Muon."""
+    training_flops: float | None = None
+    """Floating-point operations of the budget."""
+    evaluation_seconds: float | None = None
+    """Seconds of its evaluations."""
+    saving_seconds: float | None = None
+    """Seconds of saving its checkpoints."""
+    peak_memory_bytes: float | None = None
+    """The most memory at a time: of tensors on a GPU, else of the process; of several workers that with the most."""
     checkpoint: str | None = None
     """Its best checkpoint; None while the sweep has not finished."""
     best_step: int | None = None
@@ -84,6 +100,7 @@ class TrialRow:
             **({} if self.weighted_nll is None else {"weighted_nll": self.weighted_nll}),
             "parameters": self.parameters,
             "seconds": self.seconds,
+            **{name: getattr(self, name) for name in (*MEANING, *COSTS)},
             **self.weighed,
             **({} if self.pareto is None else {"pareto": self.pareto}),
             "tokens": self.tokens,
@@ -123,11 +140,11 @@ class Column:
 
 def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None = None) -> dict[str, Column]:
     """Name -> column: rank, trial_id, repeat_of, weighted_nll, perplexity, bits_per_byte, `WEIGHED`, tokens, status,
-    pareto, and each swept key.
+    pareto, what the settings mean if that helps to choose, and each swept key.
 
     `score` is the heading of perplexity. `settings` are the swept keys in their order, by default that of the rows.
     """
-    swept = list(dict.fromkeys(key for row in rows for key in row.settings)) if settings is None else settings
+    swept = list(dict.fromkeys(key for row in rows for key in row.settings)) if settings is None else list(settings)
     weighed = list(rows[0].weighed) if rows else []
     table = {
         "rank": Column("", [str(rank) for rank in range(1, len(rows) + 1)]),
@@ -142,9 +159,26 @@ def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None
     }
     if weighed:
         table["pareto"] = Column("pareto front", ["✓" if row.pareto else "" for row in rows], justify="left")
+    table |= _meaning(rows, swept)
     for key in swept:
         table[key] = Column(short_name(key), [format_number(row.settings.get(key, "-")) for row in rows])
     return table
+
+
+def _meaning(rows: Sequence[TrialRow], swept: Collection[str]) -> dict[str, Column]:
+    """Tokens for each parameter, if models or budgets are swept; and the timescale of weight decay, if that is swept:
+    it is what the best values for different learning rates have in common."""
+    shown = {}
+    sizes = [key for key in swept if key.startswith("model.") or key in ("train.max_tokens", "train.num_epochs")]
+    if sizes and len({row.tokens_per_parameter for row in rows} - {None}) > 1:
+        shown["tokens_per_parameter"] = "tokens/parameter"
+    if "train.weight_decay" in swept and any(row.weight_decay_timescale is not None for row in rows):
+        shown["weight_decay_timescale"] = "decay timescale"
+    values = {name: [getattr(row, name) for row in rows] for name in shown}
+    return {
+        name: Column(heading, ["-" if value is None else format_number(value) for value in values[name]])
+        for name, heading in shown.items()
+    }
 
 
 def _weighted_nll(rows: Sequence[TrialRow]) -> dict[str, Column]:

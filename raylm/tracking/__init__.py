@@ -29,11 +29,24 @@ from raylm.tracking.command import (
 )
 from raylm.tracking.comparison import LINK as COMPARISON
 from raylm.tracking.failures import display_uri
-from raylm.tracking.run import COMMIT_TAG, PARAMETERS_TAG, PASSES_TAG, TOKENS_TAG, Run, Status
+from raylm.tracking.run import (
+    COMMIT_TAG,
+    COST,
+    COSTS,
+    MEANING,
+    PARAMETERS_TAG,
+    PASSES_TAG,
+    TOKENS_TAG,
+    Run,
+    Status,
+)
 
 __all__ = [
     "COMMIT_TAG",
     "COMPARISON",
+    "COST",
+    "COSTS",
+    "MEANING",
     "PARAMETERS_TAG",
     "PASSES_TAG",
     "TOKENS_TAG",

@@ -29,6 +29,16 @@ PARAMETERS_TAG, TOKENS_TAG = "raylm.model_parameters", "raylm.tokens"
 """The size of the model, and the training tokens of the budget."""
 PASSES_TAG = "raylm.passes."
 """How often a training repeats a source of a mixture; the name of the source stands behind it."""
+MEANING = (
+    "tokens_per_parameter",
+    "tokens_per_parameter_without_embeddings",
+    "weight_decay_timescale",
+    "training_flops",
+)
+"""Parameters of a run that say what its settings mean; they follow from them."""
+COSTS = ("evaluation_seconds", "saving_seconds", "peak_memory_bytes")
+"""What a training costs beside its steps, as metrics below COST."""
+COST = "cost/"
 DESCRIPTION_TAG = "mlflow.note.content"  # MLflow's own
 
 MAX_PARAMETER_LENGTH = 6000  # characters that MLflow takes
@@ -119,14 +129,31 @@ class Run:
             self.log_metrics(system.monitor(self.directory).metrics(), step)
 
     def metric_history(self) -> dict[str, list[tuple[int, float]]]:
-        """(step, value) of every metric but the system's, in order of steps, as the journal has them."""
-        points: dict[journal.MetricKey, journal.MetricValue] = {}
-        journal.apply_metrics(journal.json_lines(self.directory, journal.METRICS_FILE).read()[0], points)
+        """(step, value) of every metric of the training's results, in order of steps, as the journal has them.
+
+        Without metrics of the system and of costs, which differ each time.
+        """
         history: dict[str, list[tuple[int, float]]] = {}
-        for (name, step), (value, _) in sorted(points.items()):
-            if not name.startswith(system.PREFIX):
+        for (name, step), value in self._points():
+            if not name.startswith((system.PREFIX, COST)):
                 history.setdefault(name, []).append((step, value))
         return history
+
+    def figures(self) -> dict[str, Any]:
+        """What the settings mean and what the training has cost so far: `MEANING` and `COSTS`, as the journal has them;
+        None where nothing was logged."""
+        parameters = journal.run_state(self.directory).parameters
+        meaning = {name: float(parameters[name]) if name in parameters else None for name in MEANING}
+        newest = {name.removeprefix(COST): value for (name, _), value in self._points() if name.startswith(COST)}
+        if "peak_memory_bytes" in newest:
+            newest["peak_memory_bytes"] = int(newest["peak_memory_bytes"])
+        return {**meaning, **{name: newest.get(name) for name in COSTS}}
+
+    def _points(self) -> list[tuple[journal.MetricKey, float]]:
+        """((name, step), value) of every metric, by name and step."""
+        points: dict[journal.MetricKey, journal.MetricValue] = {}
+        journal.apply_metrics(journal.json_lines(self.directory, journal.METRICS_FILE).read()[0], points)
+        return [(key, value) for key, (value, _) in sorted(points.items())]
 
     def tags(self) -> dict[str, str]:
         """The tags, as the journal has them."""

@@ -7,6 +7,7 @@ sharding            the Trainer with DDP, FSDP or DeepSpeed; which of them allow
 muon                Muon for the matrices of the layers, AdamW for the rest
 guards              what ends a training before it spoils its weights: no memory, gradients that are not finite
 cooldown            at rungs: a branch with a decayed learning rate, by whose score trials are compared
+costs               what a training costs beside its steps: seconds of evaluations and saving, memory
 checkpoint_writer   one checkpoint, uploaded by all ranks and committed by the first; older ones removed
 trainer             the Trainer of a worker: evaluations, training metrics, checkpoints, the order of examples
 worker              one worker's training or scoring: threads, devices, errors

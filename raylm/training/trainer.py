@@ -28,6 +28,7 @@ from raylm import (
     storage,
     summary,
     tokens,
+    tracking,
 )
 from raylm import tokenizer as tokenizers
 from raylm.checkpoint import CheckpointManager
@@ -37,6 +38,7 @@ from raylm.perplexity import Documents, Score
 from raylm.tokenizer import Frame
 from raylm.training import arguments, muon
 from raylm.training.checkpoint_writer import PROGRESS, CheckpointWriter
+from raylm.training.costs import Costs
 from raylm.training.guards import GradientGuard, MemoryGuard
 from raylm.training.session import EVALUATED, CollectiveError, Outcome, Session, TrainTask, gathered
 from raylm.training.sharding import ShardingTrainer
@@ -127,6 +129,7 @@ class _Trainer(ShardingTrainer):
         self.writer = CheckpointWriter(task, session, Path(self.args.output_dir), self.say)
         self.memory = MemoryGuard(task, session, self.args.per_device_train_batch_size)
         self.gradients = GradientGuard(task, session)
+        self.costs = Costs(self.args.device)
 
     # The whole training
 
@@ -161,8 +164,8 @@ class _Trainer(ShardingTrainer):
             self._restore(self.resumed, step)
         if self.session.rank == 0:
             self.task.run.rewind(self.start_step)
-            if self.is_unscored:
-                self._score_resumed()
+        if self.is_unscored:
+            self._score_resumed()
         if self.start_step < self.task.last_step and not self._is_patience_over() and not self.stopped:
             self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
         step = self.state.global_step or self.start_step
@@ -190,6 +193,7 @@ class _Trainer(ShardingTrainer):
         self.worse_in_a_row = progress["worse_in_a_row"]
         self.is_unscored = progress.get("is_unscored", False)
         self.started_at -= progress["seconds"]
+        self.costs.resume(progress)
         is_branch = self.task.trunk is not None and step == self.task.trunk[1]
         self.best = record["best"] if not is_branch else {}
         if self.best and self.best["step"] != step and self._is_lost(self.best["step"]):
@@ -286,7 +290,7 @@ class _Trainer(ShardingTrainer):
         self.control.should_evaluate = False  # or the end of the data would evaluate the last step again
         self.is_unscored = False
         try:
-            with self.memory.for_scoring():
+            with self.costs.evaluating(), self.memory.for_scoring():
                 rows = self._score(self.store.validation)
                 sets = {name: Score.of(self._score(documents)) for name, documents in self.sets.items()}
         except perplexity.EvaluationStopped:  # saved as it is, and evaluated first when the run resumes
@@ -329,7 +333,7 @@ class _Trainer(ShardingTrainer):
         is_last = step == task.last_step or self.control.should_training_stop
         self.control.should_save = is_best or is_last or self.stopped or step % task.budget.save_every == 0
         if not self.control.should_save:
-            self.session.report(self._metrics())
+            self._report()
         return {"eval_perplexity": score.perplexity}
 
     def _by_source(self, rows: np.ndarray) -> dict[str, Score]:
@@ -364,7 +368,7 @@ class _Trainer(ShardingTrainer):
     def score_untrained(self) -> None:
         """Score the weights before the first step. It is only logged: without a checkpoint they are never the best."""
         try:
-            with self.memory.for_scoring():
+            with self.costs.evaluating(), self.memory.for_scoring():
                 score = Score.of(self._score(self.store.validation))
         except perplexity.EvaluationStopped:  # the training stops after its first step
             return
@@ -384,7 +388,7 @@ class _Trainer(ShardingTrainer):
         if self.better is not None:
             self.best, self.better = self.better, None
         if self.control.should_save:  # else it is reported
-            self.session.report(self._metrics())
+            self._report()
 
     def _is_patience_over(self) -> bool:
         patience = self.task.experiment.train.patience
@@ -402,6 +406,16 @@ class _Trainer(ShardingTrainer):
             "budget_tokens": self.task.budget.tokens,
             "seconds": time.monotonic() - self.started_at,
         }
+
+    def _report(self) -> None:
+        """Report the latest evaluation to Ray, and log what the training has cost up to it."""
+        costs = self.costs.record()
+        found = gathered(self.session, costs["peak_memory_bytes"])
+        costs["peak_memory_bytes"] = max((peak for peak in found if peak is not None), default=None)
+        if self.session.rank == 0:
+            values = {f"{tracking.COST}{name}": value for name, value in costs.items() if value is not None}
+            self.task.run.log_metrics(values, self.state.global_step)
+        self.session.report(self._metrics())
 
     def _metrics(self) -> dict[str, Any]:
         """The report to Ray: the latest evaluation, and the best one with its checkpoint."""
@@ -456,7 +470,8 @@ class _Trainer(ShardingTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
-            super()._save_checkpoint(model, trial)
+            with self.costs.saving():
+                super()._save_checkpoint(model, trial)
         except Exception as error:  # perhaps of this rank alone: CheckpointWriter.commit tells the others
             self.writer.failed = self.writer.failed or error
 
@@ -486,12 +501,13 @@ class _Trainer(ShardingTrainer):
         step = self.state.global_step
         local = Path(self.args.output_dir) / f"checkpoint-{step}"
         best, self.better = self.better or self.best, None
-        self.writer.describe(local, *self._records(step, best, gathered(self.session, self._tr_loss.item())))
-        is_last_chance = self.stopped or step == self.task.last_step or self._is_patience_over()
-        if self.writer.commit(step, local, best=best.get("step"), is_last_chance=is_last_chance):
-            self.best = best
+        with self.costs.saving():
+            self.writer.describe(local, *self._records(step, best, gathered(self.session, self._tr_loss.item())))
+            is_last_chance = self.stopped or step == self.task.last_step or self._is_patience_over()
+            if self.writer.commit(step, local, best=best.get("step"), is_last_chance=is_last_chance):
+                self.best = best
         if self.latest.get("step") == step and self.best:
-            self.session.report(self._metrics())
+            self._report()
 
     def _records(self, step: int, best: dict[str, Any], losses: list[float]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The record of the model, with its score if it has one, and the progress that the Trainer does not save."""
@@ -517,6 +533,7 @@ class _Trainer(ShardingTrainer):
             "is_unscored": self.is_unscored,
             "world_size": self.session.world_size,
             "seconds": time.monotonic() - self.started_at,
+            **self.costs.record(),
         }
         return record, progress
 
