@@ -1,8 +1,8 @@
 """A process on this machine for the only worker of a run, without Ray.
 
-It starts before the command knows its task, and before the command itself imports Ray, PyTorch and transformers. It
-imports what a training needs meanwhile; nothing of Ray, with which the first step would come 1.5 s later
-(benchmarks/start.py). The process always ends with the command.
+It starts before the command knows its task, and before the command itself imports PyTorch and transformers. It imports
+what a training needs meanwhile; nothing of Ray, with which the first step would come 1.5 s later (benchmarks/start.py).
+The process always ends with the command.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
+
+import cloudpickle
 
 from raylm import console, timeline
 from raylm.config import ClusterConfig, is_local
@@ -126,8 +128,6 @@ class LocalWorker:
         self._log.close()
 
     def _send(self, what: Any) -> None:
-        from ray import cloudpickle  # which the command has loaded by now
-
         with contextlib.suppress(ConnectionError):  # `call` finds out how it died
             self._connection.send_bytes(cloudpickle.dumps(what))
 
