@@ -11,6 +11,7 @@ number of workers is written, for ui.perfetto.dev.
 from __future__ import annotations
 
 import argparse
+import compileall
 import functools
 import json
 import os
@@ -21,6 +22,8 @@ import time
 from pathlib import Path
 
 import turns
+
+import raylm as package
 
 SIZES = ["train.max_tokens=2560", "train.batch_tokens=512", "train.eval_every_tokens=2560", "eval.max_tokens=1000"]
 
@@ -69,7 +72,12 @@ def main() -> None:
 
 
 def first_step(home: Path, workers: int, repeat: int) -> dict[str, list[float]]:
-    """Seconds to the first step of the script and of raylm in turn, after one of each that does not count."""
+    """Seconds to the first step of the script and of raylm in turn, after one of each that does not count.
+
+    raylm is compiled to bytecode first, as pip compiles whatever it installs, torch and transformers for example. Else
+    the command compiles 129 modules and its worker 84 at each start where PYTHONDONTWRITEBYTECODE is set.
+    """
+    compileall.compile_dir(Path(package.__file__).parent, quiet=1)
     (home / "script.py").write_text(SCRIPT % home)
     ways = {"script": lambda: script(home, workers), "raylm": lambda: raylm(home, workers)}
     return turns.in_turn(ways, repeat, warm_up=1)  # the first raylm prepares the tokens

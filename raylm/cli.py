@@ -123,6 +123,7 @@ def run(verb: Callable[..., CommandResult | None] | typer.Typer, name: str | Non
     _heed_signals()
     _keep_stderr()
     console.show_messages()
+    console.is_command = True
     _quiet_libraries()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see local_worker.WORKER_ENVIRONMENT
     with _stdout_for_result(as_json) as stdout:

@@ -31,6 +31,9 @@ screen = Console(stderr=True, highlight=False, emoji=False, force_jupyter=False)
 
 logger = logging.getLogger(__name__)
 
+is_command = False
+"""Whether this process is a command (cli.run), not a program of the user's that imports raylm."""
+
 
 class _Screen(logging.Handler):
     """Messages as lines of the console; they stand above a progress bar that is there."""
@@ -259,6 +262,8 @@ def loading() -> Iterator[None]:
     is_loaded = {"torch", "transformers"} <= sys.modules.keys()
     with contextlib.nullcontext() if is_loaded else waiting("Loading PyTorch and transformers"), importing():
         yield
+        if is_command:  # as in local_worker.serve; a program's own objects are not raylm's to freeze
+            gc.freeze()
 
 
 def _amount(done: float, total: float | None, unit: str) -> str:

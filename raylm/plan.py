@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raylm import cluster, console, corpus, derived, runs, storage, tokenizer, tokens, tracking
 from raylm.cluster import Resources
-from raylm.config import Address, CorpusConfig, Experiment, TokenizerConfig, address_of
+from raylm.config import Address, CorpusConfig, Experiment, TokenizerConfig, address_of, is_local
 from raylm.corpus import Source
 from raylm.derived import Derived
 from raylm.errors import StorageError
@@ -182,7 +182,7 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
 
     If the run `starts` now, its worker process or Ray starts in the background meanwhile.
     """
-    if starts:
+    if starts and not is_local(experiment.cluster):
         cluster.check_reachable(experiment.cluster)
     if experiment.tracking.uri is not None:
         tracking.check_uri(experiment.tracking.uri)

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import gc
 import http.server
 import ipaddress
 import json
@@ -550,7 +551,7 @@ def working(work):
         raise ValueError("no such thing\nas this")
     if work.what == "sleep":
         time.sleep(100)
-    return os.environ["CUDA_VISIBLE_DEVICES"], os.environ["MALLOC_TOP_PAD_"], os.getpid()
+    return os.environ["CUDA_VISIBLE_DEVICES"], os.environ["MALLOC_TOP_PAD_"], os.getpid(), gc.get_freeze_count()
 
 
 def called(what, channel=None):
@@ -561,9 +562,10 @@ def called(what, channel=None):
 def test_a_process_of_this_machine_does_one_thing_on_one_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     local_worker.start_worker_early("wave")
-    gpu, kept, process = called("look")
+    gpu, kept, process, frozen = called("look")
     assert (gpu, kept) == ("2", local_worker.WORKER_ENVIRONMENT["MALLOC_TOP_PAD_"])
     assert not psutil.pid_exists(process)
+    assert frozen > 10_000, "the collector looks at none of what was imported"
     channel = cluster.ProgressChannel()
     channel.say = lambda message: channel.stop()
     assert called("stop", channel)[0] == "2"

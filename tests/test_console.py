@@ -1,3 +1,4 @@
+import gc
 import shlex
 import sys
 
@@ -35,3 +36,18 @@ def test_numbers_and_sizes_as_people_write_them():
 )
 def test_a_number_with_an_interval_has_no_more_digits_than_it_tells(value, low, high, expected):
     assert console.format_estimate(value, low, high) == expected
+
+
+def test_what_a_command_has_loaded_is_frozen_and_what_a_program_has_is_not(monkeypatch):
+    gc.unfreeze()
+    try:
+        with console.loading():
+            assert not gc.isenabled()
+        assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
+        monkeypatch.setattr(console, "is_command", True)
+        with console.loading():
+            pass
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()

@@ -1,11 +1,14 @@
 """The verbs as their users run them: as commands, in processes of their own."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from mlflow import MlflowClient
+
+from raylm import cluster
 
 BAD = [
     ("train.learning_rte=1", 2, "train.learning_rte"),
@@ -68,9 +71,12 @@ def test_tokens_are_prepared_once(swept):
     assert answer["train"]["tokens"] > 0
 
 
-def test_one_worker_with_prepared_tokens_needs_no_ray(swept, monkeypatch):
+def test_one_worker_with_prepared_tokens_needs_no_ray(swept, monkeypatch, tmp_path):
     directory, config, sweep = swept
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null/nowhere")  # where none can start
+    if cluster.this_machine()["GPU"] == 0:  # else Ray is asked for them
+        (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['ray'] = None  # import ray fails\n")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     code, answer, stderr = raylm("train", "--config", config, cwd=directory)
     assert (code, answer and answer["steps"]) == (0, 10), stderr
     untrained = sweep["untrained"]["perplexity"]

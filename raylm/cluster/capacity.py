@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import os
 import sys
@@ -11,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import ray
 import yaml
 
 from raylm import console
-from raylm.config import ClusterConfig
+from raylm.config import ClusterConfig, is_local
 from raylm.errors import ConfigError
 
 NODE_GROUP = "ray.io/node-group"
@@ -62,6 +63,8 @@ class Resources:
 
     def without(self, nodes: Collection[str]) -> Resources:
         """The same with the resources that the cluster has now, without the nodes of these ids."""
+        import ray  # as in `capacity`: only a connected process has nodes
+
         left = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in nodes]
         return replace(self, total={kind: sum(each.get(kind, 0) for each in left) for kind in self.per_worker})
 
@@ -130,6 +133,11 @@ def resources(
     return found
 
 
+def planned_resources(section: ClusterConfig, *, trials: int = 1, decided: float | None = None) -> Resources | None:
+    """The resources of a run on this machine, without starting Ray; None for a cluster elsewhere."""
+    return resources(section, this_machine(), trials=trials, decided=decided) if is_local(section) else None
+
+
 def _divided(nodes: Nodes, num_workers: int, gpus: float) -> float:
     """The most whole CPUs that each of so many concurrent workers can have; at least one.
 
@@ -165,6 +173,8 @@ def amount_of(number: float, kind: str) -> str:
 
 def capacity(section: ClusterConfig) -> tuple[Mapping[str, float], Nodes]:
     """The resources of the cluster in total and by node, with those that autoscaling may add."""
+    import ray  # 0.5 s, which `planned_resources` does without
+
     now = ray.cluster_resources()
     nodes = [(1.0, node["Resources"]) for node in ray.nodes() if node["Alive"]]
     if not any(NODE_GROUP in node["Labels"] for node in ray.nodes() if node["Alive"]):
@@ -204,15 +214,26 @@ def _sum(nodes: Nodes) -> dict[str, float]:
 
 def this_machine() -> dict[str, float]:
     """The resources that `ray.init` will find here, with `cpus_here` CPUs."""
+    found = {"CPU": cpus_here(), "GPU": 0, "memory": psutil.virtual_memory().available}
+    if not _has_nvidia_driver():  # Ray would find no GPU, and its import takes 0.5 s
+        return found
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
     accelerator = NvidiaGPUAcceleratorManager.get_current_node_accelerator_type()
-    return {
-        "CPU": cpus_here(),
-        "GPU": NvidiaGPUAcceleratorManager.get_current_node_num_accelerators(),
-        "memory": psutil.virtual_memory().available,
-        **({f"{ACCELERATOR}{accelerator}": 1} if accelerator else {}),
-    }
+    found["GPU"] = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    return {**found, **({f"{ACCELERATOR}{accelerator}": 1} if accelerator else {})}
+
+
+@functools.cache
+def _has_nvidia_driver() -> bool:
+    """Whether the library by which Ray finds GPUs is here; outside of Linux only Ray knows its place."""
+    if not sys.platform.startswith("linux"):
+        return True
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def cpus_here() -> int:

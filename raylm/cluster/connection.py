@@ -23,8 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raylm import console, scratch, timeline
 from raylm.cluster import output
 from raylm.cluster.address import has_token, reachable_address
-from raylm.cluster.capacity import Resources, amount_of, capacity, cpus_here, resources, this_machine
-from raylm.config import Address, ClusterConfig, address_of, is_local
+from raylm.cluster.capacity import Resources, amount_of, capacity, cpus_here, planned_resources, resources
+from raylm.config import Address, ClusterConfig, address_of
 from raylm.errors import ConfigError, RaylmError, TrainingError
 from raylm.local_worker import WORKER_ENVIRONMENT
 from raylm.redaction import redacted
@@ -40,11 +40,6 @@ DRIVER_ENVIRONMENT = {
 
 _starting: list[Future] = []
 """The start of Ray by `start_ray_early`, which `connect` waits for."""
-
-
-def planned_resources(section: ClusterConfig, *, trials: int = 1, decided: float | None = None) -> Resources | None:
-    """The resources of a run on this machine, without starting Ray; None for a cluster elsewhere."""
-    return resources(section, this_machine(), trials=trials, decided=decided) if is_local(section) else None
 
 
 def check_reachable(section: ClusterConfig) -> None:

@@ -7,6 +7,7 @@ moment in which they load the training function: 10 s in which nothing of Ray Tr
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ def load_training() -> None:
     with timeline.phase("import what a training needs"), console.importing():
         importlib.import_module(TRAINER)
         importlib.import_module("ray.train.torch")
+        gc.freeze()  # as in local_worker.serve
 
 
 @dataclass

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylm.errors import Interrupted
 
@@ -57,6 +55,9 @@ class SharedProgressChannel:
     """
 
     def __init__(self) -> None:
+        import ray  # 0.5 s, which a ProgressChannel does without
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         here = ray.get_runtime_context().get_node_id()  # else it would be lost with another node
         same_node = NodeAffinitySchedulingStrategy(here, soft=False)
         self.actor = (
@@ -83,7 +84,15 @@ class SharedProgressChannel:
     def is_stopping(self) -> bool:
         return self._answer(self.actor.is_stopping, False)
 
+    def end(self) -> None:
+        """End its process."""
+        import ray
+
+        ray.kill(self.actor)
+
     def _answer(self, method: Any, otherwise: Any) -> Any:
+        import ray
+
         try:
             return ray.get(method.remote(), timeout=ANSWER_SECONDS)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
@@ -102,7 +111,8 @@ def progress_channel(
     The newest progress is shown, and messages and figures are passed on. Once this process is asked to stop
     (`handle_signals`) or `stops()` is true, the workers are asked to stop.
     """
-    channel = SharedProgressChannel() if ray.is_initialized() else ProgressChannel()
+    ray = sys.modules.get("ray")  # nothing is connected if it has not been imported
+    channel = SharedProgressChannel() if ray is not None and ray.is_initialized() else ProgressChannel()
     ended = threading.Event()
 
     def forward() -> None:
@@ -129,7 +139,7 @@ def progress_channel(
         watcher.join()
         forward()  # the last messages
         if isinstance(channel, SharedProgressChannel):
-            ray.kill(channel.actor)
+            channel.end()
 
 
 _asked: list[int] = []

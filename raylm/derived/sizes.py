@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raylm import config, console
-from raylm.config import Experiment, ModelConfig, override
+from raylm.config import Experiment, ModelConfig, is_local, override
 from raylm.derived import decisions
 from raylm.derived.text import Derived, size, with_split, with_tokenizer
 
@@ -190,9 +190,10 @@ def _limits(experiment: Experiment, held: Holdout, sources: list[Source]) -> _Li
 
 def _sizes(experiment: Experiment, held: Holdout, sources: list[Source]) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings of model, blocks, budget, evaluations and sweep that go with what was given, by dotted keys; and why."""
-    from raylm import cluster
+    if not is_local(experiment.cluster):
+        from raylm import cluster
 
-    cluster.check_reachable(experiment.cluster)  # before what takes seconds
+        cluster.check_reachable(experiment.cluster)  # before what takes seconds
     with console.loading():
         limits = _limits(experiment, held, sources)
     with console.waiting("Measuring how fast this machine trains"):

@@ -22,7 +22,7 @@ from raylm.errors import OutOfMemory, WorkerFailed
 from raylm.local_worker import is_alone, local_worker
 from raylm.perplexity import Documents
 from raylm.tokens import Store
-from raylm.training import Outcome, ScoreTask, TrainTask, worker_group
+from raylm.training import Outcome, ScoreTask, TrainTask
 from raylm.training.worker_errors import UncountedFailure
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,8 @@ def with_smaller_batches(task: TrainTask, train: Callable[[], Outcome]) -> Outco
 
 
 def _in_group(task: TrainTask, resources: Resources, callbacks: Sequence[Any]) -> Outcome:
+    from raylm.training import worker_group  # imports Ray: 0.5 s, which the only worker of this machine does without
+
     train = functools.partial(training.train_loop_per_worker, task)
     return worker_group.run(train, task.experiment, resources, task.directory, callbacks)
 
@@ -191,6 +193,8 @@ def _scored(
     if resources is None or (resources.num_workers == 1 and is_local(experiment.cluster)):
         alone = dataclasses.replace(task, cpus=cluster.cpus_here(), session=training.SingleProcess, progress=progress)
         return training.score_loop_per_worker(alone)
+    from raylm.training import worker_group
+
     score = functools.partial(training.score_loop_per_worker, task)
     return _with_retries(
         lambda: worker_group.run(score, experiment, resources, task.model),

@@ -1,14 +1,13 @@
 """The errors of a worker group, from those of Ray Train.
 
-They tell a failure after which another attempt may succeed from an error that would recur.
+They tell a failure after which another attempt may succeed from an error that would recur. Ray is imported once there
+is an error: `launch` imports this module also for a worker that does without Ray.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-
-import ray
 
 from raylm import console
 from raylm.errors import RaylmError, TrainingError, WorkerFailed
@@ -24,13 +23,15 @@ def cause(error: Exception, where: str) -> Exception:
 
     WorkerFailed if another attempt may succeed, UncountedFailure if this one does not count.
     """
+    from ray.exceptions import OutOfMemoryError
+
     failures = getattr(error, "worker_failures", None) or {None: error}
     every = [(rank, seen) for rank, failure in failures.items() for seen in _unwrapped(failure)]
     for _, seen in every:
         if isinstance(seen, RaylmError):
             return type(seen)(seen.message, seen.where)
     for rank, seen in every:
-        if isinstance(seen, ray.exceptions.OutOfMemoryError):  # of 50 lines, with every process of the node
+        if isinstance(seen, OutOfMemoryError):  # of 50 lines, with every process of the node
             held = re.findall(r"actual memory used=([\d.]+GB)", str(seen))
             node = re.findall(r"[\d.]+GB used / [\d.]+GB limit", str(seen))
             return WorkerFailed(
@@ -50,17 +51,20 @@ def cause(error: Exception, where: str) -> Exception:
 
 def _death(rank: int | None, error: BaseException, where: str) -> Exception | None:
     """The error of a dead process, if Ray's error is about one."""
+    from ray import exceptions as of_ray
     from ray.train.v2._internal import exceptions as of_train
 
     if isinstance(error, of_train.WorkerGroupStartupTimeoutError):
         return UncountedFailure(f"{console.counted(error.num_workers, 'worker')} had no room within a minute")
-    if isinstance(error, ray.exceptions.ActorUnschedulableError):  # the node that this process is on, just gone
+    if isinstance(error, of_ray.ActorUnschedulableError):  # the node that this process is on, just gone
         return UncountedFailure("a node was taken away while the worker group started")
     if isinstance(error, of_train.WorkerGroupStartupFailedError):
         return WorkerFailed(f"a worker died while its group started; {_FOR_MEMORY}", where)
     if isinstance(error, of_train.WorkerHealthCheckTimeoutError):
         return WorkerFailed(f"{_named(rank)} gave no sign of life for minutes", where)
-    if not isinstance(error, _DEATHS) or getattr(error, "actor_init_failed", False):
+    # A lost object was lost with the process that held it.
+    deaths = (of_ray.RayActorError, of_ray.WorkerCrashedError, of_ray.NodeDiedError, of_ray.ObjectLostError)
+    if not isinstance(error, deaths) or getattr(error, "actor_init_failed", False):
         return None
     if getattr(error, "preempted", False):
         return UncountedFailure(f"{_named(rank)} died with its node, which was taken away")
@@ -72,13 +76,6 @@ def _death(rank: int | None, error: BaseException, where: str) -> Exception | No
         return WorkerFailed(f"{name}{place} died with its node", where)
     return WorkerFailed(f"{name}{place} died; {_FOR_MEMORY}", where)
 
-
-_DEATHS = (
-    ray.exceptions.RayActorError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.NodeDiedError,
-    ray.exceptions.ObjectLostError,  # with the process that held it
-)
 
 _FOR_MEMORY = f"if memory ran out, {LESS_MEMORY}"
 
