@@ -98,16 +98,26 @@ def test_every_point_of_grids_alone_once():
     assert sorted(pairs[2:]) == list(itertools.product([1, 2], [32, 64]))
 
 
-def test_optuna_looks_where_results_were_good():
-    points = sweep.searcher(
-        TuneConfig(space={"train.weight_decay": {"uniform": [0, 1]}}, num_samples=40, searcher="optuna"), 0
-    )
+@pytest.mark.parametrize(("sampler", "trials"), [("tpe", 40), ("gp", 25)])
+def test_optuna_looks_where_results_were_good(sampler, trials):
+    space, searcher = {"train.weight_decay": {"uniform": [0, 1]}}, {"kind": "optuna", "sampler": sampler}
+    points = sweep.searcher(TuneConfig(space=space, num_samples=trials, searcher=searcher), 0)
     found = []
     for number in range(points.total):
         value = points.draw(str(number))["train.weight_decay"]
         points.tell(str(number), [(value - 0.3) ** 2])
         found.append(value)
-    assert sum(abs(value - 0.3) < 0.15 for value in found[-20:]) > 10, "6 of 20 by chance"
+    assert sum(abs(value - 0.3) < 0.15 for value in found[trials // 2 :]) > trials // 4, "3 of 10 by chance"
+
+
+def test_a_gaussian_process_draws_concurrent_trials_apart_and_takes_two_objectives():
+    section = TuneConfig(space=SPACE, num_samples=12, searcher=GAUSSIAN_PROCESS, against="seconds")
+    points = sweep.searcher(section, 0)
+    for number in range(5):
+        rate = points.draw(str(number))["train.learning_rate"]
+        points.tell(str(number), [math.log(rate) ** 2, rate])
+    together = [points.draw(str(number))["train.learning_rate"] for number in range(5, 8)]
+    assert len(set(together)) == 3
 
 
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
@@ -131,15 +141,20 @@ def test_results_are_those_of_the_settings_that_were_trained(searcher, space):
     assert not any(point in new for point in begun.values()), "the next ones are new"
 
 
-@pytest.mark.parametrize("space", [SPACE, INNER])
-def test_optuna_resumes_as_if_the_sweep_had_never_stopped(space):
-    section = TuneConfig(space=space, num_samples=30, searcher="optuna")
+GAUSSIAN_PROCESS = {"kind": "optuna", "sampler": "gp"}
+
+
+@pytest.mark.parametrize(
+    ("searcher", "space", "trials"), [("optuna", SPACE, 30), ("optuna", INNER, 30), (GAUSSIAN_PROCESS, SPACE, 9)]
+)
+def test_optuna_resumes_as_if_the_sweep_had_never_stopped(searcher, space, trials):
+    section = TuneConfig(space=space, num_samples=trials, searcher=searcher)
 
     def told(points, number, point):
         points.tell(str(number), [point["train.learning_rate"]] if number % 5 else None)
 
     whole, found = sweep.searcher(section, 0), []
-    for number in range(30):
+    for number in range(trials):
         again = sweep.searcher(section, 0)
         for earlier, point in enumerate(found):
             again.add(str(earlier), point)
@@ -156,6 +171,14 @@ searcher: optuna, scheduler: pbt, space: {train.weight_decay: {uniform: [0, 1]}}
     tune.searcher: must be random with tune.scheduler=pbt
 against: parameters, space: {train.seed: {choice: [1]}}
     tune.against: needs tune.searcher=optuna, got random
+searcher: {sampler: gp}
+    tune.searcher.sampler: must be tpe with tune.searcher=random, got gp
+searcher: {kind: optuna, sampler: gp}, space: {size: {choice: [{train.seed: 1}, {train.seed: 2}]}}
+    tune.searcher.sampler: must be tpe with inner spaces in tune.space (size), got gp
+searcher: {kind: optuna, sampler: cma}
+    tune.searcher.sampler: must be one of 'tpe' or 'gp', got 'cma'
+searcher: bayes
+    tune.searcher.kind: must be one of 'random' or 'optuna', got 'bayes'
 against: seconds, searcher: optuna
     tune.against: must be parameters with tune.scheduler=asha, got seconds
 scheduler: pbt, space: {blocks.block_size: {choice: [64]}}

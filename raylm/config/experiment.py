@@ -180,14 +180,16 @@ class Experiment(Section):
     def _sweep_agrees(self) -> None:
         tune = self.tune
         kinds = {kind for sampler in tune.space.values() for kind in sampler}
-        if tune.searcher == "optuna" and "grid" in kinds:
+        if tune.searcher.kind == "optuna" and "grid" in kinds:
             raise ValueError("tune.searcher must be random for a space with a grid, got optuna; make the grid a choice")
-        if tune.searcher == "optuna" and tune.scheduler.kind == "pbt":
+        if tune.searcher.kind == "optuna" and tune.scheduler.kind == "pbt":
             raise ValueError(
                 "tune.searcher must be random with tune.scheduler=pbt, got optuna: a population searches itself"
             )
-        if tune.against is not None and tune.searcher != "optuna":
-            raise ValueError(f"tune.against needs tune.searcher=optuna, got {tune.searcher}")
+        if tune.searcher.sampler == "gp" and tune.searcher.kind != "optuna":
+            raise ValueError(f"tune.searcher.sampler must be tpe with tune.searcher={tune.searcher.kind}, got gp")
+        if tune.against is not None and tune.searcher.kind != "optuna":
+            raise ValueError(f"tune.against needs tune.searcher=optuna, got {tune.searcher.kind}")
         if tune.against == "seconds" and tune.scheduler.kind != "none":
             raise ValueError(
                 f"tune.against must be parameters with tune.scheduler={tune.scheduler.kind}, got seconds: trials "

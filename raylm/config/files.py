@@ -29,7 +29,7 @@ from raylm import DEFAULT_STORAGE
 from raylm.config.experiment import Experiment
 from raylm.config.sections import Section, TrackingConfig
 from raylm.config.setting_errors import config_error, exclusive_faults, faults_of, section_of, show
-from raylm.config.space import corners, entry_fault, sampler_fault
+from raylm.config.space import corners, entry_fault, gaussian_process_fault, sampler_fault
 from raylm.errors import ConfigError, first_line
 from raylm.redaction import redacted
 
@@ -89,6 +89,8 @@ def _checked(tree: Tree, places: dict[str, str], layer: Tree, *, sizes_follow_te
         for key, sampler in experiment.tune.space.items()
         for text in _space_faults(experiment, key, sampler)
     ]
+    if experiment.tune.searcher.sampler == "gp" and (fault := gaussian_process_fault(experiment.tune.space)):
+        faults.append(("tune.searcher.sampler", fault))
     for point in experiment.tune.points:
         try:
             override(experiment, point)

@@ -435,6 +435,20 @@ def _with_kind(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+class SearcherConfig(Section):
+    kind: Literal["random", "optuna"] = "random"
+    """Where settings come from. random: drawn at random, with every point of a grid. optuna: near the best results so
+    far; needs optuna."""
+    sampler: Literal["tpe", "gp"] = "tpe"
+    """optuna: the model of the results. tpe: the tree-structured Parzen estimator (Bergstra et al. 2011). gp: a
+    Gaussian process (Optuna's GPSampler); it takes no inner spaces."""
+
+    @property
+    def label(self) -> str:
+        """The searcher in words."""
+        return self.kind if self.kind == "random" else f"{self.kind}, {self.sampler}"
+
+
 class StopConfig(Section):
     seconds: Annotated[float, Field(gt=0)] | None = None
     """Run time in seconds after which the sweep stops, added up over resumes."""
@@ -458,9 +472,8 @@ class TuneConfig(Section):
     """Number of runs by which settings are judged. 1: by their trial alone. More: once the trials have ended, the two
     or three best settings are trained so many times again, each time with another train.seed (and train.data_seed, if
     it is given), and the results say which settings are better, apart from which model is."""
-    searcher: Literal["random", "optuna"] = "random"
-    """How settings are drawn. random: at random, with every point of a grid. optuna: near the best results so far, by
-    the tree-structured Parzen estimator (Bergstra et al. 2011); needs optuna."""
+    searcher: Annotated[SearcherConfig, BeforeValidator(_with_kind)] = SearcherConfig()
+    """How settings are drawn: random or optuna, or a mapping with its settings."""
     scheduler: Annotated[SchedulerConfig, BeforeValidator(_with_kind)] = SchedulerConfig()
     """Trial scheduler: none, asha, median, hyperband or pbt, or a mapping with its settings."""
     metric: Metric = "perplexity"

@@ -92,3 +92,14 @@ def sampler_fault(key: str, sampler: dict[str, Any]) -> str | None:
     if name.startswith("log") and values[0] <= 0:
         return f"{name} needs low > 0, got {values[0]}"
     return None
+
+
+def gaussian_process_fault(space: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Why Optuna's Gaussian process cannot search a space; None if it can."""
+    inner = [key for key, sampler in space.items() if spaces(key, sampler) is not None]
+    if not inner:
+        return None
+    return (
+        f"must be tpe with inner spaces in tune.space ({inner[0]}), got gp: a Gaussian process takes the same settings "
+        "in every trial"
+    )

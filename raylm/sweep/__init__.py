@@ -1,7 +1,9 @@
 """A sweep: which settings are tried, which trials are promoted, and the record of both from which it resumes.
 
 record      the events of a sweep, written to disk before anything is done about them
-space       tune.space -> settings, drawn at random or by Optuna
+space       tune.space -> settings, drawn at random
+optuna_search  ... drawn by Optuna
+search      the searcher of tune.searcher
 asha        trials pause at rungs, and the best are promoted
 schedule    the schedulers of tune.scheduler; their decisions are replayed from the record
 queue       the next trial to run: one to resume, or a new one
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from raylm.sweep import repeats
     from raylm.sweep.queue import TrialQueue
     from raylm.sweep.schedule import RecordedScheduler, SweepStopper, scheduler
-    from raylm.sweep.space import keys, searcher, shown
+    from raylm.sweep.search import searcher
+    from raylm.sweep.space import keys, shown
 
 __all__ = [
     "RecordedScheduler",
@@ -45,7 +48,7 @@ _LATER = {
     "SweepStopper": "schedule",
     "scheduler": "schedule",
     "keys": "space",
-    "searcher": "space",
+    "searcher": "search",
     "shown": "space",
 }
 """The module of each name that is imported when it is first used."""
