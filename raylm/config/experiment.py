@@ -216,9 +216,26 @@ class Experiment(Section):
                     f"tune.space.{grids[0]} must be drawn with tune.scheduler=pbt, which changes it while trials run; "
                     "got a grid; make it a choice"
                 )
+        if tune.prior:
+            self._prior_agrees()
         for point in tune.points:
             if unknown := [key for key in point if key not in tune.space]:
                 raise ValueError(f"tune.points must have keys of tune.space, got {unknown[0]}")
+
+    def _prior_agrees(self) -> None:
+        tune = self.tune
+        if unknown := [key for key in tune.prior if key not in tune.space]:
+            raise ValueError(f"tune.prior must have keys of tune.space, got {unknown[0]}")
+        if tune.searcher.kind == "optuna":
+            key, value = next(iter(tune.prior.items()))
+            raise ValueError(
+                "tune.prior must be left out with tune.searcher=optuna, which has no priors; to try its values first, "
+                f"say tune.points=[{{{key}: {value}}}]"
+            )
+        if grids := [key for key, sampler in tune.space.items() if "grid" in sampler]:
+            raise ValueError(f"tune.prior must be left out with a grid in tune.space ({grids[0]}); make it a choice")
+        if tune.scheduler.kind == "pbt":
+            raise ValueError("tune.prior must be left out with tune.scheduler=pbt: a population searches itself")
 
     def _weights_agree(self) -> None:
         tune, sources, sets = self.tune, self.corpus.source_names, tuple(self.eval.sets)

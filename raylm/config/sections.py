@@ -468,6 +468,10 @@ class TuneConfig(Section):
     grids."""
     points: Annotated[tuple[dict[str, Any], ...], Strict(False)] = ()
     """Settings to try first, [{train.learning_rate: 1e-3}]; they replace what the first trials would draw."""
+    prior: dict[str, Any] = {}
+    """searcher random: values that you expect to be good, {train.learning_rate: 1e-3}. The first trial has them; of the
+    others half are drawn anywhere in the space, and half around these values and around the best trial so far, more and
+    more around that which the best trials are near (PriorBand, Mallik et al. 2023, arXiv:2306.12370)."""
     repeats: Annotated[Count, Field(ge=1)] = 1
     """Number of runs by which settings are judged. 1: by their trial alone. More: once the trials have ended, the two
     or three best settings are trained so many times again, each time with another train.seed (and train.data_seed, if

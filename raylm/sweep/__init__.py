@@ -1,15 +1,16 @@
 """A sweep: which settings are tried, which trials are promoted, and the record of both from which it resumes.
 
-record      the events of a sweep, written to disk before anything is done about them
-space       tune.space -> settings, drawn at random
-optuna_search  ... drawn by Optuna
-search      the searcher of tune.searcher
-asha        trials pause at rungs, and the best are promoted
-schedule    the schedulers of tune.scheduler; their decisions are replayed from the record
-queue       the next trial to run: one to resume, or a new one
-repeats     the best few settings, trained again with other seeds
-trial       the training of one trial, in its own process
-tuner       Ray Tune runs the trials, without output or files of its own
+record         the events of a sweep, written to disk before anything is done about them
+space          tune.space -> settings, drawn at random
+prior          settings drawn around a guess and around the best trial so far
+optuna_search  settings drawn by Optuna
+search         tune.searcher -> one of these three
+asha           trials pause at rungs, and the best are promoted
+schedule       the schedulers of tune.scheduler; their decisions are replayed from the record
+queue          the next trial to run: one to resume, or a new one
+repeats        the best few settings, trained again with other seeds
+trial          the training of one trial, in its own process
+tuner          Ray Tune runs the trials, without output or files of its own
 
 The record is quick to import. The names of the other modules are imported when they are first used: Ray Tune takes
 2.5 s, which commands that only read a sweep do not spend. Importing tuner takes 5 s, because it imports the training.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,8 +56,8 @@ class RandomSearch:
         for number in range(section.num_samples if is_drawn else len(section.points) + 1):
             given = section.points[number] if number < len(section.points) else {}
             left = {key: sampler for key, sampler in section.space.items() if key not in given}
-            for _, found in generate_variants({"config": domains(left)}, random_state=random):
-                point = {**_settings(found["config"]), **given}
+            for found in variants(left, random):
+                point = {**found, **given}
                 self._points.append({key: point[key] for key in keys(section.space) if key in point})
         self.total = len(self._points)
         self._drawn = 0
@@ -71,6 +71,12 @@ class RandomSearch:
 
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
         pass  # the points do not depend on scores
+
+
+def variants(space: Space, random: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """The settings of one draw: one point, or each point of a grid."""
+    for _, found in generate_variants({"config": domains(space)}, random_state=random):
+        yield _settings(found["config"])
 
 
 def domains(space: Space) -> dict[str, Any]:

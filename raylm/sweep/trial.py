@@ -18,7 +18,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from raylm import budget, checkpoint, scratch, storage, summary, timeline, tokens
 from raylm.cluster import Resources
-from raylm.config import Experiment, dump, get, override
+from raylm.config import Experiment, dump, get, of_trial
 from raylm.errors import ConfigError, RaylmError, StorageUnavailable, TrainingError
 from raylm.sweep.record import SweepRecord
 from raylm.sweep.space import keys
@@ -61,7 +61,7 @@ def _problem(
     # The parameters are the sweep's, except for the swept ones, because MLflow compares runs by what differs.
     run.log_parameters({**summary.parameters(template.experiment, store), **_swept(template.experiment, settings)})
     try:
-        experiment = override(template.experiment, {**settings, "tune.space": {}, "tune.points": []})
+        experiment = of_trial(template.experiment, settings)
         planned = budget.for_store(experiment, store)
         summary.log_size(run, experiment, store, planned)
         run.log_text(dump(experiment), "experiment.yaml")
