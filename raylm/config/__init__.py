@@ -11,7 +11,7 @@ address          the cluster that a command uses
 """
 
 from raylm.config.address import Address, address_of, is_local
-from raylm.config.experiment import MUTABLE, SEEDS, Experiment
+from raylm.config.experiment import MUTABLE, SEEDS, SUGGESTED, Experiment
 from raylm.config.files import (
     BUILT_IN,
     absolute,
@@ -56,6 +56,7 @@ __all__ = [
     "OWNED",
     "SAMPLERS",
     "SEEDS",
+    "SUGGESTED",
     "WHOLE_SPLIT",
     "Address",
     "BlocksConfig",

@@ -30,6 +30,8 @@ MUTABLE = (
 )  # fmt: skip
 """Settings that may change while a trial trains, because its weights and its optimizer's state remain valid."""
 SEEDS = ("train.seed", "train.data_seed")
+SUGGESTED = ("train.batch_tokens", "train.learning_rate", "train.weight_decay")
+"""Settings that tune.points=suggested has formulas for."""
 FILTERS = ("keep_any", "keep_matching", "min_chars", "max_chars")
 """Settings of corpus that look at the characters of a text."""
 
@@ -218,6 +220,20 @@ class Experiment(Section):
                 )
         if tune.prior:
             self._prior_agrees()
+        if tune.prior_sweeps and tune.searcher.kind == "random" and not tune.prior and tune.space:
+            raise ValueError(
+                "tune.prior_sweeps must come with tune.searcher=optuna or with a tune.prior: a random search learns "
+                "from no results"
+            )
+        if tune.prior_sweeps and tune.against is not None:
+            raise ValueError(f"tune.prior_sweeps must be left out with tune.against, got {tune.prior_sweeps[0]}")
+        if tune.points == "suggested":
+            if tune.space and not any(key in tune.space for key in SUGGESTED):
+                raise ValueError(
+                    f"tune.points must be a list unless tune.space has one of {', '.join(SUGGESTED)}, for which there "
+                    "are formulas, got suggested"
+                )
+            return
         for point in tune.points:
             if unknown := [key for key in point if key not in tune.space]:
                 raise ValueError(f"tune.points must have keys of tune.space, got {unknown[0]}")

@@ -37,7 +37,7 @@ BUILT_IN = Path(__file__).parents[1] / "tiny.yaml"  # configs/tiny.yaml itself
 
 MOST_NODES = 100_000  # a file of aliases of aliases ("billion laughs") unfolds to more
 
-DRAWING: dict[str, Any] = {"tune.space": {}, "tune.points": [], "tune.prior": {}}
+DRAWING: dict[str, Any] = {"tune.space": {}, "tune.points": [], "tune.prior": {}, "tune.prior_sweeps": []}
 """The settings that say how the settings of trials are drawn, as they are in a trial."""
 
 Tree = dict[str, Any]
@@ -96,7 +96,7 @@ def _checked(tree: Tree, places: dict[str, str], layer: Tree, *, sizes_follow_te
         faults.append(("tune.searcher.sampler", fault))
     if not faults:  # of samplers
         faults = _prior_faults(experiment)
-    for point in experiment.tune.points:
+    for point in experiment.tune.points if experiment.tune.points != "suggested" else ():
         try:
             override(experiment, point)
         except ConfigError as error:

@@ -1,9 +1,11 @@
 """A sweep: which settings are tried, which trials are promoted, and the record of both from which it resumes.
 
 record         the events of a sweep, written to disk before anything is done about them
+start          what a sweep starts from, decided once: settings to try first, earlier trials
 space          tune.space -> settings, drawn at random
 prior          settings drawn around a guess and around the best trial so far
 optuna_search  settings drawn by Optuna
+suggested      tune.points=suggested: values of published formulas
 search         tune.searcher -> one of these three
 asha           trials pause at rungs, and the best are promoted
 schedule       the schedulers of tune.scheduler; their decisions are replayed from the record
@@ -19,10 +21,11 @@ The record is quick to import. The names of the other modules are imported when 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from raylm.sweep import start
 from raylm.sweep.record import SweepRecord, Trial, read
 
 if TYPE_CHECKING:
-    from raylm.sweep import repeats
+    from raylm.sweep import repeats, suggested
     from raylm.sweep.queue import TrialQueue
     from raylm.sweep.schedule import RecordedScheduler, SweepStopper, scheduler
     from raylm.sweep.search import searcher
@@ -40,11 +43,14 @@ __all__ = [
     "scheduler",
     "searcher",
     "shown",
+    "start",
+    "suggested",
 ]
 
 _LATER = {
     "TrialQueue": "queue",
     "repeats": "repeats",
+    "suggested": "suggested",
     "RecordedScheduler": "schedule",
     "SweepStopper": "schedule",
     "scheduler": "schedule",

@@ -11,12 +11,13 @@ import numpy as np
 from raylm.config import TuneConfig, spaces
 from raylm.errors import ConfigError
 from raylm.sweep.space import Space, likeliest, samplers
+from raylm.sweep.start import Start
 
 
 class OptunaSearch:
     """Points where Optuna expects the best scores, given those so far."""
 
-    def __init__(self, section: TuneConfig, seed: int):
+    def __init__(self, section: TuneConfig, seed: int, start: Start):
         try:
             import optuna
         except ImportError:
@@ -29,9 +30,14 @@ class OptunaSearch:
         self._space, self._seed, self._kind = section.space, seed, section.searcher.sampler
         # Optuna's default of 10 random trials is more than most sweeps have.
         self._num_random = min(10, max(4, section.num_samples // 4))
-        self._first = [_first(section.space, point) for point in section.points]
+        self._first = [_first(section.space, point) for point in start.points]
         self._trials: dict[str, Any] = {}
         self._study = optuna.create_study(directions=["minimize"] * (1 if section.against is None else 2))
+        self._observed = 0
+        for number, each in enumerate(start.observations):
+            self.add(f"observation {number}", each.settings)
+            self.tell(f"observation {number}", [each.score])
+        self._observed = len(start.observations)
 
     def draw(self, trial_id: str) -> dict[str, Any]:
         number = self._number
@@ -43,7 +49,7 @@ class OptunaSearch:
     @property
     def _number(self) -> int:
         """The number of the next trial."""
-        return len(self._study.get_trials(deepcopy=False))
+        return len(self._study.get_trials(deepcopy=False)) - self._observed
 
     def _ask(self, trial_id: str, parameters: dict[str, Any], *, all_known: bool = False) -> Any:
         """Start a trial in the study with these parameters fixed."""

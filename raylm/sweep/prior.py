@@ -19,6 +19,7 @@ import numpy as np
 
 from raylm.config import TuneConfig, spaces
 from raylm.sweep.space import keys, likeliest, variants
+from raylm.sweep.start import Start
 
 UNIFORM = 0.5
 """Share of the trials that are drawn anywhere: 1 / (1 + eta^rung) at rung 0."""
@@ -40,14 +41,16 @@ TRIES = 10
 class PriorSearch:
     """Settings around tune.prior and around the best trial so far, and anywhere in the space."""
 
-    def __init__(self, section: TuneConfig, seed: int):
+    def __init__(self, section: TuneConfig, seed: int, start: Start):
         self.total = section.num_samples
         self._space, self._prior, self._seed = section.space, section.prior, seed
-        self._first = [*section.points, section.prior]
+        self._first = [*start.points, section.prior]
         self._settings: dict[str, Mapping[str, Any]] = {}
         """Those of every trial so far."""
-        self._scored: list[tuple[float, Mapping[str, Any]]] = []
-        """(score, settings) of the trials that have a score."""
+        self._scored: list[tuple[float, Mapping[str, Any]]] = [
+            (each.score, each.settings) for each in start.observations
+        ]
+        """(score, settings) of the trials that have a score, first those of earlier sweeps."""
 
     def draw(self, trial_id: str) -> dict[str, Any]:
         number = len(self._settings)

@@ -10,6 +10,7 @@ from ray import tune
 from ray.tune.search.variant_generator import generate_variants
 
 from raylm.config import TuneConfig, is_sampler, spaces
+from raylm.sweep.start import Start
 
 Space = Mapping[str, Mapping[str, Any]]
 
@@ -48,13 +49,13 @@ def shown(sampler: Mapping[str, Any]) -> str:
 class RandomSearch:
     """Points drawn at random, each combined with every point of the grid; all are drawn before the sweep starts."""
 
-    def __init__(self, section: TuneConfig, seed: int):
+    def __init__(self, section: TuneConfig, seed: int, start: Start):
         random = np.random.default_rng(seed)
         self._points: list[dict[str, Any]] = []
         # With grids alone every draw is the same, and trials of the same settings are bit-identical.
         is_drawn = any("grid" not in sampler for sampler in section.space.values())
-        for number in range(section.num_samples if is_drawn else len(section.points) + 1):
-            given = section.points[number] if number < len(section.points) else {}
+        for number in range(section.num_samples if is_drawn else len(start.points) + 1):
+            given = start.points[number] if number < len(start.points) else {}
             left = {key: sampler for key, sampler in section.space.items() if key not in given}
             for found in variants(left, random):
                 point = {**found, **given}
@@ -110,12 +111,15 @@ def _settings(point: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _may_give(sampler: Any, value: Any) -> bool:
+def fits(sampler: Any, value: Any) -> bool:
     """Whether an entry of a space, a sampler or a fixed value, can give this value."""
     if not is_sampler(sampler):
         return sampler == value
     ((kind, values),) = sampler.items()
-    return value in values if kind == "choice" else values[0] <= value <= values[1]
+    if kind in ("choice", "grid"):
+        return value in values
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and values[0] <= value <= (values[1] - 1 if kind.endswith("randint") else values[1])
 
 
 def likeliest(inner_spaces: list[dict[str, Any]], settings: Mapping[str, Any]) -> int:
@@ -123,6 +127,6 @@ def likeliest(inner_spaces: list[dict[str, Any]], settings: Mapping[str, Any]) -
 
     def agreement(number: int) -> int:
         entries = inner_spaces[number].items()
-        return sum(1 if key in settings and _may_give(entry, settings[key]) else -1 for key, entry in entries)
+        return sum(1 if key in settings and fits(entry, settings[key]) else -1 for key, entry in entries)
 
     return max(range(len(inner_spaces)), key=agreement)
