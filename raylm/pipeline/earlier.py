@@ -71,7 +71,7 @@ def _comparable(sweep: str, experiment: Experiment, parameters: Mapping[str, Any
     except StorageError as error:
         raise ConfigError(f"{SETTING}: {error.message}", where=SETTING) from None
     then, now = found.experiment.tune, experiment.tune
-    differences = [
+    differences: list[tuple[str, Any, Any]] = [
         (key, found.state.parameters.get(key), value)
         for key, value in parameters.items()
         if str(found.state.parameters.get(key)) != str(value)
