@@ -61,6 +61,10 @@ BUDGET = ("train.max_tokens", "train.num_epochs")
 """The settings that say how long a run trains; it has one of them, or none."""
 
 
+RENAMED = {"tune.searcher": "tune.searcher.kind"}
+"""Settings that an older raylm wrote under another key."""
+
+
 class _Redacting(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record))
@@ -271,6 +275,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A line for each setting that differs; one that an older raylm did not have had its default."""
     defaults = flat_settings(Experiment())
+    then = {RENAMED.get(key, key): value for key, value in then.items()}
     then = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **then}
     keys = [*now, *(key for key in then if key not in now)]
     return [

@@ -114,11 +114,19 @@ def sweep_plan(planned: SweepPlan) -> str:
         "trials": planned.trials,
         "repeats": f"{fewest} to {most} more trials, {section.repeats} of each of the best settings" if most else None,
         **{f"  {key}": shown(sampler) for key, sampler in section.space.items()},
+        **_start(planned),
         "scheduler": section.scheduler.kind,
         "tokens of all trials": f"at most {planned.most_tokens:,}" if planned.most_tokens else None,
         "  of cooldowns": f"at most {planned.most_cooldown_tokens:,}" if planned.most_cooldown_tokens else None,
     }
     return f"{plan(planned.plan, planned.estimate)}\n{key_values(lines)}"
+
+
+def _start(planned: SweepPlan) -> dict[str, str]:
+    """A line for each thing that a sweep starts from."""
+    if planned.start is None:
+        return {"starts from": "known once the tokens are prepared"}
+    return {f"starts from{' ' * number}": note for number, note in enumerate(planned.start.notes)}
 
 
 def sweep(result: SweepResult, experiment: Experiment) -> tuple[Any, ...]:

@@ -61,6 +61,8 @@ def test_without_a_file_the_built_in_experiment():
         ("cluster.resources_per_worker={memory: 1e9}", {"memory": 1e9}),
         ("tokenizer.train={vocab_size: 300}", {"vocab_size": 300}),
         ("tune.points=[{train.seed: 1}]", [{"train.seed": 1}]),
+        ("tune.prior={train.seed: 1}", {"train.seed": 1}),
+        ("tune.prior.train.seed=1", 1),
         ("cluster.num_workers=[1, 4]", [1, 4]),
         ("eval.paths={a: b}", {"a": "b"}),
     ],
@@ -680,3 +682,15 @@ def test_a_file_in_the_place_of_a_setting_is_told_how_to_be_given(tmp_path, monk
             config.parse_setting(file)
     with pytest.raises(ConfigError, match="write section.key=value$"):
         config.parse_setting("nothing")
+
+
+def test_a_trial_has_no_settings_that_say_how_settings_are_drawn():
+    """Or it would be refused: its points and its prior have keys that its space does not have."""
+    drawn = {
+        "tune.space": {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}},
+        "tune.points": [{"train.learning_rate": 2e-3}],
+        "tune.prior": {"train.learning_rate": 1e-3},
+    }
+    trial = config.of_trial(config.load(None, drawn), {"train.learning_rate": 5e-3})
+    assert trial.train.learning_rate == 5e-3
+    assert (trial.tune.space, trial.tune.points, trial.tune.prior) == ({}, (), {})

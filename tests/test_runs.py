@@ -17,8 +17,8 @@ def experiment(tmp_path):
     return config.load(None, [f"storage={tmp_path}", "name=words"])
 
 
-def begin(experiment, store="abc", resume="auto"):
-    return runs.start_or_resume(experiment, "train", store, resume)
+def begin(experiment, store="abc", resume="auto", verb="train"):
+    return runs.start_or_resume(experiment, verb, store, resume)
 
 
 def stop(begun, step=None):
@@ -231,6 +231,19 @@ def test_a_setting_that_an_older_raylm_did_not_have_had_its_default(experiment):
     with pytest.raises(ConfigError, match='blocks.packing: "packed" then, "padded" now'):
         begin(config.override(experiment, {"blocks.packing": "padded"}))
     assert begin(experiment).step == 40
+
+
+def test_the_searcher_of_a_sweep_that_an_older_raylm_started_is_known_by_its_old_key(experiment):
+    first = begin(experiment, verb="tune")
+    terms = json.loads(Path(first.directory, "run.json").read_text())
+    terms["tune.searcher"] = terms.pop("tune.searcher.kind")
+    del terms["tune.searcher.sampler"]
+    Path(first.directory, "run.json").write_text(json.dumps(terms))
+    Path(first.directory, "trial_00000").mkdir()
+    first.lock.close()
+    with pytest.raises(ConfigError, match='tune.searcher.kind: "random" then, "optuna" now'):
+        begin(config.override(experiment, {"tune.searcher": "optuna"}), verb="tune")
+    assert begin(experiment, verb="tune").directory == first.directory
 
 
 def test_runs_that_are_over_cost_a_command_no_requests_of_their_own(tmp_path, monkeypatch):

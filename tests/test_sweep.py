@@ -98,16 +98,26 @@ def test_every_point_of_grids_alone_once():
     assert sorted(pairs[2:]) == list(itertools.product([1, 2], [32, 64]))
 
 
-def test_optuna_looks_where_results_were_good():
-    points = sweep.searcher(
-        TuneConfig(space={"train.weight_decay": {"uniform": [0, 1]}}, num_samples=40, searcher="optuna"), 0
-    )
+@pytest.mark.parametrize(("sampler", "trials"), [("tpe", 40), ("gp", 25)])
+def test_optuna_looks_where_results_were_good(sampler, trials):
+    space, searcher = {"train.weight_decay": {"uniform": [0, 1]}}, {"kind": "optuna", "sampler": sampler}
+    points = sweep.searcher(TuneConfig(space=space, num_samples=trials, searcher=searcher), 0)
     found = []
     for number in range(points.total):
         value = points.draw(str(number))["train.weight_decay"]
         points.tell(str(number), [(value - 0.3) ** 2])
         found.append(value)
-    assert sum(abs(value - 0.3) < 0.15 for value in found[-20:]) > 10, "6 of 20 by chance"
+    assert sum(abs(value - 0.3) < 0.15 for value in found[trials // 2 :]) > trials // 4, "3 of 10 by chance"
+
+
+def test_a_gaussian_process_draws_concurrent_trials_apart_and_takes_two_objectives():
+    section = TuneConfig(space=SPACE, num_samples=12, searcher=GAUSSIAN_PROCESS, against="seconds")
+    points = sweep.searcher(section, 0)
+    for number in range(5):
+        rate = points.draw(str(number))["train.learning_rate"]
+        points.tell(str(number), [math.log(rate) ** 2, rate])
+    together = [points.draw(str(number))["train.learning_rate"] for number in range(5, 8)]
+    assert len(set(together)) == 3
 
 
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
@@ -131,15 +141,62 @@ def test_results_are_those_of_the_settings_that_were_trained(searcher, space):
     assert not any(point in new for point in begun.values()), "the next ones are new"
 
 
-@pytest.mark.parametrize("space", [SPACE, INNER])
-def test_optuna_resumes_as_if_the_sweep_had_never_stopped(space):
-    section = TuneConfig(space=space, num_samples=30, searcher="optuna")
+PRIOR = {"train.learning_rate": 1e-3, "blocks.block_size": 128, "train.weight_decay": 0.1}
+
+
+def test_draws_around_a_prior():
+    section = {"space": SPACE, "num_samples": 400, "prior": PRIOR}
+    found = drawn(**section)
+    assert found == drawn(**section)
+    assert found != drawn(1, **section)
+    assert found[0].items() >= PRIOR.items(), "the prior itself"
+    for point in found:
+        assert list(point) == list(SPACE)
+        assert 1e-4 <= point["train.learning_rate"] <= 1e-2
+        assert point["train.seed"] in range(9)
+        assert round(point["train.weight_decay"] * 10) in range(6)
+    # Half are drawn anywhere: a third of these, and three quarters of the others, have the prior's choice.
+    assert sum(point["blocks.block_size"] == 128 for point in found) == pytest.approx(400 * (1 / 6 + 3 / 8), abs=40)
+    # Half of those anywhere are within a quarter of the range, and 0.68 / 0.95 of the others: a standard deviation.
+    near = sum(abs(math.log10(point["train.learning_rate"] / 1e-3)) < 0.5 for point in found)
+    assert near == pytest.approx(400 * (0.25 + 0.36), abs=40)
+
+
+def test_draws_leave_a_wrong_prior_for_the_best_trial_so_far():
+    section = TuneConfig(space=SPACE, num_samples=60, prior={"train.learning_rate": 1e-4})
+    points, found = sweep.searcher(section, 0), []
+    for number in range(points.total):
+        found.append(points.draw(str(number)))
+        score = abs(math.log(found[-1]["train.learning_rate"] / 5e-3))
+        points.tell(str(number), [score] if number % 4 else None)
+    assert all(point not in found[:number] for number, point in enumerate(found)), "none is another's training again"
+    rates = [point["train.learning_rate"] for point in found]
+    near = [abs(math.log(rate / 5e-3)) < math.log(2) for rate in rates]
+    assert sum(near[-30:]) > 15, "9 by chance"
+    assert sum(rate < 2e-4 for rate in rates[-30:]) < 5, "near the prior"
+
+
+GAUSSIAN_PROCESS = {"kind": "optuna", "sampler": "gp"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "trials"),
+    [
+        ({"space": SPACE, "searcher": "optuna"}, 30),
+        ({"space": INNER, "searcher": "optuna"}, 30),
+        ({"space": SPACE, "searcher": GAUSSIAN_PROCESS}, 7),
+        ({"space": SPACE, "prior": PRIOR, "points": ({"train.seed": 3},)}, 30),
+        ({"space": {**INNER, "train.weight_decay": {"uniform": [0, 1]}}, "prior": {"train.weight_decay": 0.2}}, 30),
+    ],
+)
+def test_a_searcher_resumes_as_if_the_sweep_had_never_stopped(settings, trials):
+    section = TuneConfig(num_samples=trials, **settings)
 
     def told(points, number, point):
         points.tell(str(number), [point["train.learning_rate"]] if number % 5 else None)
 
     whole, found = sweep.searcher(section, 0), []
-    for number in range(30):
+    for number in range(trials):
         again = sweep.searcher(section, 0)
         for earlier, point in enumerate(found):
             again.add(str(earlier), point)
@@ -156,6 +213,14 @@ searcher: optuna, scheduler: pbt, space: {train.weight_decay: {uniform: [0, 1]}}
     tune.searcher: must be random with tune.scheduler=pbt
 against: parameters, space: {train.seed: {choice: [1]}}
     tune.against: needs tune.searcher=optuna, got random
+searcher: {sampler: gp}
+    tune.searcher.sampler: must be tpe with tune.searcher=random, got gp
+searcher: {kind: optuna, sampler: gp}, space: {size: {choice: [{train.seed: 1}, {train.seed: 2}]}}
+    tune.searcher.sampler: must be tpe with inner spaces in tune.space (size), got gp
+searcher: {kind: optuna, sampler: cma}
+    tune.searcher.sampler: must be one of 'tpe' or 'gp', got 'cma'
+searcher: bayes
+    tune.searcher.kind: must be one of 'random' or 'optuna', got 'bayes'
 against: seconds, searcher: optuna
     tune.against: must be parameters with tune.scheduler=asha, got seconds
 scheduler: pbt, space: {blocks.block_size: {choice: [64]}}
@@ -164,6 +229,28 @@ scheduler: pbt, space: {train.optimizer: {choice: [sgd]}}
     tune.space: must have one of train.learning_rate
 scheduler: pbt, space: {train.weight_decay: {uniform: [0, 1]}, train.learning_rate: {grid: [1e-4, 1e-3]}}
     tune.space.train.learning_rate: must be drawn with tune.scheduler=pbt
+prior: {train.seed: 1}, space: {blocks.block_size: {choice: [64]}}
+    tune.prior: must have keys of tune.space, got train.seed
+prior: {train.seed: 1}
+    tune.prior: must have keys of tune.space, got train.seed
+prior: {train.learning_rate: 1e-1}, space: {train.learning_rate: {loguniform: [1e-4, 1e-2]}}
+    tune.prior.train.learning_rate: must be from 0.0001 to 0.01, as in tune.space, got 0.1
+prior: {train.learning_rate: high}, space: {train.learning_rate: {loguniform: [1e-4, 1e-2]}}
+    tune.prior.train.learning_rate: must be from 0.0001 to 0.01, as in tune.space, got 'high'
+prior: {train.seed: 9}, space: {train.seed: {randint: [0, 9]}}
+    tune.prior.train.seed: must be from 0 to 8, as in tune.space, got 9
+prior: {train.seed: 1.5}, space: {train.seed: {randint: [0, 9]}}
+    tune.prior.train.seed: must be a whole number, got 1.5
+prior: {blocks.block_size: 96}, space: {blocks.block_size: {choice: [64, 128]}}
+    tune.prior.blocks.block_size: must be one of [64, 128], got 96
+prior: {size: 1}, space: {size: {choice: [{train.seed: 1}, {train.seed: 2}]}}
+    tune.prior.size: must be a setting, and size chooses between inner spaces
+prior: {train.seed: 1}, space: {train.seed: {grid: [1, 2]}}
+    tune.prior: must be left out with a grid in tune.space (train.seed); make it a choice
+prior: {train.seed: 1}, space: {train.seed: {choice: [1, 2]}}, searcher: optuna
+    tune.prior: must be left out with tune.searcher=optuna, which has no priors; to try its values first
+prior: {train.learning_rate: 1e-3}, space: {train.learning_rate: {uniform: [0, 1]}}, scheduler: pbt
+    tune.prior: must be left out with tune.scheduler=pbt
 points: [{train.seed: 1}], space: {blocks.block_size: {choice: [64]}}
     keys of tune.space, got train.seed
 points: [{train.seed: x}], space: {train.seed: {choice: [1]}}

@@ -21,7 +21,7 @@ from raylm import sweep as sweeps
 from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
 from raylm.errors import ConfigError, Interrupted
 from raylm.perplexity import Score
-from raylm.pipeline import ranking, stores
+from raylm.pipeline import earlier, ranking, stores
 from raylm.pipeline import sweep as sweeping
 from raylm.results import choices, html, trial_table
 from raylm.results.sweep import read, sources
@@ -69,6 +69,77 @@ def test_every_point_of_the_grid_is_a_ranked_trial(sweep):
     assert {row["tokens"] for row in rows} == {2560}, "the same tokens whatever the block size"
     scores = [row["perplexity"] for row in rows]
     assert scores == sorted(scores)
+
+
+EARLIER = {
+    "train.learning_rate": {"loguniform": [1e-3, 1e-1]},
+    "blocks.block_size": {"choice": [16, 32]},
+    "train.warmup_steps": {"uniform": [0.0, 0.2]},
+}
+
+
+def observations(sweep, **settings):
+    """(observations, the sentence about them) of the fixture's trials for another sweep."""
+    experiment, _, _, parent = sweep
+    given = {"tune.space": EARLIER, "tune.searcher": "optuna", "tune.prior_sweeps": [parent.directory], **settings}
+    found, (note,) = earlier.observations(plans.resolve(override(experiment, given)).prepared)
+    return found, note
+
+
+def test_trials_of_an_earlier_sweep_are_observations(sweep):
+    _, rows, _, parent = sweep
+    found, note = observations(sweep)
+    key = json.dumps
+    assert {key(each.settings, sort_keys=True): each.score for each in found} == {
+        key(row["settings"], sort_keys=True): row["perplexity"] for row in rows
+    }
+    assert note == f"tune.prior_sweeps: 4 of 4 trials of {Path(parent.directory).name} are taken as observations"
+
+
+def test_scores_of_earlier_trials_are_taken_where_this_sweep_compares_trials(sweep):
+    found, _ = observations(sweep, **{"tune.scheduler": {"kind": "asha", "grace_tokens": 512}})
+    record = sweeps.SweepRecord(sweep[3].directory)
+    assert [each.score for each in found] == [
+        next(result["best_perplexity"] for result in trial.results if result["tokens"] >= 512)
+        for trial in record.trials.values()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken", "why"),
+    [
+        ({"train.max_tokens": 1280}, 0, "not 4 of another budget than 1,280 tokens"),
+        ({"train.weight_decay": 0.5, "train.seed": 7}, 0, "not 4 with another train.weight_decay"),
+        (
+            {"tune.space": {**EARLIER, "blocks.block_size": {"choice": [32, 64]}}},
+            2,
+            "not 2 outside of tune.space.blocks.block_size",
+        ),
+        (
+            {"tune.space": {key: EARLIER[key] for key in ("train.learning_rate", "train.warmup_steps")}},
+            2,
+            "not 2 with another blocks.block_size",
+        ),
+        ({"train.seed": 7}, 4, "observations"),
+    ],
+)
+def test_earlier_trials_that_do_not_compare_are_left_out_and_counted(sweep, settings, taken, why):
+    found, note = observations(sweep, **settings)
+    assert len(found) == taken
+    assert note.endswith(why)
+
+
+def test_a_sweep_over_other_tokens_is_no_prior(sweep):
+    experiment, _, _, parent = sweep
+    for directory, told in (
+        (parent.directory, "do not compare with those of this sweep: token store"),
+        ("x", "x is no"),
+    ):
+        given = override(experiment, {"tune.searcher": "optuna", "tune.space": {}, "tune.prior_sweeps": [directory]})
+        with pytest.raises(ConfigError, match=told) as caught:
+            earlier.check(given, "0123456789abcdef")
+        assert caught.value.message.startswith("tune.prior_sweeps: ")
+        assert directory in caught.value.message
 
 
 def test_the_best_checkpoint_has_the_score_that_the_sweep_tells(sweep):
@@ -384,14 +455,21 @@ def dies_after(monkeypatch, results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("searcher", ["random", "optuna"])
-def test_a_sweep_that_died_twice_ends_as_if_it_had_not(ray_cluster, tiny, monkeypatch, searcher):
+@pytest.mark.parametrize(
+    ("name", "searcher"),
+    [
+        ("random", {}),
+        ("optuna", {"tune.searcher": "optuna"}),
+        ("prior", {"tune.points": "suggested", "tune.prior": {"train.learning_rate": 1e-3}}),
+    ],
+)
+def test_a_sweep_that_died_twice_ends_as_if_it_had_not(ray_cluster, tiny, monkeypatch, name, searcher):
     experiment = override(
-        tiny("train.max_tokens=2560", f"name={searcher}"),
+        tiny("train.max_tokens=2560", f"name={name}"),
         {
             "tune.space": {"train.learning_rate": {"loguniform": [1e-4, 1e-1]}},
             "tune.num_samples": 6,
-            "tune.searcher": searcher,
+            **searcher,
             "tune.max_concurrent_trials": 1,
             "tune.scheduler": {"kind": "asha", "grace_tokens": 512, "reduction_factor": 2.0},
         },

@@ -11,7 +11,7 @@ address          the cluster that a command uses
 """
 
 from raylm.config.address import Address, address_of, is_local
-from raylm.config.experiment import MUTABLE, SEEDS, Experiment
+from raylm.config.experiment import MUTABLE, SEEDS, SUGGESTED, Experiment
 from raylm.config.files import (
     BUILT_IN,
     absolute,
@@ -21,6 +21,7 @@ from raylm.config.files import (
     load,
     load_part,
     loads,
+    of_trial,
     outline,
     override,
     parse_setting,
@@ -37,6 +38,7 @@ from raylm.config.sections import (
     ModelConfig,
     ObjectiveConfig,
     SchedulerConfig,
+    SearcherConfig,
     Section,
     SplitName,
     StopConfig,
@@ -54,6 +56,7 @@ __all__ = [
     "OWNED",
     "SAMPLERS",
     "SEEDS",
+    "SUGGESTED",
     "WHOLE_SPLIT",
     "Address",
     "BlocksConfig",
@@ -64,6 +67,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "SchedulerConfig",
+    "SearcherConfig",
     "Section",
     "SplitName",
     "StopConfig",
@@ -84,6 +88,7 @@ __all__ = [
     "load",
     "load_part",
     "loads",
+    "of_trial",
     "outline",
     "override",
     "parse_setting",

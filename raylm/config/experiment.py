@@ -31,6 +31,8 @@ MUTABLE = (
 )  # fmt: skip
 """Settings that may change while a trial trains, because its weights and its optimizer's state remain valid."""
 SEEDS = ("train.seed", "train.data_seed")
+SUGGESTED = ("train.batch_tokens", "train.learning_rate", "train.weight_decay")
+"""Settings that tune.points=suggested has formulas for."""
 FILTERS = ("keep_any", "keep_matching", "min_chars", "max_chars")
 """Settings of corpus that look at the characters of a text."""
 
@@ -181,14 +183,16 @@ class Experiment(Section):
     def _sweep_agrees(self) -> None:
         tune = self.tune
         kinds = {kind for sampler in tune.space.values() for kind in sampler}
-        if tune.searcher == "optuna" and "grid" in kinds:
+        if tune.searcher.kind == "optuna" and "grid" in kinds:
             raise ValueError("tune.searcher must be random for a space with a grid, got optuna; make the grid a choice")
-        if tune.searcher == "optuna" and tune.scheduler.kind == "pbt":
+        if tune.searcher.kind == "optuna" and tune.scheduler.kind == "pbt":
             raise ValueError(
                 "tune.searcher must be random with tune.scheduler=pbt, got optuna: a population searches itself"
             )
-        if tune.against is not None and tune.searcher != "optuna":
-            raise ValueError(f"tune.against needs tune.searcher=optuna, got {tune.searcher}")
+        if tune.searcher.sampler == "gp" and tune.searcher.kind != "optuna":
+            raise ValueError(f"tune.searcher.sampler must be tpe with tune.searcher={tune.searcher.kind}, got gp")
+        if tune.against is not None and tune.searcher.kind != "optuna":
+            raise ValueError(f"tune.against needs tune.searcher=optuna, got {tune.searcher.kind}")
         if tune.against == "seconds" and tune.scheduler.kind != "none":
             raise ValueError(
                 f"tune.against must be parameters with tune.scheduler={tune.scheduler.kind}, got seconds: trials "
@@ -217,6 +221,22 @@ class Experiment(Section):
                     f"tune.space.{grids[0]} must be drawn with tune.scheduler=pbt, which changes it while trials run; "
                     "got a grid; make it a choice"
                 )
+        if tune.prior:
+            self._prior_agrees()
+        if tune.prior_sweeps and tune.searcher.kind == "random" and not tune.prior and tune.space:
+            raise ValueError(
+                "tune.prior_sweeps must come with tune.searcher=optuna or with a tune.prior: a random search learns "
+                "from no results"
+            )
+        if tune.prior_sweeps and tune.against is not None:
+            raise ValueError(f"tune.prior_sweeps must be left out with tune.against, got {tune.prior_sweeps[0]}")
+        if tune.points == "suggested":
+            if tune.space and not any(key in tune.space for key in SUGGESTED):
+                raise ValueError(
+                    f"tune.points must be a list unless tune.space has one of {', '.join(SUGGESTED)}, for which there "
+                    "are formulas, got suggested"
+                )
+            return
         for point in tune.points:
             if unknown := [key for key in point if key not in tune.space]:
                 raise ValueError(f"tune.points must have keys of tune.space, got {unknown[0]}")
@@ -231,6 +251,21 @@ class Experiment(Section):
                 f"train.lr_scheduler_type must be {STABLE} with tune.scheduler.cooldown, got {got}: with another one "
                 "the learning rate has decayed at a rung already"
             )
+
+    def _prior_agrees(self) -> None:
+        tune = self.tune
+        if unknown := [key for key in tune.prior if key not in tune.space]:
+            raise ValueError(f"tune.prior must have keys of tune.space, got {unknown[0]}")
+        if tune.searcher.kind == "optuna":
+            key, value = next(iter(tune.prior.items()))
+            raise ValueError(
+                "tune.prior must be left out with tune.searcher=optuna, which has no priors; to try its values first, "
+                f"say tune.points=[{{{key}: {value}}}]"
+            )
+        if grids := [key for key, sampler in tune.space.items() if "grid" in sampler]:
+            raise ValueError(f"tune.prior must be left out with a grid in tune.space ({grids[0]}); make it a choice")
+        if tune.scheduler.kind == "pbt":
+            raise ValueError("tune.prior must be left out with tune.scheduler=pbt: a population searches itself")
 
     def _weights_agree(self) -> None:
         tune, sources, sets = self.tune, self.corpus.source_names, tuple(self.eval.sets)

@@ -29,13 +29,16 @@ from raylm import DEFAULT_STORAGE
 from raylm.config.experiment import Experiment
 from raylm.config.sections import Section, TrackingConfig
 from raylm.config.setting_errors import config_error, exclusive_faults, faults_of, section_of, show
-from raylm.config.space import corners, entry_fault, sampler_fault
+from raylm.config.space import corners, entry_fault, gaussian_process_fault, prior_fault, sampler_fault
 from raylm.errors import ConfigError, first_line
 from raylm.redaction import redacted
 
 BUILT_IN = Path(__file__).parents[1] / "tiny.yaml"  # configs/tiny.yaml itself
 
 MOST_NODES = 100_000  # a file of aliases of aliases ("billion laughs") unfolds to more
+
+DRAWING: dict[str, Any] = {"tune.space": {}, "tune.points": [], "tune.prior": {}, "tune.prior_sweeps": []}
+"""The settings that say how the settings of trials are drawn, as they are in a trial."""
 
 Tree = dict[str, Any]
 Part = typing.TypeVar("Part", bound=Section)
@@ -89,7 +92,11 @@ def _checked(tree: Tree, places: dict[str, str], layer: Tree, *, sizes_follow_te
         for key, sampler in experiment.tune.space.items()
         for text in _space_faults(experiment, key, sampler)
     ]
-    for point in experiment.tune.points:
+    if experiment.tune.searcher.sampler == "gp" and (fault := gaussian_process_fault(experiment.tune.space)):
+        faults.append(("tune.searcher.sampler", fault))
+    if not faults:  # of samplers
+        faults = _prior_faults(experiment)
+    for point in experiment.tune.points if experiment.tune.points != "suggested" else ():
         try:
             override(experiment, point)
         except ConfigError as error:
@@ -133,6 +140,11 @@ def override(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
     tree = experiment.model_dump(exclude_unset=True)  # unset fields stay unset
     _put(tree, settings)
     return _validate(tree, {}, sizes_follow_text=experiment.sizes_follow_text)
+
+
+def of_trial(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
+    """The experiment of a sweep's trial: with its settings, and without those that say how settings are drawn."""
+    return override(experiment, {**settings, **DRAWING})
 
 
 def get(experiment: Experiment, key: str) -> Any:
@@ -324,7 +336,13 @@ def _kinds(key: str) -> set[type]:
 
 def _parts(key: str) -> list[str]:
     # Their own keys may have dots.
-    for section, field in (("tune", "space"), ("eval", "paths"), ("corpus", "paths"), ("blocks", "mixture")):
+    for section, field in (
+        ("tune", "space"),
+        ("tune", "prior"),
+        ("eval", "paths"),
+        ("corpus", "paths"),
+        ("blocks", "mixture"),
+    ):
         if key.startswith(f"{section}.{field}."):
             return [section, field, key.removeprefix(f"{section}.{field}.")]
     return key.split(".")
@@ -392,6 +410,19 @@ def _space_faults(experiment: Experiment, key: str, sampler: dict[str, Any]) -> 
             for line in error.message.split("\n"):
                 faults.setdefault(line, f"{shown}: {line}")
     return list(faults.values())
+
+
+def _prior_faults(experiment: Experiment) -> list[tuple[str, str]]:
+    section = experiment.tune
+    faults = []
+    for key, value in section.prior.items():
+        fault = prior_fault(key, section.space[key], value)
+        try:
+            override(experiment, {key: value} if fault is None else {})
+        except ConfigError as error:
+            fault = error.message
+        faults += [(f"tune.prior.{key}", fault)] if fault is not None else []
+    return faults
 
 
 # Paths and comments ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from raylm.config.values import (
@@ -22,6 +22,7 @@ from raylm.config.values import (
     Metric,
     NamedPaths,
     OtherResources,
+    Points,
     RegisteredName,
     RegularExpression,
     Strings,
@@ -453,6 +454,20 @@ def _with_kind(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+class SearcherConfig(Section):
+    kind: Literal["random", "optuna"] = "random"
+    """Where settings come from. random: drawn at random, with every point of a grid. optuna: near the best results so
+    far; needs optuna."""
+    sampler: Literal["tpe", "gp"] = "tpe"
+    """optuna: the model of the results. tpe: the tree-structured Parzen estimator (Bergstra et al. 2011). gp: a
+    Gaussian process (Optuna's GPSampler); it takes no inner spaces."""
+
+    @property
+    def label(self) -> str:
+        """The searcher in words."""
+        return self.kind if self.kind == "random" else f"{self.kind}, {self.sampler}"
+
+
 class StopConfig(Section):
     seconds: Annotated[float, Field(gt=0)] | None = None
     """Run time in seconds after which the sweep stops, added up over resumes."""
@@ -470,15 +485,25 @@ class TuneConfig(Section):
     num_samples: Annotated[Count, Field(ge=1)] = 8
     """Number of trials drawn from the space. Each point of a grid is drawn this often, or once if the space has only
     grids."""
-    points: Annotated[tuple[dict[str, Any], ...], Strict(False)] = ()
-    """Settings to try first, [{train.learning_rate: 1e-3}]; they replace what the first trials would draw."""
+    points: Points = ()
+    """Settings to try first, [{train.learning_rate: 1e-3}]; they replace what the first trials would draw. suggested: a
+    point with the values of published formulas for this model and budget, for those of train.batch_tokens,
+    train.learning_rate and train.weight_decay that are in the space; they are said, with the range in which the
+    formulas hold."""
+    prior: dict[str, Any] = {}
+    """searcher random: values that you expect to be good, {train.learning_rate: 1e-3}. The first trial has them; of the
+    others half are drawn anywhere in the space, and half around these values and around the best trial so far, more and
+    more around that which the best trials are near (PriorBand, Mallik et al. 2023, arXiv:2306.12370)."""
+    prior_sweeps: Strings = ()
+    """searcher optuna, or prior: earlier sweeps, by directory or name, whose trials count as results so far. They must
+    have trained on the same token store and scored the same text; their trials are taken that have the same budget, the
+    same settings outside of the space, and values that the space can give."""
     repeats: Annotated[Count, Field(ge=1)] = 1
     """Number of runs by which settings are judged. 1: by their trial alone. More: once the trials have ended, the two
     or three best settings are trained so many times again, each time with another train.seed (and train.data_seed, if
     it is given), and the results say which settings are better, apart from which model is."""
-    searcher: Literal["random", "optuna"] = "random"
-    """How settings are drawn. random: at random, with every point of a grid. optuna: near the best results so far, by
-    the tree-structured Parzen estimator (Bergstra et al. 2011); needs optuna."""
+    searcher: Annotated[SearcherConfig, BeforeValidator(_with_kind)] = SearcherConfig()
+    """How settings are drawn: random or optuna, or a mapping with its settings."""
     scheduler: Annotated[SchedulerConfig, BeforeValidator(_with_kind)] = SchedulerConfig()
     """Trial scheduler: none, asha, median, hyperband or pbt, or a mapping with its settings."""
     metric: Metric = "perplexity"

@@ -92,3 +92,29 @@ def sampler_fault(key: str, sampler: dict[str, Any]) -> str | None:
     if name.startswith("log") and values[0] <= 0:
         return f"{name} needs low > 0, got {values[0]}"
     return None
+
+
+def prior_fault(key: str, sampler: Mapping[str, Any], value: Any) -> str | None:
+    """What is wrong with a value of tune.prior; None if its sampler can give it."""
+    ((name, values),) = sampler.items()
+    if spaces(key, sampler) is not None:
+        return f"must be a setting, and {key} chooses between inner spaces"
+    if name == "choice":
+        return None if value in values else f"must be one of {values}, got {show(value)}"
+    low, high = values[0], values[1] - 1 if name.endswith("randint") else values[1]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        return f"must be from {low:g} to {high:g}, as in tune.space, got {show(value)}"
+    if name.endswith("randint") and value != int(value):
+        return f"must be a whole number, got {show(value)}"
+    return None
+
+
+def gaussian_process_fault(space: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Why Optuna's Gaussian process cannot search a space; None if it can."""
+    inner = [key for key, sampler in space.items() if spaces(key, sampler) is not None]
+    if not inner:
+        return None
+    return (
+        f"must be tpe with inner spaces in tune.space ({inner[0]}), got gp: a Gaussian process takes the same settings "
+        "in every trial"
+    )

@@ -76,6 +76,17 @@ def _metric(value: Any) -> Any:
     return value
 
 
+def _points(value: Any) -> Any:
+    """Settings to try first; checked here so that an error names all that is accepted."""
+    if value == "suggested":
+        return value
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(point, Mapping) and all(isinstance(key, str) for key in point) for point in value
+    ):
+        raise ValueError(f"must be suggested or a list of settings to try, [{{train.seed: 1}}], got {value!r}")
+    return tuple(dict(point) for point in value)
+
+
 def _are_texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
 
@@ -159,3 +170,4 @@ Switch = Annotated[Literal["off", "on", "auto"], BeforeValidator(_switch)]
 AmountOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_amount_or_auto)]
 OtherResources = Annotated[Mapping[str, Annotated[float, Field(gt=0)]], AfterValidator(_other_kinds)]
 Metric = Annotated[Literal["perplexity", "bits_per_byte"] | dict[str, float], BeforeValidator(_metric)]
+Points = Annotated[Literal["suggested"] | tuple[dict[str, Any], ...], BeforeValidator(_points)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from raylm import console, model, summary, tracking
-from raylm.config import Experiment, override
+from raylm.config import Experiment, of_trial
 from raylm.pipeline.training import export_best
 from raylm.results import choices, repeats, significance, tables
 from raylm.results.repeats import RepeatedSettings, Repeats
@@ -65,7 +65,7 @@ def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
         return [score]
     if section.against == "seconds":
         return [score, trial.results[-1]["seconds"]]
-    changed = override(experiment, {**trial.settings, "tune.space": {}})
+    changed = of_trial(experiment, trial.settings)
     model_config = model.config_of(changed, model.num_ids(changed.model, store.tokenizer))
     return [score, model.num_parameters(model_config, masked=changed.objective.is_masked)]
 

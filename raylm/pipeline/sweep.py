@@ -29,7 +29,7 @@ from raylm import sweep as sweeps
 from raylm.config import Experiment, corners, dump, override
 from raylm.errors import ConfigError, TrainingError
 from raylm.perplexity import Score
-from raylm.pipeline import lifecycle, ranking, stores
+from raylm.pipeline import earlier, lifecycle, ranking, stores
 from raylm.plan import Plan, Prepared
 from raylm.results import html, live_table, repeats, significance, trial_table
 from raylm.results.repeats import Repeats
@@ -39,11 +39,14 @@ from raylm.results.trial_table import TrialRow
 from raylm.sweep import RecordedScheduler, tuner
 from raylm.sweep.asha import Asha
 from raylm.sweep.space import Searcher
+from raylm.sweep.start import Start
 from raylm.training import callbacks, launch
 
 if TYPE_CHECKING:
     import pandas
+    from transformers import PreTrainedConfig
 
+    from raylm.budget import Budget
     from raylm.cluster import Resources
     from raylm.estimate import Estimate
     from raylm.runs import ActiveRun
@@ -59,6 +62,9 @@ class SweepPlan:
     plan: Plan
     """The plan of the training that trials vary."""
     trials: int
+    start: Start | None = None
+    """What it starts from; None if that depends on tokens that are not prepared yet, or if the sweep is to start, which
+    decides it."""
 
     @property
     def experiment(self) -> Experiment:
@@ -107,6 +113,8 @@ class SweepPlan:
             "trials": self.trials,
             **({"repeats": repeats} if section.repeats > 1 else {}),
             "space": section.space,
+            **({"suggested": self.start.points[0]} if self.start and section.points == "suggested" else {}),
+            **({"prior_trials": len(self.start.observations)} if self.start and section.prior_sweeps else {}),
             "scheduler": section.scheduler.kind,
             "most_tokens": self.most_tokens,
             **self.estimate.record(),
@@ -141,7 +149,12 @@ def resolve(experiment: Experiment, *, starts: bool = False) -> SweepPlan:
             "workers, so that all are alike; give one number",
             where="cluster.num_workers",
         )
-    trials = sweeps.searcher(section, experiment.train.seed).total
+    start = None
+    if not starts:  # else it is decided with the sweep, and only once
+        earlier.check(experiment, plan.tokens.fingerprint)
+        start = _start(experiment, plan.model_config, plan.budget, plan.prepared)
+    counted = Start(section.points) if section.points != "suggested" else sweeps.suggested.placeholder(section.space)
+    trials = sweeps.searcher(section, experiment.train.seed, counted).total
     if section.repeats > 1 and trials < sweeps.repeats.FEWEST_SETTINGS:
         raise ConfigError(
             f"tune.repeats={section.repeats}: the sweep has {trials} trial, and repeats compare the settings of at "
@@ -149,7 +162,41 @@ def resolve(experiment: Experiment, *, starts: bool = False) -> SweepPlan:
             where="tune.repeats",
         )
     resources = cluster.planned_resources(experiment.cluster, trials=_most_at_a_time(experiment, trials))
-    return SweepPlan(dataclasses.replace(plan, resources=resources), trials)
+    return SweepPlan(dataclasses.replace(plan, resources=resources), trials, start)
+
+
+def _start(
+    experiment: Experiment, model_config: PreTrainedConfig, budget: Budget | None, prepared: Prepared | None
+) -> Start | None:
+    """What a sweep starts from; None if that depends on tokens that are not prepared yet."""
+    section = experiment.tune
+    found = Start() if section.points == "suggested" else Start(section.points)
+    if section.points == "suggested":
+        if budget is None:
+            return None
+        found = sweeps.suggested.start(experiment, model_config, budget.tokens)
+    if section.prior_sweeps:
+        if prepared is None:
+            return None
+        observations, notes = earlier.observations(prepared)
+        found = dataclasses.replace(found, observations=observations, notes=(*found.notes, *notes))
+    return found
+
+
+def _decided_start(prepared: Prepared, active: ActiveRun) -> Start:
+    """What this sweep starts from, as it was decided when it started."""
+    experiment, section = prepared.experiment, prepared.experiment.tune
+    if section.points != "suggested" and not section.prior_sweeps:
+        return Start(section.points)
+    found = sweeps.start.read(active.directory)
+    if found is None:
+        model_config = model.config_of(experiment, model.num_ids(experiment.model, prepared.store.tokenizer))
+        found = _start(experiment, model_config, prepared.budget, prepared)
+        assert found is not None, "the tokens are prepared"
+        found.write(active.directory)
+        for note in found.notes:
+            logger.info(note)
+    return found
 
 
 def _check_value(experiment: Experiment, tokenizer_path: str | None, settings: Mapping[str, Any]) -> None:
@@ -253,6 +300,8 @@ def run(plan: SweepPlan, resume: runs.Resume = "auto") -> SweepResult:
 
 def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
     experiment = plan.experiment
+    if experiment.tune.prior_sweeps and sweeps.start.read(active.directory) is None:  # else it has their trials
+        earlier.check(experiment, plan.plan.tokens.fingerprint)
     decided = active.decided.get("cluster.cpus_per_worker")
     at_a_time = _most_at_a_time(experiment, plan.trials)
     with cluster.connect(experiment.cluster, trials=at_a_time, decided=decided) as resources:
@@ -381,7 +430,7 @@ def run_trials(
     if record.repeated is None:
         inner = sweeps.scheduler(section, planned, metric, active.directory)
         scheduler = sweeps.RecordedScheduler(inner, record, planned, stopping)
-        run_all(sweeps.searcher(section, experiment.train.seed), scheduler)
+        run_all(sweeps.searcher(section, experiment.train.seed, _decided_start(prepared, active)), scheduler)
     if section.repeats > 1:
         if record.repeated is None and limits.stop_all():
             logger.info("tune.stop has ended the sweep before its repeats")

@@ -134,7 +134,7 @@ def of_sweep(directory: str, trial_id: str | None) -> ComparedRun:
         measure=results.measure,
         scores=document_scores.read(*scores_of),
         model=f"{directory}/model" if trial_id is None and results.result else trial.results[-1].get("best_checkpoint"),
-        experiment=config.override(results.experiment, {**trial.settings, "tune.space": {}, "tune.points": []}),
+        experiment=config.of_trial(results.experiment, trial.settings),
         **scores,
         scored_on=scored_on,
         scored_in=results.experiment.eval.precision,

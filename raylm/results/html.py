@@ -273,7 +273,7 @@ def _about(results: SweepResults) -> dict[str, Any]:
         "budget of a trial": f"{results.data.budget_tokens:,} tokens",
         "trained in total": f"{trained:,} tokens",
         **{f"space: {key}": sweeps.shown(sampler) for key, sampler in section.space.items()},
-        "searcher": section.searcher,
+        "searcher": section.searcher.label,
         "scheduler": section.scheduler.kind,
         "seed": experiment.train.seed,
         "data seed": experiment.train.data_seed,

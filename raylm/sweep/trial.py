@@ -18,7 +18,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from raylm import budget, checkpoint, scratch, storage, summary, timeline, tokens
 from raylm.cluster import Resources
-from raylm.config import Experiment, dump, get, override
+from raylm.config import Experiment, dump, get, of_trial
 from raylm.errors import ConfigError, RaylmError, StorageUnavailable, TrainingError
 from raylm.sweep import schedule
 from raylm.sweep.asha import Asha
@@ -64,7 +64,7 @@ def _problem(
     run.log_parameters({**summary.parameters(template.experiment, store), **_swept(template.experiment, settings)})
     scheduler = schedule.scheduler(template.experiment.tune, template.budget, "best_perplexity")
     try:
-        experiment = override(template.experiment, {**settings, "tune.space": {}, "tune.points": []})
+        experiment = of_trial(template.experiment, settings)
         planned = budget.for_store(experiment, store)
         summary.log_size(run, experiment, store, planned)
         run.log_text(dump(experiment), "experiment.yaml")
