@@ -18,6 +18,7 @@ from raylm import (
     estimate,
     model,
     runs,
+    storage,
     summary,
     tokenizer,
     tokens,
@@ -26,14 +27,15 @@ from raylm import (
 )
 from raylm import plan as plans
 from raylm import sweep as sweeps
-from raylm.config import Experiment, corners, dump, override
+from raylm.config import Experiment, corners, dump, override, spaces
 from raylm.errors import ConfigError, TrainingError
 from raylm.perplexity import Score
 from raylm.pipeline import lifecycle, ranking, stores
 from raylm.plan import Plan, Prepared
-from raylm.results import html, live_table, repeats, significance, trial_table
+from raylm.results import html, live_table, repeats, significance, test_split, trial_table
 from raylm.results.repeats import Repeats
 from raylm.results.sweep import BestTrial, scored_on_with_size, scored_unit
+from raylm.results.sweep import read as read_sweep
 from raylm.results.test_split import TestScore
 from raylm.results.trial_table import TrialRow
 from raylm.sweep import RecordedScheduler, tuner
@@ -229,13 +231,63 @@ class SweepResult:
 def run(plan: SweepPlan, resume: runs.Resume = "auto") -> SweepResult:
     """Run the trials that have not finished, rank all, export and score the best model, and write the report.
 
-    Resumes the newest unfinished sweep of the experiment, unless `resume` is never. A trial that fails is a row with
-    its reason; TrainingError if no trial has a score, ConfigError if no trial could use its settings. Interrupted or
+    Resumes the newest unfinished sweep of the experiment, else extends the newest finished one that has fewer trials,
+    unless `resume` is never. If it has them all, this is its result. A trial that fails is a row with its reason;
+    TrainingError if no trial has a score, ConfigError if no trial could use its settings. Interrupted or
     KeyboardInterrupt if the process is asked to stop; the same call then resumes.
     """
     fingerprint = plan.plan.tokens.fingerprint
-    with lifecycle.started(plan.experiment, "tune", fingerprint, resume) as (active, parent):
+    has_more = functools.partial(_has_more, plan.experiment)
+    with lifecycle.started(plan.experiment, "tune", fingerprint, resume, has_more) as (active, parent):
+        if active.state == "finished":
+            trials = console.counted(plan.trials, "trial")
+            logger.info(
+                f"{active.directory}: the {trials} of these settings have finished. To extend it, give more with "
+                "tune.num_samples; another sweep starts with --resume never"
+            )
+            return _finished(active, parent)
         return _run(plan, active, parent)
+
+
+def _has_more(experiment: Experiment, directory: str) -> bool:
+    """Whether the experiment gives a sweep more trials than its record has."""
+    record = sweeps.SweepRecord(directory)
+    if sweeps.searcher(experiment.tune, experiment.train.seed).total <= len(record.searched):
+        return False
+    return _searcher(experiment, record, _new_settings(experiment, directory)).total > len(record.searched)
+
+
+def _new_settings(experiment: Experiment, directory: str) -> dict[str, Any]:
+    """The settings that all trials of a sweep so far have of keys that its space did not have, if the experiment has
+    them."""
+    before = sweeps.keys(runs.started_with(directory).tune.space)
+    settings = runs.flat_settings(experiment)
+    new = [key for key in sweeps.keys(experiment.tune.space) if key not in before]
+    return {key: settings[key] for key in new if key in settings}
+
+
+def _searcher(experiment: Experiment, record: sweeps.SweepRecord, new: Mapping[str, Any]) -> Searcher:
+    """The searcher with the trials of the record; ConfigError if its space cannot have them. `new`: their settings of
+    new keys."""
+    searcher = sweeps.searcher(experiment.tune, experiment.train.seed)
+    for trial in record.searched:
+        settings = {**new, **trial.settings}
+        if experiment.tune.searcher == "optuna" and not _has_place(experiment.tune.space, settings):
+            raise ConfigError(
+                f"tune.space: tune.searcher=optuna cannot place {trial.trial_id} in it, whose settings are {settings}; "
+                "keep the earlier entries of every choice, or start another sweep with --resume never",
+                where="tune.space",
+            )
+        searcher.add(trial.trial_id, settings)
+    return searcher
+
+
+def _has_place(space: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> bool:
+    """Whether a space has a value for each of its keys in these settings, and each choice has theirs."""
+    inner = {key for name, sampler in space.items() for each in spaces(name, sampler) or [] for key in each}
+    plain = {key: sampler for key, sampler in space.items() if spaces(key, sampler) is None and key not in inner}
+    known = all(settings.get(key) in sampler.get("choice", [settings.get(key)]) for key, sampler in plain.items())
+    return known and all(settings.get(key) is not None for key in plain)
 
 
 def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
@@ -311,11 +363,8 @@ def run_trials(
     store, planned = prepared.store, prepared.budget
     experiment = _settled(prepared, active, resources)
     record = sweeps.SweepRecord(active.directory)
-    if record.trials:
-        finished = sum(trial.is_over for trial in record.trials.values())
-        left = len(record.trials) - finished
-        logger.info(f"{active.directory}: resuming: {console.counted(finished, 'trial')} finished, {left} in progress")
     section, metric = experiment.tune, f"best_{experiment.tune.ranked_by}"
+    _resume(record, prepared.experiment, active)
     measure = experiment.measure if section.ranked_by == "perplexity" else section.ranked_by
     swept = sweeps.keys(section.space)
     parameters = summary.parameters(experiment, store)
@@ -380,6 +429,43 @@ def run_trials(
     return ranking.ranked(record, experiment, store)
 
 
+def _resume(record: sweeps.SweepRecord, experiment: Experiment, active: ActiveRun) -> None:
+    """Say what is left of a sweep that has trials, and prepare its record if it has ended and more trials follow."""
+    if not record.trials:
+        return
+    finished = sum(trial.is_over for trial in record.trials.values())
+    trials, left = console.counted(finished, "trial"), len(record.trials) - finished
+    new = _new_settings(experiment, active.directory)
+    total = _searcher(experiment, record, new).total
+    more = max(0, total - len(record.searched))
+    kind = experiment.tune.scheduler.kind
+    dropped = [trial.trial_id for trial in record.searched if trial.dropped and kind == "asha" and more]
+    has_ended = bool(more) and (active.state == "extended" or record.repeated is not None or bool(dropped))
+    how = f"extended by {console.counted(more, 'trial')}" if has_ended else "resuming"
+    logger.info(f"{active.directory}: {how}: {trials} finished, {left} in progress")
+    for key, value in new.items():
+        logger.info(f"tune.space.{key} is new: the earlier trials have {console.format_number(value)}")
+    if dropped:
+        logger.info(
+            f"{console.counted(len(dropped), 'trial')} that asha had stopped wait at their rungs again: the best of "
+            "them are promoted, now that there are more trials"
+        )
+        gone = [name for name in dropped if not storage.names(f"{active.directory}/{name}/checkpoints")]
+        if gone:
+            logger.info(
+                f"The checkpoints of {len(gone)} of them were removed (tune.keep=best, or raylm clean): one that is "
+                "promoted trains from its start again"
+            )
+    if has_ended and kind == "hyperband":
+        logger.info("tune.scheduler=hyperband: the new trials have brackets of their own; no earlier one resumes")
+    if has_ended and kind == "pbt":
+        logger.info("tune.scheduler=pbt: the new trials are a population of their own; no earlier one takes part")
+    if new or has_ended:
+        record.extend(total, dropped, new)
+    if active.state == "extended":
+        active.reopen(experiment)
+
+
 def _no_result(active: ActiveRun, rows: list[dict[str, Any]]) -> TrainingError | ConfigError:
     """The error that no trial has a score. It ends the sweep because the same settings would fail again."""
     reasons = "; ".join(sorted({row["failure"] for row in rows if row["failure"]}))
@@ -415,6 +501,30 @@ def _result(
         ),
         test=best["test"],
         repeats=ranking.repeats_of(experiment, rows),
+    )
+
+
+def _finished(active: ActiveRun, parent: Run) -> SweepResult:
+    """The result of a sweep that has finished, as it was written."""
+    read = read_sweep(active.directory)
+    record, rows, best = read.result, read.trials, read.best
+    assert best is not None, f"{active.directory}: a sweep without a best trial ends with an error"
+    named = {field.name: record[field.name] for field in dataclasses.fields(SweepResult) if field.name in record}
+    untrained = record.get("untrained")
+    steps = {row.trial_id: row.best_step or 0 for row in rows}
+    has_report = "report.html" in storage.names(f"{active.directory}/report")
+    return SweepResult(
+        **{
+            **named,
+            "measure": read.measure,
+            "best": best,
+            "trials": rows,
+            "untrained": untrained and {**untrained, "perplexity": untrained[read.measure]},
+            "test": test_split.read(f"{active.directory}/{best.trial_id}", steps[best.trial_id]),
+            "repeats": repeats.compare(rows, has_patience=read.experiment.train.patience is not None),
+            "report": f"{active.directory}/report/report.html" if has_report else None,
+            "mlflow_path": parent.path,
+        }
     )
 
 

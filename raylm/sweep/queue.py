@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import HyperBandScheduler
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
 from raylm.sweep.record import SweepRecord, Trial, Unsaved
@@ -36,14 +37,21 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         """Trials whose score was reported to the searcher."""
         self.unknown = record.lost()
         """Directories of trials whose lines in the record were lost; the searcher may now draw other settings."""
-        for event in record.events:
+        for event in record.of(self.own):
             self._again(event)
+
+    @property
+    def own(self) -> dict[str, Trial]:
+        """The trials of the record that this queue runs. Repeats are run once they were chosen; those of an earlier end
+        of the sweep wait until it has ended again."""
+        trials = self.record.trials
+        return trials if self.record.repeated is not None else {each.trial_id: each for each in self.record.searched}
 
     def _again(self, event: dict[str, Any]) -> None:
         """Show the searcher an event of the record, so that it continues from the state that it had."""
         match event:
             case {"added": trial_id, "settings": settings}:
-                self.points.add(trial_id, settings)
+                self.points.add(trial_id, {**self.record.given, **settings})
             case {"result": trial_id, "tokens": tokens}:
                 self._tell_at_rung(trial_id, tokens)
             case {"finished": trial_id}:
@@ -67,7 +75,8 @@ class TrialQueue(Unsaved, SearchAlgorithm):
 
     @property
     def total_samples(self) -> int:
-        return max(self.points.total, len(self.record.trials))  # tune.num_samples may be less than it was
+        own = len(self.own)
+        return max(self.points.total, own) + len(self.record.trials) - own  # tune.num_samples may be less than it was
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         return True
@@ -75,10 +84,11 @@ class TrialQueue(Unsaved, SearchAlgorithm):
     def add_configurations(self, experiments: Any) -> None:
         """Take Tune's experiment, which holds what all trials have in common, and bring back the recorded trials."""
         self.spec = experiments[0].spec
-        trials = self.record.trials
-        made = {trial_id: self._made(trial_id, trial.settings | trial.seeds) for trial_id, trial in trials.items()}
-        self.scheduler.replay(made)
-        for trial_id, trial in self.record.trials.items():
+        made = {trial_id: self._made(trial_id, trial.settings | trial.seeds) for trial_id, trial in self.own.items()}
+        # Brackets in which all trials have ended can take no more: those of an extended sweep are new ones.
+        ended = self.record.earlier if isinstance(self.scheduler.inner, HyperBandScheduler) else set()
+        self.scheduler.replay({trial_id: trial for trial_id, trial in made.items() if trial_id not in ended})
+        for trial_id, trial in self.own.items():
             if trial.is_over:  # by the replay, if the sweep was killed before it recorded the end
                 self._tell_in_the_end(trial_id)
         self.unfinished = [each for trial_id, each in made.items() if not self.record.trials[trial_id].is_over]
@@ -109,7 +119,7 @@ class TrialQueue(Unsaved, SearchAlgorithm):
     @property
     def has_more(self) -> bool:
         """Whether there are trials that Tune has not been given yet."""
-        return bool(self.unfinished) or len(self.record.trials) < self.points.total
+        return bool(self.unfinished) or len(self.own) < self.points.total
 
     def next_trial(self) -> RayTrial | None:
         waits = bool(self.unfinished) and self.unfinished[0].status == RayTrial.PAUSED  # a paused trial takes no room

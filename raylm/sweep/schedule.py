@@ -232,7 +232,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
         """
         if not self.is_population:
             past = _ReplayController(self.inner)
-            for event in self.record.events:
+            for event in self.record.of(trials):
                 self._again(past, event, trials)
         for trial_id, trial in trials.items():
             if trial_id in self.stopped and not self.record.trials[trial_id].is_over:  # the sweep was killed first
