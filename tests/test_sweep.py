@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from played import Played, ray_trial
 from ray.tune.experiment import Trial as RayTrial
 
-from raylm import budget, checkpoint, document_scores, sweep
+from raylm import budget, checkpoint, document_scores, storage, sweep
 from raylm.config import StopConfig, TrainConfig, TuneConfig, load
 from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError
+from raylm.sweep import requests
 from raylm.sweep.asha import Asha
 from raylm.sweep.record import EVENTS, by_rank
 from raylm.sweep.trial import ADOPTED, _settle
@@ -527,6 +528,80 @@ def test_repeats_of_an_earlier_end_are_no_trials_of_the_search(tmp_path):
     assert list(again.running()) == ["trial_00006", "trial_00007"]
     fresh = drawn(space=section.space, num_samples=6)
     assert [trial.settings for trial in again.record.searched] == fresh
+
+
+# Requests of other commands -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["none", "asha", "median"])
+def test_a_trial_stops_at_its_next_evaluation_when_another_command_asks_for_it(tmp_path, kind):
+    """It counts as dropped by the scheduler, does not make others wait, and the record leads to the same end again."""
+    section = TuneConfig(scheduler=kind, num_samples=3, space={"train.weight_decay": {"uniform": [0, 1]}})
+    controller = Controller(tmp_path, section, together=3)
+    running = controller.running()
+    requests.stop_trial(str(tmp_path), "trial_00001")
+    controller.search_alg.looked = -math.inf
+    controller.search_alg.take_requests()
+    assert storage.names(f"{tmp_path}/{requests.FOLDER}") == []
+    result = {"step": 1, "tokens": 64, "best_perplexity": 5.0, "budget_tokens": BUDGET.tokens}
+    for trial_id in ("trial_00001", "trial_00000"):
+        controller.report(running[trial_id], result)
+        controller.pause()
+        controller.running()
+    trials = sweep.read(str(tmp_path))
+    assert (trials["trial_00001"].status, trials["trial_00001"].dropped) == ("stopped early", True)
+    assert not trials["trial_00000"].is_over
+    again = Controller(tmp_path, section, together=3)
+    assert sorted(again.running()) == ["trial_00000", "trial_00002"]
+    if kind == "asha":
+        assert not again.scheduler.asha.has_one, "none has completed"
+
+
+def test_a_trial_that_is_to_stop_does_not_resume(tmp_path):
+    """If no command worked on the sweep when it was asked for."""
+    section = TuneConfig(scheduler="none", num_samples=2, space={"train.weight_decay": {"uniform": [0, 1]}})
+    controller = Controller(tmp_path, section, together=2)
+    for trial in controller.running().values():
+        controller.report(trial, {"step": 1, "tokens": 64, "best_perplexity": 5.0, "budget_tokens": BUDGET.tokens})
+    requests.stop_trial(str(tmp_path), "trial_00001")
+    requests.take(sweep.SweepRecord(str(tmp_path)))
+    again = Controller(tmp_path, section, together=2)
+    assert list(again.running()) == ["trial_00000"]
+    assert sweep.read(str(tmp_path))["trial_00001"].status == "stopped early"
+
+
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_trials_that_another_command_adds_are_drawn_once(tmp_path, searcher, monkeypatch):
+    """The next one has the settings that were given; a sweep that is killed while it takes a request takes it once."""
+    section = TuneConfig(scheduler="none", num_samples=2, space=SPACE, searcher=searcher)
+
+    def searched(record):
+        return sweep.searcher(section.model_copy(update={"num_samples": 2 + record.requested}), 0)
+
+    controller = Controller(tmp_path, section, together=5)
+    assert len(controller.running()) == 2
+    requests.add_trials(str(tmp_path), 2, {"train.learning_rate": 5e-3})
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove_file", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            requests.take(controller.record)
+    queue = controller.search_alg
+    queue.again = lambda: searched(controller.record)
+    queue._search_again()
+    queue.looked = -math.inf
+    assert not queue.take_requests(), "it was taken before"
+    assert storage.names(f"{tmp_path}/{requests.FOLDER}") == []
+    assert list(controller.running()) == [f"trial_{number:05d}" for number in range(4)]
+    assert (queue.total_samples, queue.has_more) == (4, False)
+    record = sweep.SweepRecord(str(tmp_path))
+    settings = [trial.settings for trial in record.trials.values()]
+    assert settings[2]["train.learning_rate"] == 5e-3
+    assert all(each.keys() == SPACE.keys() for each in settings)
+    assert (record.requested, record.requested_settings) == (2, [])
+    if searcher == "random":
+        points = drawn(space=SPACE, num_samples=4)
+        assert settings[3] == points[3]
+        assert settings[2] == {**points[2], "train.learning_rate": 5e-3}
 
 
 @pytest.mark.parametrize("searcher", ["random", "optuna"])

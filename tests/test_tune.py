@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from raylm import budget, checkpoint, cluster, runs, summary, tracking
 from raylm import plan as plans
 from raylm import sweep as sweeps
-from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
+from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, dump, load, override, save
 from raylm.errors import ConfigError, Interrupted
 from raylm.perplexity import Score
 from raylm.pipeline import ranking, stores
@@ -906,3 +906,110 @@ def test_repeats_are_chosen_anew_when_a_sweep_is_extended(ray_cluster, tiny):
     record = sweeps.SweepRecord(f"{runs.directory_of(experiment([1e-2]))}/{second.sweep}")
     assert sorted(record.repeated) == sorted(["trial_00000", newest])
     assert len(second.trials) == 3 + 6
+
+
+# Commands of another terminal ----------------------------------------------------------------------------------------
+
+
+def wait_for(condition, started, seconds=200):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert started.process.is_alive(), started.wait().stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_running_sweep_takes_commands_of_another_terminal(command, start_command, tiny, tmp_path):
+    save(
+        swept(tiny(f"storage={tmp_path}/runs", "train.max_tokens=409600"), "asked", tune__num_samples=2),
+        tmp_path / "tiny.yaml",
+    )
+    argv = ["--config", f"{tmp_path}/tiny.yaml", "tune.max_concurrent_trials=1"]
+    started = start_command("tune", "--json", *argv)
+    place = tmp_path / "runs" / "asked"
+
+    def events(kind):
+        lines = [line for file in place.glob("tune-*/events.jsonl") for line in file.read_text().splitlines()]
+        return [event for event in map(json.loads, lines) if kind in event]
+
+    wait_for(lambda: events("result"), started)
+    told = command("tune", "--status", "--json", *argv)
+    assert told.returncode == 0, told.stderr
+    status = json.loads(told.stdout)
+    assert (status["state"], [row["status"] for row in status["trials"]]) == ("running", ["running"])
+    assert "1 running, 1 not started" in status["summary"]
+    (directory,) = place.glob("tune-*")
+    added = command("tune", "--add-trials", "1", "train.learning_rate=0.02", str(directory))
+    assert (added.returncode, added.stdout) == (0, f"{directory}: 1 trial more\n"), added.stderr
+    stopped = command("tune", "--stop-trial", "trial_00000", *argv)
+    assert stopped.returncode == 0, stopped.stderr
+    wait_for(lambda: events("finished"), started)
+    assert [(event["finished"], event["status"]) for event in events("finished")] == [("trial_00000", "stopped early")]
+    started.kill()
+    started.wait()
+    later = command("tune", "--add-trials", "1", *argv)
+    assert "as soon as it resumes: none works on it now; " in later.stdout
+    ended = command("tune", "--json", *argv)
+    assert ended.returncode == 0, ended.stderr
+    rows = {row["trial_id"]: row for row in json.loads(ended.stdout)["trials"]}
+    assert sorted(rows) == [f"trial_{number:05d}" for number in range(4)]
+    assert [row["settings"]["train.learning_rate"] for row in rows.values()].count(0.02) == 1
+    assert {row["status"] for name, row in rows.items() if name != "trial_00000"} == {"completed"}
+    assert rows["trial_00000"]["tokens"] < 409600
+    over = command("tune", "--stop-trial", "trial_00001", str(directory))
+    assert (over.returncode, over.stderr.count("\n")) == (2, 1)
+    assert f"{directory}: trial_00001 is over: completed" in over.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "told", "exit_code"),
+    [
+        (["--stop-trial", "trial_00009"], "has no such trial; did you mean trial_00000?", 2),
+        (["--stop-trial", "x"], "has no such trial; its trials are trial_00000, trial_00001", 2),
+        (["--stop-trial", "00001"], "trial_00001 is over: completed", 2),
+        (["--add-trials", "0"], "Invalid value for '--add-trials': 0 is not in the range x>=1", 2),
+        (["--add-trials", "1", "train.seed=3"], "tune.points must have keys of tune.space, got train.seed", 2),
+        (["--add-trials", "1", "train.learning_rate=fast"], "train.learning_rate", 2),
+        (["--status", "--add-trials", "1"], "give one of --status, --stop-trial and --add-trials", 2),
+        (["--status", "nothing"], "nothing is no directory", 5),
+        (["--status", "name=nothing"], "there is no sweep in", 5),
+    ],
+)
+def test_what_cannot_be_asked_of_a_sweep_is_one_clear_line(recorded, command, argv, told, exit_code):
+    _, directory = recorded
+    ended = command("tune", "--config", f"{directory}/experiment.yaml", *argv)
+    assert ended.returncode == exit_code, ended.stderr
+    assert told in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert not (directory / "requests").exists()
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny, tmp_path_factory):
+    """(experiment, directory) of a sweep of which two trials have ended; nothing was trained."""
+    experiment = swept(tiny(f"storage={tmp_path_factory.mktemp('recorded')}"), "recorded", tune__num_samples=3)
+    active = runs.start_or_resume(experiment, "tune", "abc", "never")
+    summary.start(experiment, active.directory, active.name, "tune").log_text(dump(experiment), "experiment.yaml")
+    record = sweeps.SweepRecord(active.directory)
+    for number in range(2):
+        record.add(f"trial_{number:05d}", {"train.learning_rate": 1e-3 * (number + 1)})
+        record.start(f"trial_{number:05d}")
+        scores = {"perplexity": 9.0 - number, "bits_per_byte": 1.0}
+        best = {f"best_{name}": value for name, value in scores.items()}
+        record.result(f"trial_{number:05d}", {"step": 5, "tokens": 2560, **scores, **best, "best_step": 5})
+        record.finish(f"trial_{number:05d}", "completed")
+    active.lock.close()
+    return experiment, Path(active.directory)
+
+
+def test_the_status_of_a_sweep_on_which_no_command_works(recorded, command):
+    _, directory = recorded
+    ended = command("tune", "--status", str(directory))
+    assert ended.returncode == 0, ended.stderr
+    first, *table = ended.stdout.splitlines()
+    assert first.startswith(
+        f"{directory}: interrupted; 2 completed, 1 not started; 5,120 of at most 7,680 tokens; best"
+    )
+    assert len([line for line in table if "completed" in line]) == 2

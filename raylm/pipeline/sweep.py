@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from raylm.results.sweep import BestTrial, scored_on_with_size, scored_unit
 from raylm.results.sweep import read as read_sweep
 from raylm.results.test_split import TestScore
 from raylm.results.trial_table import TrialRow
-from raylm.sweep import RecordedScheduler, tuner
+from raylm.sweep import RecordedScheduler, requests, tuner
 from raylm.sweep.asha import Asha
 from raylm.sweep.space import Searcher
 from raylm.training import callbacks, launch
@@ -252,9 +252,11 @@ def run(plan: SweepPlan, resume: runs.Resume = "auto") -> SweepResult:
 def _has_more(experiment: Experiment, directory: str) -> bool:
     """Whether the experiment gives a sweep more trials than its record has."""
     record = sweeps.SweepRecord(directory)
-    if sweeps.searcher(experiment.tune, experiment.train.seed).total <= len(record.searched):
+    requested = sum(request.get("add", 0) for request in requests.pending(record).values())
+    if _fresh_searcher(experiment, record, requested).total <= len(record.searched):
         return False
-    return _searcher(experiment, record, _new_settings(experiment, directory)).total > len(record.searched)
+    searcher = _searcher(experiment, record, _new_settings(experiment, directory), requested)
+    return searcher.total > len(record.searched)
 
 
 def _new_settings(experiment: Experiment, directory: str) -> dict[str, Any]:
@@ -266,10 +268,10 @@ def _new_settings(experiment: Experiment, directory: str) -> dict[str, Any]:
     return {key: settings[key] for key in new if key in settings}
 
 
-def _searcher(experiment: Experiment, record: sweeps.SweepRecord, new: Mapping[str, Any]) -> Searcher:
+def _searcher(experiment: Experiment, record: sweeps.SweepRecord, new: Mapping[str, Any], more: int = 0) -> Searcher:
     """The searcher with the trials of the record; ConfigError if its space cannot have them. `new`: their settings of
-    new keys."""
-    searcher = sweeps.searcher(experiment.tune, experiment.train.seed)
+    new keys. `more`: how many trials other commands have added of which the record does not know."""
+    searcher = _fresh_searcher(experiment, record, more)
     for trial in record.searched:
         settings = {**new, **trial.settings}
         if experiment.tune.searcher == "optuna" and not _has_place(experiment.tune.space, settings):
@@ -288,6 +290,12 @@ def _has_place(space: Mapping[str, Mapping[str, Any]], settings: Mapping[str, An
     plain = {key: sampler for key, sampler in space.items() if spaces(key, sampler) is None and key not in inner}
     known = all(settings.get(key) in sampler.get("choice", [settings.get(key)]) for key, sampler in plain.items())
     return known and all(settings.get(key) is not None for key in plain)
+
+
+def _fresh_searcher(experiment: Experiment, record: sweeps.SweepRecord, more: int = 0) -> Searcher:
+    """The searcher without any trials, of those too that other commands have added."""
+    num_samples = experiment.tune.num_samples + record.requested + more
+    return sweeps.searcher(experiment.tune.model_copy(update={"num_samples": num_samples}), experiment.train.seed)
 
 
 def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
@@ -382,8 +390,9 @@ def run_trials(
     task = training.TrainTask(experiment, store.path, planned, parent, active.directory, sets=sets, callbacks=own)
     limits = sweeps.SweepStopper(section.stop, record, metric)
 
-    def run_all(searcher: Searcher, scheduler: RecordedScheduler) -> None:
+    def run_all(again: Callable[[], Searcher], scheduler: RecordedScheduler) -> None:
         """Run the unfinished trials of the record and those that the searcher draws."""
+        searcher = again()
         trials = sweeps.TrialQueue(
             searcher,
             record,
@@ -392,6 +401,7 @@ def run_trials(
             together=together if section.scheduler.kind != "pbt" else searcher.total,
             values=lambda trial: ranking.values(experiment, store, trial),
             stopping=stopping,
+            again=again if record.repeated is None else None,
         )
         total = trials.total_samples
         stages = scheduler.asha.stages(total, planned.tokens) if scheduler.asha is not None else []
@@ -404,33 +414,46 @@ def run_trials(
             ):
                 watcher = tuner.Watcher(scheduler, parent, view.update, channel.stop, metric)
                 with_channel = dataclasses.replace(task, channel=channel)
-                tuner.run(trials, with_channel, resources, limits, watcher, together=together)
+
+                def on_added() -> None:
+                    view.total_trials = trials.total_samples
+                    logger.info(f"Trials were added: {view.total_trials} in all")
+
+                tuner.run(trials, with_channel, resources, limits, watcher, together=together, on_added=on_added)
                 if record.outage is not None:
                     raise record.outage
                 if stopping():
+                    total = trials.total_samples
                     left = total - sum(trial.is_over for trial in record.trials.values())
                     how = f"stopped with {left} of {total} trials left"
                     raise cluster.interruption(active.directory, how)
         finally:
             limits.count()
 
-    if record.repeated is None:
-        inner = sweeps.scheduler(section, planned, metric, active.directory)
-        scheduler = sweeps.RecordedScheduler(inner, record, planned, stopping)
-        run_all(sweeps.searcher(section, experiment.train.seed), scheduler)
-    if section.repeats > 1:
-        if record.repeated is None and limits.stop_all():
-            logger.info("tune.stop has ended the sweep before its repeats")
-        elif record.repeated is None:
-            repeats.choose(record, section.ranked_by)
-        if record.repeated:
-            sweeps.repeats.add(record, experiment.train, section.repeats)
-            run_all(sweeps.repeats.NoSearcher(), sweeps.repeats.scheduler(record, planned, stopping))
+    while True:
+        if record.repeated is None:
+            inner = sweeps.scheduler(section, planned, metric, active.directory)
+            scheduler = sweeps.RecordedScheduler(inner, record, planned, stopping)
+            run_all(functools.partial(_fresh_searcher, experiment, record), scheduler)
+        if section.repeats > 1:
+            if record.repeated is None and limits.stop_all():
+                logger.info("tune.stop has ended the sweep before its repeats")
+            elif record.repeated is None:
+                repeats.choose(record, section.ranked_by)
+            if record.repeated:
+                sweeps.repeats.add(record, experiment.train, section.repeats)
+                run_all(sweeps.repeats.NoSearcher, sweeps.repeats.scheduler(record, planned, stopping))
+        requests.take(record)
+        total = _searcher(experiment, record, {}).total
+        if total <= len(record.searched) or limits.stop_all():
+            break
+        _extend(record, experiment, total, {})  # another command has added trials since all had ended
     return ranking.ranked(record, experiment, store)
 
 
 def _resume(record: sweeps.SweepRecord, experiment: Experiment, active: ActiveRun) -> None:
     """Say what is left of a sweep that has trials, and prepare its record if it has ended and more trials follow."""
+    requests.take(record)
     if not record.trials:
         return
     finished = sum(trial.is_over for trial in record.trials.values())
@@ -438,32 +461,46 @@ def _resume(record: sweeps.SweepRecord, experiment: Experiment, active: ActiveRu
     new = _new_settings(experiment, active.directory)
     total = _searcher(experiment, record, new).total
     more = max(0, total - len(record.searched))
-    kind = experiment.tune.scheduler.kind
-    dropped = [trial.trial_id for trial in record.searched if trial.dropped and kind == "asha" and more]
-    has_ended = bool(more) and (active.state == "extended" or record.repeated is not None or bool(dropped))
+    is_finished = bool(runs.result_of(active.directory))
+    has_ended = bool(more) and (is_finished or record.repeated is not None or bool(_dropped(record, experiment)))
     how = f"extended by {console.counted(more, 'trial')}" if has_ended else "resuming"
     logger.info(f"{active.directory}: {how}: {trials} finished, {left} in progress")
     for key, value in new.items():
         logger.info(f"tune.space.{key} is new: the earlier trials have {console.format_number(value)}")
+    if new or has_ended:
+        _extend(record, experiment, total, new)
+    if active.state == "extended":
+        active.reopen(experiment)
+
+
+def _dropped(record: sweeps.SweepRecord, experiment: Experiment) -> list[str]:
+    """The trials that asha stopped when no others were left. They resume if others follow."""
+    is_asha = experiment.tune.scheduler.kind == "asha"
+    trials = record.searched if is_asha else []
+    return [trial.trial_id for trial in trials if trial.dropped and trial.trial_id not in record.to_stop]
+
+
+def _extend(record: sweeps.SweepRecord, experiment: Experiment, total: int, new: Mapping[str, Any]) -> None:
+    """Prepare the record for more trials, `total` in all, and say what becomes of the earlier ones. `new`: their
+    settings of new keys."""
+    kind, more = experiment.tune.scheduler.kind, max(0, total - len(record.searched))
+    dropped = _dropped(record, experiment) if more else []
     if dropped:
         logger.info(
             f"{console.counted(len(dropped), 'trial')} that asha had stopped wait at their rungs again: the best of "
             "them are promoted, now that there are more trials"
         )
-        gone = [name for name in dropped if not storage.names(f"{active.directory}/{name}/checkpoints")]
+        gone = [name for name in dropped if not storage.names(f"{record.directory}/{name}/checkpoints")]
         if gone:
             logger.info(
                 f"The checkpoints of {len(gone)} of them were removed (tune.keep=best, or raylm clean): one that is "
                 "promoted trains from its start again"
             )
-    if has_ended and kind == "hyperband":
+    if more and kind == "hyperband":
         logger.info("tune.scheduler=hyperband: the new trials have brackets of their own; no earlier one resumes")
-    if has_ended and kind == "pbt":
+    if more and kind == "pbt":
         logger.info("tune.scheduler=pbt: the new trials are a population of their own; no earlier one takes part")
-    if new or has_ended:
-        record.extend(total, dropped, new)
-    if active.state == "extended":
-        active.reopen(experiment)
+    record.extend(total, dropped, new)
 
 
 def _no_result(active: ActiveRun, rows: list[dict[str, Any]]) -> TrainingError | ConfigError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,9 +12,15 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import HyperBandScheduler
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
+from raylm import storage
+from raylm.errors import StorageError
+from raylm.sweep import requests
 from raylm.sweep.record import SweepRecord, Trial, Unsaved
 from raylm.sweep.schedule import RecordedScheduler
 from raylm.sweep.space import Searcher
+
+LOCAL_SECONDS, REMOTE_SECONDS = 0.5, 10.0
+"""How often a sweep looks for requests of other commands; on remote storage each look is a request of its own."""
 
 
 class TrialQueue(Unsaved, SearchAlgorithm):
@@ -27,9 +35,11 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         together: int,
         values: Callable[[Trial], Sequence[float]],
         stopping: Callable[[], bool],
+        again: Callable[[], Searcher] | None = None,
     ):
+        """`again`: a new searcher, of the trials that other commands have added too."""
         self.points, self.record, self.scheduler = points, record, scheduler
-        self.together, self.values, self.stopping = together, values, stopping
+        self.together, self.values, self.stopping, self.again = together, values, stopping, again
         self.unfinished: list[RayTrial] = []
         """Trials of the record that resume; those that are paused at a rung come first."""
         self.handed: list[RayTrial] = []
@@ -37,8 +47,32 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         """Trials whose score was reported to the searcher."""
         self.unknown = record.lost()
         """Directories of trials whose lines in the record were lost; the searcher may now draw other settings."""
-        for event in record.of(self.own):
+        self.looked = 0.0
+        """When it last looked for requests, by time.monotonic."""
+        self._replay()
+
+    def _replay(self) -> None:
+        for event in self.record.of(self.own):
             self._again(event)
+
+    def take_requests(self) -> bool:
+        """Take what other commands have asked for, if it is time to look; whether trials were added."""
+        is_remote = storage.is_remote(self.record.directory)
+        if time.monotonic() - self.looked < (REMOTE_SECONDS if is_remote else LOCAL_SECONDS):
+            return False
+        before, self.looked = self.record.requested, time.monotonic()
+        with contextlib.suppress(StorageError, OSError):  # it looks again
+            requests.take(self.record)
+        if self.record.requested == before:
+            return False
+        self._search_again()
+        return True
+
+    def _search_again(self) -> None:
+        """Have a new searcher, which knows the trials that it has not drawn itself."""
+        if self.again is not None:
+            self.points, self.told = self.again(), set()
+            self._replay()
 
     @property
     def own(self) -> dict[str, Trial]:
@@ -84,6 +118,9 @@ class TrialQueue(Unsaved, SearchAlgorithm):
     def add_configurations(self, experiments: Any) -> None:
         """Take Tune's experiment, which holds what all trials have in common, and bring back the recorded trials."""
         self.spec = experiments[0].spec
+        for trial_id, trial in self.own.items():
+            if trial_id in self.record.to_stop and trial.results and not trial.is_over:
+                self.record.finish(trial_id, "stopped early", dropped=True)
         made = {trial_id: self._made(trial_id, trial.settings | trial.seeds) for trial_id, trial in self.own.items()}
         # Brackets in which all trials have ended can take no more: those of an extended sweep are new ones.
         ended = self.record.earlier if isinstance(self.scheduler.inner, HyperBandScheduler) else set()
@@ -132,7 +169,11 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         else:
             trial_id = self.record.free_id(self.unknown)
             settings = self.points.draw(trial_id)
-            self.record.add(trial_id, settings)
+            if requested := self.record.requested_settings[:1]:
+                settings = {**settings, **requested[0]}
+            self.record.add(trial_id, settings, is_requested=bool(requested))
+            if requested:
+                self._search_again()
             trial = self._made(trial_id, settings)
         self.handed.append(trial)
         return trial

@@ -13,6 +13,8 @@
                                                                          now has so many trials; these were dropped, and
                                                                          are paused again; the trials so far have the
                                                                          settings of the new keys
+                          {"request": "20261130-041500-3fa2.json", "stop": "trial_00003"}   taken: see requests
+                          {"request": "20261130-041501-9c01.json", "add": 2, "settings": {...}}
                           {"spent": 12.5}                                the sweep has run for this many more seconds
 
 Replaying the events brings searcher and scheduler back to their state, because they have seen nothing else. Tune
@@ -33,7 +35,7 @@ from raylm.tracking import journal
 
 EVENTS = "events.jsonl"
 
-DURABLE = {"finished", "changed", "repeated", "extended"}
+DURABLE = {"finished", "changed", "repeated", "extended", "request"}
 """Events that outlive a power cut; a change is read by its trial, maybe on another machine."""
 
 Status = Literal["running", "interrupted", "not started", "completed", "stopped early", "failed"]
@@ -121,6 +123,14 @@ class SweepRecord:
         """The trials that the sweep had when it was last extended."""
         self.given: dict[str, Any] = {}
         """The settings that trials have which were added before their keys were added to the space."""
+        self.requests: set[str] = set()
+        """The names of the requests that were taken."""
+        self.to_stop: set[str] = set()
+        """The trials that are to stop at their next evaluation, as another command has asked."""
+        self.requested = 0
+        """How many trials other commands have added to tune.num_samples."""
+        self.requested_settings: list[dict[str, Any]] = []
+        """Settings that other commands have asked for; the next trials have them."""
         self.seconds = 0.0
         """How long the sweep has run, over all commands."""
         self.problem: StorageUnavailable | None = None
@@ -161,8 +171,14 @@ class SweepRecord:
         taken = {*self.trials, *lost}
         return next(trial_id for trial_id in map("trial_{:05d}".format, numbers) if trial_id not in taken)
 
-    def add(self, trial_id: str, settings: Mapping[str, Any]) -> None:
-        self._add({"added": trial_id, "settings": dict(settings)})
+    def add(self, trial_id: str, settings: Mapping[str, Any], *, is_requested: bool = False) -> None:
+        """`is_requested`: the first of the requested settings are among its settings."""
+        about = {"requested": True} if is_requested else {}
+        self._add({"added": trial_id, "settings": dict(settings), **about})
+
+    def request(self, name: str, request: Mapping[str, Any]) -> None:
+        """Record that a request was taken, {"stop": trial id} or {"add": number of trials, "settings": {...}}."""
+        self._add({"request": name, **request})
 
     def repeat(self, trial_ids: Sequence[str]) -> None:
         """Record that all trials have ended, and that the settings of these are repeated."""
@@ -227,6 +243,15 @@ class SweepRecord:
             case {"added": trial_id, "settings": settings}:
                 repeat_of, seeds = event.get("repeat_of"), event.get("seeds", {})
                 self.trials[trial_id] = Trial(trial_id, settings, repeat_of=repeat_of, seeds=seeds)
+                if event.get("requested"):
+                    del self.requested_settings[0]
+            case {"request": name, "stop": trial_id}:
+                self.requests.add(name)
+                self.to_stop.add(trial_id)
+            case {"request": name, "add": count, "settings": settings}:
+                self.requests.add(name)
+                self.requested += count
+                self.requested_settings += [settings] if settings else []
             case {"repeated": trial_ids}:
                 self.repeated = trial_ids
             case {"extended": _, "reopened": trial_ids, "settings": settings}:
