@@ -966,11 +966,11 @@ def test_a_running_sweep_takes_commands_of_another_terminal(command, start_comma
 @pytest.mark.parametrize(
     ("argv", "told", "exit_code"),
     [
-        (["--stop-trial", "trial_00009"], "has no such trial; did you mean trial_00000?", 2),
+        (["--stop-trial", "trial_00009"], "has no such trial; did you mean trial_0000", 2),
         (["--stop-trial", "x"], "has no such trial; its trials are trial_00000, trial_00001", 2),
         (["--stop-trial", "00001"], "trial_00001 is over: completed", 2),
         (["--add-trials", "0"], "Invalid value for '--add-trials': 0 is not in the range x>=1", 2),
-        (["--add-trials", "1", "train.seed=3"], "tune.points must have keys of tune.space, got train.seed", 2),
+        (["--add-trials", "1", "train.seed=3"], "must have keys of tune.space, got train.seed", 2),
         (["--add-trials", "1", "train.learning_rate=fast"], "train.learning_rate", 2),
         (["--status", "--add-trials", "1"], "give one of --status, --stop-trial and --add-trials", 2),
         (["--status", "nothing"], "nothing is no directory", 5),

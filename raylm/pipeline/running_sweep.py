@@ -69,7 +69,9 @@ def status(directory: str) -> SweepStatus:
     for row in rows:
         table.update(row.trial_id, status=row.status, tokens=row.tokens, perplexity=row.perplexity)
     (listed,) = listing.listed(directory)
-    return SweepStatus(directory, listed.state, table.summary(), results.measure, rows)
+    interrupted = sum(row.status == "interrupted" for row in rows)
+    summary = f"{interrupted} interrupted, {table.summary()}" if interrupted else table.summary()
+    return SweepStatus(directory, listed.state, summary, results.measure, rows)
 
 
 def _as_it_is(results: SweepResults, row: TrialRow) -> TrialRow:
