@@ -10,7 +10,8 @@
     metrics.jsonl   see tracking
     run.log         the log of all commands that worked on the run
     model/          the best model, as a plain Hugging Face directory
-    result.json     exists once the run has finished, failed, or was abandoned with --resume never
+    result.json     exists once the run has finished, failed, or was abandoned with --resume never; removed when a
+                    finished sweep is extended
 
 <storage>/<name>/ended/train-20261123-101500-3fa2
                     on remote storage an empty file for each run that has a result: one request lists all of them
@@ -28,13 +29,13 @@ import os
 import secrets
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal
 
 from raylm import storage
 from raylm.checkpoint import CheckpointManager
-from raylm.config import Experiment, dump, get, override
+from raylm.config import Experiment, dump, get, loads, override
 from raylm.console import format_number
 from raylm.errors import ConfigError, StorageError, StorageUnavailable
 from raylm.redaction import redacted
@@ -55,7 +56,9 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.E
 """Errors of flock on file systems without locks: Lustre without -o flock, some of FUSE, NFS without a lock server."""
 
 
-ENDED = "ended"
+ENDED, RESULT, EXPERIMENT = "ended", "result.json", "experiment.yaml"
+
+SPACE = "tune.space."
 
 BUDGET = ("train.max_tokens", "train.num_epochs")
 """The settings that say how long a run trains; it has one of them, or none."""
@@ -81,6 +84,11 @@ class ActiveRun:
     lock: IO[str] | None
     abandoned: list[str] = field(default_factory=list)
     """Directories of stopped runs that this command does not resume; with --resume never no command will."""
+    state: Literal["open", "extended", "finished"] = "open"
+    """extended: a sweep that had finished and has more trials to run, or whose space has changed. finished: a finished
+    sweep without more trials to run."""
+    terms: dict[str, Any] = field(default_factory=dict)
+    """The settings that must not change when a run resumes, as they are now."""
 
     @property
     def decided(self) -> dict[str, Any]:
@@ -104,6 +112,15 @@ class ActiveRun:
             with storage.reached(self.directory):
                 storage.write(f"{self.directory}/decided.json", (json.dumps({**before, **new}) + "\n").encode())
         return override(experiment, values)
+
+    def reopen(self, experiment: Experiment) -> None:
+        """Make these its settings, and have it no longer be finished, so that the same command resumes it."""
+        with storage.reached(self.directory):
+            _write_settings(self.directory, experiment, self.terms)
+            place = self.directory.rpartition("/")[0]
+            for file in (f"{place}/{ENDED}/{self.name}", f"{self.directory}/{RESULT}"):
+                if storage.read(file) is not None:
+                    storage.remove_file(file)
 
     def end(self, result: dict[str, Any]) -> None:
         """Write the result of the run; no command resumes it afterwards."""
@@ -147,15 +164,24 @@ def new_name(verb: str) -> str:
     return f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resume) -> ActiveRun:
+def start_or_resume(
+    experiment: Experiment,
+    verb: str,
+    store: str,
+    resume: Resume,
+    has_more: Callable[[str], bool] | None = None,
+) -> ActiveRun:
     """The newest run that stopped before its end, to resume it; else a new one, or StorageError if `resume` is "must".
 
     "never" abandons all stopped runs and starts a new one. ConfigError if the newest stopped run that has a checkpoint
-    or trials was started with other settings or on other tokens.
+    or trials was started with other settings or on other tokens; the space of a sweep may change, but lose no key.
+
+    `has_more`: whether these settings give a finished sweep in a directory more trials. The newest finished sweep of
+    the same settings is then extended, else the newest that differs by its space; without more trials nothing starts.
     """
     place, terms = directory_of(experiment), _terms(experiment, verb, store)
     abandoned: dict[str, IO[str]] = {}
-    newest_ended = finished = same = None
+    newest_ended = finished = same = other_space = None
     ended = set(storage.names(f"{place}/{ENDED}")) if storage.is_remote(place) else set()
     for name in reversed([name for name in storage.names(place) if name.startswith(f"{verb}-")]):
         directory = f"{place}/{name}"
@@ -164,13 +190,15 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
         written = storage.read(f"{directory}/run.json")
         if written is None:
             continue
-        if (result := storage.read(f"{directory}/result.json")) is not None:
+        if (result := storage.read(f"{directory}/{RESULT}")) is not None:
             newest_ended = newest_ended or directory
             if name not in ended:
                 _note_end(directory)
             then, ended_with = json.loads(written), json.loads(result)
-            if same is None and "error" not in ended_with and not _differences(then, terms):
-                same = directory
+            if "error" not in ended_with:
+                differing = _differing(then, terms)
+                same = same or (None if differing else directory)
+                other_space = other_space or (directory if _may_resume(then, terms) else None)
             if verb == "train" and finished is None and _trained_less(then, ended_with, terms):
                 finished = directory
             continue
@@ -183,7 +211,7 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
         if resume == "never" or (differences and step is None and not trials):
             abandoned[directory] = lock
             continue
-        if differences:
+        if differences and not _may_resume(json.loads(written), terms):
             reached = f"after {trials} trials had started" if trials else f"after step {step:,}"
             raise ConfigError(
                 f"{directory} stopped {reached} and was started with other settings:\n  "
@@ -191,12 +219,18 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
                 + "\ngive the earlier values to resume it, or --resume never to start a new run",
                 differences[0].split(":")[0],
             )
-        return ActiveRun(name, directory, step, lock, list(abandoned))
+        for line in differences:
+            logger.info(f"{directory}: {line}; its trials so far keep their settings")
+        return ActiveRun(name, directory, step, lock, list(abandoned), "extended" if differences else "open", terms)
+    if has_more is not None and resume != "never":
+        known = same or other_space
+        state: Literal["extended", "finished"] = "extended" if known and has_more(known) else "finished"
+        if known and (state == "extended" or (same and resume == "auto")) and (lock := _locked(known)) is not None:
+            return ActiveRun(known.rpartition("/")[2], known, None, lock, list(abandoned), state, terms)
     if resume == "must":
         raise StorageError(f"--resume must: no run in {place} stopped before its end", place)
-    if same is not None and resume == "auto":
-        kind = {"train": "run", "tune": "sweep"}[verb]
-        logger.info(f"{same} is a finished {kind} of the same settings, and stays as it is. A new {kind} starts.")
+    if verb == "train" and same is not None and resume == "auto":
+        logger.info(f"{same} is a finished run of the same settings, and stays as it is. A new run starts.")
     elif finished is not None and resume == "auto":
         schedule = experiment.train.lr_scheduler_type
         logger.info(
@@ -208,17 +242,21 @@ def start_or_resume(experiment: Experiment, verb: str, store: str, resume: Resum
     directory = f"{place}/{name}"
     lock = _locked(directory)  # before run.json is written, or another command could resume it
     assert lock is not None, f"{directory}: no other command knows this name"
-    storage.write(f"{directory}/experiment.yaml", dump(experiment).encode())
-    storage.write(f"{directory}/run.json", (json.dumps(terms, indent=1) + "\n").encode())
+    _write_settings(directory, experiment, terms)
     if resume == "never":
         for each in abandoned:
             _end(each, {"error": f"given up: --resume never started {name}"})
-    return ActiveRun(name, directory, None, lock, list(abandoned))
+    return ActiveRun(name, directory, None, lock, list(abandoned), terms=terms)
+
+
+def _write_settings(directory: str, experiment: Experiment, terms: dict[str, Any]) -> None:
+    storage.write(f"{directory}/{EXPERIMENT}", dump(experiment).encode())
+    storage.write(f"{directory}/run.json", (json.dumps(terms, indent=1) + "\n").encode())
 
 
 def _end(directory: str, result: dict[str, Any]) -> None:
     with storage.reached(directory):
-        storage.write(f"{directory}/result.json", (json.dumps(result, indent=1) + "\n").encode())
+        storage.write(f"{directory}/{RESULT}", (json.dumps(result, indent=1) + "\n").encode())
     _note_end(directory)
 
 
@@ -232,8 +270,14 @@ def _note_end(directory: str) -> None:
 
 def result_of(directory: str) -> dict[str, Any]:
     """What a run or sweep ended with, result.json; empty while it has not finished."""
-    found: dict[str, Any] = json.loads(storage.read(f"{directory}/result.json") or b"{}")
+    found: dict[str, Any] = json.loads(storage.read(f"{directory}/{RESULT}") or b"{}")
     return found
+
+
+def started_with(directory: str) -> Experiment:
+    """The experiment that a run or sweep was started with, or that a sweep was last extended with."""
+    path = f"{directory}/{EXPERIMENT}"
+    return loads((storage.read(path) or b"").decode(), path)
 
 
 def flat_settings(experiment: Experiment) -> dict[str, Any]:
@@ -272,17 +316,29 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each setting that differs; one that an older raylm did not have had its default."""
+def _differing(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ: dotted key -> values then and now; one that an older raylm did not have had its
+    default."""
     defaults = flat_settings(Experiment())
     then = {RENAMED.get(key, key): value for key, value in then.items()}
     then = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **then}
     keys = [*now, *(key for key in then if key not in now)]
-    return [
-        f"{key}: {json.dumps(then.get(key))} then, {json.dumps(now.get(key))} now"
-        for key in keys
-        if then.get(key) != now.get(key)
-    ]
+    return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each setting that differs."""
+    differing = _differing(then, now).items()
+    return [f"{key}: {json.dumps(before)} then, {json.dumps(value)} now" for key, (before, value) in differing]
+
+
+def _may_resume(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a sweep may resume with these settings: nothing differs but its space, and that has lost no key."""
+
+    def swept(terms: dict[str, Any]) -> set[str]:
+        return {key.rpartition(".")[0] for key in terms if key.startswith(SPACE)}
+
+    return all(key.startswith(SPACE) for key in _differing(then, now)) and swept(then) <= swept(now)
 
 
 def _locked(directory: str) -> IO[str] | None:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from raylm import cli
-from raylm.errors import TrainingError
+from raylm.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
 
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 4 if any trial failed.")]
+Status = Annotated[bool, typer.Option("--status", help="Show the trials of [SWEEP], by default the newest, and stop.")]
+StopTrial = Annotated[
+    str | None,
+    typer.Option("--stop-trial", metavar="TRIAL", help="Have a trial of [SWEEP] stop at its next evaluation."),
+]
+AddTrials = Annotated[
+    int | None,
+    typer.Option(
+        "--add-trials", metavar="N", min=1, help="Have [SWEEP] train N more trials, the next one with these settings."
+    ),
+]
 
 
 def tune(
@@ -20,6 +32,9 @@ def tune(
     config: cli.ConfigFile = None,
     resume: cli.Resume = "auto",
     strict: Strict = False,
+    status: Status = False,
+    stop_trial: StopTrial = None,
+    add_trials: AddTrials = None,
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
     timeline: cli.Timeline = None,
@@ -27,8 +42,11 @@ def tune(
 ) -> cli.CommandResult:
     """Sweep settings of an experiment and rank the trials by perplexity on the same validation tokens.
 
-    Without --config and corpus.paths: a small GPT-2 on the source code of Python's standard library.
+    A finished sweep is extended by the same command with a larger tune.num_samples. Without --config and corpus.paths:
+    a small GPT-2 on the source code of Python's standard library.
     """
+    if status or stop_trial is not None or add_trials is not None:
+        return _of_running(settings or [], config, status, stop_trial, add_trials)
     experiment = cli.experiment(config, settings, print_config, "training")
     from raylm import plan, views
     from raylm.pipeline import sweep
@@ -41,6 +59,31 @@ def tune(
     result = sweep.run(resolved, resume)
     exit_code = TrainingError.exit_code if strict and result.failures else 0
     return cli.CommandResult(result.record(), views.sweep(result, resolved.experiment), exit_code)
+
+
+def _of_running(
+    arguments: list[str], config: Path | None, status: bool, stop_trial: str | None, add_trials: int | None
+) -> cli.CommandResult:
+    """Show the trials of a sweep, or ask something of it. `arguments`: [SWEEP] [SECTION.KEY=VALUE]...
+
+    Settings with a section are those of the trial to add; others, such as storage and name, say where the sweep is.
+    """
+    if status + (stop_trial is not None) + (add_trials is not None) > 1:
+        raise ConfigError("give one of --status, --stop-trial and --add-trials", "--status")
+    places, settings = cli.places_and_settings(arguments)
+    of_trial = [setting for setting in settings if "." in setting.partition("=")[0] and add_trials is not None]
+    experiment = cli.experiment(config, [setting for setting in settings if setting not in of_trial])
+    from raylm.pipeline import running_sweep
+
+    sweep = running_sweep.find(places, experiment)
+    if status:
+        found = running_sweep.status(sweep)
+        return cli.CommandResult(found.record(), found.view)
+    if stop_trial is not None:
+        answer = running_sweep.stop_trial(sweep, stop_trial)
+    else:
+        answer = running_sweep.add_trials(sweep, add_trials or 0, of_trial)
+    return cli.CommandResult({"sweep": sweep, "answer": answer}, answer)
 
 
 def main() -> None:

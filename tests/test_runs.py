@@ -222,6 +222,98 @@ def test_the_rungs_of_a_sweep_stay_where_they_are(experiment):
     assert again.directory == first.directory
 
 
+@pytest.fixture
+def finished_sweep(experiment):
+    """(an experiment with a space, the finished sweep of it)"""
+    swept = config.override(experiment, {"tune.space": {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}}})
+    first = runs.start_or_resume(swept, "tune", "abc", "auto", lambda _: False)
+    first.end({"best": {}})
+    stop(first)
+    return swept, first
+
+
+def test_a_finished_sweep_is_extended_if_there_are_more_trials_and_else_nothing_starts(finished_sweep):
+    swept, first = finished_sweep
+    same = runs.start_or_resume(swept, "tune", "abc", "auto", lambda _: False)
+    assert (same.directory, same.state) == (first.directory, "finished")
+    stop(same)
+    again = runs.start_or_resume(swept, "tune", "abc", "must", lambda directory: directory == first.directory)
+    assert (again.directory, again.state) == (first.directory, "extended")
+    assert runs.result_of(first.directory) == {"best": {}}, "it has not been prepared for more trials yet"
+    again.reopen(swept)
+    stop(again)
+    resumed = runs.start_or_resume(swept, "tune", "abc", "must", lambda _: False)
+    assert (resumed.directory, resumed.state) == (first.directory, "open")
+    resumed.end({"best": {}})
+    stop(resumed)
+    other = runs.start_or_resume(swept, "tune", "abc", "never", lambda _: True)
+    assert other.directory != first.directory
+
+
+WIDER = {"train.learning_rate": {"loguniform": [1e-5, 1e-2]}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "store", "is_extended"),
+    [
+        ({"tune.space": WIDER}, "abc", True),
+        ({"tune.space": {**WIDER, "train.seed": {"randint": [0, 9]}}}, "abc", True),
+        ({"tune.space": {"train.seed": {"randint": [0, 9]}}}, "abc", False),
+        ({"train.max_tokens": 4096}, "abc", False),
+        ({"model.config.n_layer": 3, "tune.space": WIDER}, "abc", False),
+        ({}, "other", False),
+    ],
+    ids=["wider", "a key more", "another key", "budget", "model", "corpus"],
+)
+def test_which_sweep_is_extended(finished_sweep, settings, store, is_extended):
+    swept, first = finished_sweep
+    changed = config.override(swept, settings)
+    found = runs.start_or_resume(changed, "tune", store, "auto", lambda _: True)
+    assert (found.directory == first.directory) is is_extended
+    if is_extended:
+        found.reopen(changed)
+        assert runs.started_with(found.directory).tune.space == changed.tune.space
+
+
+def test_a_changed_space_without_more_trials_is_another_sweep(finished_sweep):
+    swept, first = finished_sweep
+    changed = config.override(swept, {"tune.space": WIDER})
+    assert runs.start_or_resume(changed, "tune", "abc", "auto", lambda _: False).directory != first.directory
+
+
+def test_of_the_finished_sweeps_the_one_of_the_same_space_is_extended(finished_sweep):
+    swept, first = finished_sweep
+    changed = config.override(swept, {"tune.space": WIDER})
+    newer = runs.start_or_resume(changed, "tune", "abc", "never", lambda _: True)
+    newer.end({"best": {}})
+    stop(newer)
+    assert runs.start_or_resume(swept, "tune", "abc", "auto", lambda _: True).directory == first.directory
+
+
+def test_a_stopped_sweep_resumes_with_a_wider_space(experiment, capsys):
+    swept = config.override(experiment, {"tune.space": {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}}})
+    first = runs.start_or_resume(swept, "tune", "abc", "auto")
+    os.mkdir(f"{first.directory}/trial_00000")
+    stop(first)
+    again = runs.start_or_resume(config.override(swept, {"tune.space": WIDER}), "tune", "abc", "auto")
+    assert (again.directory, again.state) == (first.directory, "extended")
+    assert "[0.0001, 0.01] then, [1e-05, 0.01] now; its trials so far keep their settings" in capsys.readouterr().err
+    stop(again)
+    other = config.override(swept, {"tune.space": {"train.seed": {"randint": [0, 9]}}})
+    with pytest.raises(ConfigError, match="was started with other settings"):
+        runs.start_or_resume(other, "tune", "abc", "auto")
+
+
+def test_an_extended_sweep_on_remote_storage_is_no_longer_noted_as_ended(tmp_path):
+    settings = [f"storage=file://{tmp_path}", "name=words", "tune.space={train.seed: {randint: [0, 9]}}"]
+    experiment = config.load(None, settings)
+    first = runs.start_or_resume(experiment, "tune", "abc", "auto")
+    first.end({"best": {}})
+    runs.start_or_resume(experiment, "tune", "abc", "auto", lambda _: True).reopen(experiment)
+    assert runs.start_or_resume(experiment, "tune", "abc", "must").state == "open"
+    assert not storage.names(f"{runs.directory_of(experiment)}/{runs.ENDED}")
+
+
 def test_a_setting_that_an_older_raylm_did_not_have_had_its_default(experiment):
     first = begin(experiment)
     terms = json.loads(Path(first.directory, "run.json").read_text())

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from played import Played, ray_trial
 from ray.tune.experiment import Trial as RayTrial
 
-from raylm import budget, checkpoint, document_scores, sweep
+from raylm import budget, checkpoint, document_scores, storage, sweep
 from raylm.config import StopConfig, TrainConfig, TuneConfig, load
 from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError
+from raylm.sweep import requests
 from raylm.sweep.asha import Asha
 from raylm.sweep.record import EVENTS, by_rank
 from raylm.sweep.trial import ADOPTED, _settle
@@ -548,6 +549,183 @@ def test_a_sweep_resumes_as_if_it_had_never_been_interrupted(tmp_path, kind, sea
     for cut in range(1, len(whole), 2 if searcher == "random" else 7):
         again = play(tmp_path / str(cut), kind, scores, searcher=searcher, cuts=[cut])
         assert again == whole, f"cut off after line {cut}: {whole[cut - 1]}"
+
+
+def extended(directory, scheduler, scores, by, **options):
+    """The events of a sweep that ends, and is then extended by the trials of the last so many rows of scores."""
+    play(directory, scheduler, scores[:-by], **options)
+    record = sweep.SweepRecord(str(directory))
+    dropped = [trial.trial_id for trial in record.searched if trial.dropped and scheduler == "asha"]
+    record.extend(len(scores), dropped, {})
+    return play(directory, scheduler, scores, **options)
+
+
+def of_kind(events, kind):
+    return [event[kind] for event in events if kind in event]
+
+
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+@pytest.mark.parametrize("kind", ["none", "asha", "median", "hyperband"])
+def test_a_finished_sweep_is_extended_with_every_scheduler(tmp_path, kind, searcher):
+    """And if it is killed meanwhile, it ends as if it had not been."""
+    scores = scores_of(3, 12)
+    events = extended(tmp_path / "whole", kind, scores, 6, searcher=searcher)
+    trials = sweep.read(str(tmp_path / "whole"))
+    assert len(trials) == 12
+    assert all(trial.is_over for trial in trials.values())
+    assert "completed" in {trials[f"trial_{number:05d}"].status for number in range(6, 12)}
+    first = next(number for number, event in enumerate(events) if "extended" in event)
+    if kind == "hyperband":  # played here, its brackets choose trials that the queue has not handed out yet
+        return
+    for cut in range(first + 1, len(events), 5 if searcher == "random" else 19):
+        again = tmp_path / f"{cut}"
+        again.mkdir()
+        (again / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in events[:cut]))
+        assert play(again, kind, scores, searcher=searcher) == events, f"cut off after {events[cut - 1]}"
+
+
+def test_of_an_extended_asha_sweep_as_many_are_promoted_as_of_one_of_all_trials(tmp_path):
+    """Of 4 trials 1 is promoted by its rank, of 8 it is 2: the second best of the first 4, if those that follow are
+    worse."""
+    scores = [[float(quality)] * 16 for quality in (10, 11, 12, 13, 20, 21, 22, 23)]
+    scheduler = {"kind": "asha", "grace_tokens": 64 * 4, "reduction_factor": 4.0}
+    before = play(tmp_path / "four", scheduler, scores[:4])
+    assert of_kind(before, "promoted") == ["trial_00000"]
+    assert sweep.read(str(tmp_path / "four"))["trial_00001"].dropped
+    record = sweep.SweepRecord(str(tmp_path / "four"))
+    record.extend(8, ["trial_00001", "trial_00002", "trial_00003"], {})
+    events = play(tmp_path / "four", scheduler, scores)
+    assert of_kind(events, "promoted") == ["trial_00000", "trial_00001"]
+    trials = sweep.read(str(tmp_path / "four"))
+    assert [trial.status for trial in trials.values()] == ["completed"] * 2 + ["stopped early"] * 6
+    assert all(trial.dropped for trial in list(trials.values())[2:])
+
+
+def test_repeats_of_an_earlier_end_are_no_trials_of_the_search(tmp_path):
+    scores = scores_of(3, 6)
+    play(tmp_path / "s", "none", scores[:4])
+    record = sweep.SweepRecord(str(tmp_path / "s"))
+    record.repeat(["trial_00000", "trial_00001"])
+    sweep.repeats.add(record, TrainConfig(), 1)
+    record.extend(6, [], {})
+    assert record.repeated is None
+    section = TuneConfig(space={"train.weight_decay": {"uniform": [0, 1]}}, num_samples=6, scheduler="none")
+    again = Controller(tmp_path / "s", section, together=9)
+    assert again.search_alg.total_samples == 8
+    assert list(again.running()) == ["trial_00006", "trial_00007"]
+    fresh = drawn(space=section.space, num_samples=6)
+    assert [trial.settings for trial in again.record.searched] == fresh
+
+
+# Requests of other commands -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["none", "asha", "median"])
+def test_a_trial_stops_at_its_next_evaluation_when_another_command_asks_for_it(tmp_path, kind):
+    """It counts as dropped by the scheduler, does not make others wait, and the record leads to the same end again."""
+    section = TuneConfig(scheduler=kind, num_samples=3, space={"train.weight_decay": {"uniform": [0, 1]}})
+    controller = Controller(tmp_path, section, together=3)
+    running = controller.running()
+    requests.stop_trial(str(tmp_path), "trial_00001")
+    controller.search_alg.looked = -math.inf
+    controller.search_alg.take_requests()
+    assert storage.names(f"{tmp_path}/{requests.FOLDER}") == []
+    result = {"step": 1, "tokens": 64, "best_perplexity": 5.0, "budget_tokens": BUDGET.tokens}
+    for trial_id in ("trial_00001", "trial_00000"):
+        controller.report(running[trial_id], result)
+        controller.pause()
+        controller.running()
+    trials = sweep.read(str(tmp_path))
+    assert (trials["trial_00001"].status, trials["trial_00001"].dropped) == ("stopped early", True)
+    assert not trials["trial_00000"].is_over
+    again = Controller(tmp_path, section, together=3)
+    assert sorted(again.running()) == ["trial_00000", "trial_00002"]
+    if kind == "asha":
+        assert not again.scheduler.asha.has_one, "none has completed"
+
+
+def test_a_trial_that_is_to_stop_does_not_resume(tmp_path):
+    """If no command worked on the sweep when it was asked for."""
+    section = TuneConfig(scheduler="none", num_samples=2, space={"train.weight_decay": {"uniform": [0, 1]}})
+    controller = Controller(tmp_path, section, together=2)
+    for trial in controller.running().values():
+        controller.report(trial, {"step": 1, "tokens": 64, "best_perplexity": 5.0, "budget_tokens": BUDGET.tokens})
+    requests.stop_trial(str(tmp_path), "trial_00001")
+    requests.take(sweep.SweepRecord(str(tmp_path)))
+    again = Controller(tmp_path, section, together=2)
+    assert list(again.running()) == ["trial_00000"]
+    assert sweep.read(str(tmp_path))["trial_00001"].status == "stopped early"
+
+
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_trials_that_another_command_adds_are_drawn_once(tmp_path, searcher, monkeypatch):
+    """The next one has the settings that were given; a sweep that is killed while it takes a request takes it once."""
+    section = TuneConfig(scheduler="none", num_samples=2, space=SPACE, searcher=searcher)
+
+    def searched(record):
+        return sweep.searcher(section.model_copy(update={"num_samples": 2 + record.requested}), 0)
+
+    controller = Controller(tmp_path, section, together=5)
+    assert len(controller.running()) == 2
+    requests.add_trials(str(tmp_path), 2, {"train.learning_rate": 5e-3})
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove_file", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            requests.take(controller.record)
+    queue = controller.search_alg
+    queue.again = lambda: searched(controller.record)
+    queue._search_again()
+    queue.looked = -math.inf
+    assert not queue.take_requests(), "it was taken before"
+    assert storage.names(f"{tmp_path}/{requests.FOLDER}") == []
+    assert list(controller.running()) == [f"trial_{number:05d}" for number in range(4)]
+    assert (queue.total_samples, queue.has_more) == (4, False)
+    record = sweep.SweepRecord(str(tmp_path))
+    settings = [trial.settings for trial in record.trials.values()]
+    assert settings[2]["train.learning_rate"] == 5e-3
+    assert all(each.keys() == SPACE.keys() for each in settings)
+    assert (record.requested, record.requested_settings) == (2, [])
+    if searcher == "random":
+        points = drawn(space=SPACE, num_samples=4)
+        assert settings[3] == points[3]
+        assert settings[2] == {**points[2], "train.learning_rate": 5e-3}
+
+
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_a_key_that_is_added_to_the_space_has_its_value_in_earlier_trials(tmp_path, searcher):
+    rates = {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}}
+    old = TuneConfig(space=rates, num_samples=3, searcher=searcher, scheduler="none")
+    first = Controller(tmp_path, old, together=3)
+    for trial in first.running().values():
+        first.report(trial, {"step": 1, "tokens": BUDGET.tokens, "best_perplexity": 5.0})
+    first.record.extend(5, [], {"train.seed": 0})
+    new = old.model_copy(update={"space": {**rates, "train.seed": {"randint": [0, 9]}}, "num_samples": 5})
+    again = Controller(tmp_path, new, together=5)
+    assert list(again.running()) == ["trial_00003", "trial_00004"]
+    settings = [trial.settings for trial in again.record.trials.values()]
+    assert [each["train.seed"] for each in settings[:3]] == [0, 0, 0]
+    assert all(each.keys() == new.space.keys() for each in settings)
+
+
+def test_of_a_wider_grid_only_new_points_are_trained():
+    """Whatever the order of its values, and each as often as tune.num_samples says."""
+
+    def points(grid, **section):
+        space = {"blocks.block_size": {"grid": grid}, **section.pop("others", {})}
+        return sweep.searcher(TuneConfig(space=space, **section), 0)
+
+    wider = points([32, 64, 128])
+    for number, size in enumerate((64, 128)):
+        wider.add(f"trial_{number}", {"blocks.block_size": size})
+    assert (wider.total, wider.draw("trial_2")) == (3, {"blocks.block_size": 32})
+    other = points([32, 64])
+    other.add("trial_0", {"blocks.block_size": 128})
+    assert other.total == 3
+    rates = {"train.learning_rate": {"uniform": [0, 1]}}
+    before, after = (points(grid, others=rates, num_samples=2) for grid in ([64, 128], [32, 64, 128]))
+    for number in range(4):
+        after.add(f"trial_{number}", before.draw(f"trial_{number}"))
+    assert [after.draw(f"trial_{number}")["blocks.block_size"] for number in range(4, after.total)] == [32, 32]
 
 
 @pytest.mark.parametrize("searcher", ["random", "optuna"])

@@ -1,6 +1,7 @@
 """Sweeps on real Tune: trials in their own processes, and one with a worker group in each."""
 
 import gc
+import hashlib
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from mlflow import MlflowClient
 from raylm import budget, checkpoint, cluster, runs, summary, tracking
 from raylm import plan as plans
 from raylm import sweep as sweeps
-from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, load, override, save
+from raylm.config import SchedulerConfig, TrainConfig, TuneConfig, corners, dump, load, override, save
 from raylm.errors import ConfigError, Interrupted
 from raylm.perplexity import Score
 from raylm.pipeline import earlier, ranking, stores
@@ -860,3 +861,259 @@ def test_a_sweep_over_a_mixture_of_sources_has_one_store_and_scores_each_source(
 def test_weights_of_what_is_not_scored_are_refused(tiny, settings, told):
     with pytest.raises(ConfigError, match=told):
         override(tiny(), settings)
+
+
+# More trials after the end -------------------------------------------------------------------------------------------
+
+RATES = {"random": {"loguniform": [1e-3, 1e-1]}, "grid": {"grid": [1e-3, 3e-3, 1e-2, 3e-2]}}
+
+
+def swept(experiment, name, **settings):
+    """The experiment with a sweep over learning rates, without early stopping."""
+    given = {"tune.scheduler": "none", "tune.space": {"train.learning_rate": RATES["random"]}}
+    return override(experiment, {"name": name, **given, **{key.replace("__", "."): v for key, v in settings.items()}})
+
+
+def sweep_again(experiment):
+    return sweeping.run(sweeping.resolve(experiment))
+
+
+def ranks(result):
+    return [(row.trial_id, row.status, row.perplexity, row.settings) for row in result.trials]
+
+
+def model_bytes(experiment, result):
+    """Checkpoint -> SHA-256 of the model in it, of all trials."""
+    directory = Path(runs.directory_of(experiment), result.sweep)
+    files = [*directory.glob("trial_*/checkpoints/*/model.safetensors"), *directory.glob("model/model.safetensors")]
+    assert files
+    return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.parametrize("kind", ["random", "grid"])
+def test_an_extended_sweep_has_the_trials_bytes_and_ranks_of_one_of_as_many(ray_cluster, tiny, tmp_path, kind):
+    few, many = {"random": (2, 4), "grid": (RATES["grid"]["grid"][:2], RATES["grid"]["grid"])}[kind]
+    uri = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+
+    def experiment(name, count):
+        if kind == "random":
+            return swept(tiny(uri), f"{name}-{kind}", tune__num_samples=count)
+        return swept(tiny(uri), f"{name}-{kind}", tune__space={"train.learning_rate": {"grid": count}})
+
+    first = sweep_again(experiment("extended", few))
+    second = sweep_again(experiment("extended", many))
+    at_once = sweep_again(experiment("whole", many))
+    assert (second.sweep, second.mlflow_run_id) == (first.sweep, first.mlflow_run_id)
+    assert len(first.trials) == 2
+    assert len(ranks(second)) == 4
+    assert ranks(second) == ranks(at_once)
+    assert model_bytes(experiment("extended", many), second) == model_bytes(experiment("whole", many), at_once)
+    again = sweep_again(experiment("extended", many))
+    assert (again.best, again.record()) == (second.best, second.record())
+
+
+def test_the_command_of_a_finished_sweep_says_so_and_starts_nothing(ray_cluster, tiny, tmp_path, capsys):
+    experiment = swept(tiny(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"), "finished", tune__num_samples=2)
+    first = sweep_again(experiment)
+    (directory,) = Path(runs.directory_of(experiment)).iterdir()
+    before = {file: file.stat().st_mtime_ns for file in directory.rglob("*") if file.name != "lock"}
+    capsys.readouterr()
+    second = sweep_again(experiment)
+    assert second.record() == first.record()
+    assert "the 2 trials of these settings have finished. To extend it, give more with" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in directory.rglob("*") if file.name != "lock"} == before
+    assert list(Path(runs.directory_of(experiment)).iterdir()) == [directory]
+
+
+@pytest.mark.parametrize("keep", ["all", "best"])
+def test_a_trial_that_asha_stopped_is_promoted_when_the_sweep_is_extended(ray_cluster, tiny, tmp_path, capsys, keep):
+    """Of 3 trials the best is promoted, of 6 the best two."""
+    experiment = override(
+        asha(tiny("train.max_tokens=2560", f"name=promoted-{keep}"), [1e-2, 8e-3, 1e-6], 512, 3.0),
+        {"tune.keep": keep},
+    )
+    first = sweep_again(experiment)
+    assert sorted(row.tokens for row in first.trials) == [512, 512, 2560]
+    second_best = first.trials[1].trial_id
+    rates = [1e-2, 8e-3, 1e-6, 2e-6, 3e-6, 4e-6]
+    capsys.readouterr()
+    second = sweep_again(override(experiment, {"tune.space": {"train.learning_rate": {"grid": rates}}}))
+    told = capsys.readouterr().err
+    assert "extended by 3 trials: 3 trials finished, 0 in progress" in told
+    assert ("one that is promoted trains from its start again" in told) is (keep == "best")
+    rows = {row.trial_id: (row.status, row.tokens) for row in second.trials}
+    assert rows[second_best] == ("completed", 2560)
+    assert sorted(tokens for _, tokens in rows.values()) == [512] * 4 + [2560] * 2
+    whole = override(
+        asha(tiny("train.max_tokens=2560", f"name=through-{keep}"), [8e-3], 512, 3.0), {"tune.scheduler": "none"}
+    )
+    (alone,) = sweep_again(whole).trials
+    assert alone.perplexity == next(row.perplexity for row in second.trials if row.trial_id == second_best)
+
+
+@pytest.mark.slow
+def test_a_key_that_is_added_to_the_space_is_one_of_the_trials_so_far(ray_cluster, tiny, tmp_path):
+    uri = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    space = {"train.learning_rate": RATES["random"]}
+    first = sweep_again(swept(tiny(uri), "key", tune__num_samples=2))
+    wider = {**space, "train.warmup_steps": {"uniform": [0.0, 0.5]}}
+    second = sweep_again(swept(tiny(uri), "key", tune__num_samples=3, tune__space=wider))
+    assert second.sweep == first.sweep
+    settings = {row.trial_id: row.settings for row in second.trials}
+    assert [settings[f"trial_{n:05d}"]["train.warmup_steps"] for n in range(2)] == [tiny().train.warmup_steps] * 2
+    assert 0 < settings["trial_00002"]["train.warmup_steps"] < 0.5
+    assert {row.trial_id: row.perplexity for row in first.trials}.items() <= {
+        row.trial_id: row.perplexity for row in second.trials
+    }.items()
+
+
+def test_a_choice_that_loses_an_entry_is_refused_where_the_searcher_needs_it(ray_cluster, tiny):
+    first = {"train.learning_rate": {"choice": [1e-2, 2e-2]}}
+    other = {"train.learning_rate": {"choice": [3e-2]}}
+    settings = {"tune__searcher": "optuna", "tune__num_samples": 1}
+    sweep_again(swept(tiny(), "entry", tune__space=first, **settings))
+    with pytest.raises(ConfigError, match="tune.searcher=optuna cannot place trial_00000 in it"):
+        sweep_again(swept(tiny(), "entry", tune__space=other, **settings | {"tune__num_samples": 2}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["median", "hyperband", "pbt"])
+def test_a_finished_sweep_is_extended_on_tune_with_the_other_schedulers(ray_cluster, tiny, kind, capsys):
+    settings = {"tune__scheduler": kind, "tune__searcher": "optuna"} if kind == "median" else {"tune__scheduler": kind}
+    first = sweep_again(swept(tiny(), f"extended-{kind}", tune__num_samples=3, **settings))
+    second = sweep_again(swept(tiny(), f"extended-{kind}", tune__num_samples=6, **settings))
+    assert second.sweep == first.sweep
+    assert len(second.trials) == 6
+    assert {row.trial_id: row.perplexity for row in first.trials}.items() <= {
+        row.trial_id: row.perplexity for row in second.trials
+    }.items()
+    assert ("of their own" in capsys.readouterr().err) is (kind != "median")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_repeats_are_chosen_anew_when_a_sweep_is_extended(ray_cluster, tiny):
+    """Repeats of settings that are still among the best are not trained again."""
+
+    def experiment(rates):
+        space = {"train.learning_rate": {"grid": rates}}
+        return swept(tiny(), "repeats", tune__space=space, tune__repeats=2)
+
+    first = sweep_again(experiment([1e-2, 1e-6]))
+    assert [row.repeat_of for row in first.trials].count("trial_00000") == 2
+    second = sweep_again(experiment([1e-2, 1e-6, 2e-2]))
+    assert second.sweep == first.sweep
+    repeated = {each.trial_id: each.runs for each in second.repeats.settings}
+    newest = {row.settings["train.learning_rate"]: row.trial_id for row in second.trials if row.repeat_of is None}[2e-2]
+    assert repeated == {"trial_00000": 2, "trial_00001": 2, newest: 2}
+    record = sweeps.SweepRecord(f"{runs.directory_of(experiment([1e-2]))}/{second.sweep}")
+    assert sorted(record.repeated) == sorted(["trial_00000", newest])
+    assert len(second.trials) == 3 + 6
+
+
+# Commands of another terminal ----------------------------------------------------------------------------------------
+
+
+def wait_for(condition, started, seconds=200):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert started.process.is_alive(), started.wait().stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_running_sweep_takes_commands_of_another_terminal(command, start_command, tiny, tmp_path):
+    save(
+        swept(tiny(f"storage={tmp_path}/runs", "train.max_tokens=409600"), "asked", tune__num_samples=2),
+        tmp_path / "tiny.yaml",
+    )
+    argv = ["--config", f"{tmp_path}/tiny.yaml", "tune.max_concurrent_trials=1"]
+    started = start_command("tune", "--json", *argv)
+    place = tmp_path / "runs" / "asked"
+
+    def events(kind):
+        lines = [line for file in place.glob("tune-*/events.jsonl") for line in file.read_text().splitlines()]
+        return [event for event in map(json.loads, lines) if kind in event]
+
+    wait_for(lambda: events("result"), started)
+    told = command("tune", "--status", "--json", *argv)
+    assert told.returncode == 0, told.stderr
+    status = json.loads(told.stdout)
+    assert (status["state"], [row["status"] for row in status["trials"]]) == ("running", ["running"])
+    assert "1 running, 1 not started" in status["summary"]
+    (directory,) = place.glob("tune-*")
+    added = command("tune", "--add-trials", "1", "train.learning_rate=0.02", str(directory))
+    assert (added.returncode, added.stdout) == (0, f"{directory}: 1 trial more\n"), added.stderr
+    stopped = command("tune", "--stop-trial", "trial_00000", *argv)
+    assert stopped.returncode == 0, stopped.stderr
+    wait_for(lambda: events("finished"), started)
+    assert [(event["finished"], event["status"]) for event in events("finished")] == [("trial_00000", "stopped early")]
+    started.kill()
+    started.wait()
+    later = command("tune", "--add-trials", "1", *argv)
+    assert "as soon as it resumes: none works on it now; " in later.stdout
+    ended = command("tune", "--json", *argv)
+    assert ended.returncode == 0, ended.stderr
+    rows = {row["trial_id"]: row for row in json.loads(ended.stdout)["trials"]}
+    assert sorted(rows) == [f"trial_{number:05d}" for number in range(4)]
+    assert [row["settings"]["train.learning_rate"] for row in rows.values()].count(0.02) == 1
+    assert {row["status"] for name, row in rows.items() if name != "trial_00000"} == {"completed"}
+    assert rows["trial_00000"]["tokens"] < 409600
+    over = command("tune", "--stop-trial", "trial_00001", str(directory))
+    assert (over.returncode, over.stderr.count("\n")) == (2, 1)
+    assert f"{directory}: trial_00001 is over: completed" in over.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "told", "exit_code"),
+    [
+        (["--stop-trial", "trial_00009"], "has no such trial; did you mean trial_0000", 2),
+        (["--stop-trial", "x"], "has no such trial; its trials are trial_00000, trial_00001", 2),
+        (["--stop-trial", "00001"], "trial_00001 is over: completed", 2),
+        (["--add-trials", "0"], "Invalid value for '--add-trials': 0 is not in the range x>=1", 2),
+        (["--add-trials", "1", "train.seed=3"], "must have keys of tune.space, got train.seed", 2),
+        (["--add-trials", "1", "train.learning_rate=fast"], "train.learning_rate", 2),
+        (["--status", "--add-trials", "1"], "give one of --status, --stop-trial and --add-trials", 2),
+        (["--status", "nothing"], "nothing is no directory", 5),
+        (["--status", "name=nothing"], "there is no sweep in", 5),
+    ],
+)
+def test_what_cannot_be_asked_of_a_sweep_is_one_clear_line(recorded, command, argv, told, exit_code):
+    _, directory = recorded
+    ended = command("tune", "--config", f"{directory}/experiment.yaml", *argv)
+    assert ended.returncode == exit_code, ended.stderr
+    assert told in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert not (directory / "requests").exists()
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny, tmp_path_factory):
+    """(experiment, directory) of a sweep of which two trials have ended; nothing was trained."""
+    experiment = swept(tiny(f"storage={tmp_path_factory.mktemp('recorded')}"), "recorded", tune__num_samples=3)
+    active = runs.start_or_resume(experiment, "tune", "abc", "never")
+    summary.start(experiment, active.directory, active.name, "tune").log_text(dump(experiment), "experiment.yaml")
+    record = sweeps.SweepRecord(active.directory)
+    for number in range(2):
+        record.add(f"trial_{number:05d}", {"train.learning_rate": 1e-3 * (number + 1)})
+        record.start(f"trial_{number:05d}")
+        scores = {"perplexity": 9.0 - number, "bits_per_byte": 1.0}
+        best = {f"best_{name}": value for name, value in scores.items()}
+        record.result(f"trial_{number:05d}", {"step": 5, "tokens": 2560, **scores, **best, "best_step": 5})
+        record.finish(f"trial_{number:05d}", "completed")
+    active.lock.close()
+    return experiment, Path(active.directory)
+
+
+def test_the_status_of_a_sweep_on_which_no_command_works(recorded, command):
+    _, directory = recorded
+    ended = command("tune", "--status", str(directory))
+    assert ended.returncode == 0, ended.stderr
+    first, *table = ended.stdout.splitlines()
+    assert first.startswith(
+        f"{directory}: interrupted; 2 completed, 1 not started; 5,120 of at most 7,680 tokens; best"
+    )
+    assert len([line for line in table if "completed" in line]) == 2

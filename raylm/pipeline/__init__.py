@@ -4,6 +4,8 @@ stores      the token stores that a plan needs, opened if they exist, else prepa
 lifecycle   a run or sweep from its start to its end: its directory and its run in MLflow
 training    one training: tokens, training, export, score
 ranking     the trials of a sweep, ranked; the best one exported; what MLflow is told of both
+extension   a sweep goes on with more trials
+running_sweep    what other commands ask of a sweep
 earlier     the trials of earlier sweeps, as observations of a new one
 sweep       many trainings: tokens, trials, ranking, report
 proposal    a text and this machine -> an experiment, for raylm init

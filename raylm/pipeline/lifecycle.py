@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from raylm import derived, runs, scratch, storage, summary, tracking
@@ -18,17 +18,25 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def started(
-    experiment: Experiment, verb: Literal["train", "tune"], fingerprint: str, resume: runs.Resume
+    experiment: Experiment,
+    verb: Literal["train", "tune"],
+    fingerprint: str,
+    resume: runs.Resume,
+    has_more: Callable[[str], bool] | None = None,
 ) -> Iterator[tuple[ActiveRun, Run]]:
     """Start or resume a run's directory and its MLflow run, which ends with the block: finished, failed or killed.
 
-    `fingerprint`: that of its token store. The runs in MLflow of abandoned directories end too. MLflow is opened beside
-    what is done inside, which calls tracking.wait_until_open.
+    `fingerprint`: that of its token store; `has_more`: see runs.start_or_resume. The runs in MLflow of abandoned
+    directories end too. MLflow is opened beside what is done inside, which calls tracking.wait_until_open. The MLflow
+    run of a sweep to which nothing is added stays as it is.
     """
     storage.check(experiment.storage)
     derived.keep()
     scratch.clear()
-    active = runs.start_or_resume(experiment, verb, fingerprint, resume)
+    active = runs.start_or_resume(experiment, verb, fingerprint, resume, has_more)
+    if active.state == "finished":
+        yield active, tracking.Run(active.directory, experiment.tracking.uri)
+        return
     for directory in active.abandoned:
         abandoned = summary.start(experiment, directory, os.path.basename(directory), verb)
         _end_trials(abandoned)

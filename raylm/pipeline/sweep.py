@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from raylm import (
     estimate,
     model,
     runs,
+    storage,
     summary,
     tokenizer,
     tokens,
@@ -29,11 +30,12 @@ from raylm import sweep as sweeps
 from raylm.config import Experiment, corners, dump, override
 from raylm.errors import ConfigError, TrainingError
 from raylm.perplexity import Score
-from raylm.pipeline import earlier, lifecycle, ranking, stores
+from raylm.pipeline import earlier, extension, lifecycle, ranking, stores
 from raylm.plan import Plan, Prepared
-from raylm.results import html, live_table, repeats, significance, trial_table
+from raylm.results import html, live_table, repeats, significance, test_split, trial_table
 from raylm.results.repeats import Repeats
 from raylm.results.sweep import BestTrial, scored_on_with_size, scored_unit
+from raylm.results.sweep import read as read_sweep
 from raylm.results.test_split import TestScore
 from raylm.results.trial_table import TrialRow
 from raylm.sweep import RecordedScheduler, tuner
@@ -183,20 +185,18 @@ def _start(
     return found
 
 
-def _decided_start(prepared: Prepared, active: ActiveRun) -> Start:
-    """What this sweep starts from, as it was decided when it started."""
+def _decide_start(prepared: Prepared, active: ActiveRun) -> None:
+    """Decide what this sweep starts from beside the settings of tune.points, unless that is decided already."""
     experiment, section = prepared.experiment, prepared.experiment.tune
     if section.points != "suggested" and not section.prior_sweeps:
-        return Start(section.points)
-    found = sweeps.start.read(active.directory)
-    if found is None:
+        return
+    if sweeps.start.read(active.directory) is None:
         model_config = model.config_of(experiment, model.num_ids(experiment.model, prepared.store.tokenizer))
         found = _start(experiment, model_config, prepared.budget, prepared)
         assert found is not None, "the tokens are prepared"
         found.write(active.directory)
         for note in found.notes:
             logger.info(note)
-    return found
 
 
 def _check_value(experiment: Experiment, tokenizer_path: str | None, settings: Mapping[str, Any]) -> None:
@@ -289,12 +289,21 @@ class SweepResult:
 def run(plan: SweepPlan, resume: runs.Resume = "auto") -> SweepResult:
     """Run the trials that have not finished, rank all, export and score the best model, and write the report.
 
-    Resumes the newest unfinished sweep of the experiment, unless `resume` is never. A trial that fails is a row with
-    its reason; TrainingError if no trial has a score, ConfigError if no trial could use its settings. Interrupted or
+    Resumes the newest unfinished sweep of the experiment, else extends the newest finished one that has fewer trials,
+    unless `resume` is never. If it has them all, this is its result. A trial that fails is a row with its reason;
+    TrainingError if no trial has a score, ConfigError if no trial could use its settings. Interrupted or
     KeyboardInterrupt if the process is asked to stop; the same call then resumes.
     """
     fingerprint = plan.plan.tokens.fingerprint
-    with lifecycle.started(plan.experiment, "tune", fingerprint, resume) as (active, parent):
+    has_more = functools.partial(extension.has_more, plan.experiment)
+    with lifecycle.started(plan.experiment, "tune", fingerprint, resume, has_more) as (active, parent):
+        if active.state == "finished":
+            trials = console.counted(plan.trials, "trial")
+            logger.info(
+                f"{active.directory}: the {trials} of these settings have finished. To extend it, give more with "
+                "tune.num_samples; another sweep starts with --resume never"
+            )
+            return _finished(active, parent)
         return _run(plan, active, parent)
 
 
@@ -373,11 +382,9 @@ def run_trials(
     store, planned = prepared.store, prepared.budget
     experiment = _settled(prepared, active, resources)
     record = sweeps.SweepRecord(active.directory)
-    if record.trials:
-        finished = sum(trial.is_over for trial in record.trials.values())
-        left = len(record.trials) - finished
-        logger.info(f"{active.directory}: resuming: {console.counted(finished, 'trial')} finished, {left} in progress")
     section, metric = experiment.tune, f"best_{experiment.tune.ranked_by}"
+    _decide_start(prepared, active)
+    extension.resume(record, prepared.experiment, active)
     measure = experiment.measure if section.ranked_by == "perplexity" else section.ranked_by
     swept = sweeps.keys(section.space)
     parameters = summary.parameters(experiment, store)
@@ -395,8 +402,9 @@ def run_trials(
     task = training.TrainTask(experiment, store.path, planned, parent, active.directory, sets=sets, callbacks=own)
     limits = sweeps.SweepStopper(section.stop, record, metric)
 
-    def run_all(searcher: Searcher, scheduler: RecordedScheduler) -> None:
+    def run_all(again: Callable[[], Searcher], scheduler: RecordedScheduler) -> None:
         """Run the unfinished trials of the record and those that the searcher draws."""
+        searcher = again()
         trials = sweeps.TrialQueue(
             searcher,
             record,
@@ -405,6 +413,7 @@ def run_trials(
             together=together if section.scheduler.kind != "pbt" else searcher.total,
             values=lambda trial: ranking.values(experiment, store, trial),
             stopping=stopping,
+            again=again if record.repeated is None else None,
         )
         total = trials.total_samples
         stages = scheduler.asha.stages(total, planned.tokens) if scheduler.asha is not None else []
@@ -417,28 +426,37 @@ def run_trials(
             ):
                 watcher = tuner.Watcher(scheduler, parent, view.update, channel.stop, metric)
                 with_channel = dataclasses.replace(task, channel=channel)
-                tuner.run(trials, with_channel, resources, limits, watcher, together=together)
+
+                def on_added() -> None:
+                    view.total_trials = trials.total_samples
+                    logger.info(f"Trials were added: {view.total_trials} in all")
+
+                tuner.run(trials, with_channel, resources, limits, watcher, together=together, on_added=on_added)
                 if record.outage is not None:
                     raise record.outage
                 if stopping():
+                    total = trials.total_samples
                     left = total - sum(trial.is_over for trial in record.trials.values())
                     how = f"stopped with {left} of {total} trials left"
                     raise cluster.interruption(active.directory, how)
         finally:
             limits.count()
 
-    if record.repeated is None:
-        inner = sweeps.scheduler(section, planned, metric, active.directory)
-        scheduler = sweeps.RecordedScheduler(inner, record, planned, stopping)
-        run_all(sweeps.searcher(section, experiment.train.seed, _decided_start(prepared, active)), scheduler)
-    if section.repeats > 1:
-        if record.repeated is None and limits.stop_all():
-            logger.info("tune.stop has ended the sweep before its repeats")
-        elif record.repeated is None:
-            repeats.choose(record, section.ranked_by)
-        if record.repeated:
-            sweeps.repeats.add(record, experiment.train, section.repeats)
-            run_all(sweeps.repeats.NoSearcher(), sweeps.repeats.scheduler(record, planned, stopping))
+    while True:
+        if record.repeated is None:
+            inner = sweeps.scheduler(section, planned, metric, active.directory)
+            scheduler = sweeps.RecordedScheduler(inner, record, planned, stopping)
+            run_all(functools.partial(extension.searcher, experiment, record), scheduler)
+        if section.repeats > 1:
+            if record.repeated is None and limits.stop_all():
+                logger.info("tune.stop has ended the sweep before its repeats")
+            elif record.repeated is None:
+                repeats.choose(record, section.ranked_by)
+            if record.repeated:
+                sweeps.repeats.add(record, experiment.train, section.repeats)
+                run_all(sweeps.repeats.NoSearcher, sweeps.repeats.scheduler(record, planned, stopping))
+        if limits.stop_all() or not extension.extend_by_requests(record, experiment):
+            break
     return ranking.ranked(record, experiment, store)
 
 
@@ -477,6 +495,30 @@ def _result(
         ),
         test=best["test"],
         repeats=ranking.repeats_of(experiment, rows),
+    )
+
+
+def _finished(active: ActiveRun, parent: Run) -> SweepResult:
+    """The result of a sweep that has finished, as it was written."""
+    read = read_sweep(active.directory)
+    record, rows, best = read.result, read.trials, read.best
+    assert best is not None, f"{active.directory}: a sweep without a best trial ends with an error"
+    named = {field.name: record[field.name] for field in dataclasses.fields(SweepResult) if field.name in record}
+    untrained = record.get("untrained")
+    steps = {row.trial_id: row.best_step or 0 for row in rows}
+    has_report = "report.html" in storage.names(f"{active.directory}/report")
+    return SweepResult(
+        **{
+            **named,
+            "measure": read.measure,
+            "best": best,
+            "trials": rows,
+            "untrained": untrained and {**untrained, "perplexity": untrained[read.measure]},
+            "test": test_split.read(f"{active.directory}/{best.trial_id}", steps[best.trial_id]),
+            "repeats": repeats.compare(rows, has_patience=read.experiment.train.patience is not None),
+            "report": f"{active.directory}/report/report.html" if has_report else None,
+            "mlflow_path": parent.path,
+        }
     )
 
 

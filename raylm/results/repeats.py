@@ -86,7 +86,7 @@ class Repeats:
 
 def choose(record: SweepRecord, metric: str) -> None:
     """Record which trials are repeated (sweep.repeats.choose); no trial, if fewer than two settings have a score."""
-    scored = [trial for trial in by_rank(record.trials.values(), metric) if trial.score(metric) is not None]
+    scored = [trial for trial in by_rank(record.searched, metric) if trial.score(metric) is not None]
     standings = significance.standings(record.directory, scored)
     chosen = sweeps.repeats.choose(scored, {name for name, each in standings.items() if each.as_good_as_best})
     record.repeat(chosen)

@@ -10,6 +10,7 @@ search         tune.searcher -> one of these three
 asha           trials pause at rungs, and the best are promoted
 schedule       the schedulers of tune.scheduler; their decisions are replayed from the record
 queue          the next trial to run: one to resume, or a new one
+requests       what other commands ask of a running sweep
 repeats        the best few settings, trained again with other seeds
 trial          the training of one trial, in its own process
 tuner          Ray Tune runs the trials, without output or files of its own

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import HyperBandScheduler
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
+from raylm import storage
+from raylm.errors import StorageError
+from raylm.sweep import requests
 from raylm.sweep.record import SweepRecord, Trial, Unsaved
 from raylm.sweep.schedule import RecordedScheduler
 from raylm.sweep.space import Searcher
+
+LOCAL_SECONDS, REMOTE_SECONDS = 0.5, 10.0
+"""How often a sweep looks for requests of other commands; on remote storage each look is a request of its own."""
 
 
 class TrialQueue(Unsaved, SearchAlgorithm):
@@ -26,9 +35,11 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         together: int,
         values: Callable[[Trial], Sequence[float]],
         stopping: Callable[[], bool],
+        again: Callable[[], Searcher] | None = None,
     ):
+        """`again`: a new searcher, of the trials that other commands have added too."""
         self.points, self.record, self.scheduler = points, record, scheduler
-        self.together, self.values, self.stopping = together, values, stopping
+        self.together, self.values, self.stopping, self.again = together, values, stopping, again
         self.unfinished: list[RayTrial] = []
         """Trials of the record that resume; those that are paused at a rung come first."""
         self.handed: list[RayTrial] = []
@@ -36,14 +47,45 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         """Trials whose score was reported to the searcher."""
         self.unknown = record.lost()
         """Directories of trials whose lines in the record were lost; the searcher may now draw other settings."""
-        for event in record.events:
+        self.looked = 0.0
+        """When it last looked for requests, by time.monotonic."""
+        self._replay()
+
+    def _replay(self) -> None:
+        for event in self.record.of(self.own):
             self._again(event)
+
+    def take_requests(self) -> bool:
+        """Take what other commands have asked for, if it is time to look; whether trials were added."""
+        is_remote = storage.is_remote(self.record.directory)
+        if time.monotonic() - self.looked < (REMOTE_SECONDS if is_remote else LOCAL_SECONDS):
+            return False
+        before, self.looked = self.record.requested, time.monotonic()
+        with contextlib.suppress(StorageError, OSError):  # it looks again
+            requests.take(self.record)
+        if self.record.requested == before:
+            return False
+        self._search_again()
+        return True
+
+    def _search_again(self) -> None:
+        """Have a new searcher, which knows the trials that it has not drawn itself."""
+        if self.again is not None:
+            self.points, self.told = self.again(), set()
+            self._replay()
+
+    @property
+    def own(self) -> dict[str, Trial]:
+        """The trials of the record that this queue runs. Repeats are run once they were chosen; those of an earlier end
+        of the sweep wait until it has ended again."""
+        trials = self.record.trials
+        return trials if self.record.repeated is not None else {each.trial_id: each for each in self.record.searched}
 
     def _again(self, event: dict[str, Any]) -> None:
         """Show the searcher an event of the record, so that it continues from the state that it had."""
         match event:
             case {"added": trial_id, "settings": settings}:
-                self.points.add(trial_id, settings)
+                self.points.add(trial_id, {**self.record.given, **settings})
             case {"result": trial_id} | {"cooled": trial_id}:
                 self._tell_at_rung(trial_id, event)
             case {"finished": trial_id}:
@@ -67,7 +109,8 @@ class TrialQueue(Unsaved, SearchAlgorithm):
 
     @property
     def total_samples(self) -> int:
-        return max(self.points.total, len(self.record.trials))  # tune.num_samples may be less than it was
+        own = len(self.own)
+        return max(self.points.total, own) + len(self.record.trials) - own  # tune.num_samples may be less than it was
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         return True
@@ -75,10 +118,14 @@ class TrialQueue(Unsaved, SearchAlgorithm):
     def add_configurations(self, experiments: Any) -> None:
         """Take Tune's experiment, which holds what all trials have in common, and bring back the recorded trials."""
         self.spec = experiments[0].spec
-        trials = self.record.trials
-        made = {trial_id: self._made(trial_id, trial.settings | trial.seeds) for trial_id, trial in trials.items()}
-        self.scheduler.replay(made)
-        for trial_id, trial in self.record.trials.items():
+        for trial_id, trial in self.own.items():
+            if trial_id in self.record.to_stop and trial.results and not trial.is_over:
+                self.record.finish(trial_id, "stopped early", dropped=True)
+        made = {trial_id: self._made(trial_id, trial.settings | trial.seeds) for trial_id, trial in self.own.items()}
+        # Brackets in which all trials have ended can take no more: those of an extended sweep are new ones.
+        ended = self.record.earlier if isinstance(self.scheduler.inner, HyperBandScheduler) else set()
+        self.scheduler.replay({trial_id: trial for trial_id, trial in made.items() if trial_id not in ended})
+        for trial_id, trial in self.own.items():
             if trial.is_over:  # by the replay, if the sweep was killed before it recorded the end
                 self._tell_in_the_end(trial_id)
         self.unfinished = [each for trial_id, each in made.items() if not self.record.trials[trial_id].is_over]
@@ -109,7 +156,7 @@ class TrialQueue(Unsaved, SearchAlgorithm):
     @property
     def has_more(self) -> bool:
         """Whether there are trials that Tune has not been given yet."""
-        return bool(self.unfinished) or len(self.record.trials) < self.points.total
+        return bool(self.unfinished) or len(self.own) < self.points.total
 
     def next_trial(self) -> RayTrial | None:
         waits = bool(self.unfinished) and self.unfinished[0].status == RayTrial.PAUSED  # a paused trial takes no room
@@ -122,7 +169,11 @@ class TrialQueue(Unsaved, SearchAlgorithm):
         else:
             trial_id = self.record.free_id(self.unknown)
             settings = self.points.draw(trial_id)
-            self.record.add(trial_id, settings)
+            if requested := self.record.requested_settings[:1]:
+                settings = {**settings, **requested[0]}
+            self.record.add(trial_id, settings, is_requested=bool(requested))
+            if requested:
+                self._search_again()
             trial = self._made(trial_id, settings)
         self.handed.append(trial)
         return trial

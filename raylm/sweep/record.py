@@ -9,6 +9,13 @@
                           {"finished": "trial_00003", "status": "stopped early", "failure": null, "dropped": true}
                           {"repeated": ["trial_00003", ...]}             all trials have ended, and these are repeated
                           {"added": "trial_00008", "settings": {...}, "repeat_of": "trial_00003", "seeds": {...}}
+                          {"extended": 16, "reopened": ["trial_00003", ...], "settings": {"train.seed": 0}}
+                                                                         it had ended, or its space has new keys, and
+                                                                         now has so many trials; these were dropped, and
+                                                                         are paused again; the trials so far have the
+                                                                         settings of the new keys
+                          {"request": "20261130-041500-3fa2.json", "stop": "trial_00003"}   taken: see requests
+                          {"request": "20261130-041501-9c01.json", "add": 2, "settings": {...}}
                           {"spent": 12.5}                                the sweep has run for this many more seconds
 
 Replaying the events brings searcher and scheduler back to their state, because they have seen nothing else. Tune
@@ -29,7 +36,7 @@ from raylm.tracking import journal
 
 EVENTS = "events.jsonl"
 
-DURABLE = {"finished", "changed", "repeated"}
+DURABLE = {"finished", "changed", "repeated", "extended", "request"}
 """Events that outlive a power cut; a change is read by its trial, maybe on another machine."""
 
 Status = Literal["running", "interrupted", "not started", "completed", "stopped early", "failed"]
@@ -151,6 +158,18 @@ class SweepRecord:
         """By trial id, in the order in which they were added."""
         self.repeated: list[str] | None = None
         """The trials whose settings are repeated; None before it is known which."""
+        self.earlier: set[str] = set()
+        """The trials that the sweep had when it was last extended."""
+        self.given: dict[str, Any] = {}
+        """The settings that trials have which were added before their keys were added to the space."""
+        self.requests: set[str] = set()
+        """The names of the requests that were taken."""
+        self.to_stop: set[str] = set()
+        """The trials that are to stop at their next evaluation, as another command has asked."""
+        self.requested = 0
+        """How many trials other commands have added to tune.num_samples."""
+        self.requested_settings: list[dict[str, Any]] = []
+        """Settings that other commands have asked for; the next trials have them."""
         self.seconds = 0.0
         """How long the sweep has run, over all commands."""
         self.problem: StorageUnavailable | None = None
@@ -159,6 +178,22 @@ class SweepRecord:
         """The failure of the storage that made a trial stop. The sweep stops, and the trial resumes with it."""
         for event in self.events:
             self._apply(event)
+
+    @property
+    def searched(self) -> list[Trial]:
+        """The trials that are no repeats."""
+        return [trial for trial in self.trials.values() if trial.repeat_of is None]
+
+    def of(self, trial_ids: Collection[str]) -> list[Event]:
+        """The events of these trials, without the ends of those that were reopened later."""
+        found: list[Event] = []
+        for event in self.events:
+            about = next(iter(event.values()))
+            if "extended" in event:
+                found = [each for each in found if each.get("finished") not in event["reopened"]]
+            elif isinstance(about, str) and about in trial_ids:
+                found.append(event)
+        return found
 
     def changes(self, trial_id: str) -> list[Event]:
         """The changes of a trial by its population."""
@@ -175,12 +210,24 @@ class SweepRecord:
         taken = {*self.trials, *lost}
         return next(trial_id for trial_id in map("trial_{:05d}".format, numbers) if trial_id not in taken)
 
-    def add(self, trial_id: str, settings: Mapping[str, Any]) -> None:
-        self._add({"added": trial_id, "settings": dict(settings)})
+    def add(self, trial_id: str, settings: Mapping[str, Any], *, is_requested: bool = False) -> None:
+        """`is_requested`: the first of the requested settings are among its settings."""
+        about = {"requested": True} if is_requested else {}
+        self._add({"added": trial_id, "settings": dict(settings), **about})
+
+    def request(self, name: str, request: Mapping[str, Any]) -> None:
+        """Record that a request was taken, {"stop": trial id} or {"add": number of trials, "settings": {...}}."""
+        self._add({"request": name, **request})
 
     def repeat(self, trial_ids: Sequence[str]) -> None:
         """Record that all trials have ended, and that the settings of these are repeated."""
         self._add({"repeated": [*trial_ids]})
+
+    def extend(self, total: int, reopened: Sequence[str], settings: Mapping[str, Any]) -> None:
+        """Record that the sweep has ended and now has `total` trials without repeats. `reopened`: those that were
+        dropped and are paused again. `settings`: those that all trials so far have of keys that are new in the space.
+        """
+        self._add({"extended": total, "reopened": [*reopened], "settings": dict(settings)})
 
     def add_repeat(self, trial_id: str, repeat_of: str, seeds: Mapping[str, int]) -> None:
         settings = dict(self.trials[repeat_of].settings)
@@ -239,8 +286,24 @@ class SweepRecord:
             case {"added": trial_id, "settings": settings}:
                 repeat_of, seeds = event.get("repeat_of"), event.get("seeds", {})
                 self.trials[trial_id] = Trial(trial_id, settings, repeat_of=repeat_of, seeds=seeds)
+                if event.get("requested"):
+                    del self.requested_settings[0]
+            case {"request": name, "stop": trial_id}:
+                self.requests.add(name)
+                self.to_stop.add(trial_id)
+            case {"request": name, "add": count, "settings": settings}:
+                self.requests.add(name)
+                self.requested += count
+                self.requested_settings += [settings] if settings else []
             case {"repeated": trial_ids}:
                 self.repeated = trial_ids
+            case {"extended": _, "reopened": trial_ids, "settings": settings}:
+                self.repeated, self.earlier = None, {*self.trials}
+                self.given |= settings
+                for trial in self.trials.values():
+                    trial.settings = {**settings, **trial.settings}
+                for trial_id in trial_ids:
+                    self.trials[trial_id].status, self.trials[trial_id].dropped = "running", False
             case {"started": trial_id}:
                 self.trials[trial_id].attempts += 1
             case {"result": trial_id, **metrics}:

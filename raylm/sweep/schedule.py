@@ -138,9 +138,11 @@ class RecordedScheduler(Unsaved, TrialScheduler):
             return self.PAUSE if self.waits(trial.trial_id) else self.CONTINUE
         record = self.record.cool if "cooldown_step" in result else self.record.result
         record(trial.trial_id, {key: result[key] for key in KEPT if key in result})
-        if self.is_population:
-            return self._in_population(tune_controller, trial, result)
-        return self._decided(tune_controller, trial, result)
+        decide = self._in_population if self.is_population else self._decided
+        decision = decide(tune_controller, trial, result)
+        # One that is to stop pauses first: a scheduler is told that it has gone, and not that it has completed.
+        is_to_stop = trial.trial_id in self.record.to_stop and not self._is_whole(trial)
+        return self.PAUSE if is_to_stop and decision == self.CONTINUE else decision
 
     def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
         known = self.record.trials[trial.trial_id]
@@ -168,6 +170,9 @@ class RecordedScheduler(Unsaved, TrialScheduler):
                 if trial.status == RayTrial.PAUSED:  # or Tune waits for it forever
                     tune_controller.stop_trial(trial)
             return None
+        for trial in tune_controller.get_trials() if self.record.to_stop else []:
+            if trial.trial_id in self.record.to_stop and trial.status == RayTrial.PAUSED:
+                tune_controller.stop_trial(trial)
         chosen = self.inner.choose_trial_to_run(tune_controller)
         if self.asha is not None and chosen is not None:
             self.record.promote(chosen.trial_id)
@@ -234,7 +239,7 @@ class RecordedScheduler(Unsaved, TrialScheduler):
         """
         if not self.is_population:
             past = _ReplayController(self.inner)
-            for event in self.record.events:
+            for event in self.record.of(trials):
                 self._again(past, event, trials)
         for trial_id, trial in trials.items():
             if trial_id in self.stopped and not self.record.trials[trial_id].is_over:  # the sweep was killed first
@@ -260,7 +265,8 @@ class RecordedScheduler(Unsaved, TrialScheduler):
                 trial = trials[trial_id]
                 if trial.status == RayTrial.TERMINATED:
                     return
-                if status == "failed" or trial.status != RayTrial.RUNNING:
+                is_stopped = trial_id in self.record.to_stop and status == "stopped early"
+                if status == "failed" or is_stopped or trial.status != RayTrial.RUNNING:
                     self.inner.on_trial_remove(past, trial)
                 else:
                     self.inner.on_trial_complete(past, trial, trial.last_result)

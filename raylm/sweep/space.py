@@ -60,15 +60,22 @@ class RandomSearch:
             for found in variants(left, random):
                 point = {**found, **given}
                 self._points.append({key: point[key] for key in keys(section.space) if key in point})
-        self.total = len(self._points)
-        self._drawn = 0
+        self._grid = [key for key, sampler in section.space.items() if "grid" in sampler]
+        self.total, self._drawn = len(self._points), 0
 
     def draw(self, trial_id: str) -> dict[str, Any]:
         self._drawn += 1
         return self._points[self._drawn - 1]
 
     def add(self, trial_id: str, settings: Mapping[str, Any]) -> None:
-        self._drawn += 1
+        """Add a trial instead of the first point that has its values of the grid. That is the next one, unless the grid
+        has changed since; a trial of none of the points is one more."""
+        for number in range(self._drawn, len(self._points)):
+            if all(self._points[number].get(key) == settings.get(key) for key in self._grid):
+                del self._points[number]
+                break
+        self._points.insert(self._drawn, dict(settings))
+        self.total, self._drawn = len(self._points), self._drawn + 1
 
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
         pass  # the points do not depend on scores

@@ -35,9 +35,19 @@ ENVIRONMENT = {
 
 
 def run(
-    trials: TrialQueue, task: TrainTask, resources: Resources, limits: SweepStopper, watcher: Watcher, *, together: int
+    trials: TrialQueue,
+    task: TrainTask,
+    resources: Resources,
+    limits: SweepStopper,
+    watcher: Watcher,
+    *,
+    together: int,
+    on_added: Callable[[], None],
 ) -> None:
-    """Run the remaining trials, each as `task` with its settings, at most `together` at a time."""
+    """Run the remaining trials, each as `task` with its settings, at most `together` at a time.
+
+    `on_added` is called when another command has added trials.
+    """
     os.environ |= {**ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(together)}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     _keep_credentials()
@@ -61,10 +71,21 @@ def run(
                 storage_path=directory,
                 stop=limits,
                 failure_config=tune.FailureConfig(max_failures=task.experiment.cluster.max_failures),
-                callbacks=[watcher, _Silent()],
+                callbacks=[watcher, _Requests(trials, on_added), _Silent()],
                 verbose=0,
             ),
         ).fit()
+
+
+class _Requests(Unsaved, tune.Callback):
+    """Takes the requests of other commands."""
+
+    def __init__(self, trials: TrialQueue, on_added: Callable[[], None]):
+        self.trials, self.on_added = trials, on_added
+
+    def on_step_end(self, iteration: int, trials: list, **_: Any) -> None:
+        if self.trials.take_requests():
+            self.on_added()
 
 
 class _Silent(TrialProgressCallback):
