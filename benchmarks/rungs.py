@@ -55,53 +55,65 @@ WAYS = {
     "asha, warmup_stable_decay": ("warmup_stable_decay", None),
     "asha with cooldowns": ("warmup_stable_decay", COOLDOWN),
 }
-TRIALS, ETA = 8, 3.0
+ETA = 3.0
+MOST, TRIALS = range(5, 13), 8
+"""Trials of the sweeps that are played, and of the one whose tokens the others are compared at."""
 SWEEPS = 50
 
 
 def play(args: argparse.Namespace) -> None:
-    """Print the regret of each way, over sweeps of settings drawn from the recorded ones."""
+    """Print the regret of each way at equal tokens, over sweeps of settings drawn from the recorded ones."""
     curves: dict[tuple[str, int], dict[tuple[int, bool], float]] = {}
     for curve in read(args.curves):
         points = {(point["tokens"], point["cooled"]): point["perplexity"] for point in curve["points"]}
         curves[curve["schedule"], curve["setting"]] = points
     settings = sorted({setting for _, setting in curves if all((each, setting) in curves for each in SCHEDULES)})
+    print(f"{len(settings)} settings; {args.resamples * SWEEPS:,} sweeps of {MOST[0]} to {MOST[-1]} trials of each way")
+    for rung in RUNGS:
+        agreement = [f"{name} {_agreement(curves, settings, rung, *way):.2f}" for name, way in WAYS.items()]
+        print(f"rank correlation of scores at {rung:,} tokens with those at the end: {', '.join(agreement)}")
     random = np.random.default_rng(0)
-    number = {name: _affordable(cooldown) for name, (_, cooldown) in WAYS.items()}
-    found: dict[str, list[list[tuple[float, float, float]]]] = {name: [] for name in WAYS}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
     for _ in range(args.resamples):  # of the settings, so that the intervals allow for which ones were recorded
-        drawn_from = random.choice(settings, len(settings))
-        draws = [random.choice(np.unique(drawn_from), TRIALS, replace=False) for _ in range(SWEEPS)]
+        drawn_from = np.unique(random.choice(settings, len(settings)))
+        draws = [random.permutation(drawn_from)[: MOST[-1]] for _ in range(SWEEPS)]
+        limit = None
         for name, (schedule, cooldown) in WAYS.items():
-            sweeps = [swept([curves[schedule, each] for each in draw[: number[name]]], cooldown) for draw in draws]
-            regrets = []
-            for draw, (score, tokens) in zip(draws, sweeps, strict=True):
-                best = min(curves[schedule, each][BUDGET, False] for each in draw)
-                best_of_all = min(curves[each, setting][BUDGET, False] for each in SCHEDULES for setting in draw)
-                regrets.append((100 * np.log(score / best), 100 * np.log(score / best_of_all), tokens))
-            found[name].append(regrets)
-    print(f"{len(settings)} settings, {args.resamples * SWEEPS:,} sweeps of at most {TRIALS} trials")
-    print(f"{'':<28}{'trials':>6} {'tokens':>10}  {'regret, % of perplexity':<28} to the best of all schedules")
+            of_numbers = np.array([_of_number(curves, draws, schedule, cooldown, number) for number in MOST])
+            tokens, own, whole = of_numbers.T
+            limit = limit or tokens[MOST.index(TRIALS)]
+            found[name].append((np.interp(limit, tokens, own), np.interp(limit, tokens, whole)))
+    print(f"regret in % of perplexity at the tokens of {TRIALS} trials of the first way, to the best")
+    print(f"{'':<28}{'of its schedule':<26}of all schedules")
     of_all = {name: np.array(values) for name, values in found.items()}
     for name, values in of_all.items():
-        own, whole = (interval(values[:, :, column].mean(axis=1)) for column in (0, 1))
-        print(f"{name:<28}{number[name]:>6} {values[:, :, 2].mean():>10,.0f}  {own:<28} {whole}")
-    fair = of_all["asha with cooldowns"]
-    for name in list(WAYS)[:3]:
-        difference = (fair[:, :, 1] - of_all[name][:, :, 1]).mean(axis=1)
-        print(
-            f"with cooldowns beside {name}: {interval(difference)}; better or equal in {(difference <= 0).mean():.0%}"
-        )
+        print(f"{name:<28}{interval(values[:, 0]):<26}{interval(values[:, 1])}")
+    *others, (_, fair) = of_all.items()
+    for name, values in others:
+        print(f"with cooldowns beside {name}: {interval(fair[:, 1] - values[:, 1])}")
 
 
-def _affordable(cooldown: float | None) -> int:
-    """As many trials as the tokens of a sweep of TRIALS without cooldowns allow."""
-    from raylm.sweep.asha import Asha
+def _agreement(curves: dict, settings: list[int], rung: int, schedule: str, cooldown: float | None) -> float:
+    """The rank correlation (Spearman) of the scores at a rung with those at the end."""
+    ranks = [
+        np.argsort(np.argsort([curves[schedule, each][tokens, cooled] for each in settings]))
+        for tokens, cooled in ((rung, cooldown is not None), (BUDGET, False))
+    ]
+    return float(np.corrcoef(ranks)[0, 1])
 
-    def expected(trials: int, cooldown: float | None) -> int:
-        return Asha(list(RUNGS), ETA, "best_perplexity", cooldown=cooldown).expected_tokens(trials, BUDGET)
 
-    return max(n for n in range(1, TRIALS + 1) if expected(n, cooldown) <= expected(TRIALS, None))
+def _of_number(
+    curves: dict, draws: list[np.ndarray], schedule: str, cooldown: float | None, number: int
+) -> tuple[float, float, float]:
+    """The means over sweeps of so many trials: tokens, and regret to the best setting of the draw, of its schedule and
+    of all schedules."""
+    found = []
+    for draw in draws:
+        score, tokens = swept([curves[schedule, each] for each in draw[:number]], cooldown)
+        best = min(curves[schedule, each][BUDGET, False] for each in draw)
+        best_of_all = min(curves[each, setting][BUDGET, False] for each in SCHEDULES for setting in draw)
+        found.append((tokens, 100 * math.log(score / best), 100 * math.log(score / best_of_all)))
+    return tuple(np.mean(found, axis=0))
 
 
 def swept(curves: list[dict[tuple[int, bool], float]], cooldown: float | None) -> tuple[float, int]:

@@ -42,8 +42,9 @@ def tune(
 ) -> cli.CommandResult:
     """Sweep settings of an experiment and rank the trials by perplexity on the same validation tokens.
 
-    A finished sweep is extended by the same command with a larger tune.num_samples. Without --config and corpus.paths:
-    a small GPT-2 on the source code of Python's standard library.
+    Without --config and corpus.paths: a small GPT-2 on the source code of Python's standard library.
+
+    The same command with a larger tune.num_samples extends a finished sweep.
     """
     if status or stop_trial is not None or add_trials is not None:
         return _of_running(settings or [], config, status, stop_trial, add_trials)

@@ -196,7 +196,7 @@ def test_no_cooldown_begins_in_the_decay_or_ends_after_it():
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({}, "train.lr_scheduler_type: must be warmup_stable_decay with tune.scheduler.cooldown, got cosine: with"),
+        ({}, "train.lr_scheduler_type: must be warmup_stable_decay with tune.scheduler.cooldown, got linear: with"),
         ({"tune.scheduler.kind": "median"}, "tune.scheduler.cooldown: is for asha and cannot be given with median"),
         ({"tune.scheduler.cooldown": 0}, "tune.scheduler.cooldown: must be more than 0.0, got 0"),
         ({"tune.scheduler.cooldown": 1.5}, "tune.scheduler.cooldown: must be at most 1.0, got 1.5"),

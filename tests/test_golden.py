@@ -93,6 +93,7 @@ def tracking_uri(tmp_path_factory):
 def test_the_losses_of_ten_steps(train_run, tiny, tracking_uri):
     # A rate at which rounding, which CPUs do differently, stays small over ten steps; one evaluation, in the end.
     common = [f"tracking.uri={tracking_uri}", "train.learning_rate=1e-3", "train.eval_every_tokens=2560"]
+    common += ["train.lr_scheduler_type=cosine"]  # the default when the losses were recorded
     found = {}
     for name, settings in TRAININGS.items():
         outcome, job = train_run(tiny(*common, *settings))

@@ -60,7 +60,7 @@ def test_a_finished_run_with_a_smaller_budget_is_told_with_the_way_to_train_its_
     said = capsys.readouterr().err
     assert said.startswith(f"{first.directory} is a finished run of the same settings with a smaller budget.")
     assert said.endswith(
-        f"schedule (cosine) to the end. A new run starts; to train that run's model further instead, "
+        f"schedule (linear) to the end. A new run starts; to train that run's model further instead, "
         f"give model.path={first.directory}/model\n"
     )
     begin(config.override(experiment, {"train.num_epochs": 30}))

@@ -9,6 +9,7 @@ import pytest
 from raylm import model, sweep
 from raylm.config import load
 from raylm.errors import ConfigError
+from raylm.pipeline import extension
 from raylm.pipeline import sweep as sweeping
 from raylm.sweep.start import Observation, Start
 
@@ -108,11 +109,13 @@ def test_a_sweep_says_what_is_suggested_once_and_keeps_it(tmp_path, caplog):
     )
     active = types.SimpleNamespace(directory=str(tmp_path))
     with caplog.at_level(logging.INFO):
-        start = sweeping._decided_start(prepared, active)
+        sweeping._decide_start(prepared, active)
+    start = sweep.start.read(str(tmp_path))
     assert [record.message for record in caplog.records] == list(start.notes)
     caplog.clear()
     prepared.budget = types.SimpleNamespace(tokens=1_000_000_000)
-    assert sweeping._decided_start(prepared, active) == start
+    sweeping._decide_start(prepared, active)
+    assert sweep.start.read(str(tmp_path)) == start
     assert not caplog.records
 
 
@@ -120,8 +123,9 @@ def test_points_of_the_user_are_what_a_sweep_starts_from(tmp_path):
     points = [{"train.learning_rate": 1e-3}]
     found = load(None, {"tune.space": {"train.learning_rate": SPACE["train.learning_rate"]}, "tune.points": points})
     prepared, active = types.SimpleNamespace(experiment=found), types.SimpleNamespace(directory=str(tmp_path))
-    assert sweeping._decided_start(prepared, active) == Start(tuple(points))
+    sweeping._decide_start(prepared, active)
     assert not list(tmp_path.iterdir())
+    assert extension.searcher(found, sweep.SweepRecord(str(tmp_path))).draw("trial_00000") == points[0]
 
 
 @pytest.mark.parametrize(

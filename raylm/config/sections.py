@@ -275,7 +275,7 @@ class TrainConfig(Section):
     """Optimizer: adamw, muon, or another by its name in transformers, such as adafactor or sgd. muon: Muon for the
     matrices of the layers, with updates of the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that the same
     learning rates serve; AdamW for embeddings, head, biases and norms."""
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: str = "linear"
     """Learning rate schedule after warmup, by its name in transformers: linear, cosine, constant_with_warmup, ... Its
     arguments are train.arguments.lr_scheduler_kwargs. Without them, warmup_stable_decay decays over the last tenth of
     the steps, by one minus the square root, and cosine_with_min_lr and cosine_warmup_with_min_lr decay to a tenth of
