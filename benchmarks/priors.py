@@ -7,16 +7,16 @@ diverges, with a weaker bowl in weight decay and warmup; its best place is drawn
 score has noise of 0.01. Regret: the score of the best trial without noise, less the best there is, in nats. A good
 prior is within a factor of 2 of the best rate, a bad one a factor of 30 away from it.
 
-Only 20 sweeps have been run so far (2026-11-30), so the intervals are wide. Regret less that without a prior:
+2026-11-30, 400 sweeps. Regret less that without a prior, which is 0.095, 0.044 and 0.023, with 95 % intervals:
 
                                   after 4 trials              after 8                     after 16
-    good prior                    -0.069 [-0.120, -0.017]     -0.029 [-0.050, -0.007]     -0.010 [-0.019, 0.000]
-    good prior, tried first alone -0.066 [-0.113, -0.020]     -0.022 [-0.044, -0.001]     -0.006 [-0.016, 0.004]
-    bad prior                      0.064 [-0.052, 0.179]       0.005 [-0.026, 0.035]      -0.003 [-0.014, 0.007]
-    bad prior, tried first alone   0.031 [-0.047, 0.109]      -0.006 [-0.034, 0.022]      -0.003 [-0.014, 0.007]
+    good prior                    -0.065 [-0.075, -0.054]     -0.020 [-0.025, -0.016]     -0.009 [-0.012, -0.007]
+    good prior, tried first alone -0.065 [-0.075, -0.055]     -0.018 [-0.022, -0.014]     -0.005 [-0.008, -0.003]
+    bad prior                      0.063 [0.039, 0.088]        0.016 [0.008, 0.025]       -0.001 [-0.004, 0.003]
+    bad prior, tried first alone   0.032 [0.016, 0.048]        0.011 [0.004, 0.019]        0.002 [-0.001, 0.005]
 
-without a prior it is 0.097, 0.049 and 0.023. That tune.prior is better than trying its values first with tune.points is
-not shown by these.
+A good prior is worth about half of the regret, a little more than trying its values first with tune.points. A bad one
+costs as much in the first trials, and nothing after 16.
 """
 
 from __future__ import annotations

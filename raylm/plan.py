@@ -137,6 +137,14 @@ class Plan:
             "experiment": section.experiment or experiment.name,
         }
 
+    def with_training(self, experiment: Experiment) -> Plan:
+        """The plan with other settings of the training, for the same tokens and model."""
+        found = replace(self, tokens=replace(self.tokens, experiment=experiment), budget=_estimated(experiment))
+        if self.prepared is None:
+            return found
+        prepared = found.with_store(self.prepared.store)
+        return replace(found, budget=prepared.budget, prepared=prepared)
+
     def with_store(self, store: Store) -> Prepared:
         """What follows from the token store of this plan."""
         from raylm import blocks, budget, cost, objective, summary
@@ -196,7 +204,7 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
     if starts and resources is not None and not (alone and tokens.is_store(store)):
         cluster.start_ray_early()
     with console.loading():  # after the quick checks
-        from raylm import budget, model, objective, perplexity, training
+        from raylm import model, objective, perplexity, training
         from raylm.training import callbacks
 
     callbacks.load(experiment.train.callbacks)
@@ -207,18 +215,24 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
     num_ids = chosen.train.vocab_size if chosen.train else model.num_ids(experiment.model, known)
     model_config = model.config_of(experiment, num_ids)
     perplexity.context_of(experiment.eval, model.context(model_config), experiment.blocks.block_size)
-    estimated = budget.compute(
+    num_parameters = model.num_parameters(model_config, masked=experiment.objective.is_masked)
+    found = Plan(planned, sets, address, resources, model_config, num_parameters, _estimated(experiment))
+    if not tokens.is_store(store):
+        return found
+    prepared = found.with_store(tokens.open_store(store))
+    return replace(found, budget=prepared.budget, prepared=prepared)
+
+
+def _estimated(experiment: Experiment) -> Budget | None:
+    """The budget as far as it is known without the tokens."""
+    from raylm import budget
+
+    return budget.compute(
         experiment.train,
         block_size=experiment.blocks.block_size,
         num_workers=experiment.cluster.most_workers,
         epoch_examples=None,
     )
-    num_parameters = model.num_parameters(model_config, masked=experiment.objective.is_masked)
-    found = Plan(planned, sets, address, resources, model_config, num_parameters, estimated)
-    if not tokens.is_store(store):
-        return found
-    prepared = found.with_store(tokens.open_store(store))
-    return replace(found, budget=prepared.budget, prepared=prepared)
 
 
 def check_places(experiment: Experiment) -> list[str]:

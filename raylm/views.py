@@ -106,14 +106,16 @@ def training(result: TrainResult, section: TrackingConfig) -> str:
 
 def sweep_plan(planned: SweepPlan) -> str:
     """The plan of a sweep, a line each."""
-    from raylm.sweep import shown  # with Ray Tune
+    from raylm.sweep import ladder, shown  # with Ray Tune
+    from raylm.sweep.space import LADDER
 
     section = planned.experiment.tune
     fewest, most = planned.repeats
     lines = {
         "trials": planned.trials,
         "repeats": f"{fewest} to {most} more trials, {section.repeats} of each of the best settings" if most else None,
-        **{f"  {key}": shown(sampler) for key, sampler in section.space.items()},
+        **{f"  {key}": shown(sampler) for key, sampler in section.space.items() if key != LADDER},
+        **ladder.lines(planned.experiment),
         **_start(planned),
         "scheduler": section.scheduler.kind,
         "tokens of all trials": f"at most {planned.most_tokens:,}" if planned.most_tokens else None,

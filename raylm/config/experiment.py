@@ -209,6 +209,8 @@ class Experiment(Section):
             )
         if tune.scheduler.cooldown is not None:
             self._cooldown_agrees()
+        if tune.ladder:
+            self._ladder_agrees()
         if tune.scheduler.kind == "pbt" and tune.space:
             changed = [key for key in tune.space if key in MUTABLE]
             if not changed:
@@ -251,6 +253,41 @@ class Experiment(Section):
                 f"train.lr_scheduler_type must be {STABLE} with tune.scheduler.cooldown, got {got}: with another one "
                 "the learning rate has decayed at a rung already"
             )
+
+    def _ladder_agrees(self) -> None:
+        tune, length = self.tune, "tokens_per_parameter"
+        sizes = {key: values for key, values in tune.ladder.items() if key != length}
+        if unknown := [key for key in sizes if not key.startswith("model.config.")]:
+            raise ValueError(f"tune.ladder must have keys of model.config and {length}, got {unknown[0]}")
+        if not sizes or not tune.ladder.get(length) or not all(sizes.values()):
+            raise ValueError(
+                f"tune.ladder must have sizes of models and {length}, such as {{model.config.n_layer: [2, 4], "
+                f"{length}: [5, 20]}}; got {', '.join(f'{key}: {[*values]}' for key, values in tune.ladder.items())}"
+            )
+        if len({*map(len, sizes.values())}) > 1:
+            lengths = ", ".join(f"{len(values)} of {key}" for key, values in sizes.items())
+            raise ValueError(f"tune.ladder must have lists of the same length for its sizes, got {lengths}")
+        for key, values in tune.ladder.items():
+            if wrong := [value for value in values if value <= 0 or (key != length and not isinstance(value, int))]:
+                kind = "numbers" if key == length else "whole numbers"
+                raise ValueError(f"tune.ladder.{key} must be {kind} above 0, got {wrong[0]}")
+        for name, value, only in (
+            ("searcher", tune.searcher.kind, "random"),
+            ("scheduler", tune.scheduler.kind, "none"),
+            ("repeats", tune.repeats, 1),
+        ):
+            if value != only:
+                why = (
+                    "models of other sizes are not compared on the way"
+                    if name == "scheduler"
+                    else "each draw is trained"
+                )
+                raise ValueError(f"tune.{name} must be {only} with tune.ladder, got {value}: {why}")
+        if tune.prior:
+            raise ValueError("tune.prior must be left out with tune.ladder: each draw is trained at every size")
+        swept = [key for key in tune.space if key in (*sizes, "train.max_tokens", "train.num_epochs", "ladder")]
+        if swept:
+            raise ValueError(f"tune.space must not have {swept[0]} with tune.ladder, which gives it")
 
     def _prior_agrees(self) -> None:
         tune = self.tune

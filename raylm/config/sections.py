@@ -21,6 +21,7 @@ from raylm.config.values import (
     Escaped,
     Metric,
     NamedPaths,
+    Numbers,
     OtherResources,
     Points,
     RegisteredName,
@@ -482,6 +483,11 @@ class TuneConfig(Section):
     """Search space: dotted key -> {sampler of ray.tune: its arguments}, for example {loguniform: [1e-4, 1e-2]}. For
     ranges that depend on each other: a name without a dot -> {choice: [mapping, mapping, ...]}; each trial draws one
     mapping of keys to values or samplers."""
+    ladder: dict[str, Numbers] = {}
+    """Sizes of models and lengths of trainings, {model.config.n_layer: [2, 4, 6], tokens_per_parameter: [5, 20]}: each
+    draw of the space is trained at every size for every length. Width and heads follow the depth, 64 dimensions and one
+    head for each layer as in GPT-2, unless they are given as lists of the same length; the batch follows Step Law
+    (arXiv:2503.04715), unless it is in the space. Needs searcher random and scheduler none."""
     num_samples: Annotated[Count, Field(ge=1)] = 8
     """Number of trials drawn from the space. Each point of a grid is drawn this often, or once if the space has only
     grids."""

@@ -156,6 +156,7 @@ def _other_kinds(value: Mapping[str, float]) -> Mapping[str, float]:
 
 Count = Annotated[int, BeforeValidator(_whole)]  # 1e6 is a float in YAML and a fine number of tokens
 Escaped = Annotated[str, AfterValidator(_unescaped)]
+Numbers = Annotated[tuple[int | float, ...], Strict(False)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_listed), Strict(False)]
 Name = Annotated[str, AfterValidator(_name)]
 RegisteredName = Annotated[str, AfterValidator(_registered_name)]

@@ -78,6 +78,8 @@ def _comparable(sweep: str, experiment: Experiment, parameters: Mapping[str, Any
     ]
     if then.ranked_by != now.ranked_by or then.weights != now.weights:
         differences.append(("tune.metric", then.metric, now.metric))
+    if then.scheduler.cooldown != now.scheduler.cooldown:
+        differences.append(("tune.scheduler.cooldown", then.scheduler.cooldown, now.scheduler.cooldown))
     if then.scheduler.kind == "pbt":
         differences.append(("tune.scheduler", "pbt, which changes settings during training", now.scheduler.kind))
     if not differences:

@@ -83,6 +83,8 @@ class SweepPlan:
         yet."""
         if self.plan.budget is None:
             return None
+        if (of_a_draw := sweeps.ladder.most_tokens(self.experiment)) is not None:
+            return self.experiment.tune.num_samples * of_a_draw
         return (self.trials + self.repeats[1]) * self.plan.budget.tokens + self.most_cooldown_tokens
 
     @functools.cached_property
@@ -129,6 +131,10 @@ def resolve(experiment: Experiment, *, starts: bool = False) -> SweepPlan:
     If the sweep `starts` now, Ray starts in the background meanwhile.
     """
     plan = plans.resolve(experiment, starts="tune" if starts else None)
+    if plan.experiment.tune.ladder:
+        plan = plan.with_training(
+            sweeps.ladder.as_space(plan.experiment, plan.model_config.get_text_config().vocab_size)
+        )
     experiment = plan.experiment
     section = experiment.tune
     if not section.space:

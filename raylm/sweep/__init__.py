@@ -5,6 +5,7 @@ start          what a sweep starts from, decided once: settings to try first, ea
 space          tune.space -> settings, drawn at random
 prior          settings drawn around a guess and around the best trial so far
 optuna_search  settings drawn by Optuna
+ladder         tune.ladder -> sizes of models and lengths of trainings, as an entry of the space
 suggested      tune.points=suggested: values of published formulas
 search         tune.searcher -> one of these three
 asha           trials pause at rungs, and the best are promoted
@@ -26,7 +27,7 @@ from raylm.sweep import start
 from raylm.sweep.record import SweepRecord, Trial, read
 
 if TYPE_CHECKING:
-    from raylm.sweep import repeats, suggested
+    from raylm.sweep import ladder, repeats, suggested
     from raylm.sweep.queue import TrialQueue
     from raylm.sweep.schedule import RecordedScheduler, SweepStopper, scheduler
     from raylm.sweep.search import searcher
@@ -39,6 +40,7 @@ __all__ = [
     "Trial",
     "TrialQueue",
     "keys",
+    "ladder",
     "read",
     "repeats",
     "scheduler",
@@ -51,6 +53,7 @@ __all__ = [
 _LATER = {
     "TrialQueue": "queue",
     "repeats": "repeats",
+    "ladder": "ladder",
     "suggested": "suggested",
     "RecordedScheduler": "schedule",
     "SweepStopper": "schedule",

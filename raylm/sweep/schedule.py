@@ -198,7 +198,9 @@ class RecordedScheduler(Unsaved, TrialScheduler):
             self.record.finish(trial.trial_id, "stopped early", dropped=trial.trial_id in self.stopped)
 
     def _is_whole(self, trial: RayTrial) -> bool:
-        return self.record.trials[trial.trial_id].tokens >= self.budget.tokens
+        known = self.record.trials[trial.trial_id]
+        budget = known.results[-1].get("budget_tokens", self.budget.tokens) if known.results else self.budget.tokens
+        return known.tokens >= budget  # with tune.ladder trials have budgets of their own
 
     # Rungs
 

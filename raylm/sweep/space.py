@@ -14,6 +14,9 @@ from raylm.sweep.start import Start
 
 Space = Mapping[str, Mapping[str, Any]]
 
+LADDER = "ladder"
+"""The entry of a space that tune.ladder has become: a grid of sizes, at each of which every draw is trained."""
+
 
 class Searcher(Protocol):
     """The source of the trials' settings. They depend only on the trials so far and the scores reported of them."""
@@ -57,7 +60,7 @@ class RandomSearch:
         for number in range(section.num_samples if is_drawn else len(start.points) + 1):
             given = start.points[number] if number < len(start.points) else {}
             left = {key: sampler for key, sampler in section.space.items() if key not in given}
-            for found in variants(left, random):
+            for found in variants(left, random, is_one_draw=LADDER in section.space):
                 point = {**found, **given}
                 self._points.append({key: point[key] for key in keys(section.space) if key in point})
         self._grid = [key for key, sampler in section.space.items() if "grid" in sampler]
@@ -81,9 +84,10 @@ class RandomSearch:
         pass  # the points do not depend on scores
 
 
-def variants(space: Space, random: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """The settings of one draw: one point, or each point of a grid."""
-    for _, found in generate_variants({"config": domains(space)}, random_state=random):
+def variants(space: Space, random: np.random.Generator, *, is_one_draw: bool = False) -> Iterator[dict[str, Any]]:
+    """The settings of one draw: one point, or each point of a grid; with the same draw at each if `is_one_draw`."""
+    spec = {"config": domains(space)}
+    for _, found in generate_variants(spec, constant_grid_search=is_one_draw, random_state=random):
         yield _settings(found["config"])
 
 

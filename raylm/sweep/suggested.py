@@ -86,8 +86,7 @@ def suggestions(experiment: Experiment, model_config: PreTrainedConfig, tokens: 
         formula, parameters = (POWER_LINES, whole) if key == "train.weight_decay" else (STEP_LAW, inner)
         match key:
             case "train.batch_tokens":
-                step = experiment.blocks.block_size * experiment.cluster.most_workers
-                computed = max(1, round(0.58 * tokens**0.571 / step)) * step
+                computed = float(batch_tokens(tokens, experiment))
                 value = batch = inside(space[key], computed)
             case "train.learning_rate":
                 computed = _rounded(1.79 * inner**-0.713 * tokens**0.307)
@@ -98,6 +97,14 @@ def suggestions(experiment: Experiment, model_config: PreTrainedConfig, tokens: 
                 value = inside(space[key], computed)
         found.append(Suggestion(key, value, _sentence(formula, key, value, computed, parameters, tokens, unlike)))
     return found
+
+
+def batch_tokens(tokens: int, experiment: Experiment) -> int:
+    """Step Law's batch for so many training tokens, in whole blocks of every worker, whichever size is drawn."""
+    ((kind, values),) = experiment.tune.space.get("blocks.block_size", {"": ()}).items()
+    sizes = values if kind in ("choice", "grid") else [experiment.blocks.block_size]
+    step = math.lcm(*sizes) * experiment.cluster.most_workers
+    return max(1, round(0.58 * tokens**0.571 / step)) * step
 
 
 def start(experiment: Experiment, model_config: PreTrainedConfig, tokens: int) -> Start:
