@@ -1,6 +1,8 @@
 """model.transfer: the initial values and rates of a model relative to those of a base."""
 
 import copy
+import importlib.util
+import json
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 from raylm import export, transfer
 from raylm.config import override
 from raylm.errors import ConfigError
+from raylm.results import coordinates as shown
+from raylm.training import coordinates
 from raylm.training.muon import MuonWithAdamW, matrices
 from raylm.transfer import Factors
 
@@ -271,6 +275,46 @@ def test_an_export_has_the_same_logits_in_plain_transformers(
     trained = models[0].eval()(input_ids=ids)["logits"]
     assert torch.allclose(found(input_ids=ids).logits, trained, atol=1e-6, rtol=0)
     assert trained.std() > 0.1
+
+
+# A coordinate check --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checked(tiny):
+    experiment = tiny("train.learning_rate=2e-3", "blocks.block_size=64")
+    return coordinates.check(experiment, gpt2(n_positions=64, initializer_range=0.1))
+
+
+def test_changes_have_the_same_size_at_every_width_with_transfer_and_not_without(checked):
+    assert checked["widths"] == [32, 64, 128, 256]
+    for kind in ("attention", "MLP", "logits"):
+        scaled, plain = (checked[way][kind]["slopes"][1:] for way in ("with_transfer", "without"))
+        assert max(map(abs, scaled)) < 0.25, kind
+        assert min(plain) > 0.4, kind
+    narrowest = [[step[0] for step in checked[way]["MLP"]["sizes"]] for way in ("with_transfer", "without")]
+    assert narrowest[0] == narrowest[1], "it is the base"
+
+
+def test_a_check_is_shown_as_tables_and_a_plot(checked):
+    assert json.loads(json.dumps(checked)) == checked
+    page = shown.page(checked)
+    assert "slope with model.transfer" in page
+    assert "size after step 8, without" in page
+    assert page.count("<html") == page.count("</html>") == 1
+    assert ("Plotly.newPlot" in page) is bool(importlib.util.find_spec("plotly"))
+
+
+def test_inspect_checks_models_like_the_experiments(command, tmp_path):
+    settings = [f"storage={tmp_path}", "tracking.uri=null"]
+    done = command("inspect", "--coordinates", "--json", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert (record["optimizer"], record["text"]) == ("adamw", "random")
+    assert set(record["without"]) == {"embedding", "attention", "MLP", "logits"}
+    refused = command("inspect", "--coordinates", "model.config={model_type: opt}", *settings, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "got model.config.model_type=opt" in refused.stderr
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
