@@ -255,10 +255,11 @@ def scale_groups(optimizer: torch.optim.Optimizer, network: torch.nn.Module, by_
 @contextlib.contextmanager
 def gradients_without_multipliers(network: torch.nn.Module, by_name: Mapping[str, Factors]) -> Iterator[None]:
     """Inside, gradients are those of weights whose multipliers are a part of the model; so is their norm."""
+    multipliers = {name: own.multiplier for name, own in by_name.items() if own.multiplier != 1.0}
     scaled = [
-        (weight.grad, by_name[name].multiplier)
+        (weight.grad, multipliers[name])
         for name, weight in network.named_parameters()
-        if weight.grad is not None and by_name[name].multiplier != 1.0
+        if name in multipliers and weight.grad is not None
     ]
     for gradient, multiplier in scaled:
         gradient.mul_(multiplier)
