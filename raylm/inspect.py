@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raylm import cli, console
 
+if TYPE_CHECKING:
+    from raylm.config import Experiment
+
 logger = logging.getLogger(__name__)
 
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write what is shown as a page, too.")]
+Coordinates = Annotated[
+    bool,
+    typer.Option(
+        "--coordinates",
+        help="Show instead how the sizes of activations in the first steps depend on the model's width, with "
+        "model.transfer and without.",
+    ),
+]
 Examples = Annotated[int, typer.Option("--examples", min=1, max=100, help="Documents and blocks to show.")]
 
 
@@ -22,6 +33,7 @@ def inspect(
     print_config: cli.PrintConfig = False,
     dry_run: cli.DryRun = False,
     examples: Examples = 2,
+    coordinates: Coordinates = False,
     html: Html = None,
     json: cli.Json = False,
 ) -> cli.CommandResult:
@@ -31,6 +43,8 @@ def inspect(
     from raylm.pipeline import stores
     from raylm.results import inspection
 
+    if coordinates:
+        return _coordinates(experiment, dry_run, html)
     resolved = plan.resolve_tokens(experiment)
     if dry_run:
         return cli.CommandResult(*views.tokens_plan(resolved))
@@ -43,6 +57,23 @@ def inspect(
         html.write_text(console.as_html(view), encoding="utf-8")
         logger.info(f"written: {html}")
     return cli.CommandResult(record, view)
+
+
+def _coordinates(experiment: Experiment, dry_run: bool, html: Path | None) -> cli.CommandResult:
+    """The check of models like the experiment's at several widths, with its text if that is prepared."""
+    from raylm import plan, views
+    from raylm.results import coordinates as results
+    from raylm.training import coordinates
+
+    resolved = plan.resolve(experiment)
+    if dry_run:
+        return cli.CommandResult(*views.tokens_plan(resolved.tokens))
+    store = resolved.prepared.store if resolved.prepared is not None else None
+    record = coordinates.check(resolved.experiment, resolved.model_config, store)
+    if html is not None:
+        html.write_text(results.page(record), encoding="utf-8")
+        logger.info(f"written: {html}")
+    return cli.CommandResult(record, results.view(record))
 
 
 def main() -> None:

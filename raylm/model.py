@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from raylm import hub
+from raylm import hub, transfer
 from raylm.config import Experiment, ModelConfig
 from raylm.errors import ConfigError, did_you_mean, first_line
 
@@ -77,6 +77,8 @@ def configuration(
             f"({section.path or section.config}); {way_out}",
             where="model.path" if section.path else "model.config.vocab_size",
         )
+    if section.transfer is not None:
+        transfer.base_configuration(found, section.transfer.base)
     if section.lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("model.lora needs peft: pip install raylm[peft]", where="model.lora")
     return found
@@ -135,6 +137,8 @@ def build(
             with hub.loading(ConfigError, "model.path", section.path):
                 network = kind.from_pretrained(section.path, config=found, dtype=dtype, **options(section))
         _learn_padding(network, tokenizer.eos_token_id, new=section.path is None)
+        if section.transfer is not None:
+            transfer.scale_weights(network, transfer.factors(found, section.transfer.base))
         if section.lora is not None:
             _add_updates(network, section.lora)
     return network

@@ -76,6 +76,8 @@ class Experiment(Section):
         self._corpus_agrees()
         self._mixture_agrees()
         self._tokenizer_agrees()
+        if self.model.transfer is not None:
+            self._transfer_agrees()
         self._sweep_agrees()
         return self
 
@@ -179,6 +181,31 @@ class Experiment(Section):
                     f"tokenizer.{name} is for a tokenizer that is loaded and cannot be given with tokenizer.train, got "
                     f"{getattr(section, name)}; {way_out.get(name, 'leave it out')}"
                 )
+
+    def _transfer_agrees(self) -> None:
+        section = self.model
+        if section.path is not None:
+            raise ValueError(
+                f"model.transfer is for a new model and cannot be given with model.path, got {section.path}: its "
+                "initial values are scaled; leave it out"
+            )
+        if not {"model_type", "path"} & (section.config or {}).keys():
+            raise ValueError("model.transfer must come with model.config, whose sizes it compares with the base's")
+        if section.lora is not None:
+            raise ValueError(
+                "model.transfer cannot be given with model.lora: the widths that it scales by are not those of "
+                "low-rank updates; leave one of them out"
+            )
+        if self.train.optimizer not in ("adamw", "muon"):
+            raise ValueError(
+                f"train.optimizer must be adamw or muon with model.transfer, got {self.train.optimizer}: its learning "
+                "rate follows another rule; leave model.transfer out"
+            )
+        if self.train.arguments.get("deepspeed"):
+            raise ValueError(
+                "train.arguments.deepspeed cannot be given with model.transfer, whose learning rates differ between "
+                "weights; set train.arguments.fsdp=true instead"
+            )
 
     def _sweep_agrees(self) -> None:
         tune = self.tune

@@ -208,6 +208,12 @@ class Lora(Section):
     """Names of the layers to adapt, or all-linear. Default: peft's choice for the type of model."""
 
 
+class Transfer(Section):
+    base: Annotated[dict[str, Annotated[Count, Field(ge=1)]], Field(min_length=1)]
+    """Sizes of the base, by their names in model.config: {n_embd: 128, n_layer: 2}. Those that are not named follow:
+    heads and the MLP's width are proportional to the width, the number of layers is the model's."""
+
+
 class ModelConfig(Section):
     exclusive: ClassVar = ("path", "config")
     path: str | None = None
@@ -227,6 +233,11 @@ class ModelConfig(Section):
     lora: Lora | None = None
     """Low-rank updates (Hu et al. 2021, arXiv:2106.09685) to train instead of all weights; needs peft. `{}` for the
     defaults. Checkpoints contain the model with the updates merged."""
+    transfer: Transfer | None = None
+    """Smaller model of the same kind whose best settings are to be best for this one: {base: {n_embd: 128, n_layer:
+    2}}. Initial values and the learning rate, weight decay and epsilon of each weight are scaled by width (muP, Yang et
+    al. 2022, arXiv:2203.03466) and depth (CompleteP, Dey et al. 2025, arXiv:2505.01618); the base itself is trained as
+    without it. For new models of gpt2, llama, mistral, qwen2 and qwen3 with adamw or muon."""
     pad_vocab_to: Annotated[Count, Field(ge=1)] | None = None
     """Multiple to which the vocabulary size of a new model is rounded up; 64, for example, is faster on GPUs."""
     trust_remote_code: bool = False

@@ -276,7 +276,8 @@ def _affordable_model(experiment: Experiment, limits: _Limits) -> _Sized:
         num_parameters = model.num_parameters(found, masked=masked, embeddings=False)
         scale, measured = 1.0, found
         if num_parameters > speed.MOST_PARAMETERS:  # time grows with the parameters, so a smaller one tells
-            smaller = section.model_copy(update={"path": None, "config": _of_shape(*SHAPES[-2], masked)})
+            fields = _of_shape(*SHAPES[-2], masked)
+            smaller = section.model_copy(update={"path": None, "transfer": None, "config": fields})
             measured = model.configuration(smaller, vocab_size=1024, block_size=columns, masked=masked)
             scale = model.num_parameters(measured, masked=masked, embeddings=False) / num_parameters
         a_second = scale * speed.tokens_per_second(measured, masked=masked, threads=limits.threads)

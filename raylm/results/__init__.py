@@ -18,4 +18,5 @@ compare      runs side by side, and whether their scores can be compared
 several      sweeps side by side, and their trials ranked at equal tokens
 html         the report of a sweep, or of several, as an HTML page
 inspection   the data as a model will see it
+coordinates  the sizes of activations by width, in the first steps: tables and a plot
 """

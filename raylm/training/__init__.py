@@ -5,6 +5,7 @@ callbacks           train.callbacks: the user's own TrainerCallbacks, by their d
 session             what a worker is given to do; its rank, and how it reports
 sharding            the Trainer with DDP, FSDP or DeepSpeed; which of them allow what
 muon                Muon for the matrices of the layers, AdamW for the rest
+coordinates         a check how the sizes of activations depend on the width in the first steps
 guards              what ends a training before it spoils its weights: no memory, gradients that are not finite
 cooldown            at rungs: a branch with a decayed learning rate, by whose score trials are compared
 costs               what a training costs beside its steps: seconds of evaluations and saving, memory

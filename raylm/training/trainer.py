@@ -29,6 +29,7 @@ from raylm import (
     summary,
     tokens,
     tracking,
+    transfer,
 )
 from raylm import tokenizer as tokenizers
 from raylm.checkpoint import CheckpointManager
@@ -130,6 +131,19 @@ class _Trainer(ShardingTrainer):
         self.memory = MemoryGuard(task, session, self.args.per_device_train_batch_size)
         self.gradients = GradientGuard(task, session)
         self.costs = Costs(self.args.device)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.factors:
+            transfer.scale_groups(optimizer, self.model, self.factors)
+        return optimizer
+
+    @cached_property
+    def factors(self) -> dict[str, transfer.Factors]:
+        """The factors of model.transfer; empty without it."""
+        section = self.task.experiment.model.transfer
+        return {} if section is None else transfer.factors(self.model.config, section.base)
 
     # The whole training
 
@@ -237,10 +251,10 @@ class _Trainer(ShardingTrainer):
         groups = self.inner_optimizer.param_groups if checkpoint is not None else []
         ours = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        for group, settings in zip(self.inner_optimizer.param_groups, ours, strict=False):
+        for number, (group, settings) in enumerate(zip(self.inner_optimizer.param_groups, ours, strict=False)):
             if group.get("initial_lr") != settings.get("initial_lr") and hasattr(self.lr_scheduler, "lr_lambdas"):
-                peak, curve = settings["initial_lr"], self.lr_scheduler.lr_lambdas[0]
-                self.lr_scheduler.base_lrs = [peak] * len(ours)
+                peak, curve = settings["initial_lr"], self.lr_scheduler.lr_lambdas[number]
+                self.lr_scheduler.base_lrs[number] = peak
                 settings["lr"] = peak * curve(self.lr_scheduler.last_epoch)
             group.update(settings)
 
@@ -275,6 +289,12 @@ class _Trainer(ShardingTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.memory.for_training():
             return super().training_step(*args, **kwargs)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if not self.factors:
+            return super()._clip_grad_norm(model)
+        with transfer.gradients_without_multipliers(self.model, self.factors):
+            return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
