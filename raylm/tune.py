@@ -21,6 +21,7 @@ def tune(
     resume: cli.Resume = "auto",
     strict: Strict = False,
     print_config: cli.PrintConfig = False,
+    print_schema: cli.PrintSchema = False,
     dry_run: cli.DryRun = False,
     timeline: cli.Timeline = None,
     json: cli.Json = False,

@@ -184,6 +184,18 @@ def test_print_config_as_json(verb):
     assert json.loads(verb("--print-config", "--json").stdout) == config.load().model_dump(mode="json")
 
 
+@pytest.mark.parametrize("line", [("raylm", "evaluate"), ("raylm.tune", "train.sed=1", "--json")], ids=" ".join)
+def test_print_schema_prints_what_the_first_line_of_print_config_names(line):
+    """Whatever else the command line has or lacks, so that a file with faults can be mended with it."""
+    done = run("-X", "importtime", "-m", *line, "--print-schema")
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == config.json_schema()
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert imported & HEAVY == set()
+    assert "print-schema > raylm.schema.json" in config.dump(config.load(), comments=True)
+    assert config.dump(config.load(), comments=True).startswith("# yaml-language-server: $schema=raylm.schema.json\n")
+
+
 # The verbs themselves ----------------------------------------------------------------------------------------------
 
 COMMANDS = [("-m", "raylm"), *[("-m", "raylm", verb) for verb in VERBS], *[("-m", f"raylm.{verb}") for verb in VERBS]]

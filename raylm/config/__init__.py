@@ -6,6 +6,7 @@ experiment       the sections together, and the rules between settings of differ
 setting_errors   what is wrong with a setting, where it is written, and the way out
 space            tune.space: samplers of settings, and whole spaces to choose from
 names            what other tools call a setting
+schema           the JSON schema of a file, for editors
 files            load, override, save
 address          the cluster that a command uses
 """
@@ -28,6 +29,7 @@ from raylm.config.files import (
     settings_of,
 )
 from raylm.config.names import OWNED, as_settings
+from raylm.config.schema import json_schema
 from raylm.config.sections import (
     WHOLE_SPLIT,
     BlocksConfig,
@@ -81,6 +83,7 @@ __all__ = [
     "get",
     "is_local",
     "is_sampler",
+    "json_schema",
     "load",
     "load_part",
     "loads",

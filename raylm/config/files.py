@@ -37,6 +37,11 @@ BUILT_IN = Path(__file__).parents[1] / "tiny.yaml"  # configs/tiny.yaml itself
 
 MOST_NODES = 100_000  # a file of aliases of aliases ("billion laughs") unfolds to more
 
+SCHEMA_COMMENT = """\
+# yaml-language-server: $schema=raylm.schema.json
+# An editor checks and completes this file once that one is beside it: raylm tune --print-schema > raylm.schema.json
+"""
+
 Tree = dict[str, Any]
 Part = typing.TypeVar("Part", bound=Section)
 
@@ -146,15 +151,16 @@ def get(experiment: Experiment, key: str) -> Any:
 def dump(experiment: Experiment, *, comments: bool = False) -> str:
     """The whole experiment as YAML that loads again; with `comments`, each setting's description above it.
 
-    With comments it is a file for people to start from, so the default storage and MLflow stay relative paths, which
-    work elsewhere, too. Passwords in addresses are removed, because the text is printed, saved beside checkpoints and
-    sent to MLflow.
+    With comments it is a file for people to start from: it tells editors where its schema is, and the default storage
+    and MLflow stay relative paths, which work elsewhere, too. Passwords in addresses are removed, because the text is
+    printed, saved beside checkpoints and sent to MLflow.
     """
     text = io.StringIO()
     yaml = YAML()
     yaml.width = 120
     yaml.representer.ignore_aliases = lambda data: True
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    text.write(SCHEMA_COMMENT if comments else "")
     yaml.dump(_commented(_portable(experiment)) if comments else experiment.model_dump(mode="json"), text)
     return redacted(text.getvalue())
 

@@ -425,8 +425,11 @@ class TrackingConfig(Section):
     """Name under which the best model is logged and registered, as the newest version with the alias champion."""
 
 
+SchedulerKind = Literal["none", "asha", "median", "hyperband", "pbt"]
+
+
 class SchedulerConfig(Section):
-    kind: Literal["none", "asha", "median", "hyperband", "pbt"] = "asha"
+    kind: SchedulerKind = "asha"
     """Algorithm of the scheduler. none: every trial trains on the full budget. asha: trials pause at rungs, and the
     best are promoted before new trials start (Li et al. 2020, arXiv:1810.05934). median: trials stop if they are worse
     than the median of the others so far. hyperband: brackets of trials that wait for each other (Li et al. 2016,
@@ -479,7 +482,9 @@ class TuneConfig(Section):
     searcher: Literal["random", "optuna"] = "random"
     """How settings are drawn. random: at random, with every point of a grid. optuna: near the best results so far, by
     the tree-structured Parzen estimator (Bergstra et al. 2011); needs optuna."""
-    scheduler: Annotated[SchedulerConfig, BeforeValidator(_with_kind)] = SchedulerConfig()
+    scheduler: Annotated[
+        SchedulerConfig, BeforeValidator(_with_kind, json_schema_input_type=SchedulerKind | SchedulerConfig)
+    ] = SchedulerConfig()
     """Trial scheduler: none, asha, median, hyperband or pbt, or a mapping with its settings."""
     metric: Metric = "perplexity"
     """Score by which trials are ranked and stopped; smaller is better. Use bits_per_byte if tokenizers differ. Or the
