@@ -100,7 +100,10 @@ def test_options_of_other_tools_are_told_as_settings(verb):
         "No such option: --model_name_or_path; settings are given as section.key=value: model.path=gpt2 "
         "train.learning_rate=1e-3, train.max_tokens for --max_steps"
     )
-    assert "train.arguments.name=value" in verb("--adam_beta1", "0.8").stderr
+    assert ": train.arguments.adam_beta1=0.8" in verb("--adam_beta1", "0.8").stderr
+    assert "train.arguments.name=value" in verb("--ddp_timeout", "9").stderr
+    told = verb("--train.max_seq_length=64", "--packing", "true", "--load_in_4bit", "true").stderr
+    assert "blocks.block_size=64, blocks.packing, packed or padded for --packing, nothing for --load_in_4bit (" in told
     assert verb("--config").stderr == "error: Option '--config' requires an argument.\n"
 
 

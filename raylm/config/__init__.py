@@ -3,9 +3,9 @@
 sections         every setting: type, default, unit, effect
 values           types of values: what is accepted, what is said of anything else
 experiment       the sections together, and the rules between settings of different sections
+names            what other tools call a setting
 setting_errors   what is wrong with a setting, where it is written, and the way out
 space            tune.space: samplers of settings, and whole spaces to choose from
-names            what other tools call a setting
 schema           the JSON schema of a file, for editors
 files            load, override, save
 address          the cluster that a command uses

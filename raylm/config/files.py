@@ -27,8 +27,8 @@ from ruamel.yaml.scalarint import ScalarInt
 
 from raylm import DEFAULT_STORAGE
 from raylm.config.experiment import Experiment
-from raylm.config.sections import Section, TrackingConfig
-from raylm.config.setting_errors import config_error, exclusive_faults, faults_of, section_of, show
+from raylm.config.sections import Section, TrackingConfig, section_of
+from raylm.config.setting_errors import config_error, exclusive_faults, faults_of, show
 from raylm.config.space import corners, entry_fault, sampler_fault
 from raylm.errors import ConfigError, first_line
 from raylm.redaction import redacted

@@ -15,8 +15,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
 from raylm.config.experiment import Experiment
-from raylm.config.sections import Section
-from raylm.config.setting_errors import section_of
+from raylm.config.sections import Section, section_of
 from raylm.config.space import NOT_SWEPT, SAMPLERS
 
 # Numbers that raylm's reader of YAML knows as such, and other readers take for text: 81_920 (all of YAML 1.2), 1e-3 (of

@@ -5,6 +5,7 @@ A section is named like the module that reads it. This file knows nothing of YAM
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -52,6 +53,13 @@ class Section(BaseModel):
         if names := self.conflict(self.__dict__):
             raise PydanticCustomError("exclusive", "exclude each other", {"names": names})
         return self
+
+
+def section_of(section: type[BaseModel] | None, name: str) -> Any:
+    """The section class of a field; None if the field is not a section."""
+    field = section.model_fields.get(name) if section else None
+    kinds = (field.annotation, *typing.get_args(field.annotation)) if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 class CorpusConfig(Section):
