@@ -41,6 +41,26 @@ ConfigFile = Annotated[
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved experiment with every setting explained, and stop.")
 ]
+
+
+def _print_schema(asked: bool) -> None:
+    """End the command with the schema, before anything else of its command line is looked at."""
+    if asked:
+        from raylm import config as experiments  # 0.2 s, which --help does not need
+
+        schema = experiments.json_schema()
+        raise _Done(CommandResult(schema, json.dumps(schema, indent=2, ensure_ascii=False)))
+
+
+PrintSchema = Annotated[
+    bool,
+    typer.Option(
+        "--print-schema",
+        is_eager=True,
+        callback=_print_schema,
+        help="Print the JSON schema of an experiment, by which editors check and complete its file, and stop.",
+    ),
+]
 Place = Annotated[
     list[str] | None,
     typer.Argument(

@@ -25,6 +25,7 @@ def evaluate(
     documents: Lines = None,
     config: cli.ConfigFile = None,
     print_config: cli.PrintConfig = False,
+    print_schema: cli.PrintSchema = False,
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
 ) -> cli.CommandResult:

@@ -31,6 +31,7 @@ def inspect(
     settings: cli.Settings = None,
     config: cli.ConfigFile = None,
     print_config: cli.PrintConfig = False,
+    print_schema: cli.PrintSchema = False,
     dry_run: cli.DryRun = False,
     examples: Examples = 2,
     coordinates: Coordinates = False,

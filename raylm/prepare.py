@@ -20,6 +20,7 @@ def prepare(
     settings: cli.Settings = None,
     config: cli.ConfigFile = None,
     print_config: cli.PrintConfig = False,
+    print_schema: cli.PrintSchema = False,
     dry_run: cli.DryRun = False,
     verify: Verify = False,
     timeline: cli.Timeline = None,

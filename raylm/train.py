@@ -14,6 +14,7 @@ def train(
     config: cli.ConfigFile = None,
     resume: cli.Resume = "auto",
     print_config: cli.PrintConfig = False,
+    print_schema: cli.PrintSchema = False,
     dry_run: cli.DryRun = False,
     timeline: cli.Timeline = None,
     json: cli.Json = False,

@@ -36,6 +36,7 @@ def tune(
     stop_trial: StopTrial = None,
     add_trials: AddTrials = None,
     print_config: cli.PrintConfig = False,
+    print_schema: cli.PrintSchema = False,
     dry_run: cli.DryRun = False,
     timeline: cli.Timeline = None,
     json: cli.Json = False,

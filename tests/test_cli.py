@@ -100,7 +100,10 @@ def test_options_of_other_tools_are_told_as_settings(verb):
         "No such option: --model_name_or_path; settings are given as section.key=value: model.path=gpt2 "
         "train.learning_rate=1e-3, train.max_tokens for --max_steps"
     )
-    assert "train.arguments.name=value" in verb("--adam_beta1", "0.8").stderr
+    assert ": train.arguments.adam_beta1=0.8" in verb("--adam_beta1", "0.8").stderr
+    assert "train.arguments.name=value" in verb("--ddp_timeout", "9").stderr
+    told = verb("--train.max_seq_length=64", "--packing", "true", "--load_in_4bit", "true").stderr
+    assert "blocks.block_size=64, blocks.packing, packed or padded for --packing, nothing for --load_in_4bit (" in told
     assert verb("--config").stderr == "error: Option '--config' requires an argument.\n"
 
 
@@ -182,6 +185,18 @@ def test_print_config_loads_again(verb, tmp_path):
 
 def test_print_config_as_json(verb):
     assert json.loads(verb("--print-config", "--json").stdout) == config.load().model_dump(mode="json")
+
+
+@pytest.mark.parametrize("line", [("raylm", "evaluate"), ("raylm.tune", "train.sed=1", "--json")], ids=" ".join)
+def test_print_schema_prints_what_the_first_line_of_print_config_names(line):
+    """Whatever else the command line has or lacks, so that a file with faults can be mended with it."""
+    done = run("-X", "importtime", "-m", *line, "--print-schema")
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == config.json_schema()
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert imported & HEAVY == set()
+    assert "print-schema > raylm.schema.json" in config.dump(config.load(), comments=True)
+    assert config.dump(config.load(), comments=True).startswith("# yaml-language-server: $schema=raylm.schema.json\n")
 
 
 # The verbs themselves ----------------------------------------------------------------------------------------------

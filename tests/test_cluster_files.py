@@ -1,13 +1,17 @@
 """The cluster files: by Ray's schema for its launcher; field by field for KubeRay, whose schema no package has."""
 
+import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import ray
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts import symmetric_run
 from ruamel.yaml import YAML
 
-from raylm import tune
+from raylm import config, tune
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,3 +76,32 @@ def test_the_rayjob():
     volumes = {volume["name"] for volume in pods[0]["volumes"]}
     assert {mount["name"] for mount in pods[0]["containers"][0]["volumeMounts"]} <= volumes
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_the_image_has_the_project_s_ray_and_all_that_is_installed():
+    """hatchling needs the files that pyproject.toml names, and raylm/tiny.yaml is a link into configs."""
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    assert f"ARG RAY={ray.__version__}" in lines
+    assert any(re.fullmatch(r"ARG PYTHON=py31[1-9]", line) for line in lines)
+    assert "FROM rayproject/ray:${RAY}-${PYTHON}-${DEVICE}" in lines
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[2:-1]]
+    assert {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "configs", "raylm"} == set(copied)
+    assert all((ROOT / name).exists() for name in copied)
+    sent = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert [line.removeprefix("!") for line in sent if line.startswith("!")] == copied
+    assert "--constraint constraints.txt" in next(line for line in lines if line.startswith("RUN "))
+
+
+def test_the_slurm_job_starts_ray_and_a_sweep():
+    script = (ROOT / "configs" / "cluster" / "slurm.sbatch").read_text(encoding="utf-8")
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    assert len(script.splitlines()) <= 15
+    command = next(line for line in script.replace("\\\n", " ").splitlines() if line.startswith("srun "))
+    words = shlex.split(re.sub(r"\$\{?\w+", "7", command.replace("$head", "node1")))
+    start, entry = words[words.index("symmetric-run") + 1 : words.index("--")], words[words.index("--") + 1 :]
+    options = symmetric_run.symmetric_run.make_context("ray", [*start, "--", *entry]).params
+    assert (options["address"], options["min_nodes"]) == ("node1:6379", 7)
+    symmetric_run.curate_and_validate_ray_start_args(start)
+    assert entry[:4] == ["env", "RAY_ADDRESS=node1:6379", "raylm", tune.__name__.removeprefix("raylm.")]
+    assert entry[4:6] == ["--config", "sweep.yaml"]
+    assert config.load(None, entry[6:]).storage == "/shared/raylm"

@@ -25,7 +25,7 @@ from raylm.__main__ import VERBS
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOME_EXPERIMENT = ROOT / "configs" / "code_from_scratch.yaml"
-NEEDS = ("", "needs make", "needs the Hub", "needs a cluster")
+NEEDS = ("", "needs make", "needs the Hub", "needs a cluster", "needs uv")
 
 FENCED = re.compile(r"^```(\w*)[ ]?(.*)\n((?:(?!```).*\n)*)```$", re.MULTILINE)
 INDENTED_COMMAND = re.compile(
@@ -54,6 +54,8 @@ def command_lines(text):
 
 def fault(words):
     """What is wrong with a command line as far as that can be told without running it; None if nothing is."""
+    if words[:2] == ["uv", "run"]:
+        words = words[4:] if words[2] == "--with" else words[2:]
     program, *rest = words
     if os.path.basename(program) == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -110,6 +112,7 @@ def test_a_command_line_has_a_verb_options_and_settings_that_there_are(words):
         ("raylm submit --address http://127.0.0.1:8265 tune --confg a.yaml", "No such option: --confg"),
         ("raylm train train.learning_rte=1", "train.learning_rte: unknown key"),
         ("raylm generate m top_k=3 cluster.workers=2", "cluster.workers: unknown key"),
+        ("uv run --with raylm raylm tnue", "raylm has no verb tnue"),
         ("rm -r /", "rm is not a command that this test knows"),
     ],
 )

@@ -3,9 +3,10 @@
 sections         every setting: type, default, unit, effect
 values           types of values: what is accepted, what is said of anything else
 experiment       the sections together, and the rules between settings of different sections
+names            what other tools call a setting
 setting_errors   what is wrong with a setting, where it is written, and the way out
 space            tune.space: samplers of settings, and whole spaces to choose from
-names            what other tools call a setting
+schema           the JSON schema of a file, for editors
 files            load, override, save
 address          the cluster that a command uses
 """
@@ -29,6 +30,7 @@ from raylm.config.files import (
     settings_of,
 )
 from raylm.config.names import OWNED, as_settings
+from raylm.config.schema import json_schema
 from raylm.config.sections import (
     WHOLE_SPLIT,
     BlocksConfig,
@@ -85,6 +87,7 @@ __all__ = [
     "get",
     "is_local",
     "is_sampler",
+    "json_schema",
     "load",
     "load_part",
     "loads",

@@ -27,8 +27,8 @@ from ruamel.yaml.scalarint import ScalarInt
 
 from raylm import DEFAULT_STORAGE
 from raylm.config.experiment import Experiment
-from raylm.config.sections import Section, TrackingConfig
-from raylm.config.setting_errors import config_error, exclusive_faults, faults_of, section_of, show
+from raylm.config.sections import Section, TrackingConfig, section_of
+from raylm.config.setting_errors import config_error, exclusive_faults, faults_of, show
 from raylm.config.space import corners, entry_fault, gaussian_process_fault, prior_fault, sampler_fault
 from raylm.errors import ConfigError, first_line
 from raylm.redaction import redacted
@@ -39,6 +39,11 @@ MOST_NODES = 100_000  # a file of aliases of aliases ("billion laughs") unfolds 
 
 DRAWING: dict[str, Any] = {"tune.space": {}, "tune.points": [], "tune.prior": {}, "tune.prior_sweeps": []}
 """The settings that say how the settings of trials are drawn, as they are in a trial."""
+
+SCHEMA_COMMENT = """\
+# yaml-language-server: $schema=raylm.schema.json
+# An editor checks and completes this file once that one is beside it: raylm tune --print-schema > raylm.schema.json
+"""
 
 Tree = dict[str, Any]
 Part = typing.TypeVar("Part", bound=Section)
@@ -158,15 +163,16 @@ def get(experiment: Experiment, key: str) -> Any:
 def dump(experiment: Experiment, *, comments: bool = False) -> str:
     """The whole experiment as YAML that loads again; with `comments`, each setting's description above it.
 
-    With comments it is a file for people to start from, so the default storage and MLflow stay relative paths, which
-    work elsewhere, too. Passwords in addresses are removed, because the text is printed, saved beside checkpoints and
-    sent to MLflow.
+    With comments it is a file for people to start from: it tells editors where its schema is, and the default storage
+    and MLflow stay relative paths, which work elsewhere, too. Passwords in addresses are removed, because the text is
+    printed, saved beside checkpoints and sent to MLflow.
     """
     text = io.StringIO()
     yaml = YAML()
     yaml.width = 120
     yaml.representer.ignore_aliases = lambda data: True
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    text.write(SCHEMA_COMMENT if comments else "")
     yaml.dump(_commented(_portable(experiment)) if comments else experiment.model_dump(mode="json"), text)
     return redacted(text.getvalue())
 

@@ -5,6 +5,7 @@ A section is named like the module that reads it. This file knows nothing of YAM
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -54,6 +55,13 @@ class Section(BaseModel):
         if names := self.conflict(self.__dict__):
             raise PydanticCustomError("exclusive", "exclude each other", {"names": names})
         return self
+
+
+def section_of(section: type[BaseModel] | None, name: str) -> Any:
+    """The section class of a field; None if the field is not a section."""
+    field = section.model_fields.get(name) if section else None
+    kinds = (field.annotation, *typing.get_args(field.annotation)) if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 class CorpusConfig(Section):
@@ -438,8 +446,11 @@ class TrackingConfig(Section):
     """Name under which the best model is logged and registered, as the newest version with the alias champion."""
 
 
+SchedulerKind = Literal["none", "asha", "median", "hyperband", "pbt"]
+
+
 class SchedulerConfig(Section):
-    kind: Literal["none", "asha", "median", "hyperband", "pbt"] = "asha"
+    kind: SchedulerKind = "asha"
     """Algorithm of the scheduler. none: every trial trains on the full budget. asha: trials pause at rungs, and the
     best are promoted before new trials start (Li et al. 2020, arXiv:1810.05934). median: trials stop if they are worse
     than the median of the others so far. hyperband: brackets of trials that wait for each other (Li et al. 2016,
@@ -466,8 +477,11 @@ def _with_kind(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+SearcherKind = Literal["random", "optuna"]
+
+
 class SearcherConfig(Section):
-    kind: Literal["random", "optuna"] = "random"
+    kind: SearcherKind = "random"
     """Where settings come from. random: drawn at random, with every point of a grid. optuna: near the best results so
     far; needs optuna."""
     sampler: Literal["tpe", "gp"] = "tpe"
@@ -519,9 +533,13 @@ class TuneConfig(Section):
     """Number of runs by which settings are judged. 1: by their trial alone. More: once the trials have ended, the two
     or three best settings are trained so many times again, each time with another train.seed (and train.data_seed, if
     it is given), and the results say which settings are better, apart from which model is."""
-    searcher: Annotated[SearcherConfig, BeforeValidator(_with_kind)] = SearcherConfig()
+    searcher: Annotated[
+        SearcherConfig, BeforeValidator(_with_kind, json_schema_input_type=SearcherKind | SearcherConfig)
+    ] = SearcherConfig()
     """How settings are drawn: random or optuna, or a mapping with its settings."""
-    scheduler: Annotated[SchedulerConfig, BeforeValidator(_with_kind)] = SchedulerConfig()
+    scheduler: Annotated[
+        SchedulerConfig, BeforeValidator(_with_kind, json_schema_input_type=SchedulerKind | SchedulerConfig)
+    ] = SchedulerConfig()
     """Trial scheduler: none, asha, median, hyperband or pbt, or a mapping with its settings."""
     metric: Metric = "perplexity"
     """Score by which trials are ranked and stopped; smaller is better. Use bits_per_byte if tokenizers differ. Or the

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from raylm.config.experiment import Experiment
-from raylm.config.sections import Section
+from raylm.config.names import meant_by, settings_named
+from raylm.config.sections import Section, section_of
 from raylm.errors import ConfigError, did_you_mean
 
 
@@ -80,15 +80,20 @@ def _unknown(key: str) -> str:
     if section is None:
         return "unknown key"
     known = list(section.model_fields)
-    guess = did_you_mean(last, known) or "".join(f"did you mean {key}?" for key in settings_named(last)[:1])
     owner = f"section {'.'.join(parents)}" if parents else "an experiment"
-    return f"unknown key{f', {guess}' if guess else ';'} {owner} takes: {', '.join(known)}"
+    return f"unknown key{_guess(key, last, known)} {owner} takes: {', '.join(known)}"
 
 
-def settings_named(name: str) -> list[str]:
-    """The dotted keys of the settings with this name, in all sections."""
-    sections = ((key, section_of(Experiment, key)) for key in Experiment.model_fields)
-    return [f"{key}.{name}" for key, section in sections if section is not None and name in section.model_fields]
+def _guess(key: str, last: str, known: list[str]) -> str:
+    """What an unknown key was to be: the setting for what another tool calls so, or a near one, here or elsewhere."""
+    theirs = meant_by(key) or ""
+    if theirs.startswith("nothing: "):
+        return f"; raylm has no such setting: {theirs.removeprefix('nothing: ')};"
+    if " " in theirs:
+        return f"; use {theirs};"
+    guess = f"did you mean {theirs}?" if theirs else did_you_mean(last, known)
+    guess = guess or "".join(f"did you mean {named}?" for named in settings_named(last)[:1])
+    return f", {guess}" if guess else ";"
 
 
 def exclusive_faults(tree: Any, section: type[Section], key: str = "") -> Iterator[tuple[str, str]]:
@@ -105,13 +110,6 @@ def exclusive_faults(tree: Any, section: type[Section], key: str = "") -> Iterat
 def _exclusive_fault(key: str, names: Sequence[str]) -> tuple[str, str]:
     *others, last = names
     return f"{key}.{last}", f"excludes {' and '.join(others)}; give one of them"
-
-
-def section_of(section: type[BaseModel] | None, name: str) -> Any:
-    """The section class of a field; None if the field is not a section."""
-    field = section.model_fields.get(name) if section else None
-    kinds = (field.annotation, *typing.get_args(field.annotation)) if field else ()
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def show(value: Any) -> str:

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, WithJsonSchema
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -154,21 +154,54 @@ def _other_kinds(value: Mapping[str, float]) -> Mapping[str, float]:
     return value
 
 
+# What stands before a check may take more than the type says: `json_schema_input_type` is all of it, for `schema`.
 Count = Annotated[int, BeforeValidator(_whole)]  # 1e6 is a float in YAML and a fine number of tokens
+Positive = Annotated[float, Field(gt=0)]
 Escaped = Annotated[str, AfterValidator(_unescaped)]
 Numbers = Annotated[tuple[int | float, ...], Strict(False)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(_listed), Strict(False)]
-Name = Annotated[str, AfterValidator(_name)]
+Strings = Annotated[
+    tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]), Strict(False)
+]
+Name = Annotated[str, AfterValidator(_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"})]
 RegisteredName = Annotated[str, AfterValidator(_registered_name)]
 ClassNames = Annotated[Strings, AfterValidator(_class_names)]
-NamedPaths = Annotated[tuple[str, ...] | dict[str, tuple[str, ...]], BeforeValidator(_named_paths)]
+NamedPaths = Annotated[
+    tuple[str, ...] | dict[str, tuple[str, ...]],
+    BeforeValidator(_named_paths, json_schema_input_type=str | tuple[str, ...] | dict[Name, str | tuple[str, ...]]),
+]
 Column = Annotated[Escaped, AfterValidator(_template)]
 Encoding = Annotated[str, AfterValidator(_encoding)]
 RegularExpression = Annotated[str, AfterValidator(_regular_expression)]
-Duplicates = Annotated[Literal[False, "exact", "near"], BeforeValidator(_exact)]
-Workers = Annotated[Annotated[int, Field(ge=1)] | tuple[int, int], BeforeValidator(_range)]
-Switch = Annotated[Literal["off", "on", "auto"], BeforeValidator(_switch)]
-AmountOrAuto = Annotated[float | Literal["auto"], BeforeValidator(_amount_or_auto)]
-OtherResources = Annotated[Mapping[str, Annotated[float, Field(gt=0)]], AfterValidator(_other_kinds)]
-Metric = Annotated[Literal["perplexity", "bits_per_byte"] | dict[str, float], BeforeValidator(_metric)]
-Points = Annotated[Literal["suggested"] | tuple[dict[str, Any], ...], BeforeValidator(_points)]
+Duplicates = Annotated[
+    Literal[False, "exact", "near"],
+    BeforeValidator(_exact, json_schema_input_type=Literal[False, True, "exact", "near"]),
+]
+Workers = Annotated[
+    Annotated[int, Field(ge=1)] | tuple[int, int],
+    BeforeValidator(
+        _range,
+        json_schema_input_type=Annotated[int, Field(ge=1)]
+        | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)],
+    ),
+]
+Switch = Annotated[
+    Literal["off", "on", "auto"],
+    BeforeValidator(_switch, json_schema_input_type=bool | Literal["off", "on", "auto"]),
+]
+AmountOrAuto = Annotated[
+    float | Literal["auto"],
+    BeforeValidator(_amount_or_auto, json_schema_input_type=Positive | Literal["auto"]),
+]
+OtherResources = Annotated[Mapping[str, Positive], AfterValidator(_other_kinds)]
+Metric = Annotated[
+    Literal["perplexity", "bits_per_byte"] | dict[str, float],
+    BeforeValidator(
+        _metric,
+        json_schema_input_type=Literal["perplexity", "bits_per_byte"]
+        | Annotated[dict[str, Positive], Field(min_length=1)],
+    ),
+]
+Points = Annotated[
+    Literal["suggested"] | tuple[dict[str, Any], ...],
+    BeforeValidator(_points, json_schema_input_type=Literal["suggested"] | tuple[dict[str, Any], ...]),
+]
