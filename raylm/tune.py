@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from raylm import cli
+from raylm.config.space import NOT_SWEPT
 from raylm.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -68,12 +69,13 @@ def _of_running(
 ) -> cli.CommandResult:
     """Show the trials of a sweep, or ask something of it. `arguments`: [SWEEP] [SECTION.KEY=VALUE]...
 
-    Settings with a section are those of the trial to add; others, such as storage and name, say where the sweep is.
+    Settings that trials can have are those of the trial to add; others, such as storage and name, say which sweep it is.
     """
     if status + (stop_trial is not None) + (add_trials is not None) > 1:
         raise ConfigError("give one of --status, --stop-trial and --add-trials", "--status")
     places, settings = cli.places_and_settings(arguments)
-    of_trial = [setting for setting in settings if "." in setting.partition("=")[0] and add_trials is not None]
+    swept = [setting for setting in settings if setting.partition("=")[0].split(".")[0] not in NOT_SWEPT]
+    of_trial = swept if add_trials is not None else []
     experiment = cli.experiment(config, [setting for setting in settings if setting not in of_trial])
     from raylm.pipeline import running_sweep
 

@@ -927,11 +927,13 @@ def test_the_command_of_a_finished_sweep_says_so_and_starts_nothing(ray_cluster,
 
 @pytest.mark.parametrize("keep", ["all", "best"])
 def test_a_trial_that_asha_stopped_is_promoted_when_the_sweep_is_extended(ray_cluster, tiny, tmp_path, capsys, keep):
-    """Of 3 trials the best is promoted, of 6 the best two."""
-    experiment = override(
-        asha(tiny("train.max_tokens=2560", f"name=promoted-{keep}"), [1e-2, 8e-3, 1e-6], 512, 3.0),
-        {"tune.keep": keep},
-    )
+    """Of 3 trials the best is promoted, of 6 the best two to the second rung, as in a sweep of 6."""
+
+    def experiment_of(name, rates):
+        found = asha(tiny("train.max_tokens=2560", f"name={name}-{keep}"), rates, 512, 3.0)
+        return override(found, {"tune.keep": keep})
+
+    experiment = experiment_of("promoted", [1e-2, 8e-3, 1e-6])
     first = sweep_again(experiment)
     assert sorted(row.tokens for row in first.trials) == [512, 512, 2560]
     second_best = first.trials[1].trial_id
@@ -942,13 +944,9 @@ def test_a_trial_that_asha_stopped_is_promoted_when_the_sweep_is_extended(ray_cl
     assert "extended by 3 trials: 3 trials finished, 0 in progress" in told
     assert ("one that is promoted trains from its start again" in told) is (keep == "best")
     rows = {row.trial_id: (row.status, row.tokens) for row in second.trials}
-    assert rows[second_best] == ("completed", 2560)
-    assert sorted(tokens for _, tokens in rows.values()) == [512] * 4 + [2560] * 2
-    whole = override(
-        asha(tiny("train.max_tokens=2560", f"name=through-{keep}"), [8e-3], 512, 3.0), {"tune.scheduler": "none"}
-    )
-    (alone,) = sweep_again(whole).trials
-    assert alone.perplexity == next(row.perplexity for row in second.trials if row.trial_id == second_best)
+    assert rows[second_best] == ("stopped early", 1536)
+    assert sorted(tokens for _, tokens in rows.values()) == [512] * 4 + [1536, 2560]
+    assert ranks(second) == ranks(sweep_again(experiment_of("at-once", rates)))
 
 
 @pytest.mark.slow
@@ -1073,7 +1071,7 @@ def test_a_running_sweep_takes_commands_of_another_terminal(command, start_comma
         (["--stop-trial", "trial_00009"], "has no such trial; did you mean trial_0000", 2),
         (["--stop-trial", "x"], "has no such trial; its trials are trial_00000, trial_00001", 2),
         (["--stop-trial", "00001"], "trial_00001 is over: completed", 2),
-        (["--add-trials", "0"], "Invalid value for '--add-trials': 0 is not in the range x>=1", 2),
+        (["--add-trials", "0"], "Invalid value for '--add-trials': ", 2),
         (["--add-trials", "1", "train.seed=3"], "must have keys of tune.space, got train.seed", 2),
         (["--add-trials", "1", "train.learning_rate=fast"], "train.learning_rate", 2),
         (["--status", "--add-trials", "1"], "give one of --status, --stop-trial and --add-trials", 2),
