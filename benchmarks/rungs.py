@@ -1,6 +1,6 @@
 """Rungs of asha with and without cooldowns, over recorded learning curves of real trials.
 
-    python benchmarks/rungs.py record             # half an hour on 2 cores: trains 24 settings with three schedules each
+    python benchmarks/rungs.py record             # half an hour on 2 cores: 24 settings with three schedules each
     python benchmarks/rungs.py                    # plays 10,000 sweeps on the curves of rungs.jsonl, in a minute
 
 The text is the built-in experiment's, the model half as wide, the budget half as long; its space is the built-in one.

@@ -69,7 +69,7 @@ def _of_running(
 ) -> cli.CommandResult:
     """Show the trials of a sweep, or ask something of it. `arguments`: [SWEEP] [SECTION.KEY=VALUE]...
 
-    Settings that trials can have are those of the trial to add; others, such as storage and name, say which sweep it is.
+    Settings that trials can have are those of the trial to add. Others, such as name, say which sweep it is.
     """
     if status + (stop_trial is not None) + (add_trials is not None) > 1:
         raise ConfigError("give one of --status, --stop-trial and --add-trials", "--status")
