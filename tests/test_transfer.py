@@ -360,6 +360,6 @@ def test_other_architectures_are_refused_before_anything_is_trained(tiny):
     from raylm import model
 
     section = tiny("model.config={model_type: opt, hidden_size: 32}", "model.transfer.base={hidden_size: 16}").model
-    message = r"knows how to scale gpt2, llama, mistral, qwen2, qwen3; got model.config.model_type=opt"
+    message = r"are for gpt2, llama, mistral, qwen2, qwen3, got model.config.model_type=opt"
     with pytest.raises(ConfigError, match=message):
         model.configuration(section, vocab_size=300, block_size=32)
