@@ -159,8 +159,8 @@ def shape_of(found: PreTrainedConfig) -> Shape:
     """The names of a model's sizes and weights; ConfigError if its architecture is not known."""
     if found.model_type not in SHAPES:
         raise ConfigError(
-            f"model.transfer knows how to scale {', '.join(SHAPES)}; got model.config.model_type={found.model_type}; "
-            "leave model.transfer out",
+            f"model.transfer and its coordinate check are for {', '.join(SHAPES)}, got "
+            f"model.config.model_type={found.model_type}",
             where="model.transfer",
         )
     return SHAPES[found.model_type]

@@ -95,12 +95,14 @@ def test_larger_heads_have_smaller_queries():
     assert found["self_attn.q_proj.weight"].rate == 1 / 4, "what is normalized afterwards has no scale"
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("deeper", [1, 2])
-def test_a_multiplier_is_the_same_as_a_scaled_weight(deeper):
+def test_a_multiplier_is_the_same_as_a_scaled_weight(deeper, optimizer):
     """A model with the multipliers, initial values, rates, epsilon and weight decay of the papers' tables, and one with
     all of it in its weights, have the same logits before and after some steps, and the same norm of their gradients."""
     m, depth = 2, deeper
     rate, decay, epsilon = 1e-2, 0.5, 1e-4
+    of_matrix = m if optimizer == "adamw" else m**0.5
     found = gpt2(n_embd=32, n_layer=2 * depth, n_head=4)
     folded, plain = new(found), new(found)
     by_name = transfer.factors(found, SMALL)
@@ -113,8 +115,8 @@ def test_a_multiplier_is_the_same_as_a_scaled_weight(deeper):
         groups.append(
             {
                 "params": [weight],
-                "lr": rate / m if is_matrix else rate,
-                "weight_decay": 0 if weight.ndim == 1 else decay * m if is_matrix else decay,
+                "lr": rate / of_matrix if is_matrix else rate,
+                "weight_decay": 0 if weight.ndim == 1 else decay * of_matrix if is_matrix else decay,
                 "eps": epsilon / m / (depth if in_layer else 1),
             }
         )
@@ -124,25 +126,29 @@ def test_a_multiplier_is_the_same_as_a_scaled_weight(deeper):
             module.register_forward_hook(lambda _, inputs, output, by=by: output / by)
     decayed = [weight for weight in folded.parameters() if weight.ndim == 2]
     rest = [weight for weight in folded.parameters() if weight.ndim != 2]
-    ours = AdamW(
-        [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}], lr=rate, eps=epsilon
-    )
+
+    def made(model, groups):
+        if optimizer == "adamw":
+            return AdamW(groups, lr=rate, eps=epsilon)
+        return MuonWithAdamW(groups, matrices(model), lr=rate, eps=epsilon)
+
+    ours = made(folded, [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}])
     transfer.scale_groups(ours, folded, by_name)
     ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
     untouched = folded(input_ids=ids).logits
     assert torch.allclose(plain(input_ids=ids).logits, untouched, atol=1e-6)
     norms: list[list[float]] = []
-    for optimizer, model, own in (
+    for stepping, model, own in (
         (ours, folded, by_name),
-        (AdamW(groups), plain, dict.fromkeys(by_name, Factors(1, 1, 1, 1))),
+        (made(plain, groups), plain, dict.fromkeys(by_name, Factors(1, 1, 1, 1))),
     ):
         norms.append([])
         for _ in range(5):
             model(input_ids=ids, labels=ids).loss.backward()
             with transfer.gradients_without_multipliers(model, own):
                 norms[-1].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
-            optimizer.step()
-            optimizer.zero_grad()
+            stepping.step()
+            stepping.zero_grad()
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     logits = folded(input_ids=ids).logits
     assert (logits - untouched).abs().max() > 0.1
@@ -360,6 +366,6 @@ def test_other_architectures_are_refused_before_anything_is_trained(tiny):
     from raylm import model
 
     section = tiny("model.config={model_type: opt, hidden_size: 32}", "model.transfer.base={hidden_size: 16}").model
-    message = r"knows how to scale gpt2, llama, mistral, qwen2, qwen3; got model.config.model_type=opt"
+    message = r"are for gpt2, llama, mistral, qwen2, qwen3, got model.config.model_type=opt"
     with pytest.raises(ConfigError, match=message):
         model.configuration(section, vocab_size=300, block_size=32)
