@@ -2,13 +2,14 @@
 # make test     installs what the tests need too, then runs every test but the slow ones; make test-all: those too
 # make lint     ruff and mypy
 # make bench    measures raylm beside other ways to do the same, half an hour, and writes docs/performance.md
+# make release-check    builds sdist and wheel, checks them, and installs and starts the wheel in clean environments
 # make setup    .venv with all of it; repeated only when pyproject.toml or constraints.txt change
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-all lint bench
+.PHONY: setup demo test test-all lint bench release-check
 
 PYTHON ?= python3
 # By its path, so that a virtual environment that happens to be active makes no difference.
@@ -33,6 +34,24 @@ lint: setup
 
 bench: setup
 	@$(VENV) benchmarks/bench.py
+
+# What goes to a package index, and what a person gets from there: by each of these Pythons that is here, at the newest
+# versions that pyproject.toml takes, not those of constraints.txt. Some minutes and 2 GB each.
+PYTHONS ?= python3.11 python3.12 python3.13
+TWINE := twine==7.0.0
+
+release-check: setup
+	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; rm -rf dist; \
+	$(VENV) -m hatchling build -t sdist; \
+	$(VENV) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz; \
+	$(VENV) -m venv "$$fresh/twine"; "$$fresh/twine/bin/pip" install --quiet '$(TWINE)'; \
+	"$$fresh/twine/bin/twine" check --strict dist/*; \
+	cd "$$fresh"; for python in $(PYTHONS); do \
+		$$python -c '' 2>/dev/null || { echo "$$python is not here: not tried"; continue; }; \
+		$$python -m venv "$$python"; "$$python/bin/pip" install --quiet "$(CURDIR)"/dist/*.whl; \
+		"$$python/bin/raylm" --help >help; "$$python/bin/raylm" tune --dry-run >plan; \
+		echo "$$("$$python/bin/raylm" --version) starts with $$python"; rm -rf "$$python"; \
+	done
 
 # Everything that builds a package is installed first, in the versions of constraints.txt, because some dependencies of
 # the tests come as source only (rouge_score, sqlitedict, word2number) and a build in isolation ignores constraints.

@@ -1,6 +1,7 @@
 """What a person gets who installs raylm without its repository: what it declares that it needs, and nothing else."""
 
 import ast
+import email
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import trove_classifiers
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -91,6 +93,13 @@ def test_what_is_pinned_is_what_is_declared():
 
 def test_every_extra_is_one_of_all():
     assert PROJECT["optional-dependencies"]["all"] == [f"raylm[{','.join(EXTRAS)}]"]
+
+
+def test_the_index_knows_every_classifier_and_the_tested_python_is_one():
+    given = PROJECT["classifiers"]
+    assert set(given) <= trove_classifiers.classifiers
+    assert given == sorted(given)
+    assert f"Programming Language :: Python :: {PROJECT['requires-python'].removeprefix('>=')}" in given
 
 
 # An installed wheel --------------------------------------------------------------------------------------------------
@@ -179,6 +188,19 @@ def test_the_built_in_experiment_is_in_sdist_and_wheel(built):
         assert archive.read("raylm/tiny.yaml") == own
         tops = {name.split("/")[0] for name in archive.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"raylm"}
+
+
+@pytest.mark.slow
+def test_the_wheel_says_what_a_page_of_an_index_shows(built):
+    """The README as Markdown, the license's file, the classifiers; `make release-check` has twine look at it, too."""
+    with zipfile.ZipFile(built[1]) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        assert [each for each in archive.namelist() if each.endswith(".dist-info/licenses/LICENSE")]
+        metadata = email.message_from_string(archive.read(name).decode())
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert metadata.get_all("Classifier") == PROJECT["classifiers"]
+    assert metadata["Requires-Python"] == PROJECT["requires-python"]
 
 
 @pytest.mark.slow
