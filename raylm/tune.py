@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from raylm import cli
-from raylm.config.space import NOT_SWEPT
 from raylm.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -73,6 +72,8 @@ def _of_running(
     """
     if status + (stop_trial is not None) + (add_trials is not None) > 1:
         raise ConfigError("give one of --status, --stop-trial and --add-trials", "--status")
+    from raylm.config.space import NOT_SWEPT
+
     places, settings = cli.places_and_settings(arguments)
     swept = [setting for setting in settings if setting.partition("=")[0].split(".")[0] not in NOT_SWEPT]
     of_trial = swept if add_trials is not None else []
