@@ -234,7 +234,9 @@ def place(tmp_path_factory):
         patch.setattr(
             tuner,
             "run",
-            lambda queue, job, resources, limits, watcher, *, together: OneByOne(queue, job, resources, watcher).run(),
+            lambda queue, job, resources, limits, watcher, *, together, on_added: OneByOne(
+                queue, job, resources, watcher
+            ).run(),
         )
 
         def end():
