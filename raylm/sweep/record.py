@@ -65,8 +65,6 @@ class Trial:
     results: list[dict[str, Any]] = field(default_factory=list)
     """One per evaluation, in order: step, tokens, perplexity, bits_per_byte, best_perplexity, seconds, ... Best is the
     best so far, of cooldowns too."""
-    cooldowns: list[dict[str, Any]] = field(default_factory=list)
-    """The results of its cooldowns, in order: tokens are those of the trial where it begins, step is its last."""
     status: Status = "running"
     dropped: bool = False
     """Whether the scheduler stopped it; a training may also stop early by itself, with train.patience."""
@@ -79,6 +77,8 @@ class Trial:
     """The trial whose settings it repeats."""
     seeds: dict[str, int] = field(default_factory=dict)
     """The seeds of a repeat by their dotted keys; those of other trials are the experiment's."""
+    cooldowns: list[dict[str, Any]] = field(default_factory=list)
+    """The results of its cooldowns, in order: tokens are those of the trial where it begins, step is its last."""
 
     @property
     def is_over(self) -> bool:
