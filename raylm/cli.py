@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -25,7 +26,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from raylm import console, timeline
-from raylm.errors import ConfigError, Interrupted, RaylmError
+from raylm.errors import ConfigError, Interrupted, RaylmError, StorageFull
 from raylm.redaction import redacted
 
 if TYPE_CHECKING:
@@ -260,6 +261,8 @@ def _run(app: typer.Typer, name: str | None, as_json: bool, stdout: Any) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
             return fail(_usage(error), None, ConfigError.exit_code)
+        if isinstance(error, OSError) and (why := _no_room(error)):
+            return fail(why, None, StorageFull.exit_code)
         traceback.print_exc()
         return fail(f"{type(error).__name__}: {error}", None, 1)
     if answer == INTERRUPTED:  # before the verb has started
@@ -269,6 +272,16 @@ def _run(app: typer.Typer, name: str | None, as_json: bool, stdout: Any) -> int:
     elif isinstance(answer, CommandResult):
         _show(answer.view, stdout)
     return answer if isinstance(answer, int) else getattr(answer, "exit_code", 0)
+
+
+def _no_room(error: OSError) -> str:
+    """What to say of a disk that is full, wherever a library or raylm wrote to it; empty for other errors."""
+    way_out = "make room, or set TMPDIR to another directory; then run the same command again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.filename or 'a temporary file'}: {error.strerror}; {way_out}"
+    if str(error.strerror).startswith("No usable temporary directory"):  # libraries look for one as they are imported
+        return f"{str(error.strerror).replace('No usable', 'no writable')}; {way_out}"
+    return ""
 
 
 def _usage(error: Any) -> str:

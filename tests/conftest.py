@@ -56,6 +56,24 @@ def messages():
     console.show_messages()
 
 
+@pytest.fixture
+def mounted():
+    """(options of a tmpfs) -> (a directory, the beginning of a command that has such a file system mounted there)."""
+    with tempfile.TemporaryDirectory(prefix="tmpfs-", dir="/tmp") as directory:  # short enough for Ray's sockets
+
+        def begin(options):
+            mapped = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
+            script = 'mount -t tmpfs -o "$1" tmpfs "$2" && shift 2 && exec "$@"'
+            command = ["unshare", *mapped, "--mount", "bash", "-c", script, "bash", options, directory]
+            try:
+                subprocess.run([*command, "true"], capture_output=True, check=True)
+            except (OSError, subprocess.CalledProcessError):
+                pytest.skip("nothing can be mounted here")
+            return directory, command
+
+        yield begin
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """Connected to a Ray of two CPUs that was started for the tests; raylm.cluster.Resources of one worker."""

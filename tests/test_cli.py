@@ -107,6 +107,29 @@ def test_options_of_other_tools_are_told_as_settings(verb):
     assert verb("--config").stderr == "error: Option '--config' requires an argument.\n"
 
 
+WRITES = {
+    "tempfile.gettempdir()": "no writable temporary directory found in ['/",
+    "tempfile.TemporaryFile(dir='.', buffering=0).write(bytes(9999))": "a temporary file: File too large; make room",
+    "open('kept', 'xb', buffering=0).write(bytes(9999))": "a temporary file: File too large; make room",
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_full_disk_is_told_in_one_line_whoever_writes_to_it(write, tmp_path):
+    """Many libraries look for a temporary directory as they are imported. A limit stands for a full disk."""
+    (tmp_path / "writes.py").write_text(
+        f"import tempfile\nfrom raylm import cli\n\ndef verb() -> cli.CommandResult:\n    {write}\n\ncli.run(verb)\n"
+    )
+    command = 'ulimit -f 0; cd "$1"; exec "$0" writes.py'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 5
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {WRITES[write]}")
+    assert line.endswith("set TMPDIR to another directory; then run the same command again")
+
+
 def test_libraries_do_not_warn_on_the_screen(tmp_path):
     """Unless Python is told to let them."""
     (tmp_path / "warns.py").write_text(

@@ -316,18 +316,58 @@ def test_a_ray_of_this_machine_listens_on_loopback_alone():
     assert [(name, str(address)) for name, address in addresses if not address.is_loopback] == []
 
 
-def test_a_ray_that_does_not_start_is_an_error_with_the_reason(tmp_path):
+def test_a_ray_that_does_not_start_is_an_error_with_the_reason():
     script = """
 from raylm import cluster
 from raylm.config import ClusterConfig
 with cluster.connect(ClusterConfig()):
     pass
 """
-    (tmp_path / "file").touch()
-    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / "file")}
+    environment = {**os.environ, "RAY_TMPDIR": "/dev/null"}
     told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
-    problem = f"cluster.address=local: Ray does not start on this machine: [Errno 20] Not a directory: '{tmp_path}/file"
+    problem = "cluster.address=local: Ray does not start on this machine: [Errno 20] Not a directory: '/dev/null"
     assert problem in told.stderr.splitlines()[-1]
+
+
+CONNECTS = """
+from raylm import cli, cluster
+from raylm.config import ClusterConfig
+def verb() -> cli.CommandResult:
+    with cluster.connect(ClusterConfig()):
+        pass
+cli.run(verb)
+"""
+
+
+def connects(variable, directory, *, begin=()):
+    """A command that starts Ray with this temporary directory, when it has ended."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RAY_TMPDIR", "TMPDIR")}
+    command = [*begin, sys.executable, "-c", CONNECTS]
+    environment = {**kept, variable: str(directory)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_directory_without_room_for_ray_is_told_before_ray_waits_for_its_processes(variable, mounted):
+    directory, begin = mounted("size=1m")
+    told = connects(variable, directory, begin=begin)
+    assert told.returncode == 5
+    assert told.stderr.splitlines()[-1] == (
+        f"error: {directory} has 1,048,576 bytes free and Ray needs 10,000,000 there; make room, or set RAY_TMPDIR to "
+        "another directory"
+    )
+
+
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_directory_that_is_too_long_for_the_sockets_of_ray_is_told_with_the_way_out(variable):
+    directory = "/tmp/" + "a" * 40
+    told = connects(variable, directory)
+    assert told.returncode == 2
+    assert told.stderr.splitlines()[-1] == (
+        f"error: {variable}={directory} must be at most 39 bytes long, got 45: Ray has sockets there, whose paths are "
+        "limited; set RAY_TMPDIR to a shorter directory"
+    )
+    assert not os.path.exists(directory)
 
 
 SAYING = """

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import ray._private.utils as ray_utils
+from ray._common.utils import get_default_system_temp_dir
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -25,7 +26,7 @@ from raylm.cluster import output
 from raylm.cluster.address import has_token, reachable_address
 from raylm.cluster.capacity import Resources, amount_of, capacity, cpus_here, planned_resources, resources
 from raylm.config import Address, ClusterConfig, address_of
-from raylm.errors import ConfigError, RaylmError, TrainingError
+from raylm.errors import ConfigError, RaylmError, StorageFull, TrainingError
 from raylm.local_worker import WORKER_ENVIRONMENT
 from raylm.redaction import redacted
 
@@ -145,6 +146,7 @@ def _start(address: str) -> None:
             os.environ["RAY_AUTH_TOKEN"] = generate_new_authentication_token()
         if shutil.which("bash") is None:  # Ray would start every worker with it and wait forever
             os.environ["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), os.defpath]))
+        _check_session_directory(get_default_system_temp_dir())
     # Ray stores the command line in the cluster and in its logs, as UTF-8: it may contain a password, and file names of
     # any bytes.
     entrypoint = redacted(ray_utils.get_entrypoint_name().encode("utf-8", "backslashreplace").decode())
@@ -161,6 +163,40 @@ def _start(address: str) -> None:
         )
     if address == "local":
         scratch.hold_session(ray._private.worker._global_node.get_session_dir_path())
+
+
+SESSION_BYTES = 10_000_000
+"""Room that Ray needs for its session: sockets and logs, 0.4 MB in a training and 8 MB in a long sweep (measured)."""
+
+SOCKET = "/ray/session_2026-11-30_05-29-18_948061_4194304/sockets/plasma_store"
+"""Ray's socket with the longest name, in its temporary directory."""
+
+MOST_OF_A_SOCKET = 107
+"""Bytes of a socket's path that Linux takes."""
+
+
+def _check_session_directory(directory: str) -> None:
+    """ConfigError or StorageFull if Ray cannot have its session in this directory.
+
+    Without room its processes would not start, and it would wait for them.
+    """
+    most = MOST_OF_A_SOCKET - len(SOCKET)
+    length = len(os.fsencode(os.path.abspath(directory)))
+    if length > most:  # as temporary directories of jobs often are
+        variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        raise ConfigError(
+            f"{variable}={directory} must be at most {most} bytes long, got {length}: Ray has sockets there, whose "
+            "paths are limited; set RAY_TMPDIR to a shorter directory",
+            variable,
+        )
+    with contextlib.suppress(OSError):  # Ray makes the directory
+        free = shutil.disk_usage(directory).free
+        if free < SESSION_BYTES:
+            raise StorageFull(
+                f"{directory} has {free:,} bytes free and Ray needs {SESSION_BYTES:,} there; make room, or set "
+                "RAY_TMPDIR to another directory",
+                directory,
+            )
 
 
 @contextlib.contextmanager
