@@ -15,7 +15,8 @@ WITHOUT = object()
 
 @pytest.fixture
 def train(text_directory, tmp_path):
-    """(options of Python, variables) -> the record of a short training, which must succeed and say nothing odd."""
+    """(options of Python, how the command begins, variables) -> the record of a short training, which must succeed and
+    say nothing odd."""
     file = tmp_path / "words.yaml"
     file.write_text(
         f"""
@@ -31,10 +32,10 @@ tracking: {{uri: "sqlite:///{tmp_path}/mlflow.db"}}
         encoding="utf-8",
     )
 
-    def run(*options, **variables):
+    def run(*options, begin=(), **variables):
         environment = {key: value for key, value in (os.environ | variables).items() if value is not WITHOUT}
         done = subprocess.run(
-            [sys.executable, *options, "-m", "raylm.train", "--config", file, "--json"],
+            [*begin, sys.executable, *options, "-m", "raylm.train", "--config", file, "--json"],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
@@ -74,6 +75,11 @@ def test_a_home_that_cannot_be_written(train, tmp_path):
     """Nobody's home, as in many containers; root may write wherever the file system is writable, so it is a file."""
     (tmp_path / "home").write_text("no directory")
     assert train(HOME=str(tmp_path / "home"))["steps"] == 10
+
+
+def test_a_temporary_directory_in_which_nothing_can_be_executed(train, mounted):
+    directory, begin = mounted("noexec")
+    assert train(begin=begin, TMPDIR=str(directory))["steps"] == 10
 
 
 def test_names_with_quotes_spaces_and_newlines(command, tmp_path):
