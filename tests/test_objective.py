@@ -460,6 +460,7 @@ def step(directory, micro_batch, accumulation):
             train_dataset=objective.NumberedExamples(Rows(rows)),
             data_collator=made,
         )
+        trainer.factors = {}  # those of model.transfer, which the task would say
         trainer.train()
         steps = {key: before[key] - weight.detach() for key, weight in model.named_parameters()}
         found[name] = trainer.state.log_history[0]["loss"], steps

@@ -38,7 +38,9 @@ def view(record: dict[str, Any]) -> RenderableType:
 def page(record: dict[str, Any]) -> str:
     """The tables as HTML, and a plot if plotly is installed; it needs no other file."""
     shown = console.as_html(view(record))
-    return shown.replace("</body>", f"{_plot(record)}</body>") if importlib.util.find_spec("plotly") else shown
+    is_drawn = importlib.util.find_spec("plotly") is not None
+    plot = _plot(record) if is_drawn else "<p>The plot needs plotly: pip install 'raylm[plotly]'.</p>"
+    return shown.replace("</body>", f"{plot}</body>")
 
 
 def _plot(record: dict[str, Any]) -> str:
