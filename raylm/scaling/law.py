@@ -181,6 +181,7 @@ class Fit:
 
     def _of_other_documents(self, generator: np.random.Generator, count: int) -> np.ndarray:
         """How the logarithms of the losses change with the documents, drawn so many times by their covariance."""
+        assert self.covariance is not None, "asked for where it is known"
         zero = np.zeros(len(self.losses))
         return generator.multivariate_normal(zero, self.covariance, count, method="svd")
 
