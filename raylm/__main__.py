@@ -10,7 +10,7 @@ from raylm import __version__, cli
 
 VERBS = (
     "init", "prepare", "inspect", "train", "tune", "evaluate", "generate", "push", "ls", "clean", "report", "compare",
-    "sync", "submit", "doctor",
+    "scale", "sync", "submit", "doctor",
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # a program that only loads an experiment waits for neither t
     from raylm.results.inspection import Inspection
     from raylm.results.sweep import SweepResults
     from raylm.runs import Resume
+    from raylm.scaling.result import Scaling
     from raylm.tokens import Store
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "open_store",
     "open_sweep",
     "prepare",
+    "scale",
     "show_messages",
     "train",
     "tune",
@@ -142,6 +144,26 @@ def compare(*runs: str | os.PathLike, where: bool = False, keywords: Sequence[st
     from raylm.pipeline.where import explain
 
     return explain(comparison, keywords)
+
+
+def scale(
+    *sweeps: str | os.PathLike,
+    to: Mapping[str, Any] | None = None,
+    tokens: int | None = None,
+    flops_per_second: float | None = None,
+    price_per_hour: float | None = None,
+) -> Scaling:
+    """The law of size and training tokens that the trials of sweeps follow; with `to`, dotted settings over those of
+    the largest trial, and `tokens`, what a training with them will score and cost. DataError if the trials are too few
+    for a law, or if it does not predict the largest one without having seen it."""
+    from raylm.results import runs, sweep
+    from raylm.scaling import prediction, result
+
+    found = [sweep.read(runs.find_sweep(os.fspath(each))) for each in sweeps]
+    request = prediction.request(
+        {key: _plain(value) for key, value in (to or {}).items()}, tokens, flops_per_second, price_per_hour
+    )
+    return result.scale(found, request)
 
 
 def open_store(path: str | os.PathLike) -> Store:

@@ -62,6 +62,24 @@ def write_several(compared: several.SeveralSweeps) -> str:
     return path
 
 
+def write_figure(figure: figures.Figure, directory: str, title: str, answers: Sequence[str]) -> tuple[str, str]:
+    """Write a page of one figure and its PNG to a directory, under the figure's name; return the paths of both."""
+    image, script = figures.png(figure), figures.plotly_js()
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f"<div class=answer>{''.join(f'<p>{escape(each)}</p>' for each in answers)}</div>",
+        _section(figure, {figure.name: image}, interactive=script is not None),
+    ]
+    drawn = _json({figure.name: figures.plotly_figure(figure)})
+    scripts = f"<script>{script}</script>\n<script>{SCRIPT.replace('FIGURES', drawn)}</script>" if script else ""
+    body = HTML.format(title=escape(title), style=STYLE, body="\n".join(parts), scripts=scripts)
+    page, picture = f"{directory}/{figure.name}.html", f"{directory}/{figure.name}.png"
+    with storage.reached(directory):
+        storage.write(picture, image)
+        storage.write(page, body.encode(errors="backslashreplace"))
+    return page, picture
+
+
 def _cell(value: Any) -> str:
     return "-" if value is None else console.format_number(value)
 

@@ -80,8 +80,11 @@ def _texts(figure: Figure, axes: Axes) -> None:
 def _scales(figure: Figure, axes: Axes) -> None:
     from matplotlib.ticker import EngFormatter
 
+    if figure.x.log:
+        axes.set_xscale("log")
     if figure.y.log:
         axes.set_yscale("log")
+    if figure.x.log or figure.y.log:
         axes.minorticks_off()
     for axis, scale in ((figure.x, axes.xaxis), (figure.y, axes.yaxis)):
         scale.set_label_text(axis.title)

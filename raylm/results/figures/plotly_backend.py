@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def plotly_figure(figure: Figure) -> dict[str, Any]:
         "yaxis": _axis(figure.y),
         "annotations": [
             {
-                "x": x, "y": y, "text": html.escape(text), "showarrow": False, "xanchor": "left", "xshift": 4,
+                "x": _place(x, figure.x), "y": _place(y, figure.y), "text": html.escape(text), "showarrow": False,
+                "xanchor": "left", "xshift": 4,
                 "bgcolor": "rgba(255,255,255,0.75)", "borderpad": 1, "font": {"size": 12},
             }
             for x, y, text in figure.texts
@@ -49,6 +51,11 @@ def plotly_figure(figure: Figure) -> dict[str, Any]:
         "data": [*_lines(figure), *_dashes(figure), *_bars(figure), *_cells(figure), *_legend(figure)],
         "layout": layout,
     }
+
+
+def _place(value: float, axis: Axis) -> float:
+    """Where an annotation stands: on a logarithmic axis plotly.js takes the logarithm."""
+    return math.log10(value) if axis.log else value
 
 
 def _axis(axis: Axis) -> dict[str, Any]:

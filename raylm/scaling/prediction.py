@@ -1,0 +1,272 @@
+"""What the law says of a training that has not been run: its score, its settings, its cost, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raylm import config, console, storage
+from raylm.budget import FEW_PASSES
+from raylm.config import Experiment
+from raylm.errors import ConfigError
+from raylm.results.compared_run import pace
+from raylm.results.sweep import EXPERIMENT, SweepResults
+from raylm.scaling.law import FLOPS, Estimate, Fit
+from raylm.scaling.observations import Observation, Observations, Sizes, manifest, of_settings, vocab_size
+from raylm.scaling.settings import Trend
+
+WARMUP = "train.warmup_steps"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The training that is asked about."""
+
+    settings: Mapping[str, Any]
+    """Dotted key -> value, over those of the largest trial."""
+    tokens: int
+    flops_per_second: float | None = None
+    """Speed of the machine; None: that of the largest trial."""
+    price_per_hour: float | None = None
+
+
+def request(
+    settings: Mapping[str, Any], tokens: int | None, flops_per_second: float | None, price_per_hour: float | None
+) -> Request | None:
+    """The training that is asked about; None if none is. ConfigError if something is missing or impossible."""
+    for option, value in (
+        ("--tokens", tokens), ("--flops-per-second", flops_per_second), ("--price-per-hour", price_per_hour)
+    ):  # fmt: skip
+        if value is not None and not settings:
+            raise ConfigError(f"{option}={value:g}: of which model? give --to model.config.n_layer=12", option)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{option} must be more than 0, got {value:g}", option)
+    if not settings:
+        return None
+    if tokens is None:
+        raise ConfigError("--to: after how many training tokens? give --tokens 1e9", "--tokens")
+    return Request(settings, tokens, flops_per_second, price_per_hour)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is to be expected of a training."""
+
+    parameters: int
+    without_embeddings: int
+    tokens: int
+    loss: Estimate
+    """Nats per token, with the interval of a new run on the documents that the trials were scored on."""
+    on_other_documents: Estimate
+    """The same on other documents of this kind."""
+    by_parameters_without_embeddings: Estimate
+    """The loss by the other count of parameters."""
+    tokens_per_byte: float
+    settings: Mapping[str, Estimate | float]
+    """Dotted key -> value, with its interval if it follows from a power law."""
+    times_the_largest: float
+    """Its compute, relative to that of the largest trial."""
+    seconds: float | None
+    """None if no speed is known."""
+    price: float | None
+    optimal_parameters: Estimate
+    """The size of the least loss for this compute."""
+    optimal_tokens: float
+    optimal_loss: float
+    command: str
+    warnings: tuple[str, ...]
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the training."""
+        return float(FLOPS) * self.parameters * self.tokens
+
+    @property
+    def bits_per_byte(self) -> Estimate:
+        return Estimate(*(each * self.tokens_per_byte / math.log(2) for each in self.loss))
+
+    def record(self, measure: str) -> dict[str, Any]:
+        """The prediction for --json; the key of the score is its name."""
+        return {
+            "parameters": self.parameters,
+            "parameters_without_embeddings": self.without_embeddings,
+            "tokens": self.tokens,
+            **ends(measure, perplexity(self.loss)),
+            **ends("bits_per_byte", self.bits_per_byte),
+            "on_other_documents": ends(measure, perplexity(self.on_other_documents)),
+            "by_parameters_without_embeddings": ends(measure, perplexity(self.by_parameters_without_embeddings)),
+            "settings": {
+                key: ends("value", value) if isinstance(value, Estimate) else {"value": value}
+                for key, value in self.settings.items()
+            },
+            "flops": self.flops,
+            "times_the_largest": self.times_the_largest,
+            "seconds": self.seconds,
+            "price": self.price,
+            "compute_optimal": {
+                **ends("parameters", self.optimal_parameters),
+                "tokens": self.optimal_tokens,
+                measure: math.exp(self.optimal_loss),
+            },
+            "command": self.command,
+            "warnings": list(self.warnings),
+        }
+
+    def facts(self, measure: str) -> dict[str, Any]:
+        """The prediction for the screen: name -> value."""
+        cost = [f"{self.flops:.3g} FLOPs, {self.times_the_largest:.3g} times the largest trial's"]
+        cost += [console.format_duration(self.seconds)] if self.seconds is not None else []
+        cost += [f"{self.price:,.2f} at the price given"] if self.price is not None else []
+        score, others = console.label(measure), shown(perplexity(self.on_other_documents))
+        optimal = f"{shown(self.optimal_parameters)} parameters on {self.optimal_tokens:,.0f} tokens"
+        by_other_count = shown(perplexity(self.by_parameters_without_embeddings))
+        return {
+            "parameters": f"{self.parameters:,}, {self.without_embeddings:,} without embeddings",
+            "training tokens": self.tokens,
+            score: f"{shown(perplexity(self.loss))} of a run; {others} on other documents",
+            "bits per byte": shown(self.bits_per_byte),
+            f"{score} by the other law": f"{by_other_count}, of parameters without embeddings",
+            **{
+                key.partition(".")[2].replace("_", " "): shown(value) if isinstance(value, Estimate) else value
+                for key, value in self.settings.items()
+            },
+            "cost": ", ".join(cost),
+            "best for this cost": f"{optimal}: {score} {console.format_number(math.exp(self.optimal_loss))}",
+            "train it": self.command,
+        }
+
+
+def perplexity(loss: Estimate) -> Estimate:
+    """The perplexity of a loss in nats per token."""
+    return Estimate(*map(math.exp, loss))
+
+
+def ends(name: str, estimate: Estimate) -> dict[str, float]:
+    """An estimate by its names in records: perplexity, perplexity_low, perplexity_high."""
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def shown(estimate: Estimate) -> str:
+    """An estimate for the screen: 31.2 [30.4, 32.1]."""
+    return console.format_estimate(*estimate)
+
+
+def predict(
+    request: Request, observations: Observations, fits: Mapping[str, Fit], trends: Mapping[str, Trend | str]
+) -> Prediction:
+    """What is to be expected of a training; ConfigError if its settings are wrong."""
+    largest = observations.best[-1]
+    asked = _asked(request, largest)
+    experiment = of_settings(largest.sweep.experiment, asked)
+    parameters, without_embeddings = Sizes(vocab_size(observations.store)).of(experiment)
+    fit = fits["parameters"]
+    settings = _settings(request, experiment, observations.best, trends, parameters)
+    typed = {**asked, **{key: _rounded(key, value, experiment) for key, value in settings.items()}}
+    config.override(experiment, typed)  # which checks that the command will run
+    flops = float(FLOPS) * parameters * request.tokens
+    seconds = _seconds(flops, request, largest)
+    optimal = fit.optimal(flops)
+    optimal_tokens = flops / FLOPS / optimal.value
+    return Prediction(
+        parameters=parameters,
+        without_embeddings=without_embeddings,
+        tokens=request.tokens,
+        loss=fit.predict(parameters, request.tokens),
+        on_other_documents=fit.predict(parameters, request.tokens, on_other_documents=True),
+        by_parameters_without_embeddings=fits["parameters_without_embeddings"].predict(
+            without_embeddings, request.tokens
+        ),
+        tokens_per_byte=observations.tokens_per_byte,
+        settings=settings,
+        times_the_largest=flops / largest.flops,
+        seconds=seconds,
+        price=None if seconds is None or request.price_per_hour is None else seconds / 3600 * request.price_per_hour,
+        optimal_parameters=optimal,
+        optimal_tokens=optimal_tokens,
+        optimal_loss=float(fit.law.loss(optimal.value, optimal_tokens)),
+        command=console.command(
+            "train",
+            "--config",
+            _config_file(largest.sweep),
+            *(f"{key}={json.dumps(value)}" for key, value in typed.items()),
+        ),
+        warnings=tuple(_warnings(request, observations)),
+    )
+
+
+def _asked(request: Request, largest: Observation) -> dict[str, Any]:
+    """The settings over those of the sweep: the largest trial's, what is asked for, and the budget."""
+    asked = {**largest.trial.settings, **request.settings, "train.max_tokens": request.tokens}
+    if largest.experiment.train.num_epochs is not None:
+        asked["train.num_epochs"] = None  # a training has one budget
+    return asked
+
+
+def _settings(
+    request: Request,
+    experiment: Experiment,
+    best: list[Observation],
+    trends: Mapping[str, Trend | str],
+    parameters: int,
+) -> dict[str, Estimate | float]:
+    """Learning rate, batch and warmup: as asked for, else by their power laws, else as the largest trial has them.
+
+    The warmup is the median fraction of the steps among the best trials.
+    """
+    expected: dict[str, Estimate | float] = {
+        key: trend.at(parameters, request.tokens) for key, trend in trends.items() if isinstance(trend, Trend)
+    }
+    expected[WARMUP] = statistics.median(map(_warmup, best))
+    return {
+        key: expected[key] if key in expected and key not in request.settings else config.get(experiment, key)
+        for key in (*trends, WARMUP)
+    }
+
+
+def _warmup(observation: Observation) -> float:
+    """The fraction of the steps in which the learning rate rises."""
+    section = observation.experiment.train
+    if section.warmup_steps < 1:
+        return float(section.warmup_steps)
+    return section.warmup_steps * section.batch_tokens / observation.tokens
+
+
+def _rounded(key: str, value: Estimate | float, experiment: Experiment) -> Any:
+    """The value of a setting as it is typed: the batch in whole blocks of all workers."""
+    number = value.value if isinstance(value, Estimate) else value
+    if key != "train.batch_tokens":
+        return float(f"{number:.3g}")
+    workers = range(experiment.cluster.fewest_workers, experiment.cluster.most_workers + 1)
+    step = experiment.blocks.block_size * math.lcm(*workers)
+    return max(1, round(number / step)) * step
+
+
+def _config_file(results: SweepResults) -> str:
+    """The file of a sweep's experiment, which is written with its report; a sweep that was stopped has none yet."""
+    path = f"{results.directory}/{EXPERIMENT}"
+    if storage.read(path) is None:
+        storage.write(path, results.state.artifacts[EXPERIMENT]["text"].encode())
+    return path
+
+
+def _seconds(flops: float, request: Request, largest: Observation) -> float | None:
+    """How long a training takes, at the given speed or at the largest trial's."""
+    if request.flops_per_second is not None:
+        return flops / request.flops_per_second
+    speed = pace(f"{largest.sweep.directory}/{largest.trial.trial_id}")["tokens_per_second"]
+    return flops / (FLOPS * largest.parameters * speed) if speed else None
+
+
+def _warnings(request: Request, observations: Observations) -> list[str]:
+    """What the law does not know of."""
+    text = manifest(observations.store).get("train", {}).get("tokens")
+    if not text or request.tokens <= FEW_PASSES * text:
+        return []
+    return [
+        f"{request.tokens:,} tokens are {request.tokens / text:.0f} passes over the {text:,} tokens of training text: "
+        f"the law is of new text, and more than {FEW_PASSES} passes teach less than it says"
+    ]
