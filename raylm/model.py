@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.util
+import json
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +24,7 @@ from transformers import (
     pytorch_utils,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from raylm import hub
 from raylm.config import Experiment, ModelConfig
@@ -30,8 +35,12 @@ if TYPE_CHECKING:
 
     from raylm.config.sections import Lora
 
-ADAPTER = "lora.safetensors"
-"""The low-rank updates in a checkpoint, from which training resumes; the checkpoint's model has them merged."""
+CHECKPOINT_ADAPTER = {ADAPTER_SAFE_WEIGHTS_NAME: "lora.safetensors", ADAPTER_CONFIG_NAME: "lora.json"}
+"""The file of peft's adapter -> its name in a checkpoint, whose model has the updates merged, and from which training
+resumes. Under its own name transformers would find the adapter there, and add it to the merged model again."""
+
+PEFT_PREFIX = "base_model.model."
+"""What peft puts in front of the names of a model's weights."""
 
 AFTER_PADDING = frozenset(
     "camembert data2vec-text esm ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
@@ -49,6 +58,12 @@ def configuration(
     A new model has the tokenizer's vocabulary, and block_size positions unless model.config has another number.
     """
     if section.path is not None:
+        if is_adapter(section.path):
+            raise ConfigError(
+                f"model.path={section.path}: it is an adapter, which cannot be trained further; give a model, such as "
+                "one that was exported with model.lora.export=merged",
+                where="model.path",
+            )
         found = pretrained_configuration(section)
     elif section.config is not None:
         rows = _rounded_up(vocab_size, section.pad_vocab_to or 1)
@@ -131,13 +146,31 @@ def build(
         if section.path is None:
             network = untrained(found, masked=masked, dtype=dtype)
         else:
-            kind = _auto_class(masked)
             with hub.loading(ConfigError, "model.path", section.path):
-                network = kind.from_pretrained(section.path, config=found, dtype=dtype, **options(section))
+                network, _ = pretrained(section, found, masked=masked, dtype=dtype)
         _learn_padding(network, tokenizer.eos_token_id, new=section.path is None)
         if section.lora is not None:
-            _add_updates(network, section.lora)
+            _add_updates(network, section, section.lora, masked=masked)
     return network
+
+
+def pretrained(
+    section: ModelConfig, found: PreTrainedConfig, *, masked: bool = False, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model at model.path with the configuration `found`, and the names of the weights that its files lack.
+
+    Of an adapter it is the base model with the adapter merged.
+    """
+    assert section.path is not None
+    if is_adapter(section.path):
+        base = base_of(section)
+        with _loading_base(), hub.loading(ConfigError, "model.path", str(base.path)):
+            network, missing = pretrained(base, found, masked=masked, dtype=dtype)
+        return _with_adapter(network, section.path), missing
+    network, loading = _auto_class(masked).from_pretrained(
+        section.path, config=found, dtype=dtype, output_loading_info=True, **options(section)
+    )
+    return network, sorted(loading["missing_keys"])
 
 
 def untrained(found: PreTrainedConfig, *, masked: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -259,6 +292,10 @@ def pretrained_configuration(section: ModelConfig) -> PreTrainedConfig:
         raise ConfigError("model.gguf_file needs gguf: pip install gguf", where="model.gguf_file")
     packed = {"gguf_file": section.gguf_file} if section.gguf_file else {}
     with hub.loading(ConfigError, "model.path", path, gguf_file=section.gguf_file):
+        if section.gguf_file is None and is_adapter(path):
+            base = base_of(section)
+            with _loading_base():
+                return pretrained_configuration(base)
         if section.gguf_file is None and os.path.isdir(path):
             _check_configuration(path)
         try:
@@ -371,23 +408,38 @@ def _learn_padding(network: PreTrainedModel, eos_id: int, *, new: bool) -> None:
 # Low-rank updates ----------------------------------------------------------------------------------------------------
 
 
-def _add_updates(network: PreTrainedModel, section: Lora) -> None:
-    """Add updates to the layers in place: the model's class stays the same, and only the updates are trained."""
+def _add_updates(network: PreTrainedModel, section: ModelConfig, lora: Lora, *, masked: bool) -> None:
+    """Add updates to the layers in place: the model's class stays the same, and only the updates are trained, and
+    copies of the modules to save."""
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    names: Any = list(section.target_modules) or None
+    names: Any = list(lora.target_modules) or None
     if names == ["all-linear"]:
         names = "all-linear"
     settings = LoraConfig(
-        r=section.r,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
         target_modules=names,
+        modules_to_save=list(lora.modules_to_save) or None,
         fan_in_fan_out=any(
             isinstance(layer, pytorch_utils.Conv1D) for layer in network.modules()
         ),  # GPT-2's linear layers
+        base_model_name_or_path=section.path,
+        revision=section.revision,
+        task_type=None if masked else "CAUSAL_LM",  # peft has none for masked models, but finds their class
+        auto_mapping={"base_model_class": type(network).__name__, "parent_library": type(network).__module__}
+        if masked
+        else None,
     )
+    layers = [name for name, _ in network.named_modules()]
+    for name in lora.modules_to_save:
+        if not any(layer.endswith(name) for layer in layers):  # as peft looks for them
+            hint = did_you_mean(name, sorted({layer.rpartition(".")[2] for layer in layers}))
+            raise ConfigError(
+                f"model.lora.modules_to_save={name}: the model has no such module; {hint or 'for example lm_head'}",
+                where="model.lora.modules_to_save",
+            )
     try:
         inject_adapter_in_model(settings, network)
     except ValueError as error:
@@ -395,10 +447,18 @@ def _add_updates(network: PreTrainedModel, section: Lora) -> None:
             f"model.lora.target_modules: {first_line(error)}; all-linear takes every linear layer",
             where="model.lora.target_modules",
         ) from None
-    ends = network.get_input_embeddings(), network.get_output_embeddings()
-    if any(isinstance(layer, BaseTunerLayer) for layer in ends):
+    if _changed_ends(network):
         # Merged, they are no longer tied: transformers 5 finds both in the file, other libraries use the configuration.
         network.config.tie_word_embeddings = False
+
+
+def _changed_ends(network: PreTrainedModel) -> list[torch.nn.Module]:
+    """The embedding and the output head, if an adapter changes them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    ends = network.get_input_embeddings(), network.get_output_embeddings()
+    return [layer for layer in ends if isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper)]
 
 
 def merged_state_dict(network: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -407,6 +467,7 @@ def merged_state_dict(network: PreTrainedModel) -> dict[str, torch.Tensor]:
     Computed on copies, because merging into the model and unmerging would round.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     state = network.state_dict()
     plain = {name.replace(".base_layer.", "."): weight for name, weight in state.items() if ".lora_" not in name}
@@ -414,21 +475,92 @@ def merged_state_dict(network: PreTrainedModel) -> dict[str, torch.Tensor]:
         if isinstance(layer, BaseTunerLayer):
             weight = layer.get_base_layer().weight.detach()
             plain[f"{name}.weight"] = weight + layer.get_delta_weight("default").detach().to(weight.dtype)
+        elif isinstance(layer, ModulesToSaveWrapper):
+            plain = {key: weight for key, weight in plain.items() if not key.startswith(f"{name}.")}
+            plain |= {f"{name}.{key}": weight for key, weight in layer.modules_to_save["default"].state_dict().items()}
     return plain
 
 
 def save_updates(network: PreTrainedModel, directory: str | Path) -> None:
+    """Write the adapter of a checkpoint: the files that peft writes, under the names of CHECKPOINT_ADAPTER."""
+    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    updates = {name: weight.contiguous() for name, weight in network.state_dict().items() if ".lora_" in name}
-    save_file(updates, Path(directory) / ADAPTER)
+    # Not the embeddings that an update changes: peft would save them whole, but loading needs only the update.
+    updates = get_peft_model_state_dict(network, save_embedding_layers=False)
+    weights, described = (Path(directory) / name for name in CHECKPOINT_ADAPTER.values())
+    save_file(
+        {f"{PEFT_PREFIX}{name}": weight.contiguous() for name, weight in updates.items()},
+        weights,
+        metadata={"format": "pt"},
+    )
+    settings = copy.copy(network.peft_config["default"])
+    settings.inference_mode = True
+    fields = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.to_dict().items()}
+    described.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_updates(network: PreTrainedModel, directory: str | Path) -> None:
+    """Load the adapter of a checkpoint, to train it further."""
+    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    left = network.load_state_dict(load_file(Path(directory) / ADAPTER), strict=False)
+    updates = load_file(Path(directory) / CHECKPOINT_ADAPTER[ADAPTER_SAFE_WEIGHTS_NAME])
+    left = set_peft_model_state_dict(
+        network, {name.removeprefix(PEFT_PREFIX): weight for name, weight in updates.items()}
+    )
     assert not left.unexpected_keys
+
+
+# Adapters ------------------------------------------------------------------------------------------------------------
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a directory holds an adapter without its base model."""
+    return os.path.isfile(os.path.join(path, ADAPTER_CONFIG_NAME)) and not os.path.exists(
+        os.path.join(path, CONFIG_NAME)
+    )
+
+
+def base_of(section: ModelConfig) -> ModelConfig:
+    """How the base model of the adapter at model.path is loaded."""
+    assert section.path is not None
+    settings = json.loads(Path(section.path, ADAPTER_CONFIG_NAME).read_bytes())
+    base = settings.get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"its {ADAPTER_CONFIG_NAME} does not name its base model", where="model.path")
+    return section.model_copy(update={"path": base, "revision": settings.get("revision")})
+
+
+@contextlib.contextmanager
+def _loading_base() -> Iterator[None]:
+    """Inside, the base model of an adapter is loaded; an error says so."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            f"it is an adapter, and its base model cannot be loaded: {error.message.removeprefix('model.path=')}; "
+            f"if it is elsewhere now, change base_model_name_or_path in {ADAPTER_CONFIG_NAME}",
+            where=error.where,
+        ) from None
+
+
+def _with_adapter(network: PreTrainedModel, directory: str) -> PreTrainedModel:
+    """The base model with the adapter of a directory merged."""
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("it is an adapter, which needs peft: pip install raylm[peft]", where="model.path")
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
+        adapted = PeftModel.from_pretrained(network, directory)
+        for layer in _changed_ends(network):
+            network.config.tie_word_embeddings = False
+            if isinstance(layer, BaseTunerLayer):  # peft merges in place, into a weight that is perhaps the other end's
+                base = layer.get_base_layer()
+                base.weight = torch.nn.Parameter(base.weight.detach().clone())
+        return adapted.merge_and_unload()
 
 
 # Where it runs -------------------------------------------------------------------------------------------------------

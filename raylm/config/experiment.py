@@ -74,6 +74,7 @@ class Experiment(Section):
         self._corpus_agrees()
         self._mixture_agrees()
         self._tokenizer_agrees()
+        self._adapter_agrees()
         self._sweep_agrees()
         return self
 
@@ -177,6 +178,17 @@ class Experiment(Section):
                     f"tokenizer.{name} is for a tokenizer that is loaded and cannot be given with tokenizer.train, got "
                     f"{getattr(section, name)}; {way_out.get(name, 'leave it out')}"
                 )
+
+    def _adapter_agrees(self) -> None:
+        """Refuse to export an adapter without a base model that peft can load."""
+        section = self.model
+        if section.lora is None or section.lora.export == "merged":
+            return
+        got = f"model.lora.export must be merged {{}}, got {section.lora.export}: an adapter is of use with its base "
+        if section.path is None:
+            raise ValueError(got.format("without model.path") + "model alone, which is saved nowhere")
+        if section.gguf_file is not None:
+            raise ValueError(got.format("with model.gguf_file") + "model alone, which peft does not load from GGUF")
 
     def _sweep_agrees(self) -> None:
         tune = self.tune
