@@ -27,7 +27,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from raylm import hub
-from raylm.config import Experiment, ModelConfig
+from raylm import tokenizer as tokenizers
+from raylm.config import Experiment, ModelConfig, TokenizerConfig
 from raylm.errors import ConfigError, did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -51,11 +52,18 @@ table are unused."""
 
 
 def configuration(
-    section: ModelConfig, *, vocab_size: int, block_size: int, eos_id: int | None = None, masked: bool = False
+    section: ModelConfig,
+    *,
+    vocab_size: int,
+    block_size: int,
+    eos_id: int | None = None,
+    masked: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedConfig:
     """The model's transformers configuration, checked against vocabulary, blocks and objective; no weights are made.
 
-    A new model has the tokenizer's vocabulary, and block_size positions unless model.config has another number.
+    A new model has the tokenizer's vocabulary, and block_size positions unless model.config has another number. The
+    vocabulary of a pretrained one grows by the tokens that `tokenizer` has in addition to the model's own.
     """
     if section.path is not None:
         if is_adapter(section.path):
@@ -65,6 +73,8 @@ def configuration(
                 where="model.path",
             )
         found = pretrained_configuration(section)
+        if tokenizer is not None and len(tokenizer) > found.vocab_size:
+            found.vocab_size = max([found.vocab_size, *(number + 1 for number in _added(section, tokenizer))])
     elif section.config is not None:
         rows = _rounded_up(vocab_size, section.pad_vocab_to or 1)
         found = _new_configuration(section.config, vocab_size=rows, block_size=block_size, eos_id=eos_id)
@@ -83,7 +93,7 @@ def configuration(
         )
     if vocab_size > found.vocab_size:
         way_out = (
-            "use the model's own tokenizer: leave out the section tokenizer"
+            "use the model's own tokenizer, perhaps with tokens added: leave out the section tokenizer"
             if section.path
             else "leave out model.config.vocab_size, and it follows the tokenizer"
         )
@@ -95,6 +105,19 @@ def configuration(
     if section.lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("model.lora needs peft: pip install raylm[peft]", where="model.lora")
     return found
+
+
+def _added(section: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of the tokens that a tokenizer has in addition to those of the pretrained model's own; none if it is
+    another one."""
+    try:
+        own = tokenizers.load_section(tokenizers.choose(TokenizerConfig(), section)).get_vocab()
+    except ConfigError:  # the model comes without a tokenizer
+        return []
+    known = tokenizer.get_vocab()
+    if any(known.get(token) != number for token, number in own.items()):
+        return []
+    return sorted(number for token, number in known.items() if token not in own)
 
 
 def num_ids(section: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -113,12 +136,16 @@ def ids_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({*tokenizer.get_vocab().values()} - special)
 
 
-def config_of(experiment: Experiment, vocab_size: int = 0) -> PreTrainedConfig:
-    """The configuration of an experiment's model; ConfigError if a pretrained model has no weights."""
+def config_of(
+    experiment: Experiment, vocab_size: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedConfig:
+    """The configuration of an experiment's model, for `tokenizer` or one of `vocab_size` tokens; ConfigError if a
+    pretrained model has no weights."""
     _check_weights(experiment.model)
     return configuration(
         experiment.model,
-        vocab_size=vocab_size,
+        vocab_size=num_ids(experiment.model, tokenizer) if tokenizer is not None else vocab_size,
+        tokenizer=tokenizer,
         block_size=experiment.blocks.block_size,
         masked=experiment.objective.is_masked,
     )
@@ -139,6 +166,7 @@ def build(
         block_size=block_size,
         eos_id=tokenizer.eos_token_id,
         masked=masked,
+        tokenizer=tokenizer,
     )
     dtype = getattr(torch, section.dtype)
     with torch.random.fork_rng(devices=[]):
@@ -150,7 +178,8 @@ def build(
                 network, _ = pretrained(section, found, masked=masked, dtype=dtype)
         _learn_padding(network, tokenizer.eos_token_id, new=section.path is None)
         if section.lora is not None:
-            _add_updates(network, section, section.lora, masked=masked)
+            added = [] if section.path is None else _added(section, tokenizer)
+            _add_updates(network, section, section.lora, masked=masked, added=added)
     return network
 
 
@@ -159,7 +188,8 @@ def pretrained(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model at model.path with the configuration `found`, and the names of the weights that its files lack.
 
-    Of an adapter it is the base model with the adapter merged.
+    Of an adapter it is the base model with the adapter merged. If `found` has a larger vocabulary than the model, its
+    embedding gets new rows, drawn by torch's generator as transformers does it.
     """
     assert section.path is not None
     if is_adapter(section.path):
@@ -167,9 +197,15 @@ def pretrained(
         with _loading_base(), hub.loading(ConfigError, "model.path", str(base.path)):
             network, missing = pretrained(base, found, masked=masked, dtype=dtype)
         return _with_adapter(network, section.path), missing
+    rows, own_rows = (getattr(each, "vocab_size", 0) for each in (found, pretrained_configuration(section)))
+    if rows > own_rows:
+        found = copy.deepcopy(found)
+        found.vocab_size = own_rows
     network, loading = _auto_class(masked).from_pretrained(
         section.path, config=found, dtype=dtype, output_loading_info=True, **options(section)
     )
+    if rows > own_rows:
+        network.resize_token_embeddings(rows)
     return network, sorted(loading["missing_keys"])
 
 
@@ -295,7 +331,10 @@ def pretrained_configuration(section: ModelConfig) -> PreTrainedConfig:
         if section.gguf_file is None and is_adapter(path):
             base = base_of(section)
             with _loading_base():
-                return pretrained_configuration(base)
+                found = pretrained_configuration(base)
+            if added := _added_tokens(path):
+                found.vocab_size = max(found.vocab_size, *(number + 1 for number in added))
+            return found
         if section.gguf_file is None and os.path.isdir(path):
             _check_configuration(path)
         try:
@@ -408,9 +447,9 @@ def _learn_padding(network: PreTrainedModel, eos_id: int, *, new: bool) -> None:
 # Low-rank updates ----------------------------------------------------------------------------------------------------
 
 
-def _add_updates(network: PreTrainedModel, section: ModelConfig, lora: Lora, *, masked: bool) -> None:
-    """Add updates to the layers in place: the model's class stays the same, and only the updates are trained, and
-    copies of the modules to save."""
+def _add_updates(network: PreTrainedModel, section: ModelConfig, lora: Lora, *, masked: bool, added: list[int]) -> None:
+    """Add updates to the layers in place: the model's class stays the same, and only the updates are trained, copies of
+    the modules to save, and the rows of `added` tokens in embedding and output head."""
     from peft import LoraConfig, inject_adapter_in_model
 
     names: Any = list(lora.target_modules) or None
@@ -422,6 +461,7 @@ def _add_updates(network: PreTrainedModel, section: ModelConfig, lora: Lora, *, 
         lora_dropout=lora.dropout,
         target_modules=names,
         modules_to_save=list(lora.modules_to_save) or None,
+        trainable_token_indices=_rows_to_train(network, lora, added) or None,
         fan_in_fan_out=any(
             isinstance(layer, pytorch_utils.Conv1D) for layer in network.modules()
         ),  # GPT-2's linear layers
@@ -452,6 +492,29 @@ def _add_updates(network: PreTrainedModel, section: ModelConfig, lora: Lora, *, 
         network.config.tie_word_embeddings = False
 
 
+def _rows_to_train(network: PreTrainedModel, lora: Lora, added: list[int]) -> dict[str, list[int]]:
+    """The rows of added tokens, by the names of the embedding and of an output head that is not tied to it."""
+    if not added:
+        return {}
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    ends = {name: layer for name, layer in network.named_modules() if layer in (embedding, head)}
+    free = {
+        name: layer for name, layer in ends.items() if not any(name.endswith(each) for each in lora.modules_to_save)
+    }
+    tied = head is not None and head.weight is embedding.weight
+    for name, layer in free.items():
+        is_updated = any(f".{name}".endswith(f".{target}") for target in lora.target_modules)
+        has_bias = getattr(layer, "bias", None) is not None  # which peft would leave out
+        if is_updated or has_bias or (tied and free.keys() != ends.keys()):
+            raise ConfigError(
+                f"model.lora: tokens were added to the model's tokenizer, and peft cannot train their rows of {name} "
+                f"alone; train it entirely: name {', '.join(end.rpartition('.')[2] for end in ends)} in "
+                "model.lora.modules_to_save, and not in model.lora.target_modules",
+                where="model.lora.modules_to_save",
+            )
+    return {name: added for name, layer in free.items() if not (tied and layer is head)}  # peft trains tied ones as one
+
+
 def _changed_ends(network: PreTrainedModel) -> list[torch.nn.Module]:
     """The embedding and the output head, if an adapter changes them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -466,18 +529,24 @@ def merged_state_dict(network: PreTrainedModel) -> dict[str, torch.Tensor]:
 
     Computed on copies, because merging into the model and unmerging would round.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
     state = network.state_dict()
     plain = {name.replace(".base_layer.", "."): weight for name, weight in state.items() if ".lora_" not in name}
+    tied: dict[Any, torch.Tensor] = {}
     for name, layer in network.named_modules():
-        if isinstance(layer, BaseTunerLayer):
+        if isinstance(layer, LoraLayer):
             weight = layer.get_base_layer().weight.detach()
             plain[f"{name}.weight"] = weight + layer.get_delta_weight("default").detach().to(weight.dtype)
-        elif isinstance(layer, ModulesToSaveWrapper):
+        elif isinstance(layer, ModulesToSaveWrapper | TrainableTokensWrapper):
             plain = {key: weight for key, weight in plain.items() if not key.startswith(f"{name}.")}
-            plain |= {f"{name}.{key}": weight for key, weight in layer.modules_to_save["default"].state_dict().items()}
+            if isinstance(layer, ModulesToSaveWrapper):
+                own = layer.modules_to_save["default"].state_dict()
+            else:  # one tensor for a head that is tied to its embedding
+                first = layer.token_adapter.tied_adapter or layer.token_adapter
+                own = {"weight": tied.setdefault(first, layer.weight.detach())}
+            plain |= {f"{name}.{key}": weight for key, weight in own.items()}
     return plain
 
 
@@ -530,6 +599,13 @@ def base_of(section: ModelConfig) -> ModelConfig:
     if not base:
         raise ConfigError(f"its {ADAPTER_CONFIG_NAME} does not name its base model", where="model.path")
     return section.model_copy(update={"path": base, "revision": settings.get("revision")})
+
+
+def _added_tokens(directory: str) -> set[int]:
+    """The ids of the tokens of which an adapter has the rows of the embedding: of those that were added."""
+    settings = json.loads(Path(directory, ADAPTER_CONFIG_NAME).read_bytes())
+    indices = settings.get("trainable_token_indices") or {}
+    return set().union(*indices.values()) if isinstance(indices, dict) else set(indices)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from raylm import checkpoint, export, model, objective, training
 from raylm import plan as plans
 from raylm import tokenizer as tokenizers
-from raylm.config import Experiment, ModelConfig
+from raylm.config import Experiment, ModelConfig, TrainedTokenizer
 from raylm.errors import ConfigError, RaylmError
 from raylm.training.trainer import _Trainer
 
@@ -498,6 +499,54 @@ def test_an_adapter_is_the_trained_model_in_plain_peft(tmp_path, tokenizer, base
     assert torch.equal(again(given).logits, expected)
 
 
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_an_adapter_has_the_rows_of_tokens_that_were_added(tmp_path, bases, kind):
+    base = str(bases[kind])
+    extended = AutoTokenizer.from_pretrained(base)
+    extended.add_tokens(["<tool>", "<result>"])
+    size, given = len(extended), torch.tensor([[1, 2, len(extended) - 2, 3, len(extended) - 1]])
+    whole = model.build(ModelConfig(path=base), extended, block_size=8)
+    assert whole.config.vocab_size == len(whole.get_input_embeddings().weight) == size
+    section = ModelConfig(path=base, lora={"r": 2})
+    network = model.build(section, extended, block_size=8).eval()
+    rows = [name for name, weight in network.named_parameters() if weight.requires_grad and ".lora_" not in name]
+    assert len(rows) == (1 if kind == "tied" else 2)
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.requires_grad:
+                weight += torch.randn_like(weight) / 4
+    expected = network(given).logits
+    network.save_pretrained(tmp_path, state_dict=model.merged_state_dict(network))
+    model.save_updates(network, tmp_path)
+    extended.save_pretrained(tmp_path)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name, content in export.model_files(tmp_path, "adapter").items():
+        (adapter / name).write_bytes(content.read_bytes())
+    grown = AutoModelForCausalLM.from_pretrained(base)
+    grown.resize_token_embeddings(size)
+    found = {
+        "peft": peft.PeftModel.from_pretrained(grown, adapter),
+        "peft, by its own name": peft.AutoPeftModelForCausalLM.from_pretrained(adapter),
+        "raylm": checkpoint.load(adapter).model,
+        "merged": AutoModelForCausalLM.from_pretrained(tmp_path),
+    }
+    for name, loaded in found.items():
+        torch.testing.assert_close(loaded.eval()(given).logits, expected, rtol=1e-4, atol=1e-5, msg=name)
+    for loaded in (found["raylm"], found["merged"]):
+        assert loaded.config.tie_word_embeddings == (kind == "tied")
+        assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == (kind == "tied")
+    again = model.build(section, extended, block_size=8).eval()
+    model.load_updates(again, tmp_path)
+    assert torch.equal(again(given).logits, expected)
+    with pytest.raises(ConfigError, match=r"train it entirely: name \w+, lm_head in model.lora.modules_to_save"):
+        model.build(ModelConfig(path=base, lora={"target_modules": ["lm_head"]}), extended, block_size=8)
+    other = tokenizers.train(["d e f"], TrainedTokenizer(vocab_size=280, special_tokens=("<s>",)))
+    other.add_tokens([f"<{number}>" for number in range(30)])
+    with pytest.raises(ConfigError, match="leave out the section tokenizer"):
+        model.build(ModelConfig(path=base), other, block_size=8)
+
+
 def test_an_adapter_of_a_masked_model(tmp_path, tokenizer):
     base, saved = tmp_path / "base", tmp_path / "adapter"
     config = transformers.BertConfig(
@@ -649,7 +698,4 @@ def test_layers_that_the_model_has_not_are_named(tokenizer):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from raylm import tokenizer
-    from raylm.config import TrainedTokenizer
-
-    return tokenizer.train(["a b c"], TrainedTokenizer(vocab_size=260))
+    return tokenizers.train(["a b c"], TrainedTokenizer(vocab_size=260))

@@ -32,7 +32,7 @@ def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] 
         if experiment is None:
             raise StorageError(f"{checkpoint} was not trained by raylm: it holds no {EXPERIMENT}", str(checkpoint))
         lora = experiment.model.lora
-        files = model_files(directory, lora and lora.export)
+        files = model_files(directory, lora.export if lora else None)
         record = {**read_record(directory), **(score or {})}
         card = build_card(directory, HERE, published(experiment), files, record)
         files |= {EXPERIMENT: directory / EXPERIMENT, RECORD: recorded(record), CARD: card}

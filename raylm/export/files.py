@@ -57,7 +57,7 @@ def is_adapter(files: Files) -> bool:
     return ADAPTER_CONFIG in files
 
 
-def _adapter(directory: Path) -> Files:
+def _adapter(directory: Path) -> dict[str, Path]:
     """The weights and the configuration of the adapter of an exported adapter, a checkpoint or a merged model; empty if
     there is none."""
     own = {name: directory / name for name in CHECKPOINT_ADAPTER}
@@ -66,7 +66,7 @@ def _adapter(directory: Path) -> Files:
         {name: directory / stored for name, stored in CHECKPOINT_ADAPTER.items()},
         {name: directory / ADAPTER / name for name in CHECKPOINT_ADAPTER},
     ]
-    return next((dict(files) for files in places if all(path.exists() for path in files.values())), {})
+    return next((files for files in places if all(path.exists() for path in files.values())), {})
 
 
 def _weights(directory: Path) -> Files:

@@ -69,8 +69,8 @@ def push(
         raise ConfigError(f"--out {out} exists already; give a new or an empty directory", where="--out")
     directory = checkpoint.locate(model)
     experiment = checkpoint.read_experiment(directory)
-    lora = experiment and experiment.model.lora
-    files = model_files(directory, lora and lora.export)
+    lora = experiment.model.lora if experiment else None
+    files = model_files(directory, lora.export if lora else None)
     for name in (ADAPTER_CONFIG, f"{ADAPTER}/{ADAPTER_CONFIG}"):
         if name in files:
             files[name] = _adapter_config(files[name])

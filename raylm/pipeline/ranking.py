@@ -66,7 +66,7 @@ def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
     if section.against == "seconds":
         return [score, trial.results[-1]["seconds"]]
     changed = override(experiment, {**trial.settings, "tune.space": {}})
-    model_config = model.config_of(changed, model.num_ids(changed.model, store.tokenizer))
+    model_config = model.config_of(changed, tokenizer=store.tokenizer)
     return [score, model.num_parameters(model_config, masked=changed.objective.is_masked)]
 
 

@@ -111,8 +111,12 @@ def _save_adapter(directory: str, local: Path, description: Any) -> None:
 
     logging.getLogger("transformers.pipelines.base").setLevel(logging.CRITICAL)  # it does not know peft's classes
     settings = json.loads(Path(directory, ADAPTER_CONFIG).read_bytes())
+    if settings.get("trainable_token_indices"):
+        raise ValueError(
+            "MLflow loads a base model as it is, without rows for added tokens; export model.lora.export=merged or both"
+        )
     base = settings["base_model_name_or_path"]
-    is_causal = settings["task_type"] == "CAUSAL_LM"  # of masked models peft has no type
+    is_causal = settings.get("task_type") == "CAUSAL_LM"  # of masked models peft has no type
     network = (AutoPeftModelForCausalLM if is_causal else AutoPeftModel).from_pretrained(directory)
     pipeline = transformers.pipeline(
         "text-generation" if is_causal else "fill-mask",
