@@ -203,9 +203,9 @@ def test_what_chooses_of_a_loaded_tokenizer_is_refused_for_one_that_is_trained(l
 def test_an_adapter_is_exported_of_a_base_model_that_peft_loads(load, export):
     lora = f"model.lora={{export: {export}}}"
     assert load("model: {path: gpt2}", lora).model.lora.export == export
-    with pytest.raises(ConfigError, match=f"model.lora.export must be merged with model.gguf_file, got {export}: "):
+    with pytest.raises(ConfigError, match=f"model.lora.export: must be merged with model.gguf_file, got {export}: "):
         load("model: {path: gpt2, gguf_file: a.gguf}", lora)
-    with pytest.raises(ConfigError, match=f"model.lora.export must be merged without model.path, got {export}: "):
+    with pytest.raises(ConfigError, match=f"model.lora.export: must be merged without model.path, got {export}: "):
         load("model: {config: {model_type: gpt2}}", lora)
 
 
