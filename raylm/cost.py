@@ -86,7 +86,7 @@ def _read(experiment: Experiment, store: Store, documents: Documents, count: int
     if experiment.objective.is_masked:
         frame = store.frame(experiment.tokenizer.prefix)
         masked = MaskedTokens.of(store.tokenizer, frame, section.pseudo_perplexity)
-    positions = model.context(model.config_of(experiment, len(store.tokenizer)))
+    positions = model.context(model.config_of(experiment, tokenizer=store.tokenizer))
     context = perplexity.context_of(section, positions, experiment.blocks.block_size)
     lengths = [len(documents[index]) for index in range(len(documents) if count is None else count)]
     return perplexity.tokens_read(np.array(lengths, np.int64), context, section.stride, masked)

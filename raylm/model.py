@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.util
+import json
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,10 +24,11 @@ from transformers import (
     pytorch_utils,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from raylm import hub, transfer
-from raylm.config import Experiment, ModelConfig
+from raylm import tokenizer as tokenizers
+from raylm.config import Experiment, ModelConfig, TokenizerConfig
 from raylm.errors import ConfigError, did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -30,8 +36,12 @@ if TYPE_CHECKING:
 
     from raylm.config.sections import Lora
 
-ADAPTER = "lora.safetensors"
-"""The low-rank updates in a checkpoint, from which training resumes; the checkpoint's model has them merged."""
+CHECKPOINT_ADAPTER = {ADAPTER_SAFE_WEIGHTS_NAME: "lora.safetensors", ADAPTER_CONFIG_NAME: "lora.json"}
+"""The file of peft's adapter -> its name in a checkpoint, whose model has the updates merged, and from which training
+resumes. Under its own name transformers would find the adapter there, and add it to the merged model again."""
+
+PEFT_PREFIX = "base_model.model."
+"""What peft puts in front of the names of a model's weights."""
 
 AFTER_PADDING = frozenset(
     "camembert data2vec-text esm ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
@@ -42,14 +52,29 @@ table are unused."""
 
 
 def configuration(
-    section: ModelConfig, *, vocab_size: int, block_size: int, eos_id: int | None = None, masked: bool = False
+    section: ModelConfig,
+    *,
+    vocab_size: int,
+    block_size: int,
+    eos_id: int | None = None,
+    masked: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedConfig:
     """The model's transformers configuration, checked against vocabulary, blocks and objective; no weights are made.
 
-    A new model has the tokenizer's vocabulary, and block_size positions unless model.config has another number.
+    A new model has the tokenizer's vocabulary, and block_size positions unless model.config has another number. The
+    vocabulary of a pretrained one grows by the tokens that `tokenizer` has in addition to the model's own.
     """
     if section.path is not None:
+        if is_adapter(section.path):
+            raise ConfigError(
+                f"model.path={section.path}: it is an adapter, which cannot be trained further; give a model, such as "
+                "one that was exported with model.lora.export=merged",
+                where="model.path",
+            )
         found = pretrained_configuration(section)
+        if tokenizer is not None and len(tokenizer) > found.vocab_size:
+            found.vocab_size = max([found.vocab_size, *(number + 1 for number in _added(section, tokenizer))])
     elif section.config is not None:
         rows = _rounded_up(vocab_size, section.pad_vocab_to or 1)
         found = _new_configuration(section.config, vocab_size=rows, block_size=block_size, eos_id=eos_id)
@@ -68,7 +93,7 @@ def configuration(
         )
     if vocab_size > found.vocab_size:
         way_out = (
-            "use the model's own tokenizer: leave out the section tokenizer"
+            "use the model's own tokenizer, perhaps with tokens added: leave out the section tokenizer"
             if section.path
             else "leave out model.config.vocab_size, and it follows the tokenizer"
         )
@@ -82,6 +107,19 @@ def configuration(
     if section.lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("model.lora needs peft: pip install raylm[peft]", where="model.lora")
     return found
+
+
+def _added(section: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of the tokens that a tokenizer has in addition to those of the pretrained model's own; none if it is
+    another one."""
+    try:
+        own = tokenizers.load_section(tokenizers.choose(TokenizerConfig(), section)).get_vocab()
+    except ConfigError:  # the model comes without a tokenizer
+        return []
+    known = tokenizer.get_vocab()
+    if any(known.get(token) != number for token, number in own.items()):
+        return []
+    return sorted(number for token, number in known.items() if token not in own)
 
 
 def num_ids(section: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -100,12 +138,16 @@ def ids_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({*tokenizer.get_vocab().values()} - special)
 
 
-def config_of(experiment: Experiment, vocab_size: int = 0) -> PreTrainedConfig:
-    """The configuration of an experiment's model; ConfigError if a pretrained model has no weights."""
+def config_of(
+    experiment: Experiment, vocab_size: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedConfig:
+    """The configuration of an experiment's model, for `tokenizer` or one of `vocab_size` tokens; ConfigError if a
+    pretrained model has no weights."""
     _check_weights(experiment.model)
     return configuration(
         experiment.model,
-        vocab_size=vocab_size,
+        vocab_size=num_ids(experiment.model, tokenizer) if tokenizer is not None else vocab_size,
+        tokenizer=tokenizer,
         block_size=experiment.blocks.block_size,
         masked=experiment.objective.is_masked,
     )
@@ -126,6 +168,7 @@ def build(
         block_size=block_size,
         eos_id=tokenizer.eos_token_id,
         masked=masked,
+        tokenizer=tokenizer,
     )
     dtype = getattr(torch, section.dtype)
     with torch.random.fork_rng(devices=[]):
@@ -133,15 +176,41 @@ def build(
         if section.path is None:
             network = untrained(found, masked=masked, dtype=dtype)
         else:
-            kind = _auto_class(masked)
             with hub.loading(ConfigError, "model.path", section.path):
-                network = kind.from_pretrained(section.path, config=found, dtype=dtype, **options(section))
+                network, _ = pretrained(section, found, masked=masked, dtype=dtype)
         _learn_padding(network, tokenizer.eos_token_id, new=section.path is None)
         if section.transfer is not None:
             transfer.scale_weights(network, transfer.factors(found, section.transfer.base))
         if section.lora is not None:
-            _add_updates(network, section.lora)
+            added = [] if section.path is None else _added(section, tokenizer)
+            _add_updates(network, section, section.lora, masked=masked, added=added)
     return network
+
+
+def pretrained(
+    section: ModelConfig, found: PreTrainedConfig, *, masked: bool = False, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model at model.path with the configuration `found`, and the names of the weights that its files lack.
+
+    Of an adapter it is the base model with the adapter merged. If `found` has a larger vocabulary than the model, its
+    embedding gets new rows, drawn by torch's generator as transformers does it.
+    """
+    assert section.path is not None
+    if is_adapter(section.path):
+        base = base_of(section)
+        with _loading_base(), hub.loading(ConfigError, "model.path", str(base.path)):
+            network, missing = pretrained(base, found, masked=masked, dtype=dtype)
+        return _with_adapter(network, section.path), missing
+    rows, own_rows = (getattr(each, "vocab_size", 0) for each in (found, pretrained_configuration(section)))
+    if rows > own_rows:
+        found = copy.deepcopy(found)
+        found.vocab_size = own_rows
+    network, loading = _auto_class(masked).from_pretrained(
+        section.path, config=found, dtype=dtype, output_loading_info=True, **options(section)
+    )
+    if rows > own_rows:
+        network.resize_token_embeddings(rows)
+    return network, sorted(loading["missing_keys"])
 
 
 def untrained(found: PreTrainedConfig, *, masked: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -263,6 +332,13 @@ def pretrained_configuration(section: ModelConfig) -> PreTrainedConfig:
         raise ConfigError("model.gguf_file needs gguf: pip install gguf", where="model.gguf_file")
     packed = {"gguf_file": section.gguf_file} if section.gguf_file else {}
     with hub.loading(ConfigError, "model.path", path, gguf_file=section.gguf_file):
+        if section.gguf_file is None and is_adapter(path):
+            base = base_of(section)
+            with _loading_base():
+                found = pretrained_configuration(base)
+            if added := _added_tokens(path):
+                found.vocab_size = max(found.vocab_size, *(number + 1 for number in added))
+            return found
         if section.gguf_file is None and os.path.isdir(path):
             _check_configuration(path)
         try:
@@ -375,23 +451,39 @@ def _learn_padding(network: PreTrainedModel, eos_id: int, *, new: bool) -> None:
 # Low-rank updates ----------------------------------------------------------------------------------------------------
 
 
-def _add_updates(network: PreTrainedModel, section: Lora) -> None:
-    """Add updates to the layers in place: the model's class stays the same, and only the updates are trained."""
+def _add_updates(network: PreTrainedModel, section: ModelConfig, lora: Lora, *, masked: bool, added: list[int]) -> None:
+    """Add updates to the layers in place: the model's class stays the same, and only the updates are trained, copies of
+    the modules to save, and the rows of `added` tokens in embedding and output head."""
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    names: Any = list(section.target_modules) or None
+    names: Any = list(lora.target_modules) or None
     if names == ["all-linear"]:
         names = "all-linear"
     settings = LoraConfig(
-        r=section.r,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
         target_modules=names,
+        modules_to_save=list(lora.modules_to_save) or None,
+        trainable_token_indices=_rows_to_train(network, lora, added) or None,
         fan_in_fan_out=any(
             isinstance(layer, pytorch_utils.Conv1D) for layer in network.modules()
         ),  # GPT-2's linear layers
+        base_model_name_or_path=section.path,
+        revision=section.revision,
+        task_type=None if masked else "CAUSAL_LM",  # peft has none for masked models, but finds their class
+        auto_mapping={"base_model_class": type(network).__name__, "parent_library": type(network).__module__}
+        if masked
+        else None,
     )
+    layers = [name for name, _ in network.named_modules()]
+    for name in lora.modules_to_save:
+        if not any(layer.endswith(name) for layer in layers):  # as peft looks for them
+            hint = did_you_mean(name, sorted({layer.rpartition(".")[2] for layer in layers}))
+            raise ConfigError(
+                f"model.lora.modules_to_save={name}: the model has no such module; {hint or 'for example lm_head'}",
+                where="model.lora.modules_to_save",
+            )
     try:
         inject_adapter_in_model(settings, network)
     except ValueError as error:
@@ -399,10 +491,41 @@ def _add_updates(network: PreTrainedModel, section: Lora) -> None:
             f"model.lora.target_modules: {first_line(error)}; all-linear takes every linear layer",
             where="model.lora.target_modules",
         ) from None
-    ends = network.get_input_embeddings(), network.get_output_embeddings()
-    if any(isinstance(layer, BaseTunerLayer) for layer in ends):
+    if _changed_ends(network):
         # Merged, they are no longer tied: transformers 5 finds both in the file, other libraries use the configuration.
         network.config.tie_word_embeddings = False
+
+
+def _rows_to_train(network: PreTrainedModel, lora: Lora, added: list[int]) -> dict[str, list[int]]:
+    """The rows of added tokens, by the names of the embedding and of an output head that is not tied to it."""
+    if not added:
+        return {}
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    ends = {name: layer for name, layer in network.named_modules() if layer in (embedding, head)}
+    free = {
+        name: layer for name, layer in ends.items() if not any(name.endswith(each) for each in lora.modules_to_save)
+    }
+    tied = head is not None and head.weight is embedding.weight
+    for name, layer in free.items():
+        is_updated = any(f".{name}".endswith(f".{target}") for target in lora.target_modules)
+        has_bias = getattr(layer, "bias", None) is not None  # which peft would leave out
+        if is_updated or has_bias or (tied and free.keys() != ends.keys()):
+            raise ConfigError(
+                f"model.lora: tokens were added to the model's tokenizer, and peft cannot train their rows of {name} "
+                f"alone; train it entirely: name {', '.join(end.rpartition('.')[2] for end in ends)} in "
+                "model.lora.modules_to_save, and not in model.lora.target_modules",
+                where="model.lora.modules_to_save",
+            )
+    return {name: added for name, layer in free.items() if not (tied and layer is head)}  # peft trains tied ones as one
+
+
+def _changed_ends(network: PreTrainedModel) -> list[torch.nn.Module]:
+    """The embedding and the output head, if an adapter changes them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    ends = network.get_input_embeddings(), network.get_output_embeddings()
+    return [layer for layer in ends if isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper)]
 
 
 def merged_state_dict(network: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -410,29 +533,114 @@ def merged_state_dict(network: PreTrainedModel) -> dict[str, torch.Tensor]:
 
     Computed on copies, because merging into the model and unmerging would round.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
     state = network.state_dict()
     plain = {name.replace(".base_layer.", "."): weight for name, weight in state.items() if ".lora_" not in name}
+    tied: dict[Any, torch.Tensor] = {}
     for name, layer in network.named_modules():
-        if isinstance(layer, BaseTunerLayer):
+        if isinstance(layer, LoraLayer):
             weight = layer.get_base_layer().weight.detach()
             plain[f"{name}.weight"] = weight + layer.get_delta_weight("default").detach().to(weight.dtype)
+        elif isinstance(layer, ModulesToSaveWrapper | TrainableTokensWrapper):
+            plain = {key: weight for key, weight in plain.items() if not key.startswith(f"{name}.")}
+            if isinstance(layer, ModulesToSaveWrapper):
+                own = layer.modules_to_save["default"].state_dict()
+            else:  # one tensor for a head that is tied to its embedding
+                first = layer.token_adapter.tied_adapter or layer.token_adapter
+                own = {"weight": tied.setdefault(first, layer.weight.detach())}
+            plain |= {f"{name}.{key}": weight for key, weight in own.items()}
     return plain
 
 
 def save_updates(network: PreTrainedModel, directory: str | Path) -> None:
+    """Write the adapter of a checkpoint: the files that peft writes, under the names of CHECKPOINT_ADAPTER."""
+    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    updates = {name: weight.contiguous() for name, weight in network.state_dict().items() if ".lora_" in name}
-    save_file(updates, Path(directory) / ADAPTER)
+    # Not the embeddings that an update changes: peft would save them whole, but loading needs only the update.
+    updates = get_peft_model_state_dict(network, save_embedding_layers=False)
+    weights, described = (Path(directory) / name for name in CHECKPOINT_ADAPTER.values())
+    save_file(
+        {f"{PEFT_PREFIX}{name}": weight.contiguous() for name, weight in updates.items()},
+        weights,
+        metadata={"format": "pt"},
+    )
+    settings = copy.copy(network.peft_config["default"])
+    settings.inference_mode = True
+    fields = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.to_dict().items()}
+    described.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_updates(network: PreTrainedModel, directory: str | Path) -> None:
+    """Load the adapter of a checkpoint, to train it further."""
+    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    left = network.load_state_dict(load_file(Path(directory) / ADAPTER), strict=False)
+    updates = load_file(Path(directory) / CHECKPOINT_ADAPTER[ADAPTER_SAFE_WEIGHTS_NAME])
+    left = set_peft_model_state_dict(
+        network, {name.removeprefix(PEFT_PREFIX): weight for name, weight in updates.items()}
+    )
     assert not left.unexpected_keys
+
+
+# Adapters ------------------------------------------------------------------------------------------------------------
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a directory holds an adapter without its base model."""
+    return os.path.isfile(os.path.join(path, ADAPTER_CONFIG_NAME)) and not os.path.exists(
+        os.path.join(path, CONFIG_NAME)
+    )
+
+
+def base_of(section: ModelConfig) -> ModelConfig:
+    """How the base model of the adapter at model.path is loaded."""
+    assert section.path is not None
+    settings = json.loads(Path(section.path, ADAPTER_CONFIG_NAME).read_bytes())
+    base = settings.get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"its {ADAPTER_CONFIG_NAME} does not name its base model", where="model.path")
+    return section.model_copy(update={"path": base, "revision": settings.get("revision")})
+
+
+def _added_tokens(directory: str) -> set[int]:
+    """The ids of the tokens of which an adapter has the rows of the embedding: of those that were added."""
+    settings = json.loads(Path(directory, ADAPTER_CONFIG_NAME).read_bytes())
+    indices = settings.get("trainable_token_indices") or {}
+    return set().union(*indices.values()) if isinstance(indices, dict) else set(indices)
+
+
+@contextlib.contextmanager
+def _loading_base() -> Iterator[None]:
+    """Inside, the base model of an adapter is loaded; an error says so."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            f"it is an adapter, and its base model cannot be loaded: {error.message.removeprefix('model.path=')}; "
+            f"if it is elsewhere now, change base_model_name_or_path in {ADAPTER_CONFIG_NAME}",
+            where=error.where,
+        ) from None
+
+
+def _with_adapter(network: PreTrainedModel, directory: str) -> PreTrainedModel:
+    """The base model with the adapter of a directory merged."""
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("it is an adapter, which needs peft: pip install raylm[peft]", where="model.path")
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
+        adapted = PeftModel.from_pretrained(network, directory)
+        for layer in _changed_ends(network):
+            network.config.tie_word_embeddings = False
+            if isinstance(layer, BaseTunerLayer):  # peft merges in place, into a weight that is perhaps the other end's
+                base = layer.get_base_layer()
+                base.weight = torch.nn.Parameter(base.weight.detach().clone())
+        return adapted.merge_and_unload()
 
 
 # Where it runs -------------------------------------------------------------------------------------------------------

@@ -212,8 +212,10 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
     chosen = planned.tokenizer
     known: Any = chosen.train or load_tokenizer(planned)
     objective.check_settings(experiment.objective, experiment.blocks, known)
-    num_ids = chosen.train.vocab_size if chosen.train else model.num_ids(experiment.model, known)
-    model_config = model.config_of(experiment, num_ids)
+    if chosen.train:
+        model_config = model.config_of(experiment, chosen.train.vocab_size)
+    else:
+        model_config = model.config_of(experiment, tokenizer=known)
     perplexity.context_of(experiment.eval, model.context(model_config), experiment.blocks.block_size)
     num_parameters = model.num_parameters(model_config, masked=experiment.objective.is_masked)
     found = Plan(planned, sets, address, resources, model_config, num_parameters, _estimated(experiment))

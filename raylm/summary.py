@@ -107,7 +107,7 @@ def timescale(section: TrainConfig, budget: Budget) -> float:
 
 
 def _model_config(experiment: Experiment, store: Store) -> PreTrainedConfig:
-    return model.config_of(experiment, model.num_ids(experiment.model, store.tokenizer))
+    return model.config_of(experiment, tokenizer=store.tokenizer)
 
 
 def log_comparison(run: Run, experiment: Experiment, swept: Sequence[str]) -> None:

@@ -307,6 +307,34 @@ def trained_directory(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def lora_directory(trained_directory, tmp_path_factory) -> Path:
+    """A checkpoint of `trained_directory` finetuned with LoRA, to be exported as an adapter; never changed."""
+    import torch
+
+    from raylm import checkpoint, model
+
+    directory = tmp_path_factory.mktemp("lora") / "step_00000007"
+    directory.mkdir()
+    given = checkpoint.load(trained_directory)
+    lora = {"r": 2, "modules_to_save": ["ln_f"], "export": "adapter"}
+    section = config.ModelConfig(path=str(trained_directory), lora=lora)
+    network = model.build(section, given.tokenizer, block_size=8)
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.requires_grad:
+                weight += torch.full_like(weight, 0.5)
+    network.save_pretrained(directory, state_dict=model.merged_state_dict(network))
+    model.save_updates(network, directory)
+    given.tokenizer.save_pretrained(directory)
+    experiment = config.override(
+        checkpoint.read_experiment(trained_directory),
+        {"model.config": None, "model.path": str(trained_directory), "model.lora": lora},
+    )
+    checkpoint.describe(directory, experiment, given.record)
+    return directory
+
+
 def copied(directory, to, names=None):
     """A copy of a directory's files, or of some, that a test may change."""
     to.mkdir()

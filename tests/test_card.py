@@ -8,6 +8,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from conftest import PLAIN, TOKEN, copied, one_by_one
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, pipe
 from raylm import checkpoint, config, evaluate, export, perplexity, tokens
 from raylm.config import CorpusConfig, TokenizerConfig, TrainedTokenizer
 from raylm.corpus import list_sources
-from raylm.errors import StorageError
+from raylm.errors import ConfigError, StorageError
 from raylm.tokens import write
 
 
@@ -99,7 +100,7 @@ def test_weights_in_several_files_are_published_with_their_index(trained_directo
     assert len(shards) > 1
     assert "model.safetensors.index.json" in files
     whole = export.model_files(trained_directory)
-    assert export.num_parameters(directory, files) == export.num_parameters(trained_directory, whole)
+    assert export.num_parameters(files) == export.num_parameters(whole)
     (directory / shards[0]).unlink()
     with pytest.raises(StorageError, match=shards[0]):
         export.model_files(directory)
@@ -108,7 +109,7 @@ def test_weights_in_several_files_are_published_with_their_index(trained_directo
 def test_what_is_no_whole_model_is_named(trained_directory, tmp_path):
     def refused(directory):
         with pytest.raises(StorageError) as raised:
-            export.num_parameters(directory, export.model_files(directory))
+            export.num_parameters(export.model_files(directory))
         return str(raised.value)
 
     untold = copied(trained_directory, tmp_path / "a", ("config.json", "model.safetensors"))
@@ -130,7 +131,7 @@ def test_what_is_no_whole_model_is_named(trained_directory, tmp_path):
 def card_of(directory, repo="someone/tiny"):
     experiment = checkpoint.read_experiment(directory)
     published = None if experiment is None else export.published(experiment)
-    return ModelCard(export.build_card(directory, repo, published, 3096).decode())
+    return ModelCard(export.build_card(directory, repo, published, export.model_files(directory)).decode())
 
 
 def test_the_card_says_what_the_model_is(trained_directory):
@@ -214,7 +215,7 @@ def test_the_card_says_when_a_score_does_not_compare(trained_directory, tmp_path
 
 def test_the_parameters_are_those_of_the_weights(trained_directory):
     files = export.model_files(trained_directory)
-    assert export.num_parameters(trained_directory, files) == 3096
+    assert export.num_parameters(files) == 3096
 
 
 def test_the_card_says_when_the_score_is_of_a_part(trained_directory, tmp_path):
@@ -299,6 +300,63 @@ def test_an_exported_model_is_a_plain_directory_that_scores_the_same(tmp_path, m
     monkeypatch.chdir(found)
     exec(re.search(r"```python\n(.*?)```", (found / "README.md").read_text(), re.DOTALL)[1], {})
     assert "Once upon a time" in capsys.readouterr().out, "the card's own words on how to load it"
+
+
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "generation_config.json"]
+
+
+def test_an_adapter_is_exported_without_its_base_model(
+    trained_directory, lora_directory, tmp_path, monkeypatch, capsys
+):
+    found = Path(export.export(lora_directory, tmp_path / "best"))
+    own = ["README.md", "experiment.yaml", "raylm.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(contents(found)) == sorted([*ADAPTER, *own])
+    described = json.loads((found / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str(trained_directory)
+    expected = AutoModelForCausalLM.from_pretrained(lora_directory)(torch.arange(8)[None]).logits
+    plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(trained_directory), found)
+    for network in (plain, checkpoint.load(found).model):
+        torch.testing.assert_close(network.eval()(torch.arange(8)[None]).logits, expected, rtol=1e-4, atol=1e-5)
+    assert export.model_files(found) == {name: found / name for name in contents(found) if name not in own[:3]}
+    card = ModelCard.load(found / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("peft", None), "a place on this machine"
+    assert f"# tiny\n\nA LoRA adapter of {2 * 8 * 4 + 16} parameters, trained from `checkpoint`" in card.text
+
+
+def test_a_merged_model_and_its_adapter_are_exported_side_by_side(lora_directory, tmp_path):
+    both = copied(lora_directory, tmp_path / "checkpoint")
+    experiment = config.override(checkpoint.read_experiment(both), {"model.lora.export": "both"})
+    checkpoint.describe(both, experiment, checkpoint.read_record(both))
+    for target in (tmp_path / "best", f"file://{tmp_path}/remote"):
+        for _ in range(2):  # an older one is replaced
+            export.export(both, target)
+        found = Path(str(target).removeprefix("file://"))
+        files = sorted(file.relative_to(found).as_posix() for file in found.rglob("*") if file.is_file())
+        inner = [*ADAPTER, "tokenizer.json", "tokenizer_config.json"]
+        assert files == sorted([*EXPORTED, *(f"adapter/{name}" for name in inner)])
+        assert sorted(export.model_files(found, "both")) == sorted(
+            {*files} - {"README.md", "experiment.yaml", "raylm.json"}
+        )
+        for place in (found, found / "adapter"):
+            network = checkpoint.load(place).model
+            expected = AutoModelForCausalLM.from_pretrained(lora_directory).state_dict()
+            assert all(torch.equal(weight, expected[name]) for name, weight in network.state_dict().items())
+    assert "The directory [adapter](adapter) has" in (found / "README.md").read_text()
+    merged = config.override(experiment, {"model.lora.export": "merged"})
+    checkpoint.describe(both, merged, checkpoint.read_record(both))
+    assert sorted(contents(Path(export.export(both, tmp_path / "merged")))) == EXPORTED
+
+
+def test_an_adapter_is_exported_where_its_base_model_is_not(lora_directory, tmp_path):
+    """The base model is on the Hub alone, which is not asked."""
+    directory = copied(lora_directory, tmp_path / "checkpoint")
+    experiment = config.override(checkpoint.read_experiment(directory), {"model.path": "someone/base"})
+    checkpoint.describe(directory, experiment, checkpoint.read_record(directory))
+    changed(directory / "lora.json", base_model_name_or_path="someone/base")
+    found = Path(export.export(directory, tmp_path / "best"))
+    assert ModelCard.load(found / "README.md").data.base_model == "someone/base"
+    with pytest.raises(ConfigError, match="its base model cannot be loaded: someone/base: there is no such directory"):
+        evaluate.evaluate(str(found))
 
 
 def test_the_card_of_an_export_tells_no_places(trained_directory, exported):

@@ -201,6 +201,16 @@ def test_what_chooses_of_a_loaded_tokenizer_is_refused_for_one_that_is_trained(l
         load("tokenizer: {train: {vocab_size: 300}, eos_token: x}")
 
 
+@pytest.mark.parametrize("export", ["adapter", "both"])
+def test_an_adapter_is_exported_of_a_base_model_that_peft_loads(load, export):
+    lora = f"model.lora={{export: {export}}}"
+    assert load("model: {path: gpt2}", lora).model.lora.export == export
+    with pytest.raises(ConfigError, match=f"model.lora.export: must be merged with model.gguf_file, got {export}: "):
+        load("model: {path: gpt2, gguf_file: a.gguf}", lora)
+    with pytest.raises(ConfigError, match=f"model.lora.export: must be merged without model.path, got {export}: "):
+        load("model: {config: {model_type: gpt2}}", lora)
+
+
 def test_override_replaces_what_it_excludes(load):
     experiment = load("train: {max_tokens: 400_000}")
     train = config.override(experiment, {"train.num_epochs": 2.0}).train

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from pathlib import Path
 
 import mlflow.transformers
 import pytest
@@ -10,7 +11,7 @@ from conftest import PLAIN, copied, mlflow_server
 from mlflow import MlflowClient
 from transformers import BertConfig, BertForMaskedLM
 
-from raylm import config, tokenizer, tracking
+from raylm import checkpoint, config, export, tokenizer, tracking
 from raylm.config import TrackingConfig
 from raylm.tracking import uploader
 
@@ -104,6 +105,23 @@ def test_a_masked_model_on_remote_storage_is_logged_as_what_it_is(uri, masked_di
     pipeline = loaded(uri, f"runs:/{run.run_id}/model")
     assert pipeline.task == "fill-mask"
     assert len(pipeline("a [MASK] c")) == 5
+
+
+def test_an_adapter_is_logged_without_its_base_model(uri, trained_directory, lora_directory, tmp_path):
+    section = TrackingConfig(uri=uri, log_model=True)
+    run = start(section, tmp_path / "run")
+    exported = Path(export.export(lora_directory, tmp_path / "run" / "model"))
+    run.log_model(exported, section, 7)
+    (artifacts,) = (tmp_path / "mlartifacts").glob("models/*/artifacts")
+    assert [file.relative_to(artifacts).as_posix() for file in artifacts.rglob("*.safetensors")] == [
+        "peft/adapter_model.safetensors"
+    ]
+    assert str(trained_directory) in (artifacts / "MLmodel").read_text()
+    pipeline = loaded(uri, f"runs:/{run.run_id}/model")
+    given = torch.arange(8)[None]
+    expected = checkpoint.load(exported).model(given).logits
+    torch.testing.assert_close(pipeline.model(given).logits, expected, rtol=1e-4, atol=1e-5)
+    assert pipeline("a", max_new_tokens=1)[0]["generated_text"].startswith("a")
 
 
 def test_a_model_is_not_logged_unless_one_says_so(uri, trained_directory, tmp_path):

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -23,11 +25,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from raylm import checkpoint, export, model, objective, training
 from raylm import plan as plans
 from raylm import tokenizer as tokenizers
-from raylm.config import Experiment, ModelConfig
+from raylm.config import Experiment, ModelConfig, TrainedTokenizer
 from raylm.errors import ConfigError, RaylmError
 from raylm.training.trainer import _Trainer
 
 SMALL = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8}
+UNTIED = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
 LLAMA = {
     "vocab_size": 100,
     "hidden_size": 64,
@@ -410,16 +419,183 @@ def test_low_rank_updates_are_trained_alone_and_saved_merged(tmp_path, tokenizer
 
 
 def test_low_rank_training_resumes_bit_identically(tmp_path, tokenizer):
-    experiment = Experiment(model=ModelConfig(config=SMALL, lora={"r": 2, "dropout": 0.1}), blocks={"block_size": 8})
+    lora = {"r": 2, "dropout": 0.1, "modules_to_save": ["ln_f", "lm_head"]}
+    experiment = Experiment(model=ModelConfig(config=SMALL, lora=lora), blocks={"block_size": 8})
     trainer = trainer_of(experiment, tokenizer, tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
     last, halfway = tmp_path / "checkpoint-4", tmp_path / "checkpoint-2"
-    written = [(last / name).read_bytes() for name in ("model.safetensors", model.ADAPTER)]
-    assert written[1] != (halfway / model.ADAPTER).read_bytes()
+    names = ["model.safetensors", *model.CHECKPOINT_ADAPTER.values()]
+    written = [(last / name).read_bytes() for name in names]
+    assert written[1] != (halfway / names[1]).read_bytes()
     again = trainer_of(experiment, tokenizer, tmp_path / "again", save_strategy="steps", save_steps=2)
     again.train(resume_from_checkpoint=str(halfway))
     last = tmp_path / "again" / "checkpoint-4"
-    assert [(last / name).read_bytes() for name in ("model.safetensors", model.ADAPTER)] == written
+    assert [(last / name).read_bytes() for name in names] == written
+
+
+ADAPTERS = {
+    "default": {},
+    "every linear layer": {"target_modules": ["all-linear"]},
+    "head": {"modules_to_save": ["lm_head"]},
+    "embedding and head": {"modules_to_save": ["wte", "embed_tokens", "lm_head"]},
+    "norm": {"modules_to_save": ["ln_f", "model.norm"]},
+    "update of the embedding": {"target_modules": ["wte", "embed_tokens"]},
+    "update of the head": {"target_modules": ["lm_head"]},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, tokenizer):
+    """A causal model whose embedding is its head, and one whose embedding is not, in directories."""
+    directories = {}
+    for name, config in {"tied": SMALL, "untied": {**UNTIED, "tie_word_embeddings": False}}.items():
+        network = model.build(ModelConfig(config={**config, "initializer_range": 0.5}), tokenizer, block_size=8, seed=3)
+        directories[name] = tmp_path_factory.mktemp(name)
+        network.save_pretrained(directories[name])
+        tokenizer.save_pretrained(directories[name])
+    return directories
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("lora", ADAPTERS)
+def test_an_adapter_is_the_trained_model_in_plain_peft(tmp_path, tokenizer, bases, kind, lora):
+    base, given = str(bases[kind]), torch.arange(8)[None]
+    layers = {name for name, _ in AutoModelForCausalLM.from_pretrained(base).named_modules()}
+    settings = {
+        key: [name for name in names if name == "all-linear" or any(layer.endswith(name) for layer in layers)]
+        for key, names in ADAPTERS[lora].items()
+    }
+    section = ModelConfig(path=base, lora={"r": 2, **settings})
+    network = model.build(section, tokenizer, block_size=8).eval()
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.requires_grad:
+                weight += torch.randn_like(weight) / 4
+    expected = network(given).logits
+    assert not torch.allclose(AutoModelForCausalLM.from_pretrained(base)(given).logits, expected, atol=1e-2)
+    saved, adapter = tmp_path / "checkpoint", tmp_path / "adapter"
+    network.save_pretrained(saved, state_dict=model.merged_state_dict(network))
+    model.save_updates(network, saved)
+    tokenizer.save_pretrained(saved)
+    adapter.mkdir()
+    files = export.model_files(saved, "adapter")
+    assert not {"config.json", "model.safetensors"} & {*files}
+    for name, content in files.items():
+        (adapter / name).write_bytes(content.read_bytes())
+    described = json.loads((adapter / "adapter_config.json").read_text())
+    assert (described["base_model_name_or_path"], described["task_type"]) == (base, "CAUSAL_LM")
+    found = {
+        "peft": peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter),
+        "peft, by its own name": peft.AutoPeftModelForCausalLM.from_pretrained(adapter),
+        "transformers": AutoModelForCausalLM.from_pretrained(adapter),
+        "raylm": checkpoint.load(adapter).model,
+        "merged": AutoModelForCausalLM.from_pretrained(saved),
+    }
+    for name, loaded in found.items():
+        torch.testing.assert_close(loaded.eval()(given).logits, expected, rtol=1e-4, atol=1e-5, msg=name)
+    assert torch.equal(found["raylm"](given).logits, found["merged"](given).logits)
+    again = model.build(section, tokenizer, block_size=8).eval()
+    model.load_updates(again, saved)
+    assert torch.equal(again(given).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_an_adapter_has_the_rows_of_tokens_that_were_added(tmp_path, bases, kind):
+    base = str(bases[kind])
+    extended = AutoTokenizer.from_pretrained(base)
+    extended.add_tokens(["<tool>", "<result>"])
+    size, given = len(extended), torch.tensor([[1, 2, len(extended) - 2, 3, len(extended) - 1]])
+    whole = model.build(ModelConfig(path=base), extended, block_size=8)
+    assert whole.config.vocab_size == len(whole.get_input_embeddings().weight) == size
+    section = ModelConfig(path=base, lora={"r": 2})
+    network = model.build(section, extended, block_size=8).eval()
+    rows = [name for name, weight in network.named_parameters() if weight.requires_grad and ".lora_" not in name]
+    assert len(rows) == (1 if kind == "tied" else 2)
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.requires_grad:
+                weight += torch.randn_like(weight) / 4
+    expected = network(given).logits
+    network.save_pretrained(tmp_path, state_dict=model.merged_state_dict(network))
+    model.save_updates(network, tmp_path)
+    extended.save_pretrained(tmp_path)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name, content in export.model_files(tmp_path, "adapter").items():
+        (adapter / name).write_bytes(content.read_bytes())
+    grown = AutoModelForCausalLM.from_pretrained(base)
+    grown.resize_token_embeddings(size)
+    found = {
+        "peft": peft.PeftModel.from_pretrained(grown, adapter),
+        "peft, by its own name": peft.AutoPeftModelForCausalLM.from_pretrained(adapter),
+        "raylm": checkpoint.load(adapter).model,
+        "merged": AutoModelForCausalLM.from_pretrained(tmp_path),
+    }
+    for name, loaded in found.items():
+        torch.testing.assert_close(loaded.eval()(given).logits, expected, rtol=1e-4, atol=1e-5, msg=name)
+    for loaded in (found["raylm"], found["merged"]):
+        assert loaded.config.tie_word_embeddings == (kind == "tied")
+        assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == (kind == "tied")
+    again = model.build(section, extended, block_size=8).eval()
+    model.load_updates(again, tmp_path)
+    assert torch.equal(again(given).logits, expected)
+    with pytest.raises(ConfigError, match=r"train it entirely: name \w+, lm_head in model.lora.modules_to_save"):
+        model.build(ModelConfig(path=base, lora={"target_modules": ["lm_head"]}), extended, block_size=8)
+    other = tokenizers.train(["d e f"], TrainedTokenizer(vocab_size=280, special_tokens=("<s>",)))
+    other.add_tokens([f"<{number}>" for number in range(30)])
+    with pytest.raises(ConfigError, match="leave out the section tokenizer"):
+        model.build(ModelConfig(path=base), other, block_size=8)
+
+
+def test_an_adapter_of_a_masked_model(tmp_path, tokenizer):
+    base, saved = tmp_path / "base", tmp_path / "adapter"
+    config = transformers.BertConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=len(tokenizer)
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(base)
+    section = ModelConfig(path=str(base), lora={"r": 2, "modules_to_save": ["predictions.transform"]})
+    network = model.build(section, tokenizer, block_size=8, masked=True).eval()
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.requires_grad:
+                weight += torch.randn_like(weight)
+    saved.mkdir()
+    model.save_updates(network, saved)
+    for name, stored in model.CHECKPOINT_ADAPTER.items():
+        (saved / stored).rename(saved / name)
+    tokenizer.save_pretrained(saved)
+    given = torch.arange(8)[None]
+    for loaded in (peft.AutoPeftModel.from_pretrained(saved), checkpoint.load(saved).model):
+        torch.testing.assert_close(loaded.eval()(given).logits, network(given).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_keeps_an_adapter_from_being_loaded_is_told(tmp_path, tokenizer, bases):
+    network = model.build(ModelConfig(path=str(bases["tied"]), lora={"r": 2}), tokenizer, block_size=8)
+    model.save_updates(network, tmp_path)
+    for name, stored in model.CHECKPOINT_ADAPTER.items():
+        (tmp_path / stored).rename(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="it is an adapter, which cannot be trained further"):
+        model.configuration(ModelConfig(path=str(tmp_path)), vocab_size=4, block_size=8)
+    file = tmp_path / "adapter_config.json"
+    described = json.loads(file.read_text())
+    for base, problem in (
+        (f"{tmp_path}/gone", f"{tmp_path}/gone: there is no such directory"),
+        ("someone/gone", "someone/gone: there is no such directory, and it is not in this machine's cache"),
+        (None, "its adapter_config.json does not name its base model"),
+    ):
+        file.write_text(json.dumps({**described, "base_model_name_or_path": base}))
+        with pytest.raises(ConfigError) as raised:
+            checkpoint.load(tmp_path)
+        assert str(raised.value).startswith(f"model.path={tmp_path}: it")
+        assert problem in str(raised.value)
+        assert "model.path=" not in str(raised.value)[len("model.path=") :]
+
+
+def test_modules_to_save_that_the_model_has_not_are_named(tokenizer):
+    section = ModelConfig(config=SMALL, lora={"modules_to_save": ["lm_heat"]})
+    with pytest.raises(ConfigError, match=r"model.lora.modules_to_save=lm_heat: .*did you mean lm_head"):
+        model.build(section, tokenizer, block_size=8)
 
 
 def test_activation_checkpointing_changes_no_weight(tmp_path, tokenizer):
@@ -522,7 +698,4 @@ def test_layers_that_the_model_has_not_are_named(tokenizer):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from raylm import tokenizer
-    from raylm.config import TrainedTokenizer
-
-    return tokenizer.train(["a b c"], TrainedTokenizer(vocab_size=260))
+    return tokenizers.train(["a b c"], TrainedTokenizer(vocab_size=260))

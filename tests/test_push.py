@@ -211,6 +211,18 @@ def test_places_and_secrets_stay_at_home(trained_directory, folder):
             assert private not in content, file.name
 
 
+def test_an_adapter_is_sent_without_the_place_of_its_base_model(lora_directory, tmp_path, capsys):
+    exported = export.export(lora_directory, tmp_path / "model")
+    for number, directory in enumerate((lora_directory, exported)):  # as its experiment says, as it is
+        out = tmp_path / str(number)
+        sent = push.push(str(directory), "someone/tiny", dry_run=True, out=out).record["files"]
+        assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} < {*sent}
+        assert not {"config.json", "model.safetensors", "lora.json"} & {*sent}
+        assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "./checkpoint"
+        assert 'AutoPeftModelForCausalLM.from_pretrained("someone/tiny")' in (out / "README.md").read_text()
+        assert "the adapter's base model is" in capsys.readouterr().err
+
+
 def test_a_model_that_raylm_did_not_train(trained_directory, tmp_path):
     directory = copied(trained_directory, tmp_path / "model", PLAIN)
     answer = push.push(str(directory), "tiny", dry_run=True, out=tmp_path / "out")

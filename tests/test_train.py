@@ -2,20 +2,24 @@
 
 import json
 import math
+import re
 import signal
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from conftest import Here, one_by_one
 from mlflow import MlflowClient
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from raylm import budget, checkpoint, cluster, config, summary, tokens, train, training
+from raylm import budget, checkpoint, cluster, config, export, summary, tokens, train, training
 from raylm import plan as plans
-from raylm.config import override
+from raylm import tokenizer as tokenizers
+from raylm.config import TrainedTokenizer, override
 from raylm.errors import ConfigError, DataError, Diverged, OutOfMemory
 from raylm.evaluate import evaluate
+from raylm.generate import generate
 from raylm.perplexity import Score
 from raylm.pipeline import stores
 from raylm.pipeline import training as pipeline
@@ -116,6 +120,53 @@ def test_evaluation_sets_and_keywords_are_scored_with_every_evaluation_as_evalua
             points = MlflowClient(tracked.uri).get_metric_history(tracked.run_id, f"{place}/{what}")
             assert [point.step for point in points] == [2, 4, 6, 8, 10]
             assert points[best["step"] // 2 - 1].value == pytest.approx(expected, rel=1e-6)
+
+
+def plain_perplexity(network, split, prefix):
+    """That of the validation split, by nothing but the model's logits; its documents fit into the model's context."""
+    nll = tokens = 0
+    for number in range(len(split)):
+        ids = torch.tensor([[prefix, *split[number].tolist()]])
+        assert ids.shape[1] <= network.config.n_positions
+        with torch.no_grad():
+            logits = network(ids).logits[0, :-1].double()
+        nll += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+    return math.exp(nll / tokens)
+
+
+def test_exported_low_rank_updates_score_as_in_their_last_evaluation(
+    train_run, tiny, text_directory, tmp_path, monkeypatch, capsys
+):
+    base = tmp_path / "base"
+    known = tokenizers.train([file.read_text() for file in text_directory.iterdir()], TrainedTokenizer(vocab_size=300))
+    known.save_pretrained(base)
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 512, "initializer_range": 0.2}
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, bos_token_id=0, eos_token_id=0, **sizes)).save_pretrained(base)
+    lora = "{target_modules: [all-linear], modules_to_save: [wte, lm_head], export: both}"
+    settings = ["tokenizer.train=null", "model.config=null", f"model.path={base}", f"model.lora={lora}"]
+    outcome, job = train_run(tiny(*settings))
+    saved, best = job.checkpoints.path(outcome.best["step"]), outcome.best["perplexity"]
+    split, prefix = tokens.open_store(job.store).validation, known.eos_token_id
+    assert plain_perplexity(AutoModelForCausalLM.from_pretrained(base), split, prefix) > 1.5 * best, (
+        "it learned something"
+    )
+    both = Path(export.export(saved, tmp_path / "both"))
+    changed = override(checkpoint.read_experiment(saved), {"model.lora.export": "adapter"})
+    config.save(changed, Path(saved) / "experiment.yaml")
+    adapter = Path(export.export(saved, tmp_path / "adapter"))
+    for directory in (both, adapter):
+        assert evaluate(str(directory)).record["perplexity"] == pytest.approx(best, rel=1e-6)
+    merged = AutoModelForCausalLM.from_pretrained(both)
+    assert plain_perplexity(merged, split, prefix) == pytest.approx(best, rel=1e-5)
+    for directory in (both / "adapter", adapter):
+        network = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory).eval()
+        assert plain_perplexity(network, split, prefix) == pytest.approx(best, rel=1e-5)
+    assert len(generate(str(adapter), ["max_new_tokens=3"], prompt=["the cat"]).record["texts"]) == 1
+    monkeypatch.chdir(adapter)
+    exec(re.search(r"```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)[1], {})
+    assert "Once upon a time" in capsys.readouterr().out, "the card's own words on how to load it"
 
 
 def test_two_workers_train_on_the_same_examples_to_the_same_perplexity(one_worker, train_run):

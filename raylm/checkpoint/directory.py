@@ -1,10 +1,13 @@
 """What a trained model looks like on disk.
 
 model.safetensors, config.json, generation_config.json, tokenizer files     a plain Hugging Face directory
-lora.safetensors   with model.lora: the updates alone, to train them further; model.safetensors has them merged
+lora.safetensors, lora.json    with model.lora: the adapter alone, to train it further; model.safetensors has it merged
 optimizer.pt, scheduler.pt, rng_state*.pth, trainer_state.json              what the Trainer needs to resume
 experiment.yaml    the resolved experiment: `python -m raylm.train --config` repeats the run
 raylm.json         the score of these weights, the tokens they have seen, the token store they come from
+
+An adapter alone, exported with model.lora.export=adapter, has adapter_model.safetensors and adapter_config.json in the
+place of the model's weights and configuration. It is loaded over its base model.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ if TYPE_CHECKING:  # commands that only list runs and sweeps need no torch, whos
 
 EXPERIMENT = "experiment.yaml"
 RECORD = "raylm.json"
+MODEL_OR_ADAPTER = frozenset({"config.json", "adapter_config.json"})
+"""The files of which a model's directory has at least one."""
 
 OF_TRAINING = ("*.pt", "*.pth", "trainer_state.json")
 """Files that only a resumed training needs, twice the size of the model. A copy of a remote model leaves them out."""
@@ -107,10 +112,12 @@ def locate(directory: str | Path, gguf_file: str | None = None) -> Path:
             raise StorageError(f"{place} is not a directory; give one that holds a model", where=place)
         if gguf_file is not None and gguf_file not in names:
             raise ConfigError(f"model.gguf_file={gguf_file}: there is no such file in {place}", "model.gguf_file")
-        if gguf_file is None and "config.json" not in names:
+        if gguf_file is None and not MODEL_OR_ADAPTER.intersection(names):
             if packed := [name for name in names if name.endswith(".gguf")]:
                 raise StorageError(f"{place} has no config.json; give model.gguf_file={packed[0]}", where=place)
-            inside = [f"{place}/{name}" for name in names if "config.json" in storage.names(f"{place}/{name}")]
+            inside = [
+                f"{place}/{name}" for name in names if MODEL_OR_ADAPTER.intersection(storage.names(f"{place}/{name}"))
+            ]
             hint = f"; did you mean {inside[-1]}?" if inside else ""
             raise StorageError(f"{place} holds no model: it has no config.json{hint}", where=place)
     return _copied(place) if storage.is_remote(place) else Path(directory)
@@ -130,12 +137,13 @@ def load(
     *,
     masked: bool = False,
 ) -> TrainedModel:
-    """Model (float32, on the CPU) and tokenizer of a checkpoint or any Hugging Face model directory.
+    """Model (float32, on the CPU) and tokenizer of a checkpoint or any Hugging Face model directory. An adapter is
+    merged into its base model.
 
     `section` says how the model is loaded, `tokenizer` which tokenizer it gets instead of its own. `masked` loads it as
     a masked model even if its configuration does not say so.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from raylm import model
 
@@ -145,10 +153,7 @@ def load(
     try:
         found = model.pretrained_configuration(section)
         masked = masked or model.is_masked(found)
-        kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        network, loading = kind.from_pretrained(
-            path, config=found, dtype="float32", output_loading_info=True, **model.options(section)
-        )
+        network, missing = model.pretrained(section, found, masked=masked)
         if tokenizer is None or tokenizer == TokenizerConfig(prefix=tokenizer.prefix):
             packed = {"gguf_file": section.gguf_file} if section.gguf_file else {}
             known = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code, **packed)
@@ -159,7 +164,7 @@ def load(
     except Exception as error:  # safetensors and tokenizers raise their own errors
         problem = f"{directory} cannot be loaded: {type(error).__name__}: {first_line(error)}"
         raise StorageError(problem, str(directory)) from error
-    if missing := sorted(loading["missing_keys"]):
+    if missing:
         raise StorageError(
             f"{directory} has no weights for {first_of(missing, 3)} of {type(network).__name__}, which would be "
             "random, as would its results; train it first, with model.path",

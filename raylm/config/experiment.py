@@ -78,6 +78,7 @@ class Experiment(Section):
         self._tokenizer_agrees()
         if self.model.transfer is not None:
             self._transfer_agrees()
+        self._adapter_agrees()
         self._sweep_agrees()
         return self
 
@@ -206,6 +207,17 @@ class Experiment(Section):
                 "train.arguments.deepspeed cannot be given with model.transfer, whose learning rates differ between "
                 "weights; set train.arguments.fsdp=true instead"
             )
+
+    def _adapter_agrees(self) -> None:
+        """Refuse to export an adapter without a base model that peft can load."""
+        section = self.model
+        if section.lora is None or section.lora.export == "merged":
+            return
+        got = f"model.lora.export must be merged {{}}, got {section.lora.export}: an adapter is of use with its base "
+        if section.path is None:
+            raise ValueError(got.format("without model.path") + "model alone, which is saved nowhere")
+        if section.gguf_file is not None:
+            raise ValueError(got.format("with model.gguf_file") + "model alone, which peft does not load from GGUF")
 
     def _sweep_agrees(self) -> None:
         tune = self.tune

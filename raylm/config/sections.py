@@ -214,6 +214,13 @@ class Lora(Section):
     """Dropout of the update's input."""
     target_modules: Strings = ()
     """Names of the layers to adapt, or all-linear. Default: peft's choice for the type of model."""
+    modules_to_save: Strings = ()
+    """Names of modules that are trained entirely, beside the updates, such as [embed_tokens, lm_head]. Of a tied
+    embedding and output head each is then trained by itself."""
+    export: Literal["merged", "adapter", "both"] = "merged"
+    """What becomes of the best model. merged: a model that needs neither peft nor its base model. adapter: the updates
+    alone, as peft loads them over the model at model.path. both: the merged model, with the adapter in its directory
+    adapter."""
 
 
 class Transfer(Section):

@@ -12,15 +12,16 @@ from typing import Any
 
 from raylm import storage
 from raylm.checkpoint import OF_TRAINING, locate, read_experiment, read_record
-from raylm.checkpoint.directory import EXPERIMENT, RECORD, recorded
+from raylm.checkpoint.directory import EXPERIMENT, MODEL_OR_ADAPTER, RECORD, recorded
 from raylm.errors import StorageError
-from raylm.export.files import Files, model_files, num_parameters, published
+from raylm.export.files import ADAPTER, Files, model_files, published
 from raylm.export.model_card import CARD, HERE, build_card
 
 
 def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] | None = None) -> str:
     """Write the plain Hugging Face directory of a trained checkpoint: model, tokenizer, card, experiment, raylm.json.
 
+    With LoRA the model is merged, the adapter alone, or merged with the adapter beside it, as model.lora.export says.
     Returns its full path. `score` replaces the evaluation during training in raylm.json and the card. An existing
     export is replaced atomically. Weights are hard links if the file system supports them, else copies; the small
     files are copies that can be edited.
@@ -30,9 +31,10 @@ def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] 
         experiment = read_experiment(directory)
         if experiment is None:
             raise StorageError(f"{checkpoint} was not trained by raylm: it holds no {EXPERIMENT}", str(checkpoint))
-        files = model_files(directory)
+        lora = experiment.model.lora
+        files = model_files(directory, lora.export if lora else None)
         record = {**read_record(directory), **(score or {})}
-        card = build_card(directory, HERE, published(experiment), num_parameters(directory, files), record)
+        card = build_card(directory, HERE, published(experiment), files, record)
         files |= {EXPERIMENT: directory / EXPERIMENT, RECORD: recorded(record), CARD: card}
         if storage.is_remote(str(target)):
             _send(files, str(target))
@@ -40,6 +42,7 @@ def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] 
         target = Path(target).resolve()
         with _replaced(target) as new:
             for name, content in files.items():
+                (new / name).parent.mkdir(exist_ok=True)
                 if isinstance(content, bytes):
                     (new / name).write_bytes(content)
                 elif name.endswith(".safetensors"):
@@ -52,17 +55,20 @@ def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] 
 def _send(files: Files, target: str) -> None:
     """Upload the files to storage that cannot rename.
 
-    config.json, which a directory needs to be a model, is removed first and written last. The card, which marks a
-    directory as an export, is removed last and written first, so that an interrupted upload can be replaced.
+    config.json or adapter_config.json, which a directory needs to be a model, is removed first and written last. The
+    card, which marks a directory as an export, is removed last and written first, so that an interrupted upload can be
+    replaced.
     """
     with storage.reached(target):
         old = storage.names(target)
         is_other = CARD not in old and not all(name.endswith(".partial") for name in old)
         _check_replaceable(target, is_other)
-        storage.remove_file(f"{target}/config.json")
-        for name in sorted(old, key=lambda name: name == CARD):
+        for name in sorted(MODEL_OR_ADAPTER):
             storage.remove_file(f"{target}/{name}")
-        for name in sorted(files, key=lambda name: (name == "config.json", name != CARD)):
+        storage.remove(f"{target}/{ADAPTER}")
+        for name in sorted({*old} - {ADAPTER}, key=lambda name: name == CARD):
+            storage.remove_file(f"{target}/{name}")
+        for name in sorted(files, key=lambda name: (name in MODEL_OR_ADAPTER, name != CARD)):
             content = files[name]
             if isinstance(content, bytes):
                 storage.write(f"{target}/{name}", content)

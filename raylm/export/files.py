@@ -11,6 +11,7 @@ from typing import Any
 
 from raylm.config import Experiment
 from raylm.errors import StorageError
+from raylm.model import CHECKPOINT_ADAPTER
 from raylm.redaction import SECRET, redacted
 
 Files = dict[str, Path | bytes]
@@ -18,6 +19,9 @@ Files = dict[str, Path | bytes]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = CHECKPOINT_ADAPTER
+ADAPTER = "adapter"
+"""The directory in that of a merged model which has its adapter, with model.lora.export=both."""
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -32,17 +36,47 @@ because a keyword or a pattern may start with a slash."""
 CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 
 
-def model_files(directory: Path) -> Files:
-    """The model, generation config and tokenizer of a directory; StorageError if one is missing or damaged."""
-    try:
-        names = [WEIGHTS]
-        if (directory / INDEX).exists():
+def model_files(directory: Path, export: str | None = None) -> Files:
+    """The model, generation config and tokenizer of a directory; StorageError if one is missing or damaged.
+
+    `export` is model.lora.export of the model's experiment, if it has one. A directory of an adapter alone has no other
+    files, one without an adapter only those of a merged model.
+    """
+    adapter = _adapter(directory)
+    if (directory / ADAPTER_CONFIG) in adapter.values() or (adapter and export == "adapter"):
+        return adapter | _described(directory, adapter=True)
+    files = _weights(directory) | _described(directory)
+    if adapter and export == "both":
+        inner = adapter | _described(directory, adapter=True)
+        files |= {f"{ADAPTER}/{name}": content for name, content in inner.items()}
+    return files
+
+
+def is_adapter(files: Files) -> bool:
+    """Whether the published files are those of an adapter alone."""
+    return ADAPTER_CONFIG in files
+
+
+def _adapter(directory: Path) -> dict[str, Path]:
+    """The weights and the configuration of the adapter of an exported adapter, a checkpoint or a merged model; empty if
+    there is none."""
+    own = {name: directory / name for name in CHECKPOINT_ADAPTER}
+    places = [
+        *([own] if not (directory / "config.json").exists() else []),
+        {name: directory / stored for name, stored in CHECKPOINT_ADAPTER.items()},
+        {name: directory / ADAPTER / name for name in CHECKPOINT_ADAPTER},
+    ]
+    return next((files for files in places if all(path.exists() for path in files.values())), {})
+
+
+def _weights(directory: Path) -> Files:
+    """The files of the weights, with their index if there are several."""
+    names = [WEIGHTS]
+    if (directory / INDEX).exists():
+        try:
             names = [INDEX, *sorted(set(json.loads((directory / INDEX).read_bytes())["weight_map"].values()))]
-        configs: dict[str, dict[str, Any]] = {
-            name: dict(json.loads((directory / name).read_bytes())) for name in CONFIGS if (directory / name).exists()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StorageError(f"{directory} has a configuration that is damaged: {error}", str(directory)) from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(directory, error) from None
     files: Files = {}
     for name in names:
         path = directory / name
@@ -53,10 +87,21 @@ def model_files(directory: Path) -> Files:
                 f"{directory} holds no {name}{hint}; save the model there with save_pretrained", where=str(path)
             )
         files[name] = path
-    for name in TOKENIZER:
-        if (directory / name).exists():
-            files[name] = directory / name
-    if not any(name in files for name in TOKENIZER):
+    return files
+
+
+def _described(directory: Path, *, adapter: bool = False) -> Files:
+    """The tokenizer and the configurations, for an adapter without that of the model: its base model has it."""
+    try:
+        configs: dict[str, dict[str, Any]] = {
+            name: dict(json.loads((directory / name).read_bytes()))
+            for name in CONFIGS
+            if (directory / name).exists() and not (adapter and name == "config.json")
+        }
+    except (ValueError, TypeError) as error:
+        raise _damaged(directory, error) from None
+    files: Files = {name: directory / name for name in TOKENIZER if (directory / name).exists()}
+    if not files:
         raise StorageError(
             f"{directory} holds no tokenizer, and a model is of no use without one; save it there with save_pretrained",
             where=str(directory),
@@ -69,12 +114,19 @@ def model_files(directory: Path) -> Files:
     return files
 
 
-def num_parameters(directory: Path, files: Files) -> int:
-    """The number of parameters, from the headers of the weights; StorageError naming a damaged file."""
+def _damaged(directory: Path, error: Exception) -> StorageError:
+    return StorageError(f"{directory} has a configuration that is damaged: {error}", str(directory))
+
+
+def num_parameters(files: Files) -> int:
+    """The number of parameters, from the headers of the weights; StorageError naming a damaged file. Those of an
+    adapter beside a merged model are not counted."""
     from safetensors import SafetensorError, safe_open
 
     count = 0
-    for path in (directory / name for name in files if name.endswith(".safetensors")):
+    for name, path in files.items():
+        if not name.endswith(".safetensors") or "/" in name or isinstance(path, bytes):
+            continue
         try:
             with safe_open(path, framework="np") as weights:
                 count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from raylm import checkpoint, console
 from raylm.checkpoint.directory import EXPERIMENT
 from raylm.config import dump
 from raylm.errors import ConfigError, StorageError
-from raylm.export.files import Files, model_files, num_parameters, published
+from raylm.export.files import ADAPTER, ADAPTER_CONFIG, Files, model_files, named, num_parameters, published
 from raylm.export.model_card import CARD, build_card
 
 if TYPE_CHECKING:
@@ -67,9 +68,13 @@ def push(
     if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out} exists already; give a new or an empty directory", where="--out")
     directory = checkpoint.locate(model)
-    files = model_files(directory)
-    parameters = num_parameters(directory, files)
     experiment = checkpoint.read_experiment(directory)
+    lora = experiment.model.lora if experiment else None
+    files = model_files(directory, lora.export if lora else None)
+    for name in (ADAPTER_CONFIG, f"{ADAPTER}/{ADAPTER_CONFIG}"):
+        if name in files:
+            files[name] = _adapter_config(files[name])
+    num_parameters(files)  # before anything is sent, because it reads the weights' headers
     if experiment is not None:
         experiment = published(experiment)
         files[EXPERIMENT] = dump(experiment).encode()
@@ -77,7 +82,7 @@ def push(
         logger.info(f"not sent: {', '.join(others)}")
     api = HfApi(token=False if dry_run else _token(repo_id))
     repo, url = (repo_id, f"{api.endpoint}/{repo_id}") if dry_run else _create(api, repo_id, private)
-    files[CARD] = build_card(directory, repo, experiment, parameters)
+    files[CARD] = build_card(directory, repo, experiment, files)
     if dry_run and out is None:
         out = Path(tempfile.mkdtemp(prefix="raylm-push-"))
     if out is not None:
@@ -88,6 +93,19 @@ def push(
     return PushResult(repo, url, sizes, dry_run, None if out is None else str(out.resolve()))
 
 
+def _adapter_config(file: Path | bytes) -> bytes:
+    """The configuration of an adapter with the path of its base model reduced to a name, which others cannot load."""
+    settings = json.loads(file if isinstance(file, bytes) else file.read_bytes())
+    shown = named(settings)
+    base = settings.get("base_model_name_or_path")
+    if shown.get("base_model_name_or_path") != base:
+        logger.warning(
+            f"the adapter's base model is {base}, which only this machine has; for others export it with "
+            "model.lora.export=merged, or train it with the base model's Hub id as model.path"
+        )
+    return (json.dumps(shown, indent=2) + "\n").encode()
+
+
 def _size(content: Path | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
@@ -96,6 +114,7 @@ def _write(files: Files, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             if isinstance(content, bytes):
                 (folder / name).write_bytes(content)
             else:

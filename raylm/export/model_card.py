@@ -14,7 +14,7 @@ from raylm import console, corpus, tokens
 from raylm.checkpoint import read_record
 from raylm.config import WHOLE_SPLIT, Experiment, get
 from raylm.errors import DataError
-from raylm.export.files import name_of
+from raylm.export.files import ADAPTER, Files, is_adapter, name_of, num_parameters
 from raylm.summary import LOGGED
 
 if TYPE_CHECKING:
@@ -35,21 +35,23 @@ def build_card(
     directory: Path,
     repo: str,
     experiment: Experiment | None,
-    num_parameters: int,
+    files: Files,
     record: Mapping[str, Any] | None = None,
 ) -> bytes:
     """README.md of a model that is loaded as `repo`: the one in its directory, else a new one.
 
-    `experiment` is the published one; `record` replaces raylm.json of the directory. An existing README.md
-    changes only from HERE to `repo`.
+    `experiment` is the published one, `files` those that are published with it; `record` replaces raylm.json of the
+    directory. An existing README.md changes only from HERE to `repo`.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     if (directory / CARD).exists():
         return LOADS_HERE.sub(rb"\1" + json.dumps(repo).encode(), (directory / CARD).read_bytes())
-    configuration = json.loads((directory / "config.json").read_bytes())
+    file = directory / "config.json"  # an adapter that was exported has none
+    configuration = json.loads(file.read_bytes()) if file.exists() else {}
     model_type = configuration.get("model_type")
     masked = any(name.endswith("ForMaskedLM") for name in configuration.get("architectures") or ())
+    adapter = is_adapter(files)
     record = read_record(directory) if record is None else record
     store = _store(record)
     base = experiment.model.path if experiment else None
@@ -57,16 +59,17 @@ def build_card(
     task = "fill-mask" if masked else "text-generation"
     name = experiment.name if experiment and repo == HERE else repo.split("/")[-1]
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag=task,
-        tags=["raylm", *([model_type] if model_type else [])],
+        tags=["raylm", *(["lora"] if adapter else []), *([model_type] if model_type else [])],
         base_model=base if base and not base.startswith("./") else None,
         datasets=[name.removeprefix("hub://").split("?")[0] for name in sources if name.startswith("hub://")] or None,
         metrics=["perplexity"] if "perplexity" in record else None,
         model_name=name,
         eval_results=_eval_results(task, record, experiment, sources) if experiment else None,
     )
-    summary = f"A {model_type or 'language'} model of {num_parameters:,} parameters"
+    kind = "LoRA adapter" if adapter else f"{model_type or 'language'} model"
+    summary = f"A {kind} of {num_parameters(files):,} parameters"
     if experiment:
         origin = f"from {_code(name_of(base))}" if base else "from scratch"
         seen = f" on {record['tokens']:,} tokens" if "tokens" in record else ""
@@ -74,8 +77,13 @@ def build_card(
     parts = [
         f"# {name}",
         f"{summary}.",
-        *_loading(repo, masked),
+        *_loading(repo, masked, adapter),
     ]
+    if any(name.startswith(f"{ADAPTER}/") for name in files):
+        parts.append(
+            f"The directory [{ADAPTER}]({ADAPTER}) has the same training as an adapter, which peft loads over its "
+            "base model."
+        )
     if experiment and "perplexity" in record:
         parts += _scores(record, experiment, store)
     if store:
@@ -125,20 +133,25 @@ def _store(record: Mapping[str, Any]) -> Store | None:
         return None
 
 
-def _loading(repo: str, masked: bool) -> list[str]:
+def _loading(repo: str, masked: bool, adapter: bool) -> list[str]:
     task, auto, prompt = (
         ("fill-mask", "AutoModelForMaskedLM", 'f"Once upon a {use.tokenizer.mask_token}"')
         if masked
         else ("text-generation", "AutoModelForCausalLM", '"Once upon a time", max_new_tokens=20')
     )
+    imports, loaded = f"from transformers import {auto}, AutoTokenizer, pipeline", f'model="{repo}"'
+    if adapter:
+        auto = "AutoPeftModel" if masked else "AutoPeftModelForCausalLM"
+        imports = f"from peft import {auto}\nfrom transformers import AutoTokenizer, pipeline"
+        loaded = "model=model, tokenizer=tokenizer"
     code = f"""\
 ```python
-from transformers import {auto}, AutoTokenizer, pipeline
+{imports}
 
 model = {auto}.from_pretrained("{repo}")
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 
-use = pipeline("{task}", model="{repo}")
+use = pipeline("{task}", {loaded})
 print(use({prompt}))
 ```"""
     return ["## How to load it", code]

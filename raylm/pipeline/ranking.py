@@ -66,7 +66,7 @@ def values(experiment: Experiment, store: Store, trial: Trial) -> list[float]:
     if section.against == "seconds":
         return [score, trial.results[-1]["seconds"]]
     changed = of_trial(experiment, trial.settings)
-    model_config = model.config_of(changed, model.num_ids(changed.model, store.tokenizer))
+    model_config = model.config_of(changed, tokenizer=store.tokenizer)
     return [score, model.num_parameters(model_config, masked=changed.objective.is_masked)]
 
 

@@ -197,7 +197,7 @@ def _decide_start(prepared: Prepared, active: ActiveRun) -> None:
     if section.points != "suggested" and not section.prior_sweeps:
         return
     if sweeps.start.read(active.directory) is None:
-        model_config = model.config_of(experiment, model.num_ids(experiment.model, prepared.store.tokenizer))
+        model_config = model.config_of(experiment, tokenizer=prepared.store.tokenizer)
         found = _start(experiment, model_config, prepared.budget, prepared)
         assert found is not None, "the tokens are prepared"
         found.write(active.directory)

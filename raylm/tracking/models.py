@@ -20,6 +20,7 @@ from raylm import storage
 NAME = "model"
 CHAMPION = "champion"
 REQUIREMENTS = ("transformers", "torch", "accelerate")
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class InvalidModel(Exception):
@@ -45,10 +46,10 @@ def _local_directory(path: str, scratch: str) -> str | None:
     if storage.is_remote(path):
         local = Path(scratch, NAME)
         local.mkdir()
-        for name in storage.names(path):
+        for name in storage.sizes(path):
             storage.download(f"{path}/{name}", local / name)
         path = str(local)
-    return path if os.path.exists(f"{path}/config.json") else None
+    return path if any(os.path.exists(f"{path}/{name}") for name in ("config.json", ADAPTER_CONFIG)) else None
 
 
 def _logged_model(client: Any, run_id: str) -> Any:
@@ -86,20 +87,57 @@ def _log(client: Any, run_id: str, directory: str, step: int, local: Path) -> An
 
 
 def _save(directory: str, local: Path, description: Any) -> None:
-    """Save the model as MLflow stores it: loaded, because from a directory MLflow 3.17 fails with transformers 5.23."""
-    import mlflow.transformers
+    """Save the model as MLflow stores it: loaded, because from a directory MLflow 3.17 fails with transformers 5.23.
+
+    Of an adapter MLflow stores the adapter and the name of its base model.
+    """
     import transformers
 
     transformers.logging.disable_progress_bar()
     logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it warns that there is no card on the Hub
-    architectures = json.loads(Path(directory, "config.json").read_bytes()).get("architectures") or [""]
-    task = "fill-mask" if architectures[0].endswith("ForMaskedLM") else "text-generation"
-    requirements = [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
-    pipeline = transformers.pipeline(task, model=directory, device="cpu")
-    mlflow.transformers.save_model(
-        pipeline, str(local), task=task, mlflow_model=description, pip_requirements=requirements
-    )
+    if os.path.exists(f"{directory}/config.json"):
+        architectures = json.loads(Path(directory, "config.json").read_bytes()).get("architectures") or [""]
+        task = "fill-mask" if architectures[0].endswith("ForMaskedLM") else "text-generation"
+        pipeline = transformers.pipeline(task, model=directory, device="cpu")
+        _save_pipeline(pipeline, local, description, REQUIREMENTS)
+    else:
+        _save_adapter(directory, local, description)
     (local / "LICENSE.txt").unlink(missing_ok=True)  # it says to look for the directory on the Hub
+
+
+def _save_adapter(directory: str, local: Path, description: Any) -> None:
+    import transformers
+    from peft import AutoPeftModel, AutoPeftModelForCausalLM
+
+    logging.getLogger("transformers.pipelines.base").setLevel(logging.CRITICAL)  # it does not know peft's classes
+    settings = json.loads(Path(directory, ADAPTER_CONFIG).read_bytes())
+    if settings.get("trainable_token_indices"):
+        raise ValueError(
+            "MLflow loads a base model as it is, without rows for added tokens; export model.lora.export=merged or both"
+        )
+    base = settings["base_model_name_or_path"]
+    is_causal = settings.get("task_type") == "CAUSAL_LM"  # of masked models peft has no type
+    network = (AutoPeftModelForCausalLM if is_causal else AutoPeftModel).from_pretrained(directory)
+    pipeline = transformers.pipeline(
+        "text-generation" if is_causal else "fill-mask",
+        model=network,
+        tokenizer=transformers.AutoTokenizer.from_pretrained(directory),
+        device="cpu",
+    )
+    # MLflow takes a directory alone, for a Hub id that of this machine's cache, but it can load from an id as well.
+    file = transformers.utils.cached_file(base, "config.json", revision=settings.get("revision"))
+    _save_pipeline(pipeline, local, description, (*REQUIREMENTS, "peft"), base_model_path=os.path.dirname(file))
+    description.flavors["transformers"]["local_base_model_path"] = base
+    description.save(str(local / "MLmodel"))
+
+
+def _save_pipeline(pipeline: Any, local: Path, description: Any, packages: tuple[str, ...], **options: Any) -> None:
+    import mlflow.transformers
+
+    requirements = [f"{name}=={version(name).partition('+')[0]}" for name in packages]
+    mlflow.transformers.save_model(
+        pipeline, str(local), task=pipeline.task, mlflow_model=description, pip_requirements=requirements, **options
+    )
 
 
 def _register(client: Any, run_id: str, model: Any, name: str) -> None:
