@@ -25,7 +25,7 @@ from raylm.__main__ import VERBS
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOME_EXPERIMENT = ROOT / "configs" / "code_from_scratch.yaml"
-NEEDS = ("", "needs make", "needs the Hub", "needs a cluster", "needs uv")
+NEEDS = ("", "needs make", "needs the Hub", "needs a cluster", "needs a sweep", "needs uv")
 
 FENCED = re.compile(r"^```(\w*)[ ]?(.*)\n((?:(?!```).*\n)*)```$", re.MULTILINE)
 INDENTED_COMMAND = re.compile(

@@ -279,7 +279,7 @@ def test_a_schedule_gets_the_arguments_that_it_needs_or_is_refused(tiny):
     for kind in set(SchedulerType) - set(arguments.BY_SCORE) - {SchedulerType.CONSTANT}:
         assert len(schedule(kind.value, "{}")) == 11
     assert schedule("warmup_stable_decay", "{}") == [1.0] * 10 + [0.0]
-    assert schedule("warmup_stable_decay", "{num_decay_steps: 4}") == [1.0] * 7 + [0.85, 0.5, 0.15, 0.0]
+    assert schedule("warmup_stable_decay", "{num_decay_steps: 4}") == [1.0] * 7 + [0.5, 0.29, 0.13, 0.0]
     assert schedule("cosine_with_min_lr", "{}")[-1] == 0.1
     assert schedule("cosine_with_min_lr", "{min_lr: 0.5}")[-1] == 0.5
     with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs=.* is not what .*=linear takes: .*num_decay_steps"):

@@ -22,7 +22,10 @@ SMALL = {"n_embd": 16, "n_layer": 2}
 WIDER = "model.config={model_type: gpt2, n_layer: 3, n_head: 4, n_embd: 32}"
 """Twice the width and 1.5 times the depth of SMALL."""
 TRANSFER = "model.transfer.base={n_embd: 16, n_layer: 2}"
-LLAMA = "{model_type: llama, hidden_size: 32, intermediate_size: 96, num_hidden_layers: 4, num_attention_heads: 4}"
+LLAMA = (
+    "{model_type: llama, hidden_size: 32, intermediate_size: 96, num_hidden_layers: 4, num_attention_heads: 4, "
+    "num_key_value_heads: 4}"
+)
 OF_LLAMA = "model.transfer.base={hidden_size: 16, num_hidden_layers: 2}"
 
 

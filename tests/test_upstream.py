@@ -39,6 +39,7 @@ SIGNATURES = {
     "ray._private.services.resolve_ip_for_localhost": "(host)",
     "ray._private.node.Node.get_logs_dir_path": "(self)",
     "ray._private.state.GlobalState._connect_and_get_accessor": "(self)",
+    "ray._common.utils.get_default_system_temp_dir": "()",
     "ray._private.utils.get_dashboard_dependency_error": "()",
     "ray._private.utils.get_entrypoint_name": "()",
     "ray._private.utils.set_sigterm_handler": "(sigterm_handler)",
@@ -197,6 +198,7 @@ SETUP = "ray.train.v2._internal.callbacks.backend_setup.BackendSetupCallback"
 CONTROLLER = "ray.tune.execution.tune_controller.TuneController"
 HOOKS = {
     TRAINER: {
+        "_clip_grad_norm": ("(self, model)", f"{TRAINER}._run_epoch"),
         "_get_grad_norm": ("(self, model, grad_norm=None)", f"{TRAINER}._run_epoch"),
         "_get_num_items_in_batch": ("(self, batch_samples, device)", f"{TRAINER}.get_batch_samples"),
         "_get_train_sampler": ("(self, train_dataset=None)", f"{TRAINER}.get_train_dataloader"),
@@ -209,6 +211,7 @@ HOOKS = {
             "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
             f"{TRAINER}.training_step",
         ),
+        "create_optimizer": ("(self, model=None)", f"{TRAINER}.create_optimizer_and_scheduler"),
         "create_accelerator_and_postprocess": ("(self)", f"{TRAINER}.__init__"),
         "evaluate": ("(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval')", f"{TRAINER}._evaluate"),
         "get_batch_samples": ("(self, epoch_iterator, num_batches, device)", f"{TRAINER}._run_epoch"),

@@ -107,7 +107,7 @@ def _save(directory: str, local: Path, description: Any) -> None:
 
 def _save_adapter(directory: str, local: Path, description: Any) -> None:
     import transformers
-    from peft import AutoPeftModel, AutoPeftModelForCausalLM
+    from peft import AutoPeftModel, AutoPeftModelForCausalLM  # raylm[peft], with which the adapter was trained
 
     logging.getLogger("transformers.pipelines.base").setLevel(logging.CRITICAL)  # it does not know peft's classes
     settings = json.loads(Path(directory, ADAPTER_CONFIG).read_bytes())
