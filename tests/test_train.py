@@ -4,6 +4,7 @@ import json
 import math
 import re
 import signal
+import sys
 from pathlib import Path
 
 import peft
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import Here, one_by_one
 from mlflow import MlflowClient
+from ray import cloudpickle
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from raylm import budget, checkpoint, cluster, config, export, summary, tokens, train, training
@@ -231,6 +233,7 @@ def test_an_evaluation_is_broken_off_and_made_when_the_run_resumes(train_run, ti
 
 @pytest.mark.slow
 def test_two_workers_make_the_evaluation_that_was_broken_off(train_run, tiny):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have the channel's class from there
     experiment = tiny("cluster.num_workers=2", "eval.batch_tokens=64", "name=broken-off")
     reference, _ = train_run(experiment)
     stopped, job = train_run(experiment, channel=StopsWhenAsked(2))  # the first time is after the first step
