@@ -1024,10 +1024,8 @@ def wait_for(condition, started, seconds=200):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_running_sweep_takes_commands_of_another_terminal(command, start_command, tiny, tmp_path):
-    save(
-        swept(tiny(f"storage={tmp_path}/runs", "train.max_tokens=409600"), "asked", tune__num_samples=2),
-        tmp_path / "tiny.yaml",
-    )
+    long = (f"storage={tmp_path}/runs", "train.max_tokens=409600", "train.eval_every_tokens=4096")
+    save(swept(tiny(*long), "asked", tune__num_samples=2), tmp_path / "tiny.yaml")
     argv = ["--config", f"{tmp_path}/tiny.yaml", "tune.max_concurrent_trials=1"]
     started = start_command("tune", "--json", *argv)
     place = tmp_path / "runs" / "asked"
