@@ -251,10 +251,11 @@ class Killer(threading.Thread):
                 for pid, told in seen.items():
                     if title in told:
                         first_seen.setdefault(pid, time.monotonic())
-                if len(seen) <= which:
+                found = sorted(first_seen.keys() & seen.keys())  # not one that an earlier attempt has left
+                if len(found) <= which:
                     continue
-                pid = sorted(seen)[which]
-                if time.monotonic() - first_seen.get(pid, math.inf) >= seconds:
+                pid = found[which]
+                if time.monotonic() - first_seen[pid] >= seconds:
                     os.kill(pid, signal.SIGKILL)
                     self.killed.append((kind, title, seconds, which))
                     gone |= seen.keys()  # the others of this attempt, which end in a moment
