@@ -57,7 +57,7 @@ def test_a_timescale_is_told_where_weight_decay_is_decoupled(logged, optimizer, 
 
 def test_training_low_rank_updates_takes_fewer_operations(logged):
     whole, counts = logged()
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="needs peft: pip install raylm[peft]")
     updates, _ = logged("model.lora={}")
     saved = whole["training_flops"] - updates["training_flops"]
     assert saved == pytest.approx(2 * 2560 * counts.multiplied, rel=1e-2)
