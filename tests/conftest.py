@@ -312,24 +312,24 @@ def lora_directory(trained_directory, tmp_path_factory) -> Path:
     """A checkpoint of `trained_directory` finetuned with LoRA, to be exported as an adapter; never changed."""
     import torch
 
-    from raylm import checkpoint, model
+    from raylm import checkpoint, lora, model
 
     directory = tmp_path_factory.mktemp("lora") / "step_00000007"
     directory.mkdir()
     given = checkpoint.load(trained_directory)
-    lora = {"r": 2, "modules_to_save": ["ln_f"], "export": "adapter"}
-    section = config.ModelConfig(path=str(trained_directory), lora=lora)
+    settings = {"r": 2, "modules_to_save": ["ln_f"], "export": "adapter"}
+    section = config.ModelConfig(path=str(trained_directory), lora=settings)
     network = model.build(section, given.tokenizer, block_size=8)
     with torch.no_grad():
         for weight in network.parameters():
             if weight.requires_grad:
                 weight += torch.full_like(weight, 0.5)
-    network.save_pretrained(directory, state_dict=model.merged_state_dict(network))
-    model.save_updates(network, directory)
+    network.save_pretrained(directory, state_dict=lora.merged_state_dict(network))
+    lora.save_updates(network, directory)
     given.tokenizer.save_pretrained(directory)
     experiment = config.override(
         checkpoint.read_experiment(trained_directory),
-        {"model.config": None, "model.path": str(trained_directory), "model.lora": lora},
+        {"model.config": None, "model.path": str(trained_directory), "model.lora": settings},
     )
     checkpoint.describe(directory, experiment, given.record)
     return directory

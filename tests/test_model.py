@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from raylm import checkpoint, export, model, objective, training
+from raylm import checkpoint, export, lora, model, objective, training
 from raylm import plan as plans
 from raylm import tokenizer as tokenizers
 from raylm.config import Experiment, ModelConfig, TrainedTokenizer
@@ -404,8 +404,8 @@ def test_low_rank_updates_are_trained_alone_and_saved_merged(tmp_path, tokenizer
             if name in trained:
                 weight.normal_()
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
-    network.save_pretrained(tmp_path, state_dict=model.merged_state_dict(network))
-    model.save_updates(network, tmp_path)
+    network.save_pretrained(tmp_path, state_dict=lora.merged_state_dict(network))
+    lora.save_updates(network, tmp_path)
     assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
     given = torch.arange(8)[None]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -414,17 +414,17 @@ def test_low_rank_updates_are_trained_alone_and_saved_merged(tmp_path, tokenizer
     assert plain.config.tie_word_embeddings == (not ends)  # GPT-2's input and output are one matrix, unless one changes
     assert not torch.allclose(plain(given).logits, base.eval()(given).logits, atol=1e-3)
     again = model.build(section, tokenizer, block_size=8, seed=3)
-    model.load_updates(again, tmp_path)
+    lora.load_updates(again, tmp_path)
     assert all(torch.equal(weight, before[name]) for name, weight in again.state_dict().items())
 
 
 def test_low_rank_training_resumes_bit_identically(tmp_path, tokenizer):
-    lora = {"r": 2, "dropout": 0.1, "modules_to_save": ["ln_f", "lm_head"]}
-    experiment = Experiment(model=ModelConfig(config=SMALL, lora=lora), blocks={"block_size": 8})
+    updates = {"r": 2, "dropout": 0.1, "modules_to_save": ["ln_f", "lm_head"]}
+    experiment = Experiment(model=ModelConfig(config=SMALL, lora=updates), blocks={"block_size": 8})
     trainer = trainer_of(experiment, tokenizer, tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
     last, halfway = tmp_path / "checkpoint-4", tmp_path / "checkpoint-2"
-    names = ["model.safetensors", *model.CHECKPOINT_ADAPTER.values()]
+    names = ["model.safetensors", *lora.CHECKPOINT_ADAPTER.values()]
     written = [(last / name).read_bytes() for name in names]
     assert written[1] != (halfway / names[1]).read_bytes()
     again = trainer_of(experiment, tokenizer, tmp_path / "again", save_strategy="steps", save_steps=2)
@@ -457,13 +457,13 @@ def bases(tmp_path_factory, tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
-@pytest.mark.parametrize("lora", ADAPTERS)
-def test_an_adapter_is_the_trained_model_in_plain_peft(tmp_path, tokenizer, bases, kind, lora):
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_adapter_is_the_trained_model_in_plain_peft(tmp_path, tokenizer, bases, kind, adapter):
     base, given = str(bases[kind]), torch.arange(8)[None]
     layers = {name for name, _ in AutoModelForCausalLM.from_pretrained(base).named_modules()}
     settings = {
         key: [name for name in names if name == "all-linear" or any(layer.endswith(name) for layer in layers)]
-        for key, names in ADAPTERS[lora].items()
+        for key, names in ADAPTERS[adapter].items()
     }
     section = ModelConfig(path=base, lora={"r": 2, **settings})
     network = model.build(section, tokenizer, block_size=8).eval()
@@ -474,8 +474,8 @@ def test_an_adapter_is_the_trained_model_in_plain_peft(tmp_path, tokenizer, base
     expected = network(given).logits
     assert not torch.allclose(AutoModelForCausalLM.from_pretrained(base)(given).logits, expected, atol=1e-2)
     saved, adapter = tmp_path / "checkpoint", tmp_path / "adapter"
-    network.save_pretrained(saved, state_dict=model.merged_state_dict(network))
-    model.save_updates(network, saved)
+    network.save_pretrained(saved, state_dict=lora.merged_state_dict(network))
+    lora.save_updates(network, saved)
     tokenizer.save_pretrained(saved)
     adapter.mkdir()
     files = export.model_files(saved, "adapter")
@@ -495,7 +495,7 @@ def test_an_adapter_is_the_trained_model_in_plain_peft(tmp_path, tokenizer, base
         torch.testing.assert_close(loaded.eval()(given).logits, expected, rtol=1e-4, atol=1e-5, msg=name)
     assert torch.equal(found["raylm"](given).logits, found["merged"](given).logits)
     again = model.build(section, tokenizer, block_size=8).eval()
-    model.load_updates(again, saved)
+    lora.load_updates(again, saved)
     assert torch.equal(again(given).logits, expected)
 
 
@@ -516,8 +516,8 @@ def test_an_adapter_has_the_rows_of_tokens_that_were_added(tmp_path, bases, kind
             if weight.requires_grad:
                 weight += torch.randn_like(weight) / 4
     expected = network(given).logits
-    network.save_pretrained(tmp_path, state_dict=model.merged_state_dict(network))
-    model.save_updates(network, tmp_path)
+    network.save_pretrained(tmp_path, state_dict=lora.merged_state_dict(network))
+    lora.save_updates(network, tmp_path)
     extended.save_pretrained(tmp_path)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -537,7 +537,7 @@ def test_an_adapter_has_the_rows_of_tokens_that_were_added(tmp_path, bases, kind
         assert loaded.config.tie_word_embeddings == (kind == "tied")
         assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == (kind == "tied")
     again = model.build(section, extended, block_size=8).eval()
-    model.load_updates(again, tmp_path)
+    lora.load_updates(again, tmp_path)
     assert torch.equal(again(given).logits, expected)
     with pytest.raises(ConfigError, match=r"train it entirely: name \w+, lm_head in model.lora.modules_to_save"):
         model.build(ModelConfig(path=base, lora={"target_modules": ["lm_head"]}), extended, block_size=8)
@@ -560,8 +560,8 @@ def test_an_adapter_of_a_masked_model(tmp_path, tokenizer):
             if weight.requires_grad:
                 weight += torch.randn_like(weight)
     saved.mkdir()
-    model.save_updates(network, saved)
-    for name, stored in model.CHECKPOINT_ADAPTER.items():
+    lora.save_updates(network, saved)
+    for name, stored in lora.CHECKPOINT_ADAPTER.items():
         (saved / stored).rename(saved / name)
     tokenizer.save_pretrained(saved)
     given = torch.arange(8)[None]
@@ -571,8 +571,8 @@ def test_an_adapter_of_a_masked_model(tmp_path, tokenizer):
 
 def test_what_keeps_an_adapter_from_being_loaded_is_told(tmp_path, tokenizer, bases):
     network = model.build(ModelConfig(path=str(bases["tied"]), lora={"r": 2}), tokenizer, block_size=8)
-    model.save_updates(network, tmp_path)
-    for name, stored in model.CHECKPOINT_ADAPTER.items():
+    lora.save_updates(network, tmp_path)
+    for name, stored in lora.CHECKPOINT_ADAPTER.items():
         (tmp_path / stored).rename(tmp_path / name)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="it is an adapter, which cannot be trained further"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from raylm.config import Experiment
 from raylm.errors import StorageError
-from raylm.model import CHECKPOINT_ADAPTER
+from raylm.lora import CHECKPOINT_ADAPTER
 from raylm.redaction import SECRET, redacted
 
 Files = dict[str, Path | bytes]

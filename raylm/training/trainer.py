@@ -21,6 +21,7 @@ from raylm import (
     console,
     document_scores,
     examples,
+    lora,
     model,
     objective,
     perplexity,
@@ -504,15 +505,15 @@ class _Trainer(ShardingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Mapping | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
         if self.task.experiment.model.lora is not None:
-            state_dict = model.merged_state_dict(self.model)
+            state_dict = lora.merged_state_dict(self.model)
         super()._save(str(directory), state_dict)
         if self.task.experiment.model.lora is not None:
-            model.save_updates(self.model, directory)
+            lora.save_updates(self.model, directory)
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model_to_load: Any = None) -> None:
         if self.task.experiment.model.lora is not None:  # merged in the checkpoint, separate in this model
-            model.load_updates(self.model, resume_from_checkpoint)
+            lora.load_updates(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model_to_load)
 
