@@ -25,21 +25,20 @@ class Costs:
         self.earlier_peak = 0
         self.knows_peak = _reset_peak(device)
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.evaluation_seconds += time.monotonic() - start
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        return self._counting("evaluation_seconds")
+
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        return self._counting("saving_seconds")
 
     @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
+    def _counting(self, what: str) -> Iterator[None]:
+        """Inside, seconds are added to this cost."""
         start = time.monotonic()
         try:
             yield
         finally:
-            self.saving_seconds += time.monotonic() - start
+            setattr(self, what, getattr(self, what) + time.monotonic() - start)
 
     @property
     def peak_memory_bytes(self) -> int | None:
