@@ -224,12 +224,33 @@ def test_failures_are_counted_over_all_attempts_and_reported_in_one_line():
         launch._with_retries(attempt, 3, said.append, "here")
 
 
+def loading(marks: Path):
+    """A session whose worker says in `marks` that it loads the training function, and stays there while "hold" is there.
+
+    Loading takes a fraction of a second: who only looks at titles of processes misses it.
+    """
+
+    class Loading:
+        def __setstate__(self, state):
+            if "run_train_fn" in " ".join(psutil.Process().cmdline()):
+                (marks / f"{os.getpid()}").touch()
+                while (marks / "hold").exists():
+                    time.sleep(0.005)
+
+    class Loaded(training.RayTrainSession):
+        loading = Loading()
+
+    Loaded.loading.state = "so that pickle has something to set"
+    return Loaded
+
+
 class Killer(threading.Thread):
     """Kills processes of Ray Train's, one an attempt: those of STARTS."""
 
-    def __init__(self, points):
+    def __init__(self, points, marks):
         super().__init__(daemon=True)
         self.points = points
+        self.marks = marks
         self.killed = []
         self.is_over = threading.Event()
 
@@ -245,10 +266,12 @@ class Killer(threading.Thread):
         gone = set()
         for kind, title, seconds, which in self.points:
             first_seen = {}
+            if (title, seconds) == ("run_train_fn", 0):
+                (self.marks / "hold").touch()
             while not self.is_over.wait(0.002):
                 seen = {pid: told for pid, told in self.titles(f"ray::{kind}") if pid not in gone}
                 for pid, told in seen.items():
-                    if title in told:
+                    if title in told or (title == "run_train_fn" and (self.marks / f"{pid}").exists()):
                         first_seen.setdefault(pid, time.monotonic())
                 found = sorted(first_seen.keys() & seen.keys())  # not one that an earlier attempt has left
                 if len(found) <= which:
@@ -259,6 +282,7 @@ class Killer(threading.Thread):
                     self.killed.append((kind, title, seconds, which))
                     gone |= seen.keys()  # the others of this attempt, which end in a moment
                     break
+            (self.marks / "hold").unlink(missing_ok=True)
 
     @staticmethod
     def titles(beginning):
@@ -268,10 +292,10 @@ class Killer(threading.Thread):
                     yield process.pid, told
 
 
-def killed_at(points, untouched, two_workers, train_run):
+def killed_at(points, untouched, two_workers, train_run, marks):
     points = sorted(points, key=lambda point: point[2])
-    with Killer(points) as killer:
-        outcome, job = train_run(override(two_workers, {"cluster.max_failures": len(points)}))
+    with Killer(points, marks) as killer:
+        outcome, job = train_run(override(two_workers, {"cluster.max_failures": len(points)}), loading(marks))
     assert killer.killed == points[: len(killer.killed)]
     # On a quick machine the training is over 4 s after it began: a worker that is killed then leaves nothing to kill.
     assert {point for point in points if point[2] < 4} <= {*killer.killed}
@@ -281,8 +305,8 @@ def killed_at(points, untouched, two_workers, train_run):
 
 
 @pytest.mark.slow  # 40 s
-def test_a_worker_killed_while_its_group_starts_ends_with_the_same_bytes(untouched, two_workers, train_run):
-    killed_at([("RayTrainWorker", "run_train_fn", 0, 1)], untouched, two_workers, train_run)
+def test_a_worker_killed_while_its_group_starts_ends_with_the_same_bytes(untouched, two_workers, train_run, tmp_path):
+    killed_at([("RayTrainWorker", "run_train_fn", 0, 1)], untouched, two_workers, train_run, tmp_path)
 
 
 WORKER = "RayTrainWorker"
@@ -299,8 +323,8 @@ STARTS = [
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("points", [STARTS[part::4] for part in range(4)], ids=range(4))  # 6 attempts each: 90 s
-def test_workers_and_controllers_killed_while_they_start(untouched, two_workers, train_run, points):
-    killed_at(points, untouched, two_workers, train_run)
+def test_workers_and_controllers_killed_while_they_start(untouched, two_workers, train_run, points, tmp_path):
+    killed_at(points, untouched, two_workers, train_run, tmp_path)
 
 
 def dying_late(places: list[tuple[int, str]], marks: Path):
@@ -430,7 +454,7 @@ def test_trials_whose_workers_and_controllers_are_killed_end_with_the_same_table
     tables = []
     for points in ([], [("ImplicitFunc", "", 8, 0), *trains]):
         config.save(override(tiny(f"storage={tmp_path}/{len(points)}"), settings), tmp_path / "sweep.yaml")
-        with Killer(points) as killer:
+        with Killer(points, tmp_path) as killer:
             ended = command("tune", "--config", tmp_path / "sweep.yaml", "--json")
         assert ended.returncode == 0, ended.stderr
         assert killer.killed == points
