@@ -225,7 +225,7 @@ def test_failures_are_counted_over_all_attempts_and_reported_in_one_line():
 
 
 def loading(marks: Path):
-    """A session whose worker says in `marks` that it loads the training function, and stays there while "hold" is there.
+    """A session whose worker says in `marks` that it loads the training function, and stays while "hold" is there.
 
     Loading takes a fraction of a second: who only looks at titles of processes misses it.
     """
