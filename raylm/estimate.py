@@ -121,7 +121,7 @@ def sweep(plan: Plan, trials: int, tokens_of_all: int | None) -> Estimate:
             source = f"at the {trained / record.seconds:,.0f} tokens/s of all trials of {run.rpartition('/')[2]}"
             break
     if seconds is None and tokens_of_all and plan.resources is not None and (speed := _measured(plan)):
-        together = min(plan.resources.most_runs, trials)
+        together = min(plan.resources.most_runs, plan.experiment.tune.max_concurrent_trials or trials, trials)
         seconds = derived.START_SECONDS + _seconds(plan, tokens_of_all, speed * plan.resources.num_workers * together)
         source = f"with {console.counted(together, 'trial')} at a time of {speed:,.0f} tokens/s, {MEASURED}"
     return _with_disk(plan, trials, seconds, source)

@@ -105,6 +105,8 @@ def test_the_plan_of_a_ladder_has_the_tokens_of_all_sizes(tiny):
     steps = planned.experiment.tune.space["ladder"]["grid"]
     assert planned.most_tokens == 8 * sum(step["train.max_tokens"] for step in steps)
     assert planned.trials == 8 * 4
+    alone = sweeping.resolve(override(planned.experiment, {"tune.space": {"ladder": {"grid": steps}}}))
+    assert (alone.trials, alone.most_tokens) == (4, planned.most_tokens // 8), "settings that nothing draws, once"
     assert planned.plan.budget.tokens == pytest.approx(max(step["train.max_tokens"] for step in steps), rel=0.01)
     assert [*ladder.lines(planned.experiment)] == [
         "  n_embd 64, n_head 1, n_layer 1",

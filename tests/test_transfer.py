@@ -299,7 +299,7 @@ def test_changes_have_the_same_size_at_every_width_with_transfer_and_not_without
     assert checked["widths"] == [32, 64, 128, 256]
     for kind in ("attention", "MLP", "logits"):
         scaled, plain = (checked[way][kind]["slopes"][1:] for way in ("with_transfer", "without"))
-        assert max(map(abs, scaled)) < 0.25, kind
+        assert max(map(abs, scaled)) < 0.25, (kind, scaled)
         assert min(plain) > 0.4, kind
     narrowest = [[step[0] for step in checked[way]["MLP"]["sizes"]] for way in ("with_transfer", "without")]
     assert narrowest[0] == narrowest[1], "it is the base"

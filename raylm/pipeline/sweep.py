@@ -83,8 +83,8 @@ class SweepPlan:
         yet."""
         if self.plan.budget is None:
             return None
-        if (of_a_draw := sweeps.ladder.most_tokens(self.experiment)) is not None:
-            return self.experiment.tune.num_samples * of_a_draw
+        if (of_ladder := sweeps.ladder.most_tokens(self.experiment, self.trials)) is not None:
+            return of_ladder
         return (self.trials + self.repeats[1]) * self.plan.budget.tokens + self.most_cooldown_tokens
 
     @functools.cached_property

@@ -6,10 +6,10 @@ points. As Besiroglu et al. 2024 (arXiv:2404.10102) found, it must not stop earl
 not averaged, and the tolerances are as tight as numbers allow.
 
 The interval of a prediction holds a new run: the score that one training of this size and budget would have, not only
-the mean of many. It is studentized: 1,000 times, runs are made up that depart from the law as the real ones do, the law
-is fitted to them, and it is noted how far it misses a new run, in units of the noise that it sees itself. So few points
-cost what they should: of nine the noise is known from four. The intervals of the constants are percentiles, which stay
-where a constant can be. benchmarks/scaling_law.py counts how often both hold what they should.
+the mean of many. 1,000 times, runs are made up that depart from the law as the real ones do, and the law is fitted to
+them; the interval are percentiles of what these laws predict, each with the departure of a new run. How far runs depart
+is itself unsure, of nine points it is known from four, so it is drawn for each (Student's t). The intervals of the
+constants are percentiles of the same laws. benchmarks/scaling_law.py counts how often both hold what they should.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ FEWEST_POINTS = 8
 
 DRAWS = 1000
 """Fits to made-up runs, for intervals."""
-
-DOCUMENT_DRAWS = 200
-"""Fits to scores on other documents."""
 
 LEAST_NOISE = 1e-5
 """The least noise of log L: scores that follow a law exactly are not known better than this."""
@@ -113,31 +110,26 @@ class Fit:
     @cached_property
     def noise(self) -> float:
         """How far runs depart from the law: standard deviation of log L."""
-        return float(_noise(self._constants[None], self._points, np.log(self.losses)[None])[0])
+        residuals = np.log(self.losses) - self._expected
+        return max(LEAST_NOISE, math.sqrt(residuals @ residuals / (len(residuals) - CONSTANTS)))
 
     @property
     def intervals(self) -> dict[str, Estimate]:
         """Name of a constant -> its estimate, of these runs and of these documents as drawn from many."""
-        drawn = _law(self._likely.T, self._middle)
+        drawn = _law(self._on_other_documents.constants.T, self._middle)
         return {name: _percentiles(getattr(self.law, name), getattr(drawn, name)) for name in Law._fields}
 
     def predict(self, parameters: float, tokens: float, *, on_other_documents: bool = False) -> Estimate:
         """The loss of a new run, on the documents that the others were scored on, or on others like them."""
+        refits = self._on_other_documents if on_other_documents else self._on_these_documents
         place = np.log([parameters]) - self._middle[0], np.log([tokens]) - self._middle[1]
-        expected = float(_log_loss(self._constants[None], place)[0][0, 0])
-        constants, noise, departures = self._draws
-        missed = (_log_loss(constants, place)[0][:, 0] - expected - self.noise * departures) / noise
-        tail = 100 * (1 - LEVEL) / 2
-        below, above = self.noise * np.percentile(missed, [100 - tail, tail]) * [1, -1]
-        if on_other_documents and self.covariance is not None:
-            spread = _quantile() * float(_log_loss(self._document_draws, place)[0].std())
-            below, above = math.hypot(below, spread), math.hypot(above, spread)
-        ends = expected, expected - float(below), expected + float(above)
-        return Estimate(*(min(MOST, math.exp(min(each, MOST))) for each in ends))
+        expected = _log_loss(self._constants[None], place)[0][0, 0]
+        drawn = _log_loss(refits.constants, place)[0][:, 0] + refits.departures
+        return Estimate(*(min(MOST, math.exp(min(each, MOST))) for each in _percentiles(expected, drawn)))
 
     def optimal(self, flops: float) -> Estimate:
         """The parameters of the least loss for this compute."""
-        drawn, _ = _law(self._likely.T, self._middle).optimal(flops)
+        drawn, _ = _law(self._on_other_documents.constants.T, self._middle).optimal(flops)
         return _percentiles(self.law.optimal(flops)[0], drawn)
 
     def without_largest(self) -> LeftOut:
@@ -152,42 +144,31 @@ class Fit:
     # How sure it is ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _likely(self) -> np.ndarray:
-        """The constants of fits to made-up runs, whose noise is itself as unsure as it is of so few points (Student's
-        t), on other documents."""
-        generator = np.random.default_rng(self.seed + 2)
-        freedom = len(self.losses) - CONSTANTS
-        noise = self.noise * np.sqrt(freedom / generator.chisquare(freedom, (DRAWS, 1)))
-        made = self._expected + noise * generator.standard_normal((DRAWS, len(self.losses)))
-        if self.covariance is not None:
-            made += self._of_other_documents(generator, DRAWS)
-        return _refit(made, self._points, np.tile(self._constants, (DRAWS, 1)))
+    def _on_these_documents(self) -> _Refits:
+        return self._refits(np.zeros((DRAWS, len(self.losses))))
 
     @cached_property
-    def _draws(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of fits to made-up runs: the constants, the noise that each sees, and the departures of new runs in units of
-        the noise by which they were made up."""
+    def _on_other_documents(self) -> _Refits:
+        """As on these documents where the covariance is not known."""
+        if self.covariance is None:
+            return self._on_these_documents
+        shifts = np.random.default_rng(self.seed + 1).multivariate_normal(
+            np.zeros(len(self.losses)), self.covariance, DRAWS, method="svd"
+        )
+        return self._refits(shifts)
+
+    def _refits(self, shifts: np.ndarray) -> _Refits:
+        """Laws of made-up runs, whose log L are shifted besides (DRAWS, points)."""
         generator = np.random.default_rng(self.seed)
-        made = self._expected + self.noise * generator.standard_normal((DRAWS, len(self.losses)))
+        freedom = len(self.losses) - CONSTANTS
+        noise = self.noise * np.sqrt(freedom / generator.chisquare(freedom, DRAWS))
+        made = self._expected + noise[:, None] * generator.standard_normal((DRAWS, len(self.losses))) + shifts
         constants = _refit(made, self._points, np.tile(self._constants, (DRAWS, 1)))
-        return constants, _noise(constants, self._points, made), generator.standard_normal(DRAWS)
-
-    @cached_property
-    def _document_draws(self) -> np.ndarray:
-        """The constants of fits to the losses on other documents."""
-        generator = np.random.default_rng(self.seed + 1)
-        made = np.log(self.losses) + self._of_other_documents(generator, DOCUMENT_DRAWS)
-        return _refit(made, self._points, np.tile(self._constants, (DOCUMENT_DRAWS, 1)))
-
-    def _of_other_documents(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """How the logarithms of the losses change with the documents, drawn so many times by their covariance."""
-        assert self.covariance is not None, "asked for where it is known"
-        zero = np.zeros(len(self.losses))
-        return generator.multivariate_normal(zero, self.covariance, count, method="svd")
+        return _Refits(constants, noise * generator.standard_normal(DRAWS))
 
     @cached_property
     def _expected(self) -> np.ndarray:
-        return _log_loss(self._constants[None], self._points)[0]
+        return _log_loss(self._constants[None], self._points)[0][0]
 
     # The fit -------------------------------------------------------------------------------------------------------
 
@@ -222,6 +203,15 @@ class Fit:
         return min(found, key=lambda each: each.fun).x
 
 
+class _Refits(NamedTuple):
+    """Laws of made-up runs, and for each how far a new run departs from it."""
+
+    constants: np.ndarray
+    """(DRAWS, 5)."""
+    departures: np.ndarray
+    """Of log L, (DRAWS,)."""
+
+
 _Points = tuple[np.ndarray, np.ndarray]
 """log N and log D of points, less those of their middle."""
 
@@ -253,12 +243,6 @@ def _summed(constants: np.ndarray, target: np.ndarray, points: _Points) -> tuple
     expected, slopes = _log_loss(constants[None], points)
     residuals = target - expected[0]
     return float(_cost(residuals)), -(np.clip(residuals / DELTA, -1, 1) @ slopes[0]) / DELTA
-
-
-def _noise(constants: np.ndarray, points: _Points, targets: np.ndarray) -> np.ndarray:
-    """For rows of constants the standard deviation of the residuals, whose number is less by that of the constants."""
-    residuals = targets - _log_loss(constants, points)[0]
-    return np.maximum(LEAST_NOISE, np.sqrt((residuals**2).sum(axis=1) / (residuals.shape[1] - CONSTANTS)))
 
 
 def _grid(losses: np.ndarray) -> np.ndarray:
@@ -311,9 +295,3 @@ def _percentiles(value: float, drawn: Any) -> Estimate:
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(drawn, [tail, 100 - tail])
     return Estimate(float(value), float(low), float(high))
-
-
-def _quantile() -> float:
-    from scipy.special import ndtri
-
-    return float(ndtri((1 + LEVEL) / 2))

@@ -59,10 +59,10 @@ def lines(experiment: Experiment) -> dict[str, str]:
     return found
 
 
-def most_tokens(experiment: Experiment) -> int | None:
-    """The training tokens of one draw at every size and length; None without a ladder in the space."""
+def most_tokens(experiment: Experiment, trials: int) -> int | None:
+    """The training tokens of so many trials, as many at each size and length; None without a ladder in the space."""
     steps = experiment.tune.space.get(LADDER, {}).get("grid", ())
-    return sum(step["train.max_tokens"] for step in steps) or None
+    return trials * sum(step["train.max_tokens"] for step in steps) // len(steps) if steps else None
 
 
 def _shaped(experiment: Experiment, size: dict[str, Any]) -> dict[str, Any]:
