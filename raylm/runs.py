@@ -46,8 +46,8 @@ Resume = Literal["auto", "never", "must"]
 
 MUTABLE_ON_RESUME = (
     "storage", "corpus", "tokenizer", "eval.batch_tokens", "cluster", "tracking", "train.micro_batch_tokens",
-    "train.save_every_tokens", "train.keep_checkpoints", "tune.num_samples", "tune.repeats", "tune.stop",
-    "tune.keep", "tune.max_concurrent_trials",
+    "train.save_every_tokens", "train.keep_checkpoints", "train.peak_flops", "tune.num_samples", "tune.repeats",
+    "tune.stop", "tune.keep", "tune.max_concurrent_trials",
 )  # fmt: skip
 """Settings that may change when a run resumes: they do not change its result, or the token store covers them."""
 

@@ -107,6 +107,8 @@ class TrainResult:
     """Seconds of saving its checkpoints."""
     peak_memory_bytes: float | None = None
     """The most memory at a time: of tensors on a GPU, else of the process; of several workers that with the most."""
+    mfu: float | None = None
+    """Model FLOPs utilization: the fraction of the devices' floating-point operations that training steps used."""
     test: TestScore | None = None
     """The score of the best model on the test split; None if the corpus has none."""
     mlflow_path: str | None = None
