@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import one_by_one
 
 from raylm import api, checkpoint, cluster, config, runs
 from raylm import plan as plans
 from raylm.checkpoint import CheckpointManager
-from raylm.pipeline import arithmetic
+from raylm.pipeline import arithmetic, stores
 from raylm.plan import Prepared
+from raylm.tokens import write
 from raylm.tracking import journal
 from raylm.training import arguments
 
@@ -113,9 +115,11 @@ def test_scores_are_in_the_arithmetic_of_the_training_if_that_changes_them_littl
     assert len(asked) == 2, "nothing to compare"
 
 
-def test_a_training_says_its_arithmetic_everywhere(tiny, tmp_path, fastest):
+def test_a_training_says_its_arithmetic_everywhere(tiny, tmp_path, fastest, monkeypatch):
     fastest("bfloat16")
     experiment = tiny(*AUTO, f"storage={tmp_path}", "train.max_tokens=512", "tracking.uri=null")
+    monkeypatch.setattr(write, "_each", one_by_one)
+    stores.prepare(plans.resolve_tokens(experiment))
     assert plans.resolve(experiment).record()["precision"] == "bfloat16"
     result = api.train(experiment)
     decided = json.loads((Path(result.checkpoint).parent / "decided.json").read_text())

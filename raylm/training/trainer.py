@@ -301,7 +301,8 @@ class _Trainer(ShardingTrainer):
             return None
         items = torch.stack([self.data_collator.items(batch) for batch in batch_samples]).sum()
         # Nothing may be masked in a step of a few tokens: its loss is 0, not 0/0.
-        return self.accelerator.reduce(items.to(device), reduction="sum").clamp(min=1e-9)
+        # Without non_blocking the host waits for the GPU; four bytes are copied before the call returns, pinned or not.
+        return self.accelerator.reduce(items.to(device, non_blocking=True), reduction="sum").clamp(min=1e-9)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
