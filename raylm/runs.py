@@ -333,7 +333,7 @@ def _differing(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any
     defaults = flat_settings(Experiment())
     then = {RENAMED.get(key, key): value for key, value in then.items()}
     then = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **then}
-    then |= {key: "auto" for key in ONCE if now.get(key) == "auto"}  # see ActiveRun.kept
+    then |= {key: "auto" for key in ONCE if now.get(key) == "auto" and then[key] == ONCE[key]}  # see ActiveRun.kept
     keys = [*now, *(key for key in then if key not in now)]
     return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
 
