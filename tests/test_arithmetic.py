@@ -65,6 +65,11 @@ def test_on_a_gpu_bfloat16_takes_one_that_does_not_emulate_it(is_native, kind, m
     assert arguments.fastest(on_gpu=True) == kind
 
 
+def test_a_worker_is_asked_of_a_cluster(ray_cluster):
+    """Its devices need not be those of the command's machine."""
+    assert cluster.on_a_worker(ray_cluster, arguments.fastest, False) == arguments.fastest(on_gpu=False)
+
+
 def test_a_resumed_run_keeps_its_precision_on_another_machine(tiny, tmp_path, fastest):
     experiment = tiny("train.precision=auto", f"storage={tmp_path}")
     fastest("bfloat16")
