@@ -107,6 +107,17 @@ class Plan:
         return self.tokens.experiment
 
     @property
+    def precision(self) -> str | None:
+        """The precision of a new run: that of this machine if train.precision is auto, None if a cluster elsewhere
+        decides it."""
+        from raylm.training import arguments  # with transformers
+
+        section = self.experiment.train
+        if section.precision != "auto":
+            return section.precision
+        return None if self.resources is None else arguments.fastest(on_gpu=bool(self.resources.gpus_per_worker))
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings about a training that is useless or probably a mistake, without those that need the tokens."""
         return self.prepared.warnings if self.prepared else ()
@@ -129,6 +140,7 @@ class Plan:
             "evaluation_share": prepared.evaluation_share if prepared else None,
             "micro_batch": budget.micro_batch if budget else None,
             "accumulation": budget.accumulation if budget else None,
+            "precision": self.precision,
             "num_workers": experiment.cluster.num_workers,
             "resources_per_worker": self.resources.per_worker if self.resources else None,
             "cluster": f"{self.address.value} ({self.address.setting})" if self.address else "this machine",

@@ -46,8 +46,8 @@ Resume = Literal["auto", "never", "must"]
 
 MUTABLE_ON_RESUME = (
     "storage", "corpus", "tokenizer", "eval.batch_tokens", "cluster", "tracking", "train.micro_batch_tokens",
-    "train.save_every_tokens", "train.keep_checkpoints", "tune.num_samples", "tune.repeats", "tune.stop",
-    "tune.keep", "tune.max_concurrent_trials",
+    "train.save_every_tokens", "train.keep_checkpoints", "train.peak_flops", "tune.num_samples", "tune.repeats",
+    "tune.stop", "tune.keep", "tune.max_concurrent_trials",
 )  # fmt: skip
 """Settings that may change when a run resumes: they do not change its result, or the token store covers them."""
 
@@ -66,6 +66,10 @@ BUDGET = ("train.max_tokens", "train.num_epochs")
 
 RENAMED = {"tune.searcher": "tune.searcher.kind"}
 """Settings that an older raylm wrote under another key."""
+
+
+ONCE = {"train.precision": "float32"}
+"""Settings that are auto by default -> their default in an older raylm, whose runs resume with what they have."""
 
 
 class _Redacting(logging.Formatter):
@@ -94,6 +98,13 @@ class ActiveRun:
     def decided(self) -> dict[str, Any]:
         """Values chosen for settings that are auto when the run started: dotted key -> value."""
         return json.loads(storage.read(f"{self.directory}/decided.json") or b"{}")
+
+    def kept(self, key: str) -> Any:
+        """The value with which a resumed run keeps a setting that is auto: the one chosen when it started, or the one
+        that it was started with. None of a new run."""
+        started: dict[str, Any] = json.loads(storage.read(f"{self.directory}/run.json") or b"{}")
+        before = started.get(key, ONCE.get(key))
+        return self.decided.get(key) or (before if before != "auto" else None)
 
     def settled(self, experiment: Experiment, found: Mapping[str, Any]) -> Experiment:
         """The experiment with the values found for settings that are auto, which are saved for when the run resumes.
@@ -301,7 +312,7 @@ def _terms(experiment: Experiment, verb: str, store: str) -> dict[str, Any]:
 
 def _trained_less(then: dict[str, Any], result: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether a run has finished with a model, and differs from the requested one only by a smaller budget."""
-    differences = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    differences = _differing(then, now)
     if "error" in result or not differences or not {*differences} <= {*BUDGET}:
         return False
     asked = next((key for key in BUDGET if now.get(key) is not None), None)
@@ -322,6 +333,7 @@ def _differing(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any
     defaults = flat_settings(Experiment())
     then = {RENAMED.get(key, key): value for key, value in then.items()}
     then = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **then}
+    then |= {key: "auto" for key in ONCE if now.get(key) == "auto" and then[key] == ONCE[key]}  # see ActiveRun.kept
     keys = [*now, *(key for key in then if key not in now)]
     return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
 

@@ -26,6 +26,7 @@ LOGGED = (
     "train.batch_tokens",
     "train.seed",
     "train.data_seed",
+    "train.precision",
     "cluster.num_workers",
 )
 """Settings that become parameters of every MLflow run, and rows of every model card, if they are given. The runs of a

@@ -146,7 +146,7 @@ corpus: {{paths: {text_directory}, validation_fraction: 0.2}}
 tokenizer: {{train: {{vocab_size: 300}}}}
 blocks: {{block_size: 32}}
 model: {{config: {{model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 16}}}}
-train: {{learning_rate: 2e-2, batch_tokens: 256, max_tokens: 2560, eval_every_tokens: 512}}
+train: {{learning_rate: 2e-2, batch_tokens: 256, max_tokens: 2560, eval_every_tokens: 512, precision: float32}}
 cluster: {{cpus_per_worker: 1}}
 tracking: {{uri: null}}
 tune: {{space: {{train.learning_rate: {{choice: [2e-2]}}}}}}

@@ -81,6 +81,7 @@ def test_runs_side_by_side(storage, trained):
         "tokens": 256,
         "seconds": None,
         "tokens_per_second": None,
+        "mfu": None,
         "data": "f00d",
     }
     assert (run["run"], run["perplexity"], run["tokens"]) == ("train-1", 38.0, 1024)

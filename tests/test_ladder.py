@@ -49,6 +49,17 @@ def test_what_is_given_is_not_derived(tiny):
     assert all(step["train.batch_tokens"] % 96 == 0 for step in steps_of(swept(tiny(), **{"tune.space": blocks})))
 
 
+def test_another_depth_has_the_shape_of_the_ladder_only_if_its_sizes_do(tiny):
+    depth = {"model.config.n_layer": 5}
+    assert ladder.shape(tiny(), depth) == {}
+    made = ladder.as_space(swept(tiny()), 300)
+    assert ladder.shape(made, depth) == {**depth, "model.config.n_embd": 320, "model.config.n_head": 5}
+    assert ladder.shape(made, {**depth, "model.config.n_embd": 64}) == {}
+    assert ladder.shape(made, {"train.seed": 1}) == {}
+    own = {**LADDER, "model.config.n_embd": [16, 48], "model.config.n_head": [2, 3]}
+    assert ladder.shape(ladder.as_space(swept(tiny(), **{"tune.ladder": own}), 300), depth) == {}
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_models_with_other_names_have_the_same_shape(tiny, kind):
     base = {

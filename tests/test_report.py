@@ -206,13 +206,14 @@ def test_what_settings_mean_and_what_trials_cost(tmp_path):
         {"tokens_per_parameter": "0.01463", "weight_decay_timescale": "25", "training_flops": "4.1e+08"}
     )
     child.log_metrics({"cost/evaluation_seconds": 0.5, "cost/peak_memory_bytes": 3e8}, 2)
-    child.log_metrics({"cost/evaluation_seconds": 0.75, "cost/peak_memory_bytes": 4e8}, 4)
+    child.log_metrics({"cost/evaluation_seconds": 0.75, "cost/peak_memory_bytes": 4e8, "cost/mfu": 0.4123}, 4)
     assert (
-        "trial tokens/parameter weight-decay timescale training FLOPs seconds of evaluations peak memory "
-        "00000 0.01463 25 4.1e+08 2 0.75 400.0 MB 00001 - - - 1 - -"
+        "trial tokens/parameter weight-decay timescale training FLOPs seconds of evaluations peak memory MFU "
+        "00000 0.01463 25 4.1e+08 2 0.75 400.0 MB 41.2% 00001 - - - 1 - - -"
     ) in shown(directory).text
     best = sweeps.read(directory).trials[0].record("perplexity")
     assert (best["training_flops"], best["saving_seconds"], best["peak_memory_bytes"]) == (4.1e8, None, 4e8)
+    assert best["mfu"] == 0.4123
 
 
 def test_the_best_trial_of_each_optimizer(tmp_path):

@@ -301,7 +301,11 @@ def test_scale_predicts_a_larger_training(swept, sizes):
     assert predicted["bits_per_byte"] == pytest.approx(math.log2(predicted["perplexity"]) / 4)
     wider = predicted["on_other_documents"]
     assert wider["perplexity_low"] < predicted["perplexity_low"]
-    assert predicted["flops"] == 6 * bigger * 8_000_000
+    experiment = config.load(config.BUILT_IN, {LAYERS: 8, WIDTH: 128})
+    of_model = model.config_of(experiment, VOCAB_SIZE)
+    a_token = model.flops_per_token(of_model, model.parameters(of_model), block_size=experiment.blocks.block_size)
+    assert predicted["flops"] == a_token * 8_000_000, "with attention, without embeddings of positions"
+    assert predicted["times_the_largest"] == pytest.approx(predicted["flops"] / answer.record["points"][-1]["flops"])
     assert predicted["seconds"] == pytest.approx(predicted["flops"] / 1e12)
     assert predicted["price"] == pytest.approx(predicted["seconds"] / 1800)
     rate = predicted["settings"][RATE]
@@ -309,9 +313,37 @@ def test_scale_predicts_a_larger_training(swept, sizes):
     assert rate["value_high"] < 1.5 * rate["value_low"]
     assert predicted["settings"]["train.warmup_steps"] == {"value": 0.1}
     optimal = predicted["compute_optimal"]
-    assert 6 * optimal["parameters"] * optimal["tokens"] == pytest.approx(predicted["flops"])
+    assert optimal["parameters"] * optimal["tokens"] == pytest.approx(bigger * 8e6), "of a law compute is 6 N D"
     assert optimal["perplexity"] <= predicted["perplexity"]
     json.dumps(answer.record, allow_nan=False)
+
+
+HEADS = "model.config.n_head"
+
+
+@pytest.fixture(scope="module")
+def rungs(tmp_path_factory):
+    """A sweep of tune.ladder, whose widths and heads follow the depth."""
+    of_depth = {(layers, 64 * layers): parameters_of(layers, 64 * layers) for layers in (1, 2, 3, 4)}
+    trials = ladder(of_depth)
+    for trained, *_ in trials:
+        trained[HEADS] = trained[LAYERS]
+    grid = [{LAYERS: layers, WIDTH: width, HEADS: layers, TOKENS: 1_024_000} for layers, width in of_depth]
+    space = f"tune.space={json.dumps({'ladder': {'grid': grid}})}"
+    return write_sweep(tmp_path_factory.mktemp("rungs"), "tune-20260101-000000-aaaa", trials, space)
+
+
+def test_another_depth_of_a_ladder_has_the_shape_that_goes_with_it(rungs, swept):
+    def asked(directory, *to):
+        command = scale([directory], to=list(to), tokens=8e6).record["prediction"]
+        settings = dict(each.split("=") for each in shlex.split(command["command"]) if each.startswith("model."))
+        return command["parameters"], [int(settings.get(key, 0)) for key in (LAYERS, WIDTH, HEADS)]
+
+    assert asked(rungs, f"{LAYERS}=6") == (parameters_of(6, 384), [6, 384, 6])
+    assert asked(rungs, f"{LAYERS}=6", f"{WIDTH}=256") == (parameters_of(6, 256), [6, 256, 4]), "as the largest has"
+    assert asked(rungs, f"{LAYERS}=6", f"{HEADS}=3") == (parameters_of(6, 384), [6, 384, 3])
+    assert asked(rungs, "train.learning_rate=0.001")[1] == [4, 256, 4]
+    assert asked(swept, f"{LAYERS}=6")[1] == [6, 128, 0], "no ladder"
 
 
 def test_the_command_is_one_that_runs(swept):

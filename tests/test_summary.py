@@ -37,6 +37,7 @@ def test_what_settings_mean_by_hand(logged):
         "evaluation_seconds": None,
         "saving_seconds": None,
         "peak_memory_bytes": None,
+        "mfu": None,
     }
 
 

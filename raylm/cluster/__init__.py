@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         DRIVER_ENVIRONMENT,
         check_reachable,
         connect,
+        on_a_worker,
         on_nodes,
         other_nodes,
         start_ray_early,
@@ -44,6 +45,7 @@ __all__ = [
     "cpus_here",
     "handle_signals",
     "interruption",
+    "on_a_worker",
     "on_nodes",
     "other_nodes",
     "planned_resources",
@@ -54,7 +56,15 @@ __all__ = [
     "this_machine",
 ]
 
-_LATER = ("DRIVER_ENVIRONMENT", "check_reachable", "connect", "on_nodes", "other_nodes", "start_ray_early")
+_LATER = (
+    "DRIVER_ENVIRONMENT",
+    "check_reachable",
+    "connect",
+    "on_a_worker",
+    "on_nodes",
+    "other_nodes",
+    "start_ray_early",
+)
 """The names of `connection`, which is imported when one is first used."""
 
 

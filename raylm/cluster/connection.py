@@ -286,6 +286,11 @@ def other_nodes() -> dict[str, str]:
     }
 
 
+def on_a_worker(resources: Resources, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function in a process that has the resources of a worker."""
+    return ray.get(ray.remote(function).options(**resources.options).remote(*arguments))
+
+
 def on_nodes(nodes: Collection[str], function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     """Id -> result of a function on each of these nodes, or the error of the call."""
     task = ray.remote(num_cpus=0, max_retries=0)(function)

@@ -329,13 +329,18 @@ class TrainConfig(Section):
     patience: Annotated[Count, Field(ge=1)] | None = None
     """Number of consecutive evaluations without a better perplexity after which training stops. Default: train to the
     end of the budget."""
-    precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     """Mixed-precision dtype for training; weights keep model.dtype, and scores are computed in eval.precision. auto:
-    bfloat16 if the hardware supports it, with TF32 for the rest on GPUs; else float32."""
+    bfloat16 on GPUs that have it, with TF32 for the rest, and on CPUs with AMX; else float32. Decided when a run or
+    sweep starts, and kept when it resumes."""
     compile: Switch = "off"
     """Whether torch.compile compiles the model: on two CPUs a step takes 0.9 of the time, after 20 s of compiling.
     auto: in a training that is expected to take five minutes or more, but not in a sweep, whose trials are compiled one
     by one. Decided when a run starts, and kept when it resumes, because sums differ in their last bits."""
+    peak_flops: Annotated[float, Field(gt=0)] | None = None
+    """Floating-point operations a second that the device of a worker can do in the arithmetic of the training, of which
+    `mfu` is a fraction: 312e12. Default: by the data sheet of a known GPU, or measured on a CPU in a tenth of a
+    second."""
     callbacks: ClassNames = ()
     """Classes of transformers.TrainerCallback to add to the Trainer, as package.module:Class; every worker creates one
     of each without arguments."""
@@ -369,8 +374,10 @@ class EvalConfig(Section):
     """New tokens scored in each window. Default: all, so that windows do not overlap."""
     context: Annotated[Count, Field(ge=1)] | None = None
     """Tokens of a scoring window. Default: the model's context, at most 8,192."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype in which scores are computed, whatever train.precision and model.dtype are; recorded with the scores."""
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Dtype in which scores are computed, whatever train.precision and model.dtype are; recorded with the scores. auto:
+    that of the training, if the model scores the first documents alike in it and in float32 before its first step, to a
+    thousandth; else float32. Decided when a run or sweep starts; `raylm evaluate` takes what the run had."""
     pseudo_perplexity: bool = False
     """Masked models: whether to score every token, masked by itself, with one forward pass per token (Salazar et al.
     2020, arXiv:1910.14659). Default: score a fixed 15 % of the tokens, masked together, with one forward pass per

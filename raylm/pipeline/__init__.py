@@ -2,6 +2,7 @@
 
 stores      the token stores that a plan needs, opened if they exist, else prepared
 lifecycle   a run or sweep from its start to its end: its directory and its run in MLflow
+arithmetic  the arithmetic of a run or sweep, decided once where it is auto
 training    one training: tokens, training, export, score
 ranking     the trials of a sweep, ranked; the best one exported; what MLflow is told of both
 extension   a sweep goes on with more trials

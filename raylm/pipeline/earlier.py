@@ -32,7 +32,7 @@ SETTING = "tune.prior_sweeps"
 SCORED = ("store", "scored_on", "scored_documents", "scored_tokens", "scored_in", "prefix")
 """Parameters of a sweep without which its scores do not compare with those of another."""
 
-FREE = (*runs.MUTABLE_ON_RESUME, *SEEDS, "name", "tune", "train.compile")
+FREE = (*runs.MUTABLE_ON_RESUME, *SEEDS, "name", "tune", "train.compile", "train.precision")
 """Settings that an earlier trial may have had otherwise: they do not change its score, or no more than by chance."""
 
 
@@ -74,7 +74,7 @@ def _comparable(sweep: str, experiment: Experiment, parameters: Mapping[str, Any
     differences: list[tuple[str, Any, Any]] = [
         (key, found.state.parameters.get(key), value)
         for key, value in parameters.items()
-        if str(found.state.parameters.get(key)) != str(value)
+        if str(found.state.parameters.get(key)) != str(value) and value != "auto"  # of a plan: not decided yet
     ]
     if then.ranked_by != now.ranked_by or then.weights != now.weights:
         differences.append(("tune.metric", then.metric, now.metric))

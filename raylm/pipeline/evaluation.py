@@ -74,6 +74,9 @@ def resolve(model: str, directory: Path, experiment: Experiment, text: Sequence[
     """The plan of an evaluation on `text` (paths), else on the sets of eval.paths, else on the validation split that
     the model was trained with. The text is read and encoded."""
     _check_settings(experiment, directory, model)
+    if experiment.eval.precision == "auto":
+        used = checkpoint.read_record(directory).get("scored_in", "float32")
+        experiment = config_files.override(experiment, {"eval.precision": used})
     experiment = derived.prefix(experiment).experiment
     resources = cluster.planned_resources(experiment.cluster)
     configuration = models.pretrained_configuration(experiment.model)

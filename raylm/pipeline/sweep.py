@@ -30,7 +30,7 @@ from raylm import sweep as sweeps
 from raylm.config import Experiment, corners, dump, override
 from raylm.errors import ConfigError, TrainingError
 from raylm.perplexity import Score
-from raylm.pipeline import earlier, extension, lifecycle, ranking, stores
+from raylm.pipeline import arithmetic, earlier, extension, lifecycle, ranking, stores
 from raylm.plan import Plan, Prepared
 from raylm.results import html, live_table, repeats, significance, test_split, trial_table
 from raylm.results.repeats import Repeats
@@ -328,6 +328,7 @@ def _run(plan: SweepPlan, active: ActiveRun, parent: Run) -> SweepResult:
         for warning in prepared.warnings:
             logger.warning(warning)
         sets = stores.prepare_evaluation_sets(plan.plan, prepared.store)
+        prepared = arithmetic.settled(prepared, active, resources)
         untrained = score_untrained(prepared, parent, active, resources)
         with_store = dataclasses.replace(plan.plan, prepared=prepared, budget=prepared.budget)
         estimate.say(dataclasses.replace(plan, plan=with_store).estimate)

@@ -28,7 +28,7 @@ from raylm.document_scores import DocumentScores
 from raylm.errors import Diverged, OutOfMemory
 from raylm.local_worker import is_alone
 from raylm.perplexity import Score
-from raylm.pipeline import lifecycle, stores
+from raylm.pipeline import arithmetic, lifecycle, stores
 from raylm.plan import Plan, Prepared
 from raylm.results import test_split
 from raylm.results.compared_run import pace
@@ -107,6 +107,8 @@ class TrainResult:
     """Seconds of saving its checkpoints."""
     peak_memory_bytes: float | None = None
     """The most memory at a time: of tensors on a GPU, else of the process; of several workers that with the most."""
+    mfu: float | None = None
+    """Model FLOPs utilization: the fraction of the devices' floating-point operations that training steps used."""
     test: TestScore | None = None
     """The score of the best model on the test split; None if the corpus has none."""
     mlflow_path: str | None = None
@@ -162,6 +164,7 @@ def _run(plan: Plan, active: ActiveRun, tracked: Run) -> TrainResult:
         for warning in prepared.warnings:
             logger.warning(warning)
         sets = stores.prepare_evaluation_sets(plan, prepared.store)
+        prepared = arithmetic.settled(prepared, active, resources)
         is_asked = plan.experiment.train.compile == "auto" and "train.compile" not in active.decided
         whole = dataclasses.replace(plan, prepared=prepared)
         expected = estimate.training(whole, prepared.budget, measures=is_asked)

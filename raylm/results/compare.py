@@ -21,7 +21,7 @@ from raylm.results.tables import estimate, side_by_side
 from raylm.results.where import Where
 from raylm.runs import flat_settings
 
-SHOWN = {"seconds": "seconds, with pauses", "tokens_per_second": "tokens/s in training"}
+SHOWN = {"seconds": "seconds, with pauses", "tokens_per_second": "tokens/s in training", "mfu": "MFU"}
 """What figures are called on the screen, if not by their names."""
 
 IGNORED_SECTIONS = ("name", "storage", "tracking", "tune")

@@ -45,6 +45,8 @@ class ComparedRun:
     """Time from the first logged step to the last, including pauses."""
     tokens_per_second: int | None
     """Median speed between two logged steps, which excludes evaluations and pauses."""
+    mfu: float | None
+    """Model FLOPs utilization: the fraction of the devices' floating-point operations that training steps used."""
     store: str | None
     """The fingerprint of the token store."""
     scores: DocumentScores | None = field(default=None, compare=False)
@@ -85,6 +87,7 @@ class ComparedRun:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
             "data": self.store,
         }
 
@@ -140,6 +143,7 @@ def of_sweep(directory: str, trial_id: str | None) -> ComparedRun:
         scored_in=results.experiment.eval.precision,
         tokens=trial.tokens,
         **pace(f"{directory}/{trial.trial_id}"),
+        mfu=tracking.Run(f"{directory}/{trial.trial_id}").figures()["mfu"],
         store=results.state.parameters.get("store"),
     )
 
@@ -179,6 +183,7 @@ def of_training(directory: str) -> ComparedRun:
         scored_in=experiment.eval.precision,
         tokens=result["tokens"],
         **pace(directory),
+        mfu=tracking.Run(directory).figures()["mfu"],
         store=state.parameters.get("store"),
     )
 
@@ -218,6 +223,7 @@ def of_model(directory: str, name: str) -> ComparedRun:
         tokens=record.get("tokens"),
         seconds=None,
         tokens_per_second=None,
+        mfu=None,
         store=record["store"].rstrip("/").rpartition("/")[2] if "store" in record else None,
     )
 
@@ -252,6 +258,7 @@ def of_evaluation(file: str) -> ComparedRun:
         tokens=None,
         seconds=None,
         tokens_per_second=None,
+        mfu=None,
         store=None,
         scores=scores,
         unknown_tokens=unknown,

@@ -242,6 +242,8 @@ def _meaning(results: SweepResults) -> str:
             return "-"
         if name == "training_flops":
             return f"{value:.3g}"
+        if name == "mfu":
+            return f"{value:.1%}"
         return console.format_size(value) if name == "peak_memory_bytes" else console.format_number(value)
 
     lines = [[trial_table.short_id(row.trial_id), *(cell(row, name) for name in known)] for row in rows]
@@ -329,6 +331,7 @@ MEANING_HEADINGS = {
     "evaluation_seconds": "of evaluations",
     "saving_seconds": "of saving",
     "peak_memory_bytes": "peak memory",
+    "mfu": "MFU",
 }
 MEANING_CAPTIONS = {
     "tokens_per_parameter": "Tokens per parameter: of the budget, for each parameter of the model, and for each "
@@ -337,6 +340,8 @@ MEANING_CAPTIONS = {
     "of the run over which weights average their updates; far above 1 weight decay does nothing.",
     "training_flops": "Training FLOPs: of the budget, 6 for each token and parameter, and those of attention.",
     "peak_memory_bytes": "Peak memory: on a GPU of tensors, else of the process.",
+    "mfu": "MFU: the training FLOPs of the steps, as a part of those that the workers' devices could have done "
+    "meanwhile, by the data sheet of a GPU or by the speed at which a CPU's cores multiply matrices.",
 }
 OF_A_POPULATION = (
     "The settings of a population change during training. The commands train with the last settings from the start, "

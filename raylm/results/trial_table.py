@@ -68,6 +68,8 @@ class TrialRow:
     """Seconds of saving its checkpoints."""
     peak_memory_bytes: float | None = None
     """The most memory at a time: of tensors on a GPU, else of the process; of several workers that with the most."""
+    mfu: float | None = None
+    """Model FLOPs utilization: the fraction of the devices' floating-point operations that training steps used."""
     checkpoint: str | None = None
     """Its best checkpoint; None while the sweep has not finished."""
     best_step: int | None = None

@@ -19,7 +19,7 @@ SAMPLES = 40
 
 
 def build(scaling: Scaling) -> Figure:
-    """Score against the floating-point operations of a training, both logarithmic."""
+    """Score against the floating-point operations of a training as the law counts them, 6 N D; both logarithmic."""
     score, fit = label(scaling.measure), scaling.fits["parameters"]
     best, law, predicted = scaling.observed.best, fit.law, scaling.prediction
     sizes = sorted({each.without_embeddings for each in best})
@@ -27,13 +27,13 @@ def build(scaling: Scaling) -> Figure:
     texts: list[tuple[float, float, str]] = []
     for rank, size in enumerate(sizes):
         own = [each for each in best if each.without_embeddings == size]
-        points, name = [(each.flops, each.perplexity) for each in own], f"{own[-1].parameters:,} parameters"
+        points, name = [(each.compute, each.perplexity) for each in own], f"{own[-1].parameters:,} parameters"
         about = "\n".join([name, *(f"{each.tokens:,} tokens: {each.perplexity:.2f}" for each in own)])
         shade = 0.7 * (1 - rank / max(1, len(sizes) - 1))  # the band of the prediction is lighter than all sizes
         lines.append(Line(name, "completed", points, about, shade))
         texts.append((*points[-1], _short(own[-1].parameters)))
-    most = max(best[-1].flops, predicted.flops if predicted is not None else 0.0)
-    compute = np.geomspace(best[0].flops, 2 * most, SAMPLES)
+    most = max(best[-1].compute, predicted.compute if predicted is not None else 0.0)
+    compute = np.geomspace(best[0].compute, 2 * most, SAMPLES)
     frontier = [(each, math.exp(law.loss(*law.optimal(each)))) for each in compute.tolist()]
     lines.append(Line("frontier", "setting", frontier, "the best that this compute can reach"))
     texts.append((*frontier[len(frontier) // 2], "frontier"))
@@ -49,12 +49,13 @@ def build(scaling: Scaling) -> Figure:
         texts.append((at[-1], found[-1].value, f"{_short(predicted.parameters)}, predicted"))
     scores = [y for line in lines for _, y in line.points]
     flops = [x for line in lines for x, _ in line.points]
+    orders = [(each, f"{each:.0e}") for each in ticks(min(flops), max(flops), True)]
     return Figure(
         "scaling",
         f"Validation {score} against compute",
         "A curve for each size, through its best training of each budget. The blue line is the least score that the "
         "compute can reach, by the law. Orange, with its band of 95 %: the training that was asked about.",
-        Axis("FLOPs of a training", True, [(each, f"{each:.0e}") for each in ticks(min(flops), max(flops), True)]),
+        Axis("6 N D, FLOPs of a training", True, orders),
         Axis(score, True, [(each, format_number(each)) for each in ticks(0.9 * min(scores), 1.1 * max(scores), True)]),
         lines=lines,
         texts=texts,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class Observation:
     """All of the model."""
     without_embeddings: int
     """Without the embeddings of tokens and positions, and the output head that is one of them."""
+    flops_per_token: int
+    """Floating-point operations of its training for each token."""
     tokens: int
     """Training tokens at the end of the schedule."""
     perplexity: float
@@ -52,9 +54,14 @@ class Observation:
         return math.log(self.perplexity)
 
     @property
-    def flops(self) -> float:
-        """Floating-point operations of its training."""
+    def compute(self) -> float:
+        """6 N D, what a law takes for the floating-point operations of a training."""
         return float(FLOPS) * self.parameters * self.tokens
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of its training, with attention and without embeddings that are looked up."""
+        return float(self.flops_per_token) * self.tokens
 
     @property
     def experiment(self) -> Experiment:
@@ -118,7 +125,7 @@ class Observations:
                 groups.append([])
             groups[-1].append(each)
         chosen = [replace(min(group, key=lambda each: each.perplexity), draws=len(group)) for group in groups]
-        return sorted(chosen, key=lambda each: each.flops)
+        return sorted(chosen, key=lambda each: each.compute)
 
     @cached_property
     def covariance(self) -> np.ndarray | None:
@@ -197,12 +204,13 @@ def _of_sweep(results: SweepResults, sizes: Sizes) -> Iterator[Observation]:
             if not math.isfinite(evaluation["perplexity"]) or evaluation["perplexity"] <= 1:
                 continue
             training, step = evaluated_in(trial.trial_id, evaluation)
-            parameters, without_embeddings = sizes.of(of_settings(results.experiment, trial.settings))
+            size = sizes.of(of_settings(results.experiment, trial.settings))
             yield Observation(
                 sweep=results,
                 trial=trial,
-                parameters=parameters,
-                without_embeddings=without_embeddings,
+                parameters=size.parameters,
+                without_embeddings=size.without_embeddings,
+                flops_per_token=size.flops_per_token,
                 tokens=tokens,
                 perplexity=evaluation["perplexity"],
                 bits_per_byte=evaluation["bits_per_byte"],
@@ -224,23 +232,35 @@ def of_settings(experiment: Experiment, settings: Mapping[str, Any]) -> Experime
     return config.override(experiment, {**settings, "tune.space": {}, "tune.points": []})
 
 
+class Size(NamedTuple):
+    """The size of a model, by what it has and by what it takes to train it."""
+
+    parameters: int
+    without_embeddings: int
+    flops_per_token: int
+    """Floating-point operations of a training for each token."""
+
+
 class Sizes:
-    """The parameters of models, each counted once."""
+    """The sizes of models, each counted once."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
-        self._known: dict[str, tuple[int, int]] = {}
+        self._known: dict[str, Size] = {}
 
-    def of(self, experiment: Experiment) -> tuple[int, int]:
-        """(all parameters, those without embeddings) of an experiment's model."""
+    def of(self, experiment: Experiment) -> Size:
+        """The size of an experiment's model, trained on its blocks."""
         key = f"{experiment.model.model_dump_json()} {experiment.blocks.block_size}"
         if key not in self._known:
-            masked = experiment.objective.is_masked
             found = model.config_of(experiment, self.vocab_size)
-            self._known[key] = (
-                model.num_parameters(found, masked=masked),
-                model.num_parameters(found, masked=masked, embeddings=False),
+            counts = model.parameters(found, masked=experiment.objective.is_masked)
+            a_token = model.flops_per_token(
+                found,
+                counts,
+                block_size=experiment.blocks.block_size,
+                only_updates=experiment.model.lora is not None,
             )
+            self._known[key] = Size(counts.all, counts.without_embeddings, a_token)
         return self._known[key]
 
 

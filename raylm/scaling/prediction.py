@@ -18,6 +18,7 @@ from raylm.results.sweep import EXPERIMENT, SweepResults
 from raylm.scaling.law import FLOPS, Estimate, Fit
 from raylm.scaling.observations import Observation, Observations, Sizes, manifest, of_settings, vocab_size
 from raylm.scaling.settings import Trend
+from raylm.sweep import ladder
 
 WARMUP = "train.warmup_steps"
 
@@ -66,23 +67,25 @@ class Prediction:
     by_parameters_without_embeddings: Estimate
     """The loss by the other count of parameters."""
     tokens_per_byte: float
+    flops: float
+    """Floating-point operations of the training, with attention and without embeddings that are looked up."""
     settings: Mapping[str, Estimate | float]
     """Dotted key -> value, with its interval if it follows from a power law."""
     times_the_largest: float
-    """Its compute, relative to that of the largest trial."""
+    """Its floating-point operations, relative to those of the largest trial."""
     seconds: float | None
     """None if no speed is known."""
     price: float | None
     optimal_parameters: Estimate
-    """The size of the least loss for this compute."""
+    """The size of the least loss for the compute of this training as the law counts it, 6 N D."""
     optimal_tokens: float
     optimal_loss: float
     command: str
     warnings: tuple[str, ...]
 
     @property
-    def flops(self) -> float:
-        """Floating-point operations of the training."""
+    def compute(self) -> float:
+        """6 N D, what a law takes for the floating-point operations of a training."""
         return float(FLOPS) * self.parameters * self.tokens
 
     @property
@@ -162,15 +165,16 @@ def predict(
     largest = observations.best[-1]
     asked = _asked(request, largest)
     experiment = of_settings(largest.sweep.experiment, asked)
-    parameters, without_embeddings = Sizes(vocab_size(observations.store)).of(experiment)
+    parameters, without_embeddings, flops_per_token = Sizes(vocab_size(observations.store)).of(experiment)
     fit = fits["parameters"]
     settings = _settings(request, experiment, observations.best, trends, parameters)
     typed = {**asked, **{key: _rounded(key, value, experiment) for key, value in settings.items()}}
     config.override(experiment, typed)  # which checks that the command will run
-    flops = float(FLOPS) * parameters * request.tokens
+    flops = float(flops_per_token) * request.tokens
     seconds = _seconds(flops, request, largest)
-    optimal = fit.optimal(flops)
-    optimal_tokens = flops / FLOPS / optimal.value
+    compute = float(FLOPS) * parameters * request.tokens
+    optimal = fit.optimal(compute)
+    optimal_tokens = compute / FLOPS / optimal.value
     return Prediction(
         parameters=parameters,
         without_embeddings=without_embeddings,
@@ -181,6 +185,7 @@ def predict(
             without_embeddings, request.tokens
         ),
         tokens_per_byte=observations.tokens_per_byte,
+        flops=flops,
         settings=settings,
         times_the_largest=flops / largest.flops,
         seconds=seconds,
@@ -199,8 +204,12 @@ def predict(
 
 
 def _asked(request: Request, largest: Observation) -> dict[str, Any]:
-    """The settings over those of the sweep: the largest trial's, what is asked for, and the budget."""
-    asked = {**largest.trial.settings, **request.settings, "train.max_tokens": request.tokens}
+    """The settings over those of the sweep: the largest trial's, what is asked for, and the budget.
+
+    Of a ladder whose sizes have the shape that goes with their depth, a training of another depth has it, too.
+    """
+    shape = ladder.shape(largest.sweep.experiment, request.settings)
+    asked = {**largest.trial.settings, **shape, **request.settings, "train.max_tokens": request.tokens}
     if largest.experiment.train.num_epochs is not None:
         asked["train.num_epochs"] = None  # a training has one budget
     return asked
@@ -258,7 +267,7 @@ def _seconds(flops: float, request: Request, largest: Observation) -> float | No
     if request.flops_per_second is not None:
         return flops / request.flops_per_second
     speed = pace(f"{largest.sweep.directory}/{largest.trial.trial_id}")["tokens_per_second"]
-    return flops / (FLOPS * largest.parameters * speed) if speed else None
+    return flops / (largest.flops_per_token * speed) if speed else None
 
 
 def _warnings(request: Request, observations: Observations) -> list[str]:

@@ -14,6 +14,7 @@ D tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from raylm import model
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 LENGTH = "tokens_per_parameter"
+
+DEPTHS = ("model.config.n_layer", "model.config.num_hidden_layers")
+WIDTHS = ("model.config.n_embd", "model.config.hidden_size")
 
 WIDTH = 64
 """Dimensions for each layer, and of each head, in GPT-2 of 124M parameters."""
@@ -65,6 +69,25 @@ def most_tokens(experiment: Experiment, trials: int) -> int | None:
     return trials * sum(step["train.max_tokens"] for step in steps) // len(steps) if steps else None
 
 
+def shape(experiment: Experiment, size: Mapping[str, Any]) -> dict[str, Any]:
+    """The widths and heads that a size of the ladder would have with the depth in `size`, as settings.
+
+    Empty if the experiment is of no ladder, if its sizes have widths of their own, or if `size` has no depth, or has a
+    width.
+    """
+    steps = experiment.tune.space.get(LADDER, {}).get("grid", ())
+    sizes = [{key: value for key, value in step.items() if key.startswith("model.")} for step in steps]
+    if not sizes or any(_of_depth(experiment, each) != each for each in sizes) or {*size} & {*WIDTHS}:
+        return {}
+    return _of_depth(experiment, size)
+
+
+def _of_depth(experiment: Experiment, size: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a size by its depth alone; empty without one."""
+    depth = {key: value for key, value in size.items() if key in DEPTHS}
+    return _shaped(experiment, depth) if depth else {}
+
+
 def _shaped(experiment: Experiment, size: dict[str, Any]) -> dict[str, Any]:
     """The settings of a size with the widths and heads that go with its depth, unless the ladder gives them."""
     found = model.config_of(override(experiment, {"tune.ladder": {}, "tune.space": {}}))
@@ -74,7 +97,7 @@ def _shaped(experiment: Experiment, size: dict[str, Any]) -> dict[str, Any]:
 
 def _shape(found: PreTrainedConfig, size: dict[str, Any]) -> dict[str, int]:
     """Names of transformers' configuration -> the width and heads for the depth in a size; empty if it has none."""
-    depth = size.get("model.config.n_layer", size.get("model.config.num_hidden_layers"))
+    depth = next((size[key] for key in DEPTHS if key in size), None)
     if depth is None:
         return {}
     if "n_embd" in found.to_dict():

@@ -36,8 +36,8 @@ MEANING = (
     "training_flops",
 )
 """Parameters of a run that say what its settings mean; they follow from them."""
-COSTS = ("evaluation_seconds", "saving_seconds", "peak_memory_bytes")
-"""What a training costs beside its steps, as metrics below COST."""
+COSTS = ("evaluation_seconds", "saving_seconds", "peak_memory_bytes", "mfu")
+"""What a training costs beside its steps, and how well these use the devices, as metrics below COST."""
 COST = "cost/"
 DESCRIPTION_TAG = "mlflow.note.content"  # MLflow's own
 

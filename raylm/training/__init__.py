@@ -8,7 +8,8 @@ muon                Muon for the matrices of the layers, AdamW for the rest
 coordinates         a check how the sizes of activations depend on the width in the first steps
 guards              what ends a training before it spoils its weights: no memory, gradients that are not finite
 cooldown            at rungs: a branch with a decayed learning rate, by whose score trials are compared
-costs               what a training costs beside its steps: seconds of evaluations and saving, memory
+peak_flops          the most operations a second of a worker's device: known of GPUs, measured on CPUs
+costs               what a training costs: seconds of evaluations and saving, memory; how well steps use the devices
 checkpoint_writer   one checkpoint, uploaded by all ranks and committed by the first; older ones removed
 trainer             the Trainer of a worker: evaluations, training metrics, checkpoints, the order of examples
 worker              one worker's training or scoring: threads, devices, errors

@@ -38,7 +38,7 @@ from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError, RaylmError, StorageError
 from raylm.perplexity import Documents, Score
 from raylm.tokenizer import Frame
-from raylm.training import arguments, muon
+from raylm.training import arguments, muon, peak_flops
 from raylm.training.checkpoint_writer import PROGRESS, CheckpointWriter
 from raylm.training.costs import Costs
 from raylm.training.guards import GradientGuard, MemoryGuard
@@ -165,6 +165,28 @@ class _Trainer(ShardingTrainer):
                 raise CollectiveError(error) from error
         self.reshard()
 
+    def measure_peak(self) -> None:
+        """Find out what MFU is a fraction of: a step's floating-point operations, and the devices' of all workers."""
+        experiment, config = self.task.experiment, self.model.config
+        kind = peak_flops.arithmetic(
+            self.args.device, autocast=self.accelerator.mixed_precision, weights=next(self.model.parameters()).dtype
+        )
+        found = gathered(self.session, experiment.train.peak_flops or peak_flops.find(self.args.device, kind))
+        if None in found:
+            self.say(
+                f"no MFU: the peak of {peak_flops.name(self.args.device)} in {kind} is not known; give a worker's, in "
+                "FLOPs a second: train.peak_flops=312e12"
+            )
+            return
+        a_token = model.flops_per_token(
+            config,
+            model.parameters(config, masked=experiment.objective.is_masked),
+            block_size=experiment.blocks.block_size,
+            only_updates=experiment.model.lora is not None,
+        )
+        self.costs.flops_of_a_step = float(a_token) * self.task.budget.batch_tokens
+        self.costs.peak_flops = sum(found)
+
     def run(self) -> Outcome:
         """Train from the newest whole checkpoint to the end of the budget."""
         checkpoints = self.task.checkpoints
@@ -279,7 +301,8 @@ class _Trainer(ShardingTrainer):
             return None
         items = torch.stack([self.data_collator.items(batch) for batch in batch_samples]).sum()
         # Nothing may be masked in a step of a few tokens: its loss is 0, not 0/0.
-        return self.accelerator.reduce(items.to(device), reduction="sum").clamp(min=1e-9)
+        # Without non_blocking the host waits for the GPU; four bytes are copied before the call returns, pinned or not.
+        return self.accelerator.reduce(items.to(device, non_blocking=True), reduction="sum").clamp(min=1e-9)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -430,11 +453,10 @@ class _Trainer(ShardingTrainer):
 
     def _report(self) -> None:
         """Report the latest evaluation to Ray, and log what the training has cost up to it."""
-        costs = self.costs.record()
-        found = gathered(self.session, costs["peak_memory_bytes"])
-        costs["peak_memory_bytes"] = max((peak for peak in found if peak is not None), default=None)
+        found = gathered(self.session, self.costs.peak_memory_bytes)
+        peak = max((each for each in found if each is not None), default=None)
         if self.session.rank == 0:
-            values = {f"{tracking.COST}{name}": value for name, value in costs.items() if value is not None}
+            values = {f"{tracking.COST}{name}": value for name, value in self.costs.figures(peak).items()}
             self.task.run.log_metrics(values, self.state.global_step)
         self.session.report(self._metrics())
 
@@ -605,6 +627,7 @@ class _Reporting(TrainerCallback):
         """Probe the model; restore the loss summed since it was last logged."""
         trainer = self.trainer
         trainer.probe()
+        trainer.measure_peak()
         if trainer.task.is_scored_untrained and trainer.start_step == 0:
             trainer.score_untrained()
         trainer.last_check, trainer.next_check = (state.global_step, time.monotonic()), state.global_step + 1
@@ -618,6 +641,7 @@ class _Reporting(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, step = self.trainer, state.global_step
+        trainer.costs.step()
         budget = trainer.task.budget
         is_last = step == trainer.task.last_step
         control.should_evaluate = is_last or step % budget.eval_every == 0 or step % budget.save_every == 0
