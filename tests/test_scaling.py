@@ -105,6 +105,15 @@ def test_few_points_have_wide_intervals():
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 
 
+def test_exponents_that_runs_do_not_tell_are_named():
+    parameters, tokens, losses = made()
+    assert Fit(parameters, tokens, losses).unknown == ()
+    sizes = np.repeat([49_632, 111_936, 173_824], 3)
+    horizons = np.array([199_040, 397_824, 794_112, 448_512, 895_488, 1_793_024, 696_320, 1_392_000, 2_782_208])
+    measured = np.array([99.03, 74.14, 59.76, 69.93, 52.70, 41.31, 61.68, 45.23, 33.87])  # of a dictionary
+    assert Fit(sizes, horizons, np.log(measured)).unknown == ("alpha",), "too small a range of sizes"
+
+
 def test_the_same_seed_gives_the_same_interval():
     assert Fit(*made()).predict(1.6e7, 6.4e8) == Fit(*made()).predict(1.6e7, 6.4e8)
 

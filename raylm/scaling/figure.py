@@ -32,11 +32,12 @@ def build(scaling: Scaling) -> Figure:
         shade = 0.7 * (1 - rank / max(1, len(sizes) - 1))  # the band of the prediction is lighter than all sizes
         lines.append(Line(name, "completed", points, about, shade))
         texts.append((*points[-1], _short(own[-1].parameters)))
-    most = max(best[-1].compute, predicted.compute if predicted is not None else 0.0)
-    compute = np.geomspace(best[0].compute, 2 * most, SAMPLES)
-    frontier = [(each, math.exp(law.loss(*law.optimal(each)))) for each in compute.tolist()]
-    lines.append(Line("frontier", "setting", frontier, "the best that this compute can reach"))
-    texts.append((*frontier[len(frontier) // 2], "frontier"))
+    if not fit.unknown:
+        most = max(best[-1].compute, predicted.compute if predicted is not None else 0.0)
+        compute = np.geomspace(best[0].compute, 2 * most, SAMPLES)
+        frontier = [(each, math.exp(law.loss(*law.optimal(each)))) for each in compute.tolist()]
+        lines.append(Line("frontier", "setting", frontier, "the best that this compute can reach"))
+        texts.append((*frontier[len(frontier) // 2], "frontier"))
     if predicted is not None:
         horizons = np.geomspace(min(each.tokens for each in best), predicted.tokens, SAMPLES // 2).tolist()
         found = [perplexity(fit.predict(predicted.parameters, each)) for each in horizons]
@@ -53,8 +54,8 @@ def build(scaling: Scaling) -> Figure:
     return Figure(
         "scaling",
         f"Validation {score} against compute",
-        "A curve for each size, through its best training of each budget. The blue line is the least score that the "
-        "compute can reach, by the law. Orange, with its band of 95 %: the training that was asked about.",
+        "A curve for each size, through its best training of each budget. The blue line, if the trainings tell it, is "
+        "the least score that the compute can reach. Orange, with its band of 95 %: the training that was asked about.",
         Axis("6 N D, FLOPs of a training", True, orders),
         Axis(score, True, [(each, format_number(each)) for each in ticks(0.9 * min(scores), 1.1 * max(scores), True)]),
         lines=lines,

@@ -113,11 +113,20 @@ class Fit:
         residuals = np.log(self.losses) - self._expected
         return max(LEAST_NOISE, math.sqrt(residuals @ residuals / (len(residuals) - CONSTANTS)))
 
-    @property
+    @cached_property
     def intervals(self) -> dict[str, Estimate]:
         """Name of a constant -> its estimate, of these runs and of these documents as drawn from many."""
         drawn = _law(self._on_other_documents.constants.T, self._middle)
         return {name: _percentiles(getattr(self.law, name), getattr(drawn, name)) for name in Law._fields}
+
+    @cached_property
+    def unknown(self) -> tuple[str, ...]:
+        """The exponents that the runs do not tell: of made-up runs more than one in twenty have it at an end of what is
+        searched, or no such term at all. Without both no size is known to be the best for a compute."""
+        drawn, near = self._on_other_documents.constants, 0.01
+        at_end = (drawn < LOW + near) | (drawn > HIGH - near)
+        exponents = {"alpha": (1, 2), "beta": (3, 4)}
+        return tuple(name for name, at in exponents.items() if at_end[:, at].any(axis=1).mean() > 1 - LEVEL)
 
     def predict(self, parameters: float, tokens: float, *, on_other_documents: bool = False) -> Estimate:
         """The loss of a new run, on the documents that the others were scored on, or on others like them."""

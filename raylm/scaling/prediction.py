@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from raylm import config, console, storage
 from raylm.budget import FEW_PASSES
@@ -53,6 +53,21 @@ def request(
     return Request(settings, tokens, flops_per_second, price_per_hour)
 
 
+class Optimal(NamedTuple):
+    """The training of the least loss for a compute."""
+
+    parameters: Estimate
+    tokens: float
+    loss: float
+
+    def record(self, measure: str) -> dict[str, float]:
+        return {**ends("parameters", self.parameters), "tokens": self.tokens, measure: math.exp(self.loss)}
+
+    def shown(self, score: str) -> str:
+        found = console.format_number(math.exp(self.loss))
+        return f"{shown(self.parameters)} parameters on {self.tokens:,.0f} tokens: {score} {found}"
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What is to be expected of a training."""
@@ -76,10 +91,8 @@ class Prediction:
     seconds: float | None
     """None if no speed is known."""
     price: float | None
-    optimal_parameters: Estimate
-    """The size of the least loss for the compute of this training as the law counts it, 6 N D."""
-    optimal_tokens: float
-    optimal_loss: float
+    optimal: Optimal | None
+    """Of the compute of this training as the law counts it, 6 N D; None if the runs do not tell it."""
     command: str
     warnings: tuple[str, ...]
 
@@ -110,11 +123,7 @@ class Prediction:
             "times_the_largest": self.times_the_largest,
             "seconds": self.seconds,
             "price": self.price,
-            "compute_optimal": {
-                **ends("parameters", self.optimal_parameters),
-                "tokens": self.optimal_tokens,
-                measure: math.exp(self.optimal_loss),
-            },
+            "compute_optimal": None if self.optimal is None else self.optimal.record(measure),
             "command": self.command,
             "warnings": list(self.warnings),
         }
@@ -125,7 +134,6 @@ class Prediction:
         cost += [console.format_duration(self.seconds)] if self.seconds is not None else []
         cost += [f"{self.price:,.2f} at the price given"] if self.price is not None else []
         score, others = console.label(measure), shown(perplexity(self.on_other_documents))
-        optimal = f"{shown(self.optimal_parameters)} parameters on {self.optimal_tokens:,.0f} tokens"
         by_other_count = shown(perplexity(self.by_parameters_without_embeddings))
         return {
             "parameters": f"{self.parameters:,}, {self.without_embeddings:,} without embeddings",
@@ -138,7 +146,7 @@ class Prediction:
                 for key, value in self.settings.items()
             },
             "cost": ", ".join(cost),
-            "best for this cost": f"{optimal}: {score} {console.format_number(math.exp(self.optimal_loss))}",
+            **({} if self.optimal is None else {"best for this cost": self.optimal.shown(score)}),
             "train it": self.command,
         }
 
@@ -173,8 +181,6 @@ def predict(
     flops = float(flops_per_token) * request.tokens
     seconds = _seconds(flops, request, largest)
     compute = float(FLOPS) * parameters * request.tokens
-    optimal = fit.optimal(compute)
-    optimal_tokens = compute / FLOPS / optimal.value
     return Prediction(
         parameters=parameters,
         without_embeddings=without_embeddings,
@@ -190,9 +196,7 @@ def predict(
         times_the_largest=flops / largest.flops,
         seconds=seconds,
         price=None if seconds is None or request.price_per_hour is None else seconds / 3600 * request.price_per_hour,
-        optimal_parameters=optimal,
-        optimal_tokens=optimal_tokens,
-        optimal_loss=float(fit.law.loss(optimal.value, optimal_tokens)),
+        optimal=None if fit.unknown else _optimal(fit, compute),
         command=console.command(
             "train",
             "--config",
@@ -201,6 +205,12 @@ def predict(
         ),
         warnings=tuple(_warnings(request, observations)),
     )
+
+
+def _optimal(fit: Fit, compute: float) -> Optimal:
+    parameters = fit.optimal(compute)
+    tokens = compute / FLOPS / parameters.value
+    return Optimal(parameters, tokens, float(fit.law.loss(parameters.value, tokens)))
 
 
 def _asked(request: Request, largest: Observation) -> dict[str, Any]:

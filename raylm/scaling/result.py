@@ -66,6 +66,7 @@ class Scaling:
         constants = [ends(name, each) for name, each in self.fits[count].intervals.items()]
         return {
             **{key: value for each in constants for key, value in each.items()},
+            "unknown": list(self.fits[count].unknown),
             "noise": self.fits[count].noise,
             "largest_left_out": {
                 "parameters": left_out.parameters,
@@ -96,6 +97,11 @@ class Scaling:
     def sentences(self) -> list[str]:
         """How well the largest training was predicted without it, and how the best settings change with size."""
         told = [f"{sentence_of(self.left_out[count], self.measure)} ({text})" for count, text in COUNTS.items()]
+        if unknown := self.fits["parameters"].unknown:
+            told.append(
+                f"the trainings do not tell {' and '.join(unknown)}, and so no best size for a cost; sizes and budgets "
+                "that are further apart, or less noise of a run, would"
+            )
         for key, trend in self.trends.items():
             if isinstance(trend, str):
                 told.append(f"no power law of the best {key}: {trend}")
