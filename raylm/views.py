@@ -97,7 +97,7 @@ def training(result: TrainResult, section: TrackingConfig) -> str:
             "tokens": result.tokens,
             "tokens/s": result.tokens_per_second,
             "checkpoint": result.checkpoint,
-            "training": trial_table.overfitting(result.score, result.last_perplexity, result.best_tokens),
+            "training": trial_table.overfitting(result.best_perplexity, result.last_perplexity, result.best_tokens),
             "generate": f'{command("generate", result.checkpoint)} --prompt "..."',
             **tracking.how_to_open(section.uri, result.mlflow_path, "MLflow"),
         }

@@ -85,8 +85,10 @@ class TrainResult:
     """Tokens that the best model was trained on."""
     untrained_score: float | None
     """The score of the model before its first step, on the tokens of an evaluation; None in runs of older versions."""
+    best_perplexity: float | None
+    """The score of the best evaluation, on the documents of evaluations (eval.max_tokens)."""
     last_perplexity: float | None
-    """The score of the last evaluation."""
+    """The score of the last evaluation, on the same."""
     resumed_from: int | None
     """The step of the checkpoint that this command resumed from."""
     tokens_per_second: int | None
@@ -259,6 +261,7 @@ def _train(
         best_step=best["step"],
         best_tokens=best["tokens"],
         untrained_score=dict(history.get(f"eval/{experiment.measure}", ())).get(0),
+        best_perplexity=best.get("perplexity"),
         last_perplexity=outcome.last.get("perplexity"),
         resumed_from=active.step,
         tokens_per_second=pace(active.directory)["tokens_per_second"],

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from raylm import config, console, storage
 from raylm.budget import FEW_PASSES
 from raylm.config import Experiment
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, DataError
 from raylm.results.compared_run import pace
 from raylm.results.sweep import EXPERIMENT, SweepResults
 from raylm.scaling.law import FLOPS, Estimate, Fit
@@ -175,6 +175,7 @@ def predict(
     experiment = of_settings(largest.sweep.experiment, asked)
     parameters, without_embeddings, flops_per_token = Sizes(vocab_size(observations.store)).of(experiment)
     fit = fits["parameters"]
+    _check_known(fit, parameters, request.tokens)
     settings = _settings(request, experiment, observations.best, trends, parameters)
     typed = {**asked, **{key: _rounded(key, value, experiment) for key, value in settings.items()}}
     config.override(experiment, typed)  # which checks that the command will run
@@ -205,6 +206,19 @@ def predict(
         ),
         warnings=tuple(_warnings(request, observations)),
     )
+
+
+def _check_known(fit: Fit, parameters: float, tokens: float) -> None:
+    """DataError if the training is larger than all others in what their losses do not tell."""
+    beyond = {"alpha": ("more parameters", parameters, fit.parameters), "beta": ("more tokens", tokens, fit.tokens)}
+    for name in fit.unknown:
+        more, asked, trained = beyond[name]
+        if asked > trained.max():
+            raise DataError(
+                f"what {more} bring cannot be told: {name} is {shown(fit.intervals[name])}, the largest training has "
+                f"{trained.max():,.0f}, and this one {asked:,.0f}; train sizes and budgets that are further apart",
+                "--to" if name == "alpha" else "--tokens",
+            )
 
 
 def _optimal(fit: Fit, compute: float) -> Optimal:
