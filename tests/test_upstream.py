@@ -89,6 +89,7 @@ SIGNATURES = {
     "transformers.PreTrainedConfig._attn_implementation": None,
     "transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask": "(self, input_ids, attention_mask)",
     "transformers.Trainer._load_rng_state": "(self, checkpoint)",
+    "transformers.core_model_loading.revert_weight_conversion": "(model, state_dict)",
     "transformers.Trainer.get_optimizer_cls_and_kwargs": "(args, model=None)",
     "transformers.models.auto.configuration_auto.CONFIG_MAPPING": None,
     "transformers.utils.chat_template_utils.render_jinja_template": "(conversations, tools=None, documents=None, "

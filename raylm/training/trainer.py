@@ -26,6 +26,7 @@ from raylm import (
     objective,
     perplexity,
     probe,
+    shards,
     storage,
     summary,
     tokens,
@@ -175,7 +176,8 @@ class _Trainer(ShardingTrainer):
             trunk, step = self.task.trunk
             checkpoints = CheckpointManager(f"{trunk}/checkpoints")
         if step is not None:
-            self.resumed = checkpoints.fetch(step, Path(self.args.output_dir))
+            self.stored = checkpoints.path(step)
+            self.resumed = checkpoints.fetch(step, Path(self.args.output_dir), but_for=[shards.FILES])
             self._restore(self.resumed, step)
         if self.session.rank == 0:
             self.task.run.rewind(self.start_step)
@@ -504,18 +506,15 @@ class _Trainer(ShardingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
-        if self.task.experiment.model.lora is not None:
+        is_adapted = self.task.experiment.model.lora is not None
+        if is_adapted and not self.is_sharded:
             state_dict = lora.merged_state_dict(self.model)
         super()._save(str(directory), state_dict)
-        if self.task.experiment.model.lora is not None:
+        if is_adapted and not self.is_sharded:
             lora.save_updates(self.model, directory)
+        elif is_adapted and self.args.should_save:
+            lora.save_description(self.model, directory)
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model_to_load: Any = None) -> None:
-        if self.task.experiment.model.lora is not None:  # merged in the checkpoint, separate in this model
-            lora.load_updates(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model_to_load)
 
     def commit_checkpoint(self) -> None:
         """Commit the checkpoint that was just written locally, remove older ones, and report the evaluation."""
