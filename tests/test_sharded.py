@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import OfGroup
 from ray import cloudpickle
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
-from raylm import api, checkpoint, cluster, export, perplexity, shards, storage, tokens, tracking, training
+from raylm import api, checkpoint, cluster, config, export, perplexity, shards, storage, tokens, tracking, training
 from raylm.config import override
 from raylm.errors import ConfigError, StorageError
 from raylm.pipeline import training as pipeline_training
@@ -340,6 +342,110 @@ def test_a_sharded_run_in_object_storage(tiny, new_job, worker_processes, whole,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_checkpoint_from_before_shards_were_written_resumes(killed, whole, worker_processes, tmp_path, size):
+    """It has what rank 0 had gathered: model.safetensors, and the optimizer's states by the names of the weights."""
+    job, local = copied_job(killed, tmp_path / "run"), tmp_path / "local"
+    shutil.copytree(job.checkpoints.path(1), local)
+    with shards.merged(local) as merged:
+        shutil.copy(merged / "model.safetensors", local)
+    dcp_to_torch_save(local / "optimizer", local / "optimizer.pt")
+    for state in ("weights", "optimizer"):
+        shutil.rmtree(local / state)
+    job.checkpoints.replace(local, 1)
+    outcome = worker_processes(job, size)
+    assert outcome.step == 3
+    assert losses(job) == pytest.approx(losses(whole[1]), abs=1e-5)
+    assert (Path(job.checkpoints.path(3)) / "weights" / ".metadata").exists()
+
+
+# With other settings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train.micro_batch_tokens": 32},
+        {"train.arguments.gradient_checkpointing": True},
+        {"train.arguments.fsdp_config": {"cpu_offload": True}},
+        {"train.arguments.fsdp_config": {"reshard_after_forward": False}},
+        {"train.compile": "on"},
+    ],
+    ids=["accumulation", "gradient_checkpointing", "cpu_offload", "no_resharding", "compile"],
+)
+@pytest.mark.timeout(900)  # the compiler's
+def test_sharded_weights_with_other_settings(tiny, new_job, worker_processes, whole, settings, size):
+    job = new_job(override(tiny(*THREE_STEPS), {"train.arguments.fsdp": True, **settings}))
+    reference, ddp = whole
+    first = worker_processes(job, size)
+    assert losses(job) == pytest.approx(losses(ddp), abs=1e-5)
+    assert first.best["perplexity"] == pytest.approx(reference.best["perplexity"], rel=1e-5)
+    job.checkpoints.discard(3)
+    resumed = worker_processes(job, 6 - size)
+    assert (resumed.step, losses(job)) == (3, pytest.approx(losses(ddp), abs=1e-5))
+
+
+@pytest.fixture(scope="module")
+def base(whole, tmp_path_factory):
+    """A pretrained model."""
+    reference, job = whole
+    return export.export(job.checkpoints.path(reference.step), tmp_path_factory.mktemp("base") / "model")
+
+
+def adapting(tiny, base, **lora):
+    """An experiment that trains an adapter of the model."""
+    settings = json.dumps({"path": base, "lora": {"r": 2, **lora}})
+    return tiny(
+        *(setting for setting in THREE_STEPS if not setting.startswith("model")), f"model={settings}", "tokenizer={}"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["wte"]}], ids=["updates", "modules_to_save"])
+def test_an_adapter_of_sharded_weights(tiny, new_job, worker_processes, base, tmp_path, size, more):
+    experiment = adapting(tiny, base, **more)
+    ddp, job = new_job(experiment), new_job(override(experiment, {"train.arguments.fsdp": True}))
+    reference = worker_processes(ddp, 2)
+    outcome = worker_processes(job, size)
+    assert losses(job) == pytest.approx(losses(ddp), abs=1e-5)
+    before = weights_of(tmp_path / "before", ddp, reference.step)
+    assert_close(weights_of(tmp_path / "sharded", job, outcome.step), before)
+    directory = Path(job.checkpoints.path(outcome.step))
+    trained_bytes = sum(file.stat().st_size for file in (directory / "optimizer").glob("*.distcp"))
+    if not more:
+        assert trained_bytes < sum(file.stat().st_size for file in (directory / "weights").glob("*.distcp"))
+
+    job.checkpoints.discard(3)
+    worker_processes(job, 1)
+    assert losses(job) == pytest.approx(losses(ddp), abs=1e-5)
+    assert_close(weights_of(tmp_path / "resumed", job, 3), before)
+
+
+def weights_of(place, job, step):
+    """The weights in each kind of export of a checkpoint, by file and name."""
+    found = {}
+    for kind in ("merged", "adapter", "both"):
+        copy = place / f"{kind}-checkpoint"
+        shutil.copytree(job.checkpoints.path(step), copy)
+        described = config.load(copy / "experiment.yaml")
+        config.save(override(described, {"model.lora.export": kind}), copy / "experiment.yaml")
+        model = Path(export.export(copy, place / kind))
+        for file in model.rglob("*.safetensors"):
+            found |= {f"{kind}/{file.relative_to(model)}/{name}": each for name, each in load_file(file).items()}
+    return found
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    assert any(name.startswith("both/adapter/") for name in found)
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], weight, atol=1e-5), name
+
+
+@pytest.mark.slow
 def test_sharded_weights_train_as_whole_ones_do(trained, two_workers, new_job, worker_processes):
     outcome, job, _ = trained
     reference = new_job(two_workers)
@@ -465,6 +571,10 @@ def test_states_of_the_optimizer_shared_out_by_deepspeed(two_workers, train_run)
         (
             "train.arguments={fsdp: true, fsdp_config: {state_dict_type: SHARDED_STATE_DICT}}",
             r"fsdp_config\.state_dict_type must be FULL_STATE_DICT, got SHARDED_STATE_DICT",
+        ),
+        (
+            "train.arguments={fsdp: true, fsdp_config: {activation_checkpointing: true}}",
+            r"activation_checkpointing: .*; set train\.arguments\.gradient_checkpointing=true instead",
         ),
     ],
 )

@@ -82,6 +82,13 @@ def check_settings(section: TrainConfig) -> None:
         key = "train.arguments.deepspeed.zero_optimization.stage"
         raise ConfigError(f"{key} must be 1 or 2, got 3; train.arguments.fsdp=true shares out the weights", where=key)
     sharding = made.fsdp_plugin_args or {}
+    if sharding.get("activation_checkpointing"):
+        key = "train.arguments.fsdp_config.activation_checkpointing"
+        raise ConfigError(
+            f"{key}: what is computed again has other dropout than before, and gradients are wrong; set "
+            "train.arguments.gradient_checkpointing=true instead",
+            where=key,
+        )
     for name, only in (("fsdp_version", 2), ("state_dict_type", "FULL_STATE_DICT")):
         if (found := sharding.get(name, only)) != only:
             key = f"train.arguments.fsdp_config.{name.removeprefix('fsdp_')}"

@@ -138,7 +138,7 @@ class _Trainer(ShardingTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.factors:
-            transfer.scale_groups(optimizer, self.model, self.factors)
+            transfer.scale_groups(optimizer, self.network, self.factors)
         return optimizer
 
     @cached_property
@@ -296,7 +296,7 @@ class _Trainer(ShardingTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self.factors:
             return super()._clip_grad_norm(model)
-        with transfer.gradients_without_multipliers(self.model, self.factors):
+        with transfer.gradients_without_multipliers(self.network, self.factors):
             return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -513,7 +513,7 @@ class _Trainer(ShardingTrainer):
         if is_adapted and not self.is_sharded:
             lora.save_updates(self.model, directory)
         elif is_adapted and self.args.should_save:
-            lora.save_description(self.model, directory)
+            lora.save_description(self.network, directory)
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle
 
     def commit_checkpoint(self) -> None:
