@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers.core_model_loading import revert_weight_conversion
@@ -51,6 +51,8 @@ class ShardingTrainer(Trainer):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
+        if isinstance(state.fsdp_plugin.cpu_offload, CPUOffloadPolicy) and not torch.cuda.is_available():
+            state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # there is nothing to pin it for
         if state.mixed_precision == "bf16":  # as with autocast, sums of gradients and losses are not rounded
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 

@@ -510,10 +510,11 @@ class _Trainer(ShardingTrainer):
         if is_adapted and not self.is_sharded:
             state_dict = lora.merged_state_dict(self.model)
         super()._save(str(directory), state_dict)
-        if is_adapted and not self.is_sharded:
-            lora.save_updates(self.model, directory)
-        elif is_adapted and self.args.should_save:
-            lora.save_description(self.network, directory)
+        if is_adapted and self.args.should_save:  # the other ranks have nothing to write
+            if self.is_sharded:
+                lora.save_description(self.network, directory)
+            else:
+                lora.save_updates(self.model, directory)
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle
 
     def commit_checkpoint(self) -> None:
