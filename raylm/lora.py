@@ -109,6 +109,20 @@ def _changed_ends(network: PreTrainedModel) -> list[torch.nn.Module]:
     return [layer for layer in ends if isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper)]
 
 
+def untie_changed_ends(network: PreTrainedModel) -> None:
+    """Untie the embedding and the output head where model.lora.modules_to_save trains a copy of one of them.
+
+    The layer that was copied is not used any more, but its weight may be the other end's, and FSDP refuses a weight in
+    two groups.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for layer in _changed_ends(network):
+        if isinstance(layer, ModulesToSaveWrapper):
+            unused = layer.original_module
+            unused.weight = torch.nn.Parameter(unused.weight.detach().clone(), requires_grad=False)
+
+
 def merged_state_dict(network: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights with the updates merged, under the names of a model without updates.
 

@@ -371,11 +371,9 @@ def test_a_checkpoint_from_before_shards_were_written_resumes(killed, whole, wor
         {"train.arguments.gradient_checkpointing": True},
         {"train.arguments.fsdp_config": {"cpu_offload": True}},
         {"train.arguments.fsdp_config": {"reshard_after_forward": False}},
-        {"train.compile": "on"},
     ],
-    ids=["accumulation", "gradient_checkpointing", "cpu_offload", "no_resharding", "compile"],
+    ids=["accumulation", "gradient_checkpointing", "cpu_offload", "no_resharding"],
 )
-@pytest.mark.timeout(900)  # the compiler's
 def test_sharded_weights_with_other_settings(tiny, new_job, worker_processes, whole, settings, size):
     job = new_job(override(tiny(*THREE_STEPS), {"train.arguments.fsdp": True, **settings}))
     reference, ddp = whole
@@ -572,6 +570,7 @@ def test_states_of_the_optimizer_shared_out_by_deepspeed(two_workers, train_run)
             "train.arguments={fsdp: true, fsdp_config: {state_dict_type: SHARDED_STATE_DICT}}",
             r"fsdp_config\.state_dict_type must be FULL_STATE_DICT, got SHARDED_STATE_DICT",
         ),
+        ("train={compile: on, arguments: {fsdp: true}}", "train.compile must be off with train.arguments.fsdp, got on"),
         (
             "train.arguments={fsdp: true, fsdp_config: {activation_checkpointing: true}}",
             r"activation_checkpointing: .*; set train\.arguments\.gradient_checkpointing=true instead",

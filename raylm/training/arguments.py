@@ -81,6 +81,12 @@ def check_settings(section: TrainConfig) -> None:
     if made.deepspeed and made.hf_deepspeed_config.is_zero3():
         key = "train.arguments.deepspeed.zero_optimization.stage"
         raise ConfigError(f"{key} must be 1 or 2, got 3; train.arguments.fsdp=true shares out the weights", where=key)
+    if made.fsdp and (section.compile == "on" or made.torch_compile):
+        raise ConfigError(
+            "train.compile must be off with train.arguments.fsdp, got on: sharded weights that are compiled can be "
+            "trained, but not scored",
+            where="train.compile",
+        )
     sharding = made.fsdp_plugin_args or {}
     if sharding.get("activation_checkpointing"):
         key = "train.arguments.fsdp_config.activation_checkpointing"

@@ -110,12 +110,12 @@ class ShardingTrainer(Trainer):
         finally:  # the other workers wait for this one's part
             shards.write(self._weights(), directory / shards.WEIGHTS)
             if self._is_adapted:
-                shards.write(lora.updates(self.network), directory / shards.ADAPTER)
+                shards.write(lora.updates(self.model), directory / shards.ADAPTER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model_to_load: Any = None) -> None:
         if shards.is_sharded(resume_from_checkpoint):
             of_training = shards.ADAPTER if self._is_adapted else shards.WEIGHTS
-            state = lora.updates(self.network) if self._is_adapted else self._weights()
+            state = lora.updates(self.model) if self._is_adapted else self._weights()
             shards.read(state, f"{self.stored}/{of_training}")  # into the weights themselves
         elif self._is_adapted:
             lora.load_updates(self.model, resume_from_checkpoint)
@@ -132,25 +132,20 @@ class ShardingTrainer(Trainer):
         """The weights as they are exported, with an adapter merged, by their names there: this worker's shards, or all
         of them if it is the only one. Those without an adapter are the model's own tensors, not copies."""
         self.reshard()
-        state = lora.merged_state_dict(self.network) if self._is_adapted else get_model_state_dict(self.model)
-        left_out = self._tied | set(self.network._keys_to_ignore_on_save or ())
-        return _exported_names(self.network, {name: weight for name, weight in state.items() if name not in left_out})
-
-    @property
-    def network(self) -> PreTrainedModel:
-        """The model, which may be compiled."""
-        return getattr(self.model, "_orig_mod", self.model)
+        state = lora.merged_state_dict(self.model) if self._is_adapted else get_model_state_dict(self.model)
+        left_out = self._tied | set(self.model._keys_to_ignore_on_save or ())
+        return _exported_names(self.model, {name: weight for name, weight in state.items() if name not in left_out})
 
     @property
     def _is_adapted(self) -> bool:
         """Whether the model has an adapter (model.lora)."""
-        return hasattr(self.network, "peft_config")
+        return hasattr(self.model, "peft_config")
 
     @property
     def _tied(self) -> set[str]:
         """The names of weights that are tied to others."""
-        is_tied = getattr(self.network.config, "tie_word_embeddings", True)  # not if an adapter changes them
-        return set(self.network.all_tied_weights_keys) if is_tied else set()
+        is_tied = getattr(self.model.config, "tie_word_embeddings", True)  # not if an adapter changes them
+        return set(self.model.all_tied_weights_keys) if is_tied else set()
 
     # The optimizer
 

@@ -74,6 +74,8 @@ def build(task: TrainTask, session: Session, scratch: Path) -> _Trainer:
     is_sharded = bool(args.fsdp)
     if session.world_size == 1:  # nothing to shard
         args.fsdp = args.fsdp_plugin_args = None
+    elif is_sharded and experiment.model.lora is not None:
+        lora.untie_changed_ends(network)
     objective.attach(network, shifted=batches.shifted, smoothing=args.label_smoothing_factor)
     ordered = examples.build(
         store.train,
@@ -138,7 +140,7 @@ class _Trainer(ShardingTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.factors:
-            transfer.scale_groups(optimizer, self.network, self.factors)
+            transfer.scale_groups(optimizer, self.model, self.factors)
         return optimizer
 
     @cached_property
@@ -296,7 +298,7 @@ class _Trainer(ShardingTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self.factors:
             return super()._clip_grad_norm(model)
-        with transfer.gradients_without_multipliers(self.network, self.factors):
+        with transfer.gradients_without_multipliers(self.model, self.factors):
             return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -512,7 +514,7 @@ class _Trainer(ShardingTrainer):
         super()._save(str(directory), state_dict)
         if is_adapted and self.args.should_save:  # the other ranks have nothing to write
             if self.is_sharded:
-                lora.save_description(self.network, directory)
+                lora.save_description(self.model, directory)
             else:
                 lora.save_updates(self.model, directory)
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle
