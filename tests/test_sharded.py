@@ -80,7 +80,7 @@ def stopped_and_begun_again(train_run, experiment):
 def failing_to_write(step):
     """A session whose first worker has no room for the weights of that step on its own disk."""
 
-    class Failing(training.RayTrainSession):
+    class Failing(OfGroup):
         def __init__(self):
             super().__init__()
             import errno
@@ -100,12 +100,12 @@ def failing_to_write(step):
 
 
 @pytest.mark.slow
-def test_weights_that_one_worker_cannot_write_are_an_error_of_all(sharded, train_run):
+def test_weights_that_one_worker_cannot_write_are_an_error_of_all(sharded, new_job, worker_processes):
     """The others are not left waiting in the collectives of the optimizer's state."""
-    experiment = override(sharded, {"train.seed": 7, "cluster.max_failures": 0})
-    last = experiment.train.max_tokens // experiment.train.batch_tokens
+    job = new_job(override(sharded, {"train.seed": 7}))
+    last = sharded.train.max_tokens // sharded.train.batch_tokens
     with pytest.raises(StorageError, match="cannot be written: OSError: .*No space left on device"):
-        train_run(experiment, failing_to_write(last))
+        worker_processes(job, 2, failing_to_write(last))
 
 
 def elements_here(trainer):
@@ -464,9 +464,10 @@ def test_a_sharded_run_resumes_where_it_was_stopped(trained, sharded, train_run)
 
 
 @pytest.mark.slow
-def test_sharded_weights_in_half_precision(sharded, train_run):
+def test_sharded_weights_in_half_precision(sharded, new_job, worker_processes):
     experiment = override(sharded, {"train.precision": "bfloat16"})
-    outcome, job = train_run(experiment)
+    job = new_job(experiment)
+    outcome = worker_processes(job, 2)
     assert outcome.best["perplexity"] == pytest.approx(scored(job, outcome, experiment), rel=1e-6)
     with shards.merged(job.checkpoints.path(outcome.best["step"])) as directory:
         weights = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
