@@ -109,6 +109,20 @@ def _changed_ends(network: PreTrainedModel) -> list[torch.nn.Module]:
     return [layer for layer in ends if isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper)]
 
 
+def untie_changed_ends(network: PreTrainedModel) -> None:
+    """Untie the embedding and the output head where model.lora.modules_to_save trains a copy of one of them.
+
+    The layer that was copied is not used any more, but its weight may be the other end's, and FSDP refuses a weight in
+    two groups.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for layer in _changed_ends(network):
+        if isinstance(layer, ModulesToSaveWrapper):
+            unused = layer.original_module
+            unused.weight = torch.nn.Parameter(unused.weight.detach().clone(), requires_grad=False)
+
+
 def merged_state_dict(network: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights with the updates merged, under the names of a model without updates.
 
@@ -135,19 +149,28 @@ def merged_state_dict(network: PreTrainedModel) -> dict[str, torch.Tensor]:
     return plain
 
 
-def save_updates(network: PreTrainedModel, directory: str | Path) -> None:
-    """Write the adapter of a checkpoint: the files that peft writes, under the names of CHECKPOINT_ADAPTER."""
+def updates(network: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights of the adapter by peft's names: the model's own tensors, not copies."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     # Not the embeddings that an update changes: peft would save them whole, but loading needs only the update.
-    updates = get_peft_model_state_dict(network, save_embedding_layers=False)
-    weights, described = (Path(directory) / name for name in CHECKPOINT_ADAPTER.values())
-    save_file(
-        {f"{PEFT_PREFIX}{name}": weight.contiguous() for name, weight in updates.items()},
-        weights,
-        metadata={"format": "pt"},
-    )
+    found = get_peft_model_state_dict(network, save_embedding_layers=False)
+    return {f"{PEFT_PREFIX}{name}": weight for name, weight in found.items()}
+
+
+def save_updates(network: PreTrainedModel, directory: str | Path) -> None:
+    """Write the adapter of a checkpoint: the files that peft writes, under the names of CHECKPOINT_ADAPTER."""
+    from safetensors.torch import save_file
+
+    file = Path(directory) / CHECKPOINT_ADAPTER[ADAPTER_SAFE_WEIGHTS_NAME]
+    whole = {name: weight.contiguous() for name, weight in updates(network).items()}
+    save_file(whole, file, metadata={"format": "pt"})
+    save_description(network, directory)
+
+
+def save_description(network: PreTrainedModel, directory: str | Path) -> None:
+    """Write the configuration of the adapter of a checkpoint."""
+    described = Path(directory) / CHECKPOINT_ADAPTER[ADAPTER_CONFIG_NAME]
     settings = copy.copy(network.peft_config["default"])
     settings.inference_mode = True
     fields = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.to_dict().items()}
@@ -159,9 +182,9 @@ def load_updates(network: PreTrainedModel, directory: str | Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    updates = load_file(Path(directory) / CHECKPOINT_ADAPTER[ADAPTER_SAFE_WEIGHTS_NAME])
+    saved = load_file(Path(directory) / CHECKPOINT_ADAPTER[ADAPTER_SAFE_WEIGHTS_NAME])
     left = set_peft_model_state_dict(
-        network, {name.removeprefix(PEFT_PREFIX): weight for name, weight in updates.items()}
+        network, {name.removeprefix(PEFT_PREFIX): weight for name, weight in saved.items()}
     )
     assert not left.unexpected_keys
 

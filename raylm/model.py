@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from raylm import hub, lora, transfer
+from raylm import hub, lora, shards, transfer
 from raylm import tokenizer as tokenizers
 from raylm.config import Experiment, ModelConfig, TokenizerConfig
 from raylm.errors import ConfigError, did_you_mean, first_line
@@ -190,9 +190,10 @@ def pretrained(
     if rows > own_rows:
         found = copy.deepcopy(found)
         found.vocab_size = own_rows
-    network, loading = _auto_class(masked).from_pretrained(
-        section.path, config=found, dtype=dtype, output_loading_info=True, **options(section)
-    )
+    with shards.merged(section.path) as plain:
+        network, loading = _auto_class(masked).from_pretrained(
+            str(plain), config=found, dtype=dtype, output_loading_info=True, **options(section)
+        )
     if rows > own_rows:
         network.resize_token_embeddings(rows)
     return network, sorted(loading["missing_keys"])
@@ -352,7 +353,7 @@ def _check_configuration(directory: str) -> None:
 def _check_weights(section: ModelConfig) -> None:
     """ConfigError if the model's directory has no weights."""
     path = section.path
-    if path is None or section.gguf_file is not None or not os.path.isdir(path):
+    if path is None or section.gguf_file is not None or not os.path.isdir(path) or shards.is_sharded(path):
         return
     if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in os.listdir(path)):
         raise ConfigError(

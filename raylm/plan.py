@@ -220,7 +220,7 @@ def resolve(experiment: Experiment, *, starts: Literal["train", "tune"] | None =
         from raylm.training import callbacks
 
     callbacks.load(experiment.train.callbacks)
-    training.check_settings(experiment.train, with_lora=experiment.model.lora is not None)
+    training.check_settings(experiment.train)
     chosen = planned.tokenizer
     known: Any = chosen.train or load_tokenizer(planned)
     objective.check_settings(experiment.objective, experiment.blocks, known)

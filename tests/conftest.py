@@ -5,7 +5,9 @@ import importlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -355,6 +357,82 @@ class Here:
 
     def lost_nodes(self):
         return []
+
+
+class OfGroup(Here):
+    """A session in a process of `worker_processes`."""
+
+    def __init__(self):
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def be_worker(job: bytes, rank: int, size: int, port: int, outcome: Path) -> None:
+    import torch
+
+    from raylm import training
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    tempfile.tempdir = None
+    torch.set_num_threads(1)
+    if size > 1:
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    found = training.train_loop_per_worker(pickle.loads(job))
+    if rank == 0:
+        outcome.write_bytes(pickle.dumps(found))
+    if size > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def worker_processes(tmp_path_factory, free_port):
+    """(job, size, session) -> the outcome of its training by `size` workers, which are processes without Ray: they are
+    there in a second. None if one of them was killed."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(HEAVY)
+    outcomes, numbers = tmp_path_factory.mktemp("outcomes"), itertools.count()
+
+    def run(job, size: int, session: type = OfGroup):
+        import dataclasses
+
+        from ray import cloudpickle
+
+        file, port = outcomes / str(next(numbers)), free_port()
+        experiment = config.override(job.experiment, {"cluster.num_workers": size})
+        task = cloudpickle.dumps(dataclasses.replace(job, experiment=experiment, session=session))
+        group = [processes.Process(target=be_worker, args=(task, rank, size, port, file)) for rank in range(size)]
+        for process in group:
+            process.start()
+        while any(process.is_alive() for process in group):
+            multiprocessing.connection.wait([process.sentinel for process in group if process.is_alive()])
+            if any(process.exitcode for process in group):  # the others would wait for it
+                for process in group:
+                    process.kill()
+        found = pickle.loads(file.read_bytes()) if file.exists() else None
+        if found is not None and found.error is not None:
+            raise found.error
+        return found
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def new_job():
+    """experiment -> its training in a directory of its own, as a task for `worker_processes`; without Ray."""
+    from raylm import budget, runs, tracking, training
+    from raylm.tokens import write
+
+    def make(experiment: config.Experiment):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(write, "_each", one_by_one)
+            store, _ = stores.prepare(plans.resolve_tokens(experiment))
+        begun = runs.start_or_resume(experiment, "train", os.path.basename(store.path), "never")
+        tracked = tracking.start(
+            experiment.tracking, experiment=experiment.name, name=begun.name, tags={}, directory=begun.directory
+        )
+        return training.TrainTask(experiment, store.path, budget.for_store(experiment, store), tracked, begun.directory)
+
+    return make
 
 
 @pytest.fixture(scope="session")

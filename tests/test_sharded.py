@@ -1,22 +1,40 @@
 """Training beyond one device: weights shared out among workers, half precision, compiled models."""
 
+import dataclasses
 import json
+import os
+import pickle
+import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import OfGroup
 from ray import cloudpickle
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
-from raylm import api, checkpoint, cluster, perplexity, tokens, training
-from raylm import plan as plans
+from raylm import api, checkpoint, cluster, config, export, perplexity, shards, storage, tokens, tracking, training
 from raylm.config import override
 from raylm.errors import ConfigError, StorageError
 from raylm.pipeline import training as pipeline_training
 from raylm.training import launch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
+
+TWO_WORKERS = (
+    "cluster.num_workers=2",
+    "cluster.cpus_per_worker=0.5",
+    "train.max_tokens=1024",
+    "train.eval_every_tokens=512",
+    "train.micro_batch_tokens=64",
+    "eval.max_tokens=800",
+    "eval.batch_tokens=64",
+)
 
 
 def noting(what, marks: Path, base=training.RayTrainSession):
@@ -41,15 +59,7 @@ def noting(what, marks: Path, base=training.RayTrainSession):
 @pytest.fixture(scope="module")
 def two_workers(tiny):
     """Two workers, two micro-batches a step; of three documents that are scored one worker has two."""
-    return tiny(
-        "cluster.num_workers=2",
-        "cluster.cpus_per_worker=0.5",
-        "train.max_tokens=1024",
-        "train.eval_every_tokens=512",
-        "train.micro_batch_tokens=64",
-        "eval.max_tokens=800",
-        "eval.batch_tokens=64",
-    )
+    return tiny(*TWO_WORKERS)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +80,7 @@ def stopped_and_begun_again(train_run, experiment):
 def failing_to_write(step):
     """A session whose first worker has no room for the weights of that step on its own disk."""
 
-    class Failing(training.RayTrainSession):
+    class Failing(OfGroup):
         def __init__(self):
             super().__init__()
             import errno
@@ -90,12 +100,12 @@ def failing_to_write(step):
 
 
 @pytest.mark.slow
-def test_weights_that_one_worker_cannot_write_are_an_error_of_all(sharded, train_run):
+def test_weights_that_one_worker_cannot_write_are_an_error_of_all(sharded, new_job, worker_processes):
     """The others are not left waiting in the collectives of the optimizer's state."""
-    experiment = override(sharded, {"train.seed": 7, "cluster.max_failures": 0})
-    last = experiment.train.max_tokens // experiment.train.batch_tokens
+    job = new_job(override(sharded, {"train.seed": 7}))
+    last = sharded.train.max_tokens // sharded.train.batch_tokens
     with pytest.raises(StorageError, match="cannot be written: OSError: .*No space left on device"):
-        train_run(experiment, failing_to_write(last))
+        worker_processes(job, 2, failing_to_write(last))
 
 
 def elements_here(trainer):
@@ -105,39 +115,339 @@ def elements_here(trainer):
 
 
 @pytest.fixture(scope="module")
-def trained(sharded, train_run, tmp_path_factory):
-    marks = tmp_path_factory.mktemp("marks")
-    outcome, job = train_run(sharded, noting(elements_here, marks))
+def trained(sharded, new_job, worker_processes, tmp_path_factory):
+    marks, job = tmp_path_factory.mktemp("marks"), new_job(sharded)
+    outcome = worker_processes(job, 2, noting(elements_here, marks, OfGroup))
     return outcome, job, [json.loads((marks / rank).read_text()) for rank in "01"]
 
 
-def test_sharded_weights_are_scored_by_all_workers_and_kept_as_a_plain_directory(trained, sharded):
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """The export of the best checkpoint."""
+    outcome, job, _ = trained
+    return Path(export.export(job.checkpoints.path(outcome.best["step"]), tmp_path_factory.mktemp("best") / "model"))
+
+
+def test_sharded_weights_are_scored_by_all_workers_and_exported_as_a_plain_directory(trained, sharded, exported):
     outcome, job, held = trained
     assert held[0][0] + held[1][0] == held[0][1] == held[1][1], "each has its part"
     store = tokens.open_store(job.store)
     section = sharded.eval
     assert perplexity.first_documents(store.validation, section.max_tokens) % 2, "one has more to score than the other"
 
-    directory = Path(job.checkpoints.path(outcome.best["step"]))
-    files = {file.name for file in directory.iterdir()}
-    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files
-    assert not {file for file in files if file.endswith(".bin")}, "the weights once, and no other pickles"
-    torch.load(directory / "optimizer.pt", weights_only=True)
-    assert job.checkpoints.damage(outcome.best["step"]) is None
-
-    network, told = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    network, told = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
     assert (set(told["missing_keys"]), set(told["unexpected_keys"])) == (set(), set())
-    context = checkpoint.load(directory).context
+    context = checkpoint.load(exported).context
     found = perplexity.score(
         network, store.validation, frame=store.frame("auto"), context=context, max_tokens=section.max_tokens
     )
     assert found.perplexity == pytest.approx(outcome.best["perplexity"], rel=1e-5)
 
 
-@pytest.mark.slow
-def test_sharded_weights_train_as_whole_ones_do(trained, two_workers, train_run):
+def test_each_worker_writes_its_own_shards(trained):
+    outcome, job, held = trained
+    directory = Path(job.checkpoints.path(outcome.best["step"]))
+    files = {file.relative_to(directory).as_posix(): file.stat().st_size for file in directory.rglob("*")}
+    for state in ("weights", "optimizer"):
+        assert {name for name in files if name.startswith(f"{state}/")} == {
+            f"{state}/.metadata",
+            f"{state}/__0_0.distcp",
+            f"{state}/__1_0.distcp",
+        }
+        assert all(files[f"{state}/__{rank}_0.distcp"] > 4 * held[rank][0] for rank in (0, 1))
+    assert {"scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files.keys()
+    assert not {name for name in files if name.endswith((".bin", ".safetensors")) or name == "optimizer.pt"}
+    guarded = json.loads((directory / "manifest.json").read_text())["files"]
+    assert guarded.keys() == {name for name in files if "." in Path(name).name} - {"manifest.json"}
+    assert job.checkpoints.damage(outcome.best["step"]) is None
+
+
+def test_an_export_has_the_bytes_that_one_worker_would_have_saved(trained, exported, tmp_path):
+    """Those of transformers' save_pretrained, which holds the whole model."""
     outcome, job, _ = trained
-    whole, reference = train_run(two_workers)
+    network = checkpoint.load(job.checkpoints.path(outcome.best["step"])).model
+    network.save_pretrained(tmp_path)
+    assert (exported / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_shards_are_merged_into_as_many_files_as_transformers_makes(trained, tmp_path, monkeypatch):
+    outcome, job, _ = trained
+    directory = job.checkpoints.path(outcome.best["step"])
+    loaded = checkpoint.load(directory).model
+    network = AutoModelForCausalLM.from_config(loaded.config)  # one that is loaded is saved in another order
+    network.load_state_dict(loaded.state_dict())
+    network.save_pretrained(tmp_path, max_shard_size="10KB")
+    monkeypatch.setattr(shards, "MAX_FILE_SIZE", "10KB")
+    with shards.merged(directory) as merged:
+        files = {file.name: file.read_bytes() for file in merged.glob("model*")}
+        AutoModelForCausalLM.from_pretrained(merged)
+    assert len(files) > 2
+    assert files == {file.name: file.read_bytes() for file in tmp_path.glob("model*")}
+    assert not merged.exists()
+
+
+def test_a_state_that_would_run_code_is_refused(trained, tmp_path):
+    """The metadata is pickled, and a checkpoint may be anybody's."""
+    outcome, job, _ = trained
+    directory = tmp_path / "from-elsewhere"
+    shutil.copytree(job.checkpoints.path(outcome.best["step"]), directory)
+    mark = tmp_path / "mark"
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(mark),)
+
+    (directory / "weights" / ".metadata").write_bytes(pickle.dumps(Code()))
+    with pytest.raises(StorageError, match="metadata cannot be read: UnpicklingError: it has posix.mkdir"):
+        export.export(directory, tmp_path / "model")
+    assert not mark.exists()
+
+
+def test_damaged_shards_are_an_error_that_names_them(trained, tmp_path):
+    outcome, job, _ = trained
+    directory = tmp_path / "damaged"
+    shutil.copytree(job.checkpoints.path(outcome.best["step"]), directory)
+    shard = directory / "weights" / "__1_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    shard.write_bytes(content)
+    with pytest.raises(StorageError, match=f"{directory} cannot be loaded: "):
+        export.export(directory, tmp_path / "model")
+    shard.unlink()
+    with pytest.raises(StorageError, match=f"{directory}: its shards cannot be merged"):
+        export.export(directory, tmp_path / "model")
+
+
+def test_a_sharded_checkpoint_is_scored_and_trained_further_as_it_is(trained, exported, sharded, tiny, new_job):
+    outcome, job, _ = trained
+    directory = job.checkpoints.path(outcome.best["step"])
+    assert api.evaluate(directory, **{"eval.max_tokens": 400}).score.nll == pytest.approx(
+        api.evaluate(exported, **{"eval.max_tokens": 400}).score.nll, rel=1e-6
+    )
+    further = tiny(f"model={{path: {directory}}}", "tokenizer={}", "train.max_tokens=256", "train.learning_rate=1e-12")
+    job = new_job(further)
+    begun = training.train_loop_per_worker(dataclasses.replace(job, session=training.SingleProcess))
+    weights = AutoModelForCausalLM.from_pretrained(job.checkpoints.path(begun.step)).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(exported).state_dict()
+    assert all(torch.allclose(weights[name], weight, atol=1e-8) for name, weight in before.items())
+
+
+# Killed and resumed --------------------------------------------------------------------------------------------------
+
+THREE_STEPS = (
+    *TWO_WORKERS,
+    "model.config={model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 16, resid_pdrop: 0, embd_pdrop: 0, attn_pdrop: 0}",
+    "train.batch_tokens=384",
+    "train.max_tokens=1152",
+    "train.eval_every_tokens=384",
+    "train.micro_batch_tokens=96",
+    "train.keep_checkpoints=3",
+)
+"""Batches of 12 blocks, for one to four workers; without dropout, whose random numbers are those of a worker."""
+
+
+class KilledInItsSave(OfGroup):
+    """The second worker is killed when it has written its weights at the second step, but no state of its optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        plain = storage.upload
+
+        def upload(file, path):
+            if path.endswith("step_00000002/optimizer/__1_0.distcp"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(file, path)
+
+        storage.upload = upload
+
+
+class Examples(OfGroup):
+    """Appends the step and the tokens of each example to a file of its worker."""
+
+    def __init__(self):
+        super().__init__()
+        from raylm.training import trainer
+
+        plain = trainer._Trainer.compute_loss
+
+        def compute_loss(trainer, model, inputs, *args, **kwargs):
+            with Path(trainer.task.run.directory, f"examples-{self.world_size}-{self.rank}").open("a") as file:
+                for row in inputs["input_ids"].tolist():
+                    file.write(json.dumps([trainer.state.global_step, row]) + "\n")
+            return plain(trainer, model, inputs, *args, **kwargs)
+
+        trainer._Trainer.compute_loss = compute_loss
+
+
+def examples_of(job, size):
+    """The examples that so many workers have seen, by step."""
+    found = [json.loads(line) for file in Path(job.directory).glob(f"examples-{size}-*") for line in file.open()]
+    return sorted(found)
+
+
+def copied_job(job, directory):
+    shutil.copytree(job.directory, directory)
+    return dataclasses.replace(job, directory=str(directory), run=tracking.Run(str(directory)))
+
+
+def losses(job):
+    return dict(job.run.metric_history()["train/loss"])
+
+
+@pytest.fixture(scope="module")
+def killed(tiny, new_job, worker_processes):
+    job = new_job(override(tiny(*THREE_STEPS), {"train.arguments.fsdp": True}))
+    assert worker_processes(job, 2, KilledInItsSave) is None
+    return job
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, new_job, worker_processes):
+    """The same training by DDP."""
+    job = new_job(tiny(*THREE_STEPS))
+    return worker_processes(job, 2, Examples), job
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_sharded_run_that_is_killed_in_a_save_resumes_with_any_number_of_workers(
+    killed, whole, worker_processes, tmp_path, size
+):
+    assert killed.checkpoints.steps() == [1, 2]
+    assert killed.checkpoints.complete() == [1]
+    job = copied_job(killed, tmp_path / "run")
+    outcome = worker_processes(job, size, Examples)
+    reference, ddp = whole
+    assert outcome.step == 3
+    assert examples_of(job, size) == [each for each in examples_of(ddp, 2) if each[0] > 0]
+    assert losses(job) == pytest.approx(losses(ddp), abs=1e-5)
+    assert outcome.best["perplexity"] == pytest.approx(reference.best["perplexity"], rel=1e-5)
+    shards_written = {file.name for file in Path(job.checkpoints.path(3), "optimizer").glob("*.distcp")}
+    assert len(shards_written) == size
+
+
+@pytest.mark.slow
+def test_a_sharded_run_in_object_storage(tiny, new_job, worker_processes, whole, tmp_path):
+    """Of remote shards a worker reads the parts that it needs. file:// is as remote as s3:// is."""
+    experiment = override(tiny(*THREE_STEPS), {"train.arguments.fsdp": True})
+    job = new_job(experiment)
+    remote = dataclasses.replace(job, directory=f"file://{tmp_path}/run")
+    assert worker_processes(remote, 2, KilledInItsSave) is None
+    assert remote.checkpoints.complete() == [1]
+    outcome = worker_processes(remote, 3)
+    assert losses(job) == pytest.approx(losses(whole[1]), abs=1e-5)
+    from_remote = export.export(remote.checkpoints.path(outcome.step), tmp_path / "from_remote")
+    from_local = export.export(remote.checkpoints.path(outcome.step).removeprefix("file://"), tmp_path / "from_local")
+    assert Path(from_remote, "model.safetensors").read_bytes() == Path(from_local, "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_checkpoint_from_before_shards_were_written_resumes(killed, whole, worker_processes, tmp_path, size):
+    """It has what rank 0 had gathered: model.safetensors, and the optimizer's states by the names of the weights."""
+    job, local = copied_job(killed, tmp_path / "run"), tmp_path / "local"
+    shutil.copytree(job.checkpoints.path(1), local)
+    with shards.merged(local) as merged:
+        shutil.copy(merged / "model.safetensors", local)
+    dcp_to_torch_save(local / "optimizer", local / "optimizer.pt")
+    for state in ("weights", "optimizer"):
+        shutil.rmtree(local / state)
+    job.checkpoints.replace(local, 1)
+    outcome = worker_processes(job, size)
+    assert outcome.step == 3
+    assert losses(job) == pytest.approx(losses(whole[1]), abs=1e-5)
+    assert (Path(job.checkpoints.path(3)) / "weights" / ".metadata").exists()
+
+
+# With other settings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train.micro_batch_tokens": 32},
+        {"train.arguments.gradient_checkpointing": True},
+        {"train.arguments.fsdp_config": {"cpu_offload": True}},
+        {"train.arguments.fsdp_config": {"reshard_after_forward": False}},
+    ],
+    ids=["accumulation", "gradient_checkpointing", "cpu_offload", "no_resharding"],
+)
+def test_sharded_weights_with_other_settings(tiny, new_job, worker_processes, whole, settings, size):
+    job = new_job(override(tiny(*THREE_STEPS), {"train.arguments.fsdp": True, **settings}))
+    reference, ddp = whole
+    first = worker_processes(job, size)
+    assert losses(job) == pytest.approx(losses(ddp), abs=1e-5)
+    assert first.best["perplexity"] == pytest.approx(reference.best["perplexity"], rel=1e-5)
+    job.checkpoints.discard(3)
+    resumed = worker_processes(job, 6 - size)
+    assert (resumed.step, losses(job)) == (3, pytest.approx(losses(ddp), abs=1e-5))
+
+
+@pytest.fixture(scope="module")
+def base(whole, tmp_path_factory):
+    """A pretrained model."""
+    reference, job = whole
+    return export.export(job.checkpoints.path(reference.step), tmp_path_factory.mktemp("base") / "model")
+
+
+def adapting(tiny, base, **lora):
+    """An experiment that trains an adapter of the model."""
+    settings = json.dumps({"path": base, "lora": {"r": 2, **lora}})
+    return tiny(
+        *(setting for setting in THREE_STEPS if not setting.startswith("model")), f"model={settings}", "tokenizer={}"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["wte"]}], ids=["updates", "modules_to_save"])
+def test_an_adapter_of_sharded_weights(tiny, new_job, worker_processes, base, tmp_path, size, more):
+    experiment = adapting(tiny, base, **more)
+    ddp, job = new_job(experiment), new_job(override(experiment, {"train.arguments.fsdp": True}))
+    reference = worker_processes(ddp, 2)
+    outcome = worker_processes(job, size)
+    assert losses(job) == pytest.approx(losses(ddp), abs=1e-5)
+    before = weights_of(tmp_path / "before", ddp, reference.step)
+    assert_close(weights_of(tmp_path / "sharded", job, outcome.step), before)
+    directory = Path(job.checkpoints.path(outcome.step))
+    trained_bytes = sum(file.stat().st_size for file in (directory / "optimizer").glob("*.distcp"))
+    if not more:
+        assert trained_bytes < sum(file.stat().st_size for file in (directory / "weights").glob("*.distcp"))
+
+    job.checkpoints.discard(3)
+    worker_processes(job, 1)
+    assert losses(job) == pytest.approx(losses(ddp), abs=1e-5)
+    assert_close(weights_of(tmp_path / "resumed", job, 3), before)
+
+
+def weights_of(place, job, step):
+    """The weights in each kind of export of a checkpoint, by file and name."""
+    found = {}
+    for kind in ("merged", "adapter", "both"):
+        copy = place / f"{kind}-checkpoint"
+        shutil.copytree(job.checkpoints.path(step), copy)
+        described = config.load(copy / "experiment.yaml")
+        config.save(override(described, {"model.lora.export": kind}), copy / "experiment.yaml")
+        model = Path(export.export(copy, place / kind))
+        for file in model.rglob("*.safetensors"):
+            found |= {f"{kind}/{file.relative_to(model)}/{name}": each for name, each in load_file(file).items()}
+    return found
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    assert any(name.startswith("both/adapter/") for name in found)
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], weight, atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_as_whole_ones_do(trained, two_workers, new_job, worker_processes):
+    outcome, job, _ = trained
+    reference = new_job(two_workers)
+    whole = worker_processes(reference, 2)
     assert outcome.best["perplexity"] == pytest.approx(whole.best["perplexity"], rel=1e-4)
     for name in ("train/loss", "train/grad_norm"):
         assert dict(job.run.metric_history()[name]) == pytest.approx(
@@ -154,11 +464,13 @@ def test_a_sharded_run_resumes_where_it_was_stopped(trained, sharded, train_run)
 
 
 @pytest.mark.slow
-def test_sharded_weights_in_half_precision(sharded, train_run):
+def test_sharded_weights_in_half_precision(sharded, new_job, worker_processes):
     experiment = override(sharded, {"train.precision": "bfloat16"})
-    outcome, job = train_run(experiment)
+    job = new_job(experiment)
+    outcome = worker_processes(job, 2)
     assert outcome.best["perplexity"] == pytest.approx(scored(job, outcome, experiment), rel=1e-6)
-    weights = AutoModelForCausalLM.from_pretrained(job.checkpoints.path(outcome.best["step"]), dtype="auto")
+    with shards.merged(job.checkpoints.path(outcome.best["step"])) as directory:
+        weights = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
     assert weights.dtype == torch.float32, "the weights themselves are kept whole"
 
 
@@ -259,14 +571,14 @@ def test_states_of_the_optimizer_shared_out_by_deepspeed(two_workers, train_run)
             "train.arguments={fsdp: true, fsdp_config: {state_dict_type: SHARDED_STATE_DICT}}",
             r"fsdp_config\.state_dict_type must be FULL_STATE_DICT, got SHARDED_STATE_DICT",
         ),
+        ("train={compile: on, arguments: {fsdp: true}}", "train.compile must be off with train.arguments.fsdp, got on"),
+        (
+            "train.arguments={fsdp: true, fsdp_config: {activation_checkpointing: true}}",
+            r"activation_checkpointing: .*; set train\.arguments\.gradient_checkpointing=true instead",
+        ),
     ],
 )
 def test_what_cannot_share_out_weights_is_refused_before_anything_starts(tiny, setting, problem, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed, where it is
     with pytest.raises(ConfigError, match=problem):
         training.check_settings(tiny(setting).train)
-
-
-def test_updates_of_low_rank_are_not_shared_out(tiny):
-    with pytest.raises(ConfigError, match="model.lora cannot be combined with train.arguments.fsdp"):
-        plans.resolve(tiny("model.lora={r: 2}", "train.arguments.fsdp=true"))

@@ -246,15 +246,16 @@ def rates(job):
 
 
 @pytest.mark.slow
-def test_sharded_weights_have_the_same_rates(tiny, train_run):
+def test_sharded_weights_have_the_same_rates(tiny, new_job, worker_processes):
     two_workers = ("cluster.num_workers=2", "cluster.cpus_per_worker=0.5", "train.max_tokens=1024")
     experiment = tiny(WIDER, TRANSFER, *two_workers, "eval.max_tokens=800")
-    whole, _ = train_run(experiment)
-    sharded, job = train_run(override(experiment, {"train.arguments.fsdp": True}))
+    whole = worker_processes(new_job(experiment), 2)
+    job = new_job(override(experiment, {"train.arguments.fsdp": True}))
+    sharded = worker_processes(job, 2)
     assert sharded.best["perplexity"] == pytest.approx(whole.best["perplexity"], rel=1e-4)
     steps = job.checkpoints.steps()
     job.checkpoints.discard(steps[-1])
-    resumed = train_run.go_on(job, job.experiment)
+    resumed = worker_processes(job, 2)
     assert {**resumed.best, "seconds": None} == {**sharded.best, "seconds": None}
 
 

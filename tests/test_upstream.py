@@ -87,8 +87,10 @@ SIGNATURES = {
     "ray.train.v2._internal.exceptions.WorkerHealthCheckTimeoutError": "(message)",
     # transformers
     "transformers.PreTrainedConfig._attn_implementation": None,
+    "transformers.PreTrainedModel._keys_to_ignore_on_save": None,
     "transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask": "(self, input_ids, attention_mask)",
     "transformers.Trainer._load_rng_state": "(self, checkpoint)",
+    "transformers.core_model_loading.revert_weight_conversion": "(model, state_dict)",
     "transformers.Trainer.get_optimizer_cls_and_kwargs": "(args, model=None)",
     "transformers.models.auto.configuration_auto.CONFIG_MAPPING": None,
     "transformers.utils.chat_template_utils.render_jinja_template": "(conversations, tools=None, documents=None, "
@@ -196,6 +198,8 @@ PUBLIC = {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"}
 TRAINER = "transformers.Trainer"
 SETUP = "ray.train.v2._internal.callbacks.backend_setup.BackendSetupCallback"
 CONTROLLER = "ray.tune.execution.tune_controller.TuneController"
+DCP = "torch.distributed.checkpoint"
+
 HOOKS = {
     TRAINER: {
         "_clip_grad_norm": ("(self, model)", f"{TRAINER}._run_epoch"),
@@ -218,6 +222,13 @@ HOOKS = {
         "loss_is_scaled_for_ga": (None, f"{TRAINER}.training_step"),
         "save_model": ("(self, output_dir=None, _internal_call=False)", f"{TRAINER}._save_checkpoint"),
         "training_step": ("(self, model, inputs, num_items_in_batch=None)", f"{TRAINER}._run_epoch"),
+    },
+    f"{DCP}.FileSystemReader": {"_slice_file": ("(self, file, sinfo)", f"{DCP}.filesystem.FileSystemReader.read_data")},
+    f"{DCP}.StorageReader": {"read_metadata": ("(self, *args, **kwargs)", f"{DCP}.state_dict_loader._load_state_dict")},
+    f"{DCP}.LoadPlanner": {"load_bytes": ("(self, read_item, value)", f"{DCP}.filesystem.FileSystemReader.read_data")},
+    f"{DCP}.filesystem.FileSystemBase": {
+        "concat_path": ("(self, path, suffix)", f"{DCP}.filesystem.FileSystemReader.read_data"),
+        "create_stream": ("(self, path, mode)", f"{DCP}.filesystem.FileSystemReader.read_data"),
     },
     "transformers.TrainerCallback": {
         "on_log": ("(self, args, state, control, **kwargs)", f"{TRAINER}.log"),

@@ -3,6 +3,7 @@
 model.safetensors, config.json, generation_config.json, tokenizer files     a plain Hugging Face directory
 lora.safetensors, lora.json    with model.lora: the adapter alone, to train it further; model.safetensors has it merged
 optimizer.pt, scheduler.pt, rng_state*.pth, trainer_state.json              what the Trainer needs to resume
+weights/, adapter/, optimizer/    with train.arguments.fsdp, in the place of *.safetensors and optimizer.pt: see shards
 experiment.yaml    the resolved experiment: `python -m raylm.train --config` repeats the run
 raylm.json         the score of these weights, the tokens they have seen, the token store they come from
 
@@ -37,7 +38,7 @@ RECORD = "raylm.json"
 MODEL_OR_ADAPTER = frozenset({"config.json", "adapter_config.json"})
 """The files of which a model's directory has at least one."""
 
-OF_TRAINING = ("*.pt", "*.pth", "trainer_state.json")
+OF_TRAINING = ("*.pt", "*.pth", "trainer_state.json", "optimizer/*", "global_step*/*")
 """Files that only a resumed training needs, twice the size of the model. A copy of a remote model leaves them out."""
 
 

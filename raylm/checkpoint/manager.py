@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from raylm import storage
@@ -112,8 +113,9 @@ class CheckpointManager:
             )
         return None, damaged
 
-    def fetch(self, step: int, scratch: Path) -> Path:
-        """The local directory of a checkpoint: a remote one is copied to `scratch`."""
+    def fetch(self, step: int, scratch: Path, but_for: Sequence[str] = ()) -> Path:
+        """The local directory of a checkpoint: a remote one is copied to `scratch`, without the files that match
+        `but_for`."""
         if not storage.is_remote(self.directory):
             return Path(self.path(step))
         target = scratch / f"from-step_{step:08d}"
@@ -121,6 +123,8 @@ class CheckpointManager:
         if files is None:
             raise StorageError(f"{self.path(step)}/{MANIFEST} cannot be read", self.path(step))
         for name, stored in files.items():
+            if any(fnmatch(name, pattern) for pattern in but_for):
+                continue
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             storage.download(f"{self.path(step)}/{name}", target / name)
             if difference := storage.damage(str(target / name), stored):

@@ -6,11 +6,11 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from raylm import storage
+from raylm import shards, storage
 from raylm.checkpoint import OF_TRAINING, locate, read_experiment, read_record
 from raylm.checkpoint.directory import EXPERIMENT, MODEL_OR_ADAPTER, RECORD, recorded
 from raylm.errors import StorageError
@@ -26,11 +26,12 @@ def export(checkpoint: str | Path, target: str | Path, score: Mapping[str, Any] 
     export is replaced atomically. Weights are hard links if the file system supports them, else copies; the small
     files are copies that can be edited.
     """
-    with storage.here(str(checkpoint), but_for=OF_TRAINING) as local:
-        directory = locate(local)
-        experiment = read_experiment(directory)
+    with ExitStack() as opened:
+        local = opened.enter_context(storage.here(str(checkpoint), but_for=OF_TRAINING))
+        experiment = read_experiment(locate(local))
         if experiment is None:
             raise StorageError(f"{checkpoint} was not trained by raylm: it holds no {EXPERIMENT}", str(checkpoint))
+        directory = opened.enter_context(shards.merged(local))
         lora = experiment.model.lora
         files = model_files(directory, lora.export if lora else None)
         record = {**read_record(directory), **(score or {})}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raylm import checkpoint, console
+from raylm import checkpoint, console, shards
 from raylm.checkpoint.directory import EXPERIMENT
 from raylm.config import dump
 from raylm.errors import ConfigError, StorageError
@@ -58,7 +58,6 @@ def push(
     `dry_run` sends nothing and writes the files to a directory, `out` or a temporary one. Only what `model_files` lists
     is sent, so no optimizer, random states, pickled files or local paths.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -67,7 +66,13 @@ def push(
         raise ConfigError(f"REPO_ID {repo_id!r}: {error}", where="REPO_ID") from None
     if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out} exists already; give a new or an empty directory", where="--out")
-    directory = checkpoint.locate(model)
+    with shards.merged(checkpoint.locate(model)) as directory:
+        return _push(directory, repo_id, private, dry_run, out)
+
+
+def _push(directory: Path, repo_id: str, private: bool, dry_run: bool, out: Path | None) -> PushResult:
+    from huggingface_hub import HfApi
+
     experiment = checkpoint.read_experiment(directory)
     lora = experiment.model.lora if experiment else None
     files = model_files(directory, lora.export if lora else None)

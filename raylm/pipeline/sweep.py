@@ -208,7 +208,7 @@ def _decide_start(prepared: Prepared, active: ActiveRun) -> None:
 def _check_value(experiment: Experiment, tokenizer_path: str | None, settings: Mapping[str, Any]) -> None:
     """ConfigError if no trial can have these settings."""
     changed = override(experiment, settings)
-    training.check_settings(changed.train, with_lora=changed.model.lora is not None)
+    training.check_settings(changed.train)
     model.config_of(changed)
     path = settings.get("model.path")
     if tokenizer_path and path is not None and not tokenizer.same(tokenizer_path, path):

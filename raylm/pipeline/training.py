@@ -175,7 +175,7 @@ def _run(plan: Plan, active: ActiveRun, tracked: Run) -> TrainResult:
             connection.close()  # the worker gets the whole machine
         decided = {
             "cluster.cpus_per_worker": resources.cpus_per_worker,
-            "train.compile": active.decided.get("train.compile") or _compile(expected.seconds),
+            "train.compile": active.decided.get("train.compile") or _compile(plan.experiment, expected.seconds),
         }
         experiment = active.settled(prepared.experiment, decided)
         return _train(prepared, experiment, sets, active, tracked, resources)
@@ -186,8 +186,10 @@ COMPILE_SECONDS = 300.0
 GPT-2 of 4 x 256 and took 19 s, which is even after 3 minutes. Not measured on a GPU."""
 
 
-def _compile(expected_seconds: float | None) -> str:
+def _compile(experiment: Experiment, expected_seconds: float | None) -> str:
     """The value for train.compile=auto."""
+    if experiment.train.arguments.get("fsdp"):  # it would be refused
+        return "off"
     return "on" if expected_seconds is not None and expected_seconds >= COMPILE_SECONDS else "off"
 
 

@@ -47,6 +47,20 @@ def read(path: str) -> bytes | None:
         return None
 
 
+def read_part(path: str, offset: int, length: int) -> bytes:
+    """A part of an existing file."""
+
+    def act() -> bytes:
+        with reading(path) as stream:
+            stream.seek(offset)
+            content = stream.read(length)
+        if len(content) != length:
+            raise OSError(f"{len(content):,} of {length:,} bytes were read")
+        return content
+
+    return retried(path, act)
+
+
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[Any]:
     """An existing file, open for reading."""
@@ -212,15 +226,28 @@ def _damage(path: str, expected: Stored) -> str | None:
 
 @contextlib.contextmanager
 def here(path: str, but_for: Sequence[str] = ()) -> Iterator[Path]:
-    """The local directory itself, or a temporary copy of a remote one's files, without those that match `but_for`."""
+    """The local directory itself, or a temporary copy of a remote one's files, also of those in directories in it,
+    without those that match `but_for`."""
     if not is_remote(path):
         yield Path(path)
         return
     with tempfile.TemporaryDirectory(prefix="raylm-") as copy:
         with reached(path), ThreadPoolExecutor(8) as pool:
-            wanted = [name for name in sizes(path) if not any(fnmatch(name, pattern) for pattern in but_for)]
+            wanted = [name for name in _files_below(path) if not any(fnmatch(name, pattern) for pattern in but_for)]
+            for name in wanted:
+                Path(copy, name).parent.mkdir(parents=True, exist_ok=True)
             list(pool.map(lambda name: download(f"{path}/{name}", Path(copy, name)), wanted))
         yield Path(copy)
+
+
+def _files_below(path: str) -> list[str]:
+    """The names of the files in a remote directory and, as weights/.metadata, of those in directories in it."""
+    entries = _entries(path)
+    inside = {info.base_name: _files_below(f"{path}/{info.base_name}") for info in entries if not info.is_file}
+    return sorted(
+        [info.base_name for info in entries if info.is_file]
+        + [f"{folder}/{name}" for folder, names in inside.items() for name in names]
+    )
 
 
 def names(path: str) -> list[str]:

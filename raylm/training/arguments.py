@@ -34,11 +34,8 @@ STEPS = 100
 """Of the training that a schedule is tried for."""
 
 
-def check_settings(section: TrainConfig, *, with_lora: bool = False) -> None:
-    """ConfigError for what the Trainer would refuse on the workers.
-
-    `with_lora`: model.lora is set, which excludes FSDP.
-    """
+def check_settings(section: TrainConfig) -> None:
+    """ConfigError for what the Trainer would refuse on the workers."""
     schedules = [schedule.value for schedule in SchedulerType if schedule not in BY_SCORE]
     if section.lr_scheduler_type not in schedules:
         raise ConfigError(
@@ -81,12 +78,23 @@ def check_settings(section: TrainConfig, *, with_lora: bool = False) -> None:
             "matrices",
             where="train.optimizer",
         )
-    if made.fsdp and with_lora:
-        raise ConfigError("model.lora cannot be combined with train.arguments.fsdp; leave one out", where="model.lora")
     if made.deepspeed and made.hf_deepspeed_config.is_zero3():
         key = "train.arguments.deepspeed.zero_optimization.stage"
         raise ConfigError(f"{key} must be 1 or 2, got 3; train.arguments.fsdp=true shares out the weights", where=key)
+    if made.fsdp and (section.compile == "on" or made.torch_compile):
+        raise ConfigError(
+            "train.compile must be off with train.arguments.fsdp, got on: sharded weights that are compiled can be "
+            "trained, but not scored",
+            where="train.compile",
+        )
     sharding = made.fsdp_plugin_args or {}
+    if sharding.get("activation_checkpointing"):
+        key = "train.arguments.fsdp_config.activation_checkpointing"
+        raise ConfigError(
+            f"{key}: what is computed again has other dropout than before, and gradients are wrong; set "
+            "train.arguments.gradient_checkpointing=true instead",
+            where=key,
+        )
     for name, only in (("fsdp_version", 2), ("state_dict_type", "FULL_STATE_DICT")):
         if (found := sharding.get(name, only)) != only:
             key = f"train.arguments.fsdp_config.{name.removeprefix('fsdp_')}"

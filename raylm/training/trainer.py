@@ -26,6 +26,7 @@ from raylm import (
     objective,
     perplexity,
     probe,
+    shards,
     storage,
     summary,
     tokens,
@@ -73,6 +74,8 @@ def build(task: TrainTask, session: Session, scratch: Path) -> _Trainer:
     is_sharded = bool(args.fsdp)
     if session.world_size == 1:  # nothing to shard
         args.fsdp = args.fsdp_plugin_args = None
+    elif is_sharded and experiment.model.lora is not None:
+        lora.untie_changed_ends(network)
     objective.attach(network, shifted=batches.shifted, smoothing=args.label_smoothing_factor)
     ordered = examples.build(
         store.train,
@@ -197,7 +200,8 @@ class _Trainer(ShardingTrainer):
             trunk, step = self.task.trunk
             checkpoints = CheckpointManager(f"{trunk}/checkpoints")
         if step is not None:
-            self.resumed = checkpoints.fetch(step, Path(self.args.output_dir))
+            self.stored = checkpoints.path(step)
+            self.resumed = checkpoints.fetch(step, Path(self.args.output_dir), but_for=[shards.FILES])
             self._restore(self.resumed, step)
         if self.session.rank == 0:
             self.task.run.rewind(self.start_step)
@@ -526,18 +530,16 @@ class _Trainer(ShardingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
-        if self.task.experiment.model.lora is not None:
+        is_adapted = self.task.experiment.model.lora is not None
+        if is_adapted and not self.is_sharded:
             state_dict = lora.merged_state_dict(self.model)
         super()._save(str(directory), state_dict)
-        if self.task.experiment.model.lora is not None:
-            lora.save_updates(self.model, directory)
+        if is_adapted and self.args.should_save:  # the other ranks have nothing to write
+            if self.is_sharded:
+                lora.save_description(self.model, directory)
+            else:
+                lora.save_updates(self.model, directory)
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model_to_load: Any = None) -> None:
-        if self.task.experiment.model.lora is not None:  # merged in the checkpoint, separate in this model
-            lora.load_updates(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model_to_load)
 
     def commit_checkpoint(self) -> None:
         """Commit the checkpoint that was just written locally, remove older ones, and report the evaluation."""
