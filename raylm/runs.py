@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 Resume = Literal["auto", "never", "must"]
 
 MUTABLE_ON_RESUME = (
-    "storage", "corpus", "tokenizer", "eval.batch_tokens", "cluster", "tracking", "train.micro_batch_tokens",
+    "storage", "corpus", "tokenizer", "eval.batch_tokens", "eval.prompts", "eval.sample_tokens", "cluster", "tracking",
+    "train.micro_batch_tokens",
     "train.save_every_tokens", "train.keep_checkpoints", "tune.num_samples", "tune.repeats", "tune.stop",
     "tune.keep", "tune.max_concurrent_trials",
 )  # fmt: skip

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PARTS = """
     errors redaction config scratch timeline console local_worker cluster storage hub corpus tokenizer tokens blocks
     examples transfer lora model objective probe scorer perplexity statistics document_scores checkpoint runs
-    tracking budget cost summary export training generation sweep derived plan results scaling estimate cleaning
+    tracking budget cost summary export generation training tasks sweep derived plan results scaling estimate cleaning
     pipeline api diagnosis views cli
 """.split()
 VERBS = """
@@ -23,6 +23,7 @@ HOMES = {  # the pattern of a dotted name -> the modules that may use it
     "mlflow": {"tracking"},
     "ray.tune": {"sweep"},
     "optuna": {"results", "sweep"},
+    "lm_eval": {"tasks"},
     "matplotlib": {"results"},
     "plotly": {"results"},
     "ray.data": {"corpus", "generation", "tokens"},  # the passes over documents
