@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 PARTS = """
     errors redaction config scratch timeline console local_worker cluster storage hub corpus tokenizer tokens blocks
-    examples transfer lora model objective probe scorer perplexity statistics document_scores checkpoint runs
+    examples transfer lora model objective probe scorer perplexity statistics document_scores samples checkpoint runs
     tracking budget cost summary export generation training tasks sweep derived plan results scaling estimate cleaning
     pipeline api diagnosis views cli
 """.split()

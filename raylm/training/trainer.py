@@ -26,6 +26,7 @@ from raylm import (
     objective,
     perplexity,
     probe,
+    samples,
     storage,
     summary,
     tokens,
@@ -38,7 +39,7 @@ from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError, RaylmError, StorageError, first_line
 from raylm.perplexity import Documents, Score
 from raylm.tokenizer import Frame
-from raylm.training import arguments, muon, samples
+from raylm.training import arguments, muon, sampling
 from raylm.training.checkpoint_writer import PROGRESS, CheckpointWriter
 from raylm.training.costs import Costs
 from raylm.training.guards import GradientGuard, MemoryGuard
@@ -161,7 +162,7 @@ class _Trainer(ShardingTrainer):
                     self.frame,
                     one_row=self.args.per_device_train_batch_size == 1,
                 )
-                samples.check_prompts(self.task.experiment, self.store)
+                sampling.check_prompts(self.task.experiment, self.store)
             except ConfigError as error:
                 raise CollectiveError(error) from error
         self.reshard()
@@ -397,7 +398,7 @@ class _Trainer(ShardingTrainer):
             return
         try:
             with self.costs.evaluating():
-                found = samples.texts(self.model, experiment, self.store)
+                found = sampling.texts(self.model, experiment, self.store)
             rows = [
                 {"tokens": self.latest["tokens"], "prompt": prompt, "text": text}
                 for prompt, text in zip(experiment.eval.prompts, found, strict=True)
