@@ -22,7 +22,7 @@ Tasks = Annotated[
         "--tasks",
         metavar="NAMES",
         help="Also score these tasks: names that lm-evaluation-harness knows, directories or *.yaml files of tasks, "
-        "between commas. Needs raylm[tasks].",
+        "between commas. Needs raylm\\[tasks].",
     ),
 ]
 
@@ -45,10 +45,11 @@ def evaluate(
     dry_run: cli.DryRun = False,
     json: cli.Json = False,
 ) -> cli.CommandResult:
-    """Score a model: on --text, on the sets of eval.paths, or on the validation split it was trained with; and on
-    --tasks, whose metrics are logged to the run that has trained the model.
+    """Score a model: on --text, on the sets of eval.paths, or on the validation split it was trained with.
 
     The number depends on the model and the text alone, not on batch size, workers or training block size.
+
+    Metrics of tasks are logged to the run that has trained the model, too.
     """
     from raylm import checkpoint, views
     from raylm.config import parse_setting
