@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import lm_eval
+import numpy as np
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -26,17 +27,18 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from raylm import api, tokenizer, tracking
-from raylm.config import TrainedTokenizer
+from raylm import api, generation, tokenizer, tokens, tracking
+from raylm.config import EvalConfig, ModelConfig, TokenizerConfig, TrainedTokenizer
 from raylm.errors import ConfigError, DataError, StorageError
 from raylm.evaluate import evaluate
 from raylm.pipeline import evaluated_model
 from raylm.report import report
 from raylm.results import trial_table
 from raylm.results.trial_table import TrialRow
-from raylm.tasks import requests
+from raylm.tasks import answers, requests
 from raylm.tasks.run import _Answering
 from raylm.tokenizer import Frame
+from raylm.training import ScoreTask
 
 ANIMALS = "cat dog cow hen fox owl".split()
 QUESTIONS = [
@@ -180,6 +182,38 @@ def test_texts_are_those_of_lm_eval_on_the_same_model(plain, tasks, monkeypatch)
     assert len(set(ours)) > 3
     assert max(map(len, ours)) > 3
     assert score == {"exact_match": 0.0, "exact_match_stderr": 0.0, "documents": 18, "shots": 0}
+
+
+def test_the_shares_of_workers_are_the_whole(plain, monkeypatch):
+    """To the last bit, because all score the same batches: each slot is one worker's, each text, too."""
+    known = tokenizer.load(plain)
+    asked = requests.Requests(lambda text: known(text, add_special_tokens=False)["input_ids"], Frame(0, 0), 64, None)
+    for each in QUESTIONS:
+        for choice in each["choices"]:
+            asked.add_continuation(each["question"], choice)
+        asked.add_text(4 * each["question"])
+    windows, number = asked.windows(), len(asked.request_of_slot)
+    prompts = [f"{each['question']} {number}" for number, each in enumerate(QUESTIONS)]
+    settings = generation.resolve_settings(plain, {"do_sample": False, "max_new_tokens": 4})
+
+    def task(rank, size):
+        section = EvalConfig(batch_tokens=64)
+        session = type("Session", (), {"rank": rank, "world_size": size})
+        how = {"loaded": ModelConfig(), "tokenizer": TokenizerConfig(), "cpus": 1, "session": session}
+        return ScoreTask(plain, tokens.Encoded(), section, **how)
+
+    whole = answers.likelihoods(windows, number, task(0, 1))
+    texts = dict(enumerate(answers.texts(prompts, settings, task(0, 1))))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)
+    shares = [answers.likelihoods(windows, number, task(rank, 3)) for rank in range(3)]
+    assert all(0 < np.count_nonzero(share[:, 0]) < number for share in shares)
+    assert (sum(shares) == whole).all()
+    own = []
+    monkeypatch.setattr(answers, "gathered", lambda _, share: own.append(share) or [texts])
+    for rank in range(2):
+        answers.texts(prompts, settings, task(rank, 2))
+    assert sorted([*own[0], *own[1]]) == list(range(len(prompts)))
+    assert own[0] | own[1] == texts
 
 
 @pytest.mark.slow
