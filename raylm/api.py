@@ -103,19 +103,25 @@ def tune(experiment: Experiment, *, resume: Resume = "auto") -> SweepResult:
 
 
 def evaluate(
-    model: str | os.PathLike, text: str | os.PathLike | Sequence[str | os.PathLike] = (), **overrides: Any
+    model: str | os.PathLike,
+    text: str | os.PathLike | Sequence[str | os.PathLike] = (),
+    *,
+    tasks: str | Sequence[str] = (),
+    **overrides: Any,
 ) -> Evaluation:
-    """The score of a checkpoint or any Hugging Face model on files, directories or globs of text; without text, on the
-    validation split that it was trained with. `overrides` as of `load`."""
+    """The score of a run's or sweep's model, a checkpoint or any Hugging Face model on files, directories or globs of
+    text; without text, on the validation split that it was trained with. `tasks` are names that lm-evaluation-harness
+    knows, and paths of task files: their metrics are `tasks` of the result. `overrides` as of `load`."""
     from raylm import checkpoint
-    from raylm.pipeline import evaluation
+    from raylm.pipeline import evaluated_model, evaluation
 
-    directory = checkpoint.locate(os.fspath(model)).resolve()
+    place, directory = evaluated_model.locate(os.fspath(model))
     own = evaluation.settings_of(directory, None)
     paths = [text] if isinstance(text, str | os.PathLike) else text
     experiment = config.load(checkpoint.experiment_file(directory), own)
     experiment = config.override(experiment, {key: _plain(value) for key, value in overrides.items()})
-    plan = evaluation.resolve(os.fspath(model), directory, experiment, [os.fspath(path) for path in paths])
+    asked = [tasks] if isinstance(tasks, str) else tasks
+    plan = evaluation.resolve(place, directory, experiment, [os.fspath(path) for path in paths], asked)
     return evaluation.run(plan)
 
 

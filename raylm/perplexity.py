@@ -20,7 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -238,10 +238,10 @@ def score_documents(
                 yield from _masked_windows_of(index, ids, marks, scored, masked, context)
             rows[index, 4] = marks[scored].sum().item()
 
-    batches = _batches(read(), context, batch_tokens)
+    batches = batches_of(read(), context, batch_tokens)
     with scorer.scoring(model, precision) as nll:
         for batch in _agreed(batches, device if world_size > 1 else None, stopping):
-            places, targets, inputs = _tensors(batch, frame.end, masked is not None)
+            places, targets, inputs = tensors_of(batch, frame.end, masked is not None)
             each = nll(places, targets, **inputs).cpu()
             of = torch.tensor([part.document for part in batch for _ in part.places], dtype=torch.int64)
             marked = torch.from_numpy(np.concatenate([np.zeros(0, bool), *(part.marks for part in batch)]))
@@ -357,7 +357,21 @@ def _masked_windows_of(
             yield Part(index, shown, places, ids[places], marks[together])
 
 
-def _batches(parts: Iterable[Part], context: int, batch_tokens: int) -> Iterator[Sequence[Part]]:
+class Read(Protocol):
+    """The tokens of a row as the model reads them, the positions of its scored outputs, and the tokens to predict."""
+
+    @property
+    def ids(self) -> np.ndarray: ...
+    @property
+    def places(self) -> np.ndarray: ...
+    @property
+    def targets(self) -> np.ndarray: ...
+
+
+Row = TypeVar("Row", bound=Read)
+
+
+def batches_of(parts: Iterable[Row], context: int, batch_tokens: int) -> Iterator[Sequence[Row]]:
     """Batches of windows of about equal length. The windows of a few batches are sorted together to save padding."""
     size = max(1, batch_tokens // context)
     parts = iter(parts)
@@ -368,7 +382,7 @@ def _batches(parts: Iterable[Part], context: int, batch_tokens: int) -> Iterator
             del pool[-count:]
 
 
-def _tensors(batch: Sequence[Part], padding: int, masked: bool) -> tuple[Any, torch.Tensor, dict[str, Any]]:
+def tensors_of(batch: Sequence[Read], padding: int, masked: bool) -> tuple[Any, torch.Tensor, dict[str, Any]]:
     """(places, targets, inputs) of a batch, for scorer; an empty batch becomes one token that is not scored.
 
     Padding is on the right, which causal models do not see.

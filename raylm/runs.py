@@ -45,9 +45,9 @@ logger = logging.getLogger(__name__)
 Resume = Literal["auto", "never", "must"]
 
 MUTABLE_ON_RESUME = (
-    "storage", "corpus", "tokenizer", "eval.batch_tokens", "cluster", "tracking", "train.micro_batch_tokens",
-    "train.save_every_tokens", "train.keep_checkpoints", "train.peak_flops", "tune.num_samples", "tune.repeats",
-    "tune.stop", "tune.keep", "tune.max_concurrent_trials",
+    "storage", "corpus", "tokenizer", "eval.batch_tokens", "eval.prompts", "eval.sample_tokens", "cluster", "tracking",
+    "train.micro_batch_tokens", "train.save_every_tokens", "train.keep_checkpoints", "train.peak_flops",
+    "tune.num_samples", "tune.repeats", "tune.stop", "tune.keep", "tune.max_concurrent_trials",
 )  # fmt: skip
 """Settings that may change when a run resumes: they do not change its result, or the token store covers them."""
 
@@ -243,11 +243,13 @@ def start_or_resume(
     if verb == "train" and same is not None and resume == "auto":
         logger.info(f"{same} is a finished run of the same settings, and stays as it is. A new run starts.")
     elif finished is not None and resume == "auto":
-        schedule = experiment.train.lr_scheduler_type
+        schedule, lora = experiment.train.lr_scheduler_type, experiment.model.lora
+        is_adapter = lora is not None and lora.export == "adapter"  # which cannot be trained further
+        further = shlex.quote(f"model.path={finished}/model")
         logger.info(
             f"{finished} is a finished run of the same settings with a smaller budget. It cannot resume: its learning "
-            f"rate has followed its schedule ({schedule}) to the end. A new run starts; to train that run's model "
-            f"further instead, give {shlex.quote(f'model.path={finished}/model')}"
+            f"rate has followed its schedule ({schedule}) to the end. A new run starts"
+            + ("" if is_adapter else f"; to train that run's model further instead, give {further}")
         )
     name = new_name(verb)
     directory = f"{place}/{name}"

@@ -22,20 +22,44 @@ LOGITS = 2**24
 """Logits held at a time: 64 MB in float32, and the same for their logarithms."""
 
 
+Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Float32 logits of shape (tokens, vocabulary) and the token that each predicts -> float64 with a row for each."""
+
+
+def nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each target, in nats."""
+    return F.cross_entropy(logits, targets, reduction="none").double()
+
+
+def nll_and_misses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each target, and whether another token is likelier; of shape (tokens, 2)."""
+    return torch.stack([nll(logits, targets), logits.argmax(-1) != targets], dim=-1)
+
+
 @contextlib.contextmanager
-def scoring(network: PreTrainedModel, precision: str = "float32") -> Iterator[Callable[..., torch.Tensor]]:
-    """A context with a function nll(places, targets, **inputs): the nll of the outputs at `places`, in nats, float64.
+def scoring(
+    network: PreTrainedModel, precision: str = "float32", measure: Measure = nll
+) -> Iterator[Callable[..., torch.Tensor]]:
+    """A context with a function score(places, targets, **inputs): what `measure` gives of the outputs at `places`.
 
     `places`: (rows, columns) of the scored outputs; `targets`: the token that each predicts; the result has as many
-    elements. The precision of training has no effect: autocast, TF32, half-precision weights and attention for them
+    rows. The precision of training has no effect: autocast, TF32, half-precision weights and attention for them
     alone are suspended, and restored afterwards.
     """
+    with undisturbed(network):
+        yield _Scorer(network, precision, measure)
+
+
+@contextlib.contextmanager
+def undisturbed(network: PreTrainedModel) -> Iterator[None]:
+    """A context in which a model, also one in training, computes what its weights give in float32: without dropout,
+    gradients, autocast, TF32 or another forward than its class's own. Everything is restored afterwards."""
     was_training = network.training
     network.eval()
-    before = network.__dict__.get("forward")  # that of mixed precision or of objective.attach
+    before = network.__dict__.pop("forward", None)  # that of mixed precision or of objective.attach
     try:
         with torch.no_grad(), _without_tf32(), _float32_weights(network), _plain_attention(network):
-            yield _Nll(network, precision)
+            yield
     finally:
         network.__dict__.pop("forward", None)
         if before is not None:
@@ -43,9 +67,9 @@ def scoring(network: PreTrainedModel, precision: str = "float32") -> Iterator[Ca
         network.train(was_training)
 
 
-class _Nll:
-    def __init__(self, network: PreTrainedModel, precision: str):
-        self.network, self.precision = network, precision
+class _Scorer:
+    def __init__(self, network: PreTrainedModel, precision: str, measure: Measure):
+        self.network, self.precision, self.measure = network, precision, measure
         self.at_a_time = 1
         """Outputs whose logits are held."""
         # Called through __call__, which gathers sharded weights; the class's own forward does the rest.
@@ -59,7 +83,7 @@ class _Nll:
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
         }
         places = places[0].to(device), places[1].to(device)
-        return self._run(lambda: self._nll(places, targets.to(device), inputs))
+        return self._run(lambda: self._measured(places, targets.to(device), inputs))
 
     def _run(self, call: Callable[[], Any]) -> Any:
         kind = next(self.network.parameters()).device.type
@@ -67,15 +91,15 @@ class _Nll:
         with torch.autocast(kind, dtype, enabled=self.precision != "float32"):
             return self.network(call)
 
-    def _nll(self, places: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor, inputs: Any) -> torch.Tensor:
+    def _measured(self, places: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor, inputs: Any) -> torch.Tensor:
         if self.base is None:
             chosen = self._forward(**inputs).logits[places]
-            return F.cross_entropy(chosen.float(), targets, reduction="none").double()
+            return self.measure(chosen.float(), targets)
         hidden, kind = self._hidden(self.base, inputs)
         found = []
         for states, expected in zip(hidden[places].split(self.at_a_time), targets.split(self.at_a_time), strict=True):
             logits = self._logits(self.base, states, kind)
-            found.append(F.cross_entropy(logits.float(), expected, reduction="none").double())
+            found.append(self.measure(logits.float(), expected))
         return torch.cat(found)
 
     def _forward(self, **inputs: Any) -> Any:

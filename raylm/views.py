@@ -206,14 +206,18 @@ def _on_disk(result: SweepResult, experiment: Experiment) -> str:
 def evaluation_plan(planned: EvaluationPlan) -> str:
     """How many documents would be scored."""
     counts = {f"documents of {name}": len(numbers) for name, numbers in planned.sets.items()}
-    return key_values({"model": planned.model, **counts})
+    of_tasks = {"tasks": ", ".join(planned.tasks.names)} if planned.tasks is not None else {}
+    return key_values({"model": planned.model, **counts, **of_tasks})
 
 
 def evaluation(record: dict[str, Any]) -> tuple[Any, ...]:
-    """The figures of all, and a table of sets and sources where there are several."""
+    """The figures of all, a table of sets and sources where there are several, and one of tasks."""
+    of_tasks = ("", tables.tasks(record["tasks"])) if "tasks" in record else ()
+    if "sets" not in record:
+        return (key_values({name: value for name, value in record.items() if name != "tasks"}), *of_tasks)
     texts = [source for found in record["sets"].values() for source in found["sources"]]
     what = "the validation split" if "validation" in record["sets"] else ", ".join(dict.fromkeys(texts))
-    hidden = ("model", "sets", "keywords", "document_ids")
+    hidden = ("model", "sets", "keywords", "document_ids", "tasks")
     total = {name: value for name, value in _with_intervals(record).items() if name not in hidden}
     total = {"model": record["model"], "text": what, **total, "nll": round(record["nll"])}
     total["unknown_tokens"] = total["unknown_tokens"] or None
@@ -227,7 +231,8 @@ def evaluation(record: dict[str, Any]) -> tuple[Any, ...]:
         if len(found["sources"]) > 1:
             rows += [(f"{'  ' * several}{source}", each) for source, each in found["sources"].items()]
     facts = key_values({**total, **of_keywords})
-    return (facts, "", tables.evaluations([*rows, ("total", record)])) if rows else (facts,)
+    of_sets = ("", tables.evaluations([*rows, ("total", record)])) if rows else ()
+    return (facts, *of_sets, *of_tasks)
 
 
 def _with_intervals(record: dict[str, Any]) -> dict[str, Any]:

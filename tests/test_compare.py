@@ -10,7 +10,7 @@ from conftest import TOKEN
 from rich.console import Console
 from test_report import BUDGET, TRIALS, keep, write_sweep
 
-from raylm import config, tracking
+from raylm import config, export, tracking
 from raylm.compare import compare
 from raylm.errors import ConfigError, StorageError
 from raylm.results.compared_run import pace, summarize
@@ -128,6 +128,18 @@ def test_a_model_that_was_exported(trained_directory):
     found = summarize(str(trained_directory))
     assert (found.perplexity, found.bits_per_byte, found.tokens, found.store) == (12.25, 1.5, 3584, "f")
     assert found.experiment.model.config["n_embd"] == 8
+
+
+def test_an_adapter_that_was_exported(lora_directory, tmp_path, monkeypatch):
+    """It has no config.json; its name alone finds it, though an experiment with runs has the same one."""
+    monkeypatch.chdir(tmp_path)
+    export.export(lora_directory, tmp_path / "words")
+    assert "config.json" not in {file.name for file in (tmp_path / "words").iterdir()}
+    (tmp_path / "runs" / "words" / "train-20260101-000000-aaaa").mkdir(parents=True)
+    found = summarize("words")
+    assert (found.model, found.perplexity, found.store) == (str(tmp_path / "words"), 12.25, "f")
+    answer = compare(["words", str(lora_directory)])
+    assert [run["perplexity"] for run in answer.record["runs"]] == [12.25, 12.25]
 
 
 def test_no_secret_is_shown(trained_directory, storage):

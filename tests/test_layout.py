@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 
 PARTS = """
     errors redaction config scratch timeline console local_worker cluster storage hub corpus tokenizer tokens blocks
-    examples transfer lora shards model objective probe scorer perplexity statistics document_scores checkpoint runs
-    tracking budget cost summary export training generation sweep derived plan results scaling estimate cleaning
-    pipeline api diagnosis views cli
+    examples transfer lora shards model objective probe scorer perplexity statistics document_scores samples checkpoint
+    runs tracking budget cost summary export generation training tasks sweep derived plan results scaling estimate
+    cleaning pipeline api diagnosis views cli
 """.split()
 VERBS = """
     init prepare train tune evaluate generate inspect push sync ls clean report compare scale submit doctor
@@ -23,6 +23,7 @@ HOMES = {  # the pattern of a dotted name -> the modules that may use it
     "mlflow": {"tracking"},
     "ray.tune": {"sweep"},
     "optuna": {"results", "sweep"},
+    "lm_eval": {"tasks"},
     "matplotlib": {"results"},
     "plotly": {"results"},
     "ray.data": {"corpus", "generation", "tokens"},  # the passes over documents

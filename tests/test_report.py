@@ -4,13 +4,14 @@ import fcntl
 import json
 import re
 import shlex
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from raylm import config, document_scores, tracking
+from raylm import config, document_scores, samples, tracking
 from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError, StorageError
 from raylm.report import report
@@ -58,6 +59,16 @@ def write_sweep(storage, name, *settings, trials, result_json=None, store="f00d"
     if result_json is not None:
         (Path(directory) / "result.json").write_text(json.dumps(result_json))
     return directory
+
+
+def test_the_texts_of_the_last_evaluations(tmp_path):
+    directory = write_sweep(tmp_path, "tune-20260101-000000-aaaa", trials=TRIALS)
+    assert "<h2>Texts</h2>" not in Path(html.build(directory)).read_text()
+    for step, text in ((1, "first"), (2, EVIL)):
+        samples.write(f"{directory}/trial_00000", step, [{"tokens": 256 * step, "prompt": "p", "text": text}])
+    page = Path(html.build(directory)).read_text()
+    assert "<td class=number>512</td><td>" + escape(EVIL) in page
+    assert "first</td>" not in page
 
 
 def keep(directory, step, nats_per_token, documents=range(20)):

@@ -70,6 +70,11 @@ def test_a_finished_run_with_a_smaller_budget_is_told_with_the_way_to_train_its_
     begin(config.override(experiment, {"train.max_tokens": experiment.train.max_tokens // 2}))
     begin(more, store="another")
     assert capsys.readouterr().err == ""
+    adapter = {"name": "adapter", "model.path": "base", "model.config": None, "model.lora": {"export": "adapter"}}
+    experiment = config.override(experiment, adapter)
+    begin(experiment).end({"perplexity": 3.5})
+    begin(config.override(experiment, {"train.max_tokens": 2 * experiment.train.max_tokens}))
+    assert capsys.readouterr().err.endswith("to the end. A new run starts\n"), "an adapter cannot be trained further"
     other = config.override(experiment, {"name": "other"})
     failed = begin(other)
     failed.end({"error": "diverged"})

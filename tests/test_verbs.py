@@ -85,6 +85,9 @@ def test_one_worker_with_prepared_tokens_needs_no_ray(swept, monkeypatch, tmp_pa
     lines = [line for line in stderr.splitlines() if "perplexity" in line]
     assert lines[0].startswith("before training: perplexity ")
     assert [line.partition(" tokens: ")[0] for line in lines[1:]] == ["512", "1,024", "1,536", "2,048", "2,560"]
+    shown = [float(line.rpartition(" ")[2]) for line in lines[1:]]
+    assert answer["best_perplexity"] == pytest.approx(min(shown), rel=1e-3), "on the documents of the last one"
+    assert answer["last_perplexity"] == pytest.approx(shown[-1], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -388,6 +388,12 @@ class EvalConfig(Section):
     """Limit of evaluations during training, in tokens: they score the first documents of the validation split and of
     each set (at least one document). Default: no limit; for a masked model a tenth of the cost of the training since
     the previous evaluation."""
+    prompts: Strings = ()
+    """Prompts such as ["Once upon", "def main("] that every evaluation during training continues with the likeliest
+    tokens, to see what the model has learned: samples.jsonl in the run's directory, an artifact in MLflow. The training
+    stays bit-identical. Not with train.arguments.fsdp on several workers."""
+    sample_tokens: Annotated[Count, Field(ge=1)] = 64
+    """Most tokens that are written after each of eval.prompts."""
 
     def measure(self, *, masked: bool) -> Literal["perplexity", "masked_perplexity", "pseudo_perplexity"]:
         """The name of the score; ConfigError if pseudo-perplexity is asked of a causal model."""

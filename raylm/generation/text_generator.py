@@ -94,7 +94,7 @@ class TextGenerator:
                     processors.append(warper(value))
                     setattr(settings, name, None)
             processors.append(_Draw([row.random for row in rows]))
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: a buffer that a model makes in it could not be trained with
             tokens = self.network.generate(
                 **inputs,
                 generation_config=settings,
@@ -118,7 +118,7 @@ class TextGenerator:
             window = masked.frame.around(ids[start : start + room])
             places = np.flatnonzero(window == masked.mask_id)
             if len(places):
-                with torch.inference_mode():
+                with torch.no_grad():
                     logits = self.network(input_ids=torch.from_numpy(window)[None].to(self.network.device)).logits
                 filled[start + places - around + 1] = logits[0, places].argmax(-1).cpu()
         return Text(self.decode(filled.tolist()), int(np.count_nonzero(ids == masked.mask_id)))

@@ -10,6 +10,7 @@ running_sweep    what other commands ask of a sweep
 earlier     the trials of earlier sweeps, as observations of a new one
 sweep       many trainings: tokens, trials, ranking, report
 proposal    a text and this machine -> an experiment, for raylm init
-evaluation  the score of a model on text
+evaluated_model    the model that is evaluated: a directory, a run's, a sweep's, the Hub's
+evaluation  the score of a model on text, and on tasks
 where       two compared runs -> where they differ: their models, scored again
 """

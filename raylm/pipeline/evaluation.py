@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from raylm import (
     perplexity,
     statistics,
     storage,
+    tasks,
     tokenizer,
     tokens,
 )
@@ -31,9 +34,11 @@ from raylm.config import BlocksConfig, Experiment, ObjectiveConfig
 from raylm.document_scores import DocumentScores
 from raylm.errors import ConfigError, DataError, StorageError
 from raylm.perplexity import Score
+from raylm.pipeline import evaluated_model
 from raylm.pipeline.stores import nothing_to_score
 from raylm.plan import evaluation_set, evaluation_sets
 from raylm.results import tables
+from raylm.tasks import TaskScore
 from raylm.tokens import Encoded, Split
 from raylm.training import launch
 
@@ -64,19 +69,32 @@ class EvaluationPlan:
     """Id of the tokenizer's unknown token."""
     resources: Resources | None
     """None if they are known only once Ray is connected."""
+    tasks: tasks.ChosenTasks | None = None
+    """Tasks of lm-eval."""
 
     def record(self) -> dict[str, Any]:
-        """The plan for --json: how many documents each set has."""
-        return {"model": self.model, "sets": {name: len(numbers) for name, numbers in self.sets.items()}}
+        """The plan for --json: how many documents each set has, and the tasks."""
+        sets = {name: len(numbers) for name, numbers in self.sets.items()}
+        return {"model": self.model, "sets": sets, **({"tasks": list(self.tasks.names)} if self.tasks else {})}
 
 
-def resolve(model: str, directory: Path, experiment: Experiment, text: Sequence[str] = ()) -> EvaluationPlan:
+def resolve(
+    model: str,
+    directory: Path,
+    experiment: Experiment,
+    text: Sequence[str] = (),
+    asked: Sequence[str] = (),
+) -> EvaluationPlan:
     """The plan of an evaluation on `text` (paths), else on the sets of eval.paths, else on the validation split that
-    the model was trained with. The text is read and encoded."""
+    the model was trained with; and on the tasks that were `asked` for. The text is read and encoded.
+
+    With tasks, a model that raylm has not trained needs no text.
+    """
     _check_settings(experiment, directory, model)
     if experiment.eval.precision == "auto":
         used = checkpoint.read_record(directory).get("scored_in", "float32")
         experiment = config_files.override(experiment, {"eval.precision": used})
+    chosen = tasks.choose(asked) if asked else None
     experiment = derived.prefix(experiment).experiment
     resources = cluster.planned_resources(experiment.cluster)
     configuration = models.pretrained_configuration(experiment.model)
@@ -86,7 +104,16 @@ def resolve(model: str, directory: Path, experiment: Experiment, text: Sequence[
     is_masked = experiment.objective.is_masked or models.is_masked(configuration)
     if is_masked:
         objective.check_settings(ObjectiveConfig(kind="masked"), BlocksConfig(), own_tokenizer)
-    documents, sets = _documents(directory, experiment, text)
+        if chosen is not None:
+            raise ConfigError(
+                f"--tasks: {model} is a masked model, which has no likelihood of an answer; give a causal one",
+                "--tasks",
+            )
+    if chosen is not None and not (text or experiment.eval.paths) and "store" not in checkpoint.read_record(directory):
+        documents: Encoded | Split = tokens.Encoded()
+        sets: dict[str, range] = {}
+    else:
+        documents, sets = _documents(directory, experiment, text)
     return EvaluationPlan(
         model=model,
         directory=directory,
@@ -97,33 +124,61 @@ def resolve(model: str, directory: Path, experiment: Experiment, text: Sequence[
         prefix=None if prefix is None else own_tokenizer.convert_ids_to_tokens(prefix),
         unknown_id=tokenizer.unknown_id(own_tokenizer),
         resources=resources,
+        tasks=chosen,
     )
 
 
 def run(plan: EvaluationPlan) -> Evaluation:
-    """Score the model; StorageError if the likelihood of the text is not a finite number."""
-    experiment, resources, here = plan.experiment, plan.resources, str(plan.directory)
-    with console.task("Scoring", "tokens") as progress:
-        if resources is not None and resources.num_workers == 1:
-            rows = launch.score(here, plan.documents, experiment, None, progress, as_given=True)
-        else:
-            with cluster.connect(experiment.cluster) as connected:
-                where = plan.model if storage.is_remote(plan.model) else here
-                rows = launch.score(where, plan.documents, experiment, connected, progress, as_given=True)
-    result = Evaluation(plan, rows)
+    """Score the model; StorageError if the likelihood of the text is not a finite number. The metrics of tasks are
+    logged to the run that has trained the model, if there is one."""
+    with _workers(plan) as (where, resources):
+        rows = np.zeros((0, perplexity.BANDS))
+        if plan.sets:
+            with console.task("Scoring", "tokens") as progress:
+                rows = launch.score(where, plan.documents, plan.experiment, resources, progress, as_given=True)
+        found = tasks.run(plan.tasks, _scored_on_tasks(plan, where, resources)) if plan.tasks is not None else {}
+    result = Evaluation(plan, rows, found)
     if not math.isfinite(result.score.nll):
         raise StorageError(
             f"{plan.model}: the likelihood of the text is not a finite number: the model has diverged or is damaged",
             plan.model,
         )
+    if found:
+        evaluated_model.log(plan.model, plan.directory, found)
     return result
 
 
-class Evaluation:
-    """The score of a model on some documents."""
+@contextlib.contextmanager
+def _workers(plan: EvaluationPlan) -> Iterator[tuple[str, Resources | None]]:
+    """Where workers load the model from, and Ray's workers; None if this process does the work."""
+    if plan.resources is not None and plan.resources.num_workers == 1:
+        yield str(plan.directory), None
+    else:
+        with cluster.connect(plan.experiment.cluster) as connected:
+            yield plan.model if storage.is_remote(plan.model) else str(plan.directory), connected
 
-    def __init__(self, plan: EvaluationPlan, rows: np.ndarray):
+
+def _scored_on_tasks(plan: EvaluationPlan, where: str, resources: Resources | None) -> tasks.Scored:
+    experiment, known = plan.experiment, _tokenizer_of(plan.experiment)
+    positions = models.context(models.pretrained_configuration(experiment.model))
+    return tasks.Scored(
+        place=where,
+        directory=plan.directory,
+        experiment=experiment,
+        encode=lambda text: known(text, add_special_tokens=False)["input_ids"],
+        frame=tokenizer.frame(known, experiment.tokenizer.prefix),
+        context=perplexity.context_of(experiment.eval, positions, experiment.blocks.block_size),
+        resources=resources,
+    )
+
+
+class Evaluation:
+    """The score of a model on some documents, and on tasks."""
+
+    def __init__(self, plan: EvaluationPlan, rows: np.ndarray, found: Mapping[str, TaskScore] = MappingProxyType({})):
         self.plan = plan
+        self.tasks = dict(found)
+        """The metrics of each task and group of tasks, by name; empty without tasks."""
         self.rows = rows
         """The result of perplexity.score_documents: float64 of shape (documents, 5)."""
         self.unknown_tokens = [
@@ -197,8 +252,12 @@ class Evaluation:
         return found
 
     def record(self) -> dict[str, Any]:
-        """All documents together, each set, and each source of a set; for --json."""
+        """All documents together, each set, and each source of a set; and tasks; for --json."""
         plan, sets = self.plan, {}
+        of_tasks = {"tasks": {name: score.record() for name, score in self.tasks.items()}} if self.tasks else {}
+        how = {"model": plan.model, "prefix": plan.prefix, "scored_in": plan.experiment.eval.precision}
+        if not plan.sets:
+            return {**how, **of_tasks}
         for name, numbers in plan.sets.items():
             sources: dict[str, list[int]] = {}
             for number in numbers:
@@ -207,13 +266,12 @@ class Evaluation:
             sets[name] = {**self.figures_with_intervals(numbers), "documents": len(numbers), "sources": of_sources}
         total = self.figures_with_intervals(range(len(self.rows)))
         return {
-            "model": plan.model,
-            "prefix": plan.prefix,
-            "scored_in": plan.experiment.eval.precision,
+            **how,
             **total,
             "document_ids": self.document_scores(range(len(self.rows))).documents,
             "incomparable": tokens.incomparable(total["unknown_tokens"], total["tokens"]),
             "sets": sets,
+            **of_tasks,
         }
 
     def documents(self) -> Iterator[dict[str, Any]]:
@@ -234,10 +292,13 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         record = self.record()
-        return console.as_html(tables.evaluations([*record["sets"].items(), ("total", record)]))
+        parts = [tables.evaluations([*record["sets"].items(), ("total", record)])] if self.plan.sets else []
+        parts += [tables.tasks(record["tasks"])] if self.tasks else []
+        return "".join(map(console.as_html, parts))
 
     def __repr__(self) -> str:
-        return f"Evaluation({self.plan.model!r}: {self.plan.measure} {self.perplexity:.4g})"
+        score = f"{self.plan.measure} {self.perplexity:.4g}" if self.plan.sets else ", ".join(self.tasks)
+        return f"Evaluation({self.plan.model!r}: {score})"
 
 
 def _unknown(documents: Encoded | Split, number: int, unknown_id: int) -> int:

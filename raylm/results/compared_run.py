@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from raylm import config, document_scores, storage, tracking
+from raylm.checkpoint.directory import MODEL_OR_ADAPTER
 from raylm.config import WHOLE_SPLIT, Experiment
 from raylm.document_scores import DocumentScores
 from raylm.errors import StorageError
@@ -108,7 +109,7 @@ def summarize(run: str) -> ComparedRun:
         return of_training(directory)
     if name == "model" and journal.RUN_FILE in storage.names(parent):
         return of_training(parent)
-    if "config.json" in inside:
+    if MODEL_OR_ADAPTER.intersection(inside):
         return of_model(directory, run)
     raise StorageError(f"{run} is no run, trial, sweep or model that raylm trained; {suggestions(directory)}", run)
 

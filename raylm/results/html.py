@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, get_args
 
-from raylm import console, storage, tokens, tracking
+from raylm import console, samples, storage, tokens, tracking
 from raylm import sweep as sweeps
 from raylm.redaction import redacted
 from raylm.results import choices, figures, several, trial_table
@@ -113,6 +113,7 @@ def page(results: SweepResults, built: Sequence[figures.Figure | figures.Omitted
         f"<p class=caption>{OF_A_POPULATION}</p>" if is_population else "",
         *[_choice(results, each) for each in choices.of(results.trials)],
         _sources(results),
+        _samples(results),
         _meaning(results),
         "<h2>The sweep</h2>",
         _facts(_about(results)),
@@ -275,6 +276,19 @@ def _sources(results: SweepResults) -> str:
         caption += "; and how often the training repeats each source of the mixture"
     headings = ["trial", *names, *(f"passes over {name}" for name in repeated)]
     return f"<h2>By source</h2><p class=caption>{escape(caption)}.</p>{_table(headings, rows)}"
+
+
+def _samples(results: SweepResults) -> str:
+    """The texts of eval.prompts in the last evaluation of each trial, the best trial first; empty without any."""
+    rows = []
+    for trial in results.data.ranked:
+        found = samples.read(f"{results.directory}/{trial.trial_id}")
+        last = [row for row in found if row["step"] == found[-1]["step"]]
+        rows += [[trial_table.short_id(trial.trial_id), f"{row['tokens']:,}", row["text"]] for row in last]
+    if not rows:
+        return ""
+    caption = "What each trial wrote after eval.prompts in its last evaluation, always the likeliest token."
+    return f"<h2>Texts</h2><p class=caption>{caption}</p>{_table(['trial', 'tokens', 'text'], rows, slice(1, 2))}"
 
 
 def _about(results: SweepResults) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from raylm import DEFAULT_STORAGE, runs, storage, tracking
+from raylm.checkpoint.directory import MODEL_OR_ADAPTER
 from raylm.console import command
 from raylm.errors import StorageError, first_of
 from raylm.sweep.record import EVENTS, SweepRecord
@@ -42,7 +43,7 @@ def find(run: str, kinds: tuple[str, ...] = KINDS) -> str:
     """
     if storage.is_remote(run):
         return run.rstrip("/")
-    if os.path.isdir(run) and ({EVENTS, journal.RUN_FILE, "config.json"} & set(storage.names(run))):
+    if os.path.isdir(run) and ({EVENTS, journal.RUN_FILE, *MODEL_OR_ADAPTER} & set(storage.names(run))):
         return os.path.abspath(run)
     matches = [directory for directory in _runs_below(DEFAULT_STORAGE) if directory.rpartition("/")[2] == run]
     if len(matches) > 1:

@@ -143,8 +143,8 @@ def repeat_command(directory: str, trial: Trial) -> str:
 
 
 def measured(directory: str, trial: Trial) -> dict[str, Any]:
-    """parameters, seconds and best_step of a sweep's trial, what its settings mean and what it cost; None where
-    unknown."""
+    """parameters, seconds and best_step of a sweep's trial, what its settings mean, what it cost, and its metrics on
+    tasks; None where unknown."""
     run = tracking.Run(f"{directory}/{trial.trial_id}")
     size = run.tags().get(tracking.PARAMETERS_TAG)
     last = trial.results[-1] if trial.results else {}
@@ -153,6 +153,7 @@ def measured(directory: str, trial: Trial) -> dict[str, Any]:
         "seconds": last.get("seconds"),
         "best_step": last.get("best_step"),
         **run.figures(),
+        **({"tasks": scores} if (scores := run.task_scores()) else {}),
     }
 
 

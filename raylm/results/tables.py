@@ -114,6 +114,22 @@ def evaluations(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     return table
 
 
+def tasks(records: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each metric of each task, given as in the result of an evaluation; the standard error behind ±."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, heading in enumerate(("task", "metric", "value", "documents", "examples in front")):
+        table.add_column(heading, justify="left" if number < 2 else "right")
+    for name, record in records.items():
+        metrics = [key for key in record if not key.endswith("_stderr") and key not in ("documents", "shots")]
+        for number, metric in enumerate(metrics):
+            error = record.get(f"{metric}_stderr")
+            value = f"{record[metric]:.4g}" + ("" if error is None else f" ± {error:.2g}")
+            shots = "-" if record["shots"] is None else str(record["shots"])
+            about = ["", "", ""] if number else [name, f"{record['documents']:,}", shots]
+            table.add_row(about[0], metric, value, *about[1:])
+    return table
+
+
 def estimate(record: Mapping[str, Any], name: str) -> str:
     """A score in a record with its interval, if it has one: 53.2 [47.7, 59.7]."""
     value, low, high = record[name], record.get(f"{name}_low"), record.get(f"{name}_high")

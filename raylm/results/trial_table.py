@@ -84,6 +84,8 @@ class TrialRow:
     """The score that ranks the trials, if tune.metric has weights."""
     cooldown_tokens: int = 0
     """Tokens that its cooldowns were trained on, in addition to `tokens`."""
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    """Task/metric -> value, if its best model was scored on tasks of lm-eval."""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TrialRow:
@@ -117,6 +119,7 @@ class TrialRow:
             "mlflow_run_id": self.mlflow_run_id,
             **({"repeat_of": self.repeat_of, "seeds": self.seeds} if self.repeat_of is not None else {}),
             **(self.standing.record(measure) if self.standing is not None else {}),
+            **({"tasks": dict(self.tasks)} if self.tasks else {}),
         }
 
     @property
@@ -141,8 +144,8 @@ class Column:
 
 
 def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None = None) -> dict[str, Column]:
-    """Name -> column: rank, trial_id, repeat_of, weighted_nll, perplexity, bits_per_byte, `WEIGHED`, tokens, status,
-    pareto, what the settings mean if that helps to choose, and each swept key.
+    """Name -> column: rank, trial_id, repeat_of, weighted_nll, perplexity, bits_per_byte, metrics of tasks, `WEIGHED`,
+    tokens, status, pareto, what the settings mean if that helps to choose, and each swept key.
 
     `score` is the heading of perplexity. `settings` are the swept keys in their order, by default that of the rows.
     """
@@ -155,6 +158,7 @@ def columns(rows: Sequence[TrialRow], score: str, settings: Iterable[str] | None
         **_weighted_nll(rows),
         "perplexity": Column(score, [format_score(row.perplexity) for row in rows]),
         "bits_per_byte": Column("bits/byte", [format_score(row.bits_per_byte) for row in rows]),
+        **_tasks(rows),
         **{name: Column(name, [_count(row.weighed.get(name)) for row in rows]) for name in weighed},
         "tokens": Column("tokens", [_count(row.tokens) for row in rows]),
         "status": Column("status", ["; ".join(filter(None, [row.status, row.overfitting])) for row in rows], "left"),
@@ -188,6 +192,18 @@ def _weighted_nll(rows: Sequence[TrialRow]) -> dict[str, Column]:
     if all(row.weighted_nll is None for row in rows):
         return {}
     return {"weighted_nll": Column("weighted nll", [format_score(row.weighted_nll) for row in rows])}
+
+
+def _tasks(rows: Sequence[TrialRow]) -> dict[str, Column]:
+    """A column for each metric of each task that a row was scored on, without standard errors."""
+    names = sorted({name for row in rows for name in row.tasks if not name.endswith("_stderr")})
+    values = {name: [row.tasks.get(name) for row in rows] for name in names}
+    return {
+        f"tasks/{name}": Column(
+            name.replace("/", " "), ["-" if value is None else format_number(value) for value in values[name]]
+        )
+        for name in names
+    }
 
 
 def _repeat_of(rows: Sequence[TrialRow]) -> dict[str, Column]:

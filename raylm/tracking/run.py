@@ -39,6 +39,8 @@ MEANING = (
 COSTS = ("evaluation_seconds", "saving_seconds", "peak_memory_bytes", "mfu")
 """What a training costs beside its steps, and how well these use the devices, as metrics below COST."""
 COST = "cost/"
+TASKS = "tasks/"
+"""Below it are the metrics of the run's model on tasks of lm-eval."""
 DESCRIPTION_TAG = "mlflow.note.content"  # MLflow's own
 
 MAX_PARAMETER_LENGTH = 6000  # characters that MLflow takes
@@ -148,6 +150,10 @@ class Run:
         if "peak_memory_bytes" in newest:
             newest["peak_memory_bytes"] = int(newest["peak_memory_bytes"])
         return {**meaning, **{name: newest.get(name) for name in COSTS}}
+
+    def task_scores(self) -> dict[str, float]:
+        """Task/metric -> its newest value; empty if the run's model was never scored on tasks."""
+        return {name.removeprefix(TASKS): value for (name, _), value in self._points() if name.startswith(TASKS)}
 
     def _points(self) -> list[tuple[journal.MetricKey, float]]:
         """((name, step), value) of every metric, by name and step."""

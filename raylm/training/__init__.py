@@ -8,6 +8,7 @@ muon                Muon for the matrices of the layers, AdamW for the rest
 coordinates         a check how the sizes of activations depend on the width in the first steps
 guards              what ends a training before it spoils its weights: no memory, gradients that are not finite
 cooldown            at rungs: a branch with a decayed learning rate, by whose score trials are compared
+sampling            texts of fixed prompts at each evaluation
 peak_flops          the most operations a second of a worker's device: known of GPUs, measured on CPUs
 costs               what a training costs: seconds of evaluations and saving, memory; how well steps use the devices
 checkpoint_writer   one checkpoint, uploaded by all ranks and committed by the first; older ones removed
@@ -21,7 +22,7 @@ launch              where workers run: one process here, a worker group of Ray, 
 
 from raylm.training.arguments import check_settings
 from raylm.training.session import Outcome, RayTrainSession, ScoreTask, Session, SingleProcess, TrainTask
-from raylm.training.worker import score_loop_per_worker, train_loop_per_worker
+from raylm.training.worker import load_to_score, score_loop_per_worker, train_loop_per_worker
 
 __all__ = [
     "Outcome",
@@ -31,6 +32,7 @@ __all__ = [
     "SingleProcess",
     "TrainTask",
     "check_settings",
+    "load_to_score",
     "score_loop_per_worker",
     "train_loop_per_worker",
 ]

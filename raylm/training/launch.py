@@ -141,11 +141,28 @@ def score(
     The model is loaded with the experiment's sections model and tokenizer if `as_given`, else as a trained model: a
     plain directory with its own tokenizer. Only the first documents up to `max_tokens` tokens are scored.
     """
+    task = score_task(
+        directory, documents, experiment, resources, as_given=as_given, max_tokens=max_tokens, positions=positions
+    )
+    return on_workers(training.score_loop_per_worker, task, experiment, resources, progress)
+
+
+def score_task(
+    directory: str,
+    documents: Documents,
+    experiment: Experiment,
+    resources: Resources | None,
+    *,
+    as_given: bool,
+    max_tokens: int | None = None,
+    positions: tuple[int, ...] = (),
+) -> ScoreTask:
+    """What a worker needs to score a saved model; the arguments are those of `score`."""
     section, tokenizer = experiment.model, experiment.tokenizer
     if not as_given:
         section = ModelConfig(trust_remote_code=section.trust_remote_code)
         tokenizer = TokenizerConfig(prefix=tokenizer.prefix)
-    task = training.ScoreTask(
+    return training.ScoreTask(
         directory,
         documents,
         experiment.eval,
@@ -158,7 +175,6 @@ def score(
         masked=experiment.objective.is_masked,
         max_tokens=max_tokens,
     )
-    return _scored(task, experiment, resources, progress)
 
 
 def score_untrained(
@@ -180,24 +196,24 @@ def score_untrained(
         max_tokens=experiment.eval.max_tokens,
         untrained=(experiment, store.path),
     )
-    return _scored(task, experiment, resources, progress)
+    return on_workers(training.score_loop_per_worker, task, experiment, resources, progress)
 
 
-def _scored(
+def on_workers(
+    loop: Callable[[ScoreTask], Result],
     task: ScoreTask,
     experiment: Experiment,
     resources: Resources | None,
-    progress: Callable[[float, float | None], None] | None,
-) -> np.ndarray:
-    """What score_loop_per_worker gives, in this process where there is no need for others."""
+    progress: Callable[[float, float | None], None] | None = None,
+) -> Result:
+    """The result of a worker's loop on rank 0, in this process where there is no need for others."""
     if resources is None or (resources.num_workers == 1 and is_local(experiment.cluster)):
         alone = dataclasses.replace(task, cpus=cluster.cpus_here(), session=training.SingleProcess, progress=progress)
-        return training.score_loop_per_worker(alone)
+        return loop(alone)
     from raylm.training import worker_group
 
-    score = functools.partial(training.score_loop_per_worker, task)
     return _with_retries(
-        lambda: worker_group.run(score, experiment, resources, task.model),
+        lambda: worker_group.run(functools.partial(loop, task), experiment, resources, task.model),
         experiment.cluster.max_failures,
         logger.info,
         task.model,

@@ -26,6 +26,7 @@ from raylm import (
     objective,
     perplexity,
     probe,
+    samples,
     shards,
     storage,
     summary,
@@ -36,10 +37,10 @@ from raylm import (
 from raylm import tokenizer as tokenizers
 from raylm.checkpoint import CheckpointManager
 from raylm.document_scores import DocumentScores
-from raylm.errors import ConfigError, RaylmError, StorageError
+from raylm.errors import ConfigError, RaylmError, StorageError, first_line
 from raylm.perplexity import Documents, Score
 from raylm.tokenizer import Frame
-from raylm.training import arguments, muon, peak_flops
+from raylm.training import arguments, muon, peak_flops, sampling
 from raylm.training.checkpoint_writer import PROGRESS, CheckpointWriter
 from raylm.training.costs import Costs
 from raylm.training.guards import GradientGuard, MemoryGuard
@@ -164,9 +165,12 @@ class _Trainer(ShardingTrainer):
                     self.frame,
                     one_row=self.args.per_device_train_batch_size == 1,
                 )
+                sampling.check_prompts(self.task.experiment, self.store)
             except ConfigError as error:
                 raise CollectiveError(error) from error
         self.reshard()
+        if self.task.experiment.eval.prompts and self.is_fsdp_enabled:
+            self.say("eval.prompts: no texts are written, because the weights are sharded (train.arguments.fsdp)")
 
     def measure_peak(self) -> None:
         """Find out what MFU is a fraction of: a step's floating-point operations, and the devices' of all workers."""
@@ -376,6 +380,7 @@ class _Trainer(ShardingTrainer):
                 values |= {f"eval/{each}/{what}": value for what, value in found.figures(name).items()}
             self.task.run.log_metrics(values, step)
             self.task.report({"tokens": self.latest["tokens"], "perplexity": score.perplexity})
+            self._keep_samples(step)
         if self._is_patience_over():
             self.control.should_training_stop = True
         is_last = step == task.last_step or self.control.should_training_stop
@@ -412,6 +417,22 @@ class _Trainer(ShardingTrainer):
             document_scores.write(self.task.directory, step, scores)
         except StorageError as error:
             self.say(f"the scores of single documents at step {step:,} are not kept: {error}")
+
+    def _keep_samples(self, step: int) -> None:
+        """Write and log the texts of eval.prompts. Without them the training continues."""
+        experiment = self.task.experiment
+        if not experiment.eval.prompts or self.is_fsdp_enabled:  # with shards all ranks would have to take part
+            return
+        try:
+            with self.costs.evaluating():
+                found = sampling.texts(self.model, experiment, self.store)
+            rows = [
+                {"tokens": self.latest["tokens"], "prompt": prompt, "text": text}
+                for prompt, text in zip(experiment.eval.prompts, found, strict=True)
+            ]
+            self.task.run.log_file(samples.write(self.task.directory, step, rows), samples.FILE)
+        except Exception as error:  # of a model that cannot generate, of memory, of storage
+            self.say(f"the texts of eval.prompts at step {step:,} are not kept: {first_line(error)}")
 
     def score_untrained(self) -> None:
         """Score the weights before the first step. It is only logged: without a checkpoint they are never the best."""

@@ -40,22 +40,13 @@ def train_loop_per_worker(task: TrainTask) -> Outcome:
 
 def score_loop_per_worker(task: ScoreTask) -> np.ndarray:
     """The result of perplexity.score_documents for a saved model, with the documents sharded over the workers."""
-    session = task.session()
-    model.set_up_torch(task.cpus)
-    if task.untrained is not None:
-        trained = _untrained(*task.untrained)
-    else:
-        with storage.here(task.model, but_for=checkpoint.OF_TRAINING) as directory:
-            trained = checkpoint.load(directory, task.loaded, task.tokenizer, masked=task.masked)
-    network, prefix = trained.model.to(model.device(task.use_gpu)), task.tokenizer.prefix
-    frame, masked = trained.frame(prefix), trained.masked(prefix, task.section.pseudo_perplexity)
-    probe.check_scoring(
-        network, trained.tokenizer, frame, named=task.model, context=trained.context, masked=masked is not None
-    )
+    session, trained = task.session(), load_to_score(task)
+    prefix = task.tokenizer.prefix
+    masked = trained.masked(prefix, task.section.pseudo_perplexity)
     return perplexity.score_documents(
-        network,
+        trained.model,
         task.documents,
-        frame=frame,
+        frame=trained.frame(prefix),
         context=perplexity.context_of(task.section, model.context(trained.model.config), trained.context),
         stride=task.section.stride,
         batch_tokens=task.section.batch_tokens,
@@ -68,6 +59,26 @@ def score_loop_per_worker(task: ScoreTask) -> np.ndarray:
         world_size=session.world_size,
         progress=task.progress,
     )
+
+
+def load_to_score(task: ScoreTask) -> checkpoint.TrainedModel:
+    """The model of a task on this worker's device, after a check that it can be scored."""
+    model.set_up_torch(task.cpus)
+    if task.untrained is not None:
+        trained = _untrained(*task.untrained)
+    else:
+        with storage.here(task.model, but_for=checkpoint.OF_TRAINING) as directory:
+            trained = checkpoint.load(directory, task.loaded, task.tokenizer, masked=task.masked)
+    network = trained.model.to(model.device(task.use_gpu))
+    probe.check_scoring(
+        network,
+        trained.tokenizer,
+        trained.frame(task.tokenizer.prefix),
+        named=task.model,
+        context=trained.context,
+        masked=trained.masked(task.tokenizer.prefix, task.section.pseudo_perplexity) is not None,
+    )
+    return trained
 
 
 def _untrained(experiment: Experiment, store: str) -> checkpoint.TrainedModel:
