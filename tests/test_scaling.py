@@ -111,7 +111,11 @@ def test_exponents_that_runs_do_not_tell_are_named():
     sizes = np.repeat([49_632, 111_936, 173_824], 3)
     horizons = np.array([199_040, 397_824, 794_112, 448_512, 895_488, 1_793_024, 696_320, 1_392_000, 2_782_208])
     measured = np.array([99.03, 74.14, 59.76, 69.93, 52.70, 41.31, 61.68, 45.23, 33.87])  # of a dictionary
-    assert Fit(sizes, horizons, np.log(measured)).unknown == ("alpha",), "too small a range of sizes"
+    fit = Fit(sizes, horizons, np.log(measured))
+    assert fit.unknown == ("alpha",), "too small a range of sizes"
+    prediction._check_known(fit, 173_824, 5_896_704)
+    with pytest.raises(DataError, match=r"^what more parameters bring cannot be told: alpha is .* this one 334,464"):
+        prediction._check_known(fit, 334_464, 5_896_704)  # predicted as 27.7 [23.9, 32.5], and measured as 22.6
 
 
 def test_the_same_seed_gives_the_same_interval():

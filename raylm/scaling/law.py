@@ -7,9 +7,9 @@ not averaged, and the tolerances are as tight as numbers allow.
 
 The interval of a prediction holds a new run: the score that one training of this size and budget would have, not only
 the mean of many. 1,000 times, runs are made up that depart from the law as the real ones do, and the law is fitted to
-them; the interval are percentiles of what these laws predict, each with the departure of a new run. How far runs depart
-is itself unsure, of nine points it is known from four, so it is drawn for each (Student's t). The intervals of the
-constants are percentiles of the same laws. benchmarks/scaling_law.py counts how often both hold what they should.
+them; the interval has the percentiles of what these laws predict, each with the departure of a new run. How far runs
+depart is itself unsure, of nine points it is known from four, so it is drawn for each (Student's t). The intervals of
+the constants are percentiles of the same laws. benchmarks/scaling_law.py counts how often both hold what they should.
 """
 
 from __future__ import annotations
