@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.train.backend import Backend, BackendConfig
 
@@ -82,9 +83,22 @@ def _join(address: str, port: int, rank: int, world_size: int, config: ProcessGr
     from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
 
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+    if (interface := _interface(ray.util.get_node_ip_address())) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     _set_torch_distributed_env_vars()
     with timeline.phase("join the process group"):
         _setup_torch_process_group(config.backend, rank, world_size, "env://", config.timeout_s)
+
+
+def _interface(address: str) -> str | None:
+    """The network interface with this address of the node, by which other nodes reach it.
+
+    Gloo takes the one that the host's own name resolves to. On Debian that is 127.0.1.1, where no other node gets.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in (each.address for each in addresses):
+            return name
+    return None
 
 
 def _leave(destroys_group: bool) -> None:

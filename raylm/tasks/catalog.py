@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ class ChosenTasks:
     def load(self) -> dict[str, dict[str, Any]]:
         """The tasks with their data, and the groups, by name, as lm-eval's `evaluate` takes them; DataError if one
         cannot be loaded."""
+        import datasets
+
+        datasets.disable_progress_bars()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells each default of a task file
         _seed()
         loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
         for name in self.names:
