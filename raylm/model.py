@@ -266,6 +266,13 @@ def flops_per_token(found: PreTrainedConfig, counts: Parameters, *, block_size: 
     return (4 if only_updates else 6) * counts.multiplied + attention
 
 
+def flops_of_experiment(experiment: Experiment, found: PreTrainedConfig, counts: Parameters) -> int:
+    """`flops_per_token` of an experiment whose model has this configuration and so many parameters."""
+    return flops_per_token(
+        found, counts, block_size=experiment.blocks.block_size, only_updates=experiment.model.lora is not None
+    )
+
+
 def context(found: PreTrainedConfig) -> int | None:
     """The most tokens the model has positions for; None if it has no such limit (recurrent models, ALiBi)."""
     positions = getattr(found, "max_position_embeddings", None)

@@ -80,12 +80,7 @@ def _meaning(experiment: Experiment, store: Store, budget: Budget, counts: model
     decouples it from the gradient, as AdamW and Muon do.
     """
     section = experiment.train
-    a_token = model.flops_per_token(
-        _model_config(experiment, store),
-        counts,
-        block_size=experiment.blocks.block_size,
-        only_updates=experiment.model.lora is not None,
-    )
+    a_token = model.flops_of_experiment(experiment, _model_config(experiment, store), counts)
     found = {
         "tokens_per_parameter": budget.tokens / counts.all,
         "tokens_per_parameter_without_embeddings": budget.tokens / counts.without_embeddings,

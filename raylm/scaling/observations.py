@@ -254,12 +254,7 @@ class Sizes:
         if key not in self._known:
             found = model.config_of(experiment, self.vocab_size)
             counts = model.parameters(found, masked=experiment.objective.is_masked)
-            a_token = model.flops_per_token(
-                found,
-                counts,
-                block_size=experiment.blocks.block_size,
-                only_updates=experiment.model.lora is not None,
-            )
+            a_token = model.flops_of_experiment(experiment, found, counts)
             self._known[key] = Size(counts.all, counts.without_embeddings, a_token)
         return self._known[key]
 

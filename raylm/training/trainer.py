@@ -185,12 +185,8 @@ class _Trainer(ShardingTrainer):
                 "FLOPs a second: train.peak_flops=312e12"
             )
             return
-        a_token = model.flops_per_token(
-            config,
-            model.parameters(config, masked=experiment.objective.is_masked),
-            block_size=experiment.blocks.block_size,
-            only_updates=experiment.model.lora is not None,
-        )
+        counts = model.parameters(config, masked=experiment.objective.is_masked)
+        a_token = model.flops_of_experiment(experiment, config, counts)
         self.costs.flops_of_a_step = float(a_token) * self.task.budget.batch_tokens
         self.costs.peak_flops = sum(found)
 
