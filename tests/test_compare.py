@@ -15,12 +15,13 @@ from raylm.compare import compare
 from raylm.errors import ConfigError, StorageError
 from raylm.results.compared_run import pace, summarize
 
-STORES = {  # fingerprint -> (documents, bytes, unknown tokens) of its validation split, and its tokenizer
-    "f00d": ((5, 900, 0), "one"),
-    "beef": ((5, 900, 0), "two"),
-    "dead": ((5, 900, 3), "two"),
-    "cafe": ((6, 1000, 0), "one"),
-    "babe": ((5, 900, 0), "one"),
+STORES = {  # fingerprint -> (documents, bytes, unknown tokens) of its validation split, its tokenizer, and its tokens
+    "f00d": ((5, 900, 0), "one", "tokens"),
+    "beef": ((5, 900, 0), "two", "others"),
+    "dead": ((5, 900, 3), "two", "others"),
+    "cafe": ((6, 1000, 0), "one", "of other text"),
+    "babe": ((5, 900, 0), "one", "tokens"),
+    "face": ((5, 900, 0), "one, exported", "tokens"),
 }
 
 
@@ -28,8 +29,9 @@ STORES = {  # fingerprint -> (documents, bytes, unknown tokens) of its validatio
 def storage(tmp_path_factory):
     """Sweeps aaaa, which goes on, and bbbb, which is over and was scored on the whole split; four token stores."""
     storage = tmp_path_factory.mktemp("compare") / "runs"
-    for fingerprint, (counts, tokenizer) in STORES.items():
+    for fingerprint, (counts, tokenizer, checksum) in STORES.items():
         split = dict(zip(("documents", "bytes", "unknown_tokens"), counts, strict=True))
+        split["shards"] = [{"checksum": checksum}]
         manifest = {"validation": split, "tokenizer": {"files": {"t": tokenizer}}}
         (storage / "tokens" / fingerprint).mkdir(parents=True)
         (storage / "tokens" / fingerprint / "manifest.json").write_text(json.dumps(manifest))
@@ -160,6 +162,7 @@ PARTS = "the scores are of other parts"
         ([], "f00d", []),
         (["train.learning_rate=0.5", "blocks.block_size=128"], "f00d", []),
         ([], "babe", []),  # other training text alone
+        ([], "face", []),  # the tokenizer of an exported model has other files, and the same tokens
         ([], "beef", [f"{TOKENIZERS}, so that perplexities are of other tokens: compare bits per byte"]),
         ([], "dead", [f"{TOKENIZERS}, and of the validation text some tokens are unknown"]),
         ([], "cafe", [TEXTS]),

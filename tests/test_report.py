@@ -393,7 +393,10 @@ def two(tmp_path):
         second = write_sweep(tmp_path, "tune-20260102-000000-bbbb", *settings, trials=others, store=store)
         for fingerprint, split, kind in (("f00d", (5, 900, 0), "one"), (store, counts, tokenizer)):
             names = ("documents", "bytes", "unknown_tokens")
-            manifest = {"validation": dict(zip(names, split, strict=True)), "tokenizer": {"files": {"t": kind}}}
+            manifest = {
+                "validation": {**dict(zip(names, split, strict=True)), "shards": [{"checksum": kind}]},
+                "tokenizer": {"files": {"t": kind}},
+            }
             (tmp_path / "tokens" / fingerprint).mkdir(parents=True, exist_ok=True)
             (tmp_path / "tokens" / fingerprint / "manifest.json").write_text(json.dumps(manifest))
         return report([first, second])

@@ -279,8 +279,22 @@ def test_the_names_of_lm_eval_are_known(plain):
 
 def test_data_that_is_not_there_is_told(plain, tasks, tmp_path):
     (tmp_path / "choice.yaml").write_text(CHOICE.format(directory=tmp_path))
-    with pytest.raises(DataError, match=r"^--tasks animals: it cannot be loaded: FileNotFoundError: .*animals.jsonl"):
+    missing = r"^--tasks animals \(.*/choice.yaml\): it cannot be loaded: FileNotFoundError: .*animals.jsonl"
+    with pytest.raises(DataError, match=missing):
         evaluate(plain, tasks=[f"{tmp_path}/choice.yaml"])
+
+
+def test_a_file_whose_task_has_the_name_of_another_is_told(plain, tasks, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(CHOICE.format(directory=tasks))
+    refused = []
+    for name in ("one", "two"):
+        try:
+            evaluate(plain, tasks=[f"{tmp_path}/{name}.yaml"], dry_run=True)
+        except ConfigError as error:
+            refused.append(error.message)
+    assert len(refused) == 1, "lm-eval knows one of both"
+    assert ": its task animals has the name of that in " in refused[0]
 
 
 def test_what_lm_eval_does_not_know_of_generation_is_told(plain, tasks, tmp_path):

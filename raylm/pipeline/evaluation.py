@@ -132,11 +132,12 @@ def run(plan: EvaluationPlan) -> Evaluation:
     """Score the model; StorageError if the likelihood of the text is not a finite number. The metrics of tasks are
     logged to the run that has trained the model, if there is one."""
     with _workers(plan) as (where, resources):
+        # Tasks first, because a mistake in a task file shows only now, and the text may take long.
+        found = tasks.run(plan.tasks, _scored_on_tasks(plan, where, resources)) if plan.tasks is not None else {}
         rows = np.zeros((0, perplexity.BANDS))
         if plan.sets:
             with console.task("Scoring", "tokens") as progress:
                 rows = launch.score(where, plan.documents, plan.experiment, resources, progress, as_given=True)
-        found = tasks.run(plan.tasks, _scored_on_tasks(plan, where, resources)) if plan.tasks is not None else {}
     result = Evaluation(plan, rows, found)
     if not math.isfinite(result.score.nll):
         raise StorageError(

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import logging
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,11 @@ class ChosenTasks:
             try:
                 found = self.manager.load([name])
             except Exception as error:  # of the network, of datasets, of a task's own code
+                file = getattr(self.manager.task_index.get(name), "yaml_path", None)
                 raise DataError(
-                    f"--tasks {name}: it cannot be loaded: {type(error).__name__}: {first_line(error)}", "--tasks"
+                    f"--tasks {name}{f' ({file})' if file else ''}: it cannot be loaded: {type(error).__name__}: "
+                    f"{first_line(error)}",
+                    "--tasks",
                 ) from error
             for kind in loaded:
                 loaded[kind] |= found.get(kind, {})
@@ -119,6 +123,15 @@ def _names_in(path: Path, manager: Any, item: str) -> list[str]:
         for name, entry in manager.task_index.items()
         if entry.yaml_path is not None and path in (entry.yaml_path.resolve(), *entry.yaml_path.resolve().parents)
     }
+    if (
+        not own
+        and path.is_file()
+        and (found := re.search(r"^task:\s*(\S+)\s*$", path.read_text("utf-8"), re.MULTILINE))
+    ):
+        other = getattr(manager.task_index.get(found[1]), "yaml_path", None)
+        raise ConfigError(
+            f"--tasks {item}: its task {found[1]} has the name of that in {other}; rename one of both", "--tasks"
+        )
     if not own:
         what = "there is none in it" if path.is_dir() else "it is none"
         raise ConfigError(
