@@ -343,6 +343,10 @@ def test_what_is_no_sweep_is_refused_with_what_there_is(storage, monkeypatch):
         report(["runs/words"])
     with pytest.raises(StorageError, match=r"trial_00000 is not a sweep; did you mean .*/tune-20260101-000000-aaaa\?"):
         report(["runs/words/tune-20260101-000000-aaaa/trial_00000"])
+    (storage / "trained" / "train-20260101-000000-aaaa").mkdir(parents=True)
+    for given in ("trained", "runs/trained"):
+        with pytest.raises(StorageError, match=f"{given} is not a sweep; in .*trained there are no sweeps; raylm tune"):
+            report([given])
     (storage / "copy" / "tune-20260101-000000-aaaa").mkdir(parents=True)
     with pytest.raises(StorageError, match="is the name of runs/copy/.* and of runs/words/.*; give the directory"):
         report(["tune-20260101-000000-aaaa"])

@@ -22,7 +22,8 @@ def view(record: dict[str, Any]) -> RenderableType:
             f"Models of {record['layers']} layers, widths {widths[0]} to {widths[-1]}, trained with "
             f"{record['optimizer']} at a learning rate of {record['learning_rate']:g} on {record['tokens']:,} "
             f"{record['text']} tokens. Each figure is of a root mean square: before the first step of the activations, "
-            "later of their difference from before. A slope of 0 means: the same at every width."
+            "later of their difference from before. A slope of 0 means: the same at every width. "
+            "Only logits before the first step are to have one of -0.5 with model.transfer, as sums of random terms."
         )
     ]
     for key, name in NAMES.items():

@@ -54,6 +54,8 @@ def find(run: str, kinds: tuple[str, ...] = KINDS) -> str:
         return os.path.abspath(matches[0])
     if os.path.isdir(run):  # the caller reports what it lacks
         return os.path.abspath(run)
+    if runs:
+        raise StorageError(f"{run} is not a sweep; {suggestions(f'{DEFAULT_STORAGE}/{run}', kinds)}", run)
     raise StorageError(
         f"{run} is no directory, no name under {DEFAULT_STORAGE}/*/ here, and no experiment there; "
         f"{suggestions(DEFAULT_STORAGE)}",
@@ -65,7 +67,7 @@ def find_sweep(sweep: str) -> str:
     """The directory of a sweep, which is given as in `find`; StorageError if it is not a sweep."""
     directory = find(sweep, ("tune-",))
     if not is_sweep(directory):
-        raise StorageError(f"{sweep} is not a sweep; {suggestions(directory)}", sweep)
+        raise StorageError(f"{sweep} is not a sweep; {suggestions(directory, ('tune-',))}", sweep)
     return directory
 
 
@@ -73,14 +75,14 @@ def is_sweep(directory: str) -> bool:
     return EVENTS in storage.names(directory)
 
 
-def suggestions(directory: str) -> str:
+def suggestions(directory: str, kinds: tuple[str, ...] = KINDS) -> str:
     """The end of an error: the sweeps or runs that the user may have meant."""
     parent = directory.rpartition("/")[0]
     if is_sweep(parent):
         return f"did you mean {parent}?"
-    names = [run.rpartition("/")[2] for run in _runs_below(directory)]
+    names = [name for run in _runs_below(directory) if (name := run.rpartition("/")[2]).startswith(kinds)]
     if not names:
-        return f"in {directory} there are no runs"
+        return f"in {directory} there are no {'runs' if kinds == KINDS else 'sweeps; raylm tune makes one'}"
     return f"in {directory} there are {first_of(names, MOST_NAMES)}"
 
 
