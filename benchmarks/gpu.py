@@ -247,9 +247,9 @@ def span(directory: str) -> float:
 
 def sweep(home: str, is_tiny: bool) -> None:
     size = TINY_SMALL if is_tiny else SMALL
-    space = "tune.space={train.learning_rate: {loguniform: [5.0e-5, 5.0e-3]}}"
+    rates = {"train.learning_rate": {"loguniform": [5e-5, 5e-3]}}
     made = swept(home, size, "name=sweep", f"train.eval_every_tokens={size.tokens * size.steps // 8}", together=4)
-    made = config.override(config.override(made, {"tune.space": {}}), [space, "tune.num_samples=8"])
+    made = config.override(config.override(made, {"tune.space": {}}), {"tune.space": rates, "tune.num_samples": 8})
     began = time.monotonic()
     result = api.tune(made, resume="never")
     took, trained = time.monotonic() - began, sum(row.tokens for row in result.trials)
