@@ -45,11 +45,17 @@ QUESTIONS = [
     {"question": f"The {animal} sat on", "choices": [" a mat", " the sea", f" a {animal}", " no"], "answer": number % 4}
     for number, animal in enumerate(ANIMALS * 3)
 ]
-CHOICE = """
-task: animals
+DATA = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {directory}/animals.jsonl}}}}
 test_split: test
+"""
+"""What all task files have, with the directory to be filled in."""
+
+CHOICE = (
+    DATA
+    + """
+task: animals
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_target: answer
@@ -58,11 +64,11 @@ metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
   - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
 """
-CLOZE = """
+)
+CLOZE = (
+    DATA
+    + """
 task: cloze
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {directory}/animals.jsonl}}}}
-test_split: test
 output_type: loglikelihood
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{choices[0]}}}}"
@@ -70,22 +76,22 @@ metric_list:
   - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
 """
-ROLLING = """
+)
+ROLLING = (
+    DATA
+    + """
 task: pages
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {directory}/animals.jsonl}}}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{{{question}}}}{{{{choices[0]}}}}, and then {{{{question}}}}{{{{choices[1]}}}}"
 metric_list:
   - {{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}
 """
-WRITTEN = """
+)
+WRITTEN = (
+    DATA
+    + """
 task: written
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {directory}/animals.jsonl}}}}
-test_split: test
 output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{choices[0]}}}}"
@@ -93,6 +99,7 @@ generation_kwargs: {{until: ["t"], max_gen_toks: 8, do_sample: false}}
 metric_list:
   - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
+)
 GROUP = """
 group: zoo
 task: [animals, cloze]
