@@ -72,6 +72,10 @@ def test_models_with_other_names_have_the_same_shape(tiny, kind):
     assert (two[f"{name}hidden_size"], two[f"{name}num_attention_heads"], two[f"{name}head_dim"]) == (128, 2, 64)
     assert (two[f"{name}num_key_value_heads"], two[f"{name}intermediate_size"]) == (1, 320)
     assert three[f"{name}num_key_value_heads"] == 3, "three heads cannot share two by two"
+    own = {**sizes, f"{name}hidden_size": [64, 96], f"{name}num_attention_heads": [4, 6]}
+    _, three = steps_of(swept(tiny(), **{"model.config": base, "tune.ladder": own}))
+    assert (three[f"{name}head_dim"], three[f"{name}num_key_value_heads"]) == (16, 3), "they follow the widths given"
+    assert three[f"{name}intermediate_size"] == 240
 
 
 def test_each_draw_is_trained_at_every_size(tiny):

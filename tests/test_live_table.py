@@ -189,3 +189,14 @@ def test_after_an_error_the_table_stays(screen):
     last = written.getvalue().rsplit("1 not started", 1)[1]
     assert "00000" in last
     assert "\x1b[2K" not in last, "nothing of it is erased"
+
+
+def test_trials_of_a_ladder_have_budgets_of_their_own(clock, screen):
+    screen(terminal=False)
+    view = live_table.LiveTable(4000, 4, [], "perplexity", tokens_of_all=10_000)
+    view.update("trial_00000", tokens=0, settings={"train.max_tokens": 1000})
+    clock.now += 10
+    view.update("trial_00000", tokens=500)
+    assert "500 of at most 10,000 tokens" in view.summary()
+    assert view.seconds_left() == pytest.approx(190), "9,500 tokens, 50 of them a second"
+    assert rows(view)[-1][-2:] == ["10", "s"], "this trial has 500 left"

@@ -21,7 +21,7 @@ from raylm import api, checkpoint, cluster, config, export, perplexity, shards, 
 from raylm.config import override
 from raylm.errors import ConfigError, StorageError
 from raylm.pipeline import training as pipeline_training
-from raylm.training import launch
+from raylm.training import costs, launch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -324,6 +324,70 @@ def test_a_sharded_run_that_is_killed_in_a_save_resumes_with_any_number_of_worke
     assert outcome.best["perplexity"] == pytest.approx(reference.best["perplexity"], rel=1e-5)
     shards_written = {file.name for file in Path(job.checkpoints.path(3), "optimizer").glob("*.distcp")}
     assert len(shards_written) == size
+
+
+class Memory(OfGroup):
+    """Notes by how many MiB at most a worker grows while it loads a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        from raylm.training import trainer
+
+        weights, optimizer = (
+            getattr(trainer._Trainer, name) for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler")
+        )
+
+        def memory(key):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
+
+        def load_weights(trainer, *args, **kwargs):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            self.before = memory("VmRSS")
+            return weights(trainer, *args, **kwargs)
+
+        def load_optimizer(trainer, checkpoint):
+            optimizer(trainer, checkpoint)
+            if checkpoint is not None:
+                grown = memory("VmHWM") - self.before
+                Path(trainer.task.run.directory, f"grown-{self.world_size}-{self.rank}").write_text(str(grown))
+
+        trainer._Trainer._load_from_checkpoint = load_weights
+        trainer._Trainer._load_optimizer_and_scheduler = load_optimizer
+
+
+LARGE = {
+    "model_type": "llama",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "vocab_size": 8192,
+    "tie_word_embeddings": False,
+}
+"""126 million parameters: the parts of tensors that are read at once are large beside what else a worker needs."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not costs._reset_peak(torch.device("cpu")), reason="the kernel does not let a process reset its peak"
+)
+def test_a_worker_that_resumes_needs_little_more_memory_than_its_share(tiny, new_job, worker_processes):
+    settings = ["model.config=" + json.dumps(LARGE), "train.max_tokens=768", "eval.max_tokens=100"]
+    job = new_job(override(tiny(*THREE_STEPS, *settings), {"train.arguments.fsdp": True}))
+    worker_processes(job, 2, Memory)
+    shutil.rmtree(job.checkpoints.path(2))
+    assert worker_processes(job, 4, Memory).step == 2
+    share = 4 * sum(load.numel() for load in merged_weights(job, 1)) / 4 / 2**20
+    grown = [float(Path(job.directory, f"grown-4-{rank}").read_text()) for rank in range(4)]
+    # The weights are there before; the states of AdamW and room for the gradients are three times their size.
+    assert 3 * share < min(grown), "this test measures what it should"
+    assert max(grown) + share < 1.1 * 4 * share
+
+
+def merged_weights(job, step):
+    with shards.merged(job.checkpoints.path(step)) as directory:
+        return load_file(directory / "model.safetensors").values()
 
 
 @pytest.mark.slow

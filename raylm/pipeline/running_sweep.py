@@ -63,7 +63,9 @@ def status(directory: str) -> SweepStatus:
     section, points = results.experiment.tune, extension.searcher(results.experiment, record)
     repeats = len(record.trials) - len(record.searched)
     total = max(points.total, len(record.searched)) + repeats
-    table = live_table.LiveTable(results.data.budget_tokens, total, sweeps.keys(section.space), results.measure)
+    of_all = sweeps.ladder.most_tokens(results.experiment, total)
+    keys = sweeps.keys(section.space)
+    table = live_table.LiveTable(results.data.budget_tokens, total, keys, results.measure, tokens_of_all=of_all)
     rows = [_as_it_is(results, row) for row in results.trials]
     for row in rows:
         table.update(row.trial_id, status=row.status, tokens=row.tokens, perplexity=row.perplexity)

@@ -425,9 +425,10 @@ def run_trials(
         total = trials.total_samples
         stages = scheduler.asha.stages(total, planned.tokens) if scheduler.asha is not None else []
         repeats = sweeps.repeats.expected(section.repeats, total) if record.repeated is None else (0, 0)
+        of_all = sweeps.ladder.most_tokens(experiment, total)
         try:
             with (
-                live_table.show(planned.tokens, total, swept, measure, stages, repeats) as view,
+                live_table.show(planned.tokens, total, swept, measure, stages, repeats, of_all) as view,
                 cluster.handle_signals(logger.info),
                 cluster.progress_channel(lambda _: None, logger.info) as channel,
             ):

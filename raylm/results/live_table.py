@@ -41,12 +41,14 @@ def show(
     measure: str = "perplexity",
     stages: Sequence[tuple[int, int]] = (),
     repeats: tuple[int, int] = (0, 0),
+    tokens_of_all: int | None = None,
 ) -> Iterator[LiveTable]:
     """Show the progress of a sweep within the context. After an error the table stays on the screen.
 
-    `keys` are the swept keys, `measure` is what the score is called. `stages` and `repeats`: see `LiveTable`.
+    `keys` are the swept keys, `measure` is what the score is called. `stages`, `repeats` and `tokens_of_all`: see
+    `LiveTable`.
     """
-    view = LiveTable(budget_tokens, total_trials, keys, measure, stages, repeats)
+    view = LiveTable(budget_tokens, total_trials, keys, measure, stages, repeats, tokens_of_all)
     if console.screen.is_terminal:
         with Live(get_renderable=view.table, console=console.screen, refresh_per_second=2, transient=True) as screen:
             try:
@@ -101,6 +103,7 @@ class LiveTable:
         measure: str,
         stages: Sequence[tuple[int, int]] = (),
         repeats: tuple[int, int] = (0, 0),
+        tokens_of_all: int | None = None,
     ):
         self.budget_tokens = budget_tokens
         self.total_trials = total_trials
@@ -110,6 +113,8 @@ class LiveTable:
         """(tokens, trials expected to reach them), up to the budget, for a scheduler that promotes."""
         self.repeats = repeats
         """The fewest and the most trials that follow, which repeat the best few settings."""
+        self.tokens_of_all = tokens_of_all
+        """Training tokens of all trials, of a ladder, whose trials have budgets of their own."""
         self.trials: dict[str, TrialProgress] = {}
         self.gained, self.busy = 0, 0.0
         """Tokens that all trials were trained on in this process, and the sum of their seconds."""
@@ -177,7 +182,7 @@ class LiveTable:
         if missing := self.total_trials - len(trials):
             statuses.append(f"{missing:,} not started")
         parts = [", ".join(statuses)]
-        most = self.total_trials * self.budget_tokens
+        most = self.tokens_of_all or self.total_trials * self.budget_tokens
         parts.append(f"{sum(trial.tokens for trial in trials):,} of at most {most:,} tokens")
         scores = [trial.perplexity for trial in trials if trial.perplexity is not None and trial.status != "failed"]
         if scores:
@@ -222,6 +227,8 @@ class LiveTable:
                 left += max(here, count * (ends - begins) - done)
                 begins = ends
             return left
+        if self.tokens_of_all is not None:
+            return max(0, self.tokens_of_all - sum(trial.tokens for trial in trials))
         over = [trial.tokens for trial in trials if trial.is_over and trial.status != "failed"]
         each = sum(over) / len(over) if over else self.budget_tokens
         need = sum(max(0.0, each - trial.tokens) for trial in trials if not trial.is_over)
@@ -244,7 +251,7 @@ class LiveTable:
         table.add_column("time\nleft", justify="right", no_wrap=True, vertical="bottom")
         now = time.monotonic()
         for number, (_, trial) in enumerate(shown):
-            left = trial.left(self.budget_tokens, now)
+            left = trial.left(trial.settings.get("train.max_tokens", self.budget_tokens), now)
             cells = [columns[name].cells[number] for name in names]
             cells.append("" if left is None else console.format_duration(left))
             # Text, in which rich reads no markup: settings may have brackets.

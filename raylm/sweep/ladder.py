@@ -96,21 +96,23 @@ def _shaped(experiment: Experiment, size: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shape(found: PreTrainedConfig, size: dict[str, Any]) -> dict[str, int]:
-    """Names of transformers' configuration -> the width and heads for the depth in a size; empty if it has none."""
+    """Names of transformers' configuration -> the width and heads for the depth in a size, and what else follows from
+    these or from those that the size has itself; empty if it has no depth."""
     depth = next((size[key] for key in DEPTHS if key in size), None)
     if depth is None:
         return {}
     if "n_embd" in found.to_dict():
         return {"n_embd": WIDTH * depth, "n_head": depth}
-    shape = {"hidden_size": WIDTH * depth, "num_attention_heads": depth}
+    width = size.get("model.config.hidden_size", WIDTH * depth)
+    heads = size.get("model.config.num_attention_heads", depth)
+    shape = {"hidden_size": width, "num_attention_heads": heads}
     if getattr(found, "num_key_value_heads", None) is not None:
         groups = found.num_attention_heads // found.num_key_value_heads
-        shape["num_key_value_heads"] = depth // groups if depth % groups == 0 else depth
+        shape["num_key_value_heads"] = heads // groups if heads % groups == 0 else heads
     if getattr(found, "head_dim", None) is not None:
-        shape["head_dim"] = WIDTH
+        shape["head_dim"] = width // heads
     if getattr(found, "intermediate_size", None) is not None:
-        ratio = found.intermediate_size / found.hidden_size
-        shape["intermediate_size"] = 8 * round(ratio * WIDTH * depth / 8)
+        shape["intermediate_size"] = 8 * round(found.intermediate_size / found.hidden_size * width / 8)
     return shape
 
 
