@@ -1,6 +1,6 @@
 # make demo     installs raylm in .venv, then runs the main job: python -m raylm.tune
 # make test     installs what the tests need too, then runs every test but the slow ones; make test-all: those too
-# make lint     ruff and mypy
+# make lint     ruff, mypy, and hadolint for the Dockerfile
 # make bench    measures raylm beside other ways to do the same, half an hour, and writes docs/performance.md
 # make release-check    builds sdist and wheel, checks them, and installs and starts the wheel in clean environments
 # make setup    .venv with all of it; repeated only when pyproject.toml or constraints.txt change
@@ -31,6 +31,7 @@ lint: setup
 	@$(VENV) -m ruff check .
 	@$(VENV) -m ruff format --check .
 	@$(VENV) -m mypy
+	@.venv/bin/hadolint Dockerfile
 
 bench: setup
 	@$(VENV) benchmarks/bench.py

@@ -97,7 +97,7 @@ def test_the_slurm_job_starts_ray_and_a_sweep():
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     assert len(script.splitlines()) <= 15
     command = next(line for line in script.replace("\\\n", " ").splitlines() if line.startswith("srun "))
-    words = shlex.split(re.sub(r"\$\{?\w+", "7", command.replace("$head", "node1")))
+    words = shlex.split(re.sub(r"\$\{\w+[^}]*\}|\$\w+", "7", command.replace("$head", "node1")))
     start, entry = words[words.index("symmetric-run") + 1 : words.index("--")], words[words.index("--") + 1 :]
     options = symmetric_run.symmetric_run.make_context("ray", [*start, "--", *entry]).params
     assert (options["address"], options["min_nodes"]) == ("node1:6379", 7)

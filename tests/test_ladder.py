@@ -50,14 +50,38 @@ def test_what_is_given_is_not_derived(tiny):
 
 
 def test_another_depth_has_the_shape_of_the_ladder_only_if_its_sizes_do(tiny):
-    depth = {"model.config.n_layer": 5}
-    assert ladder.shape(tiny(), depth) == {}
-    made = ladder.as_space(swept(tiny()), 300)
-    assert ladder.shape(made, depth) == {**depth, "model.config.n_embd": 320, "model.config.n_head": 5}
-    assert ladder.shape(made, {**depth, "model.config.n_embd": 64}) == {}
-    assert ladder.shape(made, {"train.seed": 1}) == {}
-    own = {**LADDER, "model.config.n_embd": [16, 48], "model.config.n_head": [2, 3]}
-    assert ladder.shape(ladder.as_space(swept(tiny(), **{"tune.ladder": own}), 300), depth) == {}
+    depth, batch = {"model.config.n_layer": 5}, {"train.batch_tokens": 1536}
+    width, heads = "model.config.n_embd", "model.config.n_head"
+
+    def found(asked, **settings):
+        made = ladder.as_space(swept(tiny(), **settings), 300)
+        return ladder.settings(made, made.tune.space["ladder"]["grid"][-1], asked, 10**6)
+
+    assert ladder.settings(tiny(), {}, depth, 10**6) == {}, "no ladder"
+    assert found(depth) == {**depth, width: 320, heads: 5, **batch}
+    assert found({**depth, heads: 10}) == {**depth, width: 320, heads: 10, **batch}
+    assert found({**depth, width: 64}) == {**depth, width: 64, heads: 2, **batch}, "heads as the largest has"
+    assert found({"train.seed": 1}) == batch
+    batches = {**RATES, "train.batch_tokens": {"choice": [256, 512]}}
+    assert found(depth, **{"tune.space": batches}) == {**depth, width: 320, heads: 5}
+    own = {**LADDER, width: [16, 48], heads: [2, 3]}
+    assert found(depth, **{"tune.ladder": own}) == {**depth, width: 48, heads: 3, **batch}
+
+
+def test_what_follows_from_a_width_that_is_asked_for_follows(tiny):
+    name = "model.config."
+    base = {
+        "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 96,
+    }  # fmt: skip
+    sizes = {f"{name}num_hidden_layers": [1, 2], f"{name}hidden_size": [32, 64], f"{name}num_attention_heads": [4, 4]}
+    lengths = {"model.config": base, "tune.ladder": {**sizes, "tokens_per_parameter": [1]}}
+    made = ladder.as_space(swept(tiny(), **lengths), 300)
+    largest = made.tune.space["ladder"]["grid"][-1]
+    asked = {f"{name}hidden_size": 128, f"{name}num_attention_heads": 8}
+    found = ladder.settings(made, largest, asked, 10**6)
+    assert [found[f"{name}{each}"] for each in ("num_hidden_layers", "intermediate_size", "head_dim")] == [2, 384, 16]
+    assert found[f"{name}num_key_value_heads"] == 4
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

@@ -268,6 +268,8 @@ def test_a_task_that_there_is_not_is_told_with_those_like_it(plain, tasks, tmp_p
     told(f"{tmp_path}/empty", r"empty: a task of lm-eval is a file \*.yaml with the field task or group; there is none")
     (tmp_path / "empty" / "a.yaml").write_text("a: 1")
     told(f"{tmp_path}/empty/a.yaml", r"a.yaml: a task of lm-eval is a file \*.yaml .*; it is none")
+    (tmp_path / "empty" / "a.yaml").write_text("task: a\nfewshot_config: {a: 1\ndoc_to_text: text")
+    told(f"{tmp_path}/empty", r"empty/a.yaml, line 3 is no YAML: expected ',' or '}'")
     told(" , ", r"--tasks: give names")
     known = TaskManager(include_path=tasks, include_defaults=False)  # lm-eval's own 14,683 take 10 s to read
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: known)

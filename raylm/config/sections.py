@@ -337,7 +337,7 @@ class TrainConfig(Section):
     """Whether torch.compile compiles the model: on two CPUs a step takes 0.9 of the time, after 20 s of compiling.
     auto: in a training that is expected to take five minutes or more, but not in a sweep, whose trials are compiled one
     by one. Decided when a run starts, and kept when it resumes, because sums differ in their last bits."""
-    peak_flops: Annotated[float, Field(gt=0)] | None = None
+    peak_flops: Annotated[float, Field(ge=1e9)] | None = None
     """Floating-point operations a second that the device of a worker can do in the arithmetic of the training, of which
     `mfu` is a fraction: 312e12. Default: by the data sheet of a known GPU, or measured on a CPU in a tenth of a
     second."""

@@ -230,10 +230,10 @@ def _optimal(fit: Fit, compute: float) -> Optimal:
 def _asked(request: Request, largest: Observation) -> dict[str, Any]:
     """The settings over those of the sweep: the largest trial's, what is asked for, and the budget.
 
-    Of a ladder whose sizes have the shape that goes with their depth, a training of another depth has it, too.
+    Of a ladder it has the batch for this budget, and the shape that goes with its depth, if the ladder's sizes have.
     """
-    shape = ladder.shape(largest.sweep.experiment, request.settings)
-    asked = {**largest.trial.settings, **shape, **request.settings, "train.max_tokens": request.tokens}
+    of_ladder = ladder.settings(largest.sweep.experiment, largest.trial.settings, request.settings, request.tokens)
+    asked = {**largest.trial.settings, **of_ladder, **request.settings, "train.max_tokens": request.tokens}
     if largest.experiment.train.num_epochs is not None:
         asked["train.num_epochs"] = None  # a training has one budget
     return asked

@@ -30,6 +30,7 @@ LENGTH = "tokens_per_parameter"
 
 DEPTHS = ("model.config.n_layer", "model.config.num_hidden_layers")
 WIDTHS = ("model.config.n_embd", "model.config.hidden_size")
+HEADS = ("model.config.n_head", "model.config.num_attention_heads")
 
 WIDTH = 64
 """Dimensions for each layer, and of each head, in GPT-2 of 124M parameters."""
@@ -69,17 +70,30 @@ def most_tokens(experiment: Experiment, trials: int) -> int | None:
     return trials * sum(step["train.max_tokens"] for step in steps) // len(steps) if steps else None
 
 
-def shape(experiment: Experiment, size: Mapping[str, Any]) -> dict[str, Any]:
-    """The widths and heads that a size of the ladder would have with the depth in `size`, as settings.
+def settings(
+    experiment: Experiment, largest: Mapping[str, Any], asked: Mapping[str, Any], tokens: int
+) -> dict[str, Any]:
+    """What the ladder would give a training that is asked for, over the settings of its largest trial: the batch for so
+    many training tokens, unless the space has one, and what follows from its depth, width and heads.
 
-    Empty if the experiment is of no ladder, if its sizes have widths of their own, or if `size` has no depth, or has a
-    width.
+    Width and heads are those of another depth, if the ladder's sizes have them so and no width is asked for. Empty if
+    the experiment is of no ladder.
     """
     steps = experiment.tune.space.get(LADDER, {}).get("grid", ())
-    sizes = [{key: value for key, value in step.items() if key.startswith("model.")} for step in steps]
-    if not sizes or any(_of_depth(experiment, each) != each for each in sizes) or {*size} & {*WIDTHS}:
+    if not steps:
         return {}
-    return _of_depth(experiment, size)
+    batch = {"train.batch_tokens": batch_tokens(tokens, experiment)} if "train.batch_tokens" in steps[0] else {}
+    sizes = [{key: value for key, value in step.items() if key.startswith("model.")} for step in steps]
+    is_of_depth = all(_of_depth(experiment, each) == each for each in sizes) and not {*asked} & {*WIDTHS}
+    if not is_of_depth and any(_shaped(experiment, _given(each)) != each for each in sizes):
+        return batch
+    base = _of_depth(experiment, asked) if is_of_depth else largest
+    return {**_shaped(experiment, _given({**base, **asked})), **batch}
+
+
+def _given(size: Mapping[str, Any]) -> dict[str, Any]:
+    """The depth, width and heads of a size, from which the rest of its shape follows."""
+    return {key: value for key, value in size.items() if key in (*DEPTHS, *WIDTHS, *HEADS)}
 
 
 def _of_depth(experiment: Experiment, size: Mapping[str, Any]) -> dict[str, Any]:

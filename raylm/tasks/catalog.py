@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from raylm import console
 from raylm.errors import ConfigError, DataError, first_line, first_of
@@ -112,6 +113,14 @@ def _path(item: str) -> Path:
     path = Path(item).expanduser().resolve()
     if not path.exists():
         raise ConfigError(f"--tasks {item}: there is no such file or directory", "--tasks")
+    for file in sorted(path.rglob("*.yaml")) if path.is_dir() else [path]:  # lm-eval leaves out what is no YAML
+        try:
+            yaml.compose(file.read_text("utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark is not None else ""
+            problem = getattr(error, "problem", None) or first_line(error)
+            raise ConfigError(f"--tasks {item}: {file}{line} is no YAML: {problem}", "--tasks") from None
     return path
 
 
