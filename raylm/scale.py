@@ -49,8 +49,7 @@ def scale(
     from raylm.scaling import figure, prediction, result
 
     settings = dict(map(parse_setting, to or []))
-    budget = None if tokens is None else round(tokens)
-    request = prediction.request(settings, budget, flops_per_second, price_per_hour)
+    request = prediction.request(settings, tokens, flops_per_second, price_per_hour)
     found = [sweeps.read(runs.find_sweep(each)) for each in dict.fromkeys(sweep)]
     with console.loading():
         scaling = result.scale(found, request)

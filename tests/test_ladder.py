@@ -102,6 +102,30 @@ def test_models_with_other_names_have_the_same_shape(tiny, kind):
     assert three[f"{name}intermediate_size"] == 240
 
 
+def test_the_model_of_the_sweep_is_the_largest_of_the_ladder(tiny):
+    """It is scored before it is trained, and its speed is measured: transformers' own Llama takes 27 GB."""
+    name = "model.config."
+    sizes = {f"{name}num_hidden_layers": [2, 1], f"{name}hidden_size": [48, 32], f"{name}num_attention_heads": [4, 4]}
+    given = {"model.config": {"model_type": "llama"}, "tune.ladder": {**sizes, "tokens_per_parameter": [1]}}
+    planned = sweeping.resolve(swept(tiny(), **given)).plan
+    config = planned.model_config
+    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (48, 2, 128), "as of Llama"
+    assert planned.num_parameters == model.num_parameters(model.config_of(planned.experiment, 300)) < 100_000
+    longest = planned.experiment.tune.space["ladder"]["grid"][0]
+    assert planned.experiment.train.batch_tokens == longest["train.batch_tokens"]
+    assert planned.budget.tokens == longest["train.max_tokens"]
+
+
+def test_the_intermediate_size_follows_from_one_that_is_given_with_the_width(tiny):
+    name = "model.config."
+    sizes = {f"{name}num_hidden_layers": [1], f"{name}hidden_size": [64], f"{name}num_attention_heads": [4]}
+    base = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}
+    for given, intermediate in (({}, 176), ({"intermediate_size": 48}, 192)):
+        settings = {"model.config": {**base, **given}, "tune.ladder": {**sizes, "tokens_per_parameter": [1]}}
+        (step,) = steps_of(swept(tiny(), **settings))
+        assert step[f"{name}intermediate_size"] == intermediate
+
+
 def test_each_draw_is_trained_at_every_size(tiny):
     experiment = ladder.as_space(swept(tiny()), 300)
     searcher = sweep.searcher(experiment.tune, 0)

@@ -355,6 +355,16 @@ def test_what_is_no_sweep_is_refused_with_what_there_is(storage, monkeypatch):
         report(["nix"])
 
 
+def test_a_sweep_that_was_stopped_before_its_first_trial_says_how_it_goes_on(tmp_path):
+    directory = tmp_path / "words" / "tune-20260101-000000-aaaa"
+    directory.mkdir(parents=True)
+    (directory / "tracking.jsonl").touch()
+    with pytest.raises(
+        StorageError, match=r"tune-20260101-000000-aaaa has no trials yet: .* the command that began it"
+    ):
+        report([str(directory)])
+
+
 def test_a_sweep_of_another_version_is_named(storage):
     directory = write_sweep(storage, "tune-20260108-000000-0000", trials=[])
     journal = Path(directory) / "tracking.jsonl"

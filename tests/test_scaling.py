@@ -15,7 +15,7 @@ from raylm.errors import ConfigError, DataError, StorageError
 from raylm.scale import scale
 from raylm.scaling import law, observations, prediction, result
 from raylm.scaling import settings as best_settings
-from raylm.scaling.law import Fit, Law
+from raylm.scaling.law import Estimate, Fit, Law
 from raylm.sweep import SweepRecord
 
 TRUTH = Law(E=1.8, A=480.0, alpha=0.35, B=2100.0, beta=0.37)
@@ -116,6 +116,11 @@ def test_exponents_that_runs_do_not_tell_are_named():
     prediction._check_known(fit, 173_824, 5_896_704)
     with pytest.raises(DataError, match=r"^what more parameters bring cannot be told: alpha is .* this one 334,464"):
         prediction._check_known(fit, 334_464, 5_896_704)  # predicted as 27.7 [23.9, 32.5], and measured as 22.6
+
+
+def test_constants_are_shown_with_three_digits():
+    assert result._constant(Estimate(1.8172, 1.7749, 1.8536)) == "1.82 [1.77, 1.85]"
+    assert result._constant(Estimate(91_000, 6e-6, 3.1528e18)) == "9.1e+04 [0, 3.15e+18]", "0: where the search ends"
 
 
 def test_the_same_seed_gives_the_same_interval():
@@ -455,7 +460,9 @@ def test_a_law_that_does_not_predict_the_largest_is_not_told(sizes, tmp_path):
         ({"tokens": 1e9}, "--tokens=1e.09: of which model"),
         ({"price_per_hour": 2.0}, "--price-per-hour=2: of which model"),
         ({"to": ["model.config.n_layer=8"]}, "--to: after how many training tokens"),
-        ({"to": ["model.config.n_layer=8"], "tokens": -1.0}, "--tokens must be more than 0, got -1"),
+        ({"to": ["model.config.n_layer=8"], "tokens": -1.0}, "--tokens must be a number above 0, got -1"),
+        ({"to": ["model.config.n_layer=8"], "tokens": math.nan}, "--tokens must be a number above 0, got nan"),
+        ({"to": ["model.config.n_layer=8"], "tokens": math.inf}, "--tokens must be a number above 0, got inf"),
         ({"to": ["n_layer"], "tokens": 1e9}, "'n_layer' is not a setting"),
         ({"to": ["model.config.n_lyer=8"], "tokens": 1e9}, "model.config.n_lyer: unknown field of gpt2"),
     ],

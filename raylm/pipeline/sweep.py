@@ -132,9 +132,11 @@ def resolve(experiment: Experiment, *, starts: bool = False) -> SweepPlan:
     """
     plan = plans.resolve(experiment, starts="tune" if starts else None)
     if plan.experiment.tune.ladder:
-        plan = plan.with_training(
-            sweeps.ladder.as_space(plan.experiment, plan.model_config.get_text_config().vocab_size)
-        )
+        vocab_size = plan.model_config.get_text_config().vocab_size
+        of_ladder = sweeps.ladder.as_space(plan.experiment, vocab_size)
+        largest = model.config_of(of_ladder, vocab_size)
+        parameters = model.num_parameters(largest, masked=of_ladder.objective.is_masked)
+        plan = dataclasses.replace(plan.with_training(of_ladder), model_config=largest, num_parameters=parameters)
     experiment = plan.experiment
     section = experiment.tune
     if not section.space:

@@ -66,9 +66,13 @@ def find(run: str, kinds: tuple[str, ...] = KINDS) -> str:
 def find_sweep(sweep: str) -> str:
     """The directory of a sweep, which is given as in `find`; StorageError if it is not a sweep."""
     directory = find(sweep, ("tune-",))
-    if not is_sweep(directory):
-        raise StorageError(f"{sweep} is not a sweep; {suggestions(directory, ('tune-',))}", sweep)
-    return directory
+    if is_sweep(directory):
+        return directory
+    if directory.rpartition("/")[2].startswith("tune-") and journal.RUN_FILE in storage.names(directory):
+        raise StorageError(
+            f"{directory} has no trials yet: it was stopped before; the command that began it resumes", sweep
+        )
+    raise StorageError(f"{sweep} is not a sweep; {suggestions(directory, ('tune-',))}", sweep)
 
 
 def is_sweep(directory: str) -> bool:

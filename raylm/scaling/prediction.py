@@ -36,7 +36,7 @@ class Request:
 
 
 def request(
-    settings: Mapping[str, Any], tokens: int | None, flops_per_second: float | None, price_per_hour: float | None
+    settings: Mapping[str, Any], tokens: float | None, flops_per_second: float | None, price_per_hour: float | None
 ) -> Request | None:
     """The training that is asked about; None if none is. ConfigError if something is missing or impossible."""
     for option, value in (
@@ -44,13 +44,13 @@ def request(
     ):  # fmt: skip
         if value is not None and not settings:
             raise ConfigError(f"{option}={value:g}: of which model? give --to model.config.n_layer=12", option)
-        if value is not None and value <= 0:
-            raise ConfigError(f"{option} must be more than 0, got {value:g}", option)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{option} must be a number above 0, got {value:g}", option)
     if not settings:
         return None
     if tokens is None:
         raise ConfigError("--to: after how many training tokens? give --tokens 1e9", "--tokens")
-    return Request(settings, tokens, flops_per_second, price_per_hour)
+    return Request(settings, max(1, round(tokens)), flops_per_second, price_per_hour)
 
 
 class Optimal(NamedTuple):

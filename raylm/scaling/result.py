@@ -15,7 +15,7 @@ from raylm.results import tables
 from raylm.results.sweep import SweepResults
 from raylm.scaling import observations, prediction
 from raylm.scaling import settings as best_settings
-from raylm.scaling.law import FEWEST_POINTS, Fit, LeftOut
+from raylm.scaling.law import FEWEST_POINTS, Estimate, Fit, LeftOut
 from raylm.scaling.observations import Observations
 from raylm.scaling.prediction import Prediction, Request, ends, perplexity, shown
 from raylm.scaling.settings import Trend
@@ -25,6 +25,9 @@ FEWEST = 3
 
 MOST_ALIKE = 0.99
 """Correlation of log N and log D at which nothing tells what is due to which."""
+
+NOTHING = 1e-4
+"""A constant below it is shown as 0: the search for E ends at 6e-6."""
 
 COUNTS = {"parameters": "all parameters", "parameters_without_embeddings": "without embeddings"}
 """The two ways to count N, each with a law of its own. Predictions are by all parameters: 6 N D is then nearly the
@@ -86,7 +89,7 @@ class Scaling:
             points.add_row(*cells, f"{each.perplexity:.2f}", str(each.draws))
         laws = tables.numbers("L = E + A N^-alpha + B D^-beta", *COUNTS.values())
         for name in self.fits["parameters"].intervals:
-            laws.add_row(name, *(shown(self.fits[count].intervals[name]) for count in COUNTS))
+            laws.add_row(name, *(_constant(self.fits[count].intervals[name]) for count in COUNTS))
         laws.add_row("noise of a run", *(f"{self.fits[count].noise:.2%}" for count in COUNTS))
         views: list[Any] = [points, "", laws, "", *self.sentences()]
         if self.prediction is not None:
@@ -169,6 +172,12 @@ def sentence_of(left_out: LeftOut, measure: str) -> str:
         f"{console.label(measure)} is predicted as {interval}; it is {actual:.4g}, {verdict} the interval, "
         f"{abs(off):.1%} {'below' if off > 0 else 'above'} the prediction"
     )
+
+
+def _constant(estimate: Estimate) -> str:
+    """A constant of a law for the screen: 1.8 [1.77, 1.85]. B may be anything between 0 and 3e+18."""
+    value, low, high = (f"{each if each > NOTHING else 0:.3g}" for each in estimate)
+    return f"{value} [{low}, {high}]"
 
 
 def _trend_record(trend: Trend | str) -> dict[str, Any]:

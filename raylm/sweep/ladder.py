@@ -37,19 +37,28 @@ WIDTH = 64
 
 
 def as_space(experiment: Experiment, vocab_size: int) -> Experiment:
-    """The experiment with its ladder as an entry of tune.space; ConfigError naming what no model can have."""
+    """The experiment with its ladder as an entry of tune.space; ConfigError naming what no model can have.
+
+    Its model is the largest of the ladder, with the longest training: that is what a plan shows and measures, and what
+    is scored before it is trained. The model that was given may have no size at all, and then has transformers' own: 7
+    billion parameters, of a Llama.
+    """
     section = experiment.tune
     lengths = section.ladder[LENGTH]
-    sizes = {key: values for key, values in section.ladder.items() if key != LENGTH}
-    given = [dict(zip(sizes, values, strict=True)) for values in zip(*sizes.values(), strict=True)]
+    keys = {key: values for key, values in section.ladder.items() if key != LENGTH}
+    given = [dict(zip(keys, values, strict=True)) for values in zip(*keys.values(), strict=True)]
+    sizes = [_shaped(experiment, each) for each in given]
+    parameters = [_parameters(experiment, size, vocab_size) for size in sizes]
     steps = [
-        {**size, **_budget(experiment, size, length, vocab_size)}
-        for size in (_shaped(experiment, each) for each in given)
+        {**size, **_budget(experiment, math.ceil(length * number))}
+        for size, number in zip(sizes, parameters, strict=True)
         for length in lengths
     ]
-    most = max(step["train.max_tokens"] for step in steps)
+    largest = sizes[parameters.index(max(parameters))]
+    longest = max(steps, key=lambda step: step["train.max_tokens"])
+    budget = {key: value for key, value in longest.items() if key.startswith("train.")}
     space = {**section.space, LADDER: {"grid": steps}}
-    return override(experiment, {"tune.space": space, "tune.ladder": {}, "train.max_tokens": most})
+    return override(experiment, {**largest, **budget, "tune.space": space, "tune.ladder": {}})
 
 
 def lines(experiment: Experiment) -> dict[str, str]:
@@ -76,19 +85,17 @@ def settings(
     """What the ladder would give a training that is asked for, over the settings of its largest trial: the batch for so
     many training tokens, unless the space has one, and what follows from its depth, width and heads.
 
-    Width and heads are those of another depth, if the ladder's sizes have them so and no width is asked for. Empty if
-    the experiment is of no ladder.
+    Width and heads are those of another depth, if the ladder's sizes have them so and no width is asked for; all else
+    is in proportion to the largest. Empty if the experiment is of no ladder.
     """
     steps = experiment.tune.space.get(LADDER, {}).get("grid", ())
     if not steps:
         return {}
     batch = {"train.batch_tokens": batch_tokens(tokens, experiment)} if "train.batch_tokens" in steps[0] else {}
-    sizes = [{key: value for key, value in step.items() if key.startswith("model.")} for step in steps]
-    is_of_depth = all(_of_depth(experiment, each) == each for each in sizes) and not {*asked} & {*WIDTHS}
-    if not is_of_depth and any(_shaped(experiment, _given(each)) != each for each in sizes):
+    if not _given(asked):
         return batch
-    base = _of_depth(experiment, asked) if is_of_depth else largest
-    return {**_shaped(experiment, _given({**base, **asked})), **batch}
+    is_of_depth = all(map(_is_of_depth, steps)) and not {*asked} & {*WIDTHS}
+    return {**_shaped(experiment, _given(asked if is_of_depth else {**largest, **asked})), **batch}
 
 
 def _given(size: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,22 +103,26 @@ def _given(size: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in size.items() if key in (*DEPTHS, *WIDTHS, *HEADS)}
 
 
-def _of_depth(experiment: Experiment, size: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a size by its depth alone; empty without one."""
-    depth = {key: value for key, value in size.items() if key in DEPTHS}
-    return _shaped(experiment, depth) if depth else {}
+def _is_of_depth(size: Mapping[str, Any]) -> bool:
+    depth, width, heads = (next((size[key] for key in keys if key in size), 0) for keys in (DEPTHS, WIDTHS, HEADS))
+    return bool(depth) and (width, heads) == (WIDTH * depth, depth)
 
 
 def _shaped(experiment: Experiment, size: dict[str, Any]) -> dict[str, Any]:
     """The settings of a size with the widths and heads that go with its depth, unless the ladder gives them."""
     found = model.config_of(override(experiment, {"tune.ladder": {}, "tune.space": {}}))
-    shape = _shape(found, size)
+    # A width without an intermediate size says nothing of their proportion: the other is transformers' own.
+    proportions = found if "intermediate_size" in (experiment.model.config or ()) else type(found)()
+    shape = _shape(found, proportions, size)
     return {**{f"model.config.{name}": value for name, value in shape.items()}, **size}
 
 
-def _shape(found: PreTrainedConfig, size: dict[str, Any]) -> dict[str, int]:
+def _shape(found: PreTrainedConfig, proportions: PreTrainedConfig, size: dict[str, Any]) -> dict[str, int]:
     """Names of transformers' configuration -> the width and heads for the depth in a size, and what else follows from
-    these or from those that the size has itself; empty if it has no depth."""
+    these or from those that the size has itself; empty if it has no depth.
+
+    Heads share keys and values as in `found`; the intermediate size is to the width as in `proportions`.
+    """
     depth = next((size[key] for key in DEPTHS if key in size), None)
     if depth is None:
         return {}
@@ -126,20 +137,23 @@ def _shape(found: PreTrainedConfig, size: dict[str, Any]) -> dict[str, int]:
     if getattr(found, "head_dim", None) is not None:
         shape["head_dim"] = width // heads
     if getattr(found, "intermediate_size", None) is not None:
-        shape["intermediate_size"] = 8 * round(found.intermediate_size / found.hidden_size * width / 8)
+        shape["intermediate_size"] = 8 * round(proportions.intermediate_size / proportions.hidden_size * width / 8)
     return shape
 
 
-def _budget(experiment: Experiment, size: dict[str, Any], length: float, vocab_size: int) -> dict[str, int]:
-    """The settings of a training of so many tokens for each parameter of a model."""
+def _parameters(experiment: Experiment, size: Mapping[str, Any], vocab_size: int) -> int:
+    """All parameters of a size of the ladder."""
     of_size = override(experiment, {**size, "tune.ladder": {}, "tune.space": {}})
     try:
-        parameters = model.num_parameters(model.config_of(of_size, vocab_size), masked=experiment.objective.is_masked)
+        return model.num_parameters(model.config_of(of_size, vocab_size), masked=experiment.objective.is_masked)
     except ConfigError as error:
         raise ConfigError(f"tune.ladder: {size}: {error.message}", where="tune.ladder") from None
-    tokens = math.ceil(length * parameters)
-    batch = experiment.train.batch_tokens
-    if "train.batch_tokens" not in experiment.tune.space:
-        batch = batch_tokens(tokens, experiment)
-    budget = {"train.max_tokens": math.ceil(tokens / batch) * batch}
-    return budget if "train.batch_tokens" in experiment.tune.space else {**budget, "train.batch_tokens": batch}
+
+
+def _budget(experiment: Experiment, tokens: int) -> dict[str, int]:
+    """The settings of a training of so many tokens, or of a few more in whole steps."""
+    if "train.batch_tokens" in experiment.tune.space:
+        batch = experiment.train.batch_tokens
+        return {"train.max_tokens": math.ceil(tokens / batch) * batch}
+    batch = batch_tokens(tokens, experiment)
+    return {"train.max_tokens": math.ceil(tokens / batch) * batch, "train.batch_tokens": batch}
