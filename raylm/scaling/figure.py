@@ -64,4 +64,4 @@ def build(scaling: Scaling) -> Figure:
 
 
 def _short(parameters: float) -> str:
-    return f"{parameters / 1e6:.3g} M"
+    return f"{parameters / 1e6:.3g} M" if parameters >= 1e6 else f"{parameters / 1e3:.3g} k"
