@@ -14,13 +14,15 @@ from test_namespaces import RAY, SIZES, Hosts, experiment, possible, until
 
 SCRIPT = Path(__file__).parent.parent / "configs" / "cluster" / "slurm.sbatch"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-os.environ["PATH"] += ":/usr/sbin"
+PATH = f"{os.environ['PATH']}:/usr/sbin"
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(not possible(), reason="no network namespaces can be made here: it takes root and iproute2"),
-    pytest.mark.skipif(not all(map(shutil.which, PROGRAMS)), reason="Slurm and munge are not installed"),
+    pytest.mark.skipif(
+        not all(shutil.which(each, path=PATH) for each in PROGRAMS), reason="Slurm and munge are not installed"
+    ),
 ]
 
 CONFIGURATION = """
@@ -65,7 +67,13 @@ class Nodes(Hosts):
             CONFIGURATION.format(place=self.shared, names=names, addresses=addresses), encoding="utf-8"
         )
         files = [f"--{name}-file={self.shared}/munge.{name}" for name in ("key", "log", "pid", "seed")]
-        munged = ["munged", "--foreground", "--force", f"--socket={self.shared}/munge.socket", *files]
+        munged = [
+            shutil.which("munged", path=PATH),
+            "--foreground",
+            "--force",
+            f"--socket={self.shared}/munge.socket",
+            *files,
+        ]
         with (self.shared / "daemons.log").open("a") as log:
             to_log = {"stdout": log, "stderr": log}
             self.daemons = [subprocess.Popen(munged, **to_log)]
@@ -83,8 +91,8 @@ class Nodes(Hosts):
         namespaces = ["--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
         inside = ["nsenter", f"--net=/run/netns/{self.names[number]}", "unshare", *namespaces, "sh", "-c", script, "sh"]
         inside += [str(private), f"{self.shared}/hosts", self.names[number]]
-        own = {"HOME": f"{self.shared}/home", "SLURM_CONF": str(self.configuration), "RAY_USAGE_STATS_ENABLED": "0"}
-        environment = {**os.environ, **own}
+        own = {"HOME": f"{self.shared}/home", "SLURM_CONF": str(self.configuration), "PATH": PATH}
+        environment = {**os.environ, **own, "RAY_USAGE_STATS_ENABLED": "0"}
         environment.pop("RAY_AUTH_MODE", None)
         return subprocess.Popen([*inside, *map(str, command)], env=environment, start_new_session=True, **how)
 

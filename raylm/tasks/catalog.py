@@ -113,7 +113,13 @@ def _path(item: str) -> Path:
     path = Path(item).expanduser().resolve()
     if not path.exists():
         raise ConfigError(f"--tasks {item}: there is no such file or directory", "--tasks")
-    for file in sorted(path.rglob("*.yaml")) if path.is_dir() else [path]:  # lm-eval leaves out what is no YAML
+    _check_yaml(path, item)
+    return path
+
+
+def _check_yaml(path: Path, item: str) -> None:
+    """ConfigError if a file is no YAML: lm-eval would leave it out without a word."""
+    for file in sorted(path.rglob("*.yaml")) if path.is_dir() else [path]:
         try:
             yaml.compose(file.read_text("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -121,7 +127,6 @@ def _path(item: str) -> Path:
             line = f", line {mark.line + 1}" if mark is not None else ""
             problem = getattr(error, "problem", None) or first_line(error)
             raise ConfigError(f"--tasks {item}: {file}{line} is no YAML: {problem}", "--tasks") from None
-    return path
 
 
 def _names_in(path: Path, manager: Any, item: str) -> list[str]:
