@@ -49,11 +49,13 @@ def main() -> None:
     text = conversations(place / "conversations.jsonl")
     sweeps = [api.tune(experiment(place, text, width)) for width in reversed(WIDTHS)]
     asked = {f"{NAME}hidden_size": WIDTH, f"{NAME}num_attention_heads": WIDTH // HEAD}
-    scaling = api.scale(*(sweep.directory for sweep in sweeps), to=asked, tokens=BUDGET)
+    directories = [next(place.glob(f"runs/*/{each.sweep}")) for each in sweeps]
+    scaling = api.scale(*directories, to=asked, tokens=BUDGET)
     predicted = scaling.prediction
     assert predicted is not None, "it was asked about"
     law, low_high = scaling.fits["parameters"].law, [math.exp(each) for each in predicted.loss]
-    print(f"{law}; noise of a run {scaling.fits['parameters'].noise:.2%}")
+    print(", ".join(f"{name} {value:.3g}" for name, value in law._asdict().items()), end="; ")
+    print(f"noise of a run {scaling.fits['parameters'].noise:.2%}")
     print(f"predicted {low_high[0]:.2f} [{low_high[1]:.2f}, {low_high[2]:.2f}]")
     # The command's settings, without the file that it starts from.
     words = [word for word in predicted.command.split() if "=" in word]

@@ -1,4 +1,6 @@
 import math
+import os
+import subprocess
 import sys
 from io import BytesIO
 
@@ -295,3 +297,12 @@ def test_shades_get_lighter_from_the_best_to_the_worst():
 
     shades = [luminance(primitives.shade_colour(number / 20)) for number in range(21)]
     assert shades == sorted(shades)
+
+
+def test_drawing_says_nothing_of_a_home_that_cannot_be_written(tmp_path):
+    (tmp_path / "home").write_text("no directory")
+    drawing = "from raylm.results.figures import png, primitives as p; png(p.Figure('a', 'A', '', p.Axis(), p.Axis()))"
+    variables = {key: value for key, value in os.environ.items() if key not in ("MPLCONFIGDIR", "XDG_CONFIG_HOME")}
+    home = {**variables, "HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path)}
+    drawn = subprocess.run([sys.executable, "-c", drawing], env=home, capture_output=True, text=True, check=True)
+    assert drawn.stdout + drawn.stderr == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from typing import TYPE_CHECKING
 
 from raylm.results.figures.primitives import Figure
@@ -16,6 +17,7 @@ BAR_INCHES = 0.24
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file, 1,170 pixels wide."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home it tells where its cache is
     from matplotlib.figure import Figure as Sheet
 
     height = max(2.5, 1.7 + BAR_INCHES * len(figure.bars)) if figure.bars else 5.0
