@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -388,6 +389,11 @@ def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id
         known = sorted(defaults.to_dict())
         hint = did_you_mean(unknown[0], known) or f"{kind} takes: {', '.join(known)}"
         raise ConfigError(f"model.config.{unknown[0]}: unknown field of {kind}; {hint}", f"model.config.{unknown[0]}")
+    for name, value in fields.items():
+        default = getattr(defaults, name)
+        is_size = name.startswith(("n_", "num_")) or name.endswith(("_size", "_dim"))
+        if is_size and isinstance(default, int) and default > 0 and isinstance(value, int) and value < 1:
+            raise ConfigError(f"model.config.{name} must be a number above 0, got {value}", f"model.config.{name}")
     fields.setdefault("vocab_size", vocab_size)
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(token, eos_id)
@@ -398,6 +404,9 @@ def _new_configuration(fields: dict, *, vocab_size: int, block_size: int, eos_id
         made = kind_class.from_dict({**given, **fields}) if path else kind_class(**fields)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.config: {first_line(error)}", where="model.config") from None
+    except StrictDataclassError as error:  # the last line is the error of the check, with its kind
+        problem = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
+        raise ConfigError(f"model.config: {problem}", where="model.config") from None
     for name in ("router_aux_loss_coef", "aux_loss_coef"):
         if fields.get(name) and getattr(made, "output_router_logits", None) is False:
             key = f"model.config.{name}"

@@ -62,6 +62,7 @@ def test_another_depth_has_the_shape_of_the_ladder_only_if_its_sizes_do(tiny):
     assert found({**depth, heads: 10}) == {**depth, width: 320, heads: 10, **batch}
     assert found({**depth, width: 64}) == {**depth, width: 64, heads: 2, **batch}, "heads as the largest has"
     assert found({"train.seed": 1}) == batch
+    assert found({"blocks.block_size": 1000}) == {"train.batch_tokens": 2000}, "whole blocks of the size asked for"
     batches = {**RATES, "train.batch_tokens": {"choice": [256, 512]}}
     assert found(depth, **{"tune.space": batches}) == {**depth, width: 320, heads: 5}
     own = {**LADDER, width: [16, 48], heads: [2, 3]}

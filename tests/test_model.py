@@ -699,3 +699,17 @@ def test_layers_that_the_model_has_not_are_named(tokenizer):
 @pytest.fixture(scope="module")
 def tokenizer():
     return tokenizers.train(["a b c"], TrainedTokenizer(vocab_size=260))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        ({"hidden_size": -64}, "model.config.hidden_size must be a number above 0, got -64"),
+        ({"num_attention_heads": 0}, "model.config.num_attention_heads must be a number above 0, got 0"),
+        ({"hidden_size": 100}, "model.config: RoPE requires an even rotary dimension"),
+    ],
+)
+def test_sizes_that_no_model_has_are_told(tiny, sizes, problem):
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, **sizes}
+    with pytest.raises(ConfigError, match=f"^{problem}"):
+        model.config_of(tiny(f"model.config={json.dumps(config)}"), 300)

@@ -37,7 +37,7 @@ def build(scaling: Scaling) -> Figure:
         compute = np.geomspace(best[0].compute, 2 * most, SAMPLES)
         frontier = [(each, math.exp(law.loss(*law.optimal(each)))) for each in compute.tolist()]
         lines.append(Line("frontier", "setting", frontier, "the best that this compute can reach"))
-        texts.append((*frontier[len(frontier) // 2], "frontier"))
+        texts.append((*frontier[-1], "frontier"))
     if predicted is not None:
         horizons = np.geomspace(min(each.tokens for each in best), predicted.tokens, SAMPLES // 2).tolist()
         found = [perplexity(fit.predict(predicted.parameters, each)) for each in horizons]
@@ -54,8 +54,9 @@ def build(scaling: Scaling) -> Figure:
     return Figure(
         "scaling",
         f"Validation {score} against compute",
-        "A curve for each size, through its best training of each budget. The blue line, if the trainings tell it, is "
-        "the least score that the compute can reach. Orange, with its band of 95 %: the training that was asked about.",
+        "A curve for each size, through its best training of each budget. The frontier, if the trainings tell it, is "
+        "the least score that the compute can reach. Orange: the training that was asked about, between the two light "
+        "green ends of its 95 % interval.",
         Axis("6 N D, FLOPs of a training", True, orders),
         Axis(score, True, [(each, format_number(each)) for each in ticks(0.9 * min(scores), 1.1 * max(scores), True)]),
         lines=lines,

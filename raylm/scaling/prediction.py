@@ -48,6 +48,11 @@ def request(
             raise ConfigError(f"{option} must be a number above 0, got {value:g}", option)
     if not settings:
         return None
+    for key in settings:
+        if key == "train.max_tokens" or key.startswith("train.num_epochs"):
+            raise ConfigError(f"--to {key}: give the training tokens as --tokens", "--to")
+        if key.startswith(("corpus.", "tokenizer.")):
+            raise ConfigError(f"--to {key}: the law is that of the sweeps' own tokens, which it would change", "--to")
     if tokens is None:
         raise ConfigError("--to: after how many training tokens? give --tokens 1e9", "--tokens")
     return Request(settings, max(1, round(tokens)), flops_per_second, price_per_hour)

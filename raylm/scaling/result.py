@@ -164,13 +164,13 @@ def check_enough(observed: Observations) -> None:
 def sentence_of(left_out: LeftOut, measure: str) -> str:
     """How the largest training was predicted without it."""
     actual, predicted = math.exp(left_out.loss), math.exp(left_out.predicted.value)
-    off = predicted / actual - 1
+    off = actual / predicted - 1
     verdict = "inside" if left_out.is_predicted else "outside of"
     interval = shown(perplexity(left_out.predicted))
     return (
         f"without the largest training ({left_out.parameters:,.0f} parameters, {left_out.tokens:,.0f} tokens) its "
         f"{console.label(measure)} is predicted as {interval}; it is {actual:.4g}, {verdict} the interval, "
-        f"{abs(off):.1%} {'below' if off > 0 else 'above'} the prediction"
+        f"{abs(off):.1%} {'below' if off < 0 else 'above'} the prediction"
     )
 
 

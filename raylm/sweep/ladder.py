@@ -91,7 +91,13 @@ def settings(
     steps = experiment.tune.space.get(LADDER, {}).get("grid", ())
     if not steps:
         return {}
-    batch = {"train.batch_tokens": batch_tokens(tokens, experiment)} if "train.batch_tokens" in steps[0] else {}
+    batch = {}
+    if "train.batch_tokens" in steps[0]:
+        size = asked.get("blocks.block_size", experiment.blocks.block_size)
+        a_block = override(
+            experiment, {"blocks.block_size": size, "train.batch_tokens": size * experiment.cluster.most_workers}
+        )
+        batch = {"train.batch_tokens": batch_tokens(tokens, a_block)}
     if not _given(asked):
         return batch
     is_of_depth = all(map(_is_of_depth, steps)) and not {*asked} & {*WIDTHS}
@@ -130,6 +136,8 @@ def _shape(found: PreTrainedConfig, proportions: PreTrainedConfig, size: dict[st
         return {"n_embd": WIDTH * depth, "n_head": depth}
     width = size.get("model.config.hidden_size", WIDTH * depth)
     heads = size.get("model.config.num_attention_heads", depth)
+    if not all(isinstance(each, int) and each > 0 for each in (width, heads)):
+        return {}  # no model has these, which is told where one is made
     shape = {"hidden_size": width, "num_attention_heads": heads}
     if getattr(found, "num_key_value_heads", None) is not None:
         groups = found.num_attention_heads // found.num_key_value_heads
