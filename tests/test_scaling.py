@@ -123,10 +123,6 @@ def test_constants_are_shown_with_three_digits():
     assert result._constant(Estimate(91_000, 6e-6, 3.1528e18)) == "9.1e+04 [0, 3.15e+18]", "0: where the search ends"
 
 
-def test_no_number_of_tokens_is_too_large_for_a_law():
-    assert Fit(*made()).predict(1.6e7, 10**30).value == pytest.approx(Fit(*made()).predict(1.6e7, 1e30).value)
-
-
 def test_how_far_the_largest_is_off_is_relative_to_its_prediction():
     left_out = law.LeftOut(1e6, 1e7, math.log(15.0), Estimate(math.log(20.0), 2.0, 4.0))
     assert "it is 15, inside the interval, 25.0% below the prediction" in result.sentence_of(left_out, "perplexity")
@@ -478,6 +474,7 @@ def test_a_law_that_does_not_predict_the_largest_is_not_told(sizes, tmp_path):
             {"to": ["train.max_tokens=5e6"], "tokens": 1e6},
             "--to train.max_tokens: give the training tokens as --tokens",
         ),
+        ({"to": ["model.config.n_layer=8"], "tokens": 1e30}, r"--tokens must be at most 1e\+18, got 1e\+30"),
         ({"to": ["model.config.n_layer=8"], "tokens": math.nan}, "--tokens must be a number above 0, got nan"),
         ({"to": ["model.config.n_layer=8"], "tokens": math.inf}, "--tokens must be a number above 0, got inf"),
         ({"to": ["n_layer"], "tokens": 1e9}, "'n_layer' is not a setting"),

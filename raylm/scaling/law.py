@@ -131,7 +131,7 @@ class Fit:
     def predict(self, parameters: float, tokens: float, *, on_other_documents: bool = False) -> Estimate:
         """The loss of a new run, on the documents that the others were scored on, or on others like them."""
         refits = self._on_other_documents if on_other_documents else self._on_these_documents
-        place = np.log([float(parameters)]) - self._middle[0], np.log([float(tokens)]) - self._middle[1]
+        place = np.log([parameters]) - self._middle[0], np.log([tokens]) - self._middle[1]
         expected = _log_loss(self._constants[None], place)[0][0, 0]
         drawn = _log_loss(refits.constants, place)[0][:, 0] + refits.departures
         return Estimate(*(min(MOST, math.exp(min(each, MOST))) for each in _percentiles(expected, drawn)))

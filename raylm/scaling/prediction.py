@@ -22,6 +22,9 @@ from raylm.sweep import ladder
 
 WARMUP = "train.warmup_steps"
 
+MOST_TOKENS = 1e18
+"""More are no number of numpy's."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -55,6 +58,8 @@ def request(
             raise ConfigError(f"--to {key}: the law is that of the sweeps' own tokens, which it would change", "--to")
     if tokens is None:
         raise ConfigError("--to: after how many training tokens? give --tokens 1e9", "--tokens")
+    if tokens > MOST_TOKENS:
+        raise ConfigError(f"--tokens must be at most {MOST_TOKENS:g}, got {tokens:g}", "--tokens")
     return Request(settings, max(1, round(tokens)), flops_per_second, price_per_hour)
 
 
