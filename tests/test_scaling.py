@@ -434,6 +434,14 @@ def test_sweeps_that_were_scored_otherwise_are_refused(settings, store, differs,
         scale([one, two])
 
 
+def test_a_law_is_of_one_architecture(sizes, tmp_path):
+    one = write_sweep(tmp_path, "tune-20260101-000000-aaaa", ladder(sizes)[:2])
+    other = "model.config={model_type: gpt_bigcode, n_layer: 1, n_embd: 64, n_head: 1}"
+    two = write_sweep(tmp_path, "tune-20260102-000000-bbbb", ladder(sizes)[:2], other)
+    with pytest.raises(ConfigError, match="a law is of one architecture, and these are trainings of gpt2 and gpt_bigc"):
+        scale([one, two])
+
+
 def test_sizes_that_grow_with_their_tokens_tell_nothing(tmp_path):
     """One budget for each size, in proportion: eight sizes by eight budgets."""
     shapes = [(layers, 128) for layers in range(1, 9)]

@@ -162,7 +162,16 @@ def read(sweeps: Sequence[SweepResults]) -> Observations:
     store = f"{sweeps[0].experiment.storage}/tokens/{sweeps[0].state.parameters.get('store')}"
     sizes = Sizes(vocab_size(store))
     every = [each for results in sweeps for each in _of_sweep(results, sizes)]
+    kinds = sorted({_architecture(each.experiment) for each in every})
+    if len(kinds) > 1:
+        raise ConfigError(f"a law is of one architecture, and these are trainings of {' and '.join(kinds)}", "SWEEP")
     return Observations(sweeps, every, store)
+
+
+def _architecture(experiment: Experiment) -> str:
+    """The model's type, or the pretrained model that it starts from."""
+    section = experiment.model
+    return str(section.path if section.config is None else section.config.get("model_type", section.config.get("path")))
 
 
 def _check_same_documents(sweeps: Sequence[SweepResults]) -> None:
