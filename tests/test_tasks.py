@@ -155,8 +155,9 @@ def of_lm_eval(model, tasks, *names, **how):
     """lm-eval's own results of the model, in float32."""
     network, known = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     own = HFLM(pretrained=network, tokenizer=known, batch_size=1, **how)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         manager = TaskManager(include_path=tasks, include_defaults=False)
+        patch.setenv("DISABLE_MULTIPROC", "1")  # its pool, forked off a process with threads, may never end
         return lm_eval.simple_evaluate(own, tasks=list(names), task_manager=manager, bootstrap_iters=1000)["results"]
 
 
