@@ -163,16 +163,23 @@ def until(found):
     raise AssertionError("it was waited for in vain")
 
 
-@pytest.fixture
-def hosts():
+@contextlib.contextmanager
+def running(kind=Hosts):
+    """Hosts that have started, with a directory that they share; both are gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="raylm", dir="/var/tmp", ignore_cleanup_errors=True) as shared:
-        made = Hosts(shared)
+        made = kind(shared)
         try:
             made.plug_in()
             made.boot()
             yield made
         finally:
             made.unplug()
+
+
+@pytest.fixture
+def hosts():
+    with running() as made:
+        yield made
 
 
 def experiment(hosts, text_directory, tiny, *settings):

@@ -5,12 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from test_namespaces import RAY, SIZES, Hosts, experiment, possible, until
+from test_namespaces import RAY, SIZES, Hosts, experiment, possible, running, until
 
 SCRIPT = Path(__file__).parent.parent / "configs" / "cluster" / "slurm.sbatch"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -51,6 +50,8 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 class Nodes(Hosts):
     """The hosts, of which two are nodes of Slurm; its controller is on the first."""
+
+    daemons = ()
 
     def boot(self):
         names, addresses = self.names[:2], [self.address(number) for number in range(2)]
@@ -110,15 +111,8 @@ class Nodes(Hosts):
 
 @pytest.fixture
 def nodes():
-    with tempfile.TemporaryDirectory(prefix="raylm", dir="/var/tmp", ignore_cleanup_errors=True) as shared:
-        made = Nodes(shared)
-        made.daemons = []
-        try:
-            made.plug_in()
-            made.boot()
-            yield made
-        finally:
-            made.unplug()
+    with running(Nodes) as made:
+        yield made
 
 
 def test_a_sweep_on_two_nodes_goes_on_when_its_job_is_requeued(nodes, text_directory, tiny):
